@@ -1,0 +1,81 @@
+# Every target sets up what it needs: a virtual environment with the locked packages, once, and again when a lock changes.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+HOST ?= 127.0.0.1
+UV := 0.13.9
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-kill check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-gpu bento lock clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctrl-C
+	@exec $(BIN)/topwork serve --host $(HOST)
+
+test: .venv/dev.stamp  ## Run the tests
+	$(RUN) pytest $(ARGS)
+
+test-kill: .venv/dev.stamp  ## Kill the service 200 times during adapts, and look for what was lost
+	$(RUN) benchmarks.kill --times 200
+
+check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(MAKE) --no-print-directory test
+
+bench: bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
+
+bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
+	$(RUN) benchmarks.quality
+
+bench-fit: .venv/dev.stamp  ## Fitting a head beside LogisticRegressionCV
+	$(RUN) benchmarks.fit
+
+bench-adapt: .venv/dev.stamp  ## Adapting over HTTP beside a bare loop; latency beside adapts
+	$(RUN) benchmarks.adapt
+
+bench-footprint: .venv/dev.stamp  ## Start-up time and memory
+	$(RUN) benchmarks.footprint
+
+bench-parity: .venv/dev.stamp  ## Exported adapters, run by ONNX Runtime alone, beside the service's answers
+	$(RUN) benchmarks.onnx_parity
+
+bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
+	$(RUN) benchmarks.gpu
+
+bento: .venv/serve.stamp  ## Build the bento, exported backbones included
+	$(RUN) models.export
+	BENTOML_DO_NOT_TRACK=true $(BIN)/bentoml build
+
+lock: .venv/bin/uv  ## Resolve the dependencies again
+	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command 'make lock' pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:  ## Remove the virtual environment and what tools left; keeps ~/.topwork and the BentoML store
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/uv:
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV)
+
+# Bytecode is compiled now, not at the first start: BentoML, torch and ONNX Runtime are 20,000 files.
+define install
+	$(BIN)/uv pip install -q --python .venv --compile-bytecode --require-hashes -r $(1)
+	$(BIN)/uv pip install -q --python .venv --no-deps -e .
+	@touch $@
+endef
+
+.venv/serve.stamp: requirements.lock pyproject.toml | .venv/bin/uv
+	@echo 'Installing the locked packages into .venv (a minute or two, once)'
+	$(call install,requirements.lock)
+
+.venv/dev.stamp: requirements-dev.lock pyproject.toml | .venv/bin/uv
+	@echo 'Installing the locked packages into .venv (a minute or two, once)'
+	$(call install,requirements-dev.lock)
+	@touch .venv/serve.stamp

@@ -1,0 +1,1 @@
+"""The per-tenant side: examples, heads, their fitting, and where they are kept."""

@@ -1,0 +1,273 @@
+"""The first flow: examples in, a new version out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.admission import Admitted, Posted, Rejected, admit, common_kind
+from adapters.example import Task
+from adapters.gathering import Subject
+from adapters.keeping import Ahead, State
+from adapters.placing import plan_change
+from adapters.promotion import Promote, labels_of
+from adapters.records import AdapterRecord, Creation, Kind, UnknownAdapter
+from adapters.revising import Edit, NothingToFit, Revised, Revising
+from adapters.segments import encode_inputs
+from models.batcher import Batcher
+from models.spec import BackboneSpec, UnknownBackbone
+
+Floats = NDArray[np.float32]
+# Bytes of inputs from which on their file is published while they are embedded.
+_PUBLISHED_AHEAD = 1 << 20
+Update = Literal["append", "replace"]
+
+
+class ExamplesRejected(ValueError):
+    """No posted example can be used, or one cannot and the request is strict.
+
+    errors: {pointer, code, detail}.
+    """
+
+    code = "examples_rejected"
+
+    def __init__(self, rejected: Sequence[Rejected], *, strict: bool) -> None:
+        reason = "The request is strict, and" if strict else "None can be used:"
+        super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
+        self.rejected = tuple(rejected)
+        self.errors = [
+            {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
+            for one in rejected[:100]
+        ]
+
+
+class ContractChanged(ValueError):
+    """The request differs from what was fixed when the adapter was created; `code` says in what."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class FingerprintMismatch(RuntimeError):
+    """What the adapter was taught with is not the backbone that is served under its name now."""
+
+    code = "fingerprint_mismatch"
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__(
+            f"The backbone {backbone!r} served here is not the one that this adapter was taught with. "
+            "POST rebase to move the adapter."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptCommand:
+    """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created."""
+
+    adapter: str
+    posted: Sequence[Posted] = ()
+    backbone: str | None = None
+    task: Task | None = None
+    update: Update = "append"
+    promote: Promote = "if_better"
+    fit: bool = True
+    strict: bool = False
+    keep_inputs: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptOutcome:
+    """What became of an adapt. timings: seconds by stage."""
+
+    revised: Revised
+    rejected: Sequence[Rejected] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Adapting:
+    """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
+
+    count(outcome) is called once per adapt with promoted, withheld, stored, cancelled or the code of the
+    error.
+    """
+
+    def __init__(
+        self,
+        revising: Revising,
+        batchers: Mapping[str, Batcher],
+        count: Callable[[str], None] = lambda outcome: None,
+    ) -> None:
+        self.revising = revising
+        self.batchers = batchers
+        self._count = count
+
+    async def adapt(self, tenant: str, command: AdaptCommand) -> AdaptOutcome:
+        """Teaches the adapter, creating it on first use. All or nothing: an error leaves no trace.
+
+        Raises ExamplesRejected, MixedInputs, ContractChanged, FingerprintMismatch, UnknownBackbone, and what
+        Batcher.embed and Revising.revise raise. When cancelled, either nothing is recorded or all of it.
+        """
+        outcome = "cancelled"
+        try:
+            done = await self._adapt(tenant, command)
+            outcome = (
+                "stored" if done.revised.version is None else "promoted" if done.revised.live else "withheld"
+            )
+            return done
+        except Exception as error:
+            outcome = getattr(error, "code", "internal_error")
+            raise
+        finally:
+            self._count(outcome)
+
+    async def embed_new(
+        self, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
+    ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
+        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage."""
+        # In an order of their own: a batch's neighbours move the last digits of an embedding.
+        ordered = sorted(admitted, key=lambda one: one.digest)
+        new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
+        if not new:
+            return {}, [], {}
+        embedded = await self.batchers[terms.backbone].embed(list(new.values()), bulk=True)
+        errors = {digest: embedded.errors.get(index) for index, digest in enumerate(new)}
+        vectors = {
+            digest: embedded.embeddings[index] for index, digest in enumerate(new) if errors[digest] is None
+        }
+        rejected = []
+        for one in admitted:
+            error = errors.get(one.digest)
+            if error is not None and one.index is not None:
+                rejected.append(Rejected(one.index, one.id, error.code, error.detail, terms.kind))
+        return vectors, rejected, dict(embedded.timings)
+
+    def check_served(self, terms: Creation) -> None:
+        """Raises FingerprintMismatch unless the adapter's own backbone is served."""
+        batcher = self.batchers.get(terms.backbone)
+        if batcher is None or batcher.backbone.spec.fingerprint != terms.fingerprint:
+            raise FingerprintMismatch(terms.backbone)
+
+    def spec(self, name: str) -> BackboneSpec:
+        """A served backbone. Raises UnknownBackbone."""
+        if name not in self.batchers:
+            raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
+        return self.batchers[name].backbone.spec
+
+    async def _adapt(self, tenant: str, command: AdaptCommand) -> AdaptOutcome:
+        started = time.perf_counter()
+        seen = await self.revising.keeping.state(tenant, command.adapter)
+        terms = self._terms(command, seen)
+        admitted, rejected, fresh = await asyncio.to_thread(_admit, command, terms, seen)
+        if command.strict and rejected:
+            raise ExamplesRejected(rejected, strict=True)
+        subject = Subject.of(tenant, command.adapter, terms, seen)
+        async with self._ahead(subject, fresh) as ahead:
+            known = {one.digest for one in subject.examples}
+            vectors, unreadable, timings = await self.embed_new(terms, admitted, known)
+            rejected = sorted([*rejected, *unreadable], key=lambda one: one.index)
+            failed = {one.index for one in unreadable}
+            usable = [one for one in admitted if one.index not in failed]
+            if rejected and (command.strict or not usable):
+                raise ExamplesRejected(rejected, strict=command.strict)
+
+            async def step(state: State | None) -> Revised:
+                terms = self._terms(command, state)
+                # What the adapter knew a moment ago may have been removed since.
+                known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
+                vectors.update((await self.embed_new(terms, usable, known))[0])
+                edit = Edit(
+                    usable, clear=command.update == "replace", fit=command.fit, promote=command.promote
+                )
+                now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
+                return await self.revising.revise(now, edit, vectors, ahead)
+
+            revised = await self.revising.in_turn(tenant, command.adapter, step, seen)
+        timings |= revised.timings
+        timings["total"] = time.perf_counter() - started
+        return AdaptOutcome(revised, rejected, timings)
+
+    @asynccontextmanager
+    async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:
+        """Large inputs are published while they are embedded, so that nobody waits for the disk."""
+        inputs = [one.input for one in fresh if one.input is not None]
+        if not subject.terms.keep_inputs or sum(map(len, inputs)) < _PUBLISHED_AHEAD:
+            yield None
+            return
+        digests = [one.digest for one in fresh]
+        encode = partial(encode_inputs, inputs)
+        async with self.revising.keeping.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
+            yield ahead
+
+    def _terms(self, command: AdaptCommand, state: State | None) -> Creation:
+        """What holds for the adapter: what was fixed at its creation, or what the command creates."""
+        if state is None:
+            return self._new_terms(command)
+        adapter = state.adapter
+        terms = Creation(
+            adapter.backbone, adapter.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs
+        )
+        if command.backbone not in (None, terms.backbone):
+            self.spec(command.backbone or "")
+            raise ContractChanged(
+                "backbone_changed", f"The adapter is on {terms.backbone!r}. POST rebase to move it."
+            )
+        if command.task not in (None, terms.task):
+            raise ContractChanged("task_changed", f"The adapter's task is {terms.task}; use another adapter.")
+        if command.keep_inputs not in (None, terms.keep_inputs):
+            kept = "keeps" if terms.keep_inputs else "does not keep"
+            raise ContractChanged("keep_inputs_changed", f"The adapter {kept} inputs; use another adapter.")
+        self.check_served(terms)
+        return terms
+
+    def _new_terms(self, command: AdaptCommand) -> Creation:
+        if not command.posted:
+            raise UnknownAdapter(command.adapter)
+        name = command.backbone or self._default(common_kind(one.input for one in command.posted))
+        spec = self.spec(name)
+        return Creation(
+            backbone=name,
+            fingerprint=spec.fingerprint,
+            kind=spec.kind,
+            task=command.task or "classification",
+            keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
+        )
+
+    def _default(self, kind: Kind | None) -> str:
+        for name, batcher in self.batchers.items():
+            if kind in (None, batcher.backbone.spec.kind):
+                return name
+        raise UnknownBackbone(f"No backbone for {kind}s is served here.")
+
+
+def terms_of(adapter: AdapterRecord) -> Creation:
+    """What was fixed when the adapter was created, or rebased."""
+    return Creation(adapter.backbone, adapter.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs)
+
+
+def pointer(index: int, part: str) -> str:
+    """Where in a request an example, or a part of it, stands (RFC 6901)."""
+    return f"/examples/{index}/{part}" if part else f"/examples/{index}"
+
+
+def _admit(
+    command: AdaptCommand, terms: Creation, state: State | None
+) -> tuple[list[Admitted], list[Rejected], Sequence[Admitted]]:
+    """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
+    if not command.posted and command.update == "replace":
+        raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
+    before = () if state is None or command.update == "replace" else state.examples
+    known = labels_of(terms.task, [one.target for one in before])
+    admitted, rejected = admit(command.posted, task=terms.task, kind=terms.kind, known_labels=known)
+    kept = () if state is None else state.examples
+    plan = plan_change(kept, admitted, clear=command.update == "replace")
+    return admitted, rejected, plan.fresh

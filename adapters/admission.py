@@ -1,0 +1,198 @@
+"""Which of the posted examples can be used, and why the others cannot."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from adapters.example import ExampleError, Target, Task, input_digest, normalise_target
+from adapters.promotion import labels_of
+from adapters.records import Kind
+from models.preprocess import InputError
+
+MAX_ID_CHARACTERS = 256
+_TARGET_FIELDS = {"classification": "label", "multilabel": "labels", "regression": "target"}
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """One example as it was posted; its place in the request is its index.
+
+    input: encoded image bytes, a text, or why there is none. target: of any type, not checked yet, or an
+    ExampleError that says why there is none.
+    """
+
+    input: bytes | str | InputError
+    target: object = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A posted example that is not used.
+
+    field: the part of it to blame: id, image, text, label, labels, target, or "" for all.
+    """
+
+    index: int
+    id: str | None
+    code: str
+    detail: str
+    field: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An example to keep.
+
+    input is None where the adapter has it already; index None where it was not posted.
+    """
+
+    id: str
+    digest: str
+    target: Target
+    input: bytes | str | None
+    index: int | None = None
+
+
+class MixedInputs(ValueError):
+    """A new adapter is taught with images and texts at once, and no backbone says which are meant."""
+
+    code = "mixed_inputs"
+
+    def __init__(self) -> None:
+        super().__init__("The examples are images and texts. Name a backbone, or send one kind only.")
+
+
+def kind_of(value: bytes | str) -> Kind:
+    """What kind of backbone takes the input."""
+    return "text" if isinstance(value, str) else "image"
+
+
+def common_kind(inputs: Iterable[bytes | str | InputError]) -> Kind | None:
+    """The kind of all readable inputs; None if there are none. Raises MixedInputs."""
+    kinds = {kind_of(value) for value in inputs if not isinstance(value, InputError)}
+    if len(kinds) > 1:
+        raise MixedInputs
+    return kinds.pop() if kinds else None
+
+
+def wrong_kind(kind: Kind) -> InputError:
+    """The error for an input that a backbone of that kind does not take."""
+    other = "text" if kind == "image" else "image"
+    return InputError("wrong_kind", f"The backbone takes {kind}s, and this is {other}.")
+
+
+def admit(
+    posted: Sequence[Posted], *, task: Task, kind: Kind, known_labels: Iterable[str]
+) -> tuple[list[Admitted], list[Rejected]]:
+    """The examples to keep, distinct by id, and the rejected ones, both in the posted order.
+
+    An example without an id is named by the digest of its input. One id with two targets, or with two inputs,
+    is rejected wherever it stands, for either could be meant. A label that equals another one only after
+    Unicode compatibility normalisation is rejected: the adapter's spelling holds, else the first one posted.
+    """
+    admitted: list[Admitted] = []
+    rejected: list[Rejected] = []
+    for index, example in enumerate(posted):
+        verdict = _check(index, example, task, kind)
+        if isinstance(verdict, Admitted):
+            admitted.append(verdict)
+        else:
+            rejected.append(verdict)
+    admitted, conflicting = _drop_conflicts(admitted, _TARGET_FIELDS[task])
+    admitted, colliding = drop_collisions(admitted, task, known_labels)
+    return admitted, sorted(rejected + conflicting + colliding, key=lambda one: one.index)
+
+
+def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Rejected:
+    field: str = kind
+    try:
+        if isinstance(example.input, InputError):
+            raise example.input
+        if isinstance(example.target, ExampleError):
+            raise example.target
+        if kind_of(example.input) != kind:
+            field = kind_of(example.input)
+            raise wrong_kind(kind)
+        field = "id"
+        if example.id is not None:
+            check_id(example.id)
+        field = _TARGET_FIELDS[task]
+        target = normalise_target(task, example.target)
+    except (InputError, ExampleError) as error:
+        return Rejected(index, example.id, error.code, error.detail, field)
+    digest = input_digest(example.input)
+    return Admitted(digest if example.id is None else example.id, digest, target, example.input, index)
+
+
+def check_id(example_id: str) -> None:
+    """Raises ExampleError (id_invalid) unless the id is 1 to 256 characters without control characters."""
+    if not 1 <= len(example_id) <= MAX_ID_CHARACTERS:
+        raise ExampleError("id_invalid", f"An id has 1 to {MAX_ID_CHARACTERS} characters.")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in example_id):
+        raise ExampleError("id_invalid", "An id must not contain control characters.")
+
+
+def _drop_conflicts(admitted: Sequence[Admitted], field: str) -> tuple[list[Admitted], list[Rejected]]:
+    by_id: dict[str, list[Admitted]] = defaultdict(list)
+    for example in admitted:
+        by_id[example.id].append(example)
+    kept: list[Admitted] = []
+    rejected: list[Rejected] = []
+    for same in by_id.values():
+        targets = {example.target for example in same}
+        if len(targets) > 1:
+            text = "The request gives this id more than one label; send the right one only."
+            rejected += [_reject(example, "conflicting_labels", text, field) for example in same]
+        elif len({example.digest for example in same}) > 1:
+            text = "The request gives this id more than one input; give each example its own id."
+            rejected += [_reject(example, "conflicting_inputs", text, "id") for example in same]
+        else:
+            kept.append(same[0])
+    return kept, rejected
+
+
+def drop_collisions(
+    admitted: Sequence[Admitted], task: Task, known_labels: Iterable[str]
+) -> tuple[list[Admitted], list[Rejected]]:
+    """The examples without those whose label only looks like a known one or an earlier example's."""
+    spelling = {_skeleton(label): label for label in known_labels}
+    kept: list[Admitted] = []
+    rejected: list[Rejected] = []
+    for example in admitted:
+        labels = labels_of(task, [example.target])
+        clash = _first_clash(labels, spelling)
+        if clash is None:
+            kept.append(example)
+            spelling.update((_skeleton(label), label) for label in labels)
+        else:
+            text = f"The label {clash[0]!r} looks like {clash[1]!r} but is written with other characters."
+            rejected.append(_reject(example, "label_collision", text, _TARGET_FIELDS[task]))
+    return kept, rejected
+
+
+def _first_clash(labels: Iterable[str], spelling: Mapping[str, str]) -> tuple[str, str] | None:
+    own: dict[str, str] = {}
+    for label in sorted(labels):
+        skeleton = _skeleton(label)
+        other = spelling.get(skeleton) or own.setdefault(skeleton, label)
+        if other != label:
+            return label, other
+    return None
+
+
+def _skeleton(label: str) -> str:
+    """What a reader sees of a label: NFKC, without invisible characters, white space as single spaces.
+
+    Case is kept: "A" and "a" are two classes of handwritten letters.
+    """
+    visible = "".join(character for character in label if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible).split())
+
+
+def _reject(example: Admitted, code: str, detail: str, field: str) -> Rejected:
+    assert example.index is not None
+    return Rejected(example.index, example.id, code, detail, field)

@@ -1,0 +1,132 @@
+"""Loaded things in memory, bounded by their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Flights(Generic[T]):
+    """One load at a time for each key, shared by all who ask meanwhile. For one event loop.
+
+    A load runs in a task of its own, so it goes on when a caller is cancelled. All who wait see its error.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[Hashable, asyncio.Task[T]] = {}
+
+    async def join(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
+        """The result of the load under way, or of a new one."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(self._run(load))
+            task.add_done_callback(lambda done: self._land(key, done))
+        return await asyncio.shield(task)
+
+    def forget(self, key: Hashable) -> None:
+        """Let whoever asks from now on begin a new load; those who wait still get the old one."""
+        self._tasks.pop(key, None)
+
+    def current(self, key: Hashable) -> bool:
+        """Whether the running task is the key's load, and was not forgotten since it began."""
+        return self._tasks.get(key) is asyncio.current_task()
+
+    async def close(self) -> None:
+        """Cancel the loads under way."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @staticmethod
+    async def _run(load: Callable[[], Awaitable[T]]) -> T:
+        return await load()
+
+    def _land(self, key: Hashable, task: asyncio.Task[T]) -> None:
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+        # When every caller was cancelled nobody else looks at the error, and asyncio would complain.
+        if not task.cancelled():
+            task.exception()
+
+
+class Cache(Generic[T]):
+    """Least recently used by bytes, each key loaded once at a time. For one event loop; not thread-safe.
+
+    Keys are sha256 of the bytes that a thing was loaded from, so a key never means two things. Counters since
+    the start: `hits`, `misses`, `evictions`. Now: `bytes`, len(cache).
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[T], int]) -> None:
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
+        self.bytes = 0
+        self._size_of = size_of
+        self._entries: OrderedDict[str, tuple[T, int]] = OrderedDict()
+        self._pins: Counter[str] = Counter()
+        self._flights: Flights[T] = Flights()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    async def get(self, key: str, load: Callable[[], Awaitable[T]]) -> T:
+        """The thing under the key, loaded if it is not there.
+
+        Callers that come while it loads wait for the same load, and all see its error, which is not kept. The
+        load goes on when a caller is cancelled. A thing larger than the bound is returned, not kept.
+        """
+        entry = self._entries.get(key)
+        if entry is not None:
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return entry[0]
+        self.misses += 1
+
+        async def load_and_keep() -> T:
+            thing = await load()
+            if self._flights.current(key):
+                self._keep(key, thing)
+            return thing
+
+        return await self._flights.join(key, load_and_keep)
+
+    def pin(self, key: str) -> None:
+        """Never evict the key, now or once loaded, until `unpin` was called as often."""
+        self._pins[key] += 1
+
+    def unpin(self, key: str) -> None:
+        """Undo one `pin`. Raises KeyError if there is none."""
+        if key not in self._pins:
+            raise KeyError(key)
+        self._pins[key] -= 1
+        if not self._pins[key]:
+            del self._pins[key]
+
+    def drop(self, key: str) -> None:
+        """Forget the key, pinned or not, and what is being loaded for it."""
+        self._flights.forget(key)
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry[1]
+
+    def _keep(self, key: str, thing: T) -> None:
+        size = self._size_of(thing)
+        pinned = sum(self._entries[name][1] for name in self._pins if name in self._entries)
+        if pinned + size > self.max_bytes:
+            return
+        for oldest in [name for name in self._entries if name not in self._pins]:
+            if self.bytes + size <= self.max_bytes:
+                break
+            self.bytes -= self._entries.pop(oldest)[1]
+            self.evictions += 1
+        self._entries[key] = (thing, size)
+        self.bytes += size

@@ -1,0 +1,158 @@
+"""Fits and measures a head that gives every input one label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters import calibration
+from adapters.cost import Plan
+from adapters.discriminant import Discriminant
+from adapters.features import basis_of, scaling_of
+from adapters.head import Head, directions_for, doubt_of, softmax, storable
+from adapters.logistic import Softmax
+from adapters.region import fit_region
+from adapters.selection import CrossValidation, Prepared
+
+Floats = NDArray[np.float32]
+
+_MOST_SUSPECTS = 50
+_MOST_CONFUSIONS = 500
+
+
+def fit_classification(
+    data: Prepared, labels: NDArray[np.int64], names: tuple[str, ...]
+) -> tuple[Head, dict[str, Any], Floats]:
+    """Head, report and scores (n,) for labels, numbers of names (n,); see linear_probe.fit."""
+    scaling = scaling_of(data.embeddings)
+    features = scaling.apply(data.embeddings, into=data.embeddings)
+    basis = basis_of(features, data.plan.columns)
+    count = len(names)
+    sizes = np.bincount(labels, minlength=count)
+    rows = basis.design.rows[:, :-1]
+    discriminant = Discriminant(rows, labels, count, data.folds, features.shape[1])
+    others = np.empty((count, len(labels)), dtype=np.float32)
+    for fold in range(_held_out(data.plan, data.folds)):
+        others[:, data.folds == fold] = discriminant.held_out(fold)
+    training = _training(labels, data.folds, sizes)
+    chosen = CrossValidation(
+        basis.design, Softmax(labels), count, data.folds, training, data.memory_bytes
+    ).choose(
+        data.plan,
+        _share(labels, sizes, data.plan.share),
+        lambda logits, rows, strength: calibration.blend(logits, others[:, rows], labels[rows], strength)[2],
+    )
+    own = labels[chosen.rows]
+    slope, other_slope, _ = calibration.blend(chosen.logits, others[:, chosen.rows], own, chosen.strength)
+    logits = np.ascontiguousarray(slope * chosen.logits.T + other_slope * others[:, chosen.rows].T)
+    probabilities = softmax(logits)
+    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    right = answers == own
+    threshold = calibration.answer_threshold(confidence, right, data.answer_accuracy)
+    solved = slope * chosen.weights
+    if other_slope:
+        solved += other_slope * discriminant.weights()
+    weight, bias = basis.weights(solved)
+    head = Head(
+        task="classification",
+        fingerprint=data.fingerprint,
+        labels=names,
+        scaling=scaling,
+        weight=storable(weight),
+        bias=bias,
+        doubt=doubt_of(threshold, logits, "classification"),
+        region=fit_region(features, basis, labels, data.folds, directions_for(count, features.shape[1])),
+    )
+    scores = np.full(len(labels), np.nan, dtype=np.float32)
+    scores[chosen.rows] = right
+    measured = len(right) > 0
+    report = {
+        "accuracy": float(right.mean()) if measured else None,
+        "accuracy_interval": calibration.accuracy_interval(right) if measured else None,
+        "per_label": _per_label(own, answers, sizes, names),
+        "confusion": _confusion(own, answers, names),
+        "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
+        "suspects": _suspects(probabilities, chosen.rows, own, names),
+        "strength": chosen.strength,
+        "temperature": 1.0 / slope if slope else None,
+        "discriminant": other_slope,
+        "threshold": threshold,
+    }
+    return head, report, scores
+
+
+def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:
+    """How many folds, the first ones, the search or the report holds out."""
+    return min(max(plan.searched, plan.held_out), int(folds.max(initial=-1)) + 1)
+
+
+def _share(labels: NDArray[np.int64], sizes: NDArray[np.int64], every: int) -> NDArray[np.int64]:
+    """Ascending rows of every so manyth example of each label, at least two of it."""
+    order = np.argsort(labels, kind="stable")
+    places = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[(places % every == 0) | (places < 2)])
+
+
+def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+    """Row weights (k, n) of each fold's training.
+
+    Without a fold a label is rarer than it is. In few examples that is a lot, and what was held out would
+    look less likely than it is: the rest of the label stands in for it.
+    """
+    weights = np.empty((int(folds.max()) + 1, len(labels)), dtype=np.float32)
+    for fold, row in enumerate(weights):
+        trained = folds != fold
+        left = np.bincount(labels[trained], minlength=len(sizes))
+        row[:] = (sizes / np.maximum(left, 1)).astype(np.float32)[labels]
+        row[~trained] = 0.0
+    return weights
+
+
+def _per_label(
+    own: NDArray[np.int64], answers: NDArray[np.int64], sizes: NDArray[np.int64], names: tuple[str, ...]
+) -> dict[str, dict[str, float | int | None]]:
+    """Precision, recall and F1 held out, None where nothing is to divide by. support: all examples."""
+    count = len(names)
+    hits = np.bincount(own[own == answers], minlength=count).tolist()
+    given = np.bincount(answers, minlength=count).tolist()
+    held = np.bincount(own, minlength=count).tolist()
+    return {
+        name: {
+            "precision": hit / answered if answered else None,
+            "recall": hit / there if there else None,
+            "f1": 2.0 * hit / (answered + there) if there else None,
+            "support": support,
+        }
+        for name, hit, answered, there, support in zip(names, hits, given, held, sizes.tolist(), strict=True)
+    }
+
+
+def _confusion(
+    own: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """label -> label answered -> examples; of many labels the right answers and the usual mistakes."""
+    pairs, counts = np.unique(own * len(names) + answers, return_counts=True)
+    mistakes = np.flatnonzero(pairs // len(names) != pairs % len(names))
+    left_out = set(mistakes[np.argsort(-counts[mistakes], kind="stable")][_MOST_CONFUSIONS:].tolist())
+    confusion: dict[str, dict[str, int]] = {}
+    for place, (pair, number) in enumerate(zip(pairs.tolist(), counts.tolist(), strict=True)):
+        if place not in left_out:
+            confusion.setdefault(names[pair // len(names)], {})[names[pair % len(names)]] = number
+    return confusion
+
+
+def _suspects(
+    probabilities: Floats, rows: NDArray[np.int64], own: NDArray[np.int64], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Doubtful labels by row, with the probability of what the example looks like."""
+    return [
+        {
+            "index": int(rows[place]),
+            "label": names[own[place]],
+            "looks_like": names[other],
+            "confidence": float(probabilities[place, other]),
+        }
+        for place, other in calibration.suspects(probabilities, own, _MOST_SUSPECTS)
+    ]

@@ -1,0 +1,335 @@
+"""The one transaction that writes a Change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from adapters.reading import adapter_by_name, adapter_by_uid, alias_of, chunks, version_record
+from adapters.records import (
+    AdapterExists,
+    AdapterRecord,
+    AliasMoved,
+    Change,
+    Committed,
+    ExampleWrite,
+    NewVersion,
+    Repoint,
+    RevisionMoved,
+    UnknownExample,
+)
+from adapters.releasing import Previous, check_erased, drop_fitted_on, prune, release
+from adapters.schema import adapters, artifacts, changes, database_now, encode_target, examples, versions
+from adapters.store import Artifact
+
+CHANGES_KEPT = 3600.0
+"""Seconds for which the database remembers who changed."""
+_FORGOTTEN_AT_ONCE = 100
+
+
+def commit(connection: Connection, change: Change) -> Committed:
+    """Write the change. See Registry.commit. The connection is in a writing transaction."""
+    _check(change)
+    adapter = _create(connection, change) if change.create else _locked(connection, change)
+    now = _now(connection)
+    touches = bool(change.clear_first or change.upserts or change.removals or change.repoints)
+    revision = adapter.revision + touches
+    previous = _previous(connection, change)
+    numbers = _artifact_numbers(connection, adapter.uid, _artifacts_of(change))
+    added = _write_examples(connection, change, previous, numbers, revision, now)
+    gone, released = drop_fitted_on(connection, adapter.uid, change.removals, previous)
+    live = None if adapter.live in gone else adapter.live
+
+    number: int | None = None
+    if change.version is not None:
+        number = _record_version(connection, adapter, change, change.version, numbers, revision, now)
+        live = number if change.promote else live
+    pruned, more_released = prune(connection, adapter.uid, live)
+    unreferenced = release(connection, previous.released | released | more_released)
+    if change.removals:
+        check_erased(connection, change.removals, previous)
+
+    if change.clear_first:
+        total, removed = len(change.upserts), len(previous.first_revision) - (len(change.upserts) - added)
+    else:
+        total, removed = adapter.examples + added - len(change.removals), len(change.removals)
+    values: dict[str, Any] = {"revision": revision, "live": live, "examples": total}
+    if change.rebase is not None:
+        values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
+    after = _finish(connection, adapter, values)
+    return Committed(
+        adapter=after,
+        alias=alias_of(connection, after),
+        version=None if number is None else version_record(connection, after.uid, number),
+        added=added,
+        replaced=len(change.upserts) - added,
+        removed=removed,
+        gone=tuple(sorted(gone | pruned)),
+        unreferenced=unreferenced,
+    )
+
+
+def promote(connection: Connection, uid: str, number: int, if_match: str | None) -> Committed:
+    """Point `live` at the version. See Registry.promote. The connection is in a writing transaction."""
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    if if_match is not None and if_match != adapter.etag:
+        raise AliasMoved(f"The alias now points to version {adapter.live}; read it again before moving it.")
+    version = version_record(connection, uid, number)
+    released: set[int] = set()
+    gone: set[int] = set()
+    if adapter.live != number:
+        # The version that was live may be kept for that only.
+        connection.execute(update(adapters).where(adapters.c.uid == uid).values(live=number))
+        gone, released = prune(connection, uid, number)
+        adapter = _finish(connection, adapter, {"live": number})
+    return Committed(
+        adapter=adapter,
+        alias=alias_of(connection, adapter),
+        version=version,
+        added=0,
+        replaced=0,
+        removed=0,
+        gone=tuple(sorted(gone)),
+        unreferenced=release(connection, released),
+    )
+
+
+def delete_adapter(connection: Connection, tenant: str, name: str) -> str:
+    """Delete all rows of the adapter. See Registry.delete_adapter."""
+    adapter = adapter_by_name(connection, tenant, name, lock=True)
+    for table in (examples, versions, artifacts):
+        connection.execute(delete(table).where(table.c.adapter_uid == adapter.uid))
+    connection.execute(delete(adapters).where(adapters.c.uid == adapter.uid))
+    _announce(connection, tenant, name)
+    return adapter.uid
+
+
+def _check(change: Change) -> None:
+    """Refuse what no caller should send: a change that contradicts itself."""
+    ids = [example.id for example in change.upserts]
+    ids += [*change.removals, *(example.id for example in change.repoints)]
+    if len(set(ids)) != len(ids):
+        raise ValueError("a change names an example twice")
+    if change.create is not None and (
+        change.revision or change.clear_first or change.removals or change.repoints
+    ):
+        raise ValueError("an adapter that is to be created has no revision and no examples")
+    if change.clear_first and (change.removals or change.repoints):
+        raise ValueError("clear_first leaves no examples to remove or to repoint")
+    if change.promote and change.version is None:
+        raise ValueError("there is no version to promote")
+
+
+def _create(connection: Connection, change: Change) -> AdapterRecord:
+    assert change.create is not None
+    created = change.create
+    values = {
+        "uid": change.uid,
+        "tenant": change.tenant,
+        "name": change.name,
+        "backbone": created.backbone,
+        "fingerprint": created.fingerprint,
+        "kind": created.kind,
+        "task": created.task,
+        "keep_inputs": created.keep_inputs,
+        "revision": 0,
+        "next_version": 1,
+        "epoch": 0,
+        "examples": 0,
+        "created_at": database_now(),
+    }
+    try:
+        connection.execute(insert(adapters).values(values))
+    except IntegrityError as error:
+        raise AdapterExists(f"Another request has just created the adapter {change.name!r}.") from error
+    return adapter_by_uid(connection, change.uid)
+
+
+def _locked(connection: Connection, change: Change) -> AdapterRecord:
+    adapter = adapter_by_name(connection, change.tenant, change.name, lock=True)
+    if adapter.uid != change.uid or adapter.revision != change.revision:
+        raise RevisionMoved(f"The examples of {change.name!r} changed meanwhile; send the request again.")
+    return adapter
+
+
+def _placed(change: Change) -> tuple[ExampleWrite | Repoint, ...]:
+    return (*change.upserts, *change.repoints)
+
+
+def _artifacts_of(change: Change) -> set[Artifact]:
+    found: set[Artifact | None] = set()
+    for example in _placed(change):
+        found |= {example.segment, example.inputs}
+    if change.version is not None:
+        found |= {change.version.artifact, change.version.evidence}
+    return {artifact for artifact in found if artifact is not None}
+
+
+def _artifact_numbers(connection: Connection, uid: str, wanted: Collection[Artifact]) -> dict[Artifact, int]:
+    """Row ids of the artifacts; rows are made for those that the adapter does not know yet."""
+
+    def known(some: Iterable[Artifact]) -> dict[Artifact, int]:
+        query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
+        keys = [(artifact.sha256, artifact.nonce) for artifact in some]
+        rows: dict[Artifact, int] = {}
+        for chunk in chunks(keys, 1000):
+            narrowed = query.where(
+                artifacts.c.adapter_uid == uid, tuple_(artifacts.c.sha256, artifacts.c.nonce).in_(chunk)
+            )
+            for number, sha256, length, nonce in connection.execute(narrowed):
+                rows[Artifact(sha256, length, nonce)] = number
+        return rows
+
+    numbers = known(wanted)
+    new = [artifact for artifact in wanted if artifact not in numbers]
+    if new:
+        rows = [
+            {
+                "adapter_uid": uid,
+                "sha256": artifact.sha256,
+                "nonce": artifact.nonce,
+                "length": artifact.length,
+            }
+            for artifact in new
+        ]
+        connection.execute(insert(artifacts), rows)
+        numbers |= known(new)
+    return numbers
+
+
+def _previous(connection: Connection, change: Change) -> Previous:
+    query = select(
+        examples.c.id, examples.c.first_revision, examples.c.segment_id, examples.c.inputs_id, examples.c.row
+    ).where(examples.c.adapter_uid == change.uid)
+    if change.clear_first:
+        rows = list(connection.execute(query))
+    else:
+        ids = [*(example.id for example in _placed(change)), *change.removals]
+        rows = [
+            row for chunk in chunks(ids) for row in connection.execute(query.where(examples.c.id.in_(chunk)))
+        ]
+    previous = Previous()
+    for name, first_revision, segment, inputs, row in rows:
+        previous.first_revision[name] = first_revision
+        previous.places[name] = [(stored, row) for stored in (segment, inputs) if stored is not None]
+        previous.released.update(stored for stored, _ in previous.places[name])
+    for name in (*change.removals, *(example.id for example in change.repoints)):
+        if name not in previous.first_revision:
+            raise UnknownExample(name)
+    return previous
+
+
+def _write_examples(
+    connection: Connection,
+    change: Change,
+    previous: Previous,
+    numbers: dict[Artifact, int],
+    revision: int,
+    now: datetime,
+) -> int:
+    """Delete, insert and repoint; returns how many of the upserted are new to the adapter."""
+    mine = examples.c.adapter_uid == change.uid
+    known = [example.id for example in change.upserts if example.id in previous.first_revision]
+    if change.clear_first:
+        connection.execute(delete(examples).where(mine))
+    else:
+        for chunk in chunks([*known, *change.removals]):
+            connection.execute(delete(examples).where(mine, examples.c.id.in_(chunk)))
+    if change.upserts:
+        rows = [
+            {
+                "adapter_uid": change.uid,
+                "id": example.id,
+                "digest": example.digest,
+                "target": encode_target(example.target),
+                "segment_id": numbers[example.segment],
+                "row": example.row,
+                "inputs_id": None if example.inputs is None else numbers[example.inputs],
+                "first_revision": previous.first_revision.get(example.id, revision),
+                "created_at": now,
+            }
+            for example in change.upserts
+        ]
+        connection.execute(insert(examples), rows)
+    if change.repoints:
+        moved = [
+            {
+                "moved_id": example.id,
+                "segment_id": numbers[example.segment],
+                "row": example.row,
+                "inputs_id": None if example.inputs is None else numbers[example.inputs],
+            }
+            for example in change.repoints
+        ]
+        statement = update(examples).where(mine, examples.c.id == bindparam("moved_id"))
+        connection.execute(
+            statement.values(
+                segment_id=bindparam("segment_id"), row=bindparam("row"), inputs_id=bindparam("inputs_id")
+            ),
+            moved,
+        )
+    return len(change.upserts) - len(known)
+
+
+def _record_version(
+    connection: Connection,
+    adapter: AdapterRecord,
+    change: Change,
+    version: NewVersion,
+    numbers: dict[Artifact, int],
+    revision: int,
+    now: datetime,
+) -> int:
+    # A counter, and not the highest number plus one: numbers of deleted versions are never used again.
+    mine = adapters.c.uid == adapter.uid
+    number: int = connection.execute(select(adapters.c.next_version).where(mine)).scalar_one()
+    connection.execute(update(adapters).where(mine).values(next_version=number + 1))
+    basis = change.rebase or adapter
+    values = {
+        "adapter_uid": adapter.uid,
+        "number": number,
+        "revision": revision,
+        "method": version.method,
+        "backbone": basis.backbone,
+        "fingerprint": basis.fingerprint,
+        "artifact_id": numbers[version.artifact],
+        "evidence_id": None if version.evidence is None else numbers[version.evidence],
+        "report": json.dumps(version.report, allow_nan=False),
+        "labels": version.labels,
+        "created_at": now,
+    }
+    connection.execute(insert(versions).values(values))
+    return number
+
+
+def _finish(connection: Connection, adapter: AdapterRecord, values: dict[str, Any]) -> AdapterRecord:
+    epoch = _announce(connection, adapter.tenant, adapter.name)
+    connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
+    return adapter_by_uid(connection, adapter.uid)
+
+
+def _announce(connection: Connection, tenant: str, name: str) -> int:
+    """Tell other processes, as late as can be: they look back only so far for what becomes visible late."""
+    result = connection.execute(insert(changes).values(tenant=tenant, name=name, at=database_now()))
+    old = (
+        select(changes.c.epoch)
+        .where(changes.c.at < _now(connection) - timedelta(seconds=CHANGES_KEPT))
+        .limit(_FORGOTTEN_AT_ONCE)
+        # Two commits at once must not wait for each other over what both would forget.
+        .with_for_update(skip_locked=True)
+    )
+    connection.execute(delete(changes).where(changes.c.epoch.in_(old)))
+    key = result.inserted_primary_key
+    assert key is not None
+    epoch: int = key[0]
+    return epoch
+
+
+def _now(connection: Connection) -> datetime:
+    now: datetime = connection.execute(select(database_now())).scalar_one()
+    return now

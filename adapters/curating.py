@@ -1,0 +1,205 @@
+"""What a tenant does with kept examples: correct them, remove them, move them to another backbone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adapting import Adapting, terms_of
+from adapters.admission import Admitted, Posted, Rejected, admit, drop_collisions
+from adapters.example import ExampleError, normalise_target
+from adapters.gathering import Subject
+from adapters.keeping import Keeping, State
+from adapters.placing import Row
+from adapters.promotion import Promote, labels_of
+from adapters.records import (
+    Change,
+    Creation,
+    ExampleRecord,
+    Rebase,
+    Repoint,
+    UnknownAdapter,
+    UnknownExample,
+)
+from adapters.revising import Edit, Revised, Revising, new_version
+from adapters.segments import encode_embeddings, encode_evidence
+from adapters.store import Artifact
+from models.preprocess import InputError
+
+Floats = NDArray[np.float32]
+
+
+class InputsNotKept(RuntimeError):
+    """The adapter was told not to keep inputs, so they cannot be embedded again."""
+
+    code = "inputs_not_kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The right target of an input, or of the kept example of that id."""
+
+    target: object
+    input: bytes | str | InputError | None = None
+    id: str | None = None
+    promote: Promote = "if_better"
+    fit: bool = True
+
+
+class Curating:
+    """Corrects, removes and moves examples, refitting each time. For one event loop."""
+
+    def __init__(self, adapting: Adapting) -> None:
+        self._adapting = adapting
+        self._revising: Revising = adapting.revising
+        self._keeping: Keeping = adapting.revising.keeping
+
+    async def feedback(self, tenant: str, name: str, feedback: Feedback) -> Revised:
+        """Makes the feedback an example; what is kept of the same input, or under the id, is corrected by it.
+
+        Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what Revising.revise raises.
+        """
+        vectors: dict[str, Floats] = {}
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            terms = terms_of(state.adapter)
+            self._adapting.check_served(terms)
+            upserts = _corrections(state, feedback)
+            known = {one.digest for one in state.examples} | vectors.keys()
+            found, rejected, _ = await self._adapting.embed_new(terms, upserts, known)
+            _raise_first(rejected)
+            vectors.update(found)
+            edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
+            return await self._revising.revise(Subject.of(tenant, name, terms, state), edit, vectors)
+
+        return await self._revising.in_turn(tenant, name, step)
+
+    async def remove(self, tenant: str, name: str, ids: Sequence[str] | None) -> Revised:
+        """Erases examples, all of them where `ids` is None, and the versions that were fitted on them.
+
+        If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
+        Raises UnknownAdapter, UnknownExample, and what Revising.revise raises.
+        """
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            kept = {one.id for one in state.examples}
+            chosen = sorted(kept if ids is None else set(ids))
+            for example in chosen:
+                if example not in kept:
+                    raise UnknownExample(example)
+            edit = Edit(removals=chosen, fit=state.adapter.live is not None, required=False)
+            return await self._revising.revise(
+                Subject.of(tenant, name, terms_of(state.adapter), state), edit, {}
+            )
+
+        return await self._revising.in_turn(tenant, name, step)
+
+    async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> Revised:
+        """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
+
+        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
+        Batcher.embed and Revising.fit raise.
+        """
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            return await self._rebase(state, backbone, promote)
+
+        return await self._revising.in_turn(tenant, name, step)
+
+    async def _rebase(self, state: State, backbone: str, promote: Promote) -> Revised:
+        spec = self._adapting.spec(backbone)
+        adapter = state.adapter
+        if spec.kind != adapter.kind:
+            raise InputError(
+                "wrong_kind", f"The adapter takes {adapter.kind}s, and {backbone!r} {spec.kind}s."
+            )
+        if not adapter.keep_inputs:
+            raise InputsNotKept("This adapter keeps no inputs. Teach a new adapter on the other backbone.")
+        terms = Creation(backbone, spec.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs)
+        segments = await self._embed_again(state, backbone)
+        rows = [Row(one.id, one.digest, one.target, one) for one in state.examples]
+        embeddings = np.stack([segments[one.segment][one.row] for one in state.examples])
+        timings: dict[str, float] = {}
+        fit = await self._revising.fit(adapter, terms, rows, embeddings, promote, timings)
+        encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
+        published = await self._keeping.publish(
+            adapter.tenant,
+            adapter.uid,
+            [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)],
+        )
+        *moved, head, evidence = published
+        change = Change(
+            tenant=adapter.tenant,
+            name=adapter.name,
+            uid=adapter.uid,
+            revision=state.revision,
+            rebase=Rebase(backbone, spec.fingerprint),
+            repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
+            version=new_version(fit, head, evidence),
+            promote=fit.decision.promote,
+        )
+        committed = await self._keeping.commit(change, published)
+        await self._revising.warm(committed, fit)
+        return Revised(committed, fit.decision, timings)
+
+    async def _embed_again(self, state: State, backbone: str) -> dict[Artifact, Floats]:
+        """The embeddings of every kept segment by the other backbone, its rows where they were."""
+        rows: dict[Artifact, set[int]] = defaultdict(set)
+        inputs: dict[Artifact, Artifact] = {}
+        for one in state.examples:
+            assert one.inputs is not None
+            rows[one.segment].add(one.row)
+            inputs[one.segment] = one.inputs
+        segments: dict[Artifact, Floats] = {}
+        for segment, source in inputs.items():
+            values = await self._keeping.inputs(state.adapter, source)
+            embedded = await self._adapting.batchers[backbone].embed(values, bulk=True)
+            for row in rows[segment] & embedded.errors.keys():
+                raise embedded.errors[row]
+            segments[segment] = embedded.embeddings
+        return segments
+
+
+def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
+    """What the feedback says of which examples."""
+    task, kind = state.adapter.task, state.adapter.kind
+    labels = labels_of(task, [one.target for one in state.examples])
+    if feedback.id is not None:
+        record = next((one for one in state.examples if one.id == feedback.id), None)
+        if record is None:
+            raise UnknownExample(feedback.id)
+        target = normalise_target(task, feedback.target)
+        admitted, rejected = drop_collisions(
+            [Admitted(record.id, record.digest, target, None, 0)], task, labels
+        )
+    else:
+        assert feedback.input is not None
+        posted = Posted(feedback.input, feedback.target)
+        admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
+    _raise_first(rejected)
+    (example,) = admitted
+    same = [one.id for one in state.examples if one.digest == example.digest]
+    if feedback.id is None and same:
+        return [replace(example, id=known, input=None) for known in same]
+    return [example]
+
+
+def _raise_first(rejected: Sequence[Rejected]) -> None:
+    for one in rejected:
+        refusal = InputError if one.field in ("image", "text") else ExampleError
+        raise refusal(one.code, one.detail)
+
+
+def _repoints(examples: Sequence[ExampleRecord], moved: Mapping[Artifact, Artifact]) -> tuple[Repoint, ...]:
+    return tuple(Repoint(one.id, moved[one.segment], one.row, one.inputs) for one in examples)

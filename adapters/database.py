@@ -1,0 +1,194 @@
+"""Connections to the registry's database: durable SQLite, or PostgreSQL; transactions and migrations."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from adapters.migrations import HEAD
+from adapters.records import RegistryTooNew, RegistryUnavailable
+from adapters.store import StoreFull
+
+if TYPE_CHECKING:
+    import psycopg
+
+# Any constant will do; it must only never change between releases that may start together.
+_MIGRATION_LOCK = 0x746F70776F726B
+
+
+def wal_is_safe(version: tuple[int, int, int]) -> bool:
+    """Whether this SQLite is free of the WAL-reset bug, by which committed rows can be lost."""
+    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
+
+
+class Database:
+    """A pool of connections. Thread-safe, blocking. `patience`: seconds to wait for others' locks.
+
+    Raises RegistryUnavailable where the database does not answer, StoreFull where its disk is full.
+    """
+
+    def __init__(self, url: str, *, patience: float = 30.0) -> None:
+        self._patience = patience
+        parsed = make_url(url)
+        self._sqlite = parsed.get_backend_name() == "sqlite"
+        # Threads of one process queue here: SQLite's own waiting is a poll with ever longer naps.
+        self._write_lock = threading.Lock()
+        if self._sqlite:
+            if parsed.database is None or parsed.database in ("", ":memory:"):
+                raise ValueError("the registry needs a database file: sqlite:///<path>")
+            Path(parsed.database).absolute().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._engine = create_engine(parsed, connect_args={"timeout": patience}, pool_size=16)
+            event.listen(self._engine, "connect", _prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        else:
+            if "connect_timeout" not in parsed.query:
+                parsed = parsed.update_query_dict({"connect_timeout": "10"})
+            self._engine = create_engine(
+                parsed, pool_pre_ping=True, pool_size=8, max_overflow=8, pool_timeout=patience
+            )
+            event.listen(self._engine, "connect", self._prepare_postgresql)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database throughout."""
+        with _translated(), self._engine.connect() as connection:
+            if not self._sqlite:
+                connection = connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that may write: durable when the block has ended, undone if it raises."""
+        if not self._sqlite:
+            with _translated(), self._engine.begin() as connection:
+                yield connection
+            return
+        with (
+            _translated(),
+            self._in_turn(),
+            self._engine.connect() as connection,
+            connection.execution_options(begin_immediate=True).begin(),
+        ):
+            yield connection
+
+    def migrate(self) -> None:
+        """Bring the tables to HEAD. See Registry.migrate."""
+        if self._sqlite:
+            self._set_journal_mode()
+        with self.reading() as connection:
+            stored = _stored_revision(connection)
+        if stored == HEAD:
+            return
+        with self.writing() as connection:
+            if not self._sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            # Another process may have migrated while this one waited for the lock.
+            if _stored_revision(connection) != HEAD:
+                _upgrade(connection)
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._write_lock.acquire(timeout=self._patience):
+            raise RegistryUnavailable("The database is busy with other changes; try again.")
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
+    def _prepare_postgresql(self, connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
+        # Whoever holds a row's lock may hang with its host; the others are told, and go on.
+        connection.autocommit = True
+        connection.execute(f"SET lock_timeout = {int(self._patience * 1000)}")
+        connection.execute("SET idle_in_transaction_session_timeout = '60s'")
+        connection.autocommit = False
+
+    def _set_journal_mode(self) -> None:
+        wanted = "wal" if wal_is_safe(sqlite3.sqlite_version_info) else "delete"
+        with _translated(), self._engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            got = driver.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
+        if got != wanted:
+            raise RegistryUnavailable(
+                f"The database is in {got} mode, which SQLite {sqlite3.sqlite_version} must not use; "
+                "stop what else has it open, then start again."
+            )
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, entry: ConnectionPoolEntry) -> None:
+    # The driver's own transactions begin late and end early around DDL; _begin_sqlite begins them instead.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")
+    # In DELETE mode only EXTRA syncs the directory after the journal is unlinked, which is the commit.
+    wal = wal_is_safe(sqlite3.sqlite_version_info)
+    connection.execute(f"PRAGMA synchronous = {'FULL' if wal else 'EXTRA'}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later could fail halfway, so writers take the lock at once.
+    immediate = connection.get_execution_options().get("begin_immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _stored_revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    stored: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return stored
+
+
+def _upgrade(connection: Connection) -> None:
+    # Alembic takes a third of a second to import, and a start with current tables does not need it.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    stored = _stored_revision(connection)
+    if stored is not None and stored not in known:
+        raise RegistryTooNew(
+            f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
+        )
+    config.attributes["connection"] = connection
+    command.upgrade(config, HEAD)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        if _is_full(error.orig):
+            raise StoreFull("There is no space left for the database; make room, then try again.") from error
+        raise RegistryUnavailable("The database does not answer; try again later.") from error
+    except PoolTimeout as error:
+        raise RegistryUnavailable("All connections to the database are busy; try again.") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise RegistryUnavailable("The connection to the database broke; try again later.") from error
+        raise
+
+
+def _is_full(error: Any) -> bool:
+    disk_full = "53100"  # PostgreSQL's SQLSTATE
+    sqlite_code, sqlstate = getattr(error, "sqlite_errorcode", None), getattr(error, "sqlstate", None)
+    return sqlite_code == sqlite3.SQLITE_FULL or sqlstate == disk_full

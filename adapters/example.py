@@ -1,0 +1,156 @@
+"""What a tenant teaches with: an input and its target, checked and normalised, and the folds made of many."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Task = Literal["classification", "multilabel", "regression"]
+Target = str | tuple[str, ...] | float
+"""A label, the sorted labels of a multilabel example (maybe none), or a number."""
+
+MAX_LABEL_CHARACTERS = 256
+_CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+class ExampleError(ValueError):
+    """One example cannot be used.
+
+    `code` is stable (label_missing, label_invalid, label_too_long, target_missing, target_not_finite,
+    target_invalid); `detail` tells a person what to change.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input with its target, as a tenant posted it: encoded image bytes or a text."""
+
+    id: str
+    input: bytes | str
+    target: Target
+
+
+def normalise_label(label: object) -> str:
+    """The label in Unicode NFC without surrounding white space.
+
+    Two labels that look the same become equal. Raises ExampleError for anything but text, for nothing but
+    white space, for control characters and for more than 256 characters.
+    """
+    if not isinstance(label, str):
+        raise ExampleError("label_invalid", "A label must be text.")
+    # Normalising is quadratic in runs of combining marks, so the length is bounded first (NFC expands
+    # little).
+    if len(label) > 4 * MAX_LABEL_CHARACTERS:
+        raise ExampleError("label_too_long", f"A label has at most {MAX_LABEL_CHARACTERS} characters.")
+    normal = unicodedata.normalize("NFC", label).strip()
+    if not normal:
+        raise ExampleError("label_missing", "The label is empty; give every example a label.")
+    if len(normal) > MAX_LABEL_CHARACTERS:
+        raise ExampleError("label_too_long", f"A label has at most {MAX_LABEL_CHARACTERS} characters.")
+    if any(unicodedata.category(character) in _CONTROL_CATEGORIES for character in normal):
+        raise ExampleError("label_invalid", "A label must not contain control characters or line breaks.")
+    return normal
+
+
+def normalise_target(task: Task, target: object) -> Target:
+    """The target in the one form that the task has: a label, sorted distinct labels, or a finite float.
+
+    Raises ExampleError. True and False are not numbers here.
+    """
+    if target is None:
+        code = "target_missing" if task == "regression" else "label_missing"
+        raise ExampleError(code, f"An example of a {task} adapter needs a target.")
+    if task == "classification":
+        return normalise_label(target)
+    if task == "multilabel":
+        if isinstance(target, str) or not isinstance(target, Sequence):
+            raise ExampleError(
+                "label_invalid", "A multilabel example has a list of labels, which may be empty."
+            )
+        return tuple(sorted({normalise_label(label) for label in target}))
+    if isinstance(target, bool) or not isinstance(target, int | float):
+        raise ExampleError("target_invalid", "The target of a regression example is a number.")
+    try:
+        value = float(target)
+    except OverflowError:
+        value = math.inf
+    # Embeddings and targets are fitted in single precision.
+    if not math.isfinite(value) or abs(value) > 1e30:
+        raise ExampleError("target_not_finite", "The target must be finite and below 1e30.")
+    return value
+
+
+def input_digest(value: bytes | str) -> str:
+    """sha256 in hex of an input: bytes as they are, texts in NFC as UTF-8. Equal inputs share a fold."""
+    data = (
+        unicodedata.normalize("NFC", value).encode("utf-8", "surrogatepass")
+        if isinstance(value, str)
+        else value
+    )
+    return hashlib.sha256(data).hexdigest()
+
+
+def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[np.int64]:
+    """Stratified folds, int64 (n,), in 0..k-1; -1 for what must always be trained on.
+
+    Equal inputs (by digest) share a fold, so no copy of a held-out input is trained on. Every label's
+    inputs are dealt over the folds as evenly as they go, and so are all inputs; numbers are dealt in order
+    of size. The only input of a label is never held out (-1): without it the label could not be predicted.
+    The result depends on the (digest, target) pairs only, not on their order. k >= 2.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, digest in enumerate(digests):
+        rows_of.setdefault(digest, []).append(row)
+    if targets and isinstance(targets[0], float | int):
+        dealt = _by_size(
+            {digest: float(np.mean([targets[row] for row in rows])) for digest, rows in rows_of.items()}, k
+        )
+    else:
+        labels = {
+            digest: {label for row in rows for label in labels_of(targets[row])}
+            for digest, rows in rows_of.items()
+        }
+        dealt = _by_label(labels)
+    result = np.full(len(digests), -1, dtype=np.int64)
+    for place, digest in enumerate(dealt):
+        result[rows_of[digest]] = place % k
+    return result
+
+
+def labels_of(target: Target) -> tuple[str, ...]:
+    """The labels of a target; none of a number."""
+    if isinstance(target, str):
+        return (target,)
+    return target if isinstance(target, tuple) else ()
+
+
+def _by_label(labels: Mapping[str, Set[str]]) -> list[str]:
+    """Digests label by label, the rarest label of each counting; without the only holders of a label."""
+    holders = Counter(label for own in labels.values() for label in own)
+    # An example without labels is a stratum of its own.
+    rarest = {
+        digest: min(((holders[label], label) for label in own), default=(len(labels), ""))
+        for digest, own in labels.items()
+    }
+    return sorted(
+        (digest for digest, (count, _) in rarest.items() if count > 1), key=lambda d: (rarest[d][1], d)
+    )
+
+
+def _by_size(values: Mapping[str, float], k: int) -> list[str]:
+    """Digests in order of their values, shuffled by digest within every k neighbours."""
+    ordered = sorted(values, key=lambda digest: (values[digest], digest))
+    return [digest for begin in range(0, len(ordered), k) for digest in sorted(ordered[begin : begin + k])]

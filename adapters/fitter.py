@@ -1,0 +1,361 @@
+"""Fits in a niced process of its own, so that training never starves serving.
+
+The process speaks over its standard input and output: a frame is a length, a JSON header, and raw arrays.
+It ends when its input does, which is also when its parent is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.head import Head
+from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig, TooCostly, fit
+
+_NICENESS: Final = 10
+# One thread for linear algebra: the other cores are for serving.
+_ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_START_SECONDS: Final = 30.0
+# A fit is predicted, not bounded: beyond this many times its limit the process hangs.
+_PATIENCE: Final = 10.0
+_ATTEMPTS: Final = 2
+_FRAME: Final = struct.Struct("<QQ")
+_Answer = TypeVar("_Answer")
+
+
+class FitterUnavailable(RuntimeError):
+    """The fitting process died twice on one request, cannot start, or the fitter is closed."""
+
+    code = "fitter_unavailable"
+
+
+class FitterOverloaded(RuntimeError):
+    """Too many fits are waiting."""
+
+    code = "overloaded"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("Too many fits are waiting; try again later.")
+        self.retry_after = retry_after
+
+
+class FitFailed(RuntimeError):
+    """The fit raised something unforeseen; the process's standard error has the traceback."""
+
+    code = "fit_failed"
+
+
+class _Died(Exception):
+    """The process ended, or was ended, before it answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    dataset: Dataset
+    config: ProbeConfig
+    answer: asyncio.Future[Fitted]
+
+
+class Fitter:
+    """A bounded queue in front of one fitting process. Use from one event loop."""
+
+    def __init__(self, max_queue: int = 16) -> None:
+        self._max_queue = max_queue
+        self._requests: asyncio.Queue[_Request] = asyncio.Queue()
+        self._current: _Request | None = None
+        self._usual_seconds = 1.0
+        self._broken = True
+        self._process: _Process | None = None
+        self._serving: asyncio.Task[None] | None = None
+        # Blocking pipes in a thread: 100 MB of embeddings pass without the event loop taking part.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitter")
+
+    @property
+    def alive(self) -> bool:
+        """Whether fits can be had: the process runs, or will be started again by the next one."""
+        return self._serving is not None and not self._serving.done() and not self._broken
+
+    @property
+    def queued(self) -> int:
+        """Fits waiting or running."""
+        return self._requests.qsize() + (self._current is not None)
+
+    async def start(self) -> None:
+        """Starts the process and waits until it is ready. Raises FitterUnavailable."""
+        await self._running()
+        self._serving = asyncio.create_task(self._serve())
+
+    async def fit(self, dataset: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
+        """linear_probe.fit in the other process.
+
+        Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
+        leaves the queue; a fit that runs by then is finished for nobody.
+        """
+        if self._serving is None or self._serving.done():
+            raise FitterUnavailable("The fitter is closed.")
+        if self.queued >= self._max_queue:
+            raise FitterOverloaded(max(1.0, self._usual_seconds * self.queued))
+        request = _Request(dataset, config, asyncio.get_running_loop().create_future())
+        self._requests.put_nowait(request)
+        return await request.answer
+
+    async def close(self) -> None:
+        """Stops the process; what waits gets FitterUnavailable."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
+        if self._process is not None:
+            self._process.kill()
+        await asyncio.to_thread(self._thread.shutdown)
+        if self._process is not None:
+            await asyncio.to_thread(self._process.end)
+        left = [] if self._current is None else [self._current]
+        while not self._requests.empty():
+            left.append(self._requests.get_nowait())
+        for request in left:
+            if not request.answer.done():
+                request.answer.set_exception(FitterUnavailable("The fitter is closed."))
+        self._current = None
+
+    async def _serve(self) -> None:
+        while True:
+            request = self._current = await self._requests.get()
+            if not request.answer.done():
+                await self._answer(request)
+            self._current = None
+
+    async def _answer(self, request: _Request) -> None:
+        try:
+            fitted = await self._fit(request)
+        except Exception as error:
+            if not request.answer.done():
+                request.answer.set_exception(error)
+        else:
+            if not request.answer.done():
+                request.answer.set_result(fitted)
+
+    async def _fit(self, request: _Request) -> Fitted:
+        dataset, config = request.dataset, request.config
+        header = {
+            "task": dataset.task,
+            "fingerprint": dataset.fingerprint,
+            "targets": list(dataset.targets),
+            "digests": list(dataset.digests),
+            "config": asdict(config),
+        }
+        embeddings = np.ascontiguousarray(dataset.embeddings, dtype=np.float32)
+        for _ in range(_ATTEMPTS):
+            process = await self._running()
+            started = time.monotonic()
+
+            def ask(process: _Process = process) -> Fitted:
+                process.write(header, [embeddings])
+                return _fitted(*process.read())
+
+            with contextlib.suppress(_Died):
+                fitted = await self._in_thread(
+                    process, ask, _START_SECONDS + _PATIENCE * config.limit_seconds
+                )
+                self._usual_seconds += 0.2 * (time.monotonic() - started - self._usual_seconds)
+                return fitted
+            if request.answer.done():
+                break
+        raise FitterUnavailable("The fitting process died twice on this request; try again later.")
+
+    async def _running(self) -> _Process:
+        """The process, started if there is none."""
+        if self._process is None or not self._process.running:
+            self._broken = True
+            process = self._process = await asyncio.to_thread(_Process)
+            try:
+                await self._in_thread(process, process.read, _START_SECONDS)
+            except _Died as error:
+                message = "The fitting process does not start; its standard error says why."
+                raise FitterUnavailable(message) from error
+            self._broken = False
+        return self._process
+
+    async def _in_thread(self, process: _Process, work: Callable[[], _Answer], seconds: float) -> _Answer:
+        """Work on the process's pipes; the process is killed if it takes longer than that."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, process.kill)
+        try:
+            return await loop.run_in_executor(self._thread, work)
+        finally:
+            timer.cancel()
+
+
+class _Process:
+    """The fitting process and its two pipes, blocking."""
+
+    def __init__(self) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "adapters.fitter"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
+        )
+
+    @property
+    def running(self) -> bool:
+        return self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def write(self, header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
+        assert self._child.stdin is not None
+        try:
+            _write_frame(self._child.stdin, header, arrays)
+        except OSError as error:
+            self.end()
+            raise _Died from error
+
+    def read(self) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+        assert self._child.stdout is not None
+        frame = _read_frame(self._child.stdout)
+        if frame is None:
+            self.end()
+            raise _Died
+        return frame
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._child.kill()
+
+    def end(self) -> None:
+        """Kills the process, waits for its end and closes its pipes; again does nothing."""
+        self.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
+    described = {**header, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
+    text = json.dumps(described).encode()
+    pipe.write(_FRAME.pack(len(text), sum(array.nbytes for array in arrays)))
+    pipe.write(text)
+    for array in arrays:
+        pipe.write(array.data.cast("B") if array.size else b"")
+    pipe.flush()
+
+
+def _read_frame(pipe: IO[bytes]) -> tuple[dict[str, Any], list[NDArray[Any]]] | None:
+    """Header and arrays, or None at the end of the pipe."""
+    sizes = pipe.read(_FRAME.size)
+    if len(sizes) < _FRAME.size:
+        return None
+    text_size, _ = _FRAME.unpack(sizes)
+    text = pipe.read(text_size)
+    if len(text) < text_size:
+        return None
+    header: dict[str, Any] = json.loads(text)
+    arrays: list[NDArray[Any]] = []
+    for dtype, shape in header.pop("arrays"):
+        array = np.empty(shape, dtype=dtype)
+        if array.size:
+            view, filled = array.data.cast("B"), 0
+            while filled < len(view):
+                got = pipe.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not got:
+                    return None
+                filled += got
+        arrays.append(array)
+    return header, arrays
+
+
+def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Fitted:
+    """The answer of the process, or what it raised."""
+    match header.get("error"):
+        case None:
+            scores, head = arrays
+            return Fitted(Head.from_bytes(head.tobytes()), header["report"], scores)
+        case {"code": OneLabel.code, "detail": str(detail)}:
+            raise OneLabel(detail)
+        case {"code": TooCostly.code, "predicted": float(predicted), "limit": float(limit)}:
+            raise TooCostly(predicted, limit)
+        case error:
+            raise FitFailed(f"The fit failed: {error}")
+
+
+def _answer(
+    header: Mapping[str, Any], embeddings: NDArray[np.float32]
+) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """What the process says to a request."""
+    targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
+    dataset = Dataset(embeddings, targets, header["digests"], header["task"], header["fingerprint"])
+    try:
+        fitted = fit(dataset, ProbeConfig(**header["config"]))
+    except OneLabel as error:
+        return {"error": {"code": error.code, "detail": str(error)}}, []
+    except TooCostly as error:
+        predicted, limit = float(error.predicted_seconds), float(error.limit_seconds)
+        return {"error": {"code": error.code, "predicted": predicted, "limit": limit}}, []
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": {"code": "fit_failed", "detail": repr(error)}}, []
+    head = np.frombuffer(fitted.head.to_bytes(), dtype=np.uint8)
+    return {"report": fitted.report}, [fitted.scores, head]
+
+
+def _warm() -> None:
+    """A small fit, so that the first tenant does not wait for pages to be loaded."""
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((40, 16), dtype=np.float32)
+    fit(Dataset(rows, ["a", "b"] * 20, [str(row) for row in range(40)], "classification", ""))
+
+
+def main() -> None:
+    """Serves fits on the standard pipes until the input ends."""
+    os.nice(_NICENESS)
+    # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests: queue.SimpleQueue[tuple[dict[str, Any], list[NDArray[Any]]]] = queue.SimpleQueue()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # Whatever prints must not get between the frames.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def read() -> None:
+        while (frame := _read_frame(sys.stdin.buffer)) is not None:
+            requests.put(frame)
+        # In the middle of a fit too: nobody is left to hear its result.
+        os._exit(0)
+
+    try:
+        _warm()
+        _write_frame(answers, {"ready": True}, [])
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            header, (embeddings,) = requests.get()
+            _write_frame(answers, *_answer(header, embeddings))
+    except BrokenPipeError:
+        # The parent is gone. Leaving in order would flush the pipe, and complain once more.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The artifact store in a local folder: <root>/<tenant>/<adapter uid>/<sha256>-<nonce>."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from adapters.store import (
+    PARTIAL,
+    Artifact,
+    StoredObject,
+    StoreFull,
+    StoreUnavailable,
+    adapter_key,
+    missing,
+    object_key,
+    parse_key,
+    verified,
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ATTEMPTS = 5
+_DELETIONS = 100
+_REMEMBERED_FOLDERS = 10_000
+
+
+class LocalStore:
+    """Artifacts in a folder of this machine. See Store. Only the owner can read its folders and files."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._synced: set[str] = set()
+        with _translated():
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (self._root, *self._root.parents[:1]):
+                _sync_folder(made)
+
+    def publish(self, tenant: str, adapter_uid: str, data: bytes) -> Artifact:
+        """See Store.publish."""
+        return self.publish_all(tenant, adapter_uid, (data,))[0]
+
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[bytes]) -> tuple[Artifact, ...]:
+        """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
+        artifacts = tuple(Artifact.describe(data) for data in blobs)
+        keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
+        with _translated():
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    folder = self._make_folder(tenant, adapter_uid)
+                    self._write(folder, [self._root / key for key in keys], blobs)
+                    break
+                except FileNotFoundError:
+                    # A deletion of the adapter removed the folder between two steps; its commit then fails.
+                    if attempt == _ATTEMPTS:
+                        raise
+        return artifacts
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        """See Store.read."""
+        path = self._root / object_key(tenant, adapter_uid, artifact.name)
+        with _translated():
+            try:
+                with path.open("rb") as file:
+                    # One byte more than expected shows a file that grew, without reading all of it.
+                    data = file.read(artifact.length + 1)
+            except FileNotFoundError:
+                raise missing(artifact) from None
+        return verified(artifact, data)
+
+    def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
+        """See Store.delete."""
+        with _translated():
+            for artifact in artifacts:
+                (self._root / object_key(tenant, adapter_uid, artifact.name)).unlink(missing_ok=True)
+
+    def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
+        """See Store.delete_adapter."""
+        folder = self._root / adapter_key(tenant, adapter_uid)
+        with _translated():
+            for attempt in range(1, _DELETIONS + 1):
+                try:
+                    shutil.rmtree(folder)
+                    return
+                except OSError as error:
+                    if not folder.exists():
+                        return
+                    # Publications renamed a file, or put one there, while the others were removed.
+                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _DELETIONS:
+                        raise
+
+    def objects(self) -> Iterator[StoredObject]:
+        """See Store.objects."""
+        now = time.time()
+        for folder in _folders(self._root):
+            for inner in _folders(folder):
+                for file in _entries(inner):
+                    parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
+                    if parsed is not None:
+                        with suppress(FileNotFoundError):
+                            yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
+
+    def discard(self, objects: Collection[StoredObject]) -> None:
+        """See Store.discard."""
+        with _translated():
+            for found in objects:
+                path = self._root / object_key(found.tenant, found.adapter_uid, found.name)
+                path.unlink(missing_ok=True)
+            for folder in {self._root / adapter_key(found.tenant, found.adapter_uid) for found in objects}:
+                with suppress(OSError):
+                    folder.rmdir()
+
+    def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
+        folder = self._root / adapter_key(tenant, adapter_uid)
+        for path in (folder.parent, folder):
+            try:
+                path.mkdir(mode=0o700)
+                made = True
+            except FileExistsError:
+                made = False
+            # A folder that an earlier process made may not have been synced before that process was killed.
+            if made or str(path) not in self._synced:
+                _sync_folder(path.parent)
+                if len(self._synced) >= _REMEMBERED_FOLDERS:
+                    self._synced.clear()
+                self._synced.add(str(path))
+        return folder
+
+    @staticmethod
+    def _write(folder: Path, paths: Sequence[Path], blobs: Sequence[bytes]) -> None:
+        partial = [path.with_name(path.name + PARTIAL) for path in paths]
+        try:
+            for path, data in zip(partial, blobs, strict=True):
+                _write_synced(path, data)
+            for source, target in zip(partial, paths, strict=True):
+                source.rename(target)
+            _sync_folder(folder)
+        except BaseException:
+            for path in (*partial, *paths):
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull("There is no space left for artifacts; make room, then try again.") from error
+        raise StoreUnavailable(f"The artifact folder failed: {error.strerror or error}.") from error

@@ -1,0 +1,229 @@
+"""What the flows keep and find again: rows and files together, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.aliases import Aliases
+from adapters.cache import Cache
+from adapters.placing import Stored
+from adapters.records import (
+    AdapterRecord,
+    Change,
+    Committed,
+    ExampleRecord,
+    RegistryUnavailable,
+    UnknownAdapter,
+)
+from adapters.registry import Registry
+from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
+from adapters.store import Artifact, CorruptArtifact, MissingArtifact, Store, StoreError
+
+logger = logging.getLogger("topwork")
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An adapter with all its examples, as of one revision."""
+
+    adapter: AdapterRecord
+    revision: int
+    examples: tuple[ExampleRecord, ...]
+
+
+@dataclass(slots=True)
+class Ahead:
+    """A file that is published while other work goes on, of the inputs with these digests, in their order."""
+
+    uid: str
+    digests: tuple[str, ...]
+    publishing: asyncio.Task[tuple[Artifact, ...]]
+    taken: bool = False
+
+    def fits(self, uid: str, digests: Sequence[str]) -> bool:
+        """Whether the file is still to be had and holds what is wanted."""
+        return not self.taken and self.uid == uid and self.digests == tuple(digests)
+
+    async def take(self) -> Artifact:
+        """The file, from now on the caller's to commit or to delete. Raises as Keeping.publish does."""
+        (artifact,) = await asyncio.shield(self.publishing)
+        self.taken = True
+        return artifact
+
+
+class Keeping:
+    """The registry and the store as one, for one event loop.
+
+    Embeddings that were read stay in a bounded cache.
+    """
+
+    def __init__(
+        self, registry: Registry, store: Store, aliases: Aliases, *, embeddings_bytes: int = 64 << 20
+    ) -> None:
+        self.registry = registry
+        self.aliases = aliases
+        self._store = store
+        self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
+
+    async def state(self, tenant: str, name: str, known: State | None = None) -> State | None:
+        """The adapter and its examples, or None if there is none.
+
+        What `known` still holds is not read again.
+        """
+
+        def read() -> State | None:
+            try:
+                adapter = self.registry.adapter(tenant, name)
+                if known and (known.adapter.uid, known.revision) == (adapter.uid, adapter.revision):
+                    return State(adapter, known.revision, known.examples)
+                revision, examples = self.registry.all_examples(adapter.uid)
+            except UnknownAdapter:
+                return None
+            return State(adapter, revision, tuple(examples))
+
+        return await asyncio.to_thread(read)
+
+    async def existing(self, tenant: str, name: str, known: State | None = None) -> State:
+        """The adapter and its examples. Raises UnknownAdapter."""
+        state = await self.state(tenant, name, known)
+        if state is None:
+            raise UnknownAdapter(name)
+        return state
+
+    async def embeddings(self, adapter: AdapterRecord, places: Sequence[Stored]) -> Floats:
+        """The embeddings at the places, float32 (n, dim), n > 0. Raises MissingArtifact, CorruptArtifact."""
+        loaded: dict[str, Floats] = {}
+        for place in places:
+            if place.segment.nonce not in loaded:
+                found = await self.segment(adapter.tenant, adapter.uid, place.segment)
+                loaded[place.segment.nonce] = found
+        return await asyncio.to_thread(_pick, loaded, places)
+
+    async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:
+        """All embeddings of a segment, float32 (rows, dim)."""
+
+        async def load() -> Floats:
+            return await self.read(tenant, uid, segment, decode_embeddings)
+
+        return await self._embeddings.get(segment.name, load)
+
+    async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
+        """All inputs of a segment."""
+        return await self.read(adapter.tenant, adapter.uid, inputs, decode_inputs)
+
+    async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
+        """The evidence of a version; None if there is no such version, or its evidence is lost."""
+        if number is None:
+            return None
+        try:
+            version = await asyncio.to_thread(self.registry.version, adapter.uid, number)
+            if version.evidence is None:
+                return None
+            return await self.read(adapter.tenant, adapter.uid, version.evidence, decode_evidence)
+        except (MissingArtifact, CorruptArtifact) as error:
+            # A comparison that cannot be made must not keep a tenant from adapting.
+            logger.warning("no comparison with version %d: %s", number, error)
+            return None
+
+    async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
+        """A published file, decoded in the same thread."""
+        return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
+
+    async def publish(
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], bytes]]
+    ) -> tuple[Artifact, ...]:
+        """Publish what the encoders give, encoded in the thread that writes it."""
+        return await asyncio.to_thread(
+            lambda: self._store.publish_all(tenant, uid, [encode() for encode in encoders])
+        )
+
+    @asynccontextmanager
+    async def ahead(
+        self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], bytes]
+    ) -> AsyncIterator[Ahead]:
+        """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
+        file = Ahead(uid, tuple(digests), asyncio.ensure_future(self.publish(tenant, uid, [encode])))
+        try:
+            yield file
+        finally:
+            if not file.taken:
+                await asyncio.shield(asyncio.ensure_future(self._drop(tenant, file)))
+
+    async def _drop(self, tenant: str, file: Ahead) -> None:
+        # A store that failed has stored nothing, and whoever needed the file has been told.
+        with suppress(StoreError):
+            await self._delete(tenant, file.uid, await file.publishing)
+
+    async def commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
+        """Commit, let this process's predictions know, and delete the files that are no longer referred to.
+
+        It runs to its end when the caller is cancelled. What was published for a change that is refused is
+        deleted.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._commit(change, published)))
+
+    async def _commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
+        try:
+            committed = await asyncio.to_thread(self.registry.commit, change)
+        except RegistryUnavailable:
+            # It may have been recorded all the same; if not, a sweep finds the files.
+            raise
+        except Exception:
+            await self._delete(change.tenant, change.uid, published)
+            raise
+        await self.settle(committed)
+        return committed
+
+    async def settle(self, committed: Committed) -> None:
+        """Let this process's predictions know of a commit, and delete the files that it left unreferenced."""
+        self.aliases.put(committed.alias)
+        adapter = committed.adapter
+        await self._delete(adapter.tenant, adapter.uid, committed.unreferenced)
+
+    async def forget(self, tenant: str, name: str) -> None:
+        """Delete an adapter with its files.
+
+        Raises UnknownAdapter. It runs to its end when the caller is cancelled.
+        """
+
+        async def delete() -> None:
+            uid = await asyncio.to_thread(self.registry.delete_adapter, tenant, name)
+            self.aliases.drop(tenant, name)
+            try:
+                await asyncio.to_thread(self._store.delete_adapter, tenant, uid)
+            except StoreError as error:
+                logger.warning("files of a deleted adapter stay until the next sweep: %s", error)
+
+        await asyncio.shield(asyncio.ensure_future(delete()))
+
+    async def _delete(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+        if not artifacts:
+            return
+        for artifact in artifacts:
+            self._embeddings.drop(artifact.name)
+        try:
+            await asyncio.to_thread(self._store.delete, tenant, uid, artifacts)
+        except StoreError as error:
+            logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
+
+
+def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:
+    """The rows at the places, of segments by nonce."""
+    by_segment: dict[str, list[int]] = {}
+    for index, place in enumerate(places):
+        by_segment.setdefault(place.segment.nonce, []).append(index)
+    picked = np.empty((len(places), next(iter(segments.values())).shape[1]), np.float32)
+    for nonce, indexes in by_segment.items():
+        picked[indexes] = segments[nonce][[places[index].row for index in indexes]]
+    return picked

@@ -1,0 +1,178 @@
+"""Fits a head on embeddings and measures it on examples that it did not see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.classification import fit_classification
+from adapters.cost import Plan, plan, predicted_seconds
+from adapters.example import Target, Task, folds, labels_of
+from adapters.head import Head
+from adapters.multilabel import fit_multilabel
+from adapters.ridge import fit_ridge
+from adapters.selection import Prepared
+
+Floats = NDArray[np.float32]
+
+__all__ = [
+    "Dataset",
+    "Fitted",
+    "OneLabel",
+    "ProbeConfig",
+    "TooCostly",
+    "fit",
+    "predicted_seconds",
+]
+
+
+class OneLabel(ValueError):
+    """There is nothing to tell apart: all examples have one label."""
+
+    code = "one_label"
+
+
+class TooCostly(ValueError):
+    """The fit is predicted to take longer than allowed; predicted_seconds says how long."""
+
+    code = "fit_too_large"
+
+    def __init__(self, predicted_seconds: float, limit_seconds: float) -> None:
+        super().__init__(
+            f"Fitting these examples would take about {predicted_seconds:.0f} s and at most "
+            f"{limit_seconds:.0f} s are allowed; send fewer examples or labels."
+        )
+        self.predicted_seconds = predicted_seconds
+        self.limit_seconds = limit_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Examples ready to be fitted: one row per example, in any order.
+
+    embeddings: float32 (n, dim), finite. targets: n, normalised. digests: n, of the inputs. fingerprint: of
+    the backbone that made the embeddings.
+    """
+
+    embeddings: Floats
+    targets: Sequence[Target]
+    digests: Sequence[str]
+    task: Task
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """How to fit.
+
+    answer_accuracy: wanted of what is not abstained on. memory_bytes: bound above the inputs.
+    limit_seconds: fits that are predicted to take longer are refused.
+    """
+
+    answer_accuracy: float = 0.95
+    memory_bytes: int = 512 << 20
+    limit_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A head with what is known of it.
+
+    report: JSON-able; suspects name rows of the dataset by "index". scores: float32 (n,), out of fold: 1 or
+    0 for right or wrong (all labels right, for multilabel), minus the squared error for regression; NaN for
+    examples that were never held out.
+    """
+
+    head: Head
+    report: dict[str, Any]
+    scores: Floats
+
+
+def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
+    """A head for the examples, with everything reported from out-of-fold predictions.
+
+    Deterministic: the same examples in any order give the same bytes. Raises OneLabel, TooCostly.
+    """
+    names = _names(data)
+    n, dim = data.embeddings.shape
+    predicted = predicted_seconds(n, dim, len(names), data.task)
+    if predicted > config.limit_seconds:
+        raise TooCostly(predicted, config.limit_seconds)
+    order = _canonical_order(data)
+    embeddings = np.ascontiguousarray(data.embeddings[order], dtype=np.float32)
+    targets = [data.targets[row] for row in order]
+    digests = [data.digests[row] for row in order]
+    groups = np.unique(np.array(digests), return_inverse=True)[1]
+    course = plan(n, dim, len(names), int(groups.max()) + 1)
+    dealt = folds(digests, targets, course.folds)
+    used = np.unique(dealt[dealt >= 0])
+    # One fold alone measures nothing.
+    dealt = (
+        np.where(dealt < 0, -1, np.searchsorted(used, dealt)) if len(used) > 1 else np.full_like(dealt, -1)
+    )
+    if data.task == "regression":
+        head, report, scores = fit_ridge(
+            embeddings, np.array(targets, dtype=np.float64), groups, dealt, data.fingerprint
+        )
+        return _in_order(order, head, {**report, "method": "leave-one-out"}, scores)
+    memory_bytes = config.memory_bytes - embeddings.nbytes
+    prepared = Prepared(embeddings, dealt, course, data.fingerprint, config.answer_accuracy, memory_bytes)
+    place = {name: index for index, name in enumerate(names)}
+    if data.task == "classification":
+        labels = np.array([place[str(target)] for target in targets], dtype=np.int64)
+        head, report, scores = fit_classification(prepared, labels, names)
+    else:
+        assigned = np.zeros((n, len(names)), dtype=np.bool_)
+        for row, target in enumerate(targets):
+            assigned[row, [place[label] for label in labels_of(target)]] = True
+        head, report, scores = fit_multilabel(prepared, assigned, names)
+    return _in_order(order, head, {**report, "method": _method(len(used), course)}, scores)
+
+
+def _method(folds: int, course: Plan) -> str:
+    if folds < 2:
+        return "not measured"
+    measured = max(course.held_out, 0 if course.share > 1 else course.searched)
+    if measured < folds:
+        return f"{measured} of {folds} folds held out"
+    return f"{folds}-fold out-of-fold"
+
+
+def _names(data: Dataset) -> tuple[str, ...]:
+    """The labels in order. Raises OneLabel."""
+    if len(set(data.targets)) < 2:
+        raise OneLabel(
+            "All examples have the same target, so there is nothing to tell apart; "
+            "send examples of at least two labels."
+        )
+    if data.task == "classification":
+        return tuple(sorted({str(target) for target in data.targets}))
+    if data.task == "multilabel":
+        return tuple(sorted({label for target in data.targets for label in labels_of(target)}))
+    return ()
+
+
+def _canonical_order(data: Dataset) -> list[int]:
+    """Rows in an order that depends on what they hold only, so that sums round alike."""
+    copies = Counter(zip(data.digests, data.targets, strict=True))
+
+    def key(row: int) -> tuple[str, Target, bytes]:
+        digest, target = data.digests[row], data.targets[row]
+        # The embedding of one input may differ in its last bits between batches.
+        return digest, target, data.embeddings[row].tobytes() if copies[digest, target] > 1 else b""
+
+    return sorted(range(len(data.digests)), key=key)
+
+
+def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> Fitted:
+    """Back from canonical rows to the caller's."""
+    back = np.empty(len(order), dtype=np.float32)
+    back[order] = scores
+    for suspect in report.get("suspects", ()):
+        suspect["index"] = order[suspect["index"]]
+    return Fitted(head, report, back)

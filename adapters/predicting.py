@@ -1,0 +1,250 @@
+"""The second flow: inputs in, predictions of the live version out. No database on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.admission import kind_of, wrong_kind
+from adapters.aliases import Aliases
+from adapters.cache import Cache
+from adapters.example import Task
+from adapters.explaining import Explaining, Neighbour
+from adapters.head import Head, Predictions
+from adapters.records import Alias
+from adapters.store import MissingArtifact, Store
+from models.backbone import Embedded
+from models.batcher import Batcher
+from models.preprocess import InputError
+from models.spec import UnknownBackbone
+
+Floats = NDArray[np.float32]
+Input = bytes | str | InputError
+"""Encoded image bytes, a text, or why there is neither."""
+
+# Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
+_WEIGHTS_ON_LOOP = 1 << 16
+
+
+class NoLiveVersion(RuntimeError):
+    """The adapter is there, but none of its versions is live."""
+
+    code = "no_live_version"
+
+
+class HeadMismatch(RuntimeError):
+    """The version belongs to another backbone than the one served under its name."""
+
+    code = "fingerprint_mismatch"
+
+
+@dataclass(frozen=True, slots=True)
+class PredictQuery:
+    """What a tenant asks of /predict. version: None for the live one. explain: how many nearest examples."""
+
+    adapter: str
+    inputs: Sequence[Input]
+    version: int | None = None
+    top_k: int = 3
+    explain: int = 0
+    min_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is answered for one input; see head.Predictions.
+
+    label: of a classification. labels: those assigned of a multilabel adapter. value: of a regression.
+    probabilities: the top_k labels with the highest first.
+    """
+
+    confidence: float
+    abstained: bool
+    abstention_score: float
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+    probabilities: tuple[tuple[str, float], ...] = ()
+    nearest: tuple[Neighbour, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PredictAnswer:
+    """The predictions in the order of the inputs, an error in the place of each that failed.
+
+    timings: seconds.
+    """
+
+    adapter: str
+    version: int
+    task: Task
+    items: Sequence[Prediction | InputError]
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A version ready to answer."""
+
+    alias: Alias
+    version: int
+    head: Head
+    batcher: Batcher
+
+
+class Predicting:
+    """Answers with heads in memory.
+
+    For one event loop. observe(stage, seconds) is called with the stage head.
+    """
+
+    def __init__(
+        self,
+        aliases: Aliases,
+        store: Store,
+        heads: Cache[Head],
+        batchers: Mapping[str, Batcher],
+        explaining: Explaining,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        self.batchers = batchers
+        self._aliases = aliases
+        self._store = store
+        self._heads = heads
+        self._explaining = explaining
+        self._observe = observe
+
+    async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
+        """One prediction, or an error, for each input. What is wrong with the adapter is raised before any
+        work.
+
+        Raises UnknownAdapter, UnknownVersion, NoLiveVersion, HeadMismatch, CorruptArtifact, MissingArtifact,
+        CorruptHead, Overloaded, DeadlineExceeded, BatcherClosed.
+        """
+        started = time.perf_counter()
+        loaded = await self.load(tenant, query.adapter, query.version, query.min_epoch)
+        embedded = await embed(loaded.batcher, query.inputs)
+        good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
+        answers = await self._answer(loaded.head, embedded.embeddings[good], query.top_k)
+        if query.explain and good:
+            near = await self._explaining.nearest(loaded.alias, embedded.embeddings[good], query.explain)
+            answers = [replace(one, nearest=found) for one, found in zip(answers, near, strict=True)]
+        placed: dict[int, Prediction] = dict(zip(good, answers, strict=True))
+        items = [placed.get(index) or embedded.errors[index] for index in range(len(query.inputs))]
+        timings = {**embedded.timings, "total": time.perf_counter() - started}
+        return PredictAnswer(query.adapter, loaded.version, loaded.head.task, items, timings)
+
+    async def load(
+        self, tenant: str, name: str, version: int | None = None, min_epoch: int | None = None
+    ) -> Loaded:
+        """The version that is to answer, checked against the backbone that is served.
+
+        Raises as predict does.
+        """
+        alias = await self._aliases.get(tenant, name, version=version, min_epoch=min_epoch)
+        try:
+            return await self._load(alias)
+        except MissingArtifact:
+            # Another process may have removed the version a moment ago; the registry knows.
+            newer = await self._aliases.get(tenant, name, version=version, min_epoch=alias.epoch + 1)
+            if newer.artifact == alias.artifact:
+                raise
+            return await self._load(newer)
+
+    async def _load(self, alias: Alias) -> Loaded:
+        if alias.version is None or alias.artifact is None:
+            raise NoLiveVersion(
+                f"No version of {alias.name!r} is live. POST /adapt, or PUT a version to aliases/live."
+            )
+        artifact = alias.artifact
+
+        async def read() -> Head:
+            def load() -> Head:
+                return Head.from_bytes(self._store.read(alias.tenant, alias.uid, artifact))
+
+            return await asyncio.to_thread(load)
+
+        head = await self._heads.get(artifact.sha256, read)
+        batcher = self.batchers.get(alias.backbone)
+        if batcher is None or batcher.backbone.spec.fingerprint != head.fingerprint:
+            raise HeadMismatch(
+                f"Version {alias.version} was fitted on another backbone than the {alias.backbone!r} served "
+                "here. POST rebase to move the adapter, or serve the backbone that it was fitted on."
+            )
+        return Loaded(alias, alias.version, head, batcher)
+
+    async def embed(self, backbone: str, inputs: Sequence[Input]) -> Embedded:
+        """The bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
+        if backbone not in self.batchers:
+            raise UnknownBackbone(
+                f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
+            )
+        return await embed(self.batchers[backbone], inputs)
+
+    async def _answer(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
+        started = time.perf_counter()
+        if head.weight.size > _WEIGHTS_ON_LOOP:
+            answers = await asyncio.to_thread(lambda: shape(head, head.predict(embeddings), top_k))
+        else:
+            answers = shape(head, head.predict(embeddings), top_k)
+        self._observe("head", time.perf_counter() - started)
+        return answers
+
+
+async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
+    """Embeds what can be; errors of the edge and inputs of the wrong kind stand in their places."""
+    spec = batcher.backbone.spec
+    errors: dict[int, InputError] = {}
+    good: dict[int, bytes | str] = {}
+    for index, value in enumerate(inputs):
+        if isinstance(value, InputError):
+            errors[index] = value
+        elif kind_of(value) != spec.kind:
+            errors[index] = wrong_kind(spec.kind)
+        else:
+            good[index] = value
+    if not good:
+        return Embedded(np.zeros((len(inputs), spec.dim), np.float32), errors)
+    embedded = await batcher.embed(list(good.values()))
+    if len(good) == len(inputs):
+        return embedded
+    embeddings = np.zeros((len(inputs), spec.dim), np.float32)
+    embeddings[list(good)] = embedded.embeddings
+    places = list(good)
+    errors |= {places[index]: error for index, error in embedded.errors.items()}
+    return Embedded(embeddings, errors, embedded.timings)
+
+
+def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
+    """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
+    count = min(top_k, len(head.labels))
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")
+    answers = []
+    for row in range(len(found.confidence)):
+        ranked = order[row, :count].tolist()
+        chances = found.probabilities[row, ranked].tolist()
+        answers.append(
+            Prediction(
+                confidence=float(found.confidence[row]),
+                abstained=bool(found.abstained[row]),
+                abstention_score=float(found.abstention_score[row]),
+                label=head.labels[int(order[row, 0])] if head.task == "classification" else None,
+                labels=_assigned(head, found, row),
+                value=None if found.values is None else float(found.values[row]),
+                probabilities=tuple(
+                    (head.labels[place], chance) for place, chance in zip(ranked, chances, strict=True)
+                ),
+            )
+        )
+    return answers
+
+
+def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | None:
+    if found.assigned is None:
+        return None
+    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.assigned[row]))

@@ -1,0 +1,272 @@
+"""What the registry reads and writes, as plain immutable records, and how it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from adapters.example import Target, Task
+from adapters.store import Artifact
+
+Kind = Literal["image", "text"]
+
+KEPT_VERSIONS = 20
+"""How many of an adapter's newest versions are kept; the live one is kept besides."""
+
+
+class RegistryError(RuntimeError):
+    """The registry refuses or fails; `code` is stable, the message tells a person what to do."""
+
+    code = "registry_error"
+
+
+class UnknownAdapter(RegistryError):
+    """The tenant has no such adapter, whether or not another tenant has one of that name."""
+
+    code = "unknown_adapter"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter {name!r}. GET /adapters lists yours; /adapt creates one.")
+
+
+class UnknownVersion(RegistryError):
+    """The adapter has no version of that number, or no longer."""
+
+    code = "unknown_version"
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"There is no version {number}. {KEPT_VERSIONS} are kept, and the live one.")
+
+
+class UnknownExample(RegistryError):
+    """The adapter has no example of that id."""
+
+    code = "unknown_example"
+
+    def __init__(self, example_id: str) -> None:
+        super().__init__(f"There is no example {example_id!r}. GET the adapter's examples lists their ids.")
+
+
+class RevisionMoved(RegistryError):
+    """The examples changed since they were read: read them again, merge, refit and commit again."""
+
+    code = "revision_moved"
+
+
+class AdapterExists(RevisionMoved):
+    """Another request created the adapter first: read it, and commit to it instead of creating it."""
+
+    code = "adapter_exists"
+
+
+class AliasMoved(RegistryError):
+    """The alias is no longer where If-Match says that it is."""
+
+    code = "alias_moved"
+
+
+class RegistryUnavailable(RegistryError):
+    """The database did not answer. Of a commit it is then unknown whether it was recorded."""
+
+    code = "registry_unavailable"
+
+
+class RegistryTooNew(RegistryError):
+    """The database was written by a newer release than this one."""
+
+    code = "registry_too_new"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A tenant's named task. `uid` differs when an adapter is deleted and created again.
+
+    `revision` moves with every change of its examples; `epoch` grows with every commit, over all adapters;
+    `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
+    """
+
+    uid: str
+    tenant: str
+    name: str
+    backbone: str
+    fingerprint: str
+    kind: Kind
+    task: Task
+    keep_inputs: bool
+    revision: int
+    live: int | None
+    epoch: int
+    examples: int
+    created_at: datetime
+
+    @property
+    def etag(self) -> str:
+        """Strong entity tag (RFC 9110) of the `live` alias: the same while it points to the same version."""
+        return f'"{self.uid}-{self.live or 0}"'
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRecord:
+    """One kept example. `row` is its place both among the embeddings of `segment` and among `inputs`."""
+
+    id: str
+    digest: str
+    target: Target
+    segment: Artifact
+    row: int
+    inputs: Artifact | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One immutable version: `artifact` is its head, `evidence` its training embeddings and scores.
+
+    It was fitted on the examples as of `revision`. `backbone` and `fingerprint` are the version's own: after
+    a rebase they differ from the adapter's. `labels` counts the labels, 0 for regression.
+    """
+
+    number: int
+    revision: int
+    method: str
+    backbone: str
+    fingerprint: str
+    artifact: Artifact
+    evidence: Artifact | None
+    report: Mapping[str, Any]
+    labels: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """All that a prediction needs to know of an adapter: which version answers, and where its head is.
+
+    `version` is the live one or the one asked for; it and `artifact` are None while nothing is live.
+    `backbone` and `fingerprint` are the version's, or the adapter's while nothing is live.
+    """
+
+    uid: str
+    tenant: str
+    name: str
+    backbone: str
+    fingerprint: str
+    kind: Kind
+    task: Task
+    version: int | None
+    artifact: Artifact | None
+    evidence: Artifact | None
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale."""
+
+    tenant: str
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Creation:
+    """What is fixed when an adapter is created (a rebase moves the backbone)."""
+
+    backbone: str
+    fingerprint: str
+    kind: Kind
+    task: Task
+    keep_inputs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rebase:
+    """The backbone that all examples, repointed in the same change, are embedded with from now on."""
+
+    backbone: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleWrite:
+    """An example to add, or to replace where its id is known. See ExampleRecord."""
+
+    id: str
+    digest: str
+    target: Target
+    segment: Artifact
+    row: int
+    inputs: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repoint:
+    """A kept example whose embedding and input now lie elsewhere; nothing else of it changes."""
+
+    id: str
+    segment: Artifact
+    row: int
+    inputs: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A version to record; the registry gives it its number, its revision, its backbone and its time."""
+
+    method: str
+    artifact: Artifact
+    evidence: Artifact | None
+    report: Mapping[str, Any]
+    labels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Everything that one transaction writes to one adapter. Its artifacts are published before.
+
+    uid: of the adapter as it was read, or `new_uid()` together with `create`; artifacts are published under
+    it. revision: of the adapter as it was read, 0 together with `create`. create: the adapter is to be
+    created, and must not exist. clear_first: forget the examples that `upserts` does not name (update
+    "replace"). Versions fitted on them stay,
+        so that the replacement can be rolled back.
+    upserts: distinct ids.
+    removals: ids to erase. Every version that was fitted on one of them goes, the live one included. Where
+    other
+        examples lie in the same segment, `repoints` (or `upserts`) must move them all to rewritten ones, so
+        that the erased bytes go with the old files.
+    version, promote: a version fitted on the examples as they are after this change; make it live.
+    """
+
+    tenant: str
+    name: str
+    uid: str
+    revision: int
+    create: Creation | None = None
+    rebase: Rebase | None = None
+    clear_first: bool = False
+    upserts: tuple[ExampleWrite, ...] = ()
+    removals: tuple[str, ...] = ()
+    repoints: tuple[Repoint, ...] = ()
+    version: NewVersion | None = None
+    promote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a commit left behind.
+
+    adapter, alias: as of the commit; hand `alias` to `Aliases.put`. version: the recorded one, if any.
+    added, replaced, removed: examples. gone: numbers of the versions that went.
+    unreferenced: artifacts that nothing refers to any more; the caller deletes their files now.
+    """
+
+    adapter: AdapterRecord
+    alias: Alias
+    version: VersionRecord | None
+    added: int
+    replaced: int
+    removed: int
+    gone: tuple[int, ...]
+    unreferenced: tuple[Artifact, ...]

@@ -1,0 +1,210 @@
+"""Adapters, examples, versions and aliases in SQLite or PostgreSQL. Rows only: bytes are in the store."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Select, func, select
+
+from adapters import committing
+from adapters.committing import CHANGES_KEPT
+from adapters.database import Database
+from adapters.reading import (
+    adapter_by_name,
+    adapter_by_uid,
+    adapter_record,
+    alias_of,
+    artifacts_by_id,
+    example_record,
+    example_records,
+    select_adapter,
+    version_record,
+    version_records,
+)
+from adapters.records import (
+    AdapterExists,
+    AdapterRecord,
+    Alias,
+    AliasMoved,
+    Change,
+    Changed,
+    Committed,
+    Creation,
+    ExampleRecord,
+    ExampleWrite,
+    NewVersion,
+    Rebase,
+    RegistryError,
+    RegistryTooNew,
+    RegistryUnavailable,
+    Repoint,
+    RevisionMoved,
+    UnknownAdapter,
+    UnknownExample,
+    UnknownVersion,
+    VersionRecord,
+)
+from adapters.schema import adapters, changes, database_now, examples
+from adapters.store import Artifact
+
+__all__ = [
+    "CHANGES_KEPT",
+    "AdapterExists",
+    "AdapterRecord",
+    "Alias",
+    "AliasMoved",
+    "Change",
+    "Changed",
+    "Committed",
+    "Creation",
+    "ExampleRecord",
+    "ExampleWrite",
+    "NewVersion",
+    "Rebase",
+    "Registry",
+    "RegistryError",
+    "RegistryTooNew",
+    "RegistryUnavailable",
+    "Repoint",
+    "RevisionMoved",
+    "UnknownAdapter",
+    "UnknownExample",
+    "UnknownVersion",
+    "VersionRecord",
+    "new_uid",
+]
+
+
+def new_uid() -> str:
+    """A uid for an adapter that a Change creates."""
+    return uuid.uuid4().hex
+
+
+class Registry:
+    """The rows of every tenant. Thread-safe, blocking: call it from a thread.
+
+    url: SQLAlchemy's, sqlite:///<path> or postgresql://…; patience: seconds to wait for others' locks.
+
+    Every method may raise RegistryUnavailable. One raised by a writing method leaves it open whether the
+    write was recorded, so never delete the artifacts of such a change: if it was not, a sweep removes them
+    later.
+    """
+
+    def __init__(self, url: str, *, patience: float = 30.0) -> None:
+        self._database = Database(url, patience=patience)
+
+    def migrate(self) -> None:
+        """Bring the database to this release's tables; safe when several processes start at once.
+
+        Raises RegistryTooNew if a newer release has been there.
+        """
+        self._database.migrate()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+    def adapter(self, tenant: str, name: str) -> AdapterRecord:
+        """The tenant's adapter. Raises UnknownAdapter, the same for another tenant's as for none."""
+        with self._database.reading() as connection:
+            return adapter_by_name(connection, tenant, name)
+
+    def adapters(self, tenant: str, after: str | None = None, limit: int = 100) -> list[AdapterRecord]:
+        """The tenant's adapters in the order of their names, those after `after`."""
+        query = select_adapter().where(adapters.c.tenant == tenant).order_by(adapters.c.name).limit(limit)
+        if after is not None:
+            query = query.where(adapters.c.name > after)
+        with self._database.reading() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def delete_adapter(self, tenant: str, name: str) -> str:
+        """Delete the adapter with all its rows; returns its uid.
+
+        The caller then deletes its files (Store.delete_adapter) and drops its alias. Raises UnknownAdapter.
+        """
+        with self._database.writing() as connection:
+            return committing.delete_adapter(connection, tenant, name)
+
+    def examples(self, uid: str, after: str | None = None, limit: int = 100) -> list[ExampleRecord]:
+        """Examples in the order of their ids (by code point), those after `after`."""
+
+        def narrow(query: Select[Any]) -> Select[Any]:
+            return (query if after is None else query.where(examples.c.id > after)).limit(limit)
+
+        with self._database.reading() as connection:
+            return example_records(connection, uid, narrow)
+
+    def example(self, uid: str, example_id: str) -> ExampleRecord:
+        """One example. Raises UnknownExample."""
+        with self._database.reading() as connection:
+            return example_record(connection, uid, example_id)
+
+    def all_examples(self, uid: str) -> tuple[int, list[ExampleRecord]]:
+        """The revision and all examples of it in the order of their ids, in one consistent read.
+
+        Raises UnknownAdapter if the adapter has been deleted.
+        """
+        with self._database.reading() as connection:
+            return adapter_by_uid(connection, uid).revision, example_records(connection, uid)
+
+    def versions(self, uid: str) -> list[VersionRecord]:
+        """The versions that are kept, newest first."""
+        with self._database.reading() as connection:
+            return version_records(connection, uid)
+
+    def version(self, uid: str, number: int) -> VersionRecord:
+        """One version. Raises UnknownVersion."""
+        with self._database.reading() as connection:
+            return version_record(connection, uid, number)
+
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> Alias:
+        """What a prediction by the live version, or by the one asked for, needs.
+
+        Raises UnknownAdapter, UnknownVersion.
+        """
+        with self._database.reading() as connection:
+            return alias_of(connection, adapter_by_name(connection, tenant, name), version)
+
+    def commit(self, change: Change) -> Committed:
+        """Write the change in one durable transaction, or nothing of it.
+
+        Raises UnknownAdapter (deleted meanwhile), RevisionMoved or AdapterExists (changed meanwhile: read
+        again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
+        change that contradicts itself.
+        """
+        with self._database.writing() as connection:
+            return committing.commit(connection, change)
+
+    def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
+        """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.
+
+        Raises UnknownAdapter, UnknownVersion, AliasMoved.
+        """
+        with self._database.writing() as connection:
+            return committing.promote(connection, uid, number, if_match)
+
+    def changed(self, seconds: float) -> list[Changed]:
+        """The adapters committed to, promoted or deleted in the last `seconds`, each with its newest epoch.
+
+        The database remembers them for CHANGES_KEPT seconds.
+        """
+        with self._database.reading() as connection:
+            now = connection.execute(select(database_now())).scalar_one()
+            query = (
+                select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch))
+                .where(changes.c.at >= now - timedelta(seconds=seconds))
+                .group_by(changes.c.tenant, changes.c.name)
+            )
+            return [Changed(*row) for row in connection.execute(query)]
+
+    def live_versions(self) -> int:
+        """How many adapters have a live version."""
+        with self._database.reading() as connection:
+            return connection.execute(select(func.count(adapters.c.live))).scalar_one()
+
+    def referenced(self, uid: str) -> set[Artifact]:
+        """The artifacts that rows of the adapter refer to; none if there is no such adapter."""
+        with self._database.reading() as connection:
+            return set(artifacts_by_id(connection, uid).values())

@@ -1,0 +1,315 @@
+"""One step of an adapter: its examples change, a head is fitted on them, both are recorded together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.admission import Admitted
+from adapters.cache import Cache
+from adapters.fitter import Fitter
+from adapters.gathering import Subject, complete, encoders, gather, starts
+from adapters.head import Head
+from adapters.keeping import Ahead, Keeping, State
+from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig
+from adapters.placing import Plan, Row, locate, plan_change
+from adapters.promotion import Decision, Promote, decide, labels_of
+from adapters.records import (
+    AdapterRecord,
+    Change,
+    Committed,
+    Creation,
+    NewVersion,
+    RevisionMoved,
+    VersionRecord,
+)
+from adapters.segments import Evidence, encode_evidence
+from adapters.store import Artifact
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+LINEAR_PROBE = "linear_probe"
+ATTEMPTS = 5
+# Where gathering.encoders puts the file of the new inputs.
+_NEW_INPUTS = 1
+
+
+class AdapterFull(ValueError):
+    """The adapter would hold more examples or labels than are allowed."""
+
+    code = "adapter_full"
+
+
+class NothingToFit(ValueError):
+    """There are no examples to fit a head on."""
+
+    code = "nothing_to_fit"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """Of one adapter: examples kept, distinct labels; and how it is fitted."""
+
+    max_examples: int = 50_000
+    max_labels: int = 2_000
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What is to become of an adapter's examples.
+
+    clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
+    fitted, instead of leaving the adapter without a live version.
+    """
+
+    upserts: Sequence[Admitted] = ()
+    removals: Sequence[str] = ()
+    clear: bool = False
+    fit: bool = True
+    promote: Promote = "if_better"
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Revised:
+    """What an edit left behind.
+
+    version and decision are None where nothing was fitted. timings: seconds by stage.
+    """
+
+    committed: Committed
+    decision: Decision | None
+    timings: Mapping[str, float]
+
+    @property
+    def adapter(self) -> AdapterRecord:
+        """The adapter after the edit."""
+        return self.committed.adapter
+
+    @property
+    def version(self) -> VersionRecord | None:
+        """The version that was fitted, if any."""
+        return self.committed.version
+
+    @property
+    def live(self) -> bool:
+        """Whether the new version is the live one."""
+        return self.version is not None and self.adapter.live == self.version.number
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted head with what is recorded beside it."""
+
+    head: Head
+    evidence: Evidence
+    report: Mapping[str, Any]
+    decision: Decision
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One adapter's turns; forgotten when nobody wants one."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted: int = 0
+
+
+class Revising:
+    """Revises adapters, one revision at a time each. For one event loop.
+
+    observe(stage, seconds) is called with the stages fit and publish.
+    """
+
+    def __init__(
+        self,
+        keeping: Keeping,
+        fitter: Fitter,
+        heads: Cache[Head],
+        limits: AdapterLimits = AdapterLimits(),
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        self.keeping = keeping
+        self.limits = limits
+        self._fitter = fitter
+        self._heads = heads
+        self._observe = observe
+        self._turns: dict[tuple[str, str], _Turn] = {}
+
+    async def in_turn(
+        self, tenant: str, name: str, step: Callable[[State | None], Awaitable[T]], known: State | None = None
+    ) -> T:
+        """The result of `step` on the adapter as it is, while no other request of this process revises it.
+
+        Another process may: then the step is taken again on the newer state. Raises RevisionMoved when that
+        goes on, and what the step raises.
+        """
+        async with self._turn((tenant, name)):
+            for _ in range(ATTEMPTS - 1):
+                known = await self.keeping.state(tenant, name, known)
+                with suppress(RevisionMoved):
+                    return await step(known)
+            return await step(await self.keeping.state(tenant, name, known))
+
+    @asynccontextmanager
+    async def _turn(self, key: tuple[str, str]) -> AsyncIterator[None]:
+        turn = self._turns.setdefault(key, _Turn())
+        turn.wanted += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.wanted -= 1
+            if not turn.wanted:
+                del self._turns[key]
+
+    async def revise(
+        self, subject: Subject, edit: Edit, fresh: Mapping[str, Floats], ahead: Ahead | None = None
+    ) -> Revised:
+        """Plans, fits, publishes and commits one edit of the adapter as it is, or creates it.
+
+        fresh: embeddings, float32 (dim,), by digest, of the inputs that the adapter has not; it may hold
+        more. ahead: the new inputs' file, if it is being published already. Raises OneLabel, NothingToFit,
+        AdapterFull, TooCostly, RevisionMoved, and what fitter, store and registry raise. Nothing is recorded
+        then.
+        """
+        plan = await asyncio.to_thread(self._plan, subject, edit)
+        fresh = await complete(self.keeping, subject, plan, fresh)
+        timings: dict[str, float] = {}
+        fit = await self._fit(subject, plan, edit, fresh, timings)
+        with _timed(timings, "publish", self._observe):
+            published = await self._publish(subject, plan, fresh, fit, ahead)
+            committed = await self.keeping.commit(_change(subject, edit, plan, published, fit), published)
+        await self.warm(committed, fit)
+        return Revised(committed, None if fit is None else fit.decision, timings)
+
+    async def _publish(
+        self, subject: Subject, plan: Plan, fresh: Mapping[str, Floats], fit: Fit | None, ahead: Ahead | None
+    ) -> list[Artifact]:
+        """The plan's files in the order of gathering.encoders, then the head and its evidence."""
+        files = await encoders(self.keeping, subject, plan, fresh)
+        if fit is not None:
+            files += [fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
+        early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
+        if early:
+            del files[_NEW_INPUTS]
+        published = list(await self.keeping.publish(subject.tenant, subject.uid, files))
+        if ahead is not None and early:
+            published.insert(_NEW_INPUTS, await ahead.take())
+        return published
+
+    async def fit(
+        self,
+        adapter: AdapterRecord | None,
+        terms: Creation,
+        rows: Sequence[Row],
+        embeddings: Floats,
+        promote: Promote,
+        timings: dict[str, float],
+    ) -> Fit:
+        """A head for the rows, with its report and the decision whether it may be live."""
+        if not rows:
+            raise NothingToFit("The adapter has no examples; send some.")
+        targets = [row.target for row in rows]
+        digests = [row.digest for row in rows]
+        dataset = Dataset(embeddings, targets, digests, terms.task, terms.fingerprint)
+        with _timed(timings, "fit", self._observe):
+            fitted = await self._fitter.fit(dataset, self.limits.probe)
+        ids = tuple(row.id for row in rows)
+        evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores)
+        live = None if adapter is None else await self.keeping.evidence(adapter, adapter.live)
+        decision = await asyncio.to_thread(decide, promote, terms.task, evidence, live)
+        return Fit(fitted.head, evidence, _report(fitted, ids, decision), decision)
+
+    async def warm(self, committed: Committed, fit: Fit | None) -> None:
+        """Keeps a committed head in memory, for its adapter will be asked."""
+        if fit is None or committed.version is None:
+            return
+
+        async def loaded() -> Head:
+            return fit.head
+
+        await self._heads.get(committed.version.artifact.sha256, loaded)
+
+    def _plan(self, subject: Subject, edit: Edit) -> Plan:
+        """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""
+        plan = plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
+        rows, terms = plan.rows, subject.terms
+        if len(rows) > self.limits.max_examples:
+            raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
+        if len(labels_of(terms.task, [row.target for row in rows])) > self.limits.max_labels:
+            raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
+        return plan
+
+    async def _fit(
+        self,
+        subject: Subject,
+        plan: Plan,
+        edit: Edit,
+        fresh: Mapping[str, Floats],
+        timings: dict[str, float],
+    ) -> Fit | None:
+        if not edit.fit:
+            return None
+        try:
+            embeddings = await gather(self.keeping, subject, plan, fresh)
+            return await self.fit(
+                subject.adapter, subject.terms, plan.rows, embeddings, edit.promote, timings
+            )
+        except (OneLabel, NothingToFit):
+            if edit.required:
+                raise
+            return None
+
+
+def _change(
+    subject: Subject, edit: Edit, plan: Plan, published: Sequence[Artifact], fit: Fit | None
+) -> Change:
+    start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
+    upserts, repoints = locate(plan, start, bundles)
+    state = subject.state
+    return Change(
+        tenant=subject.tenant,
+        name=subject.name,
+        uid=subject.uid,
+        revision=0 if state is None else state.revision,
+        create=subject.terms if state is None else None,
+        clear_first=edit.clear and state is not None,
+        upserts=upserts,
+        removals=tuple(edit.removals),
+        repoints=repoints,
+        version=None if fit is None else new_version(fit, *left),
+        promote=fit is not None and fit.decision.promote,
+    )
+
+
+def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
+    """The version to record for a fit whose files are published."""
+    return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))
+
+
+def _report(fitted: Fitted, ids: Sequence[str], decision: Decision) -> dict[str, Any]:
+    """The fit's report, with examples named by their ids instead of their rows."""
+    suspects = [
+        {"id": ids[suspect["index"]], **{key: value for key, value in suspect.items() if key != "index"}}
+        for suspect in fitted.report.get("suspects", ())
+    ]
+    return {**fitted.report, "suspects": suspects, "promotion": decision.to_json()}
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str, observe: Callable[[str, float], None]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - started
+    observe(stage, timings[stage])

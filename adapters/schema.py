@@ -1,0 +1,180 @@
+"""The registry's tables, and what of them differs between SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from adapters.example import Target
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes: timestamptz in PostgreSQL, milliseconds since 1970 in SQLite."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """The column's type in each database."""
+        return BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True)
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        """Python to database."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return (value - _EPOCH) // _MILLISECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Database to Python."""
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return datetime.fromtimestamp(value / 1000, UTC)
+        moment: datetime = value
+        return moment.astimezone(UTC)
+
+
+class database_now(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function that it is
+    """The database's clock at the time of the statement, so that several hosts agree on order and age."""
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+@compiles(database_now, "postgresql")
+def _postgresql_now(element: database_now, compiler: Any, **options: Any) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(database_now, "sqlite")
+def _sqlite_now(element: database_now, compiler: Any, **options: Any) -> str:
+    return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)"
+
+
+# Order by code point in both databases, whatever the cluster's locale.
+Sorted = Text().with_variant(Text(collation="C"), "postgresql")
+# SQLite numbers rows by itself only in a column declared INTEGER.
+Counter = BigInteger().with_variant(Integer(), "sqlite")
+
+metadata = MetaData()
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("uid", String(32), primary_key=True),
+    Column("tenant", Sorted, nullable=False),
+    Column("name", Sorted, nullable=False),
+    Column("backbone", Text, nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("task", String(16), nullable=False),
+    Column("keep_inputs", Boolean, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("next_version", Integer, nullable=False),
+    Column("live", Integer),
+    Column("epoch", BigInteger, nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", Counter, primary_key=True, autoincrement=True),
+    Column("adapter_uid", String(32), ForeignKey("adapters.uid", name="artifacts_adapter"), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("nonce", String(16), nullable=False),
+    Column("length", BigInteger, nullable=False),
+    UniqueConstraint("adapter_uid", "sha256", "nonce", name="artifacts_object"),
+    sqlite_autoincrement=True,
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("adapter_uid", String(32), ForeignKey("adapters.uid", name="versions_adapter"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("backbone", Text, nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("artifact_id", Counter, ForeignKey("artifacts.id", name="versions_artifact"), nullable=False),
+    Column("evidence_id", Counter, ForeignKey("artifacts.id", name="versions_evidence")),
+    Column("report", Text, nullable=False),
+    Column("labels", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    PrimaryKeyConstraint("adapter_uid", "number", name="versions_key"),
+    Index("versions_by_artifact", "artifact_id"),
+    Index("versions_by_evidence", "evidence_id"),
+)
+
+examples = Table(
+    "examples",
+    metadata,
+    Column("adapter_uid", String(32), nullable=False),
+    Column("id", Sorted, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("target", Text, nullable=False),
+    Column("segment_id", Counter, ForeignKey("artifacts.id", name="examples_segment"), nullable=False),
+    Column("row", Integer, nullable=False),
+    Column("inputs_id", Counter, ForeignKey("artifacts.id", name="examples_inputs")),
+    # The first revision that held the id: versions fitted since then may have learned from it.
+    Column("first_revision", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    PrimaryKeyConstraint("adapter_uid", "id", name="examples_key"),
+    ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
+    Index("examples_by_segment", "segment_id"),
+    Index("examples_by_inputs", "inputs_id"),
+    sqlite_with_rowid=False,
+)
+
+# One row for each commit, promotion and deletion of late; its number is the epoch.
+changes = Table(
+    "changes",
+    metadata,
+    Column("epoch", Counter, primary_key=True, autoincrement=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Index("changes_by_time", "at"),
+    sqlite_autoincrement=True,
+)
+
+
+def encode_target(target: Target) -> str:
+    """A target as JSON: a string, a list of strings, or a number that reads back to the same float."""
+    return json.dumps(list(target) if isinstance(target, tuple) else target, allow_nan=False)
+
+
+def decode_target(text: str) -> Target:
+    """The target that `encode_target` wrote."""
+    value = json.loads(text)
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, str) else float(value)

@@ -1,0 +1,186 @@
+"""Chooses the strength of regularisation on examples held out, folds and strengths together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.cost import Plan
+from adapters.logistic import Design, Link, solve
+
+Floats = NDArray[np.float32]
+Loss = Callable[[Floats, NDArray[np.int64], float], float]
+"""Of logits (labels, m) held out, the m rows that they are of, and the strength: the mean calibrated loss."""
+
+# Strengths are this one times half powers of ten: a finer grid changes no prediction that the noise would
+# not.
+MIDDLE_STRENGTH = 0.3
+_STEP = 10.0**0.5
+_LOWEST, _HIGHEST = -3, 7
+
+# Loss per example, in nats, that a solution may be short of: strengths differ by ten times as much.
+_FOLD_TOLERANCE = 1e-4
+_FOLD_STEPS = 60
+_FINAL_STEPS = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What fitting labels starts from.
+
+    embeddings: float32 (n, dim) in canonical order; they are overwritten. folds: (n,) in 0..k-1, or -1 for
+    what is never held out. memory_bytes: for everything but the embeddings.
+    """
+
+    embeddings: Floats
+    folds: NDArray[np.int64]
+    plan: Plan
+    fingerprint: str
+    answer_accuracy: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The strength, the rows held out (m,) and their logits (labels, m), final weights (labels, p)."""
+
+    strength: float
+    rows: NDArray[np.int64]
+    logits: Floats
+    weights: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class CrossValidation:
+    """Solves of one link over folds, shared between strengths by warm starts.
+
+    folds: (n,) in 0..k-1 or -1 for rows always trained on. training: (k, n), the weights of rows in each
+    fold's training, zero for those held out. memory_bytes: for all arrays together.
+    """
+
+    design: Design
+    link: Link
+    labels: int
+    folds: NDArray[np.int64]
+    training: Floats
+    memory_bytes: int
+
+    def choose(self, plan: Plan, share: NDArray[np.int64], loss: Loss) -> Chosen:
+        """Seeks the strength as planned, solves the folds to hold out, then all rows.
+
+        share: the ascending rows that take part in the search. Without folds the middle strength is taken.
+        """
+        count = len(self.training)
+        if not count:
+            nothing = np.zeros((self.labels, 0), dtype=np.float32)
+            final = self.final(MIDDLE_STRENGTH, None, plan.tolerance)
+            return Chosen(MIDDLE_STRENGTH, np.zeros(0, dtype=np.int64), nothing, final)
+        if plan.share > 1:
+            part = CrossValidation(
+                self.design.of(share),
+                self.link.of(share),
+                self.labels,
+                self.folds[share],
+                self.training[:, share],
+                self.memory_bytes,
+            )
+            strength, weights, _ = part._search(
+                min(plan.searched, count), lambda logits, rows, strength: loss(logits, share[rows], strength)
+            )
+            solved = 0
+            rows, logits = np.zeros(0, dtype=np.int64), np.zeros((self.labels, 0), dtype=np.float32)
+        else:
+            solved = min(plan.searched, count)
+            strength, weights, logits = self._search(solved, loss)
+            rows = self._rows(range(solved))
+        others = range(solved, min(plan.held_out, count))
+        if others:
+            # From what the solutions so far have in common.
+            start = np.repeat(weights.mean(axis=1, keepdims=True), len(others), axis=1)
+            more, more_logits = self._solve(others, strength, start)
+            weights = np.concatenate([weights, more], axis=1) if solved else more
+            order = np.argsort(np.concatenate([rows, self._rows(others)]), kind="stable")
+            rows = np.concatenate([rows, self._rows(others)])[order]
+            logits = np.concatenate([logits, more_logits], axis=1)[:, order]
+        return Chosen(
+            strength, rows, logits, self.final(strength, weights.mean(axis=1, keepdims=True), plan.tolerance)
+        )
+
+    def _search(self, count: int, loss: Loss) -> tuple[float, Floats, Floats]:
+        """Climbs down the loss of the first folds over strengths: the best one, its weights and logits."""
+        folds = range(count)
+        rows = self._rows(folds)
+        found: dict[int, tuple[float, Floats, Floats]] = {}
+
+        def visit(place: int, start: Floats | None) -> float:
+            if place not in found:
+                weights, logits = self._solve(folds, strength_at(place), start)
+                found[place] = loss(logits, rows, strength_at(place)), weights, logits
+            return found[place][0]
+
+        visit(0, None)
+        best = 0
+        # Weaker first: solutions follow each other down the path, and the best is most often there.
+        for direction in (-1, 1):
+            while _LOWEST <= best + direction <= _HIGHEST:
+                if visit(best + direction, found[best][1]) >= found[best][0]:
+                    break
+                # Of many labels the logits are large, and only those of the best are needed again.
+                del found[best]
+                best += direction
+            if best:
+                break
+        _, weights, logits = found[best]
+        return strength_at(best), weights, logits
+
+    def final(self, strength: float, start: Floats | None, tolerance: float) -> Floats:
+        """The solution (labels, p) on all rows."""
+        return solve(
+            self.design,
+            self.link,
+            self.labels,
+            np.ones((1, len(self.folds)), dtype=np.float32),
+            np.array([strength], dtype=np.float32),
+            start=start,
+            tolerance=tolerance,
+            max_iterations=_FINAL_STEPS,
+        ).weights[:, 0]
+
+    def _rows(self, folds: range) -> NDArray[np.int64]:
+        return np.flatnonzero((self.folds >= folds.start) & (self.folds < folds.stop))
+
+    def _solve(self, folds: range, strength: float, start: Floats | None) -> tuple[Floats, Floats]:
+        """Weights (labels, folds, p), and logits (labels, m) of the rows that the folds hold out."""
+        n, p = self.design.rows.shape
+        # Three arrays of logits, and weights, gradients and directions, per problem; as much again for the
+        # rest.
+        together = max(1, self.memory_bytes // (8 * self.labels * (3 * n + 7 * p)))
+        rows = self._rows(folds)
+        weights = np.empty((self.labels, len(folds), p), dtype=np.float32)
+        logits = np.empty((self.labels, len(rows)), dtype=np.float32)
+        for begin in range(0, len(folds), together):
+            some = folds[begin : begin + together]
+            these = slice(begin, begin + len(some))
+            solution = solve(
+                self.design,
+                self.link,
+                self.labels,
+                self.training[some.start : some.stop],
+                np.full(len(some), strength, dtype=np.float32),
+                start=None if start is None else start[:, these],
+                tolerance=_FOLD_TOLERANCE,
+                max_iterations=_FOLD_STEPS,
+            )
+            weights[:, these] = solution.weights
+            for problem, fold in enumerate(some):
+                own = self._rows(range(fold, fold + 1))
+                logits[:, np.searchsorted(rows, own)] = solution.logits_of(problem, own)
+        return weights, logits
+
+
+def strength_at(place: int) -> float:
+    """The strength at a place of the grid."""
+    return MIDDLE_STRENGTH * _STEP**place

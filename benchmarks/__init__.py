@@ -1,0 +1,1 @@
+"""Measurements of the running service beside its alternatives, in one run, on real data."""

@@ -1,0 +1,176 @@
+"""A backbone that runs: preprocessing and an ONNX Runtime session, inputs → embeddings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.manifest import CorruptExport, read_manifest
+from models.preprocess import ImagePreprocessor, InputError, InputLimits, Prepared, TextPreprocessor
+from models.session import Device, open_session
+from models.spec import (
+    GRAPH_FILE,
+    IDS,
+    MASK,
+    OUTPUT_NAME,
+    PIXELS,
+    TOKENIZER_FILE,
+    BackboneSpec,
+    ImageTransform,
+)
+
+Floats = NDArray[np.float32]
+
+# Rows of one run. On a CPU convolutions lose by batching (the activations leave the cache); texts win while
+# short.
+_IMAGES_PER_RUN = {"cpu": 1, "cuda": 32}
+_TEXTS_PER_RUN = {"cpu": 32, "cuda": 128}
+# Tokens of one run, padding included: what bounds its memory.
+_TOKENS_PER_RUN = {"cpu": 1024, "cuda": 32_768}
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What became of n inputs.
+
+    embeddings: float32 (n, dim), in the order of the inputs; the row of an input that failed is zero. errors:
+    by position. timings: seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these
+    inputs, "queue" is the wait until the first of them was taken up.
+    """
+
+    embeddings: Floats
+    errors: dict[int, InputError] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Backbone:
+    """One exported backbone, loaded. Thread-safe: calls from several threads run beside each other."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        path: Path,
+        session: Any,
+        preprocessor: ImagePreprocessor | TextPreprocessor,
+        device: Device,
+    ) -> None:
+        self.spec = spec
+        self.path = path
+        self.device: Device = device
+        self._session = session
+        self._preprocessor = preprocessor
+
+    @classmethod
+    def open(
+        cls, export: Path, *, device: Device = "cpu", threads: int = 1, limits: InputLimits = InputLimits()
+    ) -> Backbone:
+        """Loads the export folder, and runs it once: the first run of a session is slow.
+
+        threads: of one run, on a CPU. Raises CorruptExport, DeviceUnavailable.
+        """
+        spec = read_manifest(export, verify=True)
+        preprocessor = (
+            ImagePreprocessor(spec.transform, limits)
+            if isinstance(spec.transform, ImageTransform)
+            else TextPreprocessor(spec.transform, export / TOKENIZER_FILE, limits)
+        )
+        session = open_session(export / GRAPH_FILE, device=device, threads=threads)
+        backbone = cls(spec, export, session, preprocessor, device)
+        embedding = backbone.run([backbone._blank()])
+        if embedding.shape != (1, spec.dim) or not np.isfinite(embedding).all():
+            raise CorruptExport(
+                f"{export} does not give {spec.dim} finite numbers; export the backbone again."
+            )
+        return backbone
+
+    @property
+    def precision(self) -> str:
+        """Of the weights and the arithmetic, e.g. float32."""
+        return self.spec.precision
+
+    @property
+    def batch(self) -> int:
+        """Inputs that are best run together, at most."""
+        return (_IMAGES_PER_RUN if self.spec.kind == "image" else _TEXTS_PER_RUN)[self.device]
+
+    @property
+    def preprocess_stage(self) -> str:
+        """What preprocessing is called in timings and metrics: decode or tokenize."""
+        return "decode" if self.spec.kind == "image" else "tokenize"
+
+    def preprocess(self, item: bytes | str) -> Prepared:
+        """One input as the network takes it. Raises InputError, also for an input of the other kind."""
+        if isinstance(item, bytes) and isinstance(self._preprocessor, ImagePreprocessor):
+            return self._preprocessor(item)
+        if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
+            return self._preprocessor(item)
+        raise InputError("wrong_kind", f"The backbone {self.spec.name} takes {self.spec.kind} inputs.")
+
+    def run(self, prepared: Sequence[Prepared]) -> Floats:
+        """Embeddings, float32 (n, dim), of n prepared inputs, in bounded memory whatever n is.
+
+        A row does not depend on the others: within 1e-5 on a CPU it is what it would be alone.
+        """
+        session = self._session
+        if session is None:
+            raise RuntimeError(f"the backbone {self.spec.name} is closed")
+        embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
+        for rows, feed in self._chunks(prepared):
+            embeddings[rows] = session.run([OUTPUT_NAME], feed)[0]
+        return embeddings
+
+    def embed(self, inputs: Sequence[bytes | str]) -> Embedded:
+        """preprocess and run, in this thread. For a service, put a Batcher in front."""
+        embeddings = np.zeros((len(inputs), self.spec.dim), np.float32)
+        errors: dict[int, InputError] = {}
+        timings = {self.preprocess_stage: 0.0, "queue": 0.0, "embed": 0.0}
+        for start in range(0, len(inputs), self.batch):
+            begin = time.perf_counter()
+            prepared: dict[int, Prepared] = {}
+            for index in range(start, min(start + self.batch, len(inputs))):
+                try:
+                    prepared[index] = self.preprocess(inputs[index])
+                except InputError as error:
+                    errors[index] = error
+            middle = time.perf_counter()
+            embeddings[list(prepared)] = self.run(list(prepared.values()))
+            timings[self.preprocess_stage] += middle - begin
+            timings["embed"] += time.perf_counter() - middle
+        return Embedded(embeddings, errors, timings)
+
+    def close(self) -> None:
+        """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
+        self._session = None
+
+    def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
+        """What goes into one run each: the rows of the answer, and the feed."""
+        if isinstance(self.spec.transform, ImageTransform):
+            step = _IMAGES_PER_RUN[self.device]
+            for start in range(0, len(prepared), step):
+                images = prepared[start : start + step]
+                yield list(range(start, start + len(images))), {PIXELS: np.stack(images)}
+            return
+        # Longest first: a chunk is as wide as its first text, and neighbours in length waste little on
+        # padding.
+        order = sorted(range(len(prepared)), key=lambda row: -len(prepared[row]))
+        while order:
+            width = len(prepared[order[0]])
+            fit = max(1, min(_TEXTS_PER_RUN[self.device], _TOKENS_PER_RUN[self.device] // width))
+            rows, order = order[:fit], order[fit:]
+            ids = np.full((len(rows), width), self.spec.transform.pad_id, np.int64)
+            mask = np.zeros((len(rows), width), np.int64)
+            for place, row in enumerate(rows):
+                ids[place, : len(prepared[row])] = prepared[row]
+                mask[place, : len(prepared[row])] = 1
+            yield rows, {IDS: ids, MASK: mask}
+
+    def _blank(self) -> Prepared:
+        if isinstance(self.spec.transform, ImageTransform):
+            return np.zeros((3, self.spec.transform.size, self.spec.transform.size), np.float32)
+        return self.preprocess("blank")

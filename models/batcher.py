@@ -1,0 +1,334 @@
+"""A bounded queue and worker threads in front of a backbone: an answer per input, predicts before bulk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from models.backbone import Backbone, Embedded
+from models.preprocess import InputError, Prepared
+
+logger = logging.getLogger(__name__)
+
+# Bulk yields the cores to predicts. Linux nices threads, not only processes.
+_BULK_NICE = 10
+
+# Weight of the newest batch in the running mean of what an input costs.
+_NEWEST = 0.1
+
+
+class Overloaded(RuntimeError):
+    """The queue is full. retry_after: seconds after which there should be room, from the rate measured."""
+
+    code = "overloaded"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("Too many inputs are waiting for this backbone; try again later.")
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(RuntimeError):
+    """The deadline passed before all inputs were embedded; what was left of them was dropped."""
+
+    code = "deadline_exceeded"
+
+
+class BatcherClosed(RuntimeError):
+    """The batcher is closed, not started, or one of its threads died; no input will be embedded."""
+
+    code = "backbone_unavailable"
+
+
+class EmbeddingFailed(RuntimeError):
+    """The network raised on the batch that held these inputs; its own exception is the cause."""
+
+    code = "embedding_failed"
+
+
+class _Request:
+    """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
+
+    __slots__ = ("arrived", "embeddings", "errors", "future", "inputs", "next", "pending", "timings")
+
+    def __init__(self, inputs: Sequence[bytes | str], dim: int, stage: str) -> None:
+        self.inputs = inputs
+        self.future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
+        self.arrived = time.perf_counter()
+        self.embeddings = np.zeros((len(inputs), dim), np.float32)
+        self.errors: dict[int, InputError] = {}
+        self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
+        self.next = 0
+        self.pending = len(inputs)
+
+
+class _Lane:
+    """The requests of one priority that have inputs not yet taken, each with a turn."""
+
+    __slots__ = ("depth", "ready", "requests")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.requests: deque[_Request] = deque()
+        self.depth = 0
+        self.ready = threading.Condition(lock)
+
+    def remove(self, request: _Request) -> None:
+        """Forgets the inputs of a request that were not taken."""
+        if request in self.requests:
+            self.requests.remove(request)
+            self.depth -= len(request.inputs) - request.next
+
+
+# An input that was taken: whose it is, and its position there.
+_Taken = tuple[_Request, int]
+
+
+class Batcher:
+    """Shares one backbone between many callers. Use from one event loop; the work is done by its own threads.
+
+    Each worker takes inputs of one or more callers, prepares and runs them, and puts each row where it
+    belongs, so that decoding on one thread overlaps the network on another. Callers take turns: a large
+    request does not block a small one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_queue: int,
+        workers: int,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+        observe_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """Starts nothing yet.
+
+        max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
+        away; a request larger than that is taken when nothing waits. workers: threads for predicts, and as
+        many niced ones for bulk; on a CPU as many as cores. observe(stage, seconds), with a stage of
+        Embedded.timings, and observe_batch(size) are called from those threads.
+        """
+        self.backbone = backbone
+        self._max_queue = max_queue
+        self._workers = workers
+        self._observe = observe
+        self._observe_batch = observe_batch
+        self._lock = threading.Lock()
+        self._predicts = _Lane(self._lock)
+        self._bulk = _Lane(self._lock)
+        self._unanswered: set[_Request] = set()
+        self._threads: list[threading.Thread] = []
+        self._open = False
+        self._seconds_per_input = 0.01
+
+    @property
+    def depth(self) -> int:
+        """Inputs waiting, predicts and bulk together."""
+        return self._predicts.depth + self._bulk.depth
+
+    @property
+    def alive(self) -> bool:
+        """Whether inputs are accepted and every worker thread runs."""
+        return self._open and all(thread.is_alive() for thread in self._threads)
+
+    async def start(self) -> None:
+        """Starts the threads. Once."""
+        if self._threads:
+            raise RuntimeError("a batcher starts once")
+        self._open = True
+        self._threads = [
+            threading.Thread(
+                target=self._work, args=(lane,), name=f"{self.backbone.spec.name}-{kind}", daemon=True
+            )
+            for kind, lane in (("predict", self._predicts), ("bulk", self._bulk))
+            for _ in range(self._workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def close(self) -> None:
+        """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open."""
+        with self._lock:
+            self._open = False
+            self._predicts.ready.notify_all()
+            self._bulk.ready.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+
+    async def embed(
+        self, inputs: Sequence[bytes | str], *, bulk: bool = False, deadline: float | None = None
+    ) -> Embedded:
+        """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic().
+
+        Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed. When the caller is cancelled or
+        the deadline passes, its inputs that still wait are dropped.
+        """
+        request = _Request(list(inputs), self.backbone.spec.dim, self.backbone.preprocess_stage)
+        if not inputs:
+            return Embedded(request.embeddings, request.errors, request.timings)
+        lane = self._bulk if bulk else self._predicts
+        self._admit(lane, request)
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                return await request.future
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The deadline passed with {request.pending} of {len(inputs)} inputs to go; send fewer."
+            ) from None
+        finally:
+            self._forget([request])
+
+    def _admit(self, lane: _Lane, request: _Request) -> None:
+        with self._lock:
+            if not self._open:
+                raise BatcherClosed(
+                    "This backbone takes no inputs; restart the service if it is not stopping."
+                )
+            surplus = lane.depth + len(request.inputs) - self._max_queue
+            if surplus > 0 and lane.depth > 0:
+                raise Overloaded(min(surplus, lane.depth) * self._seconds_per_input / self._workers)
+            self._unanswered.add(request)
+            lane.requests.append(request)
+            lane.depth += len(request.inputs)
+            lane.ready.notify(min(len(request.inputs), self._workers))
+
+    def _work(self, lane: _Lane) -> None:
+        """The life of a thread. However it ends, nobody is left waiting for it."""
+        try:
+            if lane is self._bulk:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BULK_NICE)
+            while taken := self._take(lane):
+                self._answer(taken)
+        except BaseException:
+            logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Without one of its threads the batcher would be late or stuck, and nobody would know."""
+        with self._lock:
+            self._open = False
+            unanswered = list(self._unanswered)
+        self._forget(unanswered)
+        for request in unanswered:
+            _settle(request, BatcherClosed("A worker of this backbone died; restart the service."))
+
+    def _forget(self, requests: Iterable[_Request]) -> None:
+        """Drops what was not taken of some requests."""
+        with self._lock:
+            for request in requests:
+                self._predicts.remove(request)
+                self._bulk.remove(request)
+                self._unanswered.discard(request)
+            if not self._predicts.requests:
+                self._bulk.ready.notify_all()
+
+    def _take(self, lane: _Lane) -> list[_Taken]:
+        """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
+        with self._lock:
+            while not lane.requests or (lane is self._bulk and self._predicts.requests):
+                if not self._open and not lane.requests:
+                    return []
+                lane.ready.wait()
+            # An even share, so that the other workers have something of a single caller's inputs too.
+            room = max(1, min(self.backbone.batch, -(-lane.depth // self._workers)))
+            taken: list[_Taken] = []
+            while lane.requests and len(taken) < room:
+                request = lane.requests.popleft()
+                end = min(request.next + room - len(taken), len(request.inputs))
+                if request.next == 0:
+                    request.timings["queue"] = time.perf_counter() - request.arrived
+                taken.extend((request, index) for index in range(request.next, end))
+                request.next = end
+                if end < len(request.inputs):
+                    lane.requests.append(request)
+            lane.depth -= len(taken)
+            if lane is self._predicts and not lane.requests:
+                self._bulk.ready.notify_all()
+        for request, index in taken:
+            if index == 0:
+                self._observe("queue", request.timings["queue"])
+        return taken
+
+    def _answer(self, taken: list[_Taken]) -> None:
+        """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
+        try:
+            begin = time.perf_counter()
+            good, spent = self._prepare(taken)
+            middle = time.perf_counter()
+            embeddings = self.backbone.run([prepared for _, prepared in good])
+            end = time.perf_counter()
+        except Exception as error:
+            logger.exception(
+                "a batch of %d inputs failed on the backbone %s", len(taken), self.backbone.spec.name
+            )
+            self._fail({request for request, _ in taken}, error)
+            return
+        finished: list[_Request] = []
+        stage = self.backbone.preprocess_stage
+        with self._lock:
+            for (request, index), seconds, refusal in spent:
+                request.timings[stage] += seconds
+                if refusal is not None:
+                    request.errors[index] = refusal
+            for ((request, index), _), embedding in zip(good, embeddings, strict=True):
+                request.embeddings[index] = embedding
+                request.timings["embed"] += (end - middle) / len(good)
+            for request, _ in taken:
+                request.pending -= 1
+                if not request.pending:
+                    finished.append(request)
+            cost = (end - begin) / len(taken)
+            self._seconds_per_input += _NEWEST * (cost - self._seconds_per_input)
+        for request in finished:
+            _settle(request, None)
+        for _, seconds, _ in spent:
+            self._observe(stage, seconds)
+        if good:
+            self._observe("embed", end - middle)
+            self._observe_batch(len(good))
+
+    def _prepare(
+        self, taken: list[_Taken]
+    ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]]]:
+        good: list[tuple[_Taken, Prepared]] = []
+        spent: list[tuple[_Taken, float, InputError | None]] = []
+        for one in taken:
+            request, index = one
+            begin = time.perf_counter()
+            refusal: InputError | None = None
+            try:
+                good.append((one, self.backbone.preprocess(request.inputs[index])))
+            except InputError as error:
+                refusal = error
+            spent.append((one, time.perf_counter() - begin, refusal))
+        return good, spent
+
+    def _fail(self, requests: set[_Request], error: Exception) -> None:
+        self._forget(requests)
+        for request in requests:
+            failure = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
+            failure.__cause__ = error
+            _settle(request, failure)
+
+
+def _settle(request: _Request, failure: Exception | None) -> None:
+    """Wakes the caller, who may have gone."""
+
+    def wake() -> None:
+        if request.future.done():
+            return
+        if failure is None:
+            request.future.set_result(Embedded(request.embeddings, request.errors, request.timings))
+        else:
+            request.future.set_exception(failure)
+
+    try:
+        request.future.get_loop().call_soon_threadsafe(wake)
+    except RuntimeError:
+        # The loop is closed, so nobody waits.
+        return

@@ -1,0 +1,65 @@
+"""Finds exported backbones in the BentoML model store, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from models.manifest import CorruptExport, folder_sha256, read_manifest
+from models.spec import PACKAGED, BackboneSpec, split_source
+
+
+def find(name: str) -> Path | None:
+    """The folder of a backbone's complete export, None if there is none; names are those of the settings.
+
+    A packaged backbone is found by its fingerprint, one from a folder by the folder's weights, and one from a
+    hub is the latest exported: what was exported once stays what it is, whatever happens there. Raises
+    UnknownBackbone.
+    """
+    import bentoml
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        folder = Path(bentoml.models.get(f"{model_name(name)}:{_version(name)}").path)
+        spec = read_manifest(folder, verify=False)
+    except (BentoMLException, CorruptExport):
+        return None
+    local = local_folder(name)
+    if local is not None and folder_sha256(local) != spec.weights_sha256:
+        return None
+    return folder
+
+
+def find_tag(name: str) -> str | None:
+    """The tag, name:version, of the same export in the BentoML model store."""
+    folder = find(name)
+    return None if folder is None else tag(read_manifest(folder, verify=False))
+
+
+def tag(spec: BackboneSpec) -> str:
+    """The tag in the BentoML model store: a name, and the first 16 digits of the fingerprint."""
+    return f"{model_name(spec.name)}:{spec.fingerprint[:16]}"
+
+
+def model_name(name: str) -> str:
+    """The name in the BentoML model store: a tag's characters only, and different for different settings."""
+    if name in PACKAGED:
+        return name
+    library, place = split_source(name)
+    local = local_folder(name)
+    readable = re.sub(r"[^a-z0-9]+", "-", Path(place).name.lower()).strip("-")[:24].strip("-")
+    digest = hashlib.sha256(f"{library}:{local or place}".encode()).hexdigest()[:12]
+    return "-".join(part for part in (library, readable, digest) if part)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a setting such as timm:/models/mine names; None for a package or a hub's model."""
+    if name in PACKAGED:
+        return None
+    folder = Path(split_source(name)[1]).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _version(name: str) -> str:
+    return PACKAGED[name].fingerprint[:16] if name in PACKAGED else "latest"

@@ -1,0 +1,72 @@
+"""The manifest of an export folder: the spec, and the digests by which a folder is known to be whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
+
+FORMAT = 1
+
+
+class CorruptExport(RuntimeError):
+    """The export folder is not complete or was changed; the message says what to do."""
+
+    code = "corrupt_export"
+
+
+def write_manifest(folder: Path, spec: BackboneSpec) -> None:
+    """Writes the manifest beside the graph, and the tokenizer of a text backbone, already in folder."""
+    names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else [])]
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        for name in names
+    }
+    manifest = {"format": FORMAT, "spec": spec.to_json(), "files": files}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
+    """The spec of a complete export folder. verify compares digests, without it lengths only.
+
+    Raises CorruptExport. BentoML copies an export into its store file by file, so a reader may meet half of
+    one.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        if manifest["format"] != FORMAT:
+            raise CorruptExport(f"{folder} has format {manifest['format']}; export the backbone again.")
+        spec = BackboneSpec.from_json(manifest["spec"])
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"] or (
+                verify and file_sha256(path) != expected["sha256"]
+            ):
+                raise CorruptExport(f"{path} is not the file that was exported; export the backbone again.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptExport(
+            f"{folder} is no complete export ({error}); export the backbone again."
+        ) from error
+    return spec
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """sha256, in hex, over the names and bytes of a model folder's weights and JSON files.
+
+    Only they decide what the network computes; a changed README does not make another backbone.
+    """
+    digest = hashlib.sha256()
+    files = (
+        path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()
+    )
+    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""The only place that opens an ONNX Runtime session, and the check that it runs where it was asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import onnxruntime
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDERS: Final[dict[Device, list[Any]]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [
+        (
+            "CUDAExecutionProvider",
+            {
+                # TF32 rounds to 10 bits of mantissa: embeddings of one fingerprint would differ between
+                # hosts.
+                "use_tf32": "0",
+                # An exhaustive search runs again for each batch size it has not seen.
+                "cudnn_conv_algo_search": "HEURISTIC",
+                "arena_extend_strategy": "kSameAsRequested",
+            },
+        ),
+        "CPUExecutionProvider",
+    ],
+}
+
+_GPU_ADVICE = (
+    "A GPU was asked for and ONNX Runtime cannot use one. Check that `nvidia-smi` lists a GPU here, that its "
+    "driver supports CUDA 13, and that onnxruntime-gpu[cuda,cudnn] is installed without onnxruntime beside "
+    "it; or set the device to cpu."
+)
+
+
+class DeviceUnavailable(RuntimeError):
+    """The device asked for is not there; the message says what to do."""
+
+    code = "device_unavailable"
+
+
+def open_session(model: Path, *, device: Device, threads: int) -> onnxruntime.InferenceSession:
+    """A session for the graph in model, on the device asked for or not at all.
+
+    threads: of one run on the CPU, the calling one included. Raises DeviceUnavailable: ONNX Runtime itself
+    would go on without the GPU and say nothing. Safe to run from several threads.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Waiting threads that spin take the cores from decoding and from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if device == "cpu":
+        # The arena keeps the memory of the largest batch for ever, and the pattern plans one block per new
+        # shape.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+    else:
+        # Only for CUDA: it loads the NVIDIA libraries, 190 MB.
+        onnxruntime.preload_dlls()
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=_PROVIDERS[device], enable_fallback=0
+        )
+    except Exception as error:
+        if device == "cuda" and "CUDA" in str(error):
+            raise DeviceUnavailable(f"{_GPU_ADVICE} ({error})") from error
+        raise
+    wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]
+    if wanted not in session.get_providers():
+        raise DeviceUnavailable(_GPU_ADVICE)
+    return session

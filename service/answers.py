@@ -1,0 +1,267 @@
+"""What the domain answered, in the form of service/schemas.py.
+
+Plain JSON values: a model for each would cost more.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from adapters.adapting import AdaptOutcome
+from adapters.example import Target
+from adapters.explaining import Neighbour
+from adapters.predicting import PredictAnswer, Prediction
+from adapters.records import AdapterRecord, ExampleRecord, VersionRecord
+from adapters.revising import Revised
+from models.backbone import Embedded
+from models.batcher import Batcher
+from models.preprocess import InputError
+
+Json = dict[str, Any]
+
+
+def answer(value: Json, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(to_json(value, inf_nan_mode="null"), media_type="application/json", headers=headers)
+
+
+def adapted(outcome: AdaptOutcome) -> Response:
+    """AdaptResponse."""
+    rejected = [
+        {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in outcome.rejected
+    ]
+    return answer(_revised(outcome.revised, rejected, outcome.timings))
+
+
+def revised(done: Revised) -> Response:
+    """AdaptResponse, of feedback or of a rebase."""
+    return answer(_revised(done, [], done.timings))
+
+
+def removed(done: Revised) -> Response:
+    """RemovalResponse."""
+    return answer(_revised(done, [], done.timings) | {"gone": done.committed.gone})
+
+
+def predicted(found: PredictAnswer, *, raw: bool) -> Response:
+    """PredictResponse; for a raw input that failed, raises its error instead."""
+    if raw and isinstance(found.items[0], InputError):
+        raise found.items[0]
+    return answer(
+        {
+            "adapter": found.adapter,
+            "version": found.version,
+            "predictions": [_prediction(item, found.task) for item in found.items],
+            "timing_ms": _milliseconds(found.timings),
+        }
+    )
+
+
+def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> bytes:
+    """EmbedResponse as JSON; for a raw input that failed, raises its error instead. Slow: for a thread."""
+    if raw and found.errors:
+        raise found.errors[0]
+    spec = batcher.backbone.spec
+    head = {"backbone": name, "fingerprint": spec.fingerprint, "dim": spec.dim}
+    # One by one, so that other threads get their turn in between.
+    items = [
+        to_json(_failed(found.errors[index]) if index in found.errors else {"embedding": row.tolist()})
+        for index, row in enumerate(found.embeddings)
+    ]
+    tail = to_json({"timing_ms": _milliseconds(found.timings)})
+    return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def openai(model: str, embeddings: NDArray[np.float32], encoding: str, tokens: int) -> bytes:
+    """OpenAIResponse as JSON. Slow: for a thread."""
+    items = [
+        to_json({"object": "embedding", "index": index, "embedding": _encoded(row, encoding)})
+        for index, row in enumerate(embeddings)
+    ]
+    tail = to_json({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def backbones(batchers: Mapping[str, Batcher]) -> Response:
+    """BackbonesOut."""
+    return answer({"backbones": [_backbone(name, batcher) for name, batcher in batchers.items()]})
+
+
+def _backbone(name: str, batcher: Batcher) -> Json:
+    spec = batcher.backbone.spec
+    return {
+        "name": name,
+        "kind": spec.kind,
+        "dim": spec.dim,
+        "licence": spec.licence,
+        "fingerprint": spec.fingerprint,
+        "device": batcher.backbone.device,
+        "precision": batcher.backbone.precision,
+        "source": spec.source,
+    }
+
+
+def adapter(record: AdapterRecord) -> Json:
+    """AdapterOut."""
+    return {
+        "adapter": record.name,
+        "backbone": record.backbone,
+        "fingerprint": record.fingerprint,
+        "kind": record.kind,
+        "task": record.task,
+        "keep_inputs": record.keep_inputs,
+        "examples": record.examples,
+        "live": record.live,
+        "revision": record.revision,
+        "epoch": record.epoch,
+        "created_at": record.created_at,
+    }
+
+
+def adapters(records: Sequence[AdapterRecord], limit: int) -> Response:
+    """AdaptersOut, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].name) if len(records) > limit else None
+    return answer({"adapters": [adapter(record) for record in page], "next": following})
+
+
+def one_adapter(record: AdapterRecord) -> Response:
+    """AdapterOut with the entity tag of its alias."""
+    return answer(adapter(record), {"ETag": record.etag})
+
+
+def version(record: VersionRecord, owner: AdapterRecord) -> Json:
+    """VersionOut."""
+    return {
+        "version": record.number,
+        "live": record.number == owner.live,
+        "method": record.method,
+        "backbone": record.backbone,
+        "fingerprint": record.fingerprint,
+        "revision": record.revision,
+        "labels": record.labels,
+        "sha256": record.artifact.sha256,
+        "bytes": record.artifact.length,
+        "created_at": record.created_at,
+        "report": dict(record.report),
+    }
+
+
+def versions(owner: AdapterRecord, records: Sequence[VersionRecord]) -> Response:
+    """VersionsOut."""
+    return answer({"adapter": owner.name, "versions": [version(record, owner) for record in records]})
+
+
+def one_version(owner: AdapterRecord, record: VersionRecord) -> Response:
+    """VersionOut."""
+    return answer(version(record, owner))
+
+
+def file(content: bytes, name: str) -> Response:
+    """A file to download."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+def example(record: ExampleRecord) -> Json:
+    """KeptExampleOut."""
+    return {
+        "id": record.id,
+        **_target(record.target),
+        "digest": record.digest,
+        "created_at": record.created_at,
+    }
+
+
+def examples(owner: AdapterRecord, records: Sequence[ExampleRecord], limit: int) -> Response:
+    """ExamplesPage, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].id) if len(records) > limit else None
+    return answer(
+        {"adapter": owner.name, "examples": [example(record) for record in page], "next": following}
+    )
+
+
+def one_example(owner: AdapterRecord, record: ExampleRecord, value: bytes | str | None) -> Response:
+    """ExampleOut."""
+    if isinstance(value, bytes):
+        return answer(example(record) | {"image": base64.b64encode(value).decode()})
+    return answer(example(record) | ({} if value is None else {"text": value}))
+
+
+def cursor(last: str) -> str:
+    """An opaque cursor that stands behind a name or an id."""
+    return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
+
+
+def _revised(done: Revised, rejected: Sequence[Json], timings: Mapping[str, float]) -> Json:
+    committed, made = done.committed, done.version
+    return {
+        "adapter": done.adapter.name,
+        "version": None if made is None else made.number,
+        "live": done.live,
+        "backbone": done.adapter.backbone,
+        "epoch": done.adapter.epoch,
+        "examples": {
+            "total": done.adapter.examples,
+            "added": committed.added,
+            "replaced": committed.replaced,
+            "removed": committed.removed,
+            "rejected": rejected,
+        },
+        "report": None if made is None else dict(made.report),
+        "timing_ms": _milliseconds(timings),
+    }
+
+
+def _prediction(item: Prediction | InputError, task: str) -> Json:
+    if isinstance(item, InputError):
+        return _failed(item)
+    found: Json
+    if task == "regression":
+        found = {"value": item.value}
+    else:
+        named = {"label": item.label} if task == "classification" else {"labels": item.labels}
+        found = {
+            **named,
+            "confidence": item.confidence,
+            "probabilities": [
+                {"label": label, "probability": chance} for label, chance in item.probabilities
+            ],
+        }
+    found |= {"abstained": item.abstained, "abstention_score": item.abstention_score}
+    if item.nearest is not None:
+        found["nearest"] = [_neighbour(one) for one in item.nearest]
+    return found
+
+
+def _neighbour(one: Neighbour) -> Json:
+    return {"id": one.id, **_target(one.target), "similarity": one.similarity}
+
+
+def _target(target: Target) -> Json:
+    if isinstance(target, str):
+        return {"label": target}
+    return {"labels": target} if isinstance(target, tuple) else {"target": target}
+
+
+def _failed(error: InputError) -> Json:
+    return {"error": {"code": error.code, "detail": error.detail}}
+
+
+def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
+    values: list[float] = row.tolist()
+    return values
+
+
+def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(seconds * 1e3, 3) for stage, seconds in timings.items()}

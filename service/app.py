@@ -1,0 +1,122 @@
+"""The BentoML service: composes everything when it starts and mounts the routes at `/`."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from typing import Any, NoReturn
+
+import bentoml
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from service.edge import Edge
+from service.settings import Settings, serving_environment, tracing_wanted
+from service.startup import configure_logging, explain, give_back_memory, give_up
+
+edge = Edge()
+
+
+class TooManyWorkers(RuntimeError):
+    """BentoML was told to start more workers than one."""
+
+    code = "too_many_workers"
+
+
+class Shell(bentoml.Service[Any]):  # type: ignore[misc]
+    """BentoML's application less what the edge does better, or must do itself."""
+
+    def to_asgi(self, is_main: bool = True) -> Starlette:
+        """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
+        app: Starlette = super().to_asgi(is_main=is_main)
+        # TimeoutMiddleware answers with a body of its own form and keeps a timer for each request, answered
+        # or not, until the time is over: at 1,000 requests a second, hundreds of megabytes for a timeout of
+        # minutes.
+        unwanted: set[Any] = {TimeoutMiddleware}
+        if not tracing_wanted():
+            unwanted.add(OpenTelemetryMiddleware)
+        app.user_middleware = [layer for layer in app.user_middleware if layer.cls not in unwanted]
+        app.router.routes = [
+            route for route in app.router.routes if getattr(route, "path", "") != "/schema.json"
+        ]
+        return app
+
+
+@bentoml.asgi_app(edge, path="/")
+@bentoml.service(
+    name="topwork",
+    service_class=Shell,
+    workers=1,
+    envs=[{"name": name, "value": value} for name, value in serving_environment().items()],
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+class Topwork:
+    """One frozen backbone, a private head for every tenant: adapt on posted examples, predict over REST."""
+
+    @bentoml.on_deployment
+    def prepare() -> None:
+        """In BentoML's supervising process, before any worker: refuses what can be refused at once."""
+        import click
+        from bentoml._internal.configuration.containers import BentoMLContainer
+
+        from service.auth import Guard
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, _stop_supervising)
+        context = click.get_current_context(silent=True)
+        host = context.params.get("host") if context else None
+        try:
+            settings = Settings()
+            if context is not None:
+                Guard(settings.admin_key, [host or BentoMLContainer.http.host.get()])
+        except Exception as error:
+            raise SystemExit(f"topwork: {explain(error)}") from None
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
+        from service.auth import Guard, listening_addresses
+        from service.composition import compose
+        from service.routes import build_api
+
+        configure_logging()
+        give_back_memory()
+        worker = bentoml.server_context.worker_index
+        try:
+            if (worker or 1) > 1:
+                raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
+            settings = Settings()
+            guard = Guard(settings.admin_key, listening_addresses())
+            self.components = await compose(settings)
+        except Exception as error:
+            give_up(error, supervised=worker is not None)
+        api = build_api(self.components)
+        edge.open(api, settings=settings, guard=guard, metrics=self.components.metrics)
+        # What is loaded by now lives as long as the process: a full collection need not walk it again and
+        # again.
+        gc.collect()
+        gc.freeze()
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """Lets running work end and closes everything."""
+        edge.close()
+        await self.components.aclose()
+
+    async def __is_ready__(self) -> bool:
+        return self.components.ready
+
+
+def application() -> ASGIApp:
+    """The whole application, health checks and lifespan included, for a server to run."""
+    service: Any = Topwork
+    app: ASGIApp = service.to_asgi(is_main=True)
+    return app
+
+
+def _stop_supervising(*_: object) -> NoReturn:
+    raise SystemExit(1)

@@ -1,0 +1,320 @@
+"""Bodies of requests: JSON, multipart, or one raw input, read into what the domain takes.
+
+Bulk formats are not read yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from adapters.adapting import AdaptCommand
+from adapters.admission import Posted
+from adapters.curating import Feedback
+from adapters.example import ExampleError
+from adapters.predicting import Input, PredictQuery
+from models.preprocess import InputError
+from service.errors import Problem
+from service.lifting import Lifted, NotJson, TooIntricate, parse
+from service.schemas import (
+    AdaptRequest,
+    EmbedRequest,
+    ExampleIn,
+    FeedbackRequest,
+    InputIn,
+    OpenAIRequest,
+    PredictRequest,
+    TargetIn,
+)
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+# Bodies up to this size are parsed where they are, in about a millisecond; a thread would take longer to
+# begin.
+_AT_ONCE = 128 << 10
+_REST = 16 << 20
+_FIELDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """Whether the body was one raw input, whose error is then the request's own."""
+
+    query: PredictQuery
+    raw: bool
+
+
+class _InMemoryParser(MultiPartParser):
+    """Starlette's parser without its temporary files: the body is bounded, and inputs touch no disk here."""
+
+    spool_max_size = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Bodies:
+    """Reads bodies within the limits of one request.
+
+    Every method raises Problem or RequestValidationError.
+    """
+
+    max_examples: int
+    max_inputs: int
+    max_text_chars: int
+
+    async def adapt(self, request: Request) -> AdaptCommand:
+        """Examples as JSON or multipart."""
+        media = media_type(request)
+        if media == "multipart/form-data":
+            return await self._adapt_form(request)
+        if media != "application/json":
+            raise unsupported(media, "application/json or multipart/form-data")
+        return await self._json(request, self._adapt_command)
+
+    async def predict(self, request: Request) -> Single:
+        """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
+        media = media_type(request)
+        if media == "application/json":
+            return await self._json(request, self._predict_query)
+        inputs, fields = await self._inputs(request, media)
+        body = _lax(PredictRequest, {**request.query_params, **fields})
+        return Single(_query(body, inputs), raw=media != "multipart/form-data")
+
+    async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
+        """A backbone's name and inputs, as predict takes them, and whether the body was one raw input."""
+        media = media_type(request)
+        if media == "application/json":
+            return await self._json(request, self._embed_query)
+        inputs, fields = await self._inputs(request, media)
+        body = _lax(EmbedRequest, {**request.query_params, **fields})
+        return body.backbone, inputs, media != "multipart/form-data"
+
+    async def openai(self, request: Request) -> OpenAIRequest:
+        """A request to OpenAI's embeddings endpoint."""
+        _want_json(request)
+
+        def build(lifted: Lifted) -> OpenAIRequest:
+            if isinstance(lifted.value, dict):
+                self._count(lifted.value.get("input"), self.max_inputs, "input")
+            return _strict(OpenAIRequest, lifted.value)
+
+        return await self._json(request, build)
+
+    async def feedback(self, request: Request) -> Feedback:
+        """An input or an example's id, with the right label."""
+        _want_json(request)
+        return await self._json(request, self._feedback)
+
+    async def model(self, request: Request, model: type[M]) -> M:
+        """A small JSON body."""
+        _want_json(request)
+        return await self._json(request, lambda lifted: _strict(model, lifted.value))
+
+    async def _json(self, request: Request, build: Callable[[Lifted], T]) -> T:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+
+        def read() -> T:
+            try:
+                return build(parse(body, max_rest=_REST))
+            except TooIntricate as error:
+                raise Problem(413, error.code, str(error)) from error
+            except NotJson as error:
+                raise Problem(400, error.code, str(error)) from error
+
+        return read() if len(body) <= _AT_ONCE else await asyncio.to_thread(read)
+
+    def _adapt_command(self, lifted: Lifted) -> AdaptCommand:
+        self._count_in(lifted.value, "examples", self.max_examples)
+        body = _strict(AdaptRequest, lifted.value)
+        return _command(body, [self._posted(example, lifted) for example in body.examples])
+
+    def _predict_query(self, lifted: Lifted) -> Single:
+        self._count_in(lifted.value, "inputs", self.max_inputs)
+        body = _strict(PredictRequest, lifted.value)
+        _some(body.inputs)
+        return Single(_query(body, [self._input(one, lifted) for one in body.inputs]), raw=False)
+
+    def _embed_query(self, lifted: Lifted) -> tuple[str, Sequence[Input], bool]:
+        self._count_in(lifted.value, "inputs", self.max_inputs)
+        body = _strict(EmbedRequest, lifted.value)
+        _some(body.inputs)
+        return body.backbone, [self._input(one, lifted) for one in body.inputs], False
+
+    async def _adapt_form(self, request: Request) -> AdaptCommand:
+        files, fields = await self._form(request, self.max_examples)
+        body = _lax(AdaptRequest, fields)
+        return _command(body, [Posted(await _content(file), _folder(file.filename)) for file in files])
+
+    async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], Mapping[str, str]]:
+        if media == "multipart/form-data":
+            files, fields = await self._form(request, self.max_inputs)
+            inputs = [await _content(file) for file in files]
+            _some(inputs)
+            return inputs, fields
+        if not (media.startswith("image/") or media in ("text/plain", "application/octet-stream")):
+            raise unsupported(media, "application/json, multipart/form-data, image/* or text/plain")
+        body = await request.body()
+        return [_decoded(body) if media == "text/plain" else body], {}
+
+    async def _form(self, request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
+        parser = _InMemoryParser(
+            request.headers, _stream(request), max_files=most, max_fields=_FIELDS, max_part_size=_AT_ONCE
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            if error.message.startswith("Too many files"):
+                raise too_many(most, "files") from error
+            raise Problem(
+                400, "invalid_multipart", f"The multipart body cannot be read: {error.message}"
+            ) from error
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        return files, {key: value for key, value in form.multi_items() if isinstance(value, str)}
+
+    def _feedback(self, lifted: Lifted) -> Feedback:
+        body = _strict(FeedbackRequest, lifted.value)
+        if (body.id is None) == (body.image is None and body.text is None):
+            raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
+        target = _target(body)
+        if isinstance(target, ExampleError):
+            raise target
+        value = None if body.id is not None else self._input(body, lifted)
+        return Feedback(target, value, body.id, body.promote, body.fit)
+
+    def _posted(self, example: ExampleIn, lifted: Lifted) -> Posted:
+        return Posted(self._input(example, lifted), _target(example), example.id)
+
+    def _input(self, one: InputIn, lifted: Lifted) -> Input:
+        if (one.image is None) == (one.text is None):
+            return InputError("input_missing", "Give exactly one of image and text.")
+        try:
+            return (
+                lifted.text(one.text, self.max_text_chars)
+                if one.text is not None
+                else lifted.image(one.image or "")
+            )
+        except InputError as error:
+            return error
+
+    def _count_in(self, value: Any, key: str, most: int) -> None:
+        if isinstance(value, dict):
+            self._count(value.get(key), most, key)
+
+    @staticmethod
+    def _count(items: Any, most: int, what: str) -> None:
+        # Before each is validated: every one of millions of wrong items would become an error of its own.
+        if isinstance(items, list) and len(items) > most:
+            raise too_many(most, what)
+
+
+def media_type(request: Request) -> str:
+    """The body's media type in lower case without parameters. Raises a 415 Problem for a compressed body."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Problem(415, "unsupported_encoding", f"A body in {encoding} is not read. Send it uncompressed.")
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def unsupported(media: str, wanted: str) -> Problem:
+    """The refusal of a media type."""
+    return Problem(
+        415,
+        "unsupported_media_type",
+        f"A body of {media or 'no media type'} is not read here. Send {wanted}.",
+    )
+
+
+def too_many(most: int, what: str) -> Problem:
+    """The refusal of more items than one request may have."""
+    return Problem(413, "too_many_items", f"A request has at most {most:,} {what}. Send several requests.")
+
+
+def _want_json(request: Request) -> None:
+    media = media_type(request)
+    if media != "application/json":
+        raise unsupported(media, "application/json")
+
+
+async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
+    async for chunk in request.stream():
+        yield chunk
+
+
+def _strict(model: type[M], value: Any) -> M:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _invalid(error, "body") from error
+
+
+def _lax(model: type[M], fields: Mapping[str, str]) -> M:
+    try:
+        return model.model_validate_strings(fields, strict=False)
+    except ValidationError as error:
+        raise _invalid(error, "fields") from error
+
+
+def _invalid(error: ValidationError, place: str) -> RequestValidationError:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return RequestValidationError([{**one, "loc": (place, *one["loc"])} for one in found[:100]])
+
+
+def _some(inputs: Sequence[object]) -> None:
+    if not inputs:
+        raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
+
+
+def _command(body: AdaptRequest, posted: Sequence[Posted]) -> AdaptCommand:
+    return AdaptCommand(
+        adapter=body.adapter,
+        posted=posted,
+        backbone=body.backbone,
+        task=body.task,
+        update=body.update,
+        promote=body.promote,
+        fit=body.fit,
+        strict=body.strict,
+        keep_inputs=body.keep_inputs,
+    )
+
+
+def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
+    return PredictQuery(body.adapter, inputs, body.version, body.top_k, body.explain, body.min_epoch)
+
+
+def _target(one: TargetIn) -> object:
+    given = [value for value in (one.label, one.labels, one.target) if value is not None]
+    if len(given) > 1:
+        return ExampleError("label_invalid", "Give only one of label, labels and target.")
+    return given[0] if given else None
+
+
+async def _content(file: UploadFile) -> Input:
+    content = await file.read()
+    name, media = (file.filename or "").lower(), (file.content_type or "").lower()
+    if media.startswith("text/") or (not media.startswith("image/") and name.endswith(".txt")):
+        return _decoded(content)
+    return content
+
+
+def _decoded(content: bytes) -> Input:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return InputError("invalid_text", f"The text is not UTF-8: {error.reason} at byte {error.start}.")
+
+
+def _folder(filename: str | None) -> str | None:
+    """The label in `label/file.jpg`: the innermost folder of a file's name."""
+    parts = [part for part in (filename or "").replace("\\", "/").split("/") if part]
+    return parts[-2] if len(parts) > 1 else None

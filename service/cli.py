@@ -1,0 +1,105 @@
+"""The `topwork` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import uvicorn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the process's exit status."""
+    parser = argparse.ArgumentParser(prog="topwork", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve until interrupted")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    serve.add_argument(
+        "--port", type=int, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return _serve(options.host, options.port)
+    except Exception as error:
+        from service.startup import complain
+
+        complain(error)
+        return 1
+
+
+def _serve(host: str, port: int | None) -> int:
+    # One process, with BentoML's application in it: the supervisor of `bentoml serve` would cost two more
+    # seconds of imports before its worker begins, and would hide that a worker cannot start.
+    from service.settings import Settings, bind_port, serving_environment
+
+    for name, value in serving_environment().items():
+        os.environ.setdefault(name, value)
+    settings = Settings()
+    listener = _listen(host, bind_port() if port is None else port)
+
+    import uvicorn
+
+    from service.app import application
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(),
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=settings.drain_timeout,
+        )
+    )
+    threading.Thread(target=_announce, args=(_url(listener), server), daemon=True).start()
+    # uvicorn raises the signal again once it has drained: without this the status would be that of a kill.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket: the service reads from it whether it can be reached from elsewhere."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    listener.set_inheritable(False)
+    # Connections inherit it. asyncio sets it only where the socket names its protocol, which create_server's
+    # does not, and without it every other answer waits 40 ms: its body is held back for the acknowledgement
+    # of its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def _announce(url: str, server: uvicorn.Server) -> None:
+    """Prints the address once the service says that it is ready."""
+    while not server.should_exit:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=600):
+                print(f"Topwork is ready at {url}", flush=True)
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

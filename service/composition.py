@@ -1,0 +1,258 @@
+"""Builds everything the service is made of, from the settings, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import platform
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from adapters.adapting import Adapting
+from adapters.aliases import Aliases
+from adapters.browsing import Browsing
+from adapters.cache import Cache
+from adapters.curating import Curating
+from adapters.explaining import Explaining
+from adapters.exporting import Exporting
+from adapters.fitter import Fitter
+from adapters.head import Head
+from adapters.keeping import Keeping
+from adapters.linear_probe import ProbeConfig
+from adapters.predicting import Predicting
+from adapters.registry import Registry, RegistryError
+from adapters.revising import AdapterLimits, Revising
+from adapters.store import Store, StoreError, open_store, sweep
+from models.backbone import Backbone
+from models.batcher import Batcher
+from models.exported import find
+from models.preprocess import InputLimits
+from service import __version__
+from service.metrics import Metrics
+from service.settings import Settings
+
+logger = logging.getLogger("topwork")
+
+# Where the packages are, for a child to import them whatever its folder.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+class ExportFailed(RuntimeError):
+    """A backbone is not exported and could not be."""
+
+    code = "export_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What the routes are built from. `batchers` by backbone name, in the order of the settings."""
+
+    settings: Settings
+    registry: Registry
+    store: Store
+    aliases: Aliases
+    heads: Cache[Head]
+    batchers: dict[str, Batcher]
+    fitter: Fitter
+    adapting: Adapting
+    browsing: Browsing
+    curating: Curating
+    exporting: Exporting
+    predicting: Predicting
+    metrics: Metrics
+    closing: AsyncExitStack
+
+    @property
+    def ready(self) -> bool:
+        """Whether every worker thread and the fitting process run."""
+        return self.fitter.alive and all(batcher.alive for batcher in self.batchers.values())
+
+    async def aclose(self) -> None:
+        """Lets queued work end, then closes everything in the reverse order of its making."""
+        await self.closing.aclose()
+
+
+async def compose(settings: Settings) -> Components:
+    """Everything, started. Raises the error of the part that cannot be;
+
+    What was started by then is closed.
+    """
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        fitter = Fitter(settings.max_fit_queue)
+        stack.push_async_callback(fitter.close)
+        # The slow parts wait for files, other processes and ONNX Runtime, so they come up beside each other.
+        backbones, (registry, store), _ = await asyncio.gather(
+            _backbones(settings, stack), asyncio.to_thread(_storage, settings), fitter.start()
+        )
+        stack.callback(registry.close)
+        batchers = {}
+        for name, backbone in backbones.items():
+            batchers[name] = Batcher(
+                backbone,
+                max_queue=settings.max_queue,
+                workers=settings.usable_threads,
+                observe=metrics.stage,
+                observe_batch=partial(metrics.batch, name),
+            )
+            await batchers[name].start()
+            stack.push_async_callback(batchers[name].close)
+        aliases = Aliases(registry)
+        await aliases.start()
+        stack.push_async_callback(aliases.close)
+        heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
+        keeping = Keeping(registry, store, aliases)
+        limits = AdapterLimits(
+            max_examples=settings.max_adapter_examples,
+            max_labels=settings.max_labels,
+            probe=ProbeConfig(memory_bytes=settings.max_fit_bytes, limit_seconds=settings.max_fit_seconds),
+        )
+        revising = Revising(keeping, fitter, heads, limits, metrics.stage)
+        adapting = Adapting(revising, batchers, metrics.adapt)
+        predicting = Predicting(aliases, store, heads, batchers, Explaining(keeping), metrics.stage)
+        # A daemon: a bucket may be long, and nobody waits for it at shutdown.
+        threading.Thread(target=_sweep, args=(registry, store), daemon=True).start()
+        components = Components(
+            settings=settings,
+            registry=registry,
+            store=store,
+            aliases=aliases,
+            heads=heads,
+            batchers=batchers,
+            fitter=fitter,
+            adapting=adapting,
+            browsing=Browsing(keeping),
+            curating=Curating(adapting),
+            exporting=Exporting(predicting),
+            predicting=predicting,
+            metrics=metrics,
+            closing=stack.pop_all(),
+        )
+    _watch(components)
+    return components
+
+
+async def _backbones(settings: Settings, stack: AsyncExitStack) -> dict[str, Backbone]:
+    await _export_missing(settings.backbones)
+    limits = InputLimits(
+        max_image_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_text_chars=settings.max_text_chars,
+    )
+
+    def load(name: str) -> Backbone:
+        folder = find(name)
+        if folder is None:
+            raise ExportFailed(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
+        return Backbone.open(folder, device=settings.device, threads=settings.usable_threads, limits=limits)
+
+    loaded = await asyncio.gather(*(asyncio.to_thread(load, name) for name in settings.backbones))
+    for backbone in loaded:
+        stack.callback(backbone.close)
+    return dict(zip(settings.backbones, loaded, strict=True))
+
+
+async def _export_missing(names: Sequence[str]) -> None:
+    """Exports in another process, for this one never imports torch."""
+    missing = [name for name in names if find(name) is None]
+    if not missing:
+        return
+    logger.info("exporting %s: once, about a minute", ", ".join(missing))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "models.export",
+        *missing,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")])),
+        },
+    )
+    try:
+        status = await process.wait()
+    except asyncio.CancelledError:
+        process.terminate()
+        raise
+    if status:
+        raise ExportFailed(f"Exporting {', '.join(missing)} failed; the lines above say why.")
+
+
+def _storage(settings: Settings) -> tuple[Registry, Store]:
+    if settings.database_url is None or settings.store_url is None:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = open_store(settings.store, settings.store_options)
+    registry = Registry(settings.database)
+    registry.migrate()
+    return registry, store
+
+
+def _sweep(registry: Registry, store: Store) -> None:
+    """Removes what a killed process published and never recorded;
+
+    A store that is away now is swept next time.
+    """
+    try:
+        removed = sweep(store, registry.referenced)
+    except (RegistryError, StoreError) as error:
+        logger.warning("sweep put off: %s", error)
+    else:
+        if removed:
+            logger.info("swept %d artifacts that no adapter refers to", removed)
+
+
+def _watch(components: Components) -> None:
+    """What is read when the metrics are scraped."""
+    gauge, counter = components.metrics.gauge, components.metrics.counter
+    build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
+    gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
+    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(components.ready))
+    for name, batcher in components.batchers.items():
+        backbone = batcher.backbone
+        about = {
+            "backbone": name,
+            "device": backbone.device,
+            "precision": backbone.precision,
+            "fingerprint": backbone.spec.fingerprint,
+        }
+        gauge(
+            "topwork_backbone_info", "Always 1; the labels say what a backbone runs on.", lambda: 1.0, about
+        )
+        gauge(
+            "topwork_queue_depth",
+            "Inputs waiting for a backbone.",
+            partial(_depth, batcher),
+            {"backbone": name},
+        )
+    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
+    heads = components.heads
+    counter(
+        "topwork_head_cache_hits", "Predictions that found their head in memory.", lambda: float(heads.hits)
+    )
+    counter("topwork_head_cache_misses", "Predictions that loaded their head.", lambda: float(heads.misses))
+    counter(
+        "topwork_head_cache_evictions", "Heads that made room for others.", lambda: float(heads.evictions)
+    )
+    gauge("topwork_head_cache_bytes", "Bytes of the heads in memory.", lambda: float(heads.bytes))
+    gauge(
+        "topwork_live_versions", "Adapters with a live version.", partial(_live_versions, components.registry)
+    )
+
+
+def _depth(batcher: Batcher) -> float:
+    return float(batcher.depth)
+
+
+def _live_versions(registry: Registry) -> float:
+    """NaN while the database is away: a scrape of everything else must not fail with it."""
+    try:
+        return float(registry.live_versions())
+    except RegistryError:
+        return math.nan

@@ -1,0 +1,221 @@
+"""One error format (RFC 9457, application/problem+json) and one table from exception classes to statuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch
+from adapters.admission import MixedInputs
+from adapters.curating import InputsNotKept
+from adapters.example import ExampleError
+from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
+from adapters.head import CorruptHead
+from adapters.linear_probe import OneLabel, TooCostly
+from adapters.onnx_head import InvalidGraph
+from adapters.predicting import HeadMismatch, NoLiveVersion
+from adapters.records import (
+    AliasMoved,
+    RegistryUnavailable,
+    RevisionMoved,
+    UnknownAdapter,
+    UnknownExample,
+    UnknownVersion,
+)
+from adapters.revising import AdapterFull, NothingToFit
+from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
+from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
+from models.preprocess import InputError
+from models.spec import UnknownBackbone
+
+logger = logging.getLogger("topwork")
+
+TYPE_PREFIX = "urn:topwork:"
+
+# The status of each domain exception. A class that is not here, nor a subclass of one that is, is a 500.
+STATUSES: dict[type[Exception], int] = {
+    InputError: 422,
+    ExampleError: 422,
+    ExamplesRejected: 422,
+    MixedInputs: 422,
+    NothingToFit: 422,
+    OneLabel: 422,
+    UnknownBackbone: 422,
+    UnknownAdapter: 404,
+    UnknownVersion: 404,
+    UnknownExample: 404,
+    AdapterFull: 409,
+    ContractChanged: 409,
+    FingerprintMismatch: 409,
+    HeadMismatch: 409,
+    InputsNotKept: 409,
+    NoLiveVersion: 409,
+    RevisionMoved: 409,
+    AliasMoved: 412,
+    TooCostly: 413,
+    Overloaded: 429,
+    FitterOverloaded: 429,
+    EmbeddingFailed: 500,
+    FitFailed: 500,
+    InvalidGraph: 500,
+    CorruptHead: 500,
+    CorruptArtifact: 500,
+    MissingArtifact: 500,
+    BatcherClosed: 503,
+    FitterUnavailable: 503,
+    RegistryUnavailable: 503,
+    StoreUnavailable: 503,
+    DeadlineExceeded: 504,
+    StoreFull: 507,
+}
+
+
+class Problem(HTTPException):
+    """A refusal that arises at the edge itself: `code` names it, `detail` says what to do.
+
+    An HTTPException, because FastAPI hides any other that is raised while it reads a body behind a 400 of
+    its own.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, dict(headers or {}))
+        self.code = code
+        self.errors = errors
+
+
+def problem_response(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    request_id: str,
+    errors: Sequence[Mapping[str, str]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A problem+json response.
+
+    `errors` are {pointer, code, detail}: which input item or field is to blame.
+    """
+    body: dict[str, Any] = {
+        "type": TYPE_PREFIX + code,
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    if errors:
+        body["errors"] = [dict(error) for error in errors]
+    return Response(
+        json.dumps(body),
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type="application/problem+json",
+    )
+
+
+def respond(error: Exception, request_id: str) -> Response:
+    """The response for any exception; a 500 without its message where the exception is not in the table."""
+    if isinstance(error, Problem):
+        return problem_response(
+            error.status_code,
+            error.code,
+            error.detail,
+            request_id=request_id,
+            errors=error.errors,
+            headers=error.headers,
+        )
+    if isinstance(error, RequestValidationError):
+        return _invalid_request(error, request_id)
+    if isinstance(error, HTTPException):
+        phrase = HTTPStatus(error.status_code).phrase
+        code = phrase.lower().replace(" ", "_").replace("-", "_")
+        return problem_response(
+            error.status_code,
+            code,
+            error.detail if error.detail != phrase else _HINTS.get(error.status_code, phrase),
+            request_id=request_id,
+            headers=error.headers,
+        )
+    status = next((STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES), None)
+    if status is None or status == 500:
+        logger.error("request %s failed", request_id, exc_info=error)
+    if status is None:
+        return problem_response(
+            500,
+            "internal_error",
+            f"The service failed. Its log has the cause under {request_id}.",
+            request_id=request_id,
+        )
+    retry_after = getattr(error, "retry_after", None)
+    if retry_after is None and status in (429, 503):
+        retry_after = 1.0
+    return problem_response(
+        status,
+        str(getattr(error, "code", "error")),
+        str(getattr(error, "detail", "") or error),
+        request_id=request_id,
+        errors=getattr(error, "errors", ()),
+        headers={} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))},
+    )
+
+
+_HINTS = {
+    404: "There is no such path. /docs lists what there is.",
+    405: "The path is there, but not with this method. /docs lists what there is.",
+}
+
+
+def _invalid_request(error: RequestValidationError, request_id: str) -> Response:
+    errors = [
+        {
+            "pointer": pointer(item["loc"]),
+            "code": str(item["type"]),
+            "detail": str(item["msg"]),
+        }
+        for item in error.errors()[:100]
+    ]
+    return problem_response(
+        422,
+        "invalid_request",
+        "The request does not have the documented form.",
+        request_id=request_id,
+        errors=errors,
+    )
+
+
+def pointer(location: Sequence[str | int]) -> str:
+    """A JSON pointer (RFC 6901) from a pydantic location; what is not in the body begins with where."""
+    parts = list(location[1:]) if location and location[0] == "body" else list(location)
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def request_id(request: Request) -> str:
+    """The id that the edge gave to the request, also in its X-Request-ID header."""
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of the app with problem+json."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return respond(error, request_id(request))
+
+    for cls in (Problem, RequestValidationError, HTTPException, Exception, *STATUSES):
+        app.add_exception_handler(cls, answer)

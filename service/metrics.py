@@ -1,0 +1,112 @@
+"""Prometheus metrics in a registry of our own, with a bounded number of series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
+from prometheus_client.registry import Collector
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+_ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_UNMATCHED = "unmatched"
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+
+
+class Metrics:
+    """Counts requests, stages, batches and adapts; reads everything else when scraped. Thread-safe."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "topwork_requests",
+            "Requests by route template and status.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self._request_seconds = Histogram(
+            "topwork_request_seconds",
+            "Seconds from the first byte of a request to the last of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._stages = Histogram(
+            "topwork_stage_seconds",
+            "Seconds by stage: decode, tokenize, queue, embed, head, fit, publish.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._batches = Histogram(
+            "topwork_batch_items",
+            "Inputs in one backbone run.",
+            ["backbone"],
+            buckets=_ITEMS,
+            registry=self.registry,
+        )
+        self._adapts = Counter("topwork_adapts", "Adapts by outcome.", ["outcome"], registry=self.registry)
+        self._watched = _Watched()
+        self.registry.register(self._watched)
+
+    def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """Count one answered request; `route` is the template that matched, None where none did."""
+        known = method if route and method in _METHODS else "other"
+        self._requests.labels(known, route or _UNMATCHED, str(status)).inc()
+        self._request_seconds.labels(route or _UNMATCHED).observe(seconds)
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """Observe the seconds that one request spent in a stage."""
+        self._stages.labels(stage).observe(seconds)
+
+    def batch(self, backbone: str, items: int) -> None:
+        """Observe the size of one backbone run."""
+        self._batches.labels(backbone).observe(items)
+
+    def adapt(self, outcome: str) -> None:
+        """Count one adapt by its outcome: promoted, withheld, stored, or the code of the error."""
+        self._adapts.labels(outcome).inc()
+
+    def gauge(
+        self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str] | None = None
+    ) -> None:
+        """Report `read()` under `name` at every scrape. Several label sets may share a name."""
+        self._watched.add(GaugeMetricFamily, name, text, read, labels or {})
+
+    def counter(
+        self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str] | None = None
+    ) -> None:
+        """Report a total that somebody else counts, `read()`, under `name` at every scrape."""
+        self._watched.add(CounterMetricFamily, name, text, read, labels or {})
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+class _Watched(Collector):
+    def __init__(self) -> None:
+        self._sources: dict[
+            str, tuple[_Family, str, list[tuple[Mapping[str, str], Callable[[], float]]]]
+        ] = {}
+
+    def add(
+        self, family: _Family, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str]
+    ) -> None:
+        self._sources.setdefault(name, (family, text, []))[2].append((labels, read))
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (family, text, reads) in self._sources.items():
+            metric = family(name, text, labels=list(reads[0][0]))
+            for labels, read in reads:
+                metric.add_metric(list(labels.values()), read())
+            yield metric

@@ -1,0 +1,93 @@
+"""The parts of the OpenAPI document that FastAPI cannot see: bodies that the routes read themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import schemas
+
+_REF = "#/components/schemas/{model}"
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    schemas.AdaptRequest,
+    schemas.PredictRequest,
+    schemas.EmbedRequest,
+    schemas.OpenAIRequest,
+    schemas.PromoteRequest,
+    schemas.FeedbackRequest,
+    schemas.RebaseRequest,
+)
+_FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
+_RAW = {
+    "image/*": {"schema": {"type": "string", "format": "binary"}},
+    "text/plain": {"schema": {"type": "string"}},
+}
+
+
+def body(
+    model: type[BaseModel], *, files: str | None = None, query: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """`openapi_extra` of a route with a JSON body.
+
+    files: the field that a multipart body gives as files. query: the body may be one raw input, and the
+    model's other fields are then in the query string.
+    """
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+    if files is not None:
+        content["multipart/form-data"] = {"schema": _form(model, files)}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if query is not None:
+        content |= _RAW
+        extra["parameters"] = [
+            {"name": name, "in": "query", "schema": schema, "description": "With a raw body."}
+            for name, schema in _plain_properties(query, "inputs").items()
+        ]
+    return extra
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that may answer with problems of these statuses."""
+    return {
+        status: {
+            "description": "A problem.",
+            "content": {"application/problem+json": {"schema": {"$ref": _REF.format(model="ProblemOut")}}},
+        }
+        for status in statuses
+    }
+
+
+def describe(app: FastAPI) -> None:
+    """Adds the schemas of the bodies, and the header that names the tenant, to the app's document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        models = [(model, "validation") for model in (*_REQUESTS, schemas.ProblemOut)]
+        _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        for operations in document["paths"].values():
+            operations["parameters"] = [_TENANT]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+_TENANT = {
+    "name": "X-Tenant",
+    "in": "header",
+    "schema": {"type": "string", "pattern": schemas.ADAPTER_PATTERN, "default": "default"},
+    "description": "Whose adapters are meant.",
+}
+
+
+def _plain_properties(model: type[BaseModel], left_out: str) -> dict[str, Any]:
+    properties: dict[str, Any] = model.model_json_schema()["properties"]
+    return {name: schema for name, schema in properties.items() if name != left_out}
+
+
+def _form(model: type[BaseModel], files: str) -> dict[str, Any]:
+    items = {"type": "array", "items": {"type": "string", "format": "binary"}, "description": _FILES}
+    return {"type": "object", "properties": {**_plain_properties(model, files), files: items}}

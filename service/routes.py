@@ -1,0 +1,254 @@
+"""The routes: HTTP in, one call of the domain, HTTP out.
+
+What is refused, and how, is in service/errors.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
+
+from adapters.admission import check_id
+from adapters.exporting import Format
+from adapters.records import UnknownAdapter
+from service import __version__, answers, errors, schemas
+from service.auth import Tenant
+from service.bodies import Bodies
+from service.composition import Components
+from service.docs import add_docs
+from service.embeddings import openai_embeddings
+from service.errors import Problem
+from service.metrics import CONTENT_TYPE
+from service.openapi import body, describe, problems
+
+_NAME = re.compile(schemas.ADAPTER_PATTERN)
+
+
+def adapter_name(adapter: str) -> str:
+    """The adapter in the path. A name that no adapter can have is unknown like any other."""
+    if _NAME.fullmatch(adapter) is None:
+        raise UnknownAdapter(adapter[:63])
+    return adapter
+
+
+def example_id(example: str) -> str:
+    """The example in the path; its id may hold slashes."""
+    check_id(example)
+    return example
+
+
+def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
+    """Behind what a page begins. Raises a 422 Problem for what no answer gave out."""
+    try:
+        return (
+            None if cursor is None else base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        )
+    except (binascii.Error, ValueError) as error:
+        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.") from error
+
+
+def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
+    """The entity tag that must still hold. Any will do for `*`, and without the header."""
+    return None if if_match is None or if_match.strip() == "*" else if_match.strip()
+
+
+Adapter = Annotated[str, Depends(adapter_name)]
+Example = Annotated[str, Depends(example_id)]
+Behind = Annotated[str | None, Depends(behind)]
+Expected = Annotated[str | None, Depends(expected)]
+Limit = Annotated[int, Query(ge=1, le=1_000)]
+Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
+
+
+def build_api(components: Components) -> FastAPI:
+    """The application. Its routes hold no state; everything is in the components."""
+    api = FastAPI(title="Topwork", version=__version__, docs_url=None, redoc_url=None)
+    settings = components.settings
+    bodies = Bodies(settings.max_examples, settings.max_inputs, settings.max_text_chars)
+    errors.install(api)
+    add_flows(api, components, bodies)
+    add_adapters(api, components, bodies)
+    add_examples(api, components, bodies)
+    describe(api)
+    add_docs(api)
+    return api
+
+
+def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
+    """Adapting, predicting and embedding."""
+    adapting, predicting, batchers = components.adapting, components.predicting, components.batchers
+
+    @api.post(
+        "/adapt",
+        openapi_extra=body(schemas.AdaptRequest, files="examples"),
+        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 413, 415, 422, 429)},
+    )
+    async def adapt(request: Request, tenant: Tenant) -> Response:
+        """Learn from examples: a new version comes back with what it is worth."""
+        return answers.adapted(await adapting.adapt(tenant, await bodies.adapt(request)))
+
+    @api.post(
+        "/predict",
+        openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
+        responses={200: {"model": schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
+    )
+    async def predict(request: Request, tenant: Tenant) -> Response:
+        """Predict with the live version, or with the one named."""
+        asked = await bodies.predict(request)
+        return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
+
+    @api.post(
+        "/embed",
+        openapi_extra=body(schemas.EmbedRequest, files="inputs", query=schemas.EmbedRequest),
+        responses={200: {"model": schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
+    )
+    async def embed(request: Request) -> Response:
+        """The bare embeddings of inputs."""
+        name, inputs, raw = await bodies.embed(request)
+        found = await predicting.embed(name, inputs)
+        content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
+        return Response(content, media_type="application/json")
+
+    @api.post(
+        "/v1/embeddings",
+        openapi_extra=body(schemas.OpenAIRequest),
+        responses={200: {"model": schemas.OpenAIResponse}, **problems(413, 415, 422, 429)},
+    )
+    async def embeddings(request: Request) -> Response:
+        """The embeddings of texts, as OpenAI's clients ask for them."""
+        return await openai_embeddings(predicting, await bodies.openai(request))
+
+    @api.get("/backbones", responses={200: {"model": schemas.BackbonesOut}})
+    async def backbones() -> Response:
+        """What can be adapted."""
+        return answers.backbones(batchers)
+
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """What Prometheus scrapes."""
+        return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
+
+
+def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
+    """Adapters, their versions and their live alias."""
+    browsing, curating, exporting = components.browsing, components.curating, components.exporting
+
+    @api.get("/adapters", responses={200: {"model": schemas.AdaptersOut}})
+    async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
+        """The tenant's adapters in the order of their names."""
+        return answers.adapters(await browsing.adapters(tenant, cursor, limit + 1), limit)
+
+    @api.get("/adapters/{adapter}", responses={200: {"model": schemas.AdapterOut}, **problems(404)})
+    async def adapter(tenant: Tenant, adapter: Adapter) -> Response:
+        """One adapter. Its entity tag stands for what `live` points to."""
+        return answers.one_adapter(await browsing.adapter(tenant, adapter))
+
+    @api.delete("/adapters/{adapter}", status_code=204, responses=problems(404))
+    async def delete_adapter(tenant: Tenant, adapter: Adapter) -> None:
+        """Delete an adapter with its examples and versions."""
+        await browsing.delete(tenant, adapter)
+
+    @api.get("/adapters/{adapter}/versions", responses={200: {"model": schemas.VersionsOut}, **problems(404)})
+    async def versions(tenant: Tenant, adapter: Adapter) -> Response:
+        """The versions that are kept, with their reports, the newest first."""
+        return answers.versions(*await browsing.versions(tenant, adapter))
+
+    @api.get(
+        "/adapters/{adapter}/versions/{version}",
+        responses={200: {"model": schemas.VersionOut}, **problems(404)},
+    )
+    async def version(tenant: Tenant, adapter: Adapter, version: Version) -> Response:
+        """One version with its report."""
+        return answers.one_version(*await browsing.version(tenant, adapter, version))
+
+    @api.get(
+        "/adapters/{adapter}/versions/{version}/export",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {}}}, **problems(404, 409)},
+    )
+    async def export(tenant: Tenant, adapter: Adapter, version: Version, format: Format = "onnx") -> Response:
+        """The version as one ONNX file, from prepared inputs to probabilities, or its head as safetensors."""
+        content = await exporting.export(tenant, adapter, version, format)
+        return answers.file(content, f"{adapter}-{version}.{format}")
+
+    @api.put(
+        "/adapters/{adapter}/aliases/live",
+        openapi_extra=body(schemas.PromoteRequest),
+        responses={200: {"model": schemas.AdapterOut}, **problems(404, 412, 415, 422)},
+    )
+    async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
+        """Promote a version, or roll back to it."""
+        wanted = await bodies.model(request, schemas.PromoteRequest)
+        return answers.one_adapter(await browsing.promote(tenant, adapter, wanted.version, etag))
+
+    @api.post(
+        "/adapters/{adapter}/rebase",
+        openapi_extra=body(schemas.RebaseRequest),
+        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
+    )
+    async def rebase(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
+        wanted = await bodies.model(request, schemas.RebaseRequest)
+        return answers.revised(await curating.rebase(tenant, adapter, wanted.backbone, wanted.promote))
+
+
+def add_examples(api: FastAPI, components: Components, bodies: Bodies) -> None:
+    """Examples and feedback."""
+    browsing, curating = components.browsing, components.curating
+
+    @api.get(
+        "/adapters/{adapter}/examples", responses={200: {"model": schemas.ExamplesPage}, **problems(404)}
+    )
+    async def examples(tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100) -> Response:
+        """The examples in the order of their ids."""
+        return answers.examples(*await browsing.examples(tenant, adapter, cursor, limit + 1), limit)
+
+    @api.delete(
+        "/adapters/{adapter}/examples",
+        responses={200: {"model": schemas.RemovalResponse}, **problems(404, 409, 422, 429)},
+    )
+    async def remove_examples(
+        tenant: Tenant,
+        adapter: Adapter,
+        id: Annotated[list[str] | None, Query(max_length=1_000)] = None,
+        all: bool = False,
+    ) -> Response:
+        """Remove the examples named by `id` (repeat it), or all; then fit what is left."""
+        return answers.removed(await curating.remove(tenant, adapter, which(id, all)))
+
+    @api.get(
+        "/adapters/{adapter}/examples/{example:path}",
+        responses={200: {"model": schemas.ExampleOut}, **problems(404)},
+    )
+    async def example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """One example with its input, if inputs are kept."""
+        return answers.one_example(*await browsing.example(tenant, adapter, example))
+
+    @api.delete(
+        "/adapters/{adapter}/examples/{example:path}",
+        responses={200: {"model": schemas.RemovalResponse}, **problems(404, 409, 429)},
+    )
+    async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Remove one example, and the versions that were fitted on it; then fit what is left."""
+        return answers.removed(await curating.remove(tenant, adapter, [example]))
+
+    @api.post(
+        "/adapters/{adapter}/feedback",
+        openapi_extra=body(schemas.FeedbackRequest),
+        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
+    )
+    async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Tell what is right for an input, or for a kept example."""
+        return answers.revised(await curating.feedback(tenant, adapter, await bodies.feedback(request)))
+
+
+def which(ids: list[str] | None, everything: bool) -> list[str] | None:
+    """The ids to remove, None for all. Raises a 422 Problem unless exactly one of both is asked for."""
+    if bool(ids) == everything:
+        raise Problem(422, "invalid_request", "Name the examples as `id`, or say `all=true`.")
+    return ids

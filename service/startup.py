@@ -1,0 +1,72 @@
+"""How the service says that it is up, and why it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+def explain(error: Exception) -> str:
+    """One line that says what is wrong and, for a setting, which variable it is."""
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"TOPWORK_{str(item['loc'][0]).upper() if item['loc'] else ''}: {item['msg']}"
+            for item in error.errors()
+        )
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def expected(error: Exception) -> bool:
+    """Whether the message alone tells an operator what to do: our own errors, settings, files, addresses."""
+    return hasattr(error, "code") or isinstance(error, ValidationError | OSError)
+
+
+def complain(error: Exception) -> None:
+    """Writes one line that says why the service cannot start; with the traceback where that is news."""
+    if not expected(error):
+        traceback.print_exception(error)
+    print(f"topwork: {explain(error)}", file=sys.stderr, flush=True)
+
+
+def give_up(error: Exception, *, supervised: bool) -> NoReturn:
+    """Complains, and ends the process with status 1."""
+    complain(error)
+    if supervised:
+        # BentoML's supervisor would start a worker again that cannot start, for ever, and then exit with 0.
+        os.kill(os.getppid(), signal.SIGUSR1)
+    os._exit(1)
+
+
+def give_back_memory() -> None:
+    """Makes glibc return freed blocks of 8 MB and more to the system, and use two heaps for all threads.
+
+    By default it learns to keep blocks of up to 32 MB, in a heap for each of many threads: after one
+    request with huge images the process would hold hundreds of megabytes for ever. Smaller blocks are worth
+    keeping: at 1 MB the network's own buffers would be mapped afresh in every run. Elsewhere than on glibc
+    it does nothing.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(_M_MMAP_THRESHOLD, 8 << 20)
+        adjust(_M_TRIM_THRESHOLD, 32 << 20)
+        adjust(_M_ARENA_MAX, 2)
+
+
+def configure_logging() -> None:
+    """Our own loggers to standard error, one line each; BentoML's and uvicorn's are left to BentoML."""
+    stream = logging.StreamHandler()
+    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("topwork")
+    logger.handlers = [stream]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,119 @@
+"""Heads: bytes and back, predictions, abstention, and what they become in ONNX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from adapters.head import CorruptHead, Head
+from adapters.linear_probe import fit
+from adapters.onnx_head import PROBABILITIES, VALUES, InvalidGraph, append_head
+from models.backbone import Backbone
+from models.spec import GRAPH_FILE, IDS, MASK, PIXELS
+from tests import tiny
+from tests.adapters.clouds import classification, clouds, dataset
+
+
+@pytest.fixture(scope="module")
+def head() -> Head:
+    return fit(classification(150, 32, 3)).head
+
+
+def test_comes_back_from_its_bytes_and_answers_alike(head: Head) -> None:
+    again = Head.from_bytes(head.to_bytes())
+    rows = clouds(50, 32, 3, seed=9)[0]
+    first, second = head.predict(rows), again.predict(rows)
+    assert again.labels == head.labels
+    assert np.array_equal(first.probabilities, second.probabilities)
+    assert np.array_equal(first.abstention_score, second.abstention_score)
+    assert again.to_bytes() == head.to_bytes()
+
+
+def test_refuses_bytes_that_are_no_head(head: Head) -> None:
+    data = head.to_bytes()
+    for broken in (
+        b"",
+        b"{}",
+        data[:-1],
+        data[: len(data) // 2],
+        data.replace(b'\\"format\\": 1', b'\\"format\\": 9'),
+    ):
+        with pytest.raises(CorruptHead):
+            Head.from_bytes(broken)
+
+
+def test_probabilities_add_up_and_a_row_does_not_depend_on_others(head: Head) -> None:
+    rows = clouds(64, 32, 3, seed=4)[0]
+    together = head.predict(rows)
+    assert np.allclose(together.probabilities.sum(axis=1), 1.0, atol=1e-5)
+    alone = np.concatenate([head.predict(rows[row : row + 1]).probabilities for row in range(64)])
+    assert np.abs(together.probabilities - alone).max() < 1e-5
+
+
+def test_abstains_on_inputs_of_another_world(head: Head) -> None:
+    familiar = head.predict(clouds(300, 32, 3, apart=3.0, seed=5)[0])
+    strange = head.predict(clouds(300, 32, 3, apart=3.0, seed=5, shift=1.5)[0])
+    assert familiar.abstained.mean() < 0.2
+    assert strange.abstained.mean() > 0.9
+    assert np.median(strange.abstention_score) > np.quantile(familiar.abstention_score, 0.99)
+
+
+def test_what_is_answered_is_right_as_often_as_promised() -> None:
+    head = fit(classification(900, 32, 3, apart=1.5)).head
+    rows, names = clouds(3_000, 32, 3, apart=1.5, seed=7)
+    predictions = head.predict(rows)
+    right = np.array(head.labels)[predictions.probabilities.argmax(axis=1)] == np.array(names)
+    answered = ~predictions.abstained
+    assert answered.any()
+    assert right[answered].mean() > right.mean()
+    assert right[answered].mean() > 0.92
+
+
+@pytest.mark.parametrize(("dim", "most"), [(384, 64 << 10), (1_280, 68 << 10)])
+def test_a_head_of_twenty_labels_weighs_kilobytes(dim: int, most: int) -> None:
+    rows, names = clouds(200, dim, 20, apart=4.0)
+    assert len(fit(dataset(rows, names)).head.to_bytes()) <= most
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_the_onnx_file_answers_like_the_head(task: str, kind: str, tmp_path: Path) -> None:
+    backbone = tiny.image_backbone(tmp_path) if kind == "image" else tiny.text_backbone(tmp_path)
+    inputs = [tiny.picture(seed) if kind == "image" else tiny.sentence(seed) for seed in range(30)]
+    embeddings = backbone.embed(inputs).embeddings
+    targets = {
+        "classification": ["ab"[row % 2] for row in range(30)],
+        "multilabel": [("a",) if row % 3 else ("a", "b") for row in range(30)],
+        "regression": [float(row) for row in range(30)],
+    }[task]
+    head = fit(dataset(embeddings, targets, task)).head  # type: ignore[arg-type]
+    data = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {"adapter": "ä"})
+    model = onnx.load_from_string(data)
+    onnx.checker.check_model(model, full_check=True)
+    facts = {item.key: item.value for item in model.metadata_props}
+    assert json.loads(facts["labels"]) == list(head.labels)
+    assert facts["adapter"] == "ä"
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    name = VALUES if task == "regression" else PROBABILITIES
+    assert [output.name for output in session.get_outputs()] == [name]
+    found = np.concatenate([session.run([name], _feed(backbone, one))[0] for one in inputs])
+    wanted = head.predict(embeddings)
+    expected = wanted.values if task == "regression" else wanted.probabilities
+    assert expected is not None
+    assert np.abs(found - expected).max() <= 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
+def test_what_is_no_graph_is_refused(head: Head) -> None:
+    with pytest.raises(InvalidGraph):
+        append_head(b"no protobuf at all", head, {})
+
+
+def _feed(backbone: Backbone, one: bytes | str) -> dict[str, NDArray[np.generic]]:
+    prepared = backbone.preprocess(one)[None]
+    return {PIXELS: prepared} if isinstance(one, bytes) else {IDS: prepared, MASK: np.ones_like(prepared)}

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect
+
+import adapters.migrations
+from adapters.database import Database
+from adapters.migrations import HEAD
+from adapters.registry import Registry, RegistryTooNew, UnknownAdapter
+from adapters.schema import metadata
+
+MIGRATE = """
+import sys
+from adapters.registry import Registry
+registry = Registry(sys.argv[1])
+registry.migrate()
+assert registry.adapters("acme") == []
+registry.close()
+print("alembic" in sys.modules)
+"""
+
+
+def migrate(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", MIGRATE, url], capture_output=True, text=True)
+
+
+def test_the_head_is_the_newest_revision_and_there_is_one() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(adapters.migrations.__file__).parent))
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+def test_the_migrated_tables_are_the_schemas(registry: Registry, registry_url: str) -> None:
+    database = Database(registry_url)
+    with database.reading() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    database.close()
+
+
+def test_a_second_start_changes_nothing_and_does_not_import_alembic(registry_url: str) -> None:
+    first, second = migrate(registry_url), migrate(registry_url)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (first.stdout.strip(), second.stdout.strip()) == ("True", "False")
+
+
+def test_processes_that_start_at_once_migrate_once(registry_url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(migrate, [registry_url] * 4))
+    assert [run.returncode for run in runs] == [0] * 4, "".join(run.stderr for run in runs)
+
+
+def test_threads_that_start_at_once_migrate_once(registry_url: str) -> None:
+    def start(number: int) -> None:
+        registry = Registry(registry_url)
+        registry.migrate()
+        with pytest.raises(UnknownAdapter):
+            registry.adapter("acme", "pets")
+        registry.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(start, range(6)))
+
+
+def test_a_failed_migration_leaves_nothing(registry_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("alembic.operations.Operations.create_index", fail)
+        with pytest.raises(KeyboardInterrupt):
+            registry.migrate()
+    database = Database(registry_url)
+    with database.reading() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() is None
+        assert inspect(connection).get_table_names() == []
+    database.close()
+    registry.migrate()
+    assert registry.adapters("acme") == []
+    registry.close()
+
+
+def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry_url: str) -> None:
+    database = Database(registry_url)
+    with database.writing() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(RegistryTooNew, match="9999"):
+        registry.migrate()
+    with database.reading() as connection:
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one() == "9999"
+    database.close()

@@ -1,0 +1,139 @@
+"""Loading export folders and running them: whole folders only, rows in order, the device asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from models.backbone import Backbone
+from models.manifest import CorruptExport
+from models.preprocess import InputError
+from models.session import DeviceUnavailable, open_session
+from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return tiny.image_backbone(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return tiny.text_backbone(tmp_path_factory.mktemp("texts"))
+
+
+def test_what_it_says_of_itself(images: Backbone, texts: Backbone) -> None:
+    assert (images.spec.dim, images.device, images.precision) == (tiny.IMAGE_DIM, "cpu", "float32")
+    assert (images.preprocess_stage, texts.preprocess_stage) == ("decode", "tokenize")
+
+
+def test_rows_keep_their_order_whatever_the_lengths(texts: Backbone) -> None:
+    sentences = [tiny.sentence(seed, words=(seed * 37) % 90 + 1) for seed in range(150)]
+    together = texts.run([texts.preprocess(sentence) for sentence in sentences])
+    for row, sentence in zip(together, sentences, strict=True):
+        np.testing.assert_allclose(row, texts.run([texts.preprocess(sentence)])[0], atol=1e-5)
+
+
+def test_images_together_equal_images_alone(images: Backbone) -> None:
+    prepared = [images.preprocess(tiny.picture(seed)) for seed in range(20)]
+    np.testing.assert_array_equal(
+        images.run(prepared), np.concatenate([images.run([one]) for one in prepared])
+    )
+
+
+def test_nothing_to_run(images: Backbone, texts: Backbone) -> None:
+    assert images.run([]).shape == (0, tiny.IMAGE_DIM)
+    assert texts.embed([]).embeddings.shape == (0, tiny.TEXT_DIM)
+
+
+def test_embed_reports_errors_in_their_places(texts: Backbone) -> None:
+    answer = texts.embed([tiny.sentence(1), "", tiny.sentence(2)])
+    assert list(answer.errors) == [1]
+    assert not answer.embeddings[1].any()
+    np.testing.assert_allclose(np.linalg.norm(answer.embeddings[[0, 2]], axis=1), 1, atol=1e-5)
+    assert set(answer.timings) == {"tokenize", "queue", "embed"}
+
+
+def test_the_other_kind_of_input_is_refused(images: Backbone, texts: Backbone) -> None:
+    for backbone, item in ((images, "text"), (texts, b"bytes")):
+        with pytest.raises(InputError) as caught:
+            backbone.preprocess(item)
+        assert caught.value.code == "wrong_kind"
+
+
+def test_many_threads_share_a_backbone(texts: Backbone) -> None:
+    sentences = [tiny.sentence(seed, words=seed % 40 + 1) for seed in range(200)]
+    expected = texts.embed(sentences).embeddings
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda sentence: texts.embed([sentence]).embeddings[0], sentences))
+    np.testing.assert_allclose(np.stack(answers), expected, atol=1e-5)
+
+
+def test_a_closed_backbone_says_so(tmp_path: Path) -> None:
+    backbone = tiny.image_backbone(tmp_path)
+    prepared = backbone.preprocess(tiny.picture(1))
+    backbone.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        backbone.run([prepared])
+
+
+@pytest.mark.parametrize("name", [GRAPH_FILE, TOKENIZER_FILE, MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["missing", "half", "changed"])
+def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tiny.text_export(tmp_path)
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "half":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        place = content.index(b'"dim": ') + 7 if name == MANIFEST_FILE else len(content) // 2
+        content[place] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CorruptExport, match="export the backbone again"):
+        Backbone.open(folder)
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
+def test_asking_for_a_gpu_that_is_not_there_fails(tmp_path: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match="nvidia-smi"):
+        Backbone.open(tiny.image_export(tmp_path), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no GPU here")
+def test_a_gpu_gives_the_cpu_s_embeddings(tmp_path: Path) -> None:
+    pictures = [tiny.picture(seed) for seed in range(70)]
+    sentences = [tiny.sentence(seed, words=seed % 80 + 1) for seed in range(200)]
+    for export, inputs in ((tiny.image_export, pictures), (tiny.text_export, sentences)):
+        folder = export(tmp_path)
+        on_gpu = Backbone.open(folder, device="cuda")
+        assert on_gpu.device == "cuda"
+        np.testing.assert_allclose(
+            on_gpu.embed(inputs).embeddings, Backbone.open(folder).embed(inputs).embeddings, atol=1e-3
+        )
+
+
+def test_a_cpu_session_runs_on_the_cpu(tmp_path: Path) -> None:
+    session = open_session(tiny.image_export(tmp_path) / GRAPH_FILE, device="cpu", threads=1)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert not session.get_session_options().enable_cpu_mem_arena
+    assert isinstance(session, onnxruntime.InferenceSession)
+
+
+def test_serving_imports_neither_torch_nor_what_only_export_needs() -> None:
+    program = (
+        "import sys, models.batcher, models.backbone, models.exported\n"
+        "heavy = {'torch', 'onnx', 'timm', 'sentence_transformers', 'transformers', 'bentoml'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,53 @@
+"""The packaged backbones, as exported and served, against timm's and sentence-transformers' embeddings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.backbone import Backbone
+from models.exported import find
+from tests.models import canonical
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=["efficientnet-lite0", "minilm-l6-v2"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    """Exported where it is not yet, which takes a minute once."""
+    name: str = request.param
+    if find(name) is None:
+        subprocess.run([sys.executable, "-m", "models.export", name], check=True, cwd=ROOT)
+    folder = find(name)
+    assert folder is not None
+    return Backbone.open(folder, threads=2)
+
+
+def test_embeddings_are_the_reference_s(backbone: Backbone) -> None:
+    inputs = canonical.pictures() if backbone.spec.kind == "image" else list(canonical.TEXTS)
+    answer = backbone.embed(inputs)
+    assert answer.errors == {}
+    with np.load(canonical.FILE, allow_pickle=False) as stored:
+        assert canonical.cosines(answer.embeddings, stored[backbone.spec.name]).min() >= canonical.MIN_COSINE
+
+
+def test_together_equals_alone(backbone: Backbone) -> None:
+    inputs = canonical.pictures() if backbone.spec.kind == "image" else list(canonical.TEXTS)
+    together = backbone.embed(inputs).embeddings
+    alone = np.concatenate([backbone.embed([one]).embeddings for one in inputs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_the_stored_references_are_torch_s() -> None:
+    """Computes them again; in a process of its own, for torch stays in the process that imports it."""
+    subprocess.run(
+        [sys.executable, "-m", "tests.models.canonical"],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )

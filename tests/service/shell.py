@@ -1,0 +1,83 @@
+"""The service's own edge around a few routes, called in process:
+
+For what the edge promises about any routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import httpx
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+
+from service import errors
+from service.auth import Guard, Tenant
+from service.docs import add_docs
+from service.edge import Edge
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+class Body(BaseModel):
+    """Something to validate."""
+
+    items: list[int]
+
+
+class Shell:
+    """Edge, metrics and a client whose requests go straight to the edge."""
+
+    def __init__(self, settings: Settings, addresses: Iterable[str] = ("127.0.0.1",)) -> None:
+        self.metrics = Metrics()
+        self.edge = Edge()
+        self.app = _app()
+        self.cancelled = asyncio.Event()
+        self.app.state.shell = self
+        self.edge.open(
+            self.app, settings=settings, guard=Guard(settings.admin_key, addresses), metrics=self.metrics
+        )
+
+    def client(self, **headers: str) -> httpx.AsyncClient:
+        """A client of the edge, with headers for every request."""
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.edge), base_url="http://127.0.0.1:3000", headers=headers
+        )
+
+
+def _app() -> FastAPI:
+    app = FastAPI(docs_url=None, redoc_url=None, title="Shell")
+    errors.install(app)
+    add_docs(app)
+
+    @app.get("/things/{name}")
+    async def thing(name: str) -> dict[str, str]:
+        return {"name": name}
+
+    @app.get("/tenant")
+    async def tenant(tenant: Tenant) -> dict[str, str]:
+        return {"tenant": tenant}
+
+    @app.post("/validated")
+    async def validated(body: Body) -> dict[str, int]:
+        return {"items": len(body.items)}
+
+    @app.post("/streamed")
+    async def streamed(request: Request) -> dict[str, int]:
+        return {"bytes": sum([len(chunk) async for chunk in request.stream()])}
+
+    @app.post("/failing")
+    async def failing() -> None:
+        raise ZeroDivisionError("a secret of the inside")
+
+    @app.post("/slow")
+    async def slow(request: Request) -> None:
+        await request.body()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            request.app.state.shell.cancelled.set()
+            raise
+
+    return app

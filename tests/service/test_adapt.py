@@ -1,0 +1,262 @@
+"""POST /adapt: examples in, new version out, over HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
+
+
+def test_a_few_texts_are_enough(caller: Caller) -> None:
+    found = caller.adapt("films", reviews())
+    assert (found["adapter"], found["version"], found["live"]) == ("films", 1, True)
+    assert found["backbone"] == "minilm-l6-v2"
+    assert found["examples"] == {"total": 12, "added": 12, "replaced": 0, "removed": 0, "rejected": []}
+    report = found["report"]
+    assert report["method"].endswith("-fold out-of-fold")
+    low, high = report["accuracy_interval"]
+    assert 0 <= low <= report["accuracy"] <= high <= 1
+    assert set(report["per_label"]) == {"good", "bad"}
+    assert report["promotion"]["promoted"]
+    assert {"tokenize", "embed", "fit", "publish", "total"} <= found["timing_ms"].keys()
+    answer = caller.predict("films", [{"text": "Wonderful, I loved it"}, {"text": "Awful and boring"}])
+    assert [one["label"] for one in answer["predictions"]] == ["good", "bad"]
+    assert answer["version"] == 1
+
+
+def test_a_few_images_are_enough(caller: Caller) -> None:
+    found = caller.adapt("things", pictures())
+    assert found["backbone"] == "efficientnet-lite0"
+    assert {"decode", "embed", "fit", "publish"} <= found["timing_ms"].keys()
+    answer = caller.predict("things", [image(data) for data in UNSEEN.values()])
+    labels = dict(zip(UNSEEN, (one["label"] for one in answer["predictions"]), strict=True))
+    assert labels == {"ambulance": "vehicle", "cow": "animal", "strawberry": "food"}
+
+
+def test_files_named_by_label_and_file(caller: Caller) -> None:
+    files = [
+        ("files", (f"{label}/{index}.png", data, "image/png")) for index, (label, data) in enumerate(PICTURES)
+    ]
+    found = caller.call("POST", "/adapt", data={"adapter": "things", "fit": "true"}, files=files)
+    assert found["examples"]["added"] == len(PICTURES)
+    answer = caller.call(
+        "POST", "/predict", data={"adapter": "things"}, files={"x": ("x.png", UNSEEN["cow"])}
+    )
+    assert answer["predictions"][0]["label"] == "animal"
+
+
+def test_text_files_too(caller: Caller) -> None:
+    files = [("files", (f"good/{index}.txt", text, "text/plain")) for index, text in enumerate(PRAISE)]
+    files += [
+        ("files", (f"films\\bad\\{index}.txt", text, "application/octet-stream"))
+        for index, text in enumerate(BLAME)
+    ]
+    files += [("files", ("none.txt", "no label", "text/plain"))]
+    found = caller.call("POST", "/adapt", data={"adapter": "films"}, files=files)
+    assert found["backbone"] == "minilm-l6-v2"
+    assert found["examples"]["added"] == 12
+    assert [(one["index"], one["code"]) for one in found["examples"]["rejected"]] == [(12, "label_missing")]
+
+
+def test_two_labels_with_one_example_each_are_enough(caller: Caller) -> None:
+    found = caller.adapt("films", reviews(1))
+    assert found["live"]
+    assert found["report"]["accuracy"] is None
+    answer = caller.predict("films", [{"text": PRAISE[0]}, {"text": BLAME[0]}])
+    assert [one["label"] for one in answer["predictions"]] == ["good", "bad"]
+
+
+def test_one_label_in_total_stores_nothing(caller: Caller) -> None:
+    body = {"adapter": "films", "examples": [{"text": text, "label": "good"} for text in PRAISE]}
+    assert caller.code("POST", "/adapt", 422, json=body) == "one_label"
+    caller.call("GET", "/adapters/films", 404)
+    assert caller.call("GET", "/adapters")["adapters"] == []
+
+
+def test_examples_in_parts_then_one_fit(caller: Caller) -> None:
+    first = caller.adapt("films", reviews()[::2], fit=False)
+    assert (first["version"], first["live"], first["report"]) == (None, False, None)
+    assert caller.code("POST", "/predict", 409, json={"adapter": "films", "inputs": [{"text": "x"}]}) == (
+        "no_live_version"
+    )
+    caller.adapt("films", reviews()[1::2], fit=False)
+    found = caller.adapt("films", [])
+    assert (found["version"], found["live"]) == (1, True)
+    assert found["examples"] == {"total": 12, "added": 0, "replaced": 0, "removed": 0, "rejected": []}
+    together = caller.adapt("at-once", reviews())
+    assert found["report"]["accuracy"] == together["report"]["accuracy"]
+    inputs = [{"text": "Wonderful"}, {"text": "Rather a waste"}]
+    answers = [caller.predict(name, inputs)["predictions"] for name in ("films", "at-once")]
+    assert same(*answers)
+
+
+def test_the_same_examples_in_another_order_give_the_same_head(caller: Caller) -> None:
+    caller.adapt("forth", reviews())
+    caller.adapt("back", reviews()[::-1])
+    inputs = [{"text": text} for text in (*PRAISE, "Something else")]
+    answers = [caller.predict(name, inputs)["predictions"] for name in ("forth", "back")]
+    assert same(*answers)
+
+
+def test_a_known_id_replaces_its_example(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    found = caller.adapt("films", [{"id": "good0", "text": "Splendid", "label": "good"}])
+    assert found["examples"] == {"total": 12, "added": 0, "replaced": 1, "removed": 0, "rejected": []}
+    assert found["version"] == 2
+    assert caller.call("GET", "/adapters/films/examples/good0")["text"] == "Splendid"
+
+
+def test_an_input_without_an_id_is_not_duplicated(caller: Caller) -> None:
+    examples = [{key: value for key, value in one.items() if key != "id"} for one in reviews()]
+    caller.adapt("films", examples)
+    found = caller.adapt("films", examples[:1])
+    assert (found["examples"]["total"], found["examples"]["replaced"]) == (12, 1)
+    # What is known is not embedded again.
+    assert "embed" not in found["timing_ms"]
+
+
+def test_replace_forgets_all_others(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    found = caller.adapt("films", reviews()[:4], update="replace")
+    assert found["examples"]["total"] == 4
+    assert found["examples"]["removed"] == 8
+    assert "embed" not in found["timing_ms"]
+    # The version before can be rolled back to.
+    caller.call("PUT", "/adapters/films/aliases/live", json={"version": 1})
+    assert caller.predict("films", [{"text": "Wonderful"}], explain=12)["version"] == 1
+
+
+def test_a_new_label_is_learnt(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    mixed = [
+        {"text": f"The film was shown in {year} in twelve cinemas", "label": "neutral"}
+        for year in range(1990, 1996)
+    ]
+    found = caller.adapt("films", mixed)
+    assert found["live"]
+    assert found["report"]["promotion"]["reason"] == "label_added"
+    answer = caller.predict("films", [{"text": "It was shown in 2004 in nine cinemas"}])
+    assert answer["predictions"][0]["label"] == "neutral"
+
+
+def test_a_version_that_is_worse_is_withheld(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    wrong = [
+        {"id": f"w{index}", "text": one["text"] + "!", "label": "bad" if one["label"] == "good" else "good"}
+        for index, one in enumerate(reviews())
+    ]
+    found = caller.adapt("films", wrong * 1)
+    decision = found["report"]["promotion"]
+    assert decision["compared"] == 12
+    assert found["live"] == decision["promoted"]
+    if not found["live"]:
+        assert decision["p_value"] < 0.05
+        assert decision["score"] < decision["live_score"]
+        assert caller.predict("films", [{"text": "Wonderful"}])["version"] == 1
+    assert caller.adapt("films", [], promote="always")["live"]
+
+
+def test_never_leaves_live_where_it_is(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    found = caller.adapt("films", reviews(), promote="never")
+    assert (found["version"], found["live"]) == (2, False)
+    assert caller.call("GET", "/adapters/films")["live"] == 1
+
+
+def test_multilabel(caller: Caller) -> None:
+    examples: list[dict[str, Any]] = [{"text": text, "labels": ["film", "good"]} for text in PRAISE] + [
+        {"text": text, "labels": ["film", "bad"]} for text in BLAME
+    ]
+    examples += [
+        {"text": f"Soup of {what} with bread", "labels": []} for what in ("leek", "beans", "corn", "peas")
+    ]
+    found = caller.adapt("tags", examples, task="multilabel")
+    assert 0 <= found["report"]["micro_f1"] <= 1
+    (one,) = caller.predict("tags", [{"text": "Loved this film, brilliant"}])["predictions"]
+    assert one["labels"] == ["film", "good"]
+    assert {part["label"] for part in one["probabilities"]} == {"film", "good", "bad"}
+
+
+def test_regression(caller: Caller) -> None:
+    numbers = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    examples = [{"text": " ".join(["very"] * int(number)) + " good", "target": number} for number in numbers]
+    found = caller.adapt("length", examples, task="regression")
+    assert {"r2", "rmse"} <= found["report"].keys()
+    (one,) = caller.predict("length", [{"text": "very very very very good"}], explain=1)["predictions"]
+    assert 1 < one["value"] < 8
+    assert "label" not in one
+    assert one["nearest"][0]["target"] == 4.0
+
+
+def test_inputs_need_not_be_kept(caller: Caller) -> None:
+    caller.adapt("films", reviews(), keep_inputs=False)
+    assert "text" not in caller.call("GET", "/adapters/films/examples/good0")
+    found = caller.adapt("films", [{"text": "Great fun", "label": "good"}])
+    assert found["examples"]["total"] == 13
+    caller.call("DELETE", "/adapters/films/examples/good0")
+    assert (
+        caller.code("POST", "/adapters/films/rebase", 409, json={"backbone": "minilm-l6-v2"})
+        == "inputs_not_kept"
+    )
+
+
+def test_requests_at_once_to_one_adapter_all_count(caller: Caller) -> None:
+    start = threading.Barrier(6)
+
+    def adapt(index: int) -> int:
+        start.wait()
+        part = [PRAISE[index], BLAME[index]]
+        examples = [{"text": text, "label": label} for text, label in zip(part, ("good", "bad"), strict=True)]
+        version: int = caller.adapt("films", examples)["version"]
+        return version
+
+    with ThreadPoolExecutor(6) as pool:
+        versions = sorted(pool.map(adapt, range(6)))
+    assert versions == [1, 2, 3, 4, 5, 6]
+    assert caller.call("GET", "/adapters/films")["examples"] == 12
+
+
+def test_another_tenants_adapter_is_one_that_does_not_exist(caller: Caller, server: str) -> None:
+    caller.adapt("films", reviews())
+    other = Caller(server)
+    with other.http:
+        for method, path in [
+            ("GET", "/adapters/films"),
+            ("DELETE", "/adapters/films"),
+            ("GET", "/adapters/films/versions"),
+            ("GET", "/adapters/films/versions/1"),
+            ("GET", "/adapters/films/versions/1/export"),
+            ("GET", "/adapters/films/examples"),
+            ("GET", "/adapters/films/examples/good0"),
+            ("DELETE", "/adapters/films/examples/good0"),
+        ]:
+            mine = other.call(method, path, 404)
+            none = other.call(method, path.replace("films", "nothing"), 404)
+            assert mine["type"] == none["type"]
+            assert mine["detail"].replace("films", "nothing") == none["detail"]
+        assert other.call("GET", "/adapters")["adapters"] == []
+        body = {"adapter": "films", "inputs": [{"text": "x"}]}
+        assert other.code("POST", "/predict", 404, json=body) == "unknown_adapter"
+
+
+def test_a_caller_that_hangs_up_leaves_all_or_nothing(caller: Caller) -> None:
+    started = time.perf_counter()
+    caller.call("POST", "/adapt", json={"adapter": "whole", "examples": pictures()})
+    whole = time.perf_counter() - started
+    hung_up = 0
+    for index in range(8):
+        body = {"adapter": f"gone{index}", "examples": pictures()}
+        try:
+            caller.http.post("/adapt", json=body, timeout=httpx.Timeout(60, read=whole * (index + 0.5) / 8))
+        except httpx.TimeoutException:
+            hung_up += 1
+    assert hung_up >= 3
+    found = caller.call("GET", "/adapters")["adapters"]
+    for adapter in found:
+        assert adapter["live"] == 1
+        assert caller.predict(adapter["adapter"], [image(UNSEEN["cow"])])["version"] == 1

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from service.auth import Guard, KeyMissing, is_loopback, listening_addresses
+from service.settings import Settings
+from tests.service.shell import Shell
+
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def settings(tmp_path: Path, key: str | None = None) -> Settings:
+    return Settings(home=tmp_path, admin_key=SecretStr(key) if key else None, access_log=False)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_no_key_is_needed_on_a_loopback_address(address: str) -> None:
+    Guard(None, [address])
+
+
+@pytest.mark.parametrize("addresses", [["0.0.0.0"], ["::"], ["192.0.2.1"], ["127.0.0.1", "192.0.2.1"], []])
+def test_without_a_key_no_other_address_is_served(addresses: list[str]) -> None:
+    with pytest.raises(KeyMissing, match="TOPWORK_ADMIN_KEY"):
+        Guard(None, addresses)
+    Guard(SecretStr(KEY), addresses)
+
+
+@pytest.mark.parametrize("name", ["localhost.example.org", "127.0.0.1.example.org", "example.org", ""])
+def test_a_name_that_only_looks_local_is_not(name: str) -> None:
+    assert not is_loopback(name)
+
+
+def test_the_process_finds_the_sockets_it_listens_on() -> None:
+    with socket.create_server(("127.0.0.7", 0)), socket.socket() as idle:
+        idle.bind(("127.0.0.8", 0))
+        assert "127.0.0.7" in listening_addresses()
+        assert "127.0.0.8" not in listening_addresses()
+    assert "127.0.0.7" not in listening_addresses()
+
+
+@pytest.mark.parametrize("key", ["short", "ключ-ключ-ключ-ключ"])
+def test_a_key_that_is_easy_to_guess_or_cannot_be_sent_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValidationError, match="openssl"):
+        settings(tmp_path, key)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1", "[::1]:80", "LOCALHOST"])
+async def test_without_a_key_local_names_are_answered(tmp_path: Path, host: str) -> None:
+    async with Shell(settings(tmp_path)).client(host=host) as client:
+        assert (await client.get("/things/1")).status_code == 200
+        assert (await client.get("/things/1", headers={"origin": f"http://{host}"})).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "host", ["example.org", "rebound.example.org:3000", "192.0.2.1", "localhost@example.org", "["]
+)
+async def test_without_a_key_foreign_names_are_refused(tmp_path: Path, host: str) -> None:
+    async with Shell(settings(tmp_path)).client(host=host) as client:
+        answer = await client.get("/things/1")
+        assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:host_refused")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "origin", ["https://example.org", "null", "http://localhost.example.org", "http://["]
+)
+async def test_without_a_key_pages_of_other_sites_are_refused(tmp_path: Path, origin: str) -> None:
+    async with Shell(settings(tmp_path)).client(origin=origin) as client:
+        answer = await client.post("/validated", json={"items": [1]})
+        assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY]
+)
+@pytest.mark.parametrize("path", ["/things/1", "/nowhere", "/"])
+async def test_with_a_key_every_path_asks_for_it(tmp_path: Path, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header}
+    async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client(**headers) as client:
+        answer = await client.get(path)
+        assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert KEY not in answer.text
+
+
+@pytest.mark.anyio
+async def test_with_the_key_any_name_and_origin_is_answered(tmp_path: Path) -> None:
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"])
+    async with shell.client(
+        authorization=f"bearer {KEY}", host="example.org", origin="https://example.org"
+    ) as client:
+        assert (await client.get("/things/1")).status_code == 200
+        assert (await client.get("/nowhere")).status_code == 404
+
+
+@pytest.mark.anyio
+async def test_what_is_the_same_for_everybody_needs_no_key(tmp_path: Path) -> None:
+    async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client() as client:
+        assert (await client.get("/docs")).status_code == 200
+        assert (await client.get("/docs/swagger-ui.css")).status_code == 200
+        assert (await client.get("/openapi.json")).json()["security"] == [{"key": []}, {}]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "..", "a" * 64, "ä"])
+async def test_an_impossible_tenant_is_refused(tmp_path: Path, name: str) -> None:
+    async with Shell(settings(tmp_path)).client() as client:
+        answer = await client.get("/tenant", headers=[(b"x-tenant", name.encode())])
+        assert (answer.status_code, answer.json()["type"]) == (422, "urn:topwork:invalid_tenant")
+
+
+@pytest.mark.anyio
+async def test_the_tenant_is_the_header_s_or_the_default(tmp_path: Path) -> None:
+    async with Shell(settings(tmp_path)).client() as client:
+        assert (await client.get("/tenant")).json() == {"tenant": "default"}
+        assert (await client.get("/tenant", headers={"x-tenant": "a.b-c_9"})).json() == {"tenant": "a.b-c_9"}

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapters
+import models
+from service.errors import STATUSES, Problem, pointer, respond
+from service.settings import Settings
+from tests.service.shell import Shell
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(Settings(home=tmp_path, max_body_bytes=1000, request_timeout=0.2, access_log=False))
+
+
+def is_problem(answer: Any, status: int, code: str) -> bool:
+    body = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert body["title"]
+    assert body["detail"]
+    return (answer.status_code, body["status"], body["type"]) == (status, status, f"urn:topwork:{code}")
+
+
+@pytest.mark.anyio
+async def test_an_unknown_path_and_a_wrong_method_are_problems(shell: Shell) -> None:
+    async with shell.client() as client:
+        assert is_problem(await client.get("/nowhere"), 404, "not_found")
+        assert is_problem(await client.post("/livez"), 404, "not_found")
+        answer = await client.delete("/things/1")
+        assert is_problem(answer, 405, "method_not_allowed")
+        assert answer.headers["allow"] == "GET"
+
+
+@pytest.mark.anyio
+async def test_an_invalid_body_names_the_field(shell: Shell) -> None:
+    async with shell.client() as client:
+        answer = await client.post("/validated", json={"items": [1, "x"]})
+        assert is_problem(answer, 422, "invalid_request")
+        assert [error["pointer"] for error in answer.json()["errors"]] == ["/items/1"]
+        assert is_problem(await client.post("/validated", content=b"{"), 422, "invalid_request")
+
+
+@pytest.mark.anyio
+async def test_a_failure_is_a_500_that_tells_nothing_of_the_inside(
+    shell: Shell, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with shell.client() as client:
+        answer = await client.post("/failing")
+    assert is_problem(answer, 500, "internal_error")
+    assert "secret" not in answer.text
+    records = [record for record in caplog.records if record.name == "topwork"]
+    assert len(records) == 1
+    assert answer.json()["request_id"] in records[0].getMessage()
+
+
+@pytest.mark.anyio
+async def test_a_request_that_takes_too_long_is_a_504_and_stops(shell: Shell) -> None:
+    async with shell.client() as client:
+        assert is_problem(await client.post("/slow"), 504, "deadline_exceeded")
+    assert shell.cancelled.is_set()
+
+
+@pytest.mark.anyio
+async def test_a_body_that_says_it_is_too_large_is_refused_unread(shell: Shell) -> None:
+    async with shell.client() as client:
+        assert is_problem(await client.post("/streamed", content=b"x" * 1001), 413, "body_too_large")
+        assert (await client.post("/streamed", content=b"x" * 1000)).json() == {"bytes": 1000}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/streamed", "/validated"])
+async def test_a_body_that_turns_out_too_large_is_refused(shell: Shell, path: str) -> None:
+    async def chunks() -> Any:
+        for _ in range(11):
+            yield b"x" * 100
+
+    async with shell.client() as client:
+        assert is_problem(await client.post(path, content=chunks()), 413, "body_too_large")
+
+
+@pytest.mark.anyio
+async def test_bodies_being_worked_on_are_bounded_together(tmp_path: Path) -> None:
+    shell = Shell(Settings(home=tmp_path, max_body_bytes=1000, max_bodies_bytes=1500, access_log=False))
+    async with shell.client() as client:
+        slow = asyncio.create_task(client.post("/slow", content=b"x" * 1000))
+        await asyncio.sleep(0.1)
+        answer = await client.post("/streamed", content=b"x" * 501)
+        assert is_problem(answer, 429, "overloaded")
+        assert answer.headers["retry-after"] == "1"
+        assert (await client.post("/streamed", content=b"x" * 500)).status_code == 200
+        slow.cancel()
+        await asyncio.wait([slow])
+        assert (await client.post("/streamed", content=b"x" * 1000)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_caller_that_hangs_up_stops_its_work(shell: Shell) -> None:
+    incoming: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return incoming.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody is there")
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/slow",
+        "raw_path": b"/slow",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+    }
+    await shell.edge(scope, receive, send)
+    assert shell.cancelled.is_set()
+    assert (
+        'topwork_requests_total{method="POST",route="/slow",status="499"} 1.0'
+        in shell.metrics.render().decode()
+    )
+
+
+@pytest.mark.anyio
+async def test_a_sane_request_id_is_kept_and_any_other_replaced(shell: Shell) -> None:
+    async with shell.client() as client:
+        assert (await client.get("/things/1", headers={"x-request-id": "abc-1"})).headers[
+            "x-request-id"
+        ] == "abc-1"
+        for bad in ("x" * 65, "a b", "a\tb"):
+            given = (await client.get("/things/1", headers={"x-request-id": bad})).headers["x-request-id"]
+            assert len(given) == 32
+
+
+@pytest.mark.anyio
+async def test_before_the_start_and_after_the_stop_it_is_503(shell: Shell) -> None:
+    shell.edge.close()
+    async with shell.client() as client:
+        answer = await client.get("/things/1")
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:topwork:not_ready")
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_every_domain_exception_with_a_code_has_a_status() -> None:
+    """An exception without one would be answered as a failure of ours, 500, when it is meant for the
+    caller.
+    """
+    # Raised while starting, or caught by the layer above, and never on their way to a caller.
+    internal = {
+        "CorruptExport",
+        "DeviceUnavailable",
+        "ExportRefused",
+        "RegistryError",
+        "RegistryTooNew",
+        "StoreError",
+    }
+    missing = set()
+    for package in (models, adapters):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if ".migrations" in module.name or module.name in {"models.export", "adapters.bucket"}:
+                continue
+            for value in vars(importlib.import_module(module.name)).values():
+                if not (isinstance(value, type) and issubclass(value, Exception)):
+                    continue
+                ours = value.__module__.split(".")[0] in {"models", "adapters"} and value.__name__[0] != "_"
+                if (
+                    ours
+                    and value.__name__ not in internal
+                    and not any(cls in STATUSES for cls in value.__mro__)
+                ):
+                    missing.add(f"{value.__module__}.{value.__name__}")
+    assert not missing
+
+
+@pytest.mark.parametrize("error", STATUSES)
+def test_statuses_that_mean_later_say_when(error: type[Exception]) -> None:
+    response = respond(error.__new__(error), "r")
+    assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
+
+
+def test_a_retry_after_is_whole_seconds_and_at_least_one() -> None:
+    from models.batcher import Overloaded
+
+    assert respond(Overloaded(0.2), "r").headers["retry-after"] == "1"
+    assert respond(Overloaded(2.4), "r").headers["retry-after"] == "3"
+
+
+def test_a_pointer_is_escaped() -> None:
+    assert pointer(("body", "examples", 3, "a/b~c")) == "/examples/3/a~1b~0c"
+    assert pointer(("query", "limit")) == "/query/limit"
+
+
+def test_any_text_can_be_a_detail() -> None:
+    """A lone surrogate comes in through JSON and has no UTF-8."""
+    assert b"\\ud800" in bytes(respond(Problem(422, "bad", "label '\ud800'"), "r").body)
+
+
+def test_a_problem_s_headers_and_errors_reach_the_caller() -> None:
+    problem = Problem(
+        429, "busy", "Wait.", errors=[{"pointer": "/a", "code": "b", "detail": "c"}], headers={"X": "y"}
+    )
+    response = respond(problem, "r")
+    assert response.headers["x"] == "y"
+    assert b'"pointer": "/a"' in bytes(response.body)
+
+
+def test_only_the_edge_knows_statuses() -> None:
+    """Below service/ no module imports a web framework, so no status can hide there."""
+    for package in ("models", "adapters"):
+        for path in Path(package).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom | ast.Import):
+                    names = (
+                        [node.module or ""]
+                        if isinstance(node, ast.ImportFrom)
+                        else [a.name for a in node.names]
+                    )
+                    assert not {name.split(".")[0] for name in names} & {"fastapi", "starlette", "uvicorn"}, (
+                        path
+                    )

@@ -1,0 +1,227 @@
+"""POST /predict, /embed and /v1/embeddings over HTTP."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
+
+
+@pytest.fixture(scope="module")
+def taught(server: str) -> Iterator[Caller]:
+    """A tenant with an adapter for texts and one for images."""
+    found = Caller(server)
+    with found.http:
+        found.adapt("films", reviews())
+        found.adapt("things", pictures())
+        yield found
+
+
+def test_an_answer_has_sorted_probabilities(taught: Caller) -> None:
+    (one,) = taught.predict("things", [image(UNSEEN["cow"])])["predictions"]
+    assert one["label"] == one["probabilities"][0]["label"] == "animal"
+    chances = [part["probability"] for part in one["probabilities"]]
+    assert chances == sorted(chances, reverse=True)
+    assert sum(chances) == pytest.approx(1, abs=1e-5)
+    assert one["confidence"] == pytest.approx(chances[0], abs=1e-6)
+    assert isinstance(one["abstained"], bool)
+
+
+def test_top_k_bounds_the_probabilities(taught: Caller) -> None:
+    for top_k, count in [(1, 1), (2, 2), (1000, 3)]:
+        (one,) = taught.predict("things", [image(UNSEEN["cow"])], top_k=top_k)["predictions"]
+        assert len(one["probabilities"]) == count
+
+
+def test_bad_items_are_errors_in_their_places(taught: Caller) -> None:
+    good = [image(data) for data in UNSEEN.values()]
+    bad: list[dict[str, Any]] = [
+        image(b"not an image"),
+        {"text": "a text"},
+        {"image": "%%%"},
+        {},
+        {"image": "", "text": ""},
+        image(UNSEEN["cow"][:200]),
+    ]
+    alone = [taught.predict("things", [one])["predictions"][0] for one in good]
+    mixed = taught.predict(
+        "things", [bad[0], good[0], bad[1], bad[2], good[1], bad[3], bad[4], good[2], bad[5]]
+    )
+    items = mixed["predictions"]
+    assert [index for index, item in enumerate(items) if "error" not in item] == [1, 4, 7]
+    assert same([items[1], items[4], items[7]], alone)
+    codes = [items[index]["error"]["code"] for index in (0, 2, 3, 5, 6, 8)]
+    assert codes[:5] == [
+        "undecodable_image",
+        "wrong_kind",
+        "invalid_base64",
+        "input_missing",
+        "input_missing",
+    ]
+    assert codes[5] in ("truncated_image", "undecodable_image")
+    assert all(items[index]["error"]["detail"] for index in (0, 2, 3, 5, 6, 8))
+
+
+def test_texts_of_any_length_beside_each_other_answer_as_alone(taught: Caller) -> None:
+    texts = [{"text": text} for text in ["Good", "word " * 2_000, *PRAISE, *BLAME, "", "x" * 200_000]]
+    alone = [taught.predict("films", [one])["predictions"][0] for one in texts]
+    assert same(taught.predict("films", texts)["predictions"], alone)
+    assert [one["error"]["code"] for one in alone if "error" in one] == ["empty_text", "text_too_long"]
+
+
+def test_only_bad_items_is_still_an_answer(taught: Caller) -> None:
+    found = taught.predict("films", [{"text": ""}])
+    assert found["predictions"][0]["error"]["code"] == "empty_text"
+
+
+def test_one_raw_image(taught: Caller) -> None:
+    found = taught.call(
+        "POST",
+        "/predict?adapter=things&top_k=1",
+        content=UNSEEN["cow"],
+        headers={"Content-Type": "image/png"},
+    )
+    (one,) = found["predictions"]
+    assert (one["label"], len(one["probabilities"])) == ("animal", 1)
+
+
+def test_one_raw_text(taught: Caller) -> None:
+    headers = {"Content-Type": "text/plain; charset=utf-8"}
+    found = taught.call(
+        "POST", "/predict?adapter=films&version=1&explain=2", content="Wunderschön".encode(), headers=headers
+    )
+    assert found["version"] == 1
+    assert len(found["predictions"][0]["nearest"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("adapter", "media", "content", "code"),
+    [
+        ("things", "image/png", b"nothing", "undecodable_image"),
+        ("things", "image/png", b"", None),
+        ("films", "text/plain", b"", "empty_text"),
+        ("films", "text/plain", b"\xff\xfe\x00", "invalid_text"),
+        ("films", "image/png", b"\x89PNG", "wrong_kind"),
+    ],
+)
+def test_a_raw_input_that_cannot_be_read_is_422(
+    taught: Caller, adapter: str, media: str, content: bytes, code: str | None
+) -> None:
+    headers = {"Content-Type": media}
+    found = taught.code("POST", f"/predict?adapter={adapter}", 422, content=content, headers=headers)
+    assert code is None or found == code
+
+
+def test_nearest_examples_are_evidence(taught: Caller) -> None:
+    (one,) = taught.predict("films", [{"text": PRAISE[2] + "!"}], explain=3)["predictions"]
+    nearest = one["nearest"]
+    assert len(nearest) == 3
+    assert (nearest[0]["id"], nearest[0]["label"]) == ("good2", "good")
+    similarities = [found["similarity"] for found in nearest]
+    assert similarities == sorted(similarities, reverse=True)
+    assert 0.9 < similarities[0] <= 1.00001
+    (asked,) = taught.predict("films", [{"text": "x"}], explain=100)["predictions"]
+    assert len(asked["nearest"]) == 12
+
+
+def test_versions_answer_side_by_side(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    turned = [{**one, "label": "bad" if one["label"] == "good" else "good"} for one in reviews()]
+    caller.adapt("films", turned, promote="always")
+    inputs = [{"text": "Wonderful and moving"}]
+    labels = {
+        version: caller.predict("films", inputs, version=version)["predictions"][0]["label"]
+        for version in (1, 2, None)
+    }
+    assert labels == {1: "good", 2: "bad", None: "bad"}
+    assert caller.predict("films", inputs)["version"] == 2
+    body = {"adapter": "films", "version": 3, "inputs": inputs}
+    assert caller.code("POST", "/predict", 404, json=body) == "unknown_version"
+
+
+def test_what_is_promoted_answers_at_once(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    epoch = 0
+    for _ in range(5):
+        found = caller.adapt("films", [], promote="always")
+        assert found["epoch"] > epoch
+        epoch = found["epoch"]
+        assert caller.predict("films", [{"text": "x"}], min_epoch=epoch)["version"] == found["version"]
+
+
+def test_a_recreated_adapter_never_answers_with_old_heads(caller: Caller) -> None:
+    for label in ("one", "two", "three"):
+        examples = [{"text": PRAISE[0], "label": label}, {"text": BLAME[0], "label": "other"}]
+        assert caller.adapt("films", examples)["version"] == 1
+        (one,) = caller.predict("films", [{"text": PRAISE[0]}])["predictions"]
+        assert one["label"] == label
+        caller.call("DELETE", "/adapters/films", 204)
+        body = {"adapter": "films", "inputs": [{"text": "x"}]}
+        assert caller.code("POST", "/predict", 404, json=body) == "unknown_adapter"
+
+
+def test_embeddings_are_those_of_the_backbone(taught: Caller) -> None:
+    found = taught.call(
+        "POST",
+        "/embed",
+        json={"backbone": "minilm-l6-v2", "inputs": [{"text": "a"}, {"text": ""}, {"text": "b"}]},
+    )
+    assert found["dim"] == 384
+    assert found["embeddings"][1]["error"]["code"] == "empty_text"
+    vectors = [np.array(found["embeddings"][index]["embedding"]) for index in (0, 2)]
+    assert all(np.linalg.norm(vector) == pytest.approx(1, abs=1e-5) for vector in vectors)
+    (raw,) = taught.call(
+        "POST", "/embed?backbone=minilm-l6-v2", content=b"a", headers={"Content-Type": "text/plain"}
+    )["embeddings"]
+    assert np.allclose(raw["embedding"], vectors[0], atol=1e-5)
+
+
+def test_images_are_embedded_as_files(taught: Caller) -> None:
+    files = [("x", (f"{index}.png", data, "image/png")) for index, (_, data) in enumerate(PICTURES[:3])]
+    found = taught.call("POST", "/embed", data={"backbone": "efficientnet-lite0"}, files=files)
+    assert [len(one["embedding"]) for one in found["embeddings"]] == [1280] * 3
+
+
+def test_openai_clients_get_what_they_expect(taught: Caller) -> None:
+    body = {"model": "minilm-l6-v2", "input": ["hello world", "good night"], "user": "u"}
+    plain = taught.call("POST", "/v1/embeddings", json=body)
+    assert (plain["object"], plain["model"]) == ("list", "minilm-l6-v2")
+    assert [one["index"] for one in plain["data"]] == [0, 1]
+    # [CLS], two words, [SEP], twice.
+    assert plain["usage"] == {"prompt_tokens": 8, "total_tokens": 8}
+    packed = taught.call("POST", "/v1/embeddings", json={**body, "encoding_format": "base64"})
+    for one, other in zip(plain["data"], packed["data"], strict=True):
+        unpacked = np.frombuffer(base64.b64decode(other["embedding"]), "<f4")
+        assert np.allclose(one["embedding"], unpacked, atol=1e-6)
+    single = taught.call("POST", "/v1/embeddings", json={**body, "input": "hello world", "dimensions": 384})
+    assert len(single["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"input": []}, "no_inputs"),
+        ({"input": ["fine", ""]}, "invalid_input"),
+        ({"input": [1, 2, 3]}, "invalid_request"),
+        ({"dimensions": 10}, "invalid_dimensions"),
+        ({"model": "text-embedding-3-small"}, "unknown_backbone"),
+        ({"model": "efficientnet-lite0"}, "invalid_input"),
+        ({"encoding_format": "int8"}, "invalid_request"),
+    ],
+)
+def test_openai_clients_are_told_what_is_wrong(taught: Caller, change: dict[str, Any], code: str) -> None:
+    body = {"model": "minilm-l6-v2", "input": "hello", **change}
+    assert taught.code("POST", "/v1/embeddings", 422, json=body) == code
+
+
+def test_backbones_say_what_they_are(taught: Caller) -> None:
+    found = {one["name"]: one for one in taught.call("GET", "/backbones")["backbones"]}
+    assert {"efficientnet-lite0", "minilm-l6-v2"} <= found.keys()
+    one = found["minilm-l6-v2"]
+    assert (one["kind"], one["dim"], one["licence"], one["device"]) == ("text", 384, "Apache-2.0", "cpu")
+    assert len(one["fingerprint"]) == 64

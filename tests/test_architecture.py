@@ -1,0 +1,167 @@
+"""The rules that keep the parts apart, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("models", "adapters", "service")
+BANNED = re.compile(r"(^|_)(manager|handler|engine|utils?|helpers?|common|misc)(_|$)")
+
+
+@cache
+def modules(*folders: str) -> tuple[Path, ...]:
+    return tuple(sorted(path for folder in folders or LAYERS for path in (ROOT / folder).rglob("*.py")))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path, *, at_import: bool = False) -> Iterator[str]:
+    """Names of the modules that the file imports;
+
+    Those that importing it imports, where that is asked for.
+    """
+    pending: list[ast.AST] = [tree(path)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.module
+            yield node.module
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if at_import and (for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def importers(*packages: str, at_import: bool = False) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if any(name.split(".")[0] in packages for name in imports(path, at_import=at_import))
+    }
+
+
+def test_the_direction_is_service_adapters_models() -> None:
+    for number, layer in enumerate(LAYERS):
+        above = set(LAYERS[number + 1 :])
+        for path in modules(layer):
+            assert not {name.split(".")[0] for name in imports(path)} & above, path
+
+
+def test_the_packages_import_neither_tests_nor_benchmarks() -> None:
+    assert not importers("tests", "benchmarks")
+
+
+def test_only_the_edge_imports_a_web_framework() -> None:
+    below = {name for name in importers("fastapi", "starlette", "uvicorn") if not name.startswith("service/")}
+    assert not below
+
+
+def test_bentoml_is_for_the_edge_and_the_model_store() -> None:
+    below = {
+        name
+        for name in importers("bentoml", "_bentoml_sdk", "_bentoml_impl")
+        if not name.startswith("service/")
+    }
+    assert below <= {"models/export.py", "models/exported.py"}
+
+
+def test_one_module_opens_sessions() -> None:
+    assert importers("onnxruntime") == {"models/session.py"}
+
+
+def test_only_the_export_knows_torch_and_onnx() -> None:
+    heavy = importers(
+        "torch", "torchvision", "timm", "transformers", "sentence_transformers", "onnx", "onnxscript"
+    )
+    assert heavy <= {"models/export.py"} | {name for name in heavy if name.startswith("models/export_")}
+    assert not importers("torch", "timm", "sentence_transformers", "onnx", at_import=True) - heavy
+    assert not importers("sklearn")
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """Handing the whole environment on to a child, and setting a variable for a library, are not reading."""
+    for path in modules():
+        if path == ROOT / "service" / "settings.py":
+            continue
+        for node in ast.walk(tree(path)):
+            text = ast.unparse(node) if isinstance(node, ast.Subscript | ast.Call | ast.Compare) else ""
+            reads = re.search(r"os\.environ(\.get\b|\[)|os\.getenv| in os\.environ", text)
+            child = text.startswith(("os.pathsep.join", "asyncio.create_subprocess_exec", "subprocess."))
+            assert not reads or child or "PYTHONPATH" in text, f"{path}: {text}"
+
+
+def test_names_say_what_they_are() -> None:
+    for path in modules(*LAYERS, "benchmarks"):
+        assert not BANNED.search(path.stem), path
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", node.name).lower()
+                assert not BANNED.search(snake), f"{path}:{node.lineno}: {node.name}"
+
+
+def test_public_names_say_what_the_signature_cannot() -> None:
+    for path in modules():
+        if "versions" in path.parts:
+            continue
+        assert ast.get_docstring(tree(path)), f"{path}: no docstring"
+        for node in tree(path).body:
+            if (
+                isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name[0] != "_"
+            ):
+                assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    for path in modules():
+        assert not {name.split(".")[0] for name in imports(path)} & {
+            "pickle",
+            "joblib",
+            "dill",
+            "marshal",
+            "shelve",
+        }
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in {"eval", "exec", "os.system"}, f"{path}:{node.lineno}"
+                words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert words.get("shell") != "True", f"{path}:{node.lineno}"
+                if call == "torch.load":
+                    assert words.get("weights_only") == "True", f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "module", ["service.app", "service.composition", "service.routes", "adapters.fitter"]
+)
+def test_importing_the_service_imports_nothing_of_training(module: str) -> None:
+    script = f"import sys, {module}; print(*sorted(name for name in sys.modules if '.' not in name))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not set(found.stdout.split()) & {
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "sentence_transformers",
+        "onnx",
+        "onnxscript",
+        "sklearn",
+        "scipy",
+    }
