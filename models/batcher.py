@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 # Bulk yields the cores to predicts. Linux nices threads, not only processes.
 _BULK_NICE = 10
 
+# While predicts come, and so many seconds after the last one, bulk leaves them one core: a thread that gets
+# ready on a core that another holds may wait for the next tick of the kernel's clock, whatever its priority.
+_PREDICTS_STAY = 0.5
+
 # Weight of the newest batch in the running mean of what an input costs.
 _NEWEST = 0.1
 
@@ -124,6 +128,8 @@ class Batcher:
         self._unanswered: set[_Request] = set()
         self._threads: list[threading.Thread] = []
         self._open = False
+        self._bulk_running = 0
+        self._predicts_until = 0.0
         self._seconds_per_input = 0.01
 
     @property
@@ -193,6 +199,8 @@ class Batcher:
             if surplus > 0 and lane.depth > 0:
                 raise Overloaded(min(surplus, lane.depth) * self._seconds_per_input / self._workers)
             self._unanswered.add(request)
+            if lane is self._predicts:
+                self._predicts_until = time.monotonic() + _PREDICTS_STAY
             lane.requests.append(request)
             lane.depth += len(request.inputs)
             lane.ready.notify(min(len(request.inputs), self._workers))
@@ -203,7 +211,11 @@ class Batcher:
             if lane is self._bulk:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BULK_NICE)
             while taken := self._take(lane):
-                self._answer(taken)
+                self._answer(taken, beside=lane is self._bulk)
+                if lane is self._bulk:
+                    with self._lock:
+                        self._bulk_running -= 1
+                        lane.ready.notify()
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
             self._give_up()
@@ -230,10 +242,10 @@ class Batcher:
     def _take(self, lane: _Lane) -> list[_Taken]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
-            while not lane.requests or (lane is self._bulk and self._predicts.requests):
+            while not lane.requests or (lane is self._bulk and not self._bulk_may_run()):
                 if not self._open and not lane.requests:
                     return []
-                lane.ready.wait()
+                lane.ready.wait(_PREDICTS_STAY if lane.requests else None)
             # An even share, so that the other workers have something of a single caller's inputs too.
             room = max(1, min(self.backbone.batch, -(-lane.depth // self._workers)))
             taken: list[_Taken] = []
@@ -247,20 +259,29 @@ class Batcher:
                 if end < len(request.inputs):
                     lane.requests.append(request)
             lane.depth -= len(taken)
-            if lane is self._predicts and not lane.requests:
+            if lane is self._bulk:
+                self._bulk_running += 1
+            elif not lane.requests:
                 self._bulk.ready.notify_all()
         for request, index in taken:
             if index == 0:
                 self._observe("queue", request.timings["queue"])
         return taken
 
-    def _answer(self, taken: list[_Taken]) -> None:
+    def _bulk_may_run(self) -> bool:
+        """Whether bulk may begin another batch: not before a predict that waits, and not on the last core."""
+        if self._predicts.requests:
+            return False
+        predicts_come = time.monotonic() < self._predicts_until
+        return self._bulk_running < max(1, self._workers - predicts_come)
+
+    def _answer(self, taken: list[_Taken], *, beside: bool) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()
             good, spent = self._prepare(taken)
             middle = time.perf_counter()
-            embeddings = self.backbone.run([prepared for _, prepared in good])
+            embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
             end = time.perf_counter()
         except Exception as error:
             logger.exception(

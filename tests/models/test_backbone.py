@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def test_many_threads_share_a_backbone(texts: Backbone) -> None:
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda sentence: texts.embed([sentence]).embeddings[0], sentences))
     np.testing.assert_allclose(np.stack(answers), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+def test_runs_beside_others_give_the_same(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    backbone = Backbone.open(make(tmp_path), threads=2)
+    inputs: list[bytes | str] = [tiny.picture(3), tiny.picture(4)]
+    if backbone.spec.kind == "text":
+        inputs = ["badel", "dan fol kin"]
+    prepared = [backbone.preprocess(item) for item in inputs]
+    np.testing.assert_allclose(backbone.run(prepared, beside=True), backbone.run(prepared), atol=1e-5)
+    backbone.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        backbone.run(prepared, beside=True)
 
 
 def test_a_closed_backbone_says_so(tmp_path: Path) -> None:

@@ -245,6 +245,21 @@ async def test_predicts_go_before_bulk(images: Backbone, gate: Gate) -> None:
         await asyncio.gather(ahead, predict, bulk)
 
 
+async def test_bulk_leaves_a_core_while_predicts_come(images: Backbone, gate: Gate) -> None:
+    async with running(images, workers=2, observe=gate.observe) as batcher:
+        predict = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        await gate.wait_for(1)
+        bulk = [asyncio.create_task(batcher.embed([tiny.picture(2)], bulk=True)) for _ in range(2)]
+        await gate.wait_for(1)
+        await asyncio.sleep(0.1)
+        assert batcher.depth == 1
+        # No other predict came, so bulk gets every core soon, without anything to wake it.
+        await gate.wait_for(1)
+        assert batcher.depth == 0
+        gate.opened.set()
+        await asyncio.gather(predict, *bulk)
+
+
 async def test_bulk_runs_on_threads_that_yield_the_cores(images: Backbone) -> None:
     async with running(images, workers=2) as batcher:
         await batcher.embed([tiny.picture(1)] * 4, bulk=True)
