@@ -26,10 +26,11 @@ def fit_classification(
     data: Prepared, labels: NDArray[np.int64], names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for labels, numbers of names (n,); see linear_probe.fit."""
+    count = len(names)
+    region = fit_region(data.embeddings, labels, data.folds, directions_for(count, data.embeddings.shape[1]))
     scaling = scaling_of(data.embeddings)
     features = scaling.apply(data.embeddings, into=data.embeddings)
     basis = basis_of(features, data.plan.columns)
-    count = len(names)
     sizes = np.bincount(labels, minlength=count)
     rows = basis.design.rows[:, :-1]
     discriminant = Discriminant(rows, labels, count, data.folds, features.shape[1])
@@ -63,7 +64,7 @@ def fit_classification(
         weight=storable(weight),
         bias=bias,
         doubt=doubt_of(threshold, logits, "classification"),
-        region=fit_region(features, basis, labels, data.folds, directions_for(count, features.shape[1])),
+        region=region,
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
     scores[chosen.rows] = right

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -61,7 +62,13 @@ def scaling_of(embeddings: Floats) -> Scaling:
     spread = squares / len(embeddings) - float(mean @ mean)
     # Rounding leaves something of identical rows; nothing is to be learned from them.
     scale = spread**0.5 if spread > 1e-9 * squares / len(embeddings) else 1.0
-    return Scaling(transform, mean.astype(np.float32), scale)
+    return Scaling(transform, centre_of(mean), scale)
+
+
+def centre_of(mean: NDArray[np.float64]) -> Floats:
+    """The mean as a head stores it, in half precision: rows need one centre near it everywhere."""
+    half = np.finfo(np.float16)
+    return np.clip(mean, half.min, half.max).astype(np.float16).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +76,10 @@ class Basis:
     """A design, and how weights on its columns become weights on features.
 
     lift: orthonormal (columns without the intercept, dim), or None where the columns are the features.
-    complete: whether the columns hold all that the features do.
     """
 
     design: Design
     lift: Floats | None
-    complete: bool = True
 
     def weights(self, solved: Floats) -> tuple[Floats, Floats]:
         """Weights (labels, dim) and intercepts (labels,) from solved (labels, columns)."""
@@ -91,7 +96,7 @@ def basis_of(features: Floats, columns: int | None = None, *, full: bool = False
     n, dim = features.shape
     if columns is not None and columns < min(n, dim):
         leading, directions = leading_directions(features, columns)
-        return replace(_along(features, leading, directions), complete=False)
+        return _along(features, leading, directions)
     if n <= dim and (full or n <= _FULL_BASIS):
         return _span(features)
     if full or dim <= _FULL_BASIS:
@@ -147,14 +152,19 @@ def leading_directions(features: Floats, count: int) -> tuple[Floats, Floats]:
         return np.maximum(values[::-1][:count], 0.0), np.linalg.qr(directions)[0]
     width = min(count + 8, dim)
     moments = rows.T @ rows if len(rows) * width > dim * dim // 4 else None
-    # A fixed start, so that equal rows give equal directions.
-    sketch = np.random.default_rng(0).standard_normal((dim, width), dtype=np.float32)
+    sketch = _sketch(dim, width)
     for _ in range(3):
         sketch, _ = np.linalg.qr(moments @ sketch if moments is not None else rows.T @ (rows @ sketch))
     image = rows @ sketch
     values, vectors = np.linalg.eigh(image.T @ image)
     leading = np.maximum(values[::-1][:count], 0.0) * np.float32(n / len(rows))
     return leading, sketch @ vectors[:, ::-1][:, :count]
+
+
+@lru_cache(maxsize=8)
+def _sketch(dim: int, width: int) -> Floats:
+    """Random columns, the same ones always: equal rows give equal directions. Not to be written to."""
+    return np.random.default_rng(0).standard_normal((dim, width), dtype=np.float32)
 
 
 def _with_ones(features: Floats) -> Floats:

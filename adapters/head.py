@@ -132,23 +132,23 @@ class Head:
         else:
             probabilities = softmax(logits)
             confidence = probabilities.max(axis=1)
-        return self._with_doubt(features, logits, probabilities, confidence, assigned, values)
+        return self._with_doubt(embeddings, logits, probabilities, confidence, assigned, values)
 
     def _with_doubt(
         self,
-        features: Floats,
+        embeddings: Floats,
         logits: Floats,
         probabilities: Floats,
         confidence: Floats,
         assigned: NDArray[np.bool_] | None,
         values: Floats | None,
     ) -> Predictions:
-        distance = np.zeros(len(features), dtype=np.float32)
+        distance = np.zeros(len(embeddings), dtype=np.float32)
         # Two kinds of evidence, added where they say "strange" and all but ignored where they say
         # "familiar": a confident answer does not make a distant input any nearer.
-        score = np.zeros(len(features), dtype=np.float32)
+        score = np.zeros(len(embeddings), dtype=np.float32)
         if self.region is not None:
-            squared = self.region.squared_distance(features)
+            squared = self.region.squared_distance(embeddings)
             distance = np.sqrt(squared / np.float32(self.region.limit))
             score += _evidence(self.region.surprise(squared))
         if self.task != "regression":
@@ -167,11 +167,12 @@ class Head:
         arrays: dict[str, NDArray[Any]] = {
             "weight": self.weight.astype(np.float16) if half else self.weight,
             "bias": self.bias,
-            "mean": self.scaling.mean,
+            "mean": self.scaling.mean.astype(np.float16),
             "decisions": self.decisions,
         }
         if self.region is not None:
             arrays |= {
+                "region.mean": self.region.mean.astype(np.float16),
                 "region.directions": self.region.directions,
                 "region.steps": self.region.steps,
                 "region.plain": self.region.plain,
@@ -217,6 +218,7 @@ class Head:
         if "region" in facts:
             rest, log_mean, log_deviation, limit = map(float, facts["region"])
             region = Region(
+                mean=arrays["region.mean"].astype(np.float32),
                 directions=arrays["region.directions"],
                 steps=arrays["region.steps"],
                 plain=arrays["region.plain"],
@@ -230,7 +232,7 @@ class Head:
             task=facts["task"],
             fingerprint=str(facts["fingerprint"]),
             labels=tuple(facts["labels"]),
-            scaling=Scaling(facts["transform"], arrays["mean"], float(facts["scale"])),
+            scaling=Scaling(facts["transform"], arrays["mean"].astype(np.float32), float(facts["scale"])),
             weight=arrays["weight"].astype(np.float32),
             bias=arrays["bias"],
             temperature=float(facts["temperature"]),
@@ -255,10 +257,10 @@ def storable(weight: Floats) -> Floats:
 
 
 def directions_for(labels: int, dim: int) -> int:
-    """How many directions of a region fit beside the weights in a head of 64 kB; at least 8."""
+    """How many directions of a region fit beside the weights in a head of 64 kB; at least 4."""
     weights = labels * dim * 4
     weights = weights if weights <= _SINGLE_PRECISION_BYTES else weights // 2
-    return max(8, (_HEAD_BYTES - weights - 4 * dim) // (dim + 4 * labels))
+    return max(4, (_HEAD_BYTES - weights - 4 * dim) // (dim + 4 * labels))
 
 
 def softmax(logits: Floats) -> Floats:

@@ -27,10 +27,14 @@ def fit_multilabel(
     data: Prepared, targets: Bools, names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for targets, which names are there (n, labels); see linear_probe.fit."""
+    count = len(names)
+    together = np.zeros(len(targets), dtype=np.int64)
+    region = fit_region(
+        data.embeddings, together, data.folds, directions_for(count, data.embeddings.shape[1])
+    )
     scaling = scaling_of(data.embeddings)
     features = scaling.apply(data.embeddings, into=data.embeddings)
     basis = basis_of(features, data.plan.columns)
-    count = len(names)
     truth = np.ascontiguousarray(targets.T, dtype=np.float32)
     training = (data.folds != np.arange(int(data.folds.max()) + 1)[:, None]).astype(np.float32)
     chosen = CrossValidation(
@@ -63,13 +67,7 @@ def fit_multilabel(
         bias=bias,
         temperature=temperature,
         doubt=doubt_of(threshold, logits, "multilabel"),
-        region=fit_region(
-            features,
-            basis,
-            np.zeros(len(targets), dtype=np.int64),
-            data.folds,
-            directions_for(count, features.shape[1]),
-        ),
+        region=region,
         decisions=decisions,
     )
     scores = np.full(len(targets), np.nan, dtype=np.float32)

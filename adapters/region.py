@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.features import Basis, leading_directions
+from adapters.features import centre_of, leading_directions
 
 Floats = NDArray[np.float32]
 
@@ -21,19 +21,26 @@ _QUANTILE = 0.99
 _DEVIATIONS = 2.326
 # From here on one example leaves no mark on the directions.
 _MANY = 1000
+# Of the mean squared length of few rows: keeps their Gram matrix positive definite in single precision.
+_JITTER = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
     """Mahalanobis distance to the nearest label's mean: a few directions and an isotropic rest.
 
-    directions: int8 (k, dim), one row times its steps entry is a direction over its standard deviation.
-    centres: float32 (labels or 1, k), label means along them. rest: variance per remaining dimension,
-    plain: standard deviations along the directions, float32 (k,). log_mean, log_deviation: of the log of
-    squared distances of examples held out. limit: the squared distance accepted, their 99th percentile.
+    Of the embeddings as they are: what evens out their variances for the weights also hides strangers (AUROC
+    of drawings shown to a photo adapter 0.88, and 0.83 of the scaled features).
+
+    mean: float32 (dim,), of the embeddings. directions: int8 (k, dim), one row times its steps entry is a
+    direction over its standard deviation. centres: float32 (labels or 1, k), label means along them. rest:
+    variance per remaining dimension. plain: standard deviations along the directions, float32 (k,).
+    log_mean, log_deviation: of the log of squared distances of examples held out. limit: the squared
+    distance accepted, their 99th percentile.
     (Lee et al. 2018 has the distance; low rank plus isotropic keeps it in kilobytes.)
     """
 
+    mean: Floats
     directions: NDArray[np.int8]
     steps: Floats
     plain: Floats
@@ -43,11 +50,12 @@ class Region:
     log_deviation: float
     limit: float
 
-    def squared_distance(self, features: Floats) -> Floats:
-        """Squared distances, float32 (n,), of features (n, dim)."""
-        along = features @ (self.directions * self.steps[:, None]).T
+    def squared_distance(self, embeddings: Floats) -> Floats:
+        """Squared distances, float32 (n,), of embeddings (n, dim)."""
+        centred = embeddings - self.mean
+        along = centred @ (self.directions * self.steps[:, None]).T
         inside = (along * self.plain) ** 2
-        rest = np.maximum(np.einsum("ij,ij->i", features, features) - inside.sum(axis=1), 0.0)
+        rest = np.maximum(np.einsum("ij,ij->i", centred, centred) - inside.sum(axis=1), 0.0)
         squared: Floats = nearest(along, self.centres) + rest / np.float32(self.rest)
         return squared
 
@@ -69,37 +77,33 @@ def nearest(along: Floats, centres: Floats) -> Floats:
 
 
 def fit_region(
-    features: Floats,
-    basis: Basis,
-    labels: NDArray[np.int64],
-    folds: NDArray[np.int64],
-    most_directions: int,
+    embeddings: Floats, labels: NDArray[np.int64], folds: NDArray[np.int64], most_directions: int
 ) -> Region | None:
-    """The region of features (n, dim) with labels 0.. (n,), measured on examples held out by folds (n,).
+    """The region of embeddings (n, dim) with labels 0.. (n,), measured on examples held out by folds (n,).
 
     None where too few examples are held out. Means, spreads and, where few examples leave a mark on them,
     directions come from the other folds: an example is near to what was made of it.
     """
-    # Few rows have as few coordinates, and the same distances.
-    short = basis.complete and len(features) < features.shape[1]
-    rows, lift = (basis.design.rows[:, :-1], basis.lift) if short else (features, None)
     held = folds >= 0
     count = int(labels.max()) + 1
-    n, dim = rows.shape
+    n, dim = embeddings.shape
     if int(held.sum()) < _FEWEST or n - count < _FEWEST // 2:
         return None
+    mean = centre_of(embeddings.mean(axis=0, dtype=np.float64))
+    rows, lift = (embeddings, None) if n >= dim else _coordinates(embeddings - mean)
+    middle = mean if lift is None else np.zeros(n, dtype=np.float32)
     # As many directions as the smallest training part can give.
     within = (n - 2 * int(np.bincount(folds[held]).max()) - count) // 4
-    most = min(most_directions, dim, min(BETWEEN, count - 1) + max(within, 0))
+    most = min(most_directions, n, dim, min(BETWEEN, count - 1) + max(within, 0))
     directions = _directions(rows, labels, count, most)
-    energy = np.einsum("ij,ij->i", rows, rows)
+    energy = np.einsum("ij,ij->i", rows, rows) - (2.0 * (rows @ middle) - middle @ middle)
     parts = []
     # Parts of two folds do as well for few examples, where this costs as much as the fit.
     parted = folds if n >= _MANY else np.where(held, folds // 2, -1)
     for part in range(int(parted.max()) + 1):
         own = parted == part
         there = directions if n >= _MANY else _directions(rows[~own], labels[~own], count, len(directions))
-        along = rows @ there.T
+        along = rows @ there.T - there @ middle
         means = _means(along[~own], labels[~own], count)
         parts.append((own, along[own], means, np.maximum(energy[own] - (along[own] ** 2).sum(axis=1), 0.0)))
     spread = (
@@ -115,18 +119,33 @@ def fit_region(
         [nearest(along / plain, means / plain) + left / rest for _, along, means, left in parts]
     )
     logs = np.log(np.maximum(squared.astype(np.float64), 1e-30))
-    mean, deviation = float(logs.mean()), max(float(logs.std()), 0.05)
+    log_mean, deviation = float(logs.mean()), max(float(logs.std()), 0.05)
     limit = float(np.quantile(logs, _QUANTILE))
     if len(logs) < 200:
         # The 99th percentile of few is their largest: the tail of a normal distribution is the better
         # guess.
-        limit = max(limit, mean + _DEVIATIONS * deviation * (1.0 + 2.0 / len(logs)))
-    lifted = directions if lift is None else directions @ lift
-    codes, steps = _quantised(lifted)
-    centres = _means(rows @ directions.T, labels, count) / plain
+        limit = max(limit, log_mean + _DEVIATIONS * deviation * (1.0 + 2.0 / len(logs)))
+    codes, steps = _quantised(directions if lift is None else directions @ lift)
+    centres = _means(rows @ directions.T - directions @ middle, labels, count) / plain
     return Region(
-        codes, (steps / plain).astype(np.float32), plain, centres, rest, mean, deviation, math.exp(limit)
+        mean=mean,
+        directions=codes,
+        steps=(steps / plain).astype(np.float32),
+        plain=plain,
+        centres=centres,
+        rest=rest,
+        log_mean=log_mean,
+        log_deviation=deviation,
+        limit=math.exp(limit),
     )
+
+
+def _coordinates(centred: Floats) -> tuple[Floats, Floats]:
+    """Coordinates (n, n) of few rows (n, dim) in their span, and the vectors that they belong to."""
+    gram = centred @ centred.T
+    gram[np.diag_indices_from(gram)] += np.float32(_JITTER * np.trace(gram) / len(gram) + 1e-12)
+    rows = np.linalg.cholesky(gram)
+    return rows, np.linalg.solve(rows, centred)
 
 
 def _directions(features: Floats, labels: NDArray[np.int64], count: int, most: int) -> Floats:

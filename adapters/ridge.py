@@ -31,6 +31,8 @@ def fit_ridge(
     folds: for the distances only. The strength is the one with the lowest leave-one-out error, which has a
     closed form (Golub, Heath, Wahba 1979).
     """
+    together = np.zeros(len(embeddings), dtype=np.int64)
+    region = fit_region(embeddings, together, folds, directions_for(1, embeddings.shape[1]))
     scaling = scaling_of(embeddings)
     features = scaling.apply(embeddings, into=embeddings)
     basis = basis_of(features, full=True)
@@ -52,9 +54,7 @@ def fit_ridge(
         scaling=scaling,
         weight=weight,
         bias=bias,
-        region=fit_region(
-            features, basis, np.zeros(len(rows), dtype=np.int64), folds, directions_for(1, features.shape[1])
-        ),
+        region=region,
         value_mean=mean,
         value_scale=scale,
         residual_deviation=float(np.sqrt(np.mean(left**2))) if measured else 0.0,

@@ -75,10 +75,10 @@ def test_what_is_answered_is_right_as_often_as_promised() -> None:
     assert right[answered].mean() > 0.92
 
 
-@pytest.mark.parametrize(("dim", "most"), [(384, 64 << 10), (1_280, 68 << 10)])
-def test_a_head_of_twenty_labels_weighs_kilobytes(dim: int, most: int) -> None:
+@pytest.mark.parametrize("dim", [384, 1_280])
+def test_a_head_of_twenty_labels_weighs_kilobytes(dim: int) -> None:
     rows, names = clouds(200, dim, 20, apart=4.0)
-    assert len(fit(dataset(rows, names)).head.to_bytes()) <= most
+    assert len(fit(dataset(rows, names)).head.to_bytes()) <= 64 << 10
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
