@@ -106,7 +106,7 @@ def _trec(sets: Sets) -> Iterator[Split]:
 
 def _sms_spam(sets: Sets) -> Iterator[Split]:
     share = round(0.7 * len(sets["sms-spam"].samples))
-    for split in _random(sets, "SMS spam, 70/30", "sms-spam", share, share, 3, headline=True):
+    for split in _random(sets, "SMS spam, 70/30", "sms-spam", share, share, 10, headline=True):
         yield _with_worlds(split, sets, {"trec-coarse": 300, "20-newsgroups": 100})
     yield from _random(sets, "SMS spam, few", "sms-spam", 200, 2_000, 10)
 
