@@ -160,12 +160,12 @@ class Solution:
     blocks: list[slice]
     iterations: int
 
-    def logits_of(self, problem: int, rows: NDArray[np.int64]) -> Floats:
-        """The problem's logits (labels, m) of m ascending rows."""
+    def logits_of(self, problems: NDArray[np.int64], rows: NDArray[np.int64]) -> Floats:
+        """Logits (labels, m) of m ascending rows, each from a problem of its own."""
         parts = []
         for logits, block in zip(self.logits, self.blocks, strict=True):
-            own = rows[np.searchsorted(rows, block.start) : np.searchsorted(rows, block.stop)]
-            parts.append(logits[:, problem, own - block.start])
+            own = slice(*np.searchsorted(rows, (block.start, block.stop)).tolist())
+            parts.append(logits[:, problems[own], rows[own] - block.start])
         return np.concatenate(parts, axis=1)
 
 

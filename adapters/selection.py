@@ -175,9 +175,8 @@ class CrossValidation:
                 max_iterations=_FOLD_STEPS,
             )
             weights[:, these] = solution.weights
-            for problem, fold in enumerate(some):
-                own = self._rows(range(fold, fold + 1))
-                logits[:, np.searchsorted(rows, own)] = solution.logits_of(problem, own)
+            own = self._rows(some)
+            logits[:, np.searchsorted(rows, own)] = solution.logits_of(self.folds[own] - some.start, own)
         return weights, logits
 
 
