@@ -1,0 +1,94 @@
+"""The closed-form discriminant against scikit-learn's, and its blend with logistic regression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from adapters import calibration
+from adapters.discriminant import Discriminant
+
+Floats = NDArray[np.float32]
+
+LABELS = 3
+FOLDS = 5
+COLUMNS = 12
+
+
+@pytest.fixture
+def rows() -> Floats:
+    """Centred, as features are; 20 of every label, label after label."""
+    rng = np.random.default_rng(0)
+    means = 1.5 * rng.standard_normal((LABELS, COLUMNS))
+    spread = rng.standard_normal((COLUMNS, COLUMNS)) / 3.0
+    drawn = np.repeat(means, 20, axis=0) + rng.standard_normal((20 * LABELS, COLUMNS)) @ spread
+    return (drawn - drawn.mean(axis=0)).astype(np.float32)
+
+
+LABELLED = np.repeat(np.arange(LABELS), 20)
+DEALT = np.tile(np.arange(FOLDS), 20 * LABELS // FOLDS)
+
+
+def reference(rows: Floats, labels: NDArray[np.int64], examples: int) -> LinearDiscriminantAnalysis:
+    shrinkage = 1.0 / (1.0 + 2.0 * (examples / COLUMNS) ** 1.5)
+    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
+
+
+def test_it_is_scikit_learn_s_discriminant(rows: Floats) -> None:
+    weights = Discriminant(rows, LABELLED, LABELS, DEALT, COLUMNS).weights()
+    logits = rows @ weights[:, :-1].T + weights[:, -1]
+    expected = reference(rows, LABELLED, len(rows)).predict_proba(rows)
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
+
+
+def test_a_fold_is_predicted_from_the_others_only(rows: Floats) -> None:
+    discriminant = Discriminant(rows, LABELLED, LABELS, DEALT, COLUMNS)
+    for fold in range(FOLDS):
+        own = fold == DEALT
+        expected = reference(rows[~own], LABELLED[~own], len(rows)).predict_proba(rows[own])
+        np.testing.assert_allclose(softmax(discriminant.held_out(fold), axis=0).T, expected, atol=1e-4)
+
+
+def test_a_label_whose_only_example_is_held_out(rows: Floats) -> None:
+    labels = LABELLED.copy()
+    labels[0] = LABELS
+    discriminant = Discriminant(rows, labels, LABELS + 1, DEALT, COLUMNS)
+    assert np.isfinite(discriminant.held_out(int(DEALT[0]))).all()
+
+
+def logits_of(labels: NDArray[np.int64], strength: float, seed: int) -> Floats:
+    """Logits that know the labels so well."""
+    noise = np.random.default_rng(seed).standard_normal((LABELS, len(labels)))
+    return (noise + strength * np.eye(LABELS)[:, labels]).astype(np.float32)
+
+
+def loss_of(logits: Floats, labels: NDArray[np.int64]) -> float:
+    return float(-log_softmax(logits, axis=0)[labels, np.arange(len(labels))].mean())
+
+
+def test_two_that_know_different_things_are_better_together() -> None:
+    labels = np.random.default_rng(1).integers(0, LABELS, 2_000)
+    first, second = logits_of(labels, 1.5, 2), logits_of(labels, 1.0, 3)
+    slope, other, loss = calibration.blend(first, second, labels, 0.03)
+    assert slope > other > 0.0
+    assert loss == pytest.approx(loss_of(slope * first + other * second, labels), abs=1e-4)
+    assert loss < min(loss_of(first * factor, labels) for factor in (0.5, 1.0, 1.5)) - 0.05
+    # At the minimum of its own objective: no neighbour is better.
+    for near in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.1), (0.0, -0.1)):
+        assert loss_of((slope + near[0]) * first + (other + near[1]) * second, labels) > loss - 1e-5
+
+
+def test_one_that_knows_nothing_or_the_opposite_does_not_count() -> None:
+    labels = np.random.default_rng(4).integers(0, LABELS, 2_000)
+    first = logits_of(labels, 1.5, 5)
+    assert calibration.blend(first, logits_of(labels, 0.0, 6), labels, 0.03)[1] < 0.05
+    slope, other, _ = calibration.blend(first, -logits_of(labels, 1.0, 7), labels, 0.03)
+    assert (slope > 0.0, other) == (True, 0.0)
+
+
+def test_without_examples_the_usual_slope_is_taken() -> None:
+    nothing = np.zeros((LABELS, 0), np.float32)
+    assert calibration.blend(nothing, nothing, np.zeros(0, np.int64), 0.03) == (pytest.approx(1.0), 0.0, 0.0)
