@@ -49,7 +49,7 @@ def blend(
             slopes = 0.5 * (slopes + best)
             continue
         drop, best, value, best_loss = value - objective, slopes, objective, loss
-        if drop < 1e-5 * len(own):
+        if drop < 1e-4 * len(own):
             break
         gradient = gradient + precision * (slopes - usual)
         curvature = curvature + np.diag(precision)

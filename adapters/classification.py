@@ -34,9 +34,9 @@ def fit_classification(
     sizes = np.bincount(labels, minlength=count)
     rows = basis.design.rows[:, :-1]
     discriminant = Discriminant(rows, labels, count, data.folds, features.shape[1])
-    others = np.empty((count, len(labels)), dtype=np.float32)
-    for fold in range(_held_out(data.plan, data.folds)):
-        others[:, data.folds == fold] = discriminant.held_out(fold)
+    measured_folds = range(_held_out(data.plan, data.folds))
+    others = np.zeros((count, len(labels)), dtype=np.float32)
+    others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
     training = _training(labels, data.folds, sizes)
     chosen = CrossValidation(
         basis.design, Softmax(labels), count, data.folds, training, data.memory_bytes

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
+# Numbers in the second moments of folds that are solved together.
+_MOST_SUMS = 1 << 22
+
+
 class Discriminant:
     """Sums from which the discriminant of all rows but any fold's follows.
 
@@ -33,33 +37,50 @@ class Discriminant:
         # The fewer examples for the columns, the rounder the covariance. Near the best of a grid on ten sets.
         self._shrinkage = 1.0 / (1.0 + 2.0 * (len(rows) / dim) ** 1.5)
 
-    def held_out(self, fold: int) -> Floats:
-        """Logits (labels, m) of the fold's rows, ascending, from what the others say."""
-        own = np.flatnonzero(self._folds == fold)
-        rows = self._rows[own]
-        sums = self._sums - _label_sums(rows, self._labels[own], len(self._sizes))
-        sizes = self._sizes - np.bincount(self._labels[own], minlength=len(self._sizes))
-        weight, bias = self._solved(self._moments - rows.T @ rows, sums, sizes)
-        logits: Floats = weight @ rows.T + bias[:, None]
+    def held_out(self, folds: range) -> Floats:
+        """Logits (labels, m) of the folds' rows, ascending, each from what the other folds say."""
+        rows = np.flatnonzero((self._folds >= folds.start) & (self._folds < folds.stop))
+        logits = np.empty((len(self._sizes), len(rows)), dtype=np.float32)
+        together = max(1, _MOST_SUMS // self._moments.size)
+        for begin in range(folds.start, folds.stop, together):
+            some = range(begin, min(begin + together, folds.stop))
+            owns = [np.flatnonzero(self._folds == fold) for fold in some]
+            moments = np.stack([self._moments - self._rows[own].T @ self._rows[own] for own in owns])
+            labels = [self._labels[own] for own in owns]
+            count = len(self._sizes)
+            sums = np.stack(
+                [
+                    self._sums - _label_sums(self._rows[own], of, count)
+                    for own, of in zip(owns, labels, strict=True)
+                ]
+            )
+            sizes = np.stack([self._sizes - np.bincount(of, minlength=count) for of in labels])
+            weight, bias = self._solved(moments, sums, sizes)
+            for place, own in enumerate(owns):
+                logits[:, np.searchsorted(rows, own)] = (
+                    weight[place] @ self._rows[own].T + bias[place][:, None]
+                )
         return logits
 
     def weights(self) -> Floats:
         """Weights (labels, p + 1) of all rows, the intercept last."""
-        weight, bias = self._solved(self._moments, self._sums, self._sizes)
-        return np.concatenate([weight, bias[:, None]], axis=1)
+        weight, bias = self._solved(self._moments[None].copy(), self._sums[None], self._sizes[None])
+        return np.concatenate([weight[0], bias[0][:, None]], axis=1)
 
     def _solved(self, moments: Floats, sums: Floats, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        weights = np.maximum(sizes, 1).astype(np.float32)[:, None]
-        means = sums / weights
-        n = float(sizes.sum())
-        covariance = (moments - sums.T @ means) / np.float32(n)
-        level = max(float(np.trace(covariance)) / self._dim, 1e-12)
-        covariance *= np.float32(1.0 - self._shrinkage)
-        covariance[np.diag_indices_from(covariance)] += np.float32(self._shrinkage * level)
-        weight = np.ascontiguousarray(np.linalg.solve(covariance, means.T).T)
+        """Weights (k, labels, p) and biases (k, labels) of k problems; moments (k, p, p) are overwritten."""
+        means = sums / np.maximum(sizes, 1).astype(np.float32)[:, :, None]
+        moments -= sums.transpose(0, 2, 1) @ means
+        moments *= (1.0 / sizes.sum(axis=1)).astype(np.float32)[:, None, None]
+        levels = np.maximum(np.trace(moments, axis1=1, axis2=2) / self._dim, 1e-12)
+        moments *= np.float32(1.0 - self._shrinkage)
+        diagonal = np.arange(moments.shape[1])
+        moments[:, diagonal, diagonal] += (self._shrinkage * levels).astype(np.float32)[:, None]
+        solved = np.linalg.solve(moments, means.transpose(0, 2, 1))
+        weight: Floats = np.ascontiguousarray(solved.transpose(0, 2, 1))
         # How frequent a label is does not depend on what is held out.
         priors = np.log(self._sizes / self._sizes.sum()).astype(np.float32)
-        return weight, priors - np.float32(0.5) * np.einsum("cp,cp->c", weight, means)
+        return weight, priors - np.float32(0.5) * np.einsum("kcp,kcp->kc", weight, means)
 
 
 def _label_sums(rows: Floats, labels: NDArray[np.int64], count: int) -> Floats:

@@ -90,8 +90,10 @@ def fit_region(
     if int(held.sum()) < _FEWEST or n - count < _FEWEST // 2:
         return None
     mean = centre_of(embeddings.mean(axis=0, dtype=np.float64))
-    rows, lift = (embeddings, None) if n >= dim else _coordinates(embeddings - mean)
-    middle = mean if lift is None else np.zeros(n, dtype=np.float32)
+    # Few rows have as few coordinates, and the same distances.
+    short = embeddings - mean if n < dim else None
+    rows = embeddings if short is None else _coordinates(short)
+    middle = mean if short is None else np.zeros(n, dtype=np.float32)
     # As many directions as the smallest training part can give.
     within = (n - 2 * int(np.bincount(folds[held]).max()) - count) // 4
     most = min(most_directions, n, dim, min(BETWEEN, count - 1) + max(within, 0))
@@ -125,7 +127,9 @@ def fit_region(
         # The 99th percentile of few is their largest: the tail of a normal distribution is the better
         # guess.
         limit = max(limit, log_mean + _DEVIATIONS * deviation * (1.0 + 2.0 / len(logs)))
-    codes, steps = _quantised(directions if lift is None else directions @ lift)
+    codes, steps = _quantised(
+        directions if short is None else np.linalg.solve(rows.T, directions.T).T @ short
+    )
     centres = _means(rows @ directions.T - directions @ middle, labels, count) / plain
     return Region(
         mean=mean,
@@ -140,12 +144,11 @@ def fit_region(
     )
 
 
-def _coordinates(centred: Floats) -> tuple[Floats, Floats]:
-    """Coordinates (n, n) of few rows (n, dim) in their span, and the vectors that they belong to."""
+def _coordinates(centred: Floats) -> Floats:
+    """Coordinates (n, n) of few rows (n, dim) in an orthonormal basis of their span."""
     gram = centred @ centred.T
     gram[np.diag_indices_from(gram)] += np.float32(_JITTER * np.trace(gram) / len(gram) + 1e-12)
-    rows = np.linalg.cholesky(gram)
-    return rows, np.linalg.solve(rows, centred)
+    return np.linalg.cholesky(gram)
 
 
 def _directions(features: Floats, labels: NDArray[np.int64], count: int, most: int) -> Floats:

@@ -73,8 +73,8 @@ class Components:
     @property
     def ready(self) -> bool:
         """Whether every worker thread, the fitting process and the look-out for others' commits run."""
-        parts = [self.fitter, self.aliases, *self.batchers.values()]
-        return all(part.alive for part in parts)
+        batchers = all(batcher.alive for batcher in self.batchers.values())
+        return self.fitter.alive and self.aliases.alive and batchers
 
     async def aclose(self) -> None:
         """Lets queued work end, then closes everything in the reverse order of its making."""
