@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -167,7 +166,7 @@ class Adapting:
         started = time.perf_counter()
         seen = await self.revising.keeping.state(tenant, command.adapter)
         terms = self._terms(command, seen)
-        admitted, rejected, fresh = await asyncio.to_thread(_admit, command, terms, seen)
+        admitted, rejected, fresh = await self.revising.keeping.aside(lambda: _admit(command, terms, seen))
         if command.strict and rejected:
             raise ExamplesRejected(rejected, strict=True)
         subject = Subject.of(tenant, command.adapter, terms, seen)

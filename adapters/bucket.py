@@ -14,6 +14,7 @@ from obstore.store import from_url
 
 from adapters.store import (
     Artifact,
+    Buffer,
     StoredObject,
     StoreUnavailable,
     adapter_key,
@@ -38,7 +39,7 @@ class BucketStore:
         with _translated():
             self._bucket = from_url(url, **arguments)
 
-    def publish(self, tenant: str, adapter_uid: str, data: bytes) -> Artifact:
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         """See Store.publish."""
         artifact = Artifact.describe(data)
         key = object_key(tenant, adapter_uid, artifact.name)
@@ -47,7 +48,7 @@ class BucketStore:
             obstore.put(self._bucket, key, data, use_multipart=False)
         return artifact
 
-    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[bytes]) -> tuple[Artifact, ...]:
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
         """See Store.publish_all. A few requests at a time."""
         with ThreadPoolExecutor(_PARALLEL_PUTS) as pool:
             return tuple(pool.map(lambda data: self.publish(tenant, adapter_uid, data), blobs))

@@ -38,13 +38,14 @@ def fit_classification(
     others = np.zeros((count, len(labels)), dtype=np.float32)
     others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
     training = _training(labels, data.folds, sizes)
+
+    def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:
+        slope, _, value = calibration.blend(logits, others[:, rows], labels[rows], strength)
+        return value, slope / calibration.usual_slope(strength)
+
     chosen = CrossValidation(
         basis.design, Softmax(labels), count, data.folds, training, data.memory_bytes
-    ).choose(
-        data.plan,
-        _share(labels, sizes, data.plan.share),
-        lambda logits, rows, strength: calibration.blend(logits, others[:, rows], labels[rows], strength)[2],
-    )
+    ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
     own = labels[chosen.rows]
     slope, other_slope, _ = calibration.blend(chosen.logits, others[:, chosen.rows], own, chosen.strength)
     logits = np.ascontiguousarray(slope * chosen.logits.T + other_slope * others[:, chosen.rows].T)

@@ -40,22 +40,18 @@ class Discriminant:
     def held_out(self, folds: range) -> Floats:
         """Logits (labels, m) of the folds' rows, ascending, each from what the other folds say."""
         rows = np.flatnonzero((self._folds >= folds.start) & (self._folds < folds.stop))
-        logits = np.empty((len(self._sizes), len(rows)), dtype=np.float32)
+        count = len(self._sizes)
+        logits = np.empty((count, len(rows)), dtype=np.float32)
         together = max(1, _MOST_SUMS // self._moments.size)
         for begin in range(folds.start, folds.stop, together):
-            some = range(begin, min(begin + together, folds.stop))
-            owns = [np.flatnonzero(self._folds == fold) for fold in some]
+            end = min(begin + together, folds.stop)
+            owns = [np.flatnonzero(self._folds == fold) for fold in range(begin, end)]
             moments = np.stack([self._moments - self._rows[own].T @ self._rows[own] for own in owns])
-            labels = [self._labels[own] for own in owns]
-            count = len(self._sizes)
-            sums = np.stack(
-                [
-                    self._sums - _label_sums(self._rows[own], of, count)
-                    for own, of in zip(owns, labels, strict=True)
-                ]
-            )
-            sizes = np.stack([self._sizes - np.bincount(of, minlength=count) for of in labels])
-            weight, bias = self._solved(moments, sums, sizes)
+            held = np.concatenate(owns)
+            pairs = (self._folds[held] - begin) * count + self._labels[held]
+            sums = _label_sums(self._rows[held], pairs, len(owns) * count).reshape(len(owns), count, -1)
+            sizes = np.bincount(pairs, minlength=len(owns) * count).reshape(len(owns), count)
+            weight, bias = self._solved(moments, self._sums - sums, self._sizes - sizes)
             for place, own in enumerate(owns):
                 logits[:, np.searchsorted(rows, own)] = (
                     weight[place] @ self._rows[own].T + bias[place][:, None]

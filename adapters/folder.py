@@ -13,6 +13,7 @@ from pathlib import Path
 from adapters.store import (
     PARTIAL,
     Artifact,
+    Buffer,
     StoredObject,
     StoreFull,
     StoreUnavailable,
@@ -40,11 +41,11 @@ class LocalStore:
             for made in (self._root, *self._root.parents[:1]):
                 _sync_folder(made)
 
-    def publish(self, tenant: str, adapter_uid: str, data: bytes) -> Artifact:
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         """See Store.publish."""
         return self.publish_all(tenant, adapter_uid, (data,))[0]
 
-    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[bytes]) -> tuple[Artifact, ...]:
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
         """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
         artifacts = tuple(Artifact.describe(data) for data in blobs)
         keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
@@ -131,7 +132,7 @@ class LocalStore:
         return folder
 
     @staticmethod
-    def _write(folder: Path, paths: Sequence[Path], blobs: Sequence[bytes]) -> None:
+    def _write(folder: Path, paths: Sequence[Path], blobs: Sequence[Buffer]) -> None:
         partial = [path.with_name(path.name + PARTIAL) for path in paths]
         try:
             for path, data in zip(partial, blobs, strict=True):
@@ -146,7 +147,7 @@ class LocalStore:
             raise
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: Buffer) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         remaining = memoryview(data)

@@ -15,7 +15,7 @@ from adapters.placing import Place, Plan, Stored
 from adapters.records import AdapterRecord, Creation, ExampleRecord
 from adapters.registry import new_uid
 from adapters.segments import encode_embeddings, encode_inputs
-from adapters.store import Artifact
+from adapters.store import Artifact, Buffer
 
 Floats = NDArray[np.float32]
 
@@ -87,9 +87,9 @@ def _interleave(plan: Plan, kept: Floats | None, fresh: Mapping[str, Floats]) ->
 
 async def encoders(
     keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]
-) -> list[Callable[[], bytes]]:
+) -> list[Callable[[], Buffer]]:
     """What to publish: the new segment's embeddings, its inputs if kept, then the same of every bundle."""
-    files: list[Callable[[], bytes]] = []
+    files: list[Callable[[], Buffer]] = []
     fingerprint = subject.terms.fingerprint
     if plan.fresh:
         new = np.stack([fresh[example.digest] for example in plan.fresh])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,12 +28,15 @@ from adapters.records import (
 )
 from adapters.registry import Registry
 from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
-from adapters.store import Artifact, CorruptArtifact, MissingArtifact, Store, StoreError
+from adapters.store import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 
 logger = logging.getLogger("topwork")
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+
+# As bulk embedding, see models/batcher.py.
+_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,15 @@ class Keeping:
         self.aliases = aliases
         self._store = store
         self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
+        self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=_give_way)
+
+    def close(self) -> None:
+        """Ends the threads of `aside` when what they do is done."""
+        self._aside.shutdown()
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What the work gives, done in a thread that gives way to predictions: for megabytes of inputs."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     async def state(self, tenant: str, name: str, known: State | None = None) -> State | None:
         """The adapter and its examples, or None if there is none.
@@ -141,19 +156,23 @@ class Keeping:
         return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
 
     async def publish(
-        self, tenant: str, uid: str, encoders: Sequence[Callable[[], bytes]]
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
     ) -> tuple[Artifact, ...]:
         """Publish what the encoders give, encoded in the thread that writes it."""
-        return await asyncio.to_thread(
-            lambda: self._store.publish_all(tenant, uid, [encode() for encode in encoders])
-        )
+        return await asyncio.to_thread(self._publish, tenant, uid, encoders)
+
+    def _publish(
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
+    ) -> tuple[Artifact, ...]:
+        return self._store.publish_all(tenant, uid, [encode() for encode in encoders])
 
     @asynccontextmanager
     async def ahead(
-        self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], bytes]
+        self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
     ) -> AsyncIterator[Ahead]:
         """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
-        file = Ahead(uid, tuple(digests), asyncio.ensure_future(self.publish(tenant, uid, [encode])))
+        publishing = asyncio.ensure_future(self.aside(lambda: self._publish(tenant, uid, [encode])))
+        file = Ahead(uid, tuple(digests), publishing)
         try:
             yield file
         finally:
@@ -216,6 +235,10 @@ class Keeping:
             await asyncio.to_thread(self._store.delete, tenant, uid, artifacts)
         except StoreError as error:
             logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:

@@ -37,13 +37,14 @@ def fit_multilabel(
     basis = basis_of(features, data.plan.columns)
     truth = np.ascontiguousarray(targets.T, dtype=np.float32)
     training = (data.folds != np.arange(int(data.folds.max()) + 1)[:, None]).astype(np.float32)
+
+    def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:
+        temperature, value = calibration.sigmoid_temperature(logits, truth[:, rows], strength)
+        return value, 1.0 / (temperature * calibration.usual_slope(strength))
+
     chosen = CrossValidation(
         basis.design, Sigmoid(truth), count, data.folds, training, data.memory_bytes
-    ).choose(
-        data.plan,
-        np.arange(0, len(targets), data.plan.share),
-        lambda logits, rows, strength: calibration.sigmoid_temperature(logits, truth[:, rows], strength)[1],
-    )
+    ).choose(data.plan, np.arange(0, len(targets), data.plan.share), loss)
     own, dealt = targets[chosen.rows], data.folds[chosen.rows]
     temperature = calibration.sigmoid_temperature(chosen.logits, truth[:, chosen.rows], chosen.strength)[0]
     logits = np.ascontiguousarray(chosen.logits.T) / np.float32(temperature)

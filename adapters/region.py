@@ -94,14 +94,14 @@ def fit_region(
     short = embeddings - mean if n < dim else None
     rows = embeddings if short is None else _coordinates(short)
     middle = mean if short is None else np.zeros(n, dtype=np.float32)
+    # Thirds do as well for few examples, where this costs as much as the fit.
+    parted = folds if n >= _MANY else np.where(held, folds * 3 // (int(folds.max()) + 1), -1)
     # As many directions as the smallest training part can give.
-    within = (n - 2 * int(np.bincount(folds[held]).max()) - count) // 4
+    within = (n - int(np.bincount(parted[held]).max()) - count) // 4
     most = min(most_directions, n, dim, min(BETWEEN, count - 1) + max(within, 0))
     directions = _directions(rows, labels, count, most)
     energy = np.einsum("ij,ij->i", rows, rows) - (2.0 * (rows @ middle) - middle @ middle)
     parts = []
-    # Parts of two folds do as well for few examples, where this costs as much as the fit.
-    parted = folds if n >= _MANY else np.where(held, folds // 2, -1)
     for part in range(int(parted.max()) + 1):
         own = parted == part
         there = directions if n >= _MANY else _directions(rows[~own], labels[~own], count, len(directions))

@@ -14,6 +14,7 @@ from typing import Protocol
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _UID = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.partial)?")
+Buffer = bytes | bytearray
 # What a publication is named until all its bytes are on the disk.
 PARTIAL = ".partial"
 
@@ -66,7 +67,7 @@ class Artifact:
         return f"{self.sha256}-{self.nonce}"
 
     @classmethod
-    def describe(cls, data: bytes) -> Artifact:
+    def describe(cls, data: Buffer) -> Artifact:
         """A new artifact for the bytes, with a fresh nonce; nothing is stored."""
         return cls(hashlib.sha256(data).hexdigest(), len(data), secrets.token_hex(8))
 
@@ -88,11 +89,11 @@ class Store(Protocol):
     the disk or the bucket fails otherwise than said below.
     """
 
-    def publish(self, tenant: str, adapter_uid: str, data: bytes) -> Artifact:
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         """Store the bytes; when it returns they survive power loss. Raises StoreFull."""
         ...
 
-    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[bytes]) -> tuple[Artifact, ...]:
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
         """Store several at once, in less time than one by one. Raises StoreFull."""
         ...
 

@@ -111,6 +111,7 @@ async def compose(settings: Settings) -> Components:
         stack.push_async_callback(aliases.close)
         heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
         keeping = Keeping(registry, store, aliases)
+        stack.callback(keeping.close)
         limits = AdapterLimits(
             max_examples=settings.max_adapter_examples,
             max_labels=settings.max_labels,

@@ -152,6 +152,7 @@ async def world(
             await batcher.close()
         for backbone in backbones.values():
             backbone.close()
+        keeping.close()
         await aliases.close()
         await fitter.close()
         registry.close()
