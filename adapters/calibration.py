@@ -60,6 +60,13 @@ def blend(
     return best[0], best[1], best_loss / len(own)
 
 
+def temperature(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
+    """The temperature of one classifier's logits (n, labels), and the mean loss at it (Guo et al. 2017)."""
+    columns = np.ascontiguousarray(logits.T)
+    slope, _, loss = blend(columns, np.zeros_like(columns), labels, _USUAL_STRENGTH)
+    return 1.0 / max(slope, 1e-3), loss
+
+
 def _newton(
     slopes: tuple[float, float], gradient: tuple[float, float], curvature: tuple[float, float, float]
 ) -> tuple[float, float]:

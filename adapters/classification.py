@@ -69,20 +69,37 @@ def fit_classification(
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
     scores[chosen.rows] = right
-    measured = len(right) > 0
-    report = {
-        "accuracy": float(right.mean()) if measured else None,
-        "accuracy_interval": calibration.accuracy_interval(right) if measured else None,
-        "per_label": _per_label(own, answers, sizes, names),
-        "confusion": _confusion(own, answers, names),
-        "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
-        "suspects": _suspects(probabilities, chosen.rows, own, names),
+    report = report_of(probabilities, chosen.rows, own, sizes, names) | {
         "strength": chosen.strength,
         "temperature": 1.0 / slope if slope else None,
         "discriminant": other_slope,
         "threshold": threshold,
     }
     return head, report, scores
+
+
+def report_of(
+    probabilities: Floats,
+    rows: NDArray[np.int64],
+    own: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    names: tuple[str, ...],
+) -> dict[str, Any]:
+    """What probabilities (m, labels) of examples held out say; own: their labels (m,), rows: which they are.
+
+    sizes: how many examples each label has in all.
+    """
+    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    right = answers == own
+    measured = len(right) > 0
+    return {
+        "accuracy": float(right.mean()) if measured else None,
+        "accuracy_interval": calibration.accuracy_interval(right) if measured else None,
+        "per_label": _per_label(own, answers, sizes, names),
+        "confusion": _confusion(own, answers, names),
+        "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
+        "suspects": _suspects(probabilities, rows, own, names),
+    }
 
 
 def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:

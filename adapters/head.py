@@ -117,9 +117,8 @@ class Head:
 
     def predict(self, embeddings: Floats) -> Predictions:
         """Predictions for embeddings, float32 (n, dim) made by the backbone with this head's fingerprint."""
-        features = self.scaling.apply(embeddings)
-        logits = (features @ self.weight.T + self.bias) / np.float32(self.temperature)
-        n = len(features)
+        logits = self.logits(embeddings)
+        n = len(logits)
         assigned, values = None, None
         if self.task == "regression":
             probabilities = np.zeros((n, 0), dtype=np.float32)
@@ -133,6 +132,12 @@ class Head:
             probabilities = softmax(logits)
             confidence = probabilities.max(axis=1)
         return self._with_doubt(embeddings, logits, probabilities, confidence, assigned, values)
+
+    def logits(self, embeddings: Floats) -> Floats:
+        """Logits (n, labels or 1), temperature included, of embeddings (n, dim)."""
+        features = self.scaling.apply(embeddings)
+        logits: Floats = (features @ self.weight.T + self.bias) / np.float32(self.temperature)
+        return logits
 
     def _with_doubt(
         self,

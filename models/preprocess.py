@@ -152,6 +152,14 @@ class ImagePreprocessor:
         return narrow.resize((size, size), self._resampling, box=(0, top - first, size, bottom - first))
 
 
+def rgb(data: bytes, limits: InputLimits = InputLimits()) -> Image.Image:
+    """The upright first frame in RGB, as ImagePreprocessor resizes it. Raises InputError."""
+    with _open(data, limits) as image:
+        decoded = _as_rgb(image)
+        # The file is closed at the end, and an image that needed no conversion is the file's own.
+        return decoded.copy() if decoded is image else decoded
+
+
 def _span(length: int, scaled: int, size: int) -> tuple[float, float]:
     """Where the central `size` of `scaled` pixels lie among the `length` pixels that are scaled to them."""
     start = round((scaled - size) / 2)

@@ -1,0 +1,136 @@
+"""A tenant's inputs as a network takes them, as serving prepares them or augmented. Torch lives here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from models.preprocess import ImagePreprocessor, InputLimits, Prepared, TextPreprocessor, rgb
+from models.spec import BackboneSpec, ImageTransform
+
+Tensors = tuple[torch.Tensor, ...]
+"""What a network is called with: (pixels,) or (ids, mask)."""
+
+# The smallest share of a picture that a crop shows. timm's own 0.08 suits a million pictures, not hundreds.
+_CROP = (0.5, 1.0)
+# One word piece in so many is hidden while training.
+_HIDDEN = 0.1
+# What stands for a hidden one: in BERT's vocabularies, and in RoBERTa's.
+_MASKS = ("[MASK]", "<mask>")
+
+
+class Samples(Protocol):
+    """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented."""
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """The rows exactly as serving prepares them."""
+        ...
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """The rows, changed in ways that keep their labels.
+
+        size: pixels of images, 0 for the backbone's own. Random: from torch's and Python's global generators,
+        which `seeded` sets.
+        """
+        ...
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """Seeds every generator that augmentation uses, and returns one of its own for the order of rows."""
+    seed = hash(parts) & 0x7FFFFFFF
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def samples_of(spec: BackboneSpec, inputs: Sequence[bytes | str], tokenizer: Path | None = None) -> Samples:
+    """The inputs of an adapter on that backbone, images or texts. tokenizer: the file of a text backbone.
+
+    Raises InputError for a text that cannot be used; images are read when they are needed.
+    """
+    if isinstance(spec.transform, ImageTransform):
+        return Images(spec.transform, [bytes(one) for one in inputs if isinstance(one, bytes)])
+    if tokenizer is None:
+        raise ValueError("a text backbone needs its tokenizer")
+    prepare = TextPreprocessor(spec.transform, tokenizer, InputLimits())
+    texts = [prepare(one) for one in inputs if isinstance(one, str)]
+    known = Tokenizer.from_file(str(tokenizer))
+    masks = [known.token_to_id(token) for token in _MASKS]
+    return Texts(texts, spec.transform.pad_id, next((mask for mask in masks if mask is not None), None))
+
+
+class Images:
+    """Encoded images. They are decoded each time: thousands of pictures in memory would be gigabytes."""
+
+    def __init__(self, transform: ImageTransform, images: Sequence[bytes]) -> None:
+        self._transform = transform
+        self._images = images
+        self._prepare = ImagePreprocessor(transform)
+        self._changing: dict[int, Any] = {}
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """See Samples.plain."""
+        return (torch.stack([torch.from_numpy(self._prepare(self._images[row])) for row in rows]),)
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """See Samples.augmented. timm's training transform with a gentler crop, and no colours changed."""
+        size = size or self._transform.size
+        if size not in self._changing:
+            self._changing[size] = _training_transform(replace(self._transform, size=size))
+        change = self._changing[size]
+        return (torch.stack([change(rgb(self._images[row])) for row in rows]),)
+
+
+def _training_transform(transform: ImageTransform) -> Any:
+    import timm
+
+    return timm.data.create_transform(
+        input_size=(3, transform.size, transform.size),
+        is_training=True,
+        scale=_CROP,
+        hflip=0.5,
+        color_jitter=None,
+        interpolation=transform.interpolation,
+        mean=transform.mean,
+        std=transform.std,
+    )
+
+
+class Texts:
+    """Tokenised texts, padded on the right to the longest of a batch."""
+
+    def __init__(self, texts: Sequence[Prepared], pad_id: int, mask_id: int | None) -> None:
+        self._texts = [torch.from_numpy(text) for text in texts]
+        self._pad_id = pad_id
+        self._mask_id = mask_id
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """See Samples.plain."""
+        texts = [self._texts[row] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad_id)
+        lengths = torch.tensor([len(text) for text in texts])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """See Samples.augmented. A tenth of the word pieces are hidden, never the first or the last."""
+        ids, mask = self.plain(rows)
+        if self._mask_id is not None:
+            inner = mask.bool()
+            inner[:, 0] = False
+            inner[torch.arange(len(ids)), mask.sum(dim=1) - 1] = False
+            ids = torch.where(inner & (torch.rand(ids.shape) < _HIDDEN), self._mask_id, ids)
+        return ids, mask
+
+
+def batches(rows: Sequence[int], size: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
+    """The rows in pieces of at most that size, shuffled where a generator is given."""
+    order = range(len(rows)) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
+    ordered = [rows[place] for place in order]
+    for begin in range(0, len(ordered), size):
+        yield ordered[begin : begin + size]

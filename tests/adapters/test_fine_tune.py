@@ -1,0 +1,365 @@
+"""The two phases on small real networks: what stays frozen, what learns, what is kept, and how it goes on."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adapters.features import Scaling
+from adapters.fine_tune import (
+    Checkpoint,
+    Diverged,
+    FineTuneConfig,
+    HeadLayer,
+    Lesson,
+    Model,
+    Progress,
+    class_weights,
+    embed,
+    fine_tune,
+    freeze,
+    train_head,
+    unfreeze,
+)
+from adapters.head import Head
+from adapters.samples import Images, Texts, batches, samples_of, seeded
+from adapters.tuned import Tuned, check_parity, finish
+from models.backbone import Backbone
+from models.export import write
+from models.network import ExportRefused, Network, load_network
+from models.spec import GRAPH_FILE, BackboneSpec, ImageTransform
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("blue", "green", "red")
+SIZE = 32
+DIM = 16
+CONFIG = FineTuneConfig(epochs=3, full_size_epochs=1, pixels=24, batch=16, head_rate=1e-2, backbone_rate=1e-3)
+SPEC = BackboneSpec(
+    name="timm:small",
+    kind="image",
+    source="timm:small",
+    architecture="small",
+    dim=DIM,
+    transform=ImageTransform(SIZE, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    pooling="average",
+    licence="Apache-2.0",
+    precision="float32",
+    weights_sha256="0" * 64,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network() -> Any:
+    """Convolutions with batch normalisation, whose statistics are not those of the tests' pictures."""
+    torch.manual_seed(3)
+    body = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, DIM, 3, stride=2),
+        torch.nn.BatchNorm2d(DIM),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
+    for module in body:
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    return body.eval()
+
+
+def picture(label: int, rng: np.random.Generator) -> bytes:
+    """Noise with more of the label's colour in it, which takes some learning to see."""
+    pixels = rng.integers(0, 200, (40, 40, 3))
+    pixels[:, :, 2 - label] += 8
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def lesson(count: int = 90) -> Lesson:
+    rng = np.random.default_rng(1)
+    labels = np.arange(count) % 3
+    transform = SPEC.transform
+    assert isinstance(transform, ImageTransform)
+    pictures = [picture(int(label), rng) for label in labels]
+    return Lesson(Images(transform, pictures), labels, np.arange(count) % 4 == 3)
+
+
+def head(transform: str = "sqrt") -> Head:
+    """A head that knows nothing yet."""
+    scaling = Scaling(transform, np.full(DIM, 0.25, np.float32), 0.5)  # type: ignore[arg-type]
+    weight = np.random.default_rng(2).normal(0, 0.1, (3, DIM)).astype(np.float32)
+    return Head("classification", "f", NAMES, scaling, weight, np.zeros(3, np.float32))
+
+
+def state(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def loss_of(model: Model, embeddings: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return float(torch.nn.functional.cross_entropy(model.head(embeddings), labels).item())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("transform", ["sqrt", "none"])
+def test_the_layer_computes_what_the_head_computes(transform: str) -> None:
+    embeddings = np.random.default_rng(5).uniform(0, 2, (7, DIM)).astype(np.float32)
+    embeddings[0] = 0.0
+    own = replace(head(transform), temperature=1.7)
+    layer = HeadLayer(own)
+    logits = layer(torch.from_numpy(embeddings))
+    np.testing.assert_allclose(logits.detach().numpy(), own.logits(embeddings), atol=1e-5)
+    inputs = torch.from_numpy(embeddings).requires_grad_()
+    layer(inputs).sum().backward()
+    assert torch.isfinite(inputs.grad).all()
+
+
+def test_the_first_phase_leaves_the_network_as_it_is_bit_for_bit() -> None:
+    model, learned = Model(network(), head()), lesson()
+    before, head_before = state(model.network), state(model.head)
+    embeddings = embed(model, learned.samples, learned.training)
+    labels = torch.from_numpy(learned.labels[learned.training])
+    loss_before = loss_of(model, embeddings, labels)
+    train_head(model, embeddings, labels, 0.1)
+    assert same(before, state(model.network))
+    assert all(parameter.grad is None for parameter in model.network.parameters())
+    assert not same(head_before, state(model.head))
+    assert loss_of(model, embeddings, labels) < loss_before - 0.1
+
+
+def test_the_first_phase_ends_at_a_minimum() -> None:
+    model, learned = Model(network(), head()), lesson()
+    embeddings = embed(model, learned.samples, learned.training)
+    labels = torch.from_numpy(learned.labels[learned.training])
+    start = model.head.weight.detach().clone()
+    train_head(model, embeddings, labels, 5.0)
+    model.head.zero_grad()
+    loss = torch.nn.functional.cross_entropy(
+        model.head(embeddings.clone()), labels, weight=class_weights(labels, 3)
+    )
+    (loss + 5.0 / (2 * len(labels)) * (model.head.weight - start).square().sum()).backward()
+    assert float(model.head.weight.grad.abs().max()) < 1e-4
+
+
+def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
+    model, learned = Model(network(), head()), lesson()
+    before = state(model)
+    told: list[Progress] = []
+    outcome = fine_tune(model, learned, 0.1, CONFIG, tell=lambda progress, _: told.append(progress))
+    assert [progress.epoch for progress in told] == [0, 1, 2, 3]
+    assert outcome.mix > 0.0
+    after = state(model)
+    for name, value in after.items():
+        statistic = "running" in name or "num_batches" in name or name in ("head.mean", "head.scale")
+        assert torch.equal(value, before[name]) == statistic, name
+
+
+def test_unfreezing_keeps_normalisation_in_inference_mode() -> None:
+    body = network()
+    unfreeze(body)
+    modes = {type(module).__name__: module.training for module in body}
+    assert modes["Conv2d"]
+    assert not modes["BatchNorm2d"]
+    assert all(parameter.requires_grad for parameter in body.parameters())
+    freeze(body)
+    assert not any(parameter.requires_grad for parameter in body.parameters())
+    assert not any(module.training for module in body.modules())
+
+
+def test_fine_tuning_learns_what_a_head_cannot() -> None:
+    model = Model(network(), head())
+    config = replace(CONFIG, epochs=8)
+    outcome = fine_tune(model, lesson(150), 0.1, config)
+    assert outcome.final.loss < outcome.first.loss
+    assert outcome.final.accuracy >= outcome.first.accuracy
+
+
+def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
+    model = Model(network(), head())
+    phase_one: list[dict[str, torch.Tensor]] = []
+
+    def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
+        if progress.phase == 1:
+            phase_one.append(state(model))
+
+    outcome = fine_tune(model, lesson(), 0.1, replace(CONFIG, backbone_rate=5.0, head_rate=5.0), tell=tell)
+    assert outcome.mix == 0.0
+    assert outcome.final == outcome.first
+    assert same(phase_one[0], state(model))
+
+
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
+    class Stop(Exception):
+        pass
+
+    kept: list[Checkpoint] = []
+
+    def stop(progress: Progress, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None:
+            kept.append(checkpoint)
+            raise Stop
+
+    whole = Model(network(), head())
+    expected = fine_tune(whole, lesson(), 0.1, CONFIG)
+    with pytest.raises(Stop):
+        fine_tune(Model(network(), head()), lesson(), 0.1, CONFIG, tell=stop)
+    resumed = Model(network(), head())
+    assert fine_tune(resumed, lesson(), 0.1, CONFIG, resume=kept[0]) == expected
+    assert same(state(whole), state(resumed))
+
+
+def test_a_loss_that_is_no_number_ends_it() -> None:
+    model = Model(network(), head())
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(Diverged):
+        fine_tune(model, lesson(), 0.1, CONFIG)
+
+
+def test_rare_labels_count_more_and_all_together_the_same() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    weights = class_weights(labels, 2)
+    assert weights[1] / weights[0] == pytest.approx(3.0)
+    assert float(weights[labels].mean()) == pytest.approx(1.0)
+
+
+def test_hidden_words_are_never_the_first_or_the_last() -> None:
+    texts = Texts([np.arange(10, 10 + length) for length in (30, 5)], pad_id=0, mask_id=99)
+    seeded(1)
+    hidden = [texts.augmented([0, 1], 0) for _ in range(50)]
+    ids = torch.stack([one for one, _ in hidden])
+    assert (ids[:, 0, 0] == 10).all()
+    assert (ids[:, 0, 29] == 39).all()
+    assert (ids[:, 1, 4] == 14).all()
+    assert (ids[:, 1, 5:] == 0).all()
+    assert 0.05 < float((ids[:, 0, 1:29] == 99).float().mean()) < 0.15
+    plain, mask = texts.plain([0, 1])
+    assert plain[1].tolist() == [10, 11, 12, 13, 14] + [0] * 25
+    assert mask.sum(dim=1).tolist() == [30, 5]
+
+
+def test_the_token_that_hides_words_is_the_tokenizers_own(folders: Path, tmp_path: Path) -> None:
+    whole = load_network(f"sentence-transformers:{folders / 'mean'}")
+    (tmp_path / "tokenizer.json").write_bytes(whole.tokenizer or b"")
+    texts = samples_of(whole.spec, ["a b c d e f g h i j"] * 20, tmp_path / "tokenizer.json")
+    seeded(3)
+    changed, plain = texts.augmented(range(20), 0)[0], texts.plain(range(20))[0]
+    assert (changed[changed != plain] == 4).all()
+    assert (changed != plain).any()
+
+
+def test_batches_cover_every_row_once() -> None:
+    rows = [5, 7, 9, 11, 13]
+    assert list(batches(rows, 2)) == [[5, 7], [9, 11], [13]]
+    shuffled = [row for some in batches(rows, 2, seeded(4)) for row in some]
+    assert sorted(shuffled) == rows
+    assert shuffled == [row for some in batches(rows, 2, seeded(4)) for row in some]
+
+
+@pytest.fixture(scope="module")
+def tuned() -> tuple[Model, Lesson, Tuned]:
+    torch.manual_seed(0)
+    model, learned = Model(network(), head()), lesson()
+    outcome = fine_tune(model, learned, 0.1, CONFIG)
+    return model, learned, finish(small(model), model, learned, NAMES, outcome, 0.95)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks as timm and sentence-transformers save them."""
+    folder = tmp_path_factory.mktemp("networks")
+    command = [sys.executable, "-m", "tests.models.random_models", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["timm:image", "sentence-transformers:mean"])
+def test_networks_of_both_libraries_are_tuned_and_exported(folders: Path, tmp_path: Path, name: str) -> None:
+    library, _, folder = name.partition(":")
+    whole = load_network(f"{library}:{folders / folder}")
+    rng = np.random.default_rng(7)
+    labels = np.arange(60) % 3
+    inputs = [
+        picture(int(label), rng) if library == "timm" else f"{'abc'[label]} {rng.integers(100)}"
+        for label in labels
+    ]
+    tokenizer = None
+    if whole.tokenizer is not None:
+        tokenizer = tmp_path / "tokenizer.json"
+        tokenizer.write_bytes(whole.tokenizer)
+    samples = samples_of(whole.spec, inputs, tokenizer)
+    dim = whole.spec.dim
+    blank = Head(
+        "classification",
+        "f",
+        NAMES,
+        Scaling("none", np.zeros(dim, np.float32), 1.0),
+        np.zeros((3, dim), np.float32),
+        np.zeros(3, np.float32),
+    )
+    model = Model(whole.forward, blank)
+    learned = Lesson(samples, labels, np.arange(60) % 4 == 3)
+    outcome = fine_tune(model, learned, 0.1, replace(CONFIG, epochs=2, pixels=32))
+    made = finish(whole, model, learned, NAMES, outcome, 0.95)
+    assert made.report["export"]["largest_difference"] <= 1e-3
+    assert made.spec.fingerprint != whole.spec.fingerprint
+
+
+def small(model: Model) -> Network:
+    return Network(SPEC, model.network, lambda images: np.zeros((0, DIM), np.float32))
+
+
+def test_the_export_answers_as_torch_does(tuned: tuple[Model, Lesson, Tuned], tmp_path: Path) -> None:
+    model, learned, made = tuned
+    assert made.report["export"]["probes"] == 512
+    assert made.report["export"]["largest_difference"] <= 1e-3
+    assert made.spec.fingerprint == made.head.fingerprint != SPEC.fingerprint
+    # The graph that was published, and nothing beside it but what the backbone has anyway.
+    write(Network(made.spec, model.network, lambda images: np.zeros((0, DIM), np.float32)), tmp_path)
+    assert (tmp_path / GRAPH_FILE).stat().st_size == len(made.onnx)
+    with torch.inference_mode():
+        plain = learned.samples.plain(learned.testing)
+        expected = made.head.logits(model.network(*plain).numpy())
+    ours = made.head.logits(Backbone.open(tmp_path).run(list(plain[0].numpy())))
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+def test_the_report_is_of_the_rows_held_out(tuned: tuple[Model, Lesson, Tuned]) -> None:
+    _, learned, made = tuned
+    assert np.isnan(made.scores[learned.training]).all()
+    assert made.report["accuracy"] == pytest.approx(float(made.scores[learned.testing].mean()))
+    assert made.report["method"] == "22 examples held out"
+    assert made.report["fine_tune"]["tuned"]["accuracy"] == pytest.approx(made.report["accuracy"])
+    assert made.head.region is not None
+
+
+def test_an_export_of_other_weights_is_refused(tuned: tuple[Model, Lesson, Tuned], tmp_path: Path) -> None:
+    model, learned, made = tuned
+    other = network()
+    write(Network(SPEC, other, lambda images: np.zeros((0, DIM), np.float32)), tmp_path)
+    with pytest.raises(ExportRefused, match="Nothing was published"):
+        check_parity(model, made.head, tmp_path, learned)
