@@ -22,7 +22,7 @@ class Flights(Generic[T]):
     async def join(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
         """The result of the load under way, or of a new one."""
         task = self._tasks.get(key)
-        if task is None:
+        if task is None or task.done():
             task = self._tasks[key] = asyncio.create_task(self._run(load))
             task.add_done_callback(lambda done: self._land(key, done))
         return await asyncio.shield(task)

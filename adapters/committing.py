@@ -10,12 +10,21 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
-from adapters.reading import adapter_by_name, adapter_by_uid, alias_of, chunks, version_record
+from adapters.jobs import end, held
+from adapters.reading import (
+    adapter_by_name,
+    adapter_by_uid,
+    alias_of,
+    chunks,
+    current_time,
+    version_record,
+)
 from adapters.records import (
     AdapterExists,
     AdapterRecord,
     AliasMoved,
     Change,
+    Claim,
     Committed,
     ExampleWrite,
     NewVersion,
@@ -24,7 +33,16 @@ from adapters.records import (
     UnknownExample,
 )
 from adapters.releasing import Previous, check_erased, drop_fitted_on, prune, release
-from adapters.schema import adapters, artifacts, changes, database_now, encode_target, examples, versions
+from adapters.schema import (
+    adapters,
+    artifacts,
+    changes,
+    database_now,
+    encode_target,
+    examples,
+    jobs,
+    versions,
+)
 from adapters.store import Artifact
 
 CHANGES_KEPT = 3600.0
@@ -36,7 +54,7 @@ def commit(connection: Connection, change: Change) -> Committed:
     """Write the change. See Registry.commit. The connection is in a writing transaction."""
     _check(change)
     adapter = _create(connection, change) if change.create else _locked(connection, change)
-    now = _now(connection)
+    now = current_time(connection)
     touches = bool(change.clear_first or change.upserts or change.removals or change.repoints)
     revision = adapter.revision + touches
     previous = _previous(connection, change)
@@ -74,6 +92,20 @@ def commit(connection: Connection, change: Change) -> Committed:
     )
 
 
+def commit_job(connection: Connection, change: Change, claim: Claim) -> Committed:
+    """Write the change that a job made, and that the job succeeded. See Registry.commit."""
+    # The adapter's row first, as in its deletion: two that lock both rows must not wait for each other.
+    query = select(adapters.c.uid).where(adapters.c.uid == claim.job.adapter_uid)
+    connection.execute(query.with_for_update())
+    held(connection, claim)
+    if change.uid != claim.job.adapter_uid:
+        raise ValueError("the change is to another adapter than the job's")
+    committed = commit(connection, change)
+    number = None if committed.version is None else committed.version.number
+    end(connection, claim, "succeeded", version=number)
+    return committed
+
+
 def promote(connection: Connection, uid: str, number: int, if_match: str | None) -> Committed:
     """Point `live` at the version. See Registry.promote. The connection is in a writing transaction."""
     adapter = adapter_by_uid(connection, uid, lock=True)
@@ -102,7 +134,7 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
 def delete_adapter(connection: Connection, tenant: str, name: str) -> str:
     """Delete all rows of the adapter. See Registry.delete_adapter."""
     adapter = adapter_by_name(connection, tenant, name, lock=True)
-    for table in (examples, versions, artifacts):
+    for table in (jobs, examples, versions, artifacts):
         connection.execute(delete(table).where(table.c.adapter_uid == adapter.uid))
     connection.execute(delete(adapters).where(adapters.c.uid == adapter.uid))
     _announce(connection, tenant, name)
@@ -166,7 +198,7 @@ def _artifacts_of(change: Change) -> set[Artifact]:
     for example in _placed(change):
         found |= {example.segment, example.inputs}
     if change.version is not None:
-        found |= {change.version.artifact, change.version.evidence}
+        found |= {change.version.artifact, change.version.evidence, change.version.network}
     return {artifact for artifact in found if artifact is not None}
 
 
@@ -299,6 +331,7 @@ def _record_version(
         "fingerprint": basis.fingerprint,
         "artifact_id": numbers[version.artifact],
         "evidence_id": None if version.evidence is None else numbers[version.evidence],
+        "network_id": None if version.network is None else numbers[version.network],
         "report": json.dumps(version.report, allow_nan=False),
         "labels": version.labels,
         "created_at": now,
@@ -318,7 +351,7 @@ def _announce(connection: Connection, tenant: str, name: str) -> int:
     result = connection.execute(insert(changes).values(tenant=tenant, name=name, at=database_now()))
     old = (
         select(changes.c.epoch)
-        .where(changes.c.at < _now(connection) - timedelta(seconds=CHANGES_KEPT))
+        .where(changes.c.at < current_time(connection) - timedelta(seconds=CHANGES_KEPT))
         .limit(_FORGOTTEN_AT_ONCE)
         # Two commits at once must not wait for each other over what both would forget.
         .with_for_update(skip_locked=True)
@@ -328,8 +361,3 @@ def _announce(connection: Connection, tenant: str, name: str) -> int:
     assert key is not None
     epoch: int = key[0]
     return epoch
-
-
-def _now(connection: Connection) -> datetime:
-    now: datetime = connection.execute(select(database_now())).scalar_one()
-    return now

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, create_engine, event, inspect, make_url, text
+from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -28,6 +28,15 @@ _MIGRATION_LOCK = 0x746F70776F726B
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
     """Whether this SQLite is free of the WAL-reset bug, by which committed rows can be lost."""
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
+
+
+def take_turns(connection: Connection, name: str) -> None:
+    """Wait until no other writing transaction has taken the turn of this name; it lasts until the end.
+
+    Any two writers of SQLite take turns anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 class Database:

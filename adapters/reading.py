@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from adapters.records import (
     UnknownVersion,
     VersionRecord,
 )
-from adapters.schema import adapters, artifacts, decode_target, examples, versions
+from adapters.schema import adapters, artifacts, database_now, decode_target, examples, versions
 from adapters.store import Artifact
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ _ADAPTER = (
 )
 _head = artifacts.alias("head")
 _evidence = artifacts.alias("evidence")
+_network = artifacts.alias("network")
 
 
 def chunks(values: Iterable[T], size: int = _PARAMETERS) -> Iterator[list[T]]:
@@ -51,6 +53,11 @@ def chunks(values: Iterable[T], size: int = _PARAMETERS) -> Iterator[list[T]]:
     everything = list(values)
     for start in range(0, len(everything), size):
         yield everything[start : start + size]
+
+
+def current_time(connection: Connection) -> datetime:
+    """The database's clock."""
+    return connection.execute(select(database_now())).scalar_one()
 
 
 def select_adapter() -> Select[Any]:
@@ -136,12 +143,16 @@ def version_records(connection: Connection, uid: str, number: int | None = None)
             _evidence.c.sha256,
             _evidence.c.length,
             _evidence.c.nonce,
+            _network.c.sha256,
+            _network.c.length,
+            _network.c.nonce,
             versions.c.report,
             versions.c.labels,
             versions.c.created_at,
         )
         .join(_head, _head.c.id == versions.c.artifact_id)
         .join(_evidence, _evidence.c.id == versions.c.evidence_id, isouter=True)
+        .join(_network, _network.c.id == versions.c.network_id, isouter=True)
         .where(versions.c.adapter_uid == uid)
         .order_by(versions.c.number.desc())
     )
@@ -173,13 +184,14 @@ def alias_of(connection: Connection, adapter: AdapterRecord, number: int | None 
         version=version.number if version else None,
         artifact=version.artifact if version else None,
         evidence=version.evidence if version else None,
+        network=version.network if version else None,
         epoch=adapter.epoch,
     )
 
 
 def _version_record(row: Sequence[Any]) -> VersionRecord:
     number, revision, method, backbone, fingerprint, *stored, report, labels, created_at = row
-    head, evidence = stored[:3], stored[3:]
+    head, evidence, network = stored[:3], stored[3:6], stored[6:]
     return VersionRecord(
         number=number,
         revision=revision,
@@ -188,6 +200,7 @@ def _version_record(row: Sequence[Any]) -> VersionRecord:
         fingerprint=fingerprint,
         artifact=Artifact(*head),
         evidence=None if evidence[0] is None else Artifact(*evidence),
+        network=None if network[0] is None else Artifact(*network),
         report=json.loads(report),
         labels=labels,
         created_at=created_at,

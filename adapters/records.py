@@ -12,6 +12,9 @@ from adapters.store import Artifact
 
 Kind = Literal["image", "text"]
 
+JobKind = Literal["fine_tune", "bulk_adapt"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
 KEPT_VERSIONS = 20
 """How many of an adapter's newest versions are kept; the live one is kept besides."""
 
@@ -65,6 +68,33 @@ class AliasMoved(RegistryError):
     """The alias is no longer where If-Match says that it is."""
 
     code = "alias_moved"
+
+
+class UnknownJob(RegistryError):
+    """The tenant has no such job, whether or not another tenant has one of that id."""
+
+    code = "unknown_job"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"There is no job {job_id!r}. GET /jobs lists yours; an adapter's go with it.")
+
+
+class TooManyJobs(RegistryError):
+    """The tenant has as many jobs queued and running as it may."""
+
+    code = "too_many_jobs"
+
+
+class JobFinished(RegistryError):
+    """The job has ended, so that there is nothing left to cancel."""
+
+    code = "job_finished"
+
+
+class LeaseLost(RegistryError):
+    """The attempt has ended, or its lease has: whoever runs it must stop, and can write nothing more."""
+
+    code = "lease_lost"
 
 
 class RegistryUnavailable(RegistryError):
@@ -124,6 +154,7 @@ class ExampleRecord:
 class VersionRecord:
     """One immutable version: `artifact` is its head, `evidence` its training embeddings and scores.
 
+    `network` is the ONNX network of a fine-tuned version, None where the backbone itself is the network.
     It was fitted on the examples as of `revision`. `backbone` and `fingerprint` are the version's own: after
     a rebase they differ from the adapter's. `labels` counts the labels, 0 for regression.
     """
@@ -135,6 +166,7 @@ class VersionRecord:
     fingerprint: str
     artifact: Artifact
     evidence: Artifact | None
+    network: Artifact | None
     report: Mapping[str, Any]
     labels: int
     created_at: datetime
@@ -145,6 +177,7 @@ class Alias:
     """All that a prediction needs to know of an adapter: which version answers, and where its head is.
 
     `version` is the live one or the one asked for; it and `artifact` are None while nothing is live.
+    `network` is what embeds for a fine-tuned version; where it is None, the backbone does.
     `backbone` and `fingerprint` are the version's, or the adapter's while nothing is live.
     """
 
@@ -158,6 +191,7 @@ class Alias:
     version: int | None
     artifact: Artifact | None
     evidence: Artifact | None
+    network: Artifact | None
     epoch: int
 
 
@@ -220,6 +254,7 @@ class NewVersion:
     evidence: Artifact | None
     report: Mapping[str, Any]
     labels: int
+    network: Artifact | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +305,48 @@ class Committed:
     removed: int
     gone: tuple[int, ...]
     unreferenced: tuple[Artifact, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """Work that outlives its request. Times are UTC, None for what has not come to pass.
+
+    `adapter` is the name of the adapter and `adapter_uid` its uid; the job goes when the adapter does.
+    `request` and `progress` are JSON objects; the queue reads neither. `attempt` counts the attempts, 0
+    before the first; whoever runs it has the job until `lease_until`. `version` is the one that a succeeded
+    job recorded, if any; `error_code` and `error_detail` say why a failed one failed.
+    """
+
+    id: str
+    tenant: str
+    adapter_uid: str
+    adapter: str
+    kind: JobKind
+    state: JobState
+    request: Mapping[str, Any]
+    progress: Mapping[str, Any] | None
+    attempt: int
+    lease_until: datetime | None
+    cancel_requested: bool
+    deadline_at: datetime | None
+    version: int | None
+    error_code: str | None
+    error_detail: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run one attempt of a job, while its lease lasts. `job` is as it was claimed."""
+
+    job: JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What whoever runs a job learns with each heartbeat: either is a reason to end the attempt."""
+
+    cancel_requested: bool
+    deadline_passed: bool

@@ -11,12 +11,14 @@ from sqlalchemy import Select, func, select
 from adapters import committing
 from adapters.committing import CHANGES_KEPT
 from adapters.database import Database
+from adapters.jobs import Jobs
 from adapters.reading import (
     adapter_by_name,
     adapter_by_uid,
     adapter_record,
     alias_of,
     artifacts_by_id,
+    current_time,
     example_record,
     example_records,
     select_adapter,
@@ -30,6 +32,7 @@ from adapters.records import (
     AliasMoved,
     Change,
     Changed,
+    Claim,
     Committed,
     Creation,
     ExampleRecord,
@@ -46,7 +49,7 @@ from adapters.records import (
     UnknownVersion,
     VersionRecord,
 )
-from adapters.schema import adapters, changes, database_now, examples
+from adapters.schema import adapters, changes, examples
 from adapters.store import Artifact
 
 __all__ = [
@@ -94,6 +97,12 @@ class Registry:
 
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         self._database = Database(url, patience=patience)
+        self._jobs = Jobs(self._database)
+
+    @property
+    def jobs(self) -> Jobs:
+        """The durable jobs of every tenant, in the same database."""
+        return self._jobs
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.
@@ -120,7 +129,7 @@ class Registry:
             return [adapter_record(row) for row in connection.execute(query)]
 
     def delete_adapter(self, tenant: str, name: str) -> str:
-        """Delete the adapter with all its rows; returns its uid.
+        """Delete the adapter with all its rows, its jobs too; returns its uid.
 
         The caller then deletes its files (Store.delete_adapter) and drops its alias. Raises UnknownAdapter.
         """
@@ -167,14 +176,19 @@ class Registry:
         with self._database.reading() as connection:
             return alias_of(connection, adapter_by_name(connection, tenant, name), version)
 
-    def commit(self, change: Change) -> Committed:
+    def commit(self, change: Change, *, job: Claim | None = None) -> Committed:
         """Write the change in one durable transaction, or nothing of it.
+
+        job: whose success this is, recorded in the same transaction. Raises LeaseLost, before anything else,
+        unless the claim's attempt is the job's newest and its lease lasts: delete the artifacts then.
 
         Raises UnknownAdapter (deleted meanwhile), RevisionMoved or AdapterExists (changed meanwhile: read
         again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
         change that contradicts itself.
         """
         with self._database.writing() as connection:
+            if job is not None:
+                return committing.commit_job(connection, change, job)
             return committing.commit(connection, change)
 
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
@@ -191,7 +205,7 @@ class Registry:
         The database remembers them for CHANGES_KEPT seconds.
         """
         with self._database.reading() as connection:
-            now = connection.execute(select(database_now())).scalar_one()
+            now = current_time(connection)
             query = (
                 select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch))
                 .where(changes.c.at >= now - timedelta(seconds=seconds))

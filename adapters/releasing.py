@@ -46,7 +46,8 @@ def _delete_versions(connection: Connection, uid: str, numbers: set[int]) -> tup
     if not numbers:
         return set(), set()
     doomed = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
-    rows = connection.execute(select(versions.c.artifact_id, versions.c.evidence_id).where(doomed)).all()
+    stored = select(versions.c.artifact_id, versions.c.evidence_id, versions.c.network_id)
+    rows = connection.execute(stored.where(doomed)).all()
     connection.execute(delete(versions).where(doomed))
     return numbers, {number for row in rows for number in row if number is not None}
 
@@ -59,6 +60,7 @@ def release(connection: Connection, candidates: Collection[int]) -> tuple[Artifa
         exists().where(examples.c.inputs_id == artifacts.c.id),
         exists().where(versions.c.artifact_id == artifacts.c.id),
         exists().where(versions.c.evidence_id == artifacts.c.id),
+        exists().where(versions.c.network_id == artifacts.c.id),
     )
     query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce).where(~used)
     for chunk in chunks(candidates):

@@ -126,12 +126,14 @@ versions = Table(
     Column("fingerprint", String(64), nullable=False),
     Column("artifact_id", Counter, ForeignKey("artifacts.id", name="versions_artifact"), nullable=False),
     Column("evidence_id", Counter, ForeignKey("artifacts.id", name="versions_evidence")),
+    Column("network_id", Counter, ForeignKey("artifacts.id", name="versions_network")),
     Column("report", Text, nullable=False),
     Column("labels", Integer, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     PrimaryKeyConstraint("adapter_uid", "number", name="versions_key"),
     Index("versions_by_artifact", "artifact_id"),
     Index("versions_by_evidence", "evidence_id"),
+    Index("versions_by_network", "network_id"),
 )
 
 examples = Table(
@@ -152,6 +154,33 @@ examples = Table(
     Index("examples_by_segment", "segment_id"),
     Index("examples_by_inputs", "inputs_id"),
     sqlite_with_rowid=False,
+)
+
+# Ids sort by the time of submission. `attempt` is the fence: who holds an older one may write nothing.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("adapter_uid", String(32), ForeignKey("adapters.uid", name="jobs_adapter"), nullable=False),
+    Column("adapter", Text, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("request", Text, nullable=False),
+    Column("progress", Text),
+    Column("attempt", Integer, nullable=False),
+    Column("lease_until", UtcTime),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("deadline_at", UtcTime),
+    Column("version", Integer),
+    Column("error_code", Text),
+    Column("error_detail", Text),
+    Column("created_at", UtcTime, nullable=False),
+    Column("started_at", UtcTime),
+    Column("finished_at", UtcTime),
+    Index("jobs_by_tenant", "tenant", "id"),
+    Index("jobs_by_state", "state", "id"),
+    Index("jobs_by_adapter", "adapter_uid"),
 )
 
 # One row for each commit, promotion and deletion of late; its number is the epoch.

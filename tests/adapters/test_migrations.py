@@ -17,6 +17,7 @@ from adapters.database import Database
 from adapters.migrations import HEAD
 from adapters.registry import Registry, RegistryTooNew, UnknownAdapter
 from adapters.schema import metadata
+from adapters.store import Artifact
 
 MIGRATE = """
 import sys
@@ -87,6 +88,30 @@ def test_a_failed_migration_leaves_nothing(registry_url: str, monkeypatch: pytes
     database.close()
     registry.migrate()
     assert registry.adapters("acme") == []
+    registry.close()
+
+
+def test_versions_of_the_first_release_are_kept(registry_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.database.HEAD", "0001")
+        registry.migrate()
+    at = "0" if registry_url.startswith("sqlite") else "now()"
+    database = Database(registry_url)
+    with database.writing() as connection:
+        for statement in (
+            "INSERT INTO adapters VALUES ('u', 'acme', 'pets', 'lite0', 'f', 'image', 'classification', "
+            f"true, 1, 2, 1, 1, 0, {at})",
+            "INSERT INTO artifacts (id, adapter_uid, sha256, nonce, length) VALUES (7, 'u', 'a', 'b', 3)",
+            "INSERT INTO versions VALUES "
+            f"('u', 1, 1, 'linear_probe', 'lite0', 'f', 7, NULL, '{{}}', 2, {at})",
+        ):
+            connection.exec_driver_sql(statement)
+    database.close()
+    registry.migrate()
+    alias = registry.resolve("acme", "pets")
+    assert (alias.version, alias.artifact, alias.network) == (1, Artifact("a", 3, "b"), None)
+    assert registry.jobs.jobs("acme") == []
     registry.close()
 
 

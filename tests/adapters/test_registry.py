@@ -50,8 +50,11 @@ def example(name: str, segment: Artifact, row: int = 0, inputs: Artifact | None 
     return ExampleWrite(name, "d" * 64, "cat", segment, row, inputs)
 
 
-def version(*, head: Artifact | None = None, evidence: Artifact | None = None) -> NewVersion:
-    return NewVersion("linear_probe", head or artifact("head"), evidence, {"accuracy": 0.5}, labels=2)
+def version(
+    *, head: Artifact | None = None, evidence: Artifact | None = None, network: Artifact | None = None
+) -> NewVersion:
+    report = {"accuracy": 0.5}
+    return NewVersion("linear_probe", head or artifact("head"), evidence, report, labels=2, network=network)
 
 
 def create(
@@ -253,6 +256,37 @@ def test_a_removal_takes_the_versions_that_learned_from_it_and_all_its_bytes(reg
     stored = registry.referenced(uid)
     assert not stored & set(committed.unreferenced)
     assert rewritten in stored
+
+
+def test_a_versions_network_is_kept_as_long_as_the_version(registry: Registry) -> None:
+    first = create(registry, ids=("a",))
+    uid = first.adapter.uid
+    assert first.version is not None
+    assert first.version.network is None
+    assert first.alias.network is None
+    network = artifact("network")
+    tuned = registry.commit(replace(change(first.adapter), version=version(network=network), promote=True))
+    assert tuned.version is not None
+    assert tuned.version.network == network
+    assert registry.version(uid, 2) == tuned.version
+    assert tuned.alias.network == registry.resolve("acme", "pets", 2).network == network
+    assert registry.resolve("acme", "pets", 1).network is None
+    assert network in registry.referenced(uid)
+    again = registry.commit(
+        replace(
+            change(tuned.adapter), upserts=(example("b", artifact("b")),), version=version(network=network)
+        )
+    )
+    assert again.alias.network == network
+    assert registry.promote(uid, 1).alias.network is None
+    fewer = registry.commit(replace(change(again.adapter), removals=("b",)))
+    assert fewer.gone == (3,)
+    assert network not in fewer.unreferenced
+    assert registry.version(uid, 2).network == network
+    emptied = registry.commit(replace(change(fewer.adapter), removals=("a",)))
+    assert emptied.gone == (1, 2)
+    assert network in emptied.unreferenced
+    assert registry.referenced(uid) == set()
 
 
 def test_a_removal_with_nothing_left_to_fit_leaves_nothing_live(registry: Registry) -> None:

@@ -1,0 +1,286 @@
+"""The work of a fine-tune job: an adapter's kept examples in, a published version out. Torch lives here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.checkpoint import load_checkpoint, save_checkpoint
+from adapters.example import folds
+from adapters.fine_tune import Checkpoint, FineTuneConfig, Lesson, Model, Progress, fine_tune
+from adapters.lease import Lease, checkpoint_path
+from adapters.linear_probe import Dataset, ProbeConfig, fit
+from adapters.promotion import Promote, decide
+from adapters.records import (
+    AdapterRecord,
+    Change,
+    Committed,
+    ExampleRecord,
+    NewVersion,
+    RegistryUnavailable,
+    RevisionMoved,
+    UnknownVersion,
+)
+from adapters.registry import Registry
+from adapters.samples import Samples, Tensors, samples_of
+from adapters.segments import (
+    Evidence,
+    decode_embeddings,
+    decode_evidence,
+    decode_inputs,
+    encode_evidence,
+)
+from adapters.store import Artifact, Store, StoreError
+from adapters.tuned import Tuned, finish
+from models.network import Network, load_network
+
+logger = logging.getLogger("topwork")
+
+FINE_TUNE = "fine_tune"
+# Fewer leave nothing to hold out that would say how good the network is.
+FEWEST_EXAMPLES = 50
+FEWEST_OF_A_LABEL = 5
+# One example in so many is held out.
+_HELD_OUT = 5
+_ATTEMPTS = 5
+_ANSWER_ACCURACY = 0.95
+
+
+class CannotTune(RuntimeError):
+    """The adapter cannot be fine-tuned as it is; `code` says why, the message what to do."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An adapter as it was read: its examples with their embeddings and inputs, in the order of ids."""
+
+    adapter: AdapterRecord
+    examples: Sequence[ExampleRecord]
+    embeddings: NDArray[np.float32]
+    inputs: Sequence[bytes | str]
+
+
+class _Watched:
+    """Samples that look whether to go on before every batch."""
+
+    def __init__(self, samples: Samples, lease: Lease) -> None:
+        self._samples = samples
+        self._lease = lease
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """See Samples.plain."""
+        self._lease.check()
+        return self._samples.plain(rows)
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """See Samples.augmented."""
+        self._lease.check()
+        return self._samples.augmented(rows, size)
+
+
+class Tuning:
+    """Fine-tunes adapters. Blocking, one at a time. scratch: a folder for checkpoints, made where missing."""
+
+    def __init__(self, registry: Registry, store: Store, scratch: Path, device: str = "cpu") -> None:
+        self._registry = registry
+        self._store = store
+        self._scratch = scratch
+        self._device = device
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def run(self, lease: Lease) -> Committed:
+        """Does the job and records its version and its success together; nothing is published before.
+
+        The job's request: {"promote": …, "config": {…}} of FineTuneConfig. Raises CannotTune, Diverged,
+        ExportRefused, InputError, StoreError, RegistryError, and what Lease.check raises.
+        """
+        job = lease.claim.job
+        kept = self._read(job.tenant, job.adapter)
+        config = FineTuneConfig(**job.request.get("config", {}))
+        network = load_network(kept.adapter.backbone)
+        if network.spec.fingerprint != kept.adapter.fingerprint:
+            raise CannotTune(
+                "fingerprint_mismatch",
+                "The backbone's weights are not those that the adapter was taught with.",
+            )
+        names, lesson = self._lesson(kept, network, lease)
+        probe = _probe(kept, lesson)
+        model = Model(network.forward, probe.head).to(self._device)
+        path = checkpoint_path(self._scratch, job.id)
+        about = _about(kept, config)
+
+        def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
+            lease.check()
+            if checkpoint is not None:
+                save_checkpoint(path, checkpoint, about)
+            lease.progress = _told(progress, config)
+
+        outcome = fine_tune(
+            model, lesson, probe.report["strength"], config, resume=load_checkpoint(path, about), tell=tell
+        )
+        tuned = finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
+        lease.check()
+        committed = self._commit(kept, tuned, job.request.get("promote", "if_better"), lease)
+        path.unlink(missing_ok=True)
+        return committed
+
+    def _read(self, tenant: str, name: str) -> _Kept:
+        adapter = self._registry.adapter(tenant, name)
+        if not adapter.keep_inputs:
+            raise CannotTune(
+                "inputs_not_kept", "The adapter keeps no inputs, and a network learns from them."
+            )
+        if adapter.task != "classification":
+            raise CannotTune("task_not_tunable", f"Adapters of {adapter.task} cannot be fine-tuned yet.")
+        _, examples = self._registry.all_examples(adapter.uid)
+        if not examples:
+            raise CannotTune("nothing_to_fit", "The adapter has no examples; send some.")
+        files = {example.segment for example in examples} | {
+            example.inputs for example in examples if example.inputs is not None
+        }
+        data = {file: self._store.read(tenant, adapter.uid, file) for file in files}
+        rows = {example.segment: decode_embeddings(data[example.segment]) for example in examples}
+        inputs = {
+            example.inputs: decode_inputs(data[example.inputs]) for example in examples if example.inputs
+        }
+        return _Kept(
+            adapter,
+            examples,
+            np.stack([rows[example.segment][example.row] for example in examples]),
+            [inputs[example.inputs][example.row] for example in examples if example.inputs is not None],
+        )
+
+    def _lesson(self, kept: _Kept, network: Network, lease: Lease) -> tuple[tuple[str, ...], Lesson]:
+        targets = [str(example.target) for example in kept.examples]
+        names = tuple(sorted(set(targets)))
+        place = {name: index for index, name in enumerate(names)}
+        labels = np.array([place[target] for target in targets], dtype=np.int64)
+        fewest = np.bincount(labels).min() if len(names) > 1 else 0
+        if len(targets) < FEWEST_EXAMPLES or fewest < FEWEST_OF_A_LABEL:
+            raise CannotTune(
+                "too_few_examples",
+                f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
+                f"{FEWEST_OF_A_LABEL} of each; a linear probe needs two. Send more.",
+            )
+        held_out = folds([example.digest for example in kept.examples], targets, _HELD_OUT) == 0
+        tokenizer = None
+        if network.tokenizer is not None:
+            tokenizer = self._scratch / f"{hashlib.sha256(network.tokenizer).hexdigest()}.json"
+            tokenizer.write_bytes(network.tokenizer)
+        samples = samples_of(network.spec, kept.inputs, tokenizer)
+        return names, Lesson(_Watched(samples, lease), labels, held_out)
+
+    def _commit(self, kept: _Kept, tuned: Tuned, promote: Promote, lease: Lease) -> Committed:
+        """Publishes the files, then records the version as the job's success, at whatever revision that is.
+
+        What was learned must still be there: an example that was removed meanwhile takes the network with it.
+        """
+        adapter, tenant = kept.adapter, kept.adapter.tenant
+        evidence = Evidence(
+            tuple(example.id for example in kept.examples),
+            tuple(example.digest for example in kept.examples),
+            tuple(example.target for example in kept.examples),
+            tuned.scores,
+        )
+        blobs = [tuned.head.to_bytes(), encode_evidence(evidence), tuned.onnx]
+        published = self._store.publish_all(tenant, adapter.uid, blobs)
+        try:
+            for attempt in range(_ATTEMPTS):
+                now = self._registry.adapter(tenant, adapter.name)
+                self._check_kept(kept, now)
+                decision = decide(promote, adapter.task, evidence, self._live(now))
+                head, kept_evidence, graph = published
+                version = NewVersion(
+                    FINE_TUNE,
+                    head,
+                    kept_evidence,
+                    {**tuned.report, "promotion": decision.to_json()},
+                    len(tuned.head.labels),
+                    graph,
+                )
+                change = Change(
+                    tenant, adapter.name, now.uid, now.revision, version=version, promote=decision.promote
+                )
+                try:
+                    committed = self._registry.commit(change, job=lease.claim)
+                    break
+                except RevisionMoved:
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+        except RegistryUnavailable:
+            # It may have been recorded all the same; if not, a sweep finds the files.
+            raise
+        except Exception:
+            self._delete(tenant, adapter.uid, published)
+            raise
+        self._delete(tenant, adapter.uid, committed.unreferenced)
+        return committed
+
+    def _check_kept(self, kept: _Kept, now: AdapterRecord) -> None:
+        there = {example.id: example.digest for example in self._registry.all_examples(now.uid)[1]}
+        if now.uid != kept.adapter.uid or any(there.get(one.id) != one.digest for one in kept.examples):
+            raise CannotTune(
+                "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
+            )
+
+    def _live(self, adapter: AdapterRecord) -> Evidence | None:
+        if adapter.live is None:
+            return None
+        try:
+            version = self._registry.version(adapter.uid, adapter.live)
+            if version.evidence is None:
+                return None
+            return decode_evidence(self._store.read(adapter.tenant, adapter.uid, version.evidence))
+        except (UnknownVersion, StoreError) as error:
+            logger.warning("no comparison with version %d: %s", adapter.live, error)
+            return None
+
+    def _delete(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+        try:
+            self._store.delete(tenant, uid, artifacts)
+        except StoreError as error:
+            logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
+
+
+def _probe(kept: _Kept, lesson: Lesson) -> Any:
+    """The linear probe of the rows trained on: what the first phase begins with."""
+    rows = lesson.training
+    examples = [kept.examples[row] for row in rows]
+    data = Dataset(
+        kept.embeddings[rows],
+        [example.target for example in examples],
+        [example.digest for example in examples],
+        "classification",
+        kept.adapter.fingerprint,
+    )
+    return fit(data, ProbeConfig(limit_seconds=float("inf")))
+
+
+def _told(progress: Progress, config: FineTuneConfig) -> Mapping[str, Any]:
+    return {
+        "phase": progress.phase,
+        "epoch": progress.epoch,
+        "epochs": config.epochs,
+        "loss": progress.training_loss,
+        "held_out_accuracy": progress.held_out.accuracy,
+        "share": progress.share,
+    }
+
+
+def _about(kept: _Kept, config: FineTuneConfig) -> str:
+    """What a checkpoint belongs to: these examples and this way of training."""
+    digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
+    for example in kept.examples:
+        digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
+    return digest.hexdigest()

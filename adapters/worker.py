@@ -1,0 +1,154 @@
+"""`python -m adapters.worker`: claims jobs and runs them, one at a time, in a niced process of its own.
+
+Its settings come as one line of JSON on standard input, for a database URL may hold a password and a process
+list shows arguments. It ends when its standard input does, which is also when its parent is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, checkpoint_path
+from adapters.records import Claim, Committed, JobKind, LeaseLost, RegistryError, RegistryUnavailable
+from adapters.registry import Registry
+from adapters.store import StoreError, StoreUnavailable, open_store
+
+logger = logging.getLogger("topwork")
+
+_KINDS: tuple[JobKind, ...] = ("fine_tune",)
+_NICENESS = 10
+_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a worker needs. scratch: a folder for checkpoints, with which another one can go on."""
+
+    database: str
+    store: str
+    scratch: str
+    store_options: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    lease_seconds: float = 30.0
+    poll_seconds: float = 1.0
+    max_running_per_tenant: int = 1
+
+
+class Worker:
+    """Claims and runs jobs until `stopping` is set."""
+
+    def __init__(self, config: WorkerConfig, stopping: threading.Event) -> None:
+        self._config = config
+        self._stopping = stopping
+        self._registry = Registry(config.database)
+        self._store = open_store(config.store, config.store_options)
+
+    def run(self) -> None:
+        """Returns once it is to stop and nothing runs any more."""
+        while not self._stopping.is_set():
+            try:
+                claim = self._registry.jobs.claim(
+                    self._config.lease_seconds,
+                    kinds=_KINDS,
+                    max_running_per_tenant=self._config.max_running_per_tenant,
+                )
+            except RegistryUnavailable as error:
+                logger.warning("no job can be claimed: %s", error)
+                self._stopping.wait(_RETRY_SECONDS)
+                continue
+            if claim is None:
+                self._stopping.wait(self._config.poll_seconds)
+            else:
+                self._do(claim)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._registry.close()
+
+    def _do(self, claim: Claim) -> None:
+        """One attempt, and what becomes of the job."""
+        jobs, job = self._registry.jobs, claim.job
+        logger.info("job %s of %s: attempt %d", job.id, job.adapter, job.attempt)
+        try:
+            with Lease(jobs, claim, self._config.lease_seconds, self._stopping) as lease:
+                committed = self._tune(lease)
+            logger.info("job %s: version %s", job.id, committed.version and committed.version.number)
+            return
+        except LeaseLost:
+            logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
+            return
+        except (ShuttingDown, RegistryUnavailable, StoreUnavailable) as error:
+            logger.warning("job %s is left to another attempt: %s", job.id, str(error) or "shutting down")
+            self._settle(lambda: jobs.release(claim))
+            return
+        except Cancelled:
+            self._settle(lambda: jobs.cancelled(claim))
+        except DeadlinePassed:
+            self._settle(lambda: jobs.fail(claim, "deadline_exceeded", "The job did not end in time."))
+        except Exception as error:
+            code, detail = getattr(error, "code", None), str(error)
+            if code is None:
+                traceback.print_exc()
+                code, detail = "internal_error", "The worker's log has the cause."
+            self._settle(lambda: jobs.fail(claim, code, detail))
+        checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
+
+    def _tune(self, lease: Lease) -> Committed:
+        # Torch takes seconds and hundreds of megabytes: a worker without work does without, and one with work
+        # holds its lease meanwhile.
+        import torch
+
+        from adapters.tuning import Tuning
+
+        torch.set_num_threads(self._config.threads)
+        scratch = Path(self._config.scratch)
+        return Tuning(self._registry, self._store, scratch, self._config.device).run(lease)
+
+    def _settle(self, end: Callable[[], None]) -> None:
+        """Ends the attempt; where that cannot be recorded, its lease runs out."""
+        try:
+            end()
+        except (RegistryError, StoreError) as error:
+            logger.warning("the end of a job could not be recorded: %s", error)
+
+
+def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
+    """Stops when the pipe closes: there is nobody left to work for."""
+
+    def wait() -> None:
+        pipe.read()
+        stopping.set()
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def main() -> None:
+    """Runs jobs until standard input ends, or SIGTERM."""
+    os.nice(_NICENESS)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logger.setLevel(logging.INFO)
+    stopping = threading.Event()
+    # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    worker = Worker(WorkerConfig(**json.loads(sys.stdin.readline())), stopping)
+    _end_with(sys.stdin, stopping)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    main()
