@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-gpu bento lock clean
+.PHONY: help serve test test-kill check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench-footprint: .venv/dev.stamp  ## Start-up time and memory
 
 bench-parity: .venv/dev.stamp  ## Exported adapters, run by ONNX Runtime alone, beside the service's answers
 	$(RUN) benchmarks.onnx_parity
+
+bench-finetune: .venv/dev.stamp  ## Fine-tunes beside the heads that they replace, and random weights; hours
+	$(RUN) benchmarks.finetune
 
 bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 	$(RUN) benchmarks.gpu

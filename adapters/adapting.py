@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,10 @@ class FingerprintMismatch(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class AdaptCommand:
-    """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created."""
+    """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
+
+    fine_tune: that a network is to be trained, and how; see Submitting.
+    """
 
     adapter: str
     posted: Sequence[Posted] = ()
@@ -82,6 +85,7 @@ class AdaptCommand:
     fit: bool = True
     strict: bool = False
     keep_inputs: bool | None = None
+    fine_tune: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ class Adapting:
                 rejected.append(Rejected(one.index, one.id, error.code, error.detail, terms.kind))
         return vectors, rejected, dict(embedded.timings)
 
-    def check_served(self, terms: Creation) -> None:
+    def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
         batcher = self.batchers.get(terms.backbone)
         if batcher is None or batcher.backbone.spec.fingerprint != terms.fingerprint:

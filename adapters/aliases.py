@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -35,8 +36,17 @@ class Aliases:
     polled and hold after `interval` seconds or a little more.
     """
 
-    def __init__(self, registry: Registry, *, max_entries: int = 100_000, interval: float = 0.5) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        max_entries: int = 100_000,
+        interval: float = 0.5,
+        arrived: Callable[[Alias], None] = lambda alias: None,
+    ) -> None:
+        """arrived(alias) is called with every alias that is new here, on the event loop."""
         self._registry = registry
+        self._arrived = arrived
         self._max_entries = max_entries
         self._interval = interval
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
@@ -139,6 +149,7 @@ class Aliases:
         if entry is not None and entry.live.epoch >= alias.epoch:
             return
         self._entries[key] = _Entry(alias)
+        self._arrived(alias)
         self._entries.move_to_end(key)
         while len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)

@@ -61,13 +61,17 @@ class Cache(Generic[T]):
     the start: `hits`, `misses`, `evictions`. Now: `bytes`, len(cache).
     """
 
-    def __init__(self, max_bytes: int, size_of: Callable[[T], int]) -> None:
+    def __init__(
+        self, max_bytes: int, size_of: Callable[[T], int], leave: Callable[[T], None] = lambda thing: None
+    ) -> None:
+        """leave(thing) is called with what was kept and is no more."""
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
         self.evictions = 0
         self.bytes = 0
         self._size_of = size_of
+        self._leave = leave
         self._entries: OrderedDict[str, tuple[T, int]] = OrderedDict()
         self._pins: Counter[str] = Counter()
         self._flights: Flights[T] = Flights()
@@ -117,6 +121,12 @@ class Cache(Generic[T]):
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.bytes -= entry[1]
+            self._leave(entry[0])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in list(self._entries):
+            self.drop(key)
 
     def _keep(self, key: str, thing: T) -> None:
         size = self._size_of(thing)
@@ -126,7 +136,9 @@ class Cache(Generic[T]):
         for oldest in [name for name in self._entries if name not in self._pins]:
             if self.bytes + size <= self.max_bytes:
                 break
-            self.bytes -= self._entries.pop(oldest)[1]
+            left, freed = self._entries.pop(oldest)
+            self.bytes -= freed
             self.evictions += 1
+            self._leave(left)
         self._entries[key] = (thing, size)
         self.bytes += size

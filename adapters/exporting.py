@@ -10,7 +10,7 @@ from typing import Literal
 
 from adapters.onnx_head import append_head
 from adapters.predicting import Loaded, Predicting
-from models.spec import GRAPH_FILE, TOKENIZER_FILE
+from models.spec import TOKENIZER_FILE
 
 Format = Literal["onnx", "safetensors"]
 
@@ -31,12 +31,8 @@ class Exporting:
         if form == "safetensors":
             return loaded.head.to_bytes()
         async with self._turn:
-            return await asyncio.to_thread(_onnx, loaded)
-
-
-def _onnx(loaded: Loaded) -> bytes:
-    graph = (loaded.batcher.backbone.path / GRAPH_FILE).read_bytes()
-    return append_head(graph, loaded.head, _metadata(loaded))
+            graph = await self._predicting.graph(loaded)
+            return await asyncio.to_thread(lambda: append_head(graph, loaded.head, _metadata(loaded)))
 
 
 def _metadata(loaded: Loaded) -> Mapping[str, str]:
@@ -47,7 +43,7 @@ def _metadata(loaded: Loaded) -> Mapping[str, str]:
         "version": str(loaded.version),
         "task": loaded.head.task,
         "backbone": backbone.spec.name,
-        "fingerprint": backbone.spec.fingerprint,
+        "fingerprint": loaded.head.fingerprint,
         "kind": backbone.spec.kind,
         "licence": backbone.spec.licence,
         "preprocessing": json.dumps(asdict(backbone.spec.transform)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,12 +17,13 @@ from adapters.cache import Cache
 from adapters.example import Task
 from adapters.explaining import Explaining, Neighbour
 from adapters.head import Head, Predictions
+from adapters.networks import Networks
 from adapters.records import Alias
 from adapters.store import MissingArtifact, Store
 from models.backbone import Embedded
 from models.batcher import Batcher
 from models.preprocess import InputError
-from models.spec import UnknownBackbone
+from models.spec import GRAPH_FILE, UnknownBackbone
 
 Floats = NDArray[np.float32]
 Input = bytes | str | InputError
@@ -94,7 +96,7 @@ class Loaded:
     alias: Alias
     version: int
     head: Head
-    batcher: Batcher
+    batcher: Batcher  # of the backbone, from which a fine-tuned version has its own network
 
 
 class Predicting:
@@ -110,6 +112,7 @@ class Predicting:
         heads: Cache[Head],
         batchers: Mapping[str, Batcher],
         explaining: Explaining,
+        networks: Networks,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
         self.batchers = batchers
@@ -117,6 +120,7 @@ class Predicting:
         self._store = store
         self._heads = heads
         self._explaining = explaining
+        self._networks = networks
         self._observe = observe
 
     async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
@@ -128,11 +132,16 @@ class Predicting:
         """
         started = time.perf_counter()
         loaded = await self.load(tenant, query.adapter, query.version, query.min_epoch)
-        embedded = await embed(loaded.batcher, query.inputs)
+        async with self._embedding(loaded) as batcher:
+            embedded = await embed(batcher, query.inputs)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
         answers = await self._answer(loaded.head, embedded.embeddings[good], query.top_k)
         if query.explain and good:
-            near = await self._explaining.nearest(loaded.alias, embedded.embeddings[good], query.explain)
+            vectors = embedded.embeddings[good]
+            if loaded.alias.network is not None:
+                # What is kept of examples is the backbone's.
+                vectors = (await embed(loaded.batcher, [query.inputs[index] for index in good])).embeddings
+            near = await self._explaining.nearest(loaded.alias, vectors, query.explain)
             answers = [replace(one, nearest=found) for one, found in zip(answers, near, strict=True)]
         placed: dict[int, Prediction] = dict(zip(good, answers, strict=True))
         items = [placed.get(index) or embedded.errors[index] for index in range(len(query.inputs))]
@@ -171,12 +180,31 @@ class Predicting:
 
         head = await self._heads.get(artifact.sha256, read)
         batcher = self.batchers.get(alias.backbone)
-        if batcher is None or batcher.backbone.spec.fingerprint != head.fingerprint:
+        # The head of a fine-tuned version is for its own network, which began as the backbone.
+        wanted = alias.fingerprint if alias.network is not None else head.fingerprint
+        if batcher is None or batcher.backbone.spec.fingerprint != wanted:
             raise HeadMismatch(
                 f"Version {alias.version} was fitted on another backbone than the {alias.backbone!r} served "
                 "here. POST rebase to move the adapter, or serve the backbone that it was fitted on."
             )
         return Loaded(alias, alias.version, head, batcher)
+
+    @asynccontextmanager
+    async def _embedding(self, loaded: Loaded) -> AsyncIterator[Batcher]:
+        """What embeds for the version: the backbone that all share, or the version's own network."""
+        if loaded.alias.network is None:
+            yield loaded.batcher
+            return
+        async with self._networks.running(loaded.alias, loaded.batcher.backbone) as batcher:
+            yield batcher
+
+    async def graph(self, loaded: Loaded) -> bytes:
+        """The ONNX bytes of the version's network, or of the backbone. Raises as predict does."""
+        alias, network = loaded.alias, loaded.alias.network
+        if network is None:
+            path = loaded.batcher.backbone.path / GRAPH_FILE
+            return await asyncio.to_thread(path.read_bytes)
+        return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
 
     async def embed(self, backbone: str, inputs: Sequence[Input]) -> Embedded:
         """The bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""

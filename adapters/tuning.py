@@ -38,27 +38,16 @@ from adapters.segments import (
     encode_evidence,
 )
 from adapters.store import Artifact, Store, StoreError
+from adapters.submitting import FINE_TUNE, CannotTune, check_tunable
 from adapters.tuned import Tuned, finish
 from models.network import Network, load_network
 
 logger = logging.getLogger("topwork")
 
-FINE_TUNE = "fine_tune"
-# Fewer leave nothing to hold out that would say how good the network is.
-FEWEST_EXAMPLES = 50
-FEWEST_OF_A_LABEL = 5
 # One example in so many is held out.
 _HELD_OUT = 5
 _ATTEMPTS = 5
 _ANSWER_ACCURACY = 0.95
-
-
-class CannotTune(RuntimeError):
-    """The adapter cannot be fine-tuned as it is; `code` says why, the message what to do."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +126,8 @@ class Tuning:
 
     def _read(self, tenant: str, name: str) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
-        if not adapter.keep_inputs:
-            raise CannotTune(
-                "inputs_not_kept", "The adapter keeps no inputs, and a network learns from them."
-            )
-        if adapter.task != "classification":
-            raise CannotTune("task_not_tunable", f"Adapters of {adapter.task} cannot be fine-tuned yet.")
         _, examples = self._registry.all_examples(adapter.uid)
-        if not examples:
-            raise CannotTune("nothing_to_fit", "The adapter has no examples; send some.")
+        check_tunable(adapter, [example.target for example in examples])
         files = {example.segment for example in examples} | {
             example.inputs for example in examples if example.inputs is not None
         }
@@ -166,13 +148,6 @@ class Tuning:
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
         labels = np.array([place[target] for target in targets], dtype=np.int64)
-        fewest = np.bincount(labels).min() if len(names) > 1 else 0
-        if len(targets) < FEWEST_EXAMPLES or fewest < FEWEST_OF_A_LABEL:
-            raise CannotTune(
-                "too_few_examples",
-                f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
-                f"{FEWEST_OF_A_LABEL} of each; a linear probe needs two. Send more.",
-            )
         held_out = folds([example.digest for example in kept.examples], targets, _HELD_OUT) == 0
         tokenizer = None
         if network.tokenizer is not None:

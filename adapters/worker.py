@@ -13,8 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -22,27 +21,13 @@ from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, check
 from adapters.records import Claim, Committed, JobKind, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreUnavailable, open_store
+from adapters.supervising import WorkerConfig
 
 logger = logging.getLogger("topwork")
 
 _KINDS: tuple[JobKind, ...] = ("fine_tune",)
 _NICENESS = 10
 _RETRY_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """What a worker needs. scratch: a folder for checkpoints, with which another one can go on."""
-
-    database: str
-    store: str
-    scratch: str
-    store_options: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    threads: int = 1
-    lease_seconds: float = 30.0
-    poll_seconds: float = 1.0
-    max_running_per_tenant: int = 1
 
 
 class Worker:
@@ -133,21 +118,27 @@ def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
+def work(config: WorkerConfig, stopping: threading.Event) -> None:
+    """Runs jobs at low priority until SIGTERM, or until `stopping` is set."""
+    os.nice(_NICENESS)
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    worker = Worker(config, stopping)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
 def main() -> None:
     """Runs jobs until standard input ends, or SIGTERM."""
-    os.nice(_NICENESS)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()
     # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    worker = Worker(WorkerConfig(**json.loads(sys.stdin.readline())), stopping)
+    config = WorkerConfig(**json.loads(sys.stdin.readline()))
     _end_with(sys.stdin, stopping)
-    try:
-        worker.run()
-    finally:
-        worker.close()
+    work(config, stopping)
 
 
 if __name__ == "__main__":

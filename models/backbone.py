@@ -60,6 +60,7 @@ class Backbone:
         beside: Any,
         preprocessor: ImagePreprocessor | TextPreprocessor,
         device: Device,
+        threads: int,
     ) -> None:
         self.spec = spec
         self.path = path
@@ -67,6 +68,7 @@ class Backbone:
         self._session = session
         self._beside = beside
         self._preprocessor = preprocessor
+        self._threads = threads
 
     @classmethod
     def open(
@@ -88,13 +90,25 @@ class Backbone:
         beside = session
         if device == "cpu" and threads > 1:
             beside = open_session(export / GRAPH_FILE, device=device, threads=1)
-        backbone = cls(spec, export, session, beside, preprocessor, device)
-        embedding = backbone.run([backbone._blank()])
-        if embedding.shape != (1, spec.dim) or not np.isfinite(embedding).all():
+        backbone = cls(spec, export, session, beside, preprocessor, device, threads)
+        if not backbone._answers():
             raise CorruptExport(
                 f"{export} does not give {spec.dim} finite numbers; export the backbone again."
             )
         return backbone
+
+    def with_network(self, graph: bytes) -> Backbone:
+        """The same preprocessing in front of another network of the same form: a fine-tuned one.
+
+        graph: ONNX with the inputs and the output of this one. Raises CorruptExport.
+        """
+        session = open_session(graph, device=self.device, threads=self._threads)
+        tuned = Backbone(
+            self.spec, self.path, session, session, self._preprocessor, self.device, self._threads
+        )
+        if not tuned._answers():
+            raise CorruptExport("The fine-tuned network does not give finite embeddings; fine-tune again.")
+        return tuned
 
     @property
     def precision(self) -> str:
@@ -155,6 +169,10 @@ class Backbone:
     def close(self) -> None:
         """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
         self._session = self._beside = None
+
+    def _answers(self) -> bool:
+        embedding = self.run([self._blank()])
+        return embedding.shape == (1, self.spec.dim) and bool(np.isfinite(embedding).all())
 
     def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
         """What goes into one run each: the rows of the answer, and the feed."""

@@ -40,8 +40,8 @@ class DeviceUnavailable(RuntimeError):
     code = "device_unavailable"
 
 
-def open_session(model: Path, *, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    """A session for the graph in model, on the device asked for or not at all.
+def open_session(model: Path | bytes, *, device: Device, threads: int) -> onnxruntime.InferenceSession:
+    """A session for the graph in model, a file or its bytes, on the device asked for or not at all.
 
     threads: of one run on the CPU, the calling one included. Raises DeviceUnavailable: ONNX Runtime itself
     would go on without the GPU and say nothing. Safe to run from several threads.
@@ -62,7 +62,10 @@ def open_session(model: Path, *, device: Device, threads: int) -> onnxruntime.In
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(
-            str(model), options, providers=_PROVIDERS[device], enable_fallback=0
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=_PROVIDERS[device],
+            enable_fallback=0,
         )
     except Exception as error:
         if device == "cuda" and "CUDA" in str(error):

@@ -18,7 +18,7 @@ from adapters.adapting import AdaptOutcome
 from adapters.example import Target
 from adapters.explaining import Neighbour
 from adapters.predicting import PredictAnswer, Prediction
-from adapters.records import AdapterRecord, ExampleRecord, VersionRecord
+from adapters.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from adapters.revising import Revised
 from models.backbone import Embedded
 from models.batcher import Batcher
@@ -27,9 +27,9 @@ from models.preprocess import InputError
 Json = dict[str, Any]
 
 
-def answer(value: Json, headers: Mapping[str, str] | None = None) -> Response:
+def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A JSON response."""
-    return Response(to_json(value, inf_nan_mode="null"), media_type="application/json", headers=headers)
+    return Response(to_json(value, inf_nan_mode="null"), status, headers, "application/json")
 
 
 def adapted(outcome: AdaptOutcome) -> Response:
@@ -43,6 +43,43 @@ def adapted(outcome: AdaptOutcome) -> Response:
 def revised(done: Revised) -> Response:
     """AdaptResponse, of feedback or of a rebase."""
     return answer(_revised(done, [], done.timings))
+
+
+def job(record: JobRecord) -> Json:
+    """JobOut."""
+    failed = record.error_code is not None
+    return {
+        "id": record.id,
+        "adapter": record.adapter,
+        "kind": record.kind,
+        "state": record.state,
+        "attempt": record.attempt,
+        "cancel_requested": record.cancel_requested,
+        "progress": None if record.progress is None else dict(record.progress),
+        "version": record.version,
+        "error": {"code": record.error_code, "detail": record.error_detail} if failed else None,
+        "created_at": record.created_at,
+        "started_at": record.started_at,
+        "finished_at": record.finished_at,
+    }
+
+
+def submitted(record: JobRecord) -> Response:
+    """JobOut of a new job, and where to look for it again."""
+    headers = {"Location": f"/jobs/{record.id}", "Retry-After": "5"}
+    return answer(job(record), headers, status=202)
+
+
+def one_job(record: JobRecord) -> Response:
+    """JobOut."""
+    return answer(job(record))
+
+
+def jobs(records: Sequence[JobRecord], limit: int) -> Response:
+    """JobsOut, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].id) if len(records) > limit else None
+    return answer({"jobs": [job(record) for record in page], "next": following})
 
 
 def removed(done: Revised) -> Response:

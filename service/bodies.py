@@ -21,6 +21,7 @@ from adapters.admission import Posted
 from adapters.curating import Feedback
 from adapters.example import ExampleError
 from adapters.predicting import Input, PredictQuery
+from adapters.submitting import FINE_TUNE
 from models.preprocess import InputError
 from service.errors import Problem
 from service.lifting import Lifted, NotJson, TooIntricate, parse
@@ -275,6 +276,9 @@ def _some(inputs: Sequence[object]) -> None:
 
 
 def _command(body: AdaptRequest, posted: Sequence[Posted]) -> AdaptCommand:
+    tunes = body.method == FINE_TUNE
+    if body.fine_tune is not None and not tunes:
+        raise Problem(422, "invalid_request", "`fine_tune` says how; set `method` to fine_tune as well.")
     return AdaptCommand(
         adapter=body.adapter,
         posted=posted,
@@ -285,6 +289,7 @@ def _command(body: AdaptRequest, posted: Sequence[Posted]) -> AdaptCommand:
         fit=body.fit,
         strict=body.strict,
         keep_inputs=body.keep_inputs,
+        fine_tune=(body.fine_tune.model_dump() if body.fine_tune else {}) if tunes else None,
     )
 
 

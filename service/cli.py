@@ -28,9 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.add_argument(
         "--port", type=int, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
     )
+    commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
     options = parser.parse_args(arguments)
     try:
-        return _serve(options.host, options.port)
+        return _work() if options.command == "worker" else _serve(options.host, options.port)
     except Exception as error:
         from service.startup import complain
 
@@ -67,6 +68,20 @@ def _serve(host: str, port: int | None) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def _work() -> int:
+    from adapters.worker import work
+    from service.settings import Settings
+    from service.startup import configure_logging
+
+    configure_logging()
+    settings = Settings()
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stopping.set())
+    work(settings.worker, stopping)
+    return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:

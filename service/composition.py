@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 from adapters.adapting import Adapting
 from adapters.aliases import Aliases
@@ -27,10 +28,14 @@ from adapters.fitter import Fitter
 from adapters.head import Head
 from adapters.keeping import Keeping
 from adapters.linear_probe import ProbeConfig
+from adapters.networks import Networks
 from adapters.predicting import Predicting
+from adapters.records import Alias, JobState
 from adapters.registry import Registry, RegistryError
 from adapters.revising import AdapterLimits, Revising
 from adapters.store import Store, StoreError, open_store, sweep
+from adapters.submitting import Submitting
+from adapters.supervising import Supervised
 from models.backbone import Backbone
 from models.batcher import Batcher
 from models.exported import find
@@ -67,14 +72,17 @@ class Components:
     curating: Curating
     exporting: Exporting
     predicting: Predicting
+    submitting: Submitting
+    workers: tuple[Supervised, ...]
     metrics: Metrics
     closing: AsyncExitStack
 
     @property
     def ready(self) -> bool:
-        """Whether every worker thread, the fitting process and the look-out for others' commits run."""
+        """Whether every worker thread, the fitting process, the workers and the look-out for commits run."""
         batchers = all(batcher.alive for batcher in self.batchers.values())
-        return self.fitter.alive and self.aliases.alive and batchers
+        workers = all(worker.alive for worker in self.workers)
+        return self.fitter.alive and self.aliases.alive and batchers and workers
 
     async def aclose(self) -> None:
         """Lets queued work end, then closes everything in the reverse order of its making."""
@@ -106,7 +114,25 @@ async def compose(settings: Settings) -> Components:
             )
             await batchers[name].start()
             stack.push_async_callback(batchers[name].close)
-        aliases = Aliases(registry)
+
+        def start(backbone: Backbone) -> Batcher:
+            # Counted with its backbone: a series for each tenant's network would be without bound.
+            return Batcher(
+                backbone,
+                max_queue=settings.max_queue,
+                workers=settings.usable_threads,
+                observe=metrics.stage,
+                observe_batch=partial(metrics.batch, backbone.spec.name),
+            )
+
+        networks = Networks(store, settings.network_cache_bytes, start)
+        stack.push_async_callback(networks.close)
+
+        def arrived(alias: Alias) -> None:
+            if alias.network is not None and alias.backbone in batchers:
+                networks.foresee(alias, batchers[alias.backbone].backbone)
+
+        aliases = Aliases(registry, arrived=arrived)
         await aliases.start()
         stack.push_async_callback(aliases.close)
         heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
@@ -119,7 +145,11 @@ async def compose(settings: Settings) -> Components:
         )
         revising = Revising(keeping, fitter, heads, limits, metrics.stage)
         adapting = Adapting(revising, batchers, metrics.adapt)
-        predicting = Predicting(aliases, store, heads, batchers, Explaining(keeping), metrics.stage)
+        predicting = Predicting(aliases, store, heads, batchers, Explaining(keeping), networks, metrics.stage)
+        workers = tuple(Supervised(settings.worker) for _ in range(settings.workers))
+        for worker in workers:
+            await worker.start()
+            stack.push_async_callback(worker.close)
         # A daemon: a bucket may be long, and nobody waits for it at shutdown.
         threading.Thread(target=_sweep, args=(registry, store), daemon=True).start()
         components = Components(
@@ -135,10 +165,14 @@ async def compose(settings: Settings) -> Components:
             curating=Curating(adapting),
             exporting=Exporting(predicting),
             predicting=predicting,
+            submitting=Submitting(
+                adapting, max_open=settings.max_jobs, deadline_seconds=settings.max_job_seconds
+            ),
+            workers=workers,
             metrics=metrics,
             closing=stack.pop_all(),
         )
-    _watch(components)
+    _watch(components, networks)
     return components
 
 
@@ -210,7 +244,7 @@ def _sweep(registry: Registry, store: Store) -> None:
             logger.info("swept %d artifacts that no adapter refers to", removed)
 
 
-def _watch(components: Components) -> None:
+def _watch(components: Components, networks: Networks) -> None:
     """What is read when the metrics are scraped."""
     gauge, counter = components.metrics.gauge, components.metrics.counter
     build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
@@ -244,12 +278,31 @@ def _watch(components: Components) -> None:
     )
     gauge("topwork_head_cache_bytes", "Bytes of the heads in memory.", lambda: float(heads.bytes))
     gauge(
+        "topwork_network_cache_bytes",
+        "Bytes of the fine-tuned networks in memory, about.",
+        lambda: float(networks.bytes),
+    )
+    for state in get_args(JobState):
+        gauge(
+            "topwork_jobs",
+            "Jobs by state, over all processes that share the database.",
+            partial(_jobs, components.registry, state),
+            {"state": state},
+        )
+    gauge(
         "topwork_live_versions", "Adapters with a live version.", partial(_live_versions, components.registry)
     )
 
 
 def _depth(batcher: Batcher) -> float:
     return float(batcher.depth)
+
+
+def _jobs(registry: Registry, state: JobState) -> float:
+    try:
+        return float(registry.jobs.counts()[state])
+    except RegistryError:
+        return math.nan
 
 
 def _live_versions(registry: Registry) -> float:

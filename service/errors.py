@@ -25,15 +25,20 @@ from adapters.onnx_head import InvalidGraph
 from adapters.predicting import HeadMismatch, NoLiveVersion
 from adapters.records import (
     AliasMoved,
+    JobFinished,
     RegistryUnavailable,
     RevisionMoved,
+    TooManyJobs,
     UnknownAdapter,
     UnknownExample,
+    UnknownJob,
     UnknownVersion,
 )
 from adapters.revising import AdapterFull, NothingToFit
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
+from adapters.submitting import CannotTune, TooFewExamples
 from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
+from models.manifest import CorruptExport
 from models.preprocess import InputError
 from models.spec import UnknownBackbone
 
@@ -49,11 +54,15 @@ STATUSES: dict[type[Exception], int] = {
     MixedInputs: 422,
     NothingToFit: 422,
     OneLabel: 422,
+    TooFewExamples: 422,
     UnknownBackbone: 422,
     UnknownAdapter: 404,
     UnknownVersion: 404,
     UnknownExample: 404,
+    UnknownJob: 404,
     AdapterFull: 409,
+    CannotTune: 409,
+    JobFinished: 409,
     ContractChanged: 409,
     FingerprintMismatch: 409,
     HeadMismatch: 409,
@@ -64,10 +73,12 @@ STATUSES: dict[type[Exception], int] = {
     TooCostly: 413,
     Overloaded: 429,
     FitterOverloaded: 429,
+    TooManyJobs: 429,
     EmbeddingFailed: 500,
     FitFailed: 500,
     InvalidGraph: 500,
     CorruptHead: 500,
+    CorruptExport: 500,
     CorruptArtifact: 500,
     MissingArtifact: 500,
     BatcherClosed: 503,

@@ -84,8 +84,11 @@ _TENANT = {
 
 
 def _plain_properties(model: type[BaseModel], left_out: str) -> dict[str, Any]:
+    """What a form field or a query parameter can say: all but that one, and what is an object itself."""
     properties: dict[str, Any] = model.model_json_schema()["properties"]
-    return {name: schema for name, schema in properties.items() if name != left_out}
+    return {
+        name: schema for name, schema in properties.items() if name != left_out and "$ref" not in str(schema)
+    }
 
 
 def _form(model: type[BaseModel], files: str) -> dict[str, Any]:

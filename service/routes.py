@@ -23,6 +23,7 @@ from service.composition import Components
 from service.docs import add_docs
 from service.embeddings import openai_embeddings
 from service.errors import Problem
+from service.events import job_events
 from service.metrics import CONTENT_TYPE
 from service.openapi import body, describe, problems
 
@@ -61,6 +62,7 @@ Adapter = Annotated[str, Depends(adapter_name)]
 Example = Annotated[str, Depends(example_id)]
 Behind = Annotated[str | None, Depends(behind)]
 Expected = Annotated[str | None, Depends(expected)]
+JobsAdapter = Annotated[str | None, Query(max_length=63)]
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
 
@@ -74,6 +76,7 @@ def build_api(components: Components) -> FastAPI:
     add_flows(api, components, bodies)
     add_adapters(api, components, bodies)
     add_examples(api, components, bodies)
+    add_jobs(api, components)
     describe(api)
     add_docs(api)
     return api
@@ -86,11 +89,18 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     @api.post(
         "/adapt",
         openapi_extra=body(schemas.AdaptRequest, files="examples"),
-        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 413, 415, 422, 429)},
+        responses={
+            200: {"model": schemas.AdaptResponse},
+            202: {"model": schemas.JobOut},
+            **problems(404, 409, 413, 415, 422, 429),
+        },
     )
     async def adapt(request: Request, tenant: Tenant) -> Response:
-        """Learn from examples: a new version comes back with what it is worth."""
-        return answers.adapted(await adapting.adapt(tenant, await bodies.adapt(request)))
+        """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
+        command = await bodies.adapt(request)
+        if command.fine_tune is not None:
+            return answers.submitted(await components.submitting.fine_tune(tenant, command))
+        return answers.adapted(await adapting.adapt(tenant, command))
 
     @api.post(
         "/predict",
@@ -245,6 +255,39 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies) -> None:
     async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Tell what is right for an input, or for a kept example."""
         return answers.revised(await curating.feedback(tenant, adapter, await bodies.feedback(request)))
+
+
+def add_jobs(api: FastAPI, components: Components) -> None:
+    """Work that outlives its request."""
+    submitting = components.submitting
+    # A stream ends by itself before the edge would break it off.
+    streamed = 0.9 * components.settings.request_timeout
+
+    @api.get("/jobs", responses={200: {"model": schemas.JobsOut}, **problems(422)})
+    async def jobs(
+        tenant: Tenant, cursor: Behind, adapter: JobsAdapter = None, limit: Limit = 100
+    ) -> Response:
+        """The tenant's jobs, the newest first."""
+        return answers.jobs(await submitting.jobs(tenant, adapter, cursor, limit + 1), limit)
+
+    @api.get("/jobs/{job}", responses={200: {"model": schemas.JobOut}, **problems(404)})
+    async def job(tenant: Tenant, job: str) -> Response:
+        """One job."""
+        return answers.one_job(await submitting.job(tenant, job))
+
+    @api.get(
+        "/jobs/{job}/events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, **problems(404)},
+    )
+    async def events(tenant: Tenant, job: str) -> Response:
+        """The job with each change, as server-sent events, until it has ended."""
+        return await job_events(submitting, tenant, job, streamed)
+
+    @api.post("/jobs/{job}/cancel", responses={200: {"model": schemas.JobOut}, **problems(404, 409)})
+    async def cancel(tenant: Tenant, job: str) -> Response:
+        """Cancel a job; one that runs ends within seconds, and publishes nothing."""
+        return answers.one_job(await submitting.cancel(tenant, job))
 
 
 def which(ids: list[str] | None, everything: bool) -> list[str] | None:

@@ -61,6 +61,23 @@ class ExampleIn(InputIn, TargetIn):
     )
 
 
+class FineTuneIn(Request):
+    """How a network is fine-tuned. See docs/fine-tuning.md."""
+
+    epochs: int = Field(default=8, ge=1, le=100, description="Of everything, at most.")
+    full_size_epochs: int = Field(
+        default=2, ge=0, le=100, description="The last epochs, in which images have the backbone's own size."
+    )
+    pixels: int = Field(default=128, ge=32, le=512, description="Of an image's side in the other epochs.")
+    batch: int = Field(default=32, ge=2, le=256)
+    head_rate: float = Field(default=1e-3, gt=0, le=1, description="Learning rate of the head.")
+    backbone_rate: float = Field(
+        default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
+    )
+    patience: int = Field(default=3, ge=1, le=100, description="Epochs without progress before it stops.")
+    seed: int = Field(default=0, ge=0, le=BIGGEST)
+
+
 class AdaptRequest(Request):
     """Examples to learn from. Without any, the adapter is fitted again on what it keeps."""
 
@@ -83,7 +100,11 @@ class AdaptRequest(Request):
     task: Task | None = Field(
         default=None, description="classification at creation if not given; fixed after."
     )
-    method: Literal["linear_probe"] = "linear_probe"
+    method: Literal["linear_probe", "fine_tune"] = Field(
+        default="linear_probe",
+        description="fine_tune trains the whole network on all that is kept: a job, answered with 202.",
+    )
+    fine_tune: FineTuneIn | None = Field(default=None, description="How; only with method fine_tune.")
     update: Literal["append", "replace"] = Field(
         default="append", description="append: a known id replaces that example. replace: forget all others."
     )
@@ -404,4 +425,35 @@ class ExamplesPage(BaseModel):
 
     adapter: str
     examples: list[KeptExampleOut]
+    next: str | None = Field(description="Send it as cursor for the next page.")
+
+
+class JobErrorOut(BaseModel):
+    """Why a job failed."""
+
+    code: str = Field(examples=["diverged"])
+    detail: str
+
+
+class JobOut(BaseModel):
+    """A job. Its progress is that of the attempt under way: phase, epoch, loss, held_out_accuracy, share."""
+
+    id: str
+    adapter: str
+    kind: Literal["fine_tune", "bulk_adapt"]
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    attempt: int
+    cancel_requested: bool
+    progress: dict[str, Any] | None
+    version: int | None = Field(description="The version that it made.")
+    error: JobErrorOut | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class JobsOut(BaseModel):
+    """A page of jobs, the newest first."""
+
+    jobs: list[JobOut]
     next: str | None = Field(description="Send it as cursor for the next page.")

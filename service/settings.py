@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from adapters.supervising import WorkerConfig
+
 MIB = 1 << 20
 
 
@@ -78,6 +80,17 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="A fit predicted to take longer is refused."
     )
     max_fit_bytes: int = Field(default=512 * MIB, gt=0, description="Memory of the blocks of one fit.")
+    workers: int = Field(
+        default=1, ge=0, le=8, description="Processes that do fine-tunes; 0: others do, elsewhere."
+    )
+    worker_threads: int = Field(default=1, ge=1, le=256, description="Threads of one worker.")
+    max_jobs: int = Field(default=10, gt=0, description="Jobs that a tenant may have queued and running.")
+    max_job_seconds: float = Field(
+        default=86_400.0, gt=0, description="Seconds from a job's submission until it fails."
+    )
+    network_cache_bytes: int = Field(
+        default=512 * MIB, gt=0, description="Loaded networks of fine-tuned versions kept in memory."
+    )
     head_cache_bytes: int = Field(default=64 * MIB, gt=0, description="Loaded heads kept in memory.")
     request_timeout: float = Field(
         default=120.0, gt=0, description="Seconds that a request may take; beyond it, 504."
@@ -128,6 +141,18 @@ class Settings(BaseSettings):
     def store(self) -> str:
         """Folder or bucket URL of the artifacts."""
         return self.store_url or str(self.home / "artifacts")
+
+    @property
+    def worker(self) -> WorkerConfig:
+        """What a worker of this service's jobs needs."""
+        return WorkerConfig(
+            database=self.database,
+            store=self.store,
+            scratch=str(self.home / "jobs"),
+            store_options=self.store_options,
+            device=self.device,
+            threads=self.worker_threads,
+        )
 
     @property
     def usable_threads(self) -> int:

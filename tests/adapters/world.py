@@ -19,6 +19,7 @@ from adapters.explaining import Explaining
 from adapters.fitter import Fitter
 from adapters.head import Head
 from adapters.keeping import Keeping
+from adapters.networks import Networks
 from adapters.predicting import PredictAnswer, Predicting, Prediction, PredictQuery
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Revising
@@ -124,10 +125,11 @@ async def world(
     fitter = Fitter()
     aliases = Aliases(registry, interval=0.05)
     keeping = Keeping(registry, opened, aliases)
+    networks = Networks(opened, 64 << 20, lambda backbone: Batcher(backbone, max_queue=1_000, workers=2))
     heads: Cache[Head] = Cache(1 << 20, lambda head: head.nbytes)
     revising = Revising(keeping, fitter, heads, limits)
     adapting = Adapting(revising, batchers, outcomes.append)
-    predicting = Predicting(aliases, opened, heads, batchers, Explaining(keeping))
+    predicting = Predicting(aliases, opened, heads, batchers, Explaining(keeping), networks)
     await fitter.start()
     await aliases.start()
     for batcher in batchers.values():
@@ -153,6 +155,7 @@ async def world(
         for backbone in backbones.values():
             backbone.close()
         keeping.close()
+        await networks.close()
         await aliases.close()
         await fitter.close()
         registry.close()

@@ -218,7 +218,7 @@ def test_a_target_that_is_not_finite(caller: Caller, target: str) -> None:
         ({"adapter": "films", "exampels": []}, "/exampels"),
         ({"adapter": "films", "fit": "yes"}, "/fit"),
         ({"adapter": "films", "update": "merge"}, "/update"),
-        ({"adapter": "films", "method": "fine_tune"}, "/method"),
+        ({"adapter": "films", "method": "boosting"}, "/method"),
         ({"adapter": 5}, "/adapter"),
         ({"adapter": "No Such Name"}, "/adapter"),
         ({"adapter": "../../etc"}, "/adapter"),

@@ -160,13 +160,18 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
     """An exception without one would be answered as a failure of ours, 500, when it is meant for the
     caller.
     """
-    # Raised while starting, or caught by the layer above, and never on their way to a caller.
+    # Raised while starting or in a worker, or caught by the layer above, and never on their way to a caller.
     internal = {
-        "CorruptExport",
+        "Cancelled",
+        "DeadlinePassed",
         "DeviceUnavailable",
+        "Diverged",
         "ExportRefused",
+        "LeaseLost",
         "RegistryError",
         "RegistryTooNew",
+        "ShuttingDown",
+        "Stopped",
         "StoreError",
     }
     missing = set()

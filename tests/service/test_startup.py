@@ -201,7 +201,9 @@ def test_what_was_started_ends_when_the_service_is_killed(tmp_path: Path) -> Non
 
 def test_a_dead_fitter_is_not_ready_or_replaced(server: str, serving: Serving) -> None:
     """It may be started again at once; what must not happen is that it is gone and the service says ready."""
-    (fitter,) = [pid for pid in serving.group() if pid != serving.process.pid]
+    (fitter,) = [
+        pid for pid in serving.group() if b"adapters.fitter" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(fitter, signal.SIGKILL)
     adapted = post(f"{server}/adapt", {"adapter": "after-a-dead-fitter", "examples": texts(4)})
     assert adapted["version"] == 1

@@ -1,0 +1,105 @@
+"""Starts the worker beside the service, and starts it again when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger("topwork")
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+# Time for the work to notice that it is to end, before the process is killed; its job goes on elsewhere.
+_PATIENCE = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a worker needs. scratch: a folder for checkpoints, with which another one can go on."""
+
+    database: str
+    store: str
+    scratch: str
+    store_options: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    lease_seconds: float = 30.0
+    poll_seconds: float = 1.0
+    max_running_per_tenant: int = 1
+
+
+class Supervised:
+    """One worker process. For one event loop. It dies with this process: its input ends then."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._process: asyncio.subprocess.Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker runs, or is about to be started again."""
+        return self._watching is not None and not self._watching.done()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Starts the worker; it comes up by itself, and nobody waits for it."""
+        self._watching = asyncio.create_task(self._watch(), name="worker")
+
+    async def close(self) -> None:
+        """Ends the worker; what it was at goes on in another one."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), _PATIENCE)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _watch(self) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            begun = time.monotonic()
+            try:
+                status = await self._run()
+            except OSError as error:
+                status = -1
+                logger.warning("the worker cannot be started: %s", error)
+            if time.monotonic() - begun > _LONGEST_PAUSE:
+                pause = _FIRST_PAUSE
+            logger.warning("the worker ended with %d; it is started again in %.1f s", status, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _run(self) -> int:
+        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "adapters.worker",
+            stdin=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await process.stdin.drain()
+        return await process.wait()

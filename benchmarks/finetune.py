@@ -1,0 +1,229 @@
+"""Fine-tunes over HTTP beside the head that they replace, and the same network trained from random weights.
+
+python -m benchmarks.finetune [set ...] [--seeds N]      # emoji-google, trec-coarse; both by default
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import client, datasets
+from benchmarks.datasets import Sample
+from benchmarks.report import Report, Spread, table
+
+SEEDS = 3
+SPLITS = {"emoji-google": (1_324, 562), "trec-coarse": (1_000, 1_000)}
+AHEAD = 3.0
+HONEST = 3.0
+POLL_SECONDS = 2.0
+# Of a request's time on a version with a network of its own, over the same request on a head.
+PREDICT_RATIO = 1.1
+PREDICTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One split: accuracies on the test, what the job said of itself, and how long it took."""
+
+    head: float
+    tuned: float
+    scratch: float
+    reported: float
+    seconds: float
+    seconds_per_image: float
+    promoted: bool
+    predict_ratio: float
+
+
+def accuracy(service: client.Client, adapter: str, test: Sequence[Sample], version: int) -> float:
+    """Of a version, over HTTP."""
+    right = 0
+    for begin in range(0, len(test), 100):
+        part = test[begin : begin + 100]
+        body = {
+            "adapter": adapter,
+            "version": version,
+            "top_k": 1,
+            "inputs": [client.as_input(sample) for sample in part],
+        }
+        found = service.request("POST", "/predict", json=body).json()["predictions"]
+        right += sum(one.get("label") == sample.label for one, sample in zip(found, part, strict=True))
+    return right / len(test)
+
+
+def tune(service: client.Client, adapter: str) -> tuple[dict[str, Any], float]:
+    """The finished job, and seconds from its submission."""
+    body = {"adapter": adapter, "method": "fine_tune", "examples": []}
+    job: dict[str, Any] = service.request("POST", "/adapt", json=body).json()
+    begun = time.perf_counter()
+    told = None
+    while job["finished_at"] is None:
+        time.sleep(POLL_SECONDS)
+        job = service.request("GET", f"/jobs/{job['id']}").json()
+        if job["progress"] and job["progress"] != told:
+            told = job["progress"]
+            print(f"  {time.perf_counter() - begun:.0f} s: {told}", flush=True)
+    if job["state"] != "succeeded":
+        raise SystemExit(f"the job {job['state']}: {job['error']}")
+    return job, time.perf_counter() - begun
+
+
+def predict_ratio(service: client.Client, adapter: str, sample: Sample, versions: tuple[int, int]) -> float:
+    """Median time of one input on the second version over that on the first, asked in turn."""
+    seconds: dict[int, list[float]] = {version: [] for version in versions}
+    for turn in range(PREDICTS + 20):
+        for version in versions:
+            body = {"adapter": adapter, "version": version, "inputs": [client.as_input(sample)]}
+            begin = time.perf_counter()
+            service.request("POST", "/predict", json=body)
+            if turn >= 20:
+                seconds[version].append(time.perf_counter() - begin)
+    first, second = (float(np.median(seconds[version])) for version in versions)
+    return second / first
+
+
+def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample], seconds: float) -> float:
+    """Accuracy of the same network trained from random weights, in this process, for so many seconds."""
+    import torch
+
+    from adapters.features import Scaling
+    from adapters.fine_tune import Checkpoint, FineTuneConfig, Lesson, Model, Progress, fine_tune
+    from adapters.head import Head
+    from adapters.samples import batches, samples_of
+    from models.exported import find
+    from models.network import load_network
+    from models.spec import TOKENIZER_FILE
+
+    class TimeIsUp(Exception):
+        pass
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = load_network(backbone)
+    for module in network.forward.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    names = sorted({sample.label for sample in train})
+    folder = find(backbone)
+    assert folder is not None
+    dim = network.spec.dim
+    tokenizer = folder / TOKENIZER_FILE if network.spec.kind == "text" else None
+    blank = Head(
+        "classification",
+        "",
+        tuple(names),
+        Scaling("none", np.zeros(dim, np.float32), 1.0),
+        np.zeros((len(names), dim), np.float32),
+        np.zeros(len(names), np.float32),
+    )
+    model = Model(network.forward, blank)
+    labels = np.array([names.index(sample.label) for sample in train])
+    samples = samples_of(network.spec, [sample.input for sample in train], tokenizer)
+    lesson = Lesson(samples, labels, np.arange(len(train)) % 5 == 4)
+    end = time.monotonic() + seconds
+
+    def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
+        if time.monotonic() > end:
+            raise TimeIsUp
+
+    config = FineTuneConfig(epochs=100, full_size_epochs=0, backbone_rate=1e-3, patience=100)
+    with contextlib.suppress(TimeIsUp):
+        fine_tune(model, lesson, 0.1, config, tell=tell)
+    asked = samples_of(network.spec, [sample.input for sample in test], tokenizer)
+    model.eval()
+    with torch.inference_mode():
+        answers = [model(*asked.plain(rows)).argmax(dim=1) for rows in batches(range(len(test)), 16)]
+    expected = np.array([names.index(sample.label) if sample.label in names else -1 for sample in test])
+    return float((torch.cat(answers).numpy() == expected).mean())
+
+
+def run(server: client.Server, name: str, seed: int, folder: Path) -> Run:
+    """One seed of one set."""
+    count, tests = SPLITS[name]
+    samples = datasets.stratified_order(datasets.load(name, folder).samples, seed)
+    train, test = samples[:count], samples[count : count + tests]
+    service, adapter = client.Client(server, "bench-finetune"), f"{name}-{seed}"
+    probe = service.adapt(adapter, train)
+    job, seconds = tune(service, adapter)
+    number, before = job["version"], probe["version"]
+    version = service.request("GET", f"/adapters/{adapter}/versions/{number}").json()
+    report = version["report"]
+    epochs = report["fine_tune"]["epochs"]
+    found = Run(
+        head=accuracy(service, adapter, test, before),
+        tuned=accuracy(service, adapter, test, number),
+        scratch=from_scratch(probe["backbone"], train, test, seconds),
+        reported=report["accuracy"],
+        seconds=seconds,
+        seconds_per_image=seconds / (epochs * 0.8 * count),
+        promoted=report["promotion"]["promoted"],
+        predict_ratio=predict_ratio(service, adapter, test[0], (before, number)),
+    )
+    service.close()
+    print(f"{name}, seed {seed}: {found}", flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the named sets and writes benchmarks/results/finetune.md and .json; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(SPLITS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.sets) - set(SPLITS):
+        parser.error(f"no such set: {', '.join(sorted(unknown))}")
+    report = Report("finetune", "Fine-tunes")
+    rows = []
+    with client.running() as server:
+        for name in options.sets or SPLITS:
+            runs = [run(server, name, seed, options.data) for seed in range(options.seeds)]
+            head, tuned = (Spread(tuple(getattr(one, part) for one in runs)) for part in ("head", "tuned"))
+            scratch = Spread(tuple(one.scratch for one in runs))
+            seconds = Spread(tuple(one.seconds for one in runs))
+            each = Spread(tuple(one.seconds_per_image for one in runs))
+            rows.append(
+                [
+                    name,
+                    f"{SPLITS[name][0]}/{SPLITS[name][1]}",
+                    head.text(".3f"),
+                    tuned.text(".3f"),
+                    f"{100 * (tuned.mean - head.mean):+.1f}",
+                    scratch.text(".3f"),
+                    seconds.text(".0f", " s"),
+                    each.text(".3f", " s"),
+                ]
+            )
+            off = max(abs(one.reported - one.tuned) for one in runs)
+            ratio = Spread(tuple(one.predict_ratio for one in runs)).median
+            report.expect(
+                f"{name}: ahead of the head", 100 * (tuned.mean - head.mean), ">=", AHEAD, " points"
+            )
+            report.expect(
+                f"{name}: reported accuracy off the test's, most", 100 * off, "<=", HONEST, " points"
+            )
+            report.expect(f"{name}: /predict over that on a head", ratio, "<=", PREDICT_RATIO)
+            report.data[name] = [asdict(one) for one in runs]
+    head_row = [
+        "set", "train/test", "head", "fine-tuned", "points ahead", "random weights, same time", "wall time",
+        "seconds an example and epoch",
+    ]  # fmt: skip
+    report.add("Accuracy on unseen inputs", table(head_row, rows))
+    return report.finish()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
