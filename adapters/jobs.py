@@ -110,6 +110,11 @@ class Jobs:
         found.update((state, count) for state, count in rows)
         return found
 
+    def open_ids(self) -> set[str]:
+        """The ids of all jobs that are queued or running, over all tenants."""
+        with self._database.reading() as connection:
+            return set(connection.execute(select(jobs.c.id).where(jobs.c.state.in_(_OPEN))).scalars())
+
     def claim(
         self, lease_seconds: float, *, kinds: Collection[JobKind], max_running_per_tenant: int
     ) -> Claim | None:

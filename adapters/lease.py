@@ -93,3 +93,8 @@ class Lease:
 def checkpoint_path(scratch: Path, job_id: str) -> Path:
     """Where a job's work leaves what another attempt can go on with."""
     return scratch / f"{job_id}.safetensors"
+
+
+def checkpoints(scratch: Path) -> list[Path]:
+    """What any work has left; the stem of each name is its job's id."""
+    return list(scratch.glob("*.safetensors"))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, checkpoint_path
+from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, checkpoint_path, checkpoints
 from adapters.records import Claim, Committed, JobKind, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreUnavailable, open_store
@@ -53,6 +53,7 @@ class Worker:
                 self._stopping.wait(_RETRY_SECONDS)
                 continue
             if claim is None:
+                self._tidy()
                 self._stopping.wait(self._config.poll_seconds)
             else:
                 self._do(claim)
@@ -99,6 +100,20 @@ class Worker:
         torch.set_num_threads(self._config.threads)
         scratch = Path(self._config.scratch)
         return Tuning(self._registry, self._store, scratch, self._config.device).run(lease)
+
+    def _tidy(self) -> None:
+        """Removes checkpoints of jobs that have ended, or went with their adapter."""
+        left = checkpoints(Path(self._config.scratch))
+        if not left:
+            return
+        try:
+            wanted = self._registry.jobs.open_ids()
+        except RegistryUnavailable as error:
+            logger.warning("checkpoints stay for now: %s", error)
+            return
+        for path in left:
+            if path.stem not in wanted:
+                path.unlink(missing_ok=True)
 
     def _settle(self, end: Callable[[], None]) -> None:
         """Ends the attempt; where that cannot be recorded, its lease runs out."""

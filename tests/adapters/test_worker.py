@@ -237,6 +237,14 @@ def test_a_cancelled_job_ends_within_five_seconds_and_publishes_nothing(place: P
     assert not list((place.folder / "scratch").glob("*.safetensors"))
 
 
+def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
+    job = place.submit(LONG)
+    with worker(place.config):
+        until(place.checkpoint(job).exists)
+        place.registry.delete_adapter("acme", "shades")
+        until(lambda: not place.checkpoint(job).exists(), 8.0)
+
+
 def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place) -> None:
     job = place.submit({**CONFIG, "epochs": 4, "patience": 4})
     with worker(place.config) as stopped:
