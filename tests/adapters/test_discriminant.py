@@ -55,6 +55,19 @@ def test_a_fold_is_predicted_from_the_others_only(rows: Floats) -> None:
         )
 
 
+def test_a_small_fold_of_rows_in_their_eigenbasis_too(rows: Floats) -> None:
+    wide = np.concatenate([rows, np.random.default_rng(1).standard_normal((len(rows), 30))], axis=1)
+    wide -= wide.mean(axis=0)
+    turned = (wide @ np.linalg.eigh(wide.T @ wide)[1]).astype(np.float32)
+    dealt = np.full(len(rows), -1)
+    dealt[:6], dealt[20:24], dealt[40:45] = 0, 1, 2
+    updated, solved = (
+        Discriminant(columns.astype(np.float32), LABELLED, LABELS, dealt, 42).held_out(range(3))
+        for columns in (turned, wide)
+    )
+    np.testing.assert_allclose(updated, solved, rtol=1e-3, atol=1e-3)
+
+
 def test_a_label_whose_only_example_is_held_out(rows: Floats) -> None:
     labels = LABELLED.copy()
     labels[0] = LABELS
