@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ test: .venv/dev.stamp  ## Run the tests
 
 test-kill: .venv/dev.stamp  ## Kill the service 200 times during adapts, and look for what was lost
 	$(RUN) benchmarks.kill --times 200
+
+test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs
+	$(RUN) benchmarks.kill_jobs --times-worker 50 --times-server 20
 
 check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

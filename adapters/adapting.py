@@ -73,7 +73,8 @@ class FingerprintMismatch(RuntimeError):
 class AdaptCommand:
     """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
 
-    fine_tune: that a network is to be trained, and how; see Submitting.
+    fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
+    Submitting.
     """
 
     adapter: str
@@ -86,6 +87,7 @@ class AdaptCommand:
     strict: bool = False
     keep_inputs: bool | None = None
     fine_tune: Mapping[str, Any] | None = None
+    callback: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ class Adapting:
     async def _adapt(self, tenant: str, command: AdaptCommand) -> AdaptOutcome:
         started = time.perf_counter()
         seen = await self.revising.keeping.state(tenant, command.adapter)
-        terms = self._terms(command, seen)
+        terms = self.terms(command, seen)
         admitted, rejected, fresh = await self.revising.keeping.aside(lambda: _admit(command, terms, seen))
         if command.strict and rejected:
             raise ExamplesRejected(rejected, strict=True)
@@ -184,7 +186,7 @@ class Adapting:
                 raise ExamplesRejected(rejected, strict=command.strict)
 
             async def step(state: State | None) -> Revised:
-                terms = self._terms(command, state)
+                terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
                 vectors.update((await self.embed_new(terms, usable, known))[0])
@@ -211,8 +213,11 @@ class Adapting:
         async with self.revising.keeping.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
             yield ahead
 
-    def _terms(self, command: AdaptCommand, state: State | None) -> Creation:
-        """What holds for the adapter: what was fixed at its creation, or what the command creates."""
+    def terms(self, command: AdaptCommand, state: State | None) -> Creation:
+        """What holds for the adapter: what was fixed at its creation, or what the command creates.
+
+        Raises ContractChanged, FingerprintMismatch, UnknownBackbone, MixedInputs, UnknownAdapter.
+        """
         if state is None:
             return self._new_terms(command)
         adapter = state.adapter

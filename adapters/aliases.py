@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,17 +23,26 @@ _FORGIVEN_SECONDS = CHANGES_KEPT - 60.0
 
 @dataclass(slots=True)
 class _Entry:
-    """What is known of an adapter: its live alias, and those of its other versions that were asked for."""
+    """What is known of an adapter: its live alias, and those of its other versions that were asked for.
+
+    coming: what takes its place once the network is loaded.
+    """
 
     live: Alias
     versions: dict[int, Alias] = field(default_factory=dict)
+    coming: _Entry | None = None
+
+
+async def _nothing(alias: Alias) -> None:
+    """There is nothing to load."""
 
 
 class Aliases:
     """The aliases in use. For one event loop; not thread-safe.
 
     This process's own commits are told by `put` and `drop` and hold at once; those of other processes are
-    polled and hold after `interval` seconds or a little more.
+    polled and hold after `interval` seconds or a little more. One that brings another network holds once that
+    is loaded, `patience` seconds later at the latest; until then what was live before answers.
     """
 
     def __init__(
@@ -42,15 +51,18 @@ class Aliases:
         *,
         max_entries: int = 100_000,
         interval: float = 0.5,
-        arrived: Callable[[Alias], None] = lambda alias: None,
+        patience: float = 10.0,
+        load: Callable[[Alias], Awaitable[None]] = _nothing,
     ) -> None:
-        """arrived(alias) is called with every alias that is new here, on the event loop."""
+        """load(alias) brings into memory what the alias's predictions need, and may raise."""
         self._registry = registry
-        self._arrived = arrived
+        self._load = load
+        self._patience = patience
         self._max_entries = max_entries
         self._interval = interval
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._flights: Flights[Alias] = Flights()
+        self._loads: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
         self._polled_at = time.monotonic()
         self._failing = False
@@ -69,12 +81,15 @@ class Aliases:
         self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
 
     async def close(self) -> None:
-        """Stop polling."""
+        """Stop polling, and waiting for loads."""
         if self._poller is not None:
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poller
             self._poller = None
+        for task in self._loads:
+            task.cancel()
+        await asyncio.gather(*self._loads, return_exceptions=True)
         await self._flights.close()
 
     async def get(
@@ -86,8 +101,8 @@ class Aliases:
         UnknownAdapter, UnknownVersion, RegistryUnavailable.
         """
         key = (tenant, name)
-        entry = self._entries.get(key)
-        if entry is not None and (min_epoch is None or entry.live.epoch >= min_epoch):
+        entry = self._at_least(key, min_epoch or 0)
+        if entry is not None:
             self._entries.move_to_end(key)
         else:
             try:
@@ -119,6 +134,27 @@ class Aliases:
         self._flights.forget((tenant, name))
         self._entries.pop((tenant, name), None)
 
+    async def prepare(self, alias: Alias) -> None:
+        """Wait until what the alias needs is loaded, for `patience` seconds; a load that fails is logged.
+
+        Before a commit of one's own, so that the first prediction after it need not load.
+        """
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._load(alias)
+        # Whatever keeps it from loading, the first prediction tries again, and reports it.
+        except Exception as error:
+            logger.warning("version %s of %s is not loaded beforehand: %r", alias.version, alias.name, error)
+
+    def _at_least(self, key: tuple[str, str], epoch: int) -> _Entry | None:
+        """What is as new as the epoch, if anything; what is still to come where nothing else can answer."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.coming is not None and (entry.live.version is None or entry.live.epoch < epoch):
+            entry = entry.coming
+        return entry if entry.live.epoch >= epoch else None
+
     async def _read(self, key: tuple[str, str]) -> _Entry:
         async def load() -> Alias:
             try:
@@ -128,12 +164,11 @@ class Aliases:
                     self._entries.pop(key, None)
                 raise
             if self._flights.current(key):
-                self._keep(key, alias)
+                self._take_over(key, alias)
             return alias
 
         live = await self._flights.join(key, load)
-        entry = self._entries.get(key)
-        return entry if entry is not None and entry.live.epoch >= live.epoch else _Entry(live)
+        return self._at_least(key, live.epoch) or _Entry(live)
 
     async def _read_version(self, key: tuple[str, str], entry: _Entry, version: int) -> Alias:
         async def load() -> Alias:
@@ -144,12 +179,38 @@ class Aliases:
 
         return await self._flights.join((*key, version, entry.live.epoch), load)
 
+    def _take_over(self, key: tuple[str, str], alias: Alias) -> None:
+        """Keep what was read: once its network is loaded, if there is something to answer until then."""
+        entry = self._entries.get(key)
+        if entry is None or entry.live.uid != alias.uid or alias.network in (None, entry.live.network):
+            self._keep(key, alias)
+            return
+        coming = entry.coming
+        if (coming or entry).live.epoch >= alias.epoch:
+            return
+        if coming is not None and coming.live.network == alias.network:
+            # The wait for this network goes on: commits that follow each other must not prolong it.
+            coming.live, coming.versions = alias, {}
+            return
+        entry.coming = _Entry(alias)
+        task = asyncio.create_task(self._switch(key, entry.coming))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    async def _switch(self, key: tuple[str, str], coming: _Entry) -> None:
+        await self.prepare(coming.live)
+        entry = self._entries.get(key)
+        # Otherwise the adapter is deleted, or something newer holds or is to come.
+        if entry is not None and entry.coming is coming:
+            self._entries[key] = coming
+
     def _keep(self, key: tuple[str, str], alias: Alias) -> None:
         entry = self._entries.get(key)
         if entry is not None and entry.live.epoch >= alias.epoch:
             return
-        self._entries[key] = _Entry(alias)
-        self._arrived(alias)
+        coming = None if entry is None else entry.coming
+        newer = coming is not None and coming.live.epoch > alias.epoch
+        self._entries[key] = _Entry(alias, coming=coming if newer else None)
         self._entries.move_to_end(key)
         while len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
@@ -188,7 +249,7 @@ class Aliases:
         for change in await self._changed(missed + _OVERLAP_SECONDS):
             key = (change.tenant, change.name)
             entry = self._entries.get(key)
-            if entry is not None and entry.live.epoch < change.epoch:
+            if entry is not None and (entry.coming or entry).live.epoch < change.epoch:
                 # The adapter may be gone, which the load has then noted.
                 with suppress(UnknownAdapter):
                     await self._read(key)

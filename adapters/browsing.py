@@ -48,6 +48,10 @@ class Browsing:
     async def promote(self, tenant: str, name: str, number: int, if_match: str | None) -> AdapterRecord:
         """Points `live` at a version. Raises UnknownAdapter, UnknownVersion, AliasMoved."""
         adapter = await self.adapter(tenant, name)
+        # Loaded before it is live anywhere, so that no prediction waits for it here.
+        await self._keeping.aliases.prepare(
+            await asyncio.to_thread(self._registry.resolve, tenant, name, number)
+        )
 
         async def move() -> AdapterRecord:
             committed = await asyncio.to_thread(self._registry.promote, adapter.uid, number, if_match)

@@ -64,7 +64,7 @@ class Cache(Generic[T]):
     def __init__(
         self, max_bytes: int, size_of: Callable[[T], int], leave: Callable[[T], None] = lambda thing: None
     ) -> None:
-        """leave(thing) is called with what was kept and is no more."""
+        """leave(thing) is called with what is no longer kept, and with what was loaded and is not kept."""
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
@@ -97,8 +97,8 @@ class Cache(Generic[T]):
 
         async def load_and_keep() -> T:
             thing = await load()
-            if self._flights.current(key):
-                self._keep(key, thing)
+            if not self._flights.current(key) or not self._keep(key, thing):
+                self._leave(thing)
             return thing
 
         return await self._flights.join(key, load_and_keep)
@@ -128,11 +128,12 @@ class Cache(Generic[T]):
         for key in list(self._entries):
             self.drop(key)
 
-    def _keep(self, key: str, thing: T) -> None:
+    def _keep(self, key: str, thing: T) -> bool:
+        """Makes room for the thing; False if there cannot be enough."""
         size = self._size_of(thing)
         pinned = sum(self._entries[name][1] for name in self._pins if name in self._entries)
         if pinned + size > self.max_bytes:
-            return
+            return False
         for oldest in [name for name in self._entries if name not in self._pins]:
             if self.bytes + size <= self.max_bytes:
                 break
@@ -142,3 +143,4 @@ class Cache(Generic[T]):
             self._leave(left)
         self._entries[key] = (thing, size)
         self.bytes += size
+        return True

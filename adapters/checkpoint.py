@@ -10,13 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters.fine_tune import Checkpoint, Score
+from adapters.learner import Score
+from adapters.second_phase import Checkpoint
 
 logger = logging.getLogger("topwork")
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
-    """Writes the checkpoint so that a reader finds the last whole one, whenever this is killed."""
+    """Writes the checkpoint so that a reader finds the last whole one, whenever this is killed.
+
+    Where it cannot be written the last one stays: only what comes after that would be trained again.
+    """
     numbers = [checkpoint.epoch, checkpoint.stale]
     scores = [
         value for score in (checkpoint.best, checkpoint.first) for value in (score.loss, score.accuracy)
@@ -30,10 +34,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
             tensors[name] = value.clone()
         seen.add(value.data_ptr())
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("the checkpoint of an epoch cannot be kept: %s", error)
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, about: str) -> Checkpoint | None:

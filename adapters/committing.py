@@ -93,7 +93,7 @@ def commit(connection: Connection, change: Change) -> Committed:
 
 
 def commit_job(connection: Connection, change: Change, claim: Claim) -> Committed:
-    """Write the change that a job made, and that the job succeeded. See Registry.commit."""
+    """Write the change that a job made; with a version, the job has succeeded. See Registry.commit."""
     # The adapter's row first, as in its deletion: two that lock both rows must not wait for each other.
     query = select(adapters.c.uid).where(adapters.c.uid == claim.job.adapter_uid)
     connection.execute(query.with_for_update())
@@ -101,8 +101,8 @@ def commit_job(connection: Connection, change: Change, claim: Claim) -> Committe
     if change.uid != claim.job.adapter_uid:
         raise ValueError("the change is to another adapter than the job's")
     committed = commit(connection, change)
-    number = None if committed.version is None else committed.version.number
-    end(connection, claim, "succeeded", version=number)
+    if committed.version is not None:
+        end(connection, claim, "succeeded", version=committed.version.number)
     return committed
 
 

@@ -102,7 +102,7 @@ async def encoders(
         moved = await keeping.embeddings(subject.adapter, bundle)
         files.append(partial(encode_embeddings, moved, fingerprint))
         if bundle[0].inputs is not None:
-            files.append(partial(encode_inputs, await _moved_inputs(keeping, subject.adapter, bundle)))
+            files.append(partial(encode_inputs, await kept_inputs(keeping, subject.adapter, bundle)))
     return files
 
 
@@ -116,9 +116,10 @@ def starts(
     return start, bundles, list(left)
 
 
-async def _moved_inputs(
+async def kept_inputs(
     keeping: Keeping, adapter: AdapterRecord, bundle: Sequence[Stored]
 ) -> list[bytes | str]:
+    """The inputs at the places, which are all kept."""
     found: dict[Artifact, list[bytes | str]] = {}
     for place in bundle:
         assert place.inputs is not None

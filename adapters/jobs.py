@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from adapters.records import (
     UnknownJob,
 )
 from adapters.schema import jobs
+from adapters.store import Artifact
 
 MAX_ATTEMPTS = 3
 """How often a job is begun before it counts as one that ends its worker."""
@@ -163,6 +164,12 @@ class Jobs:
             held(connection, claim)
             end(connection, claim, "failed", error_code=code, error_detail=detail)
 
+    def succeed(self, claim: Claim) -> None:
+        """End the job that made no version: it did what was asked. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            held(connection, claim)
+            end(connection, claim, "succeeded")
+
     def cancelled(self, claim: Claim) -> None:
         """End the job as its tenant requested. Raises LeaseLost."""
         with self._database.writing() as connection:
@@ -185,6 +192,23 @@ class Jobs:
             if job.state == "queued":
                 values |= {"state": "cancelled", "finished_at": current_time(connection)}
             return _update(connection, job_id, values)
+
+
+def uploads_of(connection: Connection, adapter_uid: str) -> set[Artifact]:
+    """What the adapter's unfinished jobs have still to read."""
+    query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, jobs.c.state.in_(_OPEN))
+    requests = [json.loads(request) for request in connection.execute(query).scalars()]
+    return {part for request in requests for part in upload_of(request)}
+
+
+def upload_of(request: Mapping[str, Any]) -> tuple[Artifact, ...]:
+    """The parts of the upload that a job's request names, in order; most jobs have none."""
+    return tuple(Artifact(*part) for part in request.get("upload", ()))
+
+
+def upload_request(parts: Sequence[Artifact]) -> list[list[str | int]]:
+    """The same as a request's "upload"."""
+    return [[part.sha256, part.length, part.nonce] for part in parts]
 
 
 def held(connection: Connection, claim: Claim) -> JobRecord:

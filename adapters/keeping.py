@@ -21,6 +21,7 @@ from adapters.placing import Stored
 from adapters.records import (
     AdapterRecord,
     Change,
+    Claim,
     Committed,
     ExampleRecord,
     RegistryUnavailable,
@@ -71,14 +72,22 @@ class Ahead:
 class Keeping:
     """The registry and the store as one, for one event loop.
 
-    Embeddings that were read stay in a bounded cache.
+    Embeddings that were read stay in a bounded cache. job: what every commit is a part of, see
+    Registry.commit.
     """
 
     def __init__(
-        self, registry: Registry, store: Store, aliases: Aliases, *, embeddings_bytes: int = 64 << 20
+        self,
+        registry: Registry,
+        store: Store,
+        aliases: Aliases,
+        *,
+        embeddings_bytes: int = 64 << 20,
+        job: Claim | None = None,
     ) -> None:
         self.registry = registry
         self.aliases = aliases
+        self._job = job
         self._store = store
         self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
         self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=_give_way)
@@ -177,12 +186,12 @@ class Keeping:
             yield file
         finally:
             if not file.taken:
-                await asyncio.shield(asyncio.ensure_future(self._drop(tenant, file)))
+                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, file)))
 
-    async def _drop(self, tenant: str, file: Ahead) -> None:
+    async def _let_go(self, tenant: str, file: Ahead) -> None:
         # A store that failed has stored nothing, and whoever needed the file has been told.
         with suppress(StoreError):
-            await self._delete(tenant, file.uid, await file.publishing)
+            await self.drop(tenant, file.uid, await file.publishing)
 
     async def commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
         """Commit, let this process's predictions know, and delete the files that are no longer referred to.
@@ -194,12 +203,12 @@ class Keeping:
 
     async def _commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
         try:
-            committed = await asyncio.to_thread(self.registry.commit, change)
+            committed = await asyncio.to_thread(lambda: self.registry.commit(change, job=self._job))
         except RegistryUnavailable:
             # It may have been recorded all the same; if not, a sweep finds the files.
             raise
         except Exception:
-            await self._delete(change.tenant, change.uid, published)
+            await self.drop(change.tenant, change.uid, published)
             raise
         await self.settle(committed)
         return committed
@@ -208,7 +217,7 @@ class Keeping:
         """Let this process's predictions know of a commit, and delete the files that it left unreferenced."""
         self.aliases.put(committed.alias)
         adapter = committed.adapter
-        await self._delete(adapter.tenant, adapter.uid, committed.unreferenced)
+        await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
 
     async def forget(self, tenant: str, name: str) -> None:
         """Delete an adapter with its files.
@@ -226,7 +235,8 @@ class Keeping:
 
         await asyncio.shield(asyncio.ensure_future(delete()))
 
-    async def _delete(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+    async def drop(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+        """Deletes published files that nothing refers to; what cannot be deleted now is swept later."""
         if not artifacts:
             return
         for artifact in artifacts:

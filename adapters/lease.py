@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,14 +38,12 @@ class ShuttingDown(Stopped):
 
 
 class Lease:
-    """Beats for the job in a thread of its own; a context manager. `check` is for the work's thread.
-
-    progress: what the next heartbeat reports; replace it, do not change it.
-    """
+    """Beats for the job in a thread of its own; a context manager. The methods are for the work's thread."""
 
     def __init__(self, jobs: Jobs, claim: Claim, seconds: float, stopping: threading.Event) -> None:
         self.claim = claim
-        self.progress: Mapping[str, Any] | None = None
+        self._progress: Mapping[str, Any] | None = None
+        self._began: tuple[float, float] | None = None
         self._jobs = jobs
         self._seconds = seconds
         self._stopping = stopping
@@ -69,10 +68,26 @@ class Lease:
         if self._why is not None:
             raise self._why
 
+    def report(self, share: float, progress: Mapping[str, Any]) -> None:
+        """What the next heartbeat tells, with the share of the work that is done and about how long it takes.
+
+        share: 0 to 1. The rest is taken to go as fast as what this attempt has done by now.
+        """
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, share)
+        since, done = now - self._began[0], share - self._began[1]
+        left = round(since * (1.0 - share) / done, 1) if done > 0.0 else None
+        self._progress = {**progress, "share": round(share, 4), "seconds_left": left}
+
+    def tell(self) -> None:
+        """Tells at once what was last reported. Raises LeaseLost, RegistryUnavailable."""
+        self._jobs.heartbeat(self.claim, self._seconds, self._progress)
+
     def _beat(self) -> None:
         reported: Mapping[str, Any] | None = None
         while not self._done.wait(min(self._seconds / _BEATS, _MOST_SECONDS)):
-            progress = self.progress
+            progress = self._progress
             try:
                 news = progress if progress is not reported else None
                 heard = self._jobs.heartbeat(self.claim, self._seconds, news)
@@ -96,5 +111,5 @@ def checkpoint_path(scratch: Path, job_id: str) -> Path:
 
 
 def checkpoints(scratch: Path) -> list[Path]:
-    """What any work has left; the stem of each name is its job's id."""
-    return list(scratch.glob("*.safetensors"))
+    """What any work has left, half written too; the stem of each name is its job's id."""
+    return [path for form in ("*.safetensors", "*.partial") for path in scratch.glob(form)]

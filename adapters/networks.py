@@ -3,121 +3,145 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from adapters.cache import Cache
 from adapters.records import Alias
-from adapters.store import Store, StoreError
+from adapters.store import Artifact, Store
 from models.backbone import Backbone
-from models.batcher import Batcher
-from models.manifest import CorruptExport
-
-logger = logging.getLogger("topwork")
+from models.batcher import Batcher, BatcherClosed
 
 # A session's weights and buffers beside the bytes of its graph.
 _BYTES_PER_BYTE = 1.5
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
-    """A network that answers. It is closed once it is retired and nobody uses it."""
+    """A network that answers. It is closed once it is retired and nobody uses it or waits for it."""
 
+    key: str
     batcher: Batcher
     nbytes: int
     users: int = 0
     retired: bool = False
-    closed: bool = False
 
 
 class Networks:
-    """Loads the networks of fine-tuned versions when they are asked for, or foreseen. For one event loop.
+    """Loads the networks of fine-tuned versions when they are asked for, or before. For one event loop.
 
-    start(backbone) gives a batcher for it, started.
+    start(backbone) gives a batcher for it, to be started here. misses: predictions that waited for a load.
     """
 
     def __init__(self, store: Store, max_bytes: int, start: Callable[[Backbone], Batcher]) -> None:
+        self.misses = 0
         self._store = store
         self._start = start
-        self._running: Cache[_Running] = Cache(max_bytes, lambda one: one.nbytes, self._retire)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: Cache[_Running] = Cache(max_bytes, lambda one: one.nbytes, self._retire)
+        self._open: set[_Running] = set()
+        self._waiting: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     @property
     def bytes(self) -> int:
-        """Of the networks in memory, about."""
-        return self._running.bytes
+        """Of the networks that are kept, about; one in use while it is pushed out is not counted."""
+        return self._kept.bytes
 
     @asynccontextmanager
     async def running(self, alias: Alias, base: Backbone) -> AsyncIterator[Batcher]:
         """The batcher of the version's network, which stays as long as the block lasts.
 
         base: the backbone that it was fine-tuned from. Raises MissingArtifact, CorruptArtifact,
-        StoreUnavailable, CorruptExport.
+        StoreUnavailable, CorruptExport, and BatcherClosed after close.
         """
-        one = await self._get(alias, base)
-        one.users += 1
-        try:
+        assert alias.network is not None
+        if alias.network.sha256 not in self._kept:
+            self.misses += 1
+        async with self._used(alias, alias.network, base) as one:
             yield one.batcher
-        finally:
-            one.users -= 1
-            self._close_unused(one)
 
-    def foresee(self, alias: Alias, base: Backbone) -> None:
-        """Loads the network of a version that has just gone live, so that its first prediction need not."""
+    async def prepare(self, alias: Alias, base: Backbone) -> None:
+        """Loads the network of a version that is to go live, if it has one and it can be kept.
 
-        async def load() -> None:
-            try:
-                async with self.running(alias, base):
-                    pass
-            except (StoreError, CorruptExport) as error:
-                logger.warning("the network of %s is not loaded yet: %s", alias.name, error)
-
-        if alias.network is not None:
-            self._keep(asyncio.create_task(load()))
+        Raises as running does.
+        """
+        if alias.network is not None and _nbytes(alias.network) <= self._kept.max_bytes:
+            async with self._used(alias, alias.network, base):
+                pass
 
     async def close(self) -> None:
-        """Lets queued work end and closes every network."""
-        self._running.clear()
-        await asyncio.gather(*self._tasks)
+        """Lets queued work end and closes every network, those in use and those being loaded too."""
+        self._closed = True
+        self._kept.clear()
+        for one in list(self._open):
+            self._close(one)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _get(self, alias: Alias, base: Backbone) -> _Running:
-        network = alias.network
-        assert network is not None
-
+    @asynccontextmanager
+    async def _used(self, alias: Alias, network: Artifact, base: Backbone) -> AsyncIterator[_Running]:
         async def load() -> _Running:
-            def read() -> Backbone:
-                return base.with_network(self._store.read(alias.tenant, alias.uid, network))
+            self._track(asyncio.current_task())
+            return await self._load(alias, network, base)
 
-            backbone = await asyncio.to_thread(read)
-            batcher = self._start(backbone)
-            await batcher.start()
-            return _Running(batcher, int(network.length * _BYTES_PER_BYTE))
+        self._waiting.append(network.sha256)
+        try:
+            one = await self._kept.get(network.sha256, load)
+            one.users += 1
+        finally:
+            self._waiting.remove(network.sha256)
+            self._close_unused()
+        try:
+            yield one
+        finally:
+            one.users -= 1
+            self._close_unused()
 
-        while True:
-            one = await self._running.get(network.sha256, load)
-            if network.sha256 not in self._running:
-                # Larger than all that may be kept, or pushed out a moment ago.
-                one.retired = True
-            if not one.closed:
-                return one
+    async def _load(self, alias: Alias, network: Artifact, base: Backbone) -> _Running:
+        self._refuse_if_closed()
+
+        def read() -> Backbone:
+            return base.with_network(self._store.read(alias.tenant, alias.uid, network))
+
+        backbone = await asyncio.to_thread(read)
+        self._refuse_if_closed()
+        batcher = self._start(backbone)
+        await batcher.start()
+        one = _Running(network.sha256, batcher, _nbytes(network))
+        self._open.add(one)
+        return one
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise BatcherClosed("Fine-tuned networks are closed; restart the service if it is not stopping.")
 
     def _retire(self, one: _Running) -> None:
         one.retired = True
-        self._close_unused(one)
+        self._close_unused()
 
-    def _close_unused(self, one: _Running) -> None:
-        if not one.retired or one.users or one.closed:
-            return
-        one.closed = True
+    def _close_unused(self) -> None:
+        for one in list(self._open):
+            # Whoever waits for the load will use it, even where it is too large to be kept.
+            if one.retired and not one.users and one.key not in self._waiting:
+                self._close(one)
+
+    def _close(self, one: _Running) -> None:
+        self._open.discard(one)
 
         async def close() -> None:
             await one.batcher.close()
             one.batcher.backbone.close()
 
-        self._keep(asyncio.create_task(close()))
+        self._track(asyncio.create_task(close()))
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _track(self, task: asyncio.Task[Any] | None) -> None:
+        assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _nbytes(network: Artifact) -> int:
+    return int(network.length * _BYTES_PER_BYTE)

@@ -11,7 +11,7 @@ from sqlalchemy import Select, func, select
 from adapters import committing
 from adapters.committing import CHANGES_KEPT
 from adapters.database import Database
-from adapters.jobs import Jobs
+from adapters.jobs import Jobs, uploads_of
 from adapters.reading import (
     adapter_by_name,
     adapter_by_uid,
@@ -179,8 +179,9 @@ class Registry:
     def commit(self, change: Change, *, job: Claim | None = None) -> Committed:
         """Write the change in one durable transaction, or nothing of it.
 
-        job: whose success this is, recorded in the same transaction. Raises LeaseLost, before anything else,
-        unless the claim's attempt is the job's newest and its lease lasts: delete the artifacts then.
+        job: whose work this is. A version is its success, recorded in the same transaction. Raises LeaseLost,
+        before anything else, unless the claim's attempt is the job's newest and its lease lasts: delete the
+        artifacts then.
 
         Raises UnknownAdapter (deleted meanwhile), RevisionMoved or AdapterExists (changed meanwhile: read
         again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
@@ -221,4 +222,4 @@ class Registry:
     def referenced(self, uid: str) -> set[Artifact]:
         """The artifacts that rows of the adapter refer to; none if there is no such adapter."""
         with self._database.reading() as connection:
-            return set(artifacts_by_id(connection, uid).values())
+            return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)

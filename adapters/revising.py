@@ -59,7 +59,7 @@ class NothingToFit(ValueError):
 class AdapterLimits:
     """Of one adapter: examples kept, distinct labels; and how it is fitted."""
 
-    max_examples: int = 50_000
+    max_examples: int = 100_000
     max_labels: int = 2_000
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 

@@ -26,7 +26,13 @@ _MASKS = ("[MASK]", "<mask>")
 
 
 class Samples(Protocol):
-    """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented."""
+    """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented.
+
+    sized: whether they can be had in other sizes than the backbone's own.
+    """
+
+    @property
+    def sized(self) -> bool: ...
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """The rows exactly as serving prepares them."""
@@ -68,6 +74,8 @@ def samples_of(spec: BackboneSpec, inputs: Sequence[bytes | str], tokenizer: Pat
 class Images:
     """Encoded images. They are decoded each time: thousands of pictures in memory would be gigabytes."""
 
+    sized = True
+
     def __init__(self, transform: ImageTransform, images: Sequence[bytes]) -> None:
         self._transform = transform
         self._images = images
@@ -104,6 +112,8 @@ def _training_transform(transform: ImageTransform) -> Any:
 
 class Texts:
     """Tokenised texts, padded on the right to the longest of a batch."""
+
+    sized = False
 
     def __init__(self, texts: Sequence[Prepared], pad_id: int, mask_id: int | None) -> None:
         self._texts = [torch.from_numpy(text) for text in texts]

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
-from adapters.adapting import AdaptCommand, Adapting
+from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome
+from adapters.admission import Posted
+from adapters.calling_back import check_callback
 from adapters.curating import InputsNotKept
 from adapters.example import Target
+from adapters.jobs import upload_of, upload_request
 from adapters.keeping import Keeping
-from adapters.records import AdapterRecord, JobRecord, UnknownAdapter
+from adapters.records import (
+    AdapterRecord,
+    Change,
+    JobKind,
+    JobRecord,
+    Kind,
+    RegistryUnavailable,
+    UnknownAdapter,
+)
+from adapters.registry import new_uid
+from adapters.store import Artifact
+from adapters.uploads import BadUpload, Form, kind_of_upload
 
 FINE_TUNE: Final = "fine_tune"
+BULK: Final = "bulk_adapt"
 # Fewer leave nothing to hold out that would say how good the network is.
 FEWEST_EXAMPLES = 50
 FEWEST_OF_A_LABEL = 5
+# Uploads received at once, each with a part or two in memory.
+_UPLOADS = 4
+_PART_BYTES = 16 << 20
 
 
 class CannotTune(RuntimeError):
@@ -54,41 +74,118 @@ class Submitting:
     submission on.
     """
 
-    def __init__(self, adapting: Adapting, *, max_open: int, deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        adapting: Adapting,
+        *,
+        max_open: int,
+        deadline_seconds: float,
+        callback_urls: Sequence[str] = (),
+    ) -> None:
         self._adapting = adapting
+        self._callback_urls = callback_urls
+        self._uploading = asyncio.Semaphore(_UPLOADS)
         self._keeping: Keeping = adapting.revising.keeping
         self._jobs = self._keeping.registry.jobs
         self._max_open = max_open
         self._deadline_seconds = deadline_seconds
 
-    async def fine_tune(self, tenant: str, command: AdaptCommand) -> JobRecord:
+    async def fine_tune(self, tenant: str, command: AdaptCommand) -> tuple[JobRecord, AdaptOutcome | None]:
         """Keeps the command's examples, if it has any, and queues a fine-tune of all that is kept then.
 
         Raises what Adapting.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
-        FingerprintMismatch.
+        FingerprintMismatch, CallbackNotAllowed.
         """
+        self._check_callback(command.callback)
+        stored = None
         if command.posted:
-            await self._adapting.adapt(tenant, replace(command, fit=False))
+            stored = await self._adapting.adapt(tenant, replace(command, fit=False))
         state = await self._keeping.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
         check_tunable(state.adapter, [example.target for example in state.examples])
         self._adapting.check_served(state.adapter)
         request = {"promote": command.promote, "config": dict(command.fine_tune or {})}
+        return await self._submit(tenant, command, FINE_TUNE, request), stored
+
+    async def bulk(
+        self, tenant: str, form: Form, command: AdaptCommand, body: AsyncIterator[bytes]
+    ) -> JobRecord:
+        """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
+
+        The command's own examples are none. Few uploads are received at once; others wait, and send nothing
+        meanwhile. Raises BadUpload, TooManyJobs, CallbackNotAllowed, what Adapting.terms raises, and what the
+        store and the registry raise. The upload is deleted then, or swept later.
+        """
+        self._check_callback(command.callback)
+        async with self._uploading:
+            parts = _parts(body)
+            first = await anext(parts, b"")
+            if not first:
+                raise BadUpload("no_examples", "The upload is empty.")
+            adapter = await self._adapter(tenant, command, kind_of_upload(form, first))
+            kept: list[Artifact] = []
+            try:
+                part = first
+                while part:
+                    kept += await self._keeping.publish(tenant, adapter.uid, [partial(bytes, part)])
+                    part = await anext(parts, b"")
+                request = {
+                    "form": form,
+                    "upload": upload_request(kept),
+                    "update": command.update,
+                    "promote": command.promote,
+                    "fit": command.fit,
+                }
+                return await self._submit(tenant, command, BULK, request)
+            except RegistryUnavailable:
+                # The job may be recorded all the same; if not, a sweep finds the upload.
+                raise
+            except BaseException:
+                await asyncio.shield(asyncio.ensure_future(self._keeping.drop(tenant, adapter.uid, kept)))
+                raise
+
+    async def _adapter(self, tenant: str, command: AdaptCommand, kind: Kind) -> AdapterRecord:
+        """The adapter, created without examples if there is none; an upload that fails leaves it."""
+        state = await self._keeping.state(tenant, command.adapter)
+        # Something of that kind, which names the backbone where the command does not.
+        terms = self._adapting.terms(replace(command, posted=(Posted("" if kind == "text" else b""),)), state)
+        if state is not None:
+            return state.adapter
+        change = Change(tenant, command.adapter, new_uid(), 0, create=terms)
+        return (await self._keeping.commit(change, ())).adapter
+
+    async def _submit(
+        self, tenant: str, command: AdaptCommand, kind: JobKind, request: Mapping[str, Any]
+    ) -> JobRecord:
+        if command.callback is not None:
+            request = {**request, "callback": command.callback}
         return await asyncio.to_thread(
             lambda: self._jobs.submit(
                 tenant,
                 command.adapter,
-                FINE_TUNE,
+                kind,
                 request,
                 deadline_seconds=self._deadline_seconds,
                 max_open=self._max_open,
             )
         )
 
+    def _check_callback(self, url: str | None) -> None:
+        if url is not None:
+            check_callback(url, self._callback_urls)
+
     async def job(self, tenant: str, job_id: str) -> JobRecord:
-        """One job. Raises UnknownJob."""
-        return await asyncio.to_thread(self._jobs.job, tenant, job_id)
+        """One job. Raises UnknownJob.
+
+        Who hears here that it made a version is answered by it from then on, or as soon as it is loaded.
+        """
+        job = await asyncio.to_thread(self._jobs.job, tenant, job_id)
+        if job.version is not None:
+            with suppress(UnknownAdapter, RegistryUnavailable):
+                adapter = await asyncio.to_thread(self._keeping.registry.adapter, tenant, job.adapter)
+                await self._keeping.aliases.get(tenant, job.adapter, min_epoch=adapter.epoch)
+        return job
 
     async def jobs(
         self, tenant: str, adapter: str | None, after: str | None, limit: int
@@ -98,4 +195,19 @@ class Submitting:
 
     async def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancels a queued job, or has a running one end within seconds. Raises UnknownJob, JobFinished."""
-        return await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
+        job = await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
+        if job.state == "cancelled":
+            await self._keeping.drop(tenant, job.adapter_uid, upload_of(job.request))
+        return job
+
+
+async def _parts(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The body in parts of a size that memory is not short of."""
+    part = bytearray()
+    async for chunk in body:
+        part += chunk
+        while len(part) >= _PART_BYTES:
+            yield bytes(part[:_PART_BYTES])
+            del part[:_PART_BYTES]
+    if part:
+        yield bytes(part)

@@ -34,6 +34,13 @@ class WorkerConfig:
     lease_seconds: float = 30.0
     poll_seconds: float = 1.0
     max_running_per_tenant: int = 1
+    max_upload_examples: int = 100_000
+    max_adapter_examples: int = 100_000
+    max_labels: int = 2_000
+    max_fit_bytes: int = 512 << 20
+    max_image_bytes: int = 16 << 20
+    max_image_pixels: int = 50_000_000
+    max_text_chars: int = 100_000
 
 
 class Supervised:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from adapters import calibration
 from adapters.classification import report_of
 from adapters.features import Scaling
-from adapters.fine_tune import FineTuned, Lesson, Model, embed
+from adapters.fine_tune import FineTuned
 from adapters.head import Head, directions_for, doubt_of, softmax, storable
+from adapters.learner import Lesson, Model
 from adapters.region import fit_region
 from adapters.samples import Tensors, batches, seeded
 from models.backbone import Backbone
@@ -59,20 +60,22 @@ def finish(
     than torch.
     """
     spec = replace(network.spec, weights_sha256=weights_sha256(model))
-    head, report, scores = _measured(model, lesson, names, spec.fingerprint, wanted)
-    report |= {
-        "method": f"{len(lesson.testing)} examples held out",
-        "fine_tune": {
-            "epochs": outcome.epochs,
-            "mix": outcome.mix,
-            "frozen": asdict(outcome.first),
-            "tuned": asdict(outcome.final),
-        },
-    }
+    model.cpu()
     with tempfile.TemporaryDirectory(prefix="topwork-tuned-") as scratch:
         folder = Path(scratch)
         write(replace(network, spec=spec, forward=model.network), folder)
-        report["export"] = check_parity(model, head, folder, lesson)
+        backbone = Backbone.open(folder)
+        head, report, scores = _measured(model, backbone, lesson, names, wanted)
+        report |= {
+            "method": f"{len(lesson.testing)} examples held out",
+            "fine_tune": {
+                "epochs": outcome.epochs,
+                "mix": outcome.mix,
+                "frozen": asdict(outcome.first),
+                "tuned": asdict(outcome.final),
+            },
+            "export": check_parity(model, head, backbone, lesson),
+        }
         return Tuned(head, spec, (folder / GRAPH_FILE).read_bytes(), report, scores)
 
 
@@ -86,12 +89,17 @@ def weights_sha256(model: Model) -> str:
 
 
 def _measured(
-    model: Model, lesson: Lesson, names: tuple[str, ...], fingerprint: str, wanted: float
+    model: Model, backbone: Backbone, lesson: Lesson, names: tuple[str, ...], wanted: float
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Temperature, abstention and report from the rows held out, the region from all."""
-    embeddings = embed(model, lesson.samples, range(len(lesson.labels))).cpu()
+    """Temperature, abstention and report from the rows held out, the region from all: as they are served."""
+    rows = np.concatenate(
+        [
+            backbone.run(_unpadded(lesson.samples.plain(some)))
+            for some in batches(range(len(lesson.labels)), _AT_ONCE)
+        ]
+    )
     with torch.inference_mode():
-        logits = model.head.cpu()(embeddings[lesson.testing]).numpy()
+        logits = model.head(torch.from_numpy(rows[lesson.testing])).numpy()
     own = lesson.labels[lesson.testing]
     temperature, _ = calibration.temperature(logits, own)
     logits = logits / np.float32(temperature)
@@ -99,12 +107,11 @@ def _measured(
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
     threshold = calibration.answer_threshold(confidence, right, wanted)
-    rows = np.ascontiguousarray(embeddings.numpy())
     held = np.where(lesson.held_out, 0, -1).astype(np.int64)
     layer = model.head
     head = Head(
         task="classification",
-        fingerprint=fingerprint,
+        fingerprint=backbone.spec.fingerprint,
         labels=names,
         scaling=Scaling(layer.transform, layer.mean.numpy().copy(), float(layer.scale)),
         weight=storable(layer.weight.detach().numpy() / np.float32(temperature)),
@@ -119,13 +126,12 @@ def _measured(
     return head, report | {"temperature": temperature, "threshold": threshold}, scores
 
 
-def check_parity(model: Model, head: Head, folder: Path, lesson: Lesson) -> dict[str, float]:
+def check_parity(model: Model, head: Head, backbone: Backbone, lesson: Lesson) -> dict[str, float]:
     """Compares logits of ONNX Runtime and torch on 512 probes: examples held out, trained on, then changed.
 
     The number of probes and the largest difference. Raises ExportRefused.
     """
-    backbone = Backbone.open(folder)
-    network = model.network.cpu().eval()
+    network = model.network.eval()
     largest, count = 0.0, 0
     for tensors in _probes(lesson):
         with torch.inference_mode():

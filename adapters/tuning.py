@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.example import folds
-from adapters.fine_tune import Checkpoint, FineTuneConfig, Lesson, Model, Progress, fine_tune
+from adapters.fine_tune import fine_tune
+from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
 from adapters.linear_probe import Dataset, ProbeConfig, fit
 from adapters.promotion import Promote, decide
@@ -30,6 +31,7 @@ from adapters.records import (
 )
 from adapters.registry import Registry
 from adapters.samples import Samples, Tensors, samples_of
+from adapters.second_phase import Checkpoint, FineTuneConfig, Progress
 from adapters.segments import (
     Evidence,
     decode_embeddings,
@@ -66,6 +68,7 @@ class _Watched:
     def __init__(self, samples: Samples, lease: Lease) -> None:
         self._samples = samples
         self._lease = lease
+        self.sized = samples.sized
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """See Samples.plain."""
@@ -113,7 +116,7 @@ class Tuning:
             lease.check()
             if checkpoint is not None:
                 save_checkpoint(path, checkpoint, about)
-            lease.progress = _told(progress, config)
+            lease.report(progress.share, _told(progress, config))
 
         outcome = fine_tune(
             model, lesson, probe.report["strength"], config, resume=load_checkpoint(path, about), tell=tell
@@ -154,7 +157,7 @@ class Tuning:
             tokenizer = self._scratch / f"{hashlib.sha256(network.tokenizer).hexdigest()}.json"
             tokenizer.write_bytes(network.tokenizer)
         samples = samples_of(network.spec, kept.inputs, tokenizer)
-        return names, Lesson(_Watched(samples, lease), labels, held_out)
+        return names, Lesson(_Watched(samples, lease), labels, held_out, kept.embeddings)
 
     def _commit(self, kept: _Kept, tuned: Tuned, promote: Promote, lease: Lease) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.
@@ -248,8 +251,7 @@ def _told(progress: Progress, config: FineTuneConfig) -> Mapping[str, Any]:
         "epoch": progress.epoch,
         "epochs": config.epochs,
         "loss": progress.training_loss,
-        "held_out_accuracy": progress.held_out.accuracy,
-        "share": progress.share,
+        "held_out_accuracy": None if progress.held_out is None else progress.held_out.accuracy,
     }
 
 

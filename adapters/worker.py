@@ -6,6 +6,7 @@ list shows arguments. It ends when its standard input does, which is also when i
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,17 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from adapters.calling_back import call_back
+from adapters.jobs import upload_of
 from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, checkpoint_path, checkpoints
-from adapters.records import Claim, Committed, JobKind, LeaseLost, RegistryError, RegistryUnavailable
+from adapters.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
-from adapters.store import StoreError, StoreUnavailable, open_store
+from adapters.store import StoreError, StoreFull, StoreUnavailable, open_store
 from adapters.supervising import WorkerConfig
 
 logger = logging.getLogger("topwork")
 
-_KINDS: tuple[JobKind, ...] = ("fine_tune",)
+_KINDS: tuple[JobKind, ...] = ("fine_tune", "bulk_adapt")
 _NICENESS = 10
 _RETRY_SECONDS = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Worker:
@@ -68,9 +72,11 @@ class Worker:
         logger.info("job %s of %s: attempt %d", job.id, job.adapter, job.attempt)
         try:
             with Lease(jobs, claim, self._config.lease_seconds, self._stopping) as lease:
-                committed = self._tune(lease)
-            logger.info("job %s: version %s", job.id, committed.version and committed.version.number)
-            return
+                if job.kind == "bulk_adapt":
+                    self._take_in(lease)
+                else:
+                    self._tune(lease)
+            logger.info("job %s succeeded", job.id)
         except LeaseLost:
             logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
             return
@@ -84,13 +90,49 @@ class Worker:
             self._settle(lambda: jobs.fail(claim, "deadline_exceeded", "The job did not end in time."))
         except Exception as error:
             code, detail = getattr(error, "code", None), str(error)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
             if code is None:
                 traceback.print_exc()
                 code, detail = "internal_error", "The worker's log has the cause."
             self._settle(lambda: jobs.fail(claim, code, detail))
-        checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
+        self._ended(job)
 
-    def _tune(self, lease: Lease) -> Committed:
+    def _ended(self, job: JobRecord) -> None:
+        """Removes what only the job needed, and tells of its end."""
+        checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
+        try:
+            self._store.delete(job.tenant, job.adapter_uid, upload_of(job.request))
+        except StoreError as error:
+            logger.warning("the upload of the job %s stays until the next sweep: %s", job.id, error)
+        try:
+            call_back(self._registry.jobs.job(job.tenant, job.id))
+        except RegistryError as error:
+            logger.warning("nobody is called back for the job %s: %s", job.id, error)
+
+    def _take_in(self, lease: Lease) -> None:
+        from adapters.bulk import Bulk
+        from adapters.linear_probe import ProbeConfig
+        from adapters.revising import AdapterLimits
+        from adapters.uploads import UploadLimits
+        from models.preprocess import InputLimits
+
+        config = self._config
+        limits = AdapterLimits(
+            config.max_adapter_examples, config.max_labels, ProbeConfig(memory_bytes=config.max_fit_bytes)
+        )
+        inputs = InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)
+        bulk = Bulk(
+            self._registry,
+            self._store,
+            device="cuda" if config.device == "cuda" else "cpu",
+            threads=config.threads,
+            uploads=UploadLimits(config.max_upload_examples, inputs),
+            limits=limits,
+        )
+        bulk.run(lease)
+
+    def _tune(self, lease: Lease) -> None:
         # Torch takes seconds and hundreds of megabytes: a worker without work does without, and one with work
         # holds its lease meanwhile.
         import torch
@@ -99,7 +141,7 @@ class Worker:
 
         torch.set_num_threads(self._config.threads)
         scratch = Path(self._config.scratch)
-        return Tuning(self._registry, self._store, scratch, self._config.device).run(lease)
+        Tuning(self._registry, self._store, scratch, self._config.device).run(lease)
 
     def _tidy(self) -> None:
         """Removes checkpoints of jobs that have ended, or went with their adapter."""

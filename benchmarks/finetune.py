@@ -1,6 +1,8 @@
 """Fine-tunes over HTTP beside the head that they replace, and the same network trained from random weights.
 
-python -m benchmarks.finetune [set ...] [--seeds N]      # emoji-google, trec-coarse; both by default
+python -m benchmarks.finetune [part ...] [--seeds N]     # trec-coarse, emoji-google, latency; all by default
+
+Accuracy is measured with as many training threads as there are cores, latency with the one of the settings.
 """
 
 from __future__ import annotations
@@ -17,17 +19,25 @@ from typing import Any
 import numpy as np
 
 from benchmarks import client, datasets
+from benchmarks.caller import Request, Timer
 from benchmarks.datasets import Sample
 from benchmarks.report import Report, Spread, table
 
 SEEDS = 3
-SPLITS = {"emoji-google": (1_324, 562), "trec-coarse": (1_000, 1_000)}
+SPLITS = {"trec-coarse": (1_000, 1_000), "emoji-google": (1_324, 562)}
+LATENCY = "latency"
 AHEAD = 3.0
 HONEST = 3.0
 POLL_SECONDS = 2.0
+CORES = len(os.sched_getaffinity(0))
 # Of a request's time on a version with a network of its own, over the same request on a head.
 PREDICT_RATIO = 1.1
 PREDICTS = 200
+BESIDE_RATIO = 1.3
+WINDOWS = 5
+WINDOW_REQUESTS = 500
+# Long enough to be measured beside; it is cancelled then.
+ENDLESS = {"epochs": 100, "patience": 100}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +106,11 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     import torch
 
     from adapters.features import Scaling
-    from adapters.fine_tune import Checkpoint, FineTuneConfig, Lesson, Model, Progress, fine_tune
+    from adapters.fine_tune import fine_tune
     from adapters.head import Head
+    from adapters.learner import Lesson, Model
     from adapters.samples import batches, samples_of
+    from adapters.second_phase import Checkpoint, FineTuneConfig, Progress
     from models.exported import find
     from models.network import load_network
     from models.spec import TOKENIZER_FILE
@@ -106,7 +118,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     class TimeIsUp(Exception):
         pass
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(CORES)
     torch.manual_seed(0)
     network = load_network(backbone)
     for module in network.forward.modules():
@@ -173,24 +185,84 @@ def run(server: client.Server, name: str, seed: int, folder: Path) -> Run:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the named sets and writes benchmarks/results/finetune.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(SPLITS))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    if unknown := set(options.sets) - set(SPLITS):
-        parser.error(f"no such set: {', '.join(sorted(unknown))}")
-    report = Report("finetune", "Fine-tunes")
+def beside_tunes(report: Report, folder: Path) -> None:
+    """Predictions of heads, one after the other, in windows alone and windows while a fine-tune runs."""
     rows = []
     with client.running() as server:
-        for name in options.sets or SPLITS:
-            runs = [run(server, name, seed, options.data) for seed in range(options.seeds)]
+        for name, media in (("trec-coarse", "text/plain; charset=utf-8"), ("emoji-google", "image/png")):
+            samples = datasets.stratified_order(datasets.load(name, folder).samples, 0)
+            service = client.Client(server, "bench-latency")
+            service.adapt(f"asked-{name}", samples[:500])
+            service.adapt(f"tuned-{name}", samples[:1_000])
+            asked = [
+                Request(
+                    "POST",
+                    f"/predict?adapter=asked-{name}",
+                    sample.input.encode() if isinstance(sample.input, str) else sample.input,
+                    {"Content-Type": media, "X-Tenant": "bench-latency"},
+                )
+                for sample in samples[500:550]
+            ]
+            window(server, asked)
+            alone, beside = [], []
+            for _ in range(WINDOWS):
+                alone.append(window(server, asked))
+                job = begun(service, f"tuned-{name}")
+                beside.append(window(server, asked))
+                state = service.request("GET", f"/jobs/{job}").json()["state"]
+                assert state == "running", state
+                ended(service, job)
+            service.close()
+            found = {}
+            for tag, windows in (("alone", alone), ("beside a fine-tune", beside)):
+                p50, p99 = (
+                    Spread(tuple(1e3 * float(np.quantile(one, share)) for one in windows))
+                    for share in (0.5, 0.99)
+                )
+                found[tag] = p99
+                rows.append([name, tag, p50.text(".2f", " ms"), p99.text(".2f", " ms")])
+                report.data[f"latency {name} {tag}"] = {"p50_ms": p50.values, "p99_ms": p99.values}
+            ratio = found["beside a fine-tune"].median / found["alone"].median
+            report.expect(f"{name}: p99 of /predict beside a fine-tune", ratio, "<=", BESIDE_RATIO)
+    head = ["inputs", "", "p50 of a window", "p99 of a window"]
+    note = (
+        f"Windows of {WINDOW_REQUESTS} requests in turn; the fine-tune is in its second phase, on one thread."
+    )
+    report.add("/predict on a head, one input at a time", f"{table(head, rows)}\n\n{note}")
+
+
+def window(server: client.Server, asked: list[Request]) -> list[float]:
+    """Seconds of each request of a window, on a connection of its own after a few that warm up."""
+    with Timer(server.url) as timer:
+        timer.times(asked, 50)
+        return timer.times(asked, WINDOW_REQUESTS)
+
+
+def begun(service: client.Client, adapter: str) -> str:
+    """The id of a fine-tune that is in its second phase by now."""
+    body = {"adapter": adapter, "method": "fine_tune", "fine_tune": ENDLESS, "examples": []}
+    job: dict[str, Any] = service.request("POST", "/adapt", json=body).json()
+    while job["progress"] is None:
+        time.sleep(0.5)
+        job = service.request("GET", f"/jobs/{job['id']}").json()
+        assert job["finished_at"] is None, job
+    time.sleep(2.0)
+    return str(job["id"])
+
+
+def ended(service: client.Client, job: str) -> None:
+    """Cancels the job, and waits for its end."""
+    service.request("POST", f"/jobs/{job}/cancel")
+    while service.request("GET", f"/jobs/{job}").json()["finished_at"] is None:
+        time.sleep(0.2)
+
+
+def compare(report: Report, sets: Sequence[str], seeds: int, folder: Path) -> None:
+    """Accuracies of the head, the fine-tune and a network from random weights, over splits of each set."""
+    rows = []
+    with client.running({"TOPWORK_WORKER_THREADS": str(CORES)}) as server:
+        for name in sets:
+            runs = [run(server, name, seed, folder) for seed in range(seeds)]
             head, tuned = (Spread(tuple(getattr(one, part) for one in runs)) for part in ("head", "tuned"))
             scratch = Spread(tuple(one.scratch for one in runs))
             seconds = Spread(tuple(one.seconds for one in runs))
@@ -222,6 +294,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds an example and epoch",
     ]  # fmt: skip
     report.add("Accuracy on unseen inputs", table(head_row, rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the named sets and writes benchmarks/results/finetune.md and .json; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join([*SPLITS, LATENCY]))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - {*SPLITS, LATENCY}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    parts = options.parts or [LATENCY, *SPLITS]
+    report = Report("finetune", "Fine-tunes")
+    if LATENCY in parts:
+        beside_tunes(report, options.data)
+    if sets := [name for name in SPLITS if name in parts]:
+        compare(report, sets, options.seeds, options.data)
     return report.finish()
 
 

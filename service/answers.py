@@ -15,6 +15,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from adapters.adapting import AdaptOutcome
+from adapters.admission import Rejected
 from adapters.example import Target
 from adapters.explaining import Neighbour
 from adapters.predicting import PredictAnswer, Prediction
@@ -34,10 +35,7 @@ def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 
 
 def adapted(outcome: AdaptOutcome) -> Response:
     """AdaptResponse."""
-    rejected = [
-        {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in outcome.rejected
-    ]
-    return answer(_revised(outcome.revised, rejected, outcome.timings))
+    return answer(_revised(outcome.revised, outcome.rejected, outcome.timings))
 
 
 def revised(done: Revised) -> Response:
@@ -64,10 +62,11 @@ def job(record: JobRecord) -> Json:
     }
 
 
-def submitted(record: JobRecord) -> Response:
-    """JobOut of a new job, and where to look for it again."""
+def submitted(record: JobRecord, stored: AdaptOutcome | None = None) -> Response:
+    """SubmittedOut, and where to look for the job again. stored: what became of examples sent with it."""
     headers = {"Location": f"/jobs/{record.id}", "Retry-After": "5"}
-    return answer(job(record), headers, status=202)
+    examples = None if stored is None else _examples(stored.revised, stored.rejected)
+    return answer({**job(record), "examples": examples}, headers, status=202)
 
 
 def one_job(record: JobRecord) -> Response:
@@ -238,21 +237,28 @@ def cursor(last: str) -> str:
     return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
 
 
-def _revised(done: Revised, rejected: Sequence[Json], timings: Mapping[str, float]) -> Json:
-    committed, made = done.committed, done.version
+def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
+    committed = done.committed
+    return {
+        "total": done.adapter.examples,
+        "added": committed.added,
+        "replaced": committed.replaced,
+        "removed": committed.removed,
+        "rejected": [
+            {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in rejected
+        ],
+    }
+
+
+def _revised(done: Revised, rejected: Sequence[Rejected], timings: Mapping[str, float]) -> Json:
+    made = done.version
     return {
         "adapter": done.adapter.name,
         "version": None if made is None else made.number,
         "live": done.live,
         "backbone": done.adapter.backbone,
         "epoch": done.adapter.epoch,
-        "examples": {
-            "total": done.adapter.examples,
-            "added": committed.added,
-            "replaced": committed.replaced,
-            "removed": committed.removed,
-            "rejected": rejected,
-        },
+        "examples": _examples(done, rejected),
         "report": None if made is None else dict(made.report),
         "timing_ms": _milliseconds(timings),
     }

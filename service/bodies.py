@@ -1,12 +1,9 @@
-"""Bodies of requests: JSON, multipart, or one raw input, read into what the domain takes.
-
-Bulk formats are not read yet.
-"""
+"""Bodies of requests: JSON, multipart, or one raw input, read into what the domain takes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +19,7 @@ from adapters.curating import Feedback
 from adapters.example import ExampleError
 from adapters.predicting import Input, PredictQuery
 from adapters.submitting import FINE_TUNE
+from adapters.uploads import Form
 from models.preprocess import InputError
 from service.errors import Problem
 from service.lifting import Lifted, NotJson, TooIntricate, parse
@@ -77,8 +75,17 @@ class Bodies:
         if media == "multipart/form-data":
             return await self._adapt_form(request)
         if media != "application/json":
-            raise unsupported(media, "application/json or multipart/form-data")
+            raise unsupported(media, "application/json, multipart/form-data, NDJSON, CSV or a zip")
         return await self._json(request, self._adapt_command)
+
+    def bulk(self, request: Request, form: Form) -> tuple[AdaptCommand, AsyncIterator[bytes]]:
+        """An upload: what to do with it, which is in the query string, and its bytes as they come."""
+        body = _lax(AdaptRequest, dict(request.query_params))
+        if body.method == FINE_TUNE or body.strict:
+            raise Problem(
+                422, "invalid_request", f"A bulk upload ({form}) is fitted by linear_probe, and not strict."
+            )
+        return _command(body, (), job=True), request.stream()
 
     async def predict(self, request: Request) -> Single:
         """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
@@ -275,8 +282,10 @@ def _some(inputs: Sequence[object]) -> None:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
 
 
-def _command(body: AdaptRequest, posted: Sequence[Posted]) -> AdaptCommand:
+def _command(body: AdaptRequest, posted: Sequence[Posted], *, job: bool = False) -> AdaptCommand:
     tunes = body.method == FINE_TUNE
+    if body.callback is not None and not (tunes or job):
+        raise Problem(422, "invalid_request", "`callback` is of jobs; this request is answered at once.")
     if body.fine_tune is not None and not tunes:
         raise Problem(422, "invalid_request", "`fine_tune` says how; set `method` to fine_tune as well.")
     return AdaptCommand(
@@ -289,6 +298,7 @@ def _command(body: AdaptRequest, posted: Sequence[Posted]) -> AdaptCommand:
         fit=body.fit,
         strict=body.strict,
         keep_inputs=body.keep_inputs,
+        callback=body.callback,
         fine_tune=(body.fine_tune.model_dump() if body.fine_tune else {}) if tunes else None,
     )
 

@@ -128,11 +128,12 @@ async def compose(settings: Settings) -> Components:
         networks = Networks(store, settings.network_cache_bytes, start)
         stack.push_async_callback(networks.close)
 
-        def arrived(alias: Alias) -> None:
-            if alias.network is not None and alias.backbone in batchers:
-                networks.foresee(alias, batchers[alias.backbone].backbone)
+        async def load(alias: Alias) -> None:
+            batcher = batchers.get(alias.backbone)
+            if batcher is not None and batcher.backbone.spec.fingerprint == alias.fingerprint:
+                await networks.prepare(alias, batcher.backbone)
 
-        aliases = Aliases(registry, arrived=arrived)
+        aliases = Aliases(registry, load=load)
         await aliases.start()
         stack.push_async_callback(aliases.close)
         heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
@@ -166,7 +167,10 @@ async def compose(settings: Settings) -> Components:
             exporting=Exporting(predicting),
             predicting=predicting,
             submitting=Submitting(
-                adapting, max_open=settings.max_jobs, deadline_seconds=settings.max_job_seconds
+                adapting,
+                max_open=settings.max_jobs,
+                deadline_seconds=settings.max_job_seconds,
+                callback_urls=settings.callback_urls,
             ),
             workers=workers,
             metrics=metrics,
@@ -281,6 +285,11 @@ def _watch(components: Components, networks: Networks) -> None:
         "topwork_network_cache_bytes",
         "Bytes of the fine-tuned networks in memory, about.",
         lambda: float(networks.bytes),
+    )
+    counter(
+        "topwork_network_cache_misses",
+        "Predictions that waited for their fine-tuned network.",
+        lambda: float(networks.misses),
     )
     for state in get_args(JobState):
         gauge(

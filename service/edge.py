@@ -12,16 +12,30 @@ from typing import TYPE_CHECKING
 from service.errors import Problem, respond
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from adapters.uploads import Form
     from service.auth import Guard
     from service.metrics import Metrics
     from service.settings import Settings
 
 access = logging.getLogger("topwork.access")
 
+BULK: Mapping[str, Form] = {
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "text/csv": "csv",
+    "application/zip": "zip",
+    "application/x-zip-compressed": "zip",
+}
+"""The form of a bulk upload by its media type."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_PATH = 200
+_UPLOADS = 8
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
@@ -59,6 +73,8 @@ class _Inner:
         self._guard = guard
         self._metrics = metrics
         self._bodies = _Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+        # Uploads go through in parts: their bytes are on the way, and not in memory.
+        self._uploads = _Bodies(settings.max_upload_bytes, _UPLOADS * settings.max_upload_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -66,9 +82,11 @@ class _Inner:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        exchange = _Exchange(receive, send, self._bodies, request_id)
+        media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
+        bodies = self._uploads if scope["path"] == "/adapt" and media in BULK else self._bodies
+        exchange = _Exchange(receive, send, bodies, request_id)
         try:
-            refusal = self._guard.check(scope["path"], headers) or self._bodies.refuse_declared(headers)
+            refusal = self._guard.check(scope["path"], headers) or bodies.refuse_declared(headers)
             if refusal is not None:
                 await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
             else:

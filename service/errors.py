@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch
 from adapters.admission import MixedInputs
+from adapters.calling_back import CallbackNotAllowed
 from adapters.curating import InputsNotKept
 from adapters.example import ExampleError
 from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
@@ -37,6 +38,7 @@ from adapters.records import (
 from adapters.revising import AdapterFull, NothingToFit
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
+from adapters.uploads import BadUpload
 from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
 from models.preprocess import InputError
@@ -55,6 +57,8 @@ STATUSES: dict[type[Exception], int] = {
     NothingToFit: 422,
     OneLabel: 422,
     TooFewExamples: 422,
+    BadUpload: 422,
+    CallbackNotAllowed: 422,
     UnknownBackbone: 422,
     UnknownAdapter: 404,
     UnknownVersion: 404,

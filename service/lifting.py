@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import from_json
 
+from adapters.encoded import BASE64, SLICE, decode_base64
 from models.preprocess import InputError
 
 _KEYS = (b'"image"', b'"text"')
@@ -24,7 +25,6 @@ _COLON = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _LARGE = 1024
 _WINDOW = 4096
-_SLICE = 1 << 20
 _ESCAPES_SLICE = 1 << 15
 # A parser makes an object of every item: so many take it tens of milliseconds.
 _MOST_ITEMS = 500_000
@@ -34,9 +34,6 @@ _MOST_SPACE = 64
 _TOO_MUCH = "There is too much in the body besides images and texts. Send less at once."
 # A character outside of the basic plane is written as two escapes of six bytes.
 _LONGEST_ESCAPE = 12
-_WHITE_SPACE = b" \t\r\n"
-# pydantic-core decodes base64 about four times as fast as the standard library.
-_BASE64: TypeAdapter[bytes] = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
 
 
 class NotJson(ValueError):
@@ -78,9 +75,9 @@ class Lifted:
         raw = self._raw(value)
         if raw is None:
             return decode_base64(value.encode("utf-8", "surrogatepass"))
-        if len(raw) <= _SLICE:
+        if len(raw) <= SLICE:
             try:
-                return _BASE64.validate_json(bytes(raw))
+                return BASE64.validate_json(bytes(raw))
             except ValidationError:
                 # Perhaps only white space or a data: URI's head, which the next lines remove.
                 pass
@@ -129,26 +126,6 @@ def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
         return Lifted(from_json(text, cache_strings="keys"), mark, view, spans)
     except ValueError as error:
         raise NotJson(f"The body is not JSON: {error}.") from error
-
-
-def decode_base64(data: bytes) -> bytes:
-    """The bytes; white space, a data: URI's head, the URL-safe alphabet and missing padding are accepted.
-
-    Raises InputError (invalid_base64).
-    """
-    if data[:5].lower() == b"data:":
-        head, _, data = data.partition(b",")
-        if not head.lower().endswith(b";base64"):
-            raise InputError("invalid_base64", "The data: URI is not in base64.")
-    if any(space in data for space in (b"\n", b" ", b"\r", b"\t")):
-        data = data.translate(None, _WHITE_SPACE)
-    try:
-        return b"".join(
-            _BASE64.validate_json(b'"' + data[start : start + _SLICE] + b'"')
-            for start in range(0, len(data), _SLICE)
-        )
-    except ValidationError as error:
-        raise InputError("invalid_base64", "The image is not valid base64.") from error
 
 
 def _next_key(body: bytes | bytearray, position: int, end: int) -> int | None:

@@ -21,6 +21,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.RebaseRequest,
 )
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
+_UPLOAD = {"type": "string", "format": "binary", "description": "Its other fields are in the query string."}
+_UPLOADS = {media: {"schema": _UPLOAD} for media in ("application/x-ndjson", "text/csv", "application/zip")}
 _RAW = {
     "image/*": {"schema": {"type": "string", "format": "binary"}},
     "text/plain": {"schema": {"type": "string"}},
@@ -28,16 +30,22 @@ _RAW = {
 
 
 def body(
-    model: type[BaseModel], *, files: str | None = None, query: type[BaseModel] | None = None
+    model: type[BaseModel],
+    *,
+    files: str | None = None,
+    query: type[BaseModel] | None = None,
+    bulk: bool = False,
 ) -> dict[str, Any]:
     """`openapi_extra` of a route with a JSON body.
 
     files: the field that a multipart body gives as files. query: the body may be one raw input, and the
-    model's other fields are then in the query string.
+    model's other fields are then in the query string. bulk: so they are of an upload.
     """
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     if files is not None:
         content["multipart/form-data"] = {"schema": _form(model, files)}
+    if bulk:
+        content |= _UPLOADS
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if query is not None:
         content |= _RAW

@@ -18,9 +18,10 @@ from adapters.exporting import Format
 from adapters.records import UnknownAdapter
 from service import __version__, answers, errors, schemas
 from service.auth import Tenant
-from service.bodies import Bodies
+from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
+from service.edge import BULK
 from service.embeddings import openai_embeddings
 from service.errors import Problem
 from service.events import job_events
@@ -88,18 +89,23 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
 
     @api.post(
         "/adapt",
-        openapi_extra=body(schemas.AdaptRequest, files="examples"),
+        openapi_extra=body(schemas.AdaptRequest, files="examples", bulk=True),
         responses={
             200: {"model": schemas.AdaptResponse},
-            202: {"model": schemas.JobOut},
+            202: {"model": schemas.SubmittedOut},
             **problems(404, 409, 413, 415, 422, 429),
         },
     )
     async def adapt(request: Request, tenant: Tenant) -> Response:
         """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
+        form = BULK.get(media_type(request))
+        if form is not None:
+            return answers.submitted(
+                await components.submitting.bulk(tenant, form, *bodies.bulk(request, form))
+            )
         command = await bodies.adapt(request)
         if command.fine_tune is not None:
-            return answers.submitted(await components.submitting.fine_tune(tenant, command))
+            return answers.submitted(*await components.submitting.fine_tune(tenant, command))
         return answers.adapted(await adapting.adapt(tenant, command))
 
     @api.post(

@@ -113,6 +113,11 @@ class AdaptRequest(Request):
     )
     fit: bool = Field(default=True, description="false only stores the examples, to send many in parts.")
     strict: bool = Field(default=False, description="Refuse the request if any example is bad.")
+    callback: str | None = Field(
+        default=None,
+        max_length=2_048,
+        description="Of a job: a URL, allowed by the operator, that is told by POST when it has ended.",
+    )
     keep_inputs: bool | None = Field(
         default=None, description="Whether inputs are kept beside embeddings (true at creation); fixed after."
     )
@@ -436,7 +441,10 @@ class JobErrorOut(BaseModel):
 
 
 class JobOut(BaseModel):
-    """A job. Its progress is that of the attempt under way: phase, epoch, loss, held_out_accuracy, share."""
+    """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
+
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, errors.
+    """
 
     id: str
     adapter: str
@@ -450,6 +458,12 @@ class JobOut(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+
+
+class SubmittedOut(JobOut):
+    """A job that was queued, and what became of the examples sent with it."""
+
+    examples: ExamplesOut | None = Field(description="null for a bulk upload, and where none were sent.")
 
 
 class JobsOut(BaseModel):

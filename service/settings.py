@@ -62,9 +62,13 @@ class Settings(BaseSettings):
     max_bodies_bytes: int = Field(
         default=512 * MIB, gt=0, description="Bytes of all bodies being worked on; beyond it, 429."
     )
+    max_upload_bytes: int = Field(
+        default=1_024 * MIB, gt=0, description="Bytes of one bulk upload (NDJSON, CSV or zip)."
+    )
+    max_upload_examples: int = Field(default=100_000, gt=0, description="Examples in one bulk upload.")
     max_examples: int = Field(default=1_000, gt=0, description="Examples in one /adapt request.")
     max_inputs: int = Field(default=128, gt=0, description="Inputs in one /predict or /embed request.")
-    max_adapter_examples: int = Field(default=50_000, gt=0, description="Examples kept by one adapter.")
+    max_adapter_examples: int = Field(default=100_000, gt=0, description="Examples kept by one adapter.")
     max_labels: int = Field(default=2_000, gt=1, description="Labels of one adapter.")
     max_image_bytes: int = Field(default=16 * MIB, gt=0, description="Bytes of one encoded image.")
     max_image_pixels: int = Field(
@@ -81,12 +85,16 @@ class Settings(BaseSettings):
     )
     max_fit_bytes: int = Field(default=512 * MIB, gt=0, description="Memory of the blocks of one fit.")
     workers: int = Field(
-        default=1, ge=0, le=8, description="Processes that do fine-tunes; 0: others do, elsewhere."
+        default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )
     worker_threads: int = Field(default=1, ge=1, le=256, description="Threads of one worker.")
     max_jobs: int = Field(default=10, gt=0, description="Jobs that a tenant may have queued and running.")
     max_job_seconds: float = Field(
         default=86_400.0, gt=0, description="Seconds from a job's submission until it fails."
+    )
+    callback_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Comma-separated URLs that jobs may call back; one that ends in / allows all below it.",
     )
     network_cache_bytes: int = Field(
         default=512 * MIB, gt=0, description="Loaded networks of fine-tuned versions kept in memory."
@@ -105,7 +113,7 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("backbones", mode="before")
+    @field_validator("backbones", "callback_urls", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (
@@ -152,6 +160,13 @@ class Settings(BaseSettings):
             store_options=self.store_options,
             device=self.device,
             threads=self.worker_threads,
+            max_upload_examples=self.max_upload_examples,
+            max_adapter_examples=self.max_adapter_examples,
+            max_labels=self.max_labels,
+            max_fit_bytes=self.max_fit_bytes,
+            max_image_bytes=self.max_image_bytes,
+            max_image_pixels=self.max_image_pixels,
+            max_text_chars=self.max_text_chars,
         )
 
     @property

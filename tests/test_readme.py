@@ -196,7 +196,9 @@ def default_of(field: FieldInfo) -> str:
         value = ",".join(value)
     if isinstance(value, float):
         value = f"{value:g}"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value not in (None, {}) else ""
+    if value in (None, {}, ""):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def test_the_settings_are_the_readme_s() -> None:

@@ -5,13 +5,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from adapters.aliases import Aliases
-from adapters.records import Alias, Changed
-from adapters.registry import Registry, RegistryUnavailable, UnknownAdapter, UnknownVersion
-from tests.adapters.test_registry import append, create, refit
+from adapters.records import AdapterRecord, Alias, Change, Changed, Committed
+from adapters.registry import Registry, RegistryUnavailable, UnknownAdapter, UnknownVersion, new_uid
+from tests.adapters.test_registry import TEXTS, append, artifact, change, create, refit, version
 
 
 class CountingRegistry(Registry):
@@ -280,6 +281,210 @@ def test_after_a_long_outage_nothing_old_is_believed(registry: Registry, countin
         # As if the last poll that worked were longer ago than the database remembers.
         aliases._polled_at = time.monotonic() - 7200.0
         await eventually(lambda: len(aliases) == 0)
+        await aliases.close()
+
+    asyncio.run(scenario())
+
+
+class Loading:
+    """What loads networks: it notes what it was asked for, and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.asked: list[Alias] = []
+        self.go = asyncio.Event()
+
+    async def __call__(self, alias: Alias) -> None:
+        self.asked.append(alias)
+        await self.go.wait()
+
+
+def tune(registry: Registry, adapter: AdapterRecord, network: str = "network") -> Committed:
+    """A promoted version with a network of its own, as a worker commits it."""
+    new = version(network=artifact(network))
+    return registry.commit(replace(change(adapter), version=new, promote=True))
+
+
+def test_another_processs_network_holds_once_it_is_loaded(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    first = create(registry)
+
+    async def scenario() -> None:
+        loading = Loading()
+        aliases = Aliases(counting, interval=0.01, load=loading)
+        await aliases.start()
+        await aliases.get("acme", "pets")
+        second = tune(registry, first.adapter)
+        await eventually(lambda: bool(loading.asked))
+        assert await aliases.get("acme", "pets") == first.alias
+        read = len(counting.resolved)
+        # Whoever knows of the commit gets it, and neither that nor the look-out reads again.
+        for _ in range(3):
+            assert await aliases.get("acme", "pets", min_epoch=second.adapter.epoch) == second.alias
+        await asyncio.sleep(0.1)
+        assert len(counting.resolved) == read
+        assert await aliases.get("acme", "pets") == first.alias
+        other = create(registry, "other")
+        await aliases.get("acme", "other")
+        third = refit(registry, other.adapter)
+        await eventually(lambda: aliases.known("acme", "other") == third.alias)
+        loading.go.set()
+        await eventually(lambda: aliases.known("acme", "pets") == second.alias)
+        assert await aliases.get("acme", "pets") == second.alias
+        # What needs no other network waits for nothing.
+        loading.go.clear()
+        same = refit(registry, second.adapter, promote=False)
+        await eventually(lambda: aliases.known("acme", "pets") == same.alias)
+        back = registry.promote(second.adapter.uid, 1)
+        await eventually(lambda: aliases.known("acme", "pets") == back.alias)
+        assert loading.asked == [second.alias]
+        await aliases.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_asks_for_the_epoch_of_a_network_brings_it_to_the_others(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    first = create(registry)
+
+    async def scenario() -> None:
+        loading = Loading()
+        aliases = Aliases(counting, load=loading)
+        await aliases.get("acme", "pets")
+        second = tune(registry, first.adapter)
+        assert await aliases.get("acme", "pets", min_epoch=second.adapter.epoch) == second.alias
+        assert await aliases.get("acme", "pets") == first.alias
+        loading.go.set()
+        await eventually(lambda: aliases.known("acme", "pets") == second.alias)
+
+    asyncio.run(scenario())
+
+
+def test_a_network_that_takes_too_long_or_fails_holds_all_the_same(
+    registry: Registry, counting: CountingRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = create(registry)
+
+    async def failing(alias: Alias) -> None:
+        raise OSError("no disk")
+
+    async def scenario() -> None:
+        loading = Loading()
+        aliases = Aliases(counting, interval=0.01, patience=0.3, load=loading)
+        await aliases.start()
+        await aliases.get("acme", "pets")
+        second = tune(registry, first.adapter)
+        await eventually(lambda: bool(loading.asked))
+        assert await aliases.get("acme", "pets") == first.alias
+        # Commits that leave the network as it is do not prolong the wait.
+        later = refit(registry, second.adapter, promote=False)
+        assert await aliases.get("acme", "pets", min_epoch=later.adapter.epoch) == later.alias
+        await eventually(lambda: aliases.known("acme", "pets") == later.alias)
+        assert loading.asked == [second.alias]
+        await aliases.close()
+
+        aliases = Aliases(counting, interval=0.01, load=failing)
+        await aliases.start()
+        await aliases.get("acme", "pets")
+        third = tune(registry, later.adapter, "another")
+        await eventually(lambda: aliases.known("acme", "pets") == third.alias)
+        await aliases.close()
+
+    with caplog.at_level(logging.WARNING, "topwork"):
+        asyncio.run(scenario())
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.partition(" beforehand: ")[2] for text in told] == ["TimeoutError()", "OSError('no disk')"]
+
+
+def test_what_happens_while_a_network_loads_is_not_undone_by_it(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    first = create(registry)
+
+    async def scenario() -> None:
+        loading = Loading()
+        aliases = Aliases(counting, load=loading)
+
+        async def begun(adapter: AdapterRecord, network: str) -> Committed:
+            """A network that is to come, and whose load is under way."""
+            committed, already = tune(registry, adapter, network), len(loading.asked)
+            await aliases.get("acme", "pets", min_epoch=committed.adapter.epoch)
+            await eventually(lambda: len(loading.asked) > already)
+            return committed
+
+        async def settled() -> None:
+            loading.go.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            loading.go.clear()
+
+        # Rolled back by another process: that holds at once.
+        await aliases.get("acme", "pets")
+        second = await begun(first.adapter, "a")
+        back = registry.promote(second.adapter.uid, 1)
+        assert await aliases.get("acme", "pets", min_epoch=back.adapter.epoch) == back.alias
+        assert await aliases.get("acme", "pets") == back.alias
+        await settled()
+        assert await aliases.get("acme", "pets") == back.alias
+
+        # Superseded by a commit of this process.
+        third = await begun(back.adapter, "b")
+        own = refit(registry, third.adapter)
+        aliases.put(own.alias)
+        await settled()
+        assert await aliases.get("acme", "pets") == own.alias
+
+        # Superseded by another network: the first is not taken up when it is there.
+        fourth = await begun(own.adapter, "c")
+        fifth = await begun(fourth.adapter, "d")
+        loading.go.set()
+        await eventually(lambda: aliases.known("acme", "pets") != own.alias)
+        assert aliases.known("acme", "pets") == fifth.alias
+        loading.go.clear()
+
+        # Older news of this process, told late, takes nothing away.
+        sixth = refit(registry, fifth.adapter)
+        seventh = await begun(sixth.adapter, "e")
+        aliases.put(sixth.alias)
+        assert await aliases.get("acme", "pets") == sixth.alias
+        await settled()
+        assert await aliases.get("acme", "pets") == seventh.alias
+
+        # Deleted.
+        await begun(seventh.adapter, "f")
+        registry.delete_adapter("acme", "pets")
+        aliases.drop("acme", "pets")
+        await settled()
+        assert len(aliases) == 0
+
+    asyncio.run(scenario())
+
+
+def test_where_nothing_can_answer_meanwhile_a_network_is_waited_for(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    made = registry.commit(Change("acme", "pets", new_uid(), 0, create=TEXTS))
+
+    async def scenario() -> None:
+        loading = Loading()
+        aliases = Aliases(counting, load=loading)
+        # Nothing is known, as after a start.
+        first = tune(registry, made.adapter)
+        assert await aliases.get("acme", "pets") == first.alias
+        assert loading.asked == []
+        # Nothing is live.
+        aliases = Aliases(counting, interval=0.01, load=loading)
+        aliases.put(made.alias)
+        await aliases.start()
+        await eventually(lambda: bool(loading.asked))
+        assert await aliases.get("acme", "pets") == first.alias
+        # What is known was deleted since.
+        registry.delete_adapter("acme", "pets")
+        again = create(registry)
+        second = tune(registry, again.adapter, "another")
+        await eventually(lambda: aliases.known("acme", "pets") == second.alias)
+        assert loading.asked == [first.alias]
         await aliases.close()
 
     asyncio.run(scenario())

@@ -17,23 +17,11 @@ import torch
 from PIL import Image
 
 from adapters.features import Scaling
-from adapters.fine_tune import (
-    Checkpoint,
-    Diverged,
-    FineTuneConfig,
-    HeadLayer,
-    Lesson,
-    Model,
-    Progress,
-    class_weights,
-    embed,
-    fine_tune,
-    freeze,
-    train_head,
-    unfreeze,
-)
+from adapters.fine_tune import fine_tune, train_head
 from adapters.head import Head
+from adapters.learner import HeadLayer, Lesson, Model, class_weights, embed, freeze, unfreeze
 from adapters.samples import Images, Texts, batches, samples_of, seeded
+from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress
 from adapters.tuned import Tuned, check_parity, finish
 from models.backbone import Backbone
 from models.export import write
@@ -362,4 +350,4 @@ def test_an_export_of_other_weights_is_refused(tuned: tuple[Model, Lesson, Tuned
     other = network()
     write(Network(SPEC, other, lambda images: np.zeros((0, DIM), np.float32)), tmp_path)
     with pytest.raises(ExportRefused, match="Nothing was published"):
-        check_parity(model, made.head, tmp_path, learned)
+        check_parity(model, made.head, Backbone.open(tmp_path), learned)

@@ -142,11 +142,16 @@ def test_success_is_recorded_with_the_version(registry: Registry) -> None:
     assert claim(registry) is None
 
 
-def test_a_job_may_succeed_without_a_version(registry: Registry) -> None:
+def test_a_job_without_a_version_commits_in_parts_and_ends_by_itself(registry: Registry) -> None:
     adapter = create(registry).adapter
     job = submit(registry, kind="bulk_adapt")
-    registry.commit(change(adapter), job=begin(registry))
+    claimed = begin(registry)
+    registry.commit(change(adapter), job=claimed)
+    assert now_of(registry, job).state == "running"
+    registry.jobs.succeed(claimed)
     assert (now_of(registry, job).state, now_of(registry, job).version) == ("succeeded", None)
+    with pytest.raises(LeaseLost):
+        registry.jobs.succeed(claimed)
 
 
 def test_a_commit_that_is_refused_leaves_the_job_running(registry: Registry) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from adapters.curating import InputsNotKept
-from adapters.fine_tune import FineTuneConfig
 from adapters.head import Head
 from adapters.lease import Cancelled, Lease, checkpoint_path
 from adapters.linear_probe import Dataset, fit
@@ -36,6 +35,7 @@ from adapters.records import (
 )
 from adapters.registry import Registry, new_uid
 from adapters.samples import samples_of
+from adapters.second_phase import FineTuneConfig
 from adapters.segments import Evidence, decode_evidence, encode_embeddings, encode_evidence, encode_inputs
 from adapters.store import Store, open_store
 from adapters.submitting import CannotTune
@@ -46,6 +46,12 @@ from models.network import load_network
 from tests.adapters.test_fine_tune import NAMES, picture
 
 ROOT = Path(__file__).parents[2]
+WORKER = [sys.executable, "-m", "adapters.worker"]
+# The worker with a small disk in place of a folder, which holds what the folder held.
+SMALL = """
+mkdir "$1.small" && mount -t tmpfs -o size="$2" tmpfs "$1.small" && cp -a "$1/." "$1.small" &&
+mount --bind "$1.small" "$1" && exec "$0" -m adapters.worker
+"""
 KINDS: tuple[JobKind, ...] = ("fine_tune",)
 CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=1, pixels=32, batch=16))
 LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
@@ -158,8 +164,7 @@ def place(tmp_path: Path, backbone: str) -> Iterator[Place]:
 
 
 @contextmanager
-def worker(config: WorkerConfig) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "adapters.worker"]
+def worker(config: WorkerConfig, command: Sequence[str] = WORKER) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
     process.stdin.write(json.dumps(asdict(config)) + "\n")
@@ -239,10 +244,15 @@ def test_a_cancelled_job_ends_within_five_seconds_and_publishes_nothing(place: P
 
 def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
     job = place.submit(LONG)
+    # As of an attempt that was killed while it wrote one.
+    partial = place.folder / "scratch" / "gone.partial"
+    partial.parent.mkdir()
+    partial.touch()
     with worker(place.config):
         until(place.checkpoint(job).exists)
         place.registry.delete_adapter("acme", "shades")
         until(lambda: not place.checkpoint(job).exists(), 8.0)
+        until(lambda: not partial.exists(), 8.0)
 
 
 def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place) -> None:
@@ -267,6 +277,37 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
     claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
     assert claim is not None
     assert (claim.job.id, claim.job.attempt) == (job.id, 2)
+
+
+def on_small_disk(folder: Path, room: int) -> list[str]:
+    """A worker's command with so many bytes left in the folder. Skips where nobody may mount."""
+    may = subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True)
+    if may.returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    folder.mkdir(exist_ok=True)
+    # In pages, as such a disk counts.
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+    start = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL]
+    return [*start, sys.executable, str(folder), str(used + room)]
+
+
+def test_a_full_store_fails_the_job_and_leaves_the_old_version_live(place: Place) -> None:
+    job = place.submit()
+    with worker(place.config, on_small_disk(place.folder / "artifacts", 32 << 10)) as process:
+        until(lambda: place.job(job.id).finished_at is not None)
+        store = open_store(f"/proc/{process.pid}/root{place.folder / 'artifacts'}")
+        assert sum(1 for _ in store.objects()) == place.objects()
+    done = place.job(job.id)
+    assert (done.state, done.error_code, done.version) == ("failed", "store_full", None)
+    assert [version.number for version in place.registry.versions(place.uid)] == [1]
+    assert place.registry.adapter("acme", "shades").live == 1
+
+
+def test_a_full_scratch_folder_costs_the_checkpoints_only(place: Place) -> None:
+    job = place.submit()
+    with worker(place.config, on_small_disk(place.folder / "scratch", 4 << 10)):
+        until(lambda: place.job(job.id).finished_at is not None)
+    check_tuned(place, place.job(job.id))
 
 
 def test_a_failure_is_recorded_with_its_reason(tmp_path: Path, backbone: str) -> None:

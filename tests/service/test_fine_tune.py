@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from PIL import Image
 
+from adapters.records import Change, NewVersion
+from adapters.registry import Registry
+from adapters.store import open_store
 from benchmarks.serving import ROOT, Serving
+from models.exported import find
+from models.spec import GRAPH_FILE
 from service import schemas
+from service.settings import Settings
 from tests.service.caller import Caller, Json, image, pictures, reviews, same
 
 NAMES = ("blue", "green", "red")
@@ -76,6 +83,7 @@ def until_finished(tuner: Caller, job: Json, seconds: float = 150.0) -> Json:
 
 def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller, tmp_path: Path) -> None:
     tuner.adapt("shades", shades())
+    waited_before = waited(tuner)
     submitted = tuner.http.post(
         "/adapt",
         json={
@@ -109,10 +117,11 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     assert version["report"]["promotion"]["compared"] == 12
 
     asked = [image(shade(row % 3, np.random.default_rng(9))) for row in range(6)]
-    tuned = wait_for_version(tuner, 2, asked)
+    tuned = wait_for_version(tuner, "shades", 2, asked)
     probed = tuner.predict("shades", asked, version=1)
     assert (probed["version"], tuned["version"]) == (1, 2)
     assert not same(tuned["predictions"], probed["predictions"])
+    assert waited(tuner) == waited_before
     explained = tuner.predict("shades", asked[:1], explain=2)["predictions"][0]["nearest"]
     probe_explained = tuner.predict("shades", asked[:1], explain=2, version=1)["predictions"][0]["nearest"]
     assert [one["id"] for one in explained] == [one["id"] for one in probe_explained]
@@ -134,13 +143,72 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     assert tuner.code("GET", f"/jobs/{job['id']}", 404) == "unknown_job"
 
 
-def wait_for_version(tuner: Caller, version: int, asked: list[Json]) -> Json:
+def test_predictions_go_on_while_a_network_loads_and_the_first_of_its_own_need_not_wait(
+    tuner: Caller, serving: Serving, environment: dict[str, str]
+) -> None:
+    tuner.adapt("held", shades(12))
+    asked = [image(shade(row, np.random.default_rng(9))) for row in range(3)]
+    waited_before = waited(tuner)
+    export = find(environment["TOPWORK_BACKBONES"].partition(",")[0])
+    assert export is not None
+    # The backbone's own network, so that its answers are known, in bytes that nobody has loaded.
+    model = onnx.load(export / GRAPH_FILE)
+    model.doc_string = tuner.tenant
+    graph = model.SerializeToString()
+    settings = Settings(home=serving.home)
+    registry = Registry(settings.database)
+    adapter = registry.adapter(tuner.tenant, "held")
+    first = registry.version(adapter.uid, 1)
+    network = open_store(settings.store).publish(tuner.tenant, adapter.uid, graph)
+    # Whoever reads the file now waits for what is written below.
+    (path,) = serving.home.rglob(network.name)
+    path.unlink()
+    os.mkfifo(path)
+    # As a worker commits.
+    version = NewVersion("fine_tune", first.artifact, first.evidence, first.report, first.labels, network)
+    change = Change(tuner.tenant, "held", adapter.uid, adapter.revision, version=version, promote=True)
+    registry.commit(change)
+    registry.close()
+    with os.fdopen(read_by_another(path), "wb") as pipe:
+        try:
+            meanwhile = tuner.predict("held", asked)
+        finally:
+            pipe.write(graph)
+    assert meanwhile["version"] == 1
+    after = wait_for_version(tuner, "held", 2, asked)
+    assert same(after["predictions"], meanwhile["predictions"])
+    assert waited(tuner) == waited_before
+
+
+def read_by_another(path: Path) -> int:
+    """A descriptor to write what another process waits to read."""
+    end = time.monotonic() + 10.0
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            # Nobody reads yet.
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+
+
+def wait_for_version(tuner: Caller, adapter: str, version: int, asked: list[Json]) -> Json:
     """The worker commits in another process, so the service may be a second behind."""
     end = time.monotonic() + 5.0
-    while (found := tuner.predict("shades", asked))["version"] != version:
+    while (found := tuner.predict(adapter, asked))["version"] != version:
         assert time.monotonic() < end
         time.sleep(0.05)
     return found
+
+
+def waited(tuner: Caller) -> float:
+    """How many predictions have waited for the load of their network."""
+    lines = tuner.http.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("topwork_network_cache_misses_total ")]
+    return float(line.split()[1])
 
 
 def prepare(session: Any, asked: Json) -> Any:
@@ -161,6 +229,20 @@ def test_examples_posted_with_it_are_kept_and_learned_from(tuner: Caller) -> Non
     assert (done["state"], done["version"]) == ("succeeded", 1)
     adapter = tuner.call("GET", "/adapters/at-once")
     assert (adapter["examples"], adapter["live"]) == (54, 1)
+
+
+def test_an_example_that_cannot_be_used_is_told_of_with_the_job(tuner: Caller) -> None:
+    pixels = np.full((40, 40), np.nan, np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "TIFF")
+    nan = {"id": "nan", **image(buffer.getvalue()), "label": "red"}
+    job = tuner.adapt("nan", [*shades(54), nan], 202, method="fine_tune", fine_tune=QUICK)
+    schemas.SubmittedOut.model_validate(job, extra="forbid")
+    assert job["examples"]["added"] == 54
+    assert [(one["id"], one["code"]) for one in job["examples"]["rejected"]] == [("nan", "unsupported_image")]
+    tuner.call("POST", f"/jobs/{job['id']}/cancel")
+    only = tuner.adapt("nan", [{**nan, "id": "more"}], 422, method="fine_tune")
+    assert only["type"] == "urn:topwork:examples_rejected"
 
 
 def test_what_cannot_be_tuned_is_refused_before_a_job_begins(tuner: Caller) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.encoded import decode_base64
 from models.preprocess import InputError
-from service.lifting import NotJson, TooIntricate, decode_base64, parse
+from service.lifting import NotJson, TooIntricate, parse
 
 MOST = 1 << 20
 

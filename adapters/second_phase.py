@@ -1,0 +1,198 @@
+"""The second phase of a fine-tune: everything learns, gently. Torch lives here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapters.learner import (
+    Lesson,
+    Model,
+    Score,
+    State,
+    class_weights,
+    evaluate,
+    on_device,
+    state_of,
+    unfreeze,
+)
+from adapters.samples import batches, seeded
+
+_WEIGHT_DECAY = 0.01
+_WARM_UP = 0.1
+_LARGEST_GRADIENT = 1.0
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more. Nothing was published."""
+
+    code = "diverged"
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneConfig:
+    """How to fine-tune.
+
+    epochs: of everything, at most. full_size_epochs: how many of them, the last, see images at the backbone's
+    own size; the others at `pixels`, which costs a third. head_rate, backbone_rate: learning rates of the
+    second phase. patience: epochs without a better held-out loss before it stops.
+    """
+
+    epochs: int = 8
+    full_size_epochs: int = 2
+    pixels: int = 128
+    batch: int = 32
+    head_rate: float = 1e-3
+    backbone_rate: float = 1e-4
+    patience: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An epoch's end. phase: 1 or 2; share: of the whole work, 0..1.
+
+    training_loss: None in phase 1. held_out: None after an epoch with images smaller than those served.
+    """
+
+    phase: int
+    epoch: int
+    training_loss: float | None
+    held_out: Score | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that a second phase needs to go on after an epoch: names to tensors, and the numbers beside them.
+
+    Loads into the same network with the same lesson and config.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    epoch: int
+    stale: int
+    best: Score
+    first: Score
+
+
+class SecondPhase:
+    """Training epoch by epoch, from the start or from where another attempt was."""
+
+    def __init__(
+        self, model: Model, lesson: Lesson, config: FineTuneConfig, first: Score, resume: Checkpoint | None
+    ) -> None:
+        self._model, self._lesson, self._config = model, lesson, config
+        self._first = self._best = first
+        self._weights = class_weights(torch.from_numpy(lesson.labels[lesson.training]), len(model.head.bias))
+        self.start = state_of(model)
+        self.best_state = self.start
+        self.epoch = self._stale = 0
+        unfreeze(model.network)
+        # Built anew: what the first phase gathered is of other weights.
+        self._optimizer = torch.optim.AdamW(_groups(model, config))
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._steps_per_epoch = -(-len(lesson.training) // config.batch)
+        if resume is not None:
+            self._load(resume)
+
+    def epochs(self) -> Iterator[tuple[Progress, Checkpoint]]:
+        """Trains until the last epoch, or until the held-out loss has not fallen for long.
+
+        Only epochs at the backbone's own size are measured: after others, which prepare for these, it looks
+        worse at that size than where it began.
+        """
+        while self.epoch < self._config.epochs and self._stale < self._config.patience:
+            size, full = self._size, self._size == 0
+            loss = self._train_once(size)
+            self.epoch += 1
+            score = evaluate(self._model, self._lesson) if full else None
+            if score is not None and score.loss < self._best.loss:
+                self._best, self.best_state, self._stale = score, state_of(self._model), 0
+            elif score is not None:
+                self._stale += 1
+            share = 0.1 + 0.9 * self.epoch / self._config.epochs
+            yield Progress(2, self.epoch, loss, score, share), self._checkpoint()
+
+    @property
+    def _size(self) -> int:
+        """Pixels of the next epoch's images; 0 for the backbone's own size, and for texts."""
+        small = self.epoch < self._config.epochs - self._config.full_size_epochs
+        return self._config.pixels if small and self._lesson.samples.sized else 0
+
+    def _train_once(self, size: int) -> float:
+        config, model = self._config, self._model
+        order = seeded(config.seed, self.epoch)
+        total, count = 0.0, 0
+        unfreeze(model.network)
+        model.head.train()
+        for step, rows in enumerate(batches(self._lesson.training, config.batch, order)):
+            share = self._rate_at(self.epoch * self._steps_per_epoch + step)
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * share
+            inputs = self._lesson.samples.augmented(rows, size)
+            labels = torch.from_numpy(self._lesson.labels[rows]).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                logits = model(*on_device(model, inputs))
+            loss = torch.nn.functional.cross_entropy(
+                logits.float(), labels, weight=self._weights.to(model.device)
+            )
+            if not math.isfinite(loss.item()):
+                raise Diverged(f"The loss became {loss.item()} in epoch {self.epoch + 1}.")
+            self._optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
+            self._optimizer.step()
+            total, count = total + loss.item() * len(rows), count + len(rows)
+        return total / count
+
+    def _rate_at(self, step: int) -> float:
+        """Up to the full rate in the first tenth, then down a half cosine to nothing."""
+        steps = self._steps_per_epoch * self._config.epochs
+        done = step / steps
+        if done < _WARM_UP:
+            return (step + 1) / (_WARM_UP * steps + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * (done - _WARM_UP) / (1.0 - _WARM_UP)))
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {f"start.{name}": value for name, value in self.start.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
+        tensors |= {f"last.{name}": value for name, value in state_of(self._model).items()}
+        for place, kept in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{name}": value.clone() for name, value in kept.items()}
+        return Checkpoint(tensors, self.epoch, self._stale, self._best, self._first)
+
+    def _load(self, resume: Checkpoint) -> None:
+        def part(prefix: str) -> State:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in resume.tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.start, self.best_state = part("start."), part("best.")
+        self._model.load_state_dict(part("last."))
+        kept: dict[int, State] = {}
+        for key, value in part("optimizer.").items():
+            place, name = key.split(".")
+            kept.setdefault(int(place), {})[name] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": kept})
+        self.epoch, self._stale, self._best = resume.epoch, resume.stale, resume.best
+
+
+def _groups(model: Model, config: FineTuneConfig) -> list[dict[str, Any]]:
+    """The head at its rate, the network at its smaller one; decay only for matrices."""
+
+    def split(module: Any, rate: float) -> list[dict[str, Any]]:
+        matrices = [one for one in module.parameters() if one.ndim > 1]
+        vectors = [one for one in module.parameters() if one.ndim <= 1]
+        return [
+            {"params": matrices, "lr": rate, "weight_decay": _WEIGHT_DECAY},
+            {"params": vectors, "lr": rate, "weight_decay": 0.0},
+        ]
+
+    return split(model.head, config.head_rate) + split(model.network, config.backbone_rate)
