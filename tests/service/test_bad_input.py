@@ -365,9 +365,9 @@ def test_a_body_too_large(going_on: Caller) -> None:
     ("path", "media"),
     [
         ("/adapt", "application/x-www-form-urlencoded"),
-        ("/adapt", "application/x-ndjson"),
-        ("/adapt", "text/csv"),
-        ("/adapt", "application/zip"),
+        ("/predict", "application/x-ndjson"),
+        ("/predict", "text/csv"),
+        ("/predict", "application/zip"),
         ("/adapt", "image/png"),
         ("/adapt", ""),
         ("/predict", "application/pdf"),
