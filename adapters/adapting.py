@@ -74,7 +74,7 @@ class AdaptCommand:
     """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
 
     fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
-    Submitting.
+    Submitting. uploaded: see Edit.
     """
 
     adapter: str
@@ -88,6 +88,7 @@ class AdaptCommand:
     keep_inputs: bool | None = None
     fine_tune: Mapping[str, Any] | None = None
     callback: str | None = None
+    uploaded: AbstractSet[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,11 @@ class Adapting:
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
                 vectors.update((await self.embed_new(terms, usable, known))[0])
                 edit = Edit(
-                    usable, clear=command.update == "replace", fit=command.fit, promote=command.promote
+                    usable,
+                    clear=command.update == "replace",
+                    fit=command.fit,
+                    promote=command.promote,
+                    uploaded=command.uploaded,
                 )
                 now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
                 return await self.revising.revise(now, edit, vectors, ahead)
@@ -274,6 +279,8 @@ def _admit(
     if not command.posted and command.update == "replace":
         raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
     before = () if state is None or command.update == "replace" else state.examples
+    if command.uploaded is not None:
+        before = tuple(one for one in before if one.id in command.uploaded)
     known = labels_of(terms.task, [one.target for one in before])
     admitted, rejected = admit(command.posted, task=terms.task, kind=terms.kind, known_labels=known)
     kept = () if state is None else state.examples

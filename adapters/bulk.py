@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import tempfile
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, TypeVar, cast
 
 from adapters.adapting import AdaptCommand, Adapting, ExamplesRejected, terms_of
-from adapters.admission import Admitted, Rejected
+from adapters.admission import Admitted, Posted, Rejected, admit
 from adapters.aliases import Aliases
 from adapters.cache import Cache
-from adapters.example import input_digest
+from adapters.example import ExampleError, input_digest
 from adapters.fitter import Fitter
-from adapters.gathering import Subject, kept_inputs
+from adapters.gathering import Subject
 from adapters.head import Head
 from adapters.jobs import upload_of
 from adapters.keeping import Keeping, State
 from adapters.lease import Lease
-from adapters.records import UnknownAdapter
+from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
 from adapters.store import Store
@@ -35,10 +37,19 @@ T = TypeVar("T")
 # Examples, and bytes of their inputs, that are embedded and stored together.
 _EXAMPLES = 1_000
 _BYTES = 16 << 20
+# Of an error's place and detail: a file's name may have 65,535 characters.
 _MOST_ERRORS = 1_000
+_MOST_CHARACTERS = 200
 _CHECK_SECONDS = 0.5
+_PAUSE_SECONDS = 0.2
 # Of the whole work: reading, embedding and storing. The rest is the fit.
 _STORING = 0.95
+_CONFLICTING_LABELS = ExampleError(
+    "conflicting_labels", "The upload gives this id more than one label; send the right one only."
+)
+_CONFLICTING_INPUTS = ExampleError(
+    "conflicting_inputs", "The upload gives this id more than one input; give each example its own id."
+)
 
 
 class Bulk:
@@ -86,7 +97,7 @@ class Bulk:
         try:
             await asyncio.gather(batcher.start(), fitter.start())
             revising = Revising(keeping, fitter, Cache[Head](0, lambda head: head.nbytes), self._limits)
-            work = _Work(lease, Adapting(revising, {adapter.backbone: batcher}), self._uploads)
+            work = _Work(lease, adapter, Adapting(revising, {adapter.backbone: batcher}), self._uploads)
             with tempfile.TemporaryFile(prefix="topwork-upload-") as file:
                 for part in upload_of(job.request):
                     file.write(self._store.read(job.tenant, adapter.uid, part))
@@ -102,23 +113,27 @@ class Bulk:
 class _Work:
     """One attempt at one job."""
 
-    def __init__(self, lease: Lease, adapting: Adapting, limits: UploadLimits) -> None:
+    def __init__(
+        self, lease: Lease, adapter: AdapterRecord, adapting: Adapting, limits: UploadLimits
+    ) -> None:
         self._lease = lease
         self._job = lease.claim.job
         self._request = self._job.request
+        self._adapter = adapter
         self._adapting = adapting
         self._limits = limits
+        self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
         self._rejected = 0
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
-        """Embeds and stores the upload's examples, part by part."""
+        """Embeds and stores the upload's examples, part by part, once all of it has been read."""
         size = file.tell()
-        file.seek(0)
-        found = records(cast(Form, self._request["form"]), file, self._limits)
-        while part := _some(found):
-            await self._until_stopped(self._store(part))
+        conflicts = self._conflicts(self._parts(file))
+        for part in self._parts(file):
+            without = [_without(record, conflicts) for record in part]
+            await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
             self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
         self._report("fit" if self._request["fit"] else "store", _STORING)
 
@@ -127,51 +142,75 @@ class _Work:
         await asyncio.to_thread(self._lease.tell)
         if not self._ids:
             raise BadUpload("no_examples", "None of the examples can be used; `errors` says why.")
-        clear = self._request["update"] == "replace"
         fit = self._request["fit"]
 
         async def step(state: State | None) -> Revised | None:
             if state is None:
                 raise UnknownAdapter(self._job.adapter)
-            stale = any(example.id not in self._ids for example in state.examples)
-            if not fit and not (clear and stale):
+            stale = self._replaces and any(example.id not in self._ids for example in state.examples)
+            if not fit and not stale:
                 return None
             edit = Edit(fit=fit, promote=self._request["promote"])
-            if clear and stale:
-                edit = replace(edit, upserts=await self._kept(state), clear=True)
+            if stale:
+                edit = replace(edit, clear=True, uploaded=self._ids)
             subject = Subject.of(self._job.tenant, self._job.adapter, terms_of(state.adapter), state)
             return await self._adapting.revising.revise(subject, edit, {})
 
         revising = self._adapting.revising
-        await self._until_stopped(revising.in_turn(self._job.tenant, self._job.adapter, step))
+        await self._persist(lambda: revising.in_turn(self._job.tenant, self._job.adapter, step))
         if not fit:
             await asyncio.to_thread(revising.keeping.registry.jobs.succeed, self._lease.claim)
 
+    def _parts(self, file: BinaryIO) -> Iterator[list[Record]]:
+        """The records as many at a time as are embedded and stored together, while nothing says to stop."""
+        file.seek(0)
+        found = records(cast(Form, self._request["form"]), file, self._limits)
+        while part := _some(found):
+            self._lease.check()
+            yield part
+
+    def _conflicts(self, parts: Iterator[list[Record]]) -> Mapping[str, ExampleError]:
+        """Why ids cannot be used that the upload gives two targets or two inputs, wherever they stand.
+
+        Every attempt reads the upload for it, for what an earlier one stored does not tell.
+        """
+        seen: dict[str, bytes] = {}
+        conflicts: dict[str, ExampleError] = {}
+        for record in (record for part in parts for record in part):
+            for one in self._usable(record.posted):
+                target = hashlib.sha256(repr(one.target).encode("utf-8", "surrogatepass")).digest()[:16]
+                both = target + bytes.fromhex(one.digest)[:16]
+                before = seen.setdefault(one.id, both)
+                if before[:16] != target:
+                    conflicts[one.id] = _CONFLICTING_LABELS
+                elif before != both:
+                    conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
+        return conflicts
+
+    def _usable(self, posted: Posted) -> Sequence[Admitted]:
+        """The example, if it is one; its input may still turn out to be none."""
+        adapter = self._adapter
+        return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())[0]
+
     async def _store(self, part: Sequence[Record]) -> None:
-        command = AdaptCommand(self._job.adapter, [record.posted for record in part], fit=False)
+        command = AdaptCommand(
+            self._job.adapter,
+            [record.posted for record in part],
+            fit=False,
+            uploaded=self._ids if self._replaces else None,
+        )
         rejected: Sequence[Rejected]
         try:
             rejected = (await self._adapting.adapt(self._job.tenant, command)).rejected
         except ExamplesRejected as error:
             rejected = error.rejected
         bad = {one.index for one in rejected}
-        self._ids |= {_id_of(record) for index, record in enumerate(part) if index not in bad}
+        self._ids |= {_id_of(record.posted) for index, record in enumerate(part) if index not in bad}
         self._rejected += len(bad)
         room = _MOST_ERRORS - len(self._errors)
         self._errors += [
-            {"place": part[one.index].place, "code": one.code, "detail": one.detail}
+            {"place": _cut(part[one.index].place), "code": one.code, "detail": _cut(one.detail)}
             for one in rejected[:room]
-        ]
-
-    async def _kept(self, state: State) -> list[Admitted]:
-        """The upload's examples as they are, with their inputs if these are kept: to be stored together."""
-        examples = [example for example in state.examples if example.id in self._ids]
-        inputs: Sequence[bytes | str | None] = [None] * len(examples)
-        if state.adapter.keep_inputs:
-            inputs = await kept_inputs(self._adapting.revising.keeping, state.adapter, examples)
-        return [
-            Admitted(one.id, one.digest, one.target, value)
-            for one, value in zip(examples, inputs, strict=True)
         ]
 
     def _report(self, phase: str, share: float) -> None:
@@ -184,6 +223,14 @@ class _Work:
                 "errors": list(self._errors),
             },
         )
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What an attempt gives in the end: others may revise the adapter as often as they like meanwhile."""
+        while True:
+            self._lease.check()
+            with suppress(RevisionMoved):
+                return await self._until_stopped(attempt())
+            await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _until_stopped(self, work: Awaitable[T]) -> T:
         """The work's result, unless there is a reason to stop; then nothing more of it is recorded."""
@@ -208,8 +255,20 @@ def _some(found: Iterator[Record]) -> list[Record]:
     return part
 
 
-def _id_of(record: Record) -> str:
-    """The id that an admitted record's example has; see admit."""
-    posted = record.posted
+def _id_of(posted: Posted) -> str:
+    """The id that an admitted example has; see admit."""
     assert not isinstance(posted.input, InputError)
     return input_digest(posted.input) if posted.id is None else posted.id
+
+
+def _without(record: Record, conflicts: Mapping[str, ExampleError]) -> Record:
+    """The record, with the reason in its target's place if its id cannot be used."""
+    posted = record.posted
+    if not conflicts or isinstance(posted.input, InputError):
+        return record
+    error = conflicts.get(_id_of(posted))
+    return record if error is None else Record(record.place, replace(posted, target=error))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
         if value.data_ptr() in seen:
             tensors[name] = value.clone()
         seen.add(value.data_ptr())
-    partial = path.with_suffix(".partial")
+    # A name of its own: an attempt that was stopped meanwhile must not write on in what is this one's by now.
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata)
         with partial.open("rb") as file:

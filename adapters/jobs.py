@@ -1,7 +1,8 @@
 """Durable jobs in SQLite or PostgreSQL: queued, claimed under a lease, ended. Rows only: nothing runs here.
 
-queued → running → succeeded | failed | cancelled, and running again where a lease ran out. A claim counts
-the job's attempts; whoever holds an older attempt, or a lease that ran out, may write nothing more.
+queued → running → succeeded | failed | cancelled; running again where a lease ran out, and queued again
+where an attempt was released. A claim counts the job's attempts; whoever holds an older attempt, or a lease
+that ran out, may write nothing more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from adapters.schema import jobs
 from adapters.store import Artifact
 
 MAX_ATTEMPTS = 3
-"""How often a job is begun before it counts as one that ends its worker."""
+"""How often a job is begun before it counts as one that ends its worker; released attempts do not count."""
 KEPT_JOBS = 1000
 """How many of a tenant's newest jobs are kept; those queued or running are kept besides."""
 
@@ -79,6 +80,7 @@ class Jobs:
                 "state": "queued",
                 "request": json.dumps(request, allow_nan=False),
                 "attempt": 0,
+                "released": 0,
                 "cancel_requested": False,
                 "deadline_at": deadline,
                 "created_at": now,
@@ -121,8 +123,8 @@ class Jobs:
     ) -> Claim | None:
         """Begin the next attempt of the oldest job that may run; None if there is none.
 
-        Queued jobs may run, and those whose lease ran out; not those of a tenant that has
-        max_running_per_tenant under a lease. Jobs that can never run again are ended first.
+        Queued jobs may run, and those whose lease ran out, unless `settle` ends them; not those of a tenant
+        that has max_running_per_tenant under a lease.
         """
         with self._database.reading() as connection:
             # Asked every second by every worker: where nothing waits, nobody's write waits for it.
@@ -132,7 +134,6 @@ class Jobs:
             # Two claims at once would both see the tenant below its limit.
             take_turns(connection, "claims")
             now = current_time(connection)
-            _settle(connection, now)
             job = _next(connection, now, kinds, max_running_per_tenant)
             if job is None:
                 return None
@@ -144,6 +145,16 @@ class Jobs:
                 "progress": None,
             }
             return Claim(_update(connection, job.id, values))
+
+    def settle(self) -> list[JobRecord]:
+        """End the jobs that no claim will begin again; returns them, for the caller to tell of their end."""
+        with self._database.reading() as connection:
+            # As above: most of the time there is none.
+            lost = or_(*(which for which, _ in _endings(current_time(connection))))
+            if connection.execute(select(jobs.c.id).where(lost).limit(1)).first() is None:
+                return []
+        with self._database.writing() as connection:
+            return _settle(connection, current_time(connection))
 
     def heartbeat(
         self, claim: Claim, lease_seconds: float, progress: Mapping[str, Any] | None = None
@@ -176,11 +187,14 @@ class Jobs:
             held(connection, claim)
             end(connection, claim, "cancelled")
 
-    def release(self, claim: Claim) -> None:
-        """Let the next attempt begin at once; this one counts. Raises LeaseLost."""
+    def release(self, claim: Claim, pause: float = 0.0) -> None:
+        """Queue the job again, for after `pause` seconds; this attempt does not count. Raises LeaseLost."""
         with self._database.writing() as connection:
-            held(connection, claim)
-            _update(connection, claim.job.id, {"lease_until": current_time(connection)})
+            job = held(connection, claim)
+            until = current_time(connection) + timedelta(seconds=pause)
+            _update(
+                connection, job.id, {"state": "queued", "released": job.released + 1, "lease_until": until}
+            )
 
     def request_cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job; tell whoever runs a running one. Raises UnknownJob, JobFinished."""
@@ -190,7 +204,11 @@ class Jobs:
                 raise JobFinished(f"The job has {job.state}; there is nothing left to cancel.")
             values: dict[str, Any] = {"cancel_requested": True}
             if job.state == "queued":
-                values |= {"state": "cancelled", "finished_at": current_time(connection)}
+                values |= {
+                    "state": "cancelled",
+                    "lease_until": None,
+                    "finished_at": current_time(connection),
+                }
             return _update(connection, job_id, values)
 
 
@@ -234,33 +252,49 @@ def _forget(connection: Connection, tenant: str) -> None:
     connection.execute(delete(jobs).where(mine, jobs.c.state.not_in(_OPEN), jobs.c.id.not_in(newest)))
 
 
-def _settle(connection: Connection, now: datetime) -> None:
-    """End what no claim will begin again."""
-    expired = and_(jobs.c.state == "running", jobs.c.lease_until <= now)
-    late = and_(or_(jobs.c.state == "queued", expired), jobs.c.deadline_at <= now)
+def _endings(now: datetime) -> list[tuple[ColumnElement[bool], dict[str, Any]]]:
+    """Which jobs no claim will begin again, and how they end; of several ways the first."""
+    idle = or_(jobs.c.state == "queued", and_(jobs.c.state == "running", jobs.c.lease_until <= now))
     exhausted = f"{MAX_ATTEMPTS} attempts were begun, and none came to an end; the worker's log says why."
-    for which, state, code, detail in (
-        (and_(expired, jobs.c.cancel_requested), "cancelled", None, None),
-        (and_(expired, jobs.c.attempt >= MAX_ATTEMPTS), "failed", "attempts_exhausted", exhausted),
-        (late, "failed", "deadline_exceeded", "The job did not end before its deadline."),
-    ):
+    late = "The job did not end before its deadline."
+    return [
+        (and_(idle, jobs.c.cancel_requested), {"state": "cancelled"}),
+        (and_(idle, _begun() >= MAX_ATTEMPTS), _failed("attempts_exhausted", exhausted)),
+        (and_(idle, jobs.c.deadline_at <= now), _failed("deadline_exceeded", late)),
+    ]
+
+
+def _failed(code: str, detail: str) -> dict[str, Any]:
+    return {"state": "failed", "error_code": code, "error_detail": detail}
+
+
+def _begun() -> ColumnElement[int]:
+    """The attempts that count."""
+    return jobs.c.attempt - jobs.c.released
+
+
+def _settle(connection: Connection, now: datetime) -> list[JobRecord]:
+    found = []
+    for which, how in _endings(now):
         ended = select(jobs.c.id).where(which).with_for_update(skip_locked=True)
-        statement = update(jobs).where(jobs.c.id.in_(ended)).values(lease_until=None, finished_at=now)
-        connection.execute(statement.values(state=state, error_code=code, error_detail=detail))
+        statement = update(jobs).where(jobs.c.id.in_(ended)).values(lease_until=None, finished_at=now, **how)
+        found += [_record(row) for row in connection.execute(statement.returning(jobs))]
+    return found
 
 
 def _next(
     connection: Connection, now: datetime, kinds: Collection[JobKind], max_running: int
 ) -> JobRecord | None:
     """The job to claim, its row locked. Rows that others have locked, to end or to cancel, are passed by."""
-    running = jobs.c.state == "running"
     # A job whose lease ran out holds no place, or it would keep itself from being claimed again.
-    leased = select(jobs.c.tenant).where(running, jobs.c.lease_until > now)
+    leased = select(jobs.c.tenant).where(jobs.c.state == "running", jobs.c.lease_until > now)
     busy = leased.group_by(jobs.c.tenant).having(func.count() >= max_running)
     query = (
         select(jobs)
         .where(
-            or_(jobs.c.state == "queued", and_(running, jobs.c.lease_until <= now)),
+            jobs.c.state.in_(_OPEN),
+            # Of a running one its lease, of a queued one the pause since it was released.
+            or_(jobs.c.lease_until.is_(None), jobs.c.lease_until <= now),
             jobs.c.kind.in_(kinds),
             jobs.c.tenant.not_in(busy),
             _may_run(now),
@@ -274,9 +308,9 @@ def _next(
 
 
 def _may_run(now: datetime) -> ColumnElement[bool]:
-    """Not what _settle ends: rows that were locked when it looked may be free by now."""
+    """Not what `settle` ends: see _endings."""
     in_time = or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now)
-    return and_(~jobs.c.cancel_requested, jobs.c.attempt < MAX_ATTEMPTS, in_time)
+    return and_(~jobs.c.cancel_requested, _begun() < MAX_ATTEMPTS, in_time)
 
 
 def _known(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> JobRecord:

@@ -118,13 +118,6 @@ class Keeping:
 
         return await asyncio.to_thread(read)
 
-    async def existing(self, tenant: str, name: str, known: State | None = None) -> State:
-        """The adapter and its examples. Raises UnknownAdapter."""
-        state = await self.state(tenant, name, known)
-        if state is None:
-            raise UnknownAdapter(name)
-        return state
-
     async def embeddings(self, adapter: AdapterRecord, places: Sequence[Stored]) -> Floats:
         """The embeddings at the places, float32 (n, dim), n > 0. Raises MissingArtifact, CorruptArtifact."""
         loaded: dict[str, Floats] = {}
@@ -248,7 +241,10 @@ class Keeping:
 
 
 def _give_way() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    thread = threading.get_native_id()
+    # Less than it has by now would need a privilege.
+    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), _NICENESS)
+    os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:

@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from adapters.jobs import Jobs
-from adapters.records import Claim, LeaseLost, RegistryUnavailable
+from adapters.records import Claim, Heartbeat, RegistryUnavailable
+from adapters.store import StoreFull
 
 logger = logging.getLogger("topwork")
 
 # Heartbeats in the time of a lease, so that one or two may fail.
 _BEATS = 3.0
-# Between looks for a request to cancel: the work stops within five seconds of it.
+# Between looks for a request to cancel: the job has ended within five seconds of it.
 _MOST_SECONDS = 2.0
 
 
@@ -38,10 +39,14 @@ class ShuttingDown(Stopped):
 
 
 class Lease:
-    """Beats for the job in a thread of its own; a context manager. The methods are for the work's thread."""
+    """Beats for the job in a thread of its own; a context manager. The methods are for the work's thread.
+
+    recorded: why the job has ended, or was released, where that thread or `record` has recorded it.
+    """
 
     def __init__(self, jobs: Jobs, claim: Claim, seconds: float, stopping: threading.Event) -> None:
         self.claim = claim
+        self.recorded: Stopped | None = None
         self._progress: Mapping[str, Any] | None = None
         self._began: tuple[float, float] | None = None
         self._jobs = jobs
@@ -62,11 +67,11 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises Cancelled, DeadlinePassed, ShuttingDown or LeaseLost once there is a reason."""
-        if self._stopping.is_set():
-            raise ShuttingDown
+        """Raises Cancelled, DeadlinePassed, ShuttingDown, LeaseLost or what else ended the heartbeats."""
         if self._why is not None:
             raise self._why
+        if self._stopping.is_set():
+            raise ShuttingDown
 
     def report(self, share: float, progress: Mapping[str, Any]) -> None:
         """What the next heartbeat tells, with the share of the work that is done and about how long it takes.
@@ -84,6 +89,19 @@ class Lease:
         """Tells at once what was last reported. Raises LeaseLost, RegistryUnavailable."""
         self._jobs.heartbeat(self.claim, self._seconds, self._progress)
 
+    def record(self, why: Stopped) -> None:
+        """Ends the job for this reason, or has another attempt begin where the worker ends.
+
+        Raises LeaseLost, RegistryUnavailable, StoreFull.
+        """
+        if isinstance(why, ShuttingDown):
+            self._jobs.release(self.claim)
+        elif isinstance(why, Cancelled):
+            self._jobs.cancelled(self.claim)
+        else:
+            self._jobs.fail(self.claim, "deadline_exceeded", "The job did not end in time.")
+        self.recorded = why
+
     def _beat(self) -> None:
         reported: Mapping[str, Any] | None = None
         while not self._done.wait(min(self._seconds / _BEATS, _MOST_SECONDS)):
@@ -91,18 +109,27 @@ class Lease:
             try:
                 news = progress if progress is not reported else None
                 heard = self._jobs.heartbeat(self.claim, self._seconds, news)
-            except RegistryUnavailable as error:
+                reported = progress
+                why = self._reason(heard)
+                if why is not None:
+                    # Recorded from here, for the work may not look for a long time.
+                    self._why = why
+                    self.record(why)
+                    return
+            except (RegistryUnavailable, StoreFull) as error:
                 # While the lease lasts, another beat may get through; after it, the next one is refused.
                 logger.warning("a heartbeat of the job %s failed: %s", self.claim.job.id, error)
-                continue
-            except LeaseLost as error:
+            except Exception as error:
+                # Without heartbeats the work has no right to go on.
                 self._why = error
                 return
-            reported = progress
-            if heard.cancel_requested:
-                self._why = Cancelled()
-            elif heard.deadline_passed:
-                self._why = DeadlinePassed()
+
+    def _reason(self, heard: Heartbeat) -> Stopped | None:
+        if heard.cancel_requested:
+            return Cancelled()
+        if heard.deadline_passed:
+            return DeadlinePassed()
+        return ShuttingDown() if self._stopping.is_set() else None
 
 
 def checkpoint_path(scratch: Path, job_id: str) -> Path:
@@ -111,5 +138,5 @@ def checkpoint_path(scratch: Path, job_id: str) -> Path:
 
 
 def checkpoints(scratch: Path) -> list[Path]:
-    """What any work has left, half written too; the stem of each name is its job's id."""
+    """What any work has left, half written too; each name begins with its job's id and a dot."""
     return [path for form in ("*.safetensors", "*.partial") for path in scratch.glob(form)]

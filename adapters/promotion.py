@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -72,6 +72,37 @@ def decide(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) ->
     # The means too: a regression may lose a little on most examples and win much on a few.
     worse = compared["p_value"] < SIGNIFICANCE and compared["score"] < compared["live_score"]
     return Decision(not worse, "worse" if worse else "not_worse", **compared)
+
+
+def decide_late(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) -> Decision:
+    """The decision on a fine-tune, which costs more to serve than a head, and took long to train.
+
+    "if_better" asks for a higher mean. What was added or corrected meanwhile does not speak for it: only
+    examples that both know alike are compared, and a label that the live version alone knows withholds it.
+    """
+    if live is None:
+        return decide(wanted, task, new, live)
+    if wanted == "if_better" and labels_of(task, live.targets) - labels_of(task, new.targets):
+        return Decision(False, "label_missing")
+    place = {example: there for there, example in enumerate(live.ids)}
+    alike = [
+        place[example]
+        for here, example in enumerate(new.ids)
+        if example in place and _unchanged(new, live, here, place[example])
+    ]
+    known = Evidence(
+        tuple(live.ids[there] for there in alike),
+        tuple(live.digests[there] for there in alike),
+        tuple(live.targets[there] for there in alike),
+        live.scores[alike],
+    )
+    decision = decide("always" if wanted == "if_better" else wanted, task, new, known)
+    if wanted != "if_better":
+        return decision
+    if decision.score is None or decision.live_score is None:
+        return replace(decision, promote=False, reason="not_comparable")
+    better = decision.score > decision.live_score
+    return replace(decision, promote=better, reason="better" if better else "not_better")
 
 
 def loss_p_value(wins: int, losses: int) -> float:

@@ -313,8 +313,9 @@ class JobRecord:
 
     `adapter` is the name of the adapter and `adapter_uid` its uid; the job goes when the adapter does.
     `request` and `progress` are JSON objects; the queue reads neither. `attempt` counts the attempts, 0
-    before the first; whoever runs it has the job until `lease_until`. `version` is the one that a succeeded
-    job recorded, if any; `error_code` and `error_detail` say why a failed one failed.
+    before the first, and `released` those of them that ended for reasons outside the job. Whoever runs it has
+    it until `lease_until`; a queued one is not begun before that. `version` is the one that a succeeded job
+    recorded, if any; `error_code` and `error_detail` say why a failed one failed.
     """
 
     id: str
@@ -335,6 +336,7 @@ class JobRecord:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    released: int = 0
 
 
 @dataclass(frozen=True, slots=True)

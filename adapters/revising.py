@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -69,7 +70,8 @@ class Edit:
     """What is to become of an adapter's examples.
 
     clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
-    fitted, instead of leaving the adapter without a live version.
+    fitted, instead of leaving the adapter without a live version. uploaded: ids of what an upload has stored
+    that is to replace all others; the others count towards no limit, and `clear` leaves the uploaded ones.
     """
 
     upserts: Sequence[Admitted] = ()
@@ -78,6 +80,7 @@ class Edit:
     fit: bool = True
     promote: Promote = "if_better"
     required: bool = True
+    uploaded: AbstractSet[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,8 @@ class Revising:
         self, subject: Subject, plan: Plan, fresh: Mapping[str, Floats], fit: Fit | None, ahead: Ahead | None
     ) -> list[Artifact]:
         """The plan's files in the order of gathering.encoders, then the head and its evidence."""
-        files = await encoders(self.keeping, subject, plan, fresh)
+        files = await encoders(self.keeping, subject, replace(plan, bundles=()), fresh)
+        placed = len(files)
         if fit is not None:
             files += [fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
         early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
@@ -206,7 +210,17 @@ class Revising:
         published = list(await self.keeping.publish(subject.tenant, subject.uid, files))
         if ahead is not None and early:
             published.insert(_NEW_INPUTS, await ahead.take())
-        return published
+        moved: list[Artifact] = []
+        try:
+            # One after the other: together they may be all that the adapter keeps.
+            for bundle in plan.bundles:
+                files = await encoders(self.keeping, subject, replace(plan, fresh=(), bundles=(bundle,)), {})
+                moved += await self.keeping.publish(subject.tenant, subject.uid, files)
+        except BaseException:
+            dropping = self.keeping.drop(subject.tenant, subject.uid, [*published, *moved])
+            await asyncio.shield(asyncio.ensure_future(dropping))
+            raise
+        return [*published[:placed], *moved, *published[placed:]]
 
     async def fit(
         self,
@@ -243,11 +257,17 @@ class Revising:
 
     def _plan(self, subject: Subject, edit: Edit) -> Plan:
         """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""
-        plan = plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
-        rows, terms = plan.rows, subject.terms
-        if len(rows) > self.limits.max_examples:
+        plan = _plan_of(subject, edit)
+        kept, rows = subject.examples, plan.rows
+        if edit.uploaded is not None:
+            counted = edit.uploaded | plan.upserted
+            kept, rows = (), tuple(row for row in rows if row.id in counted)
+        # What is over a limit already, as a replacement that was cancelled may leave it, may shrink.
+        if len(rows) > max(self.limits.max_examples, len(kept)):
             raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
-        if len(labels_of(terms.task, [row.target for row in rows])) > self.limits.max_labels:
+        labels = labels_of(subject.terms.task, [row.target for row in rows])
+        before = labels_of(subject.terms.task, [one.target for one in kept])
+        if len(labels) > max(self.limits.max_labels, len(before)):
             raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
         return plan
 
@@ -270,6 +290,15 @@ class Revising:
             if edit.required:
                 raise
             return None
+
+
+def _plan_of(subject: Subject, edit: Edit) -> Plan:
+    if not edit.clear or edit.uploaded is None:
+        return plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
+    others = {one.id for one in subject.examples} - edit.uploaded
+    plan = plan_change(subject.examples, (), removals=others)
+    # What stays is written anew with its place, for the change forgets all that it does not write.
+    return replace(plan, upserted=frozenset(row.id for row in plan.rows))
 
 
 def _change(

@@ -28,11 +28,11 @@ _MASKS = ("[MASK]", "<mask>")
 class Samples(Protocol):
     """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented.
 
-    sized: whether they can be had in other sizes than the backbone's own.
+    size: pixels of a side as served; 0 for texts, which have none.
     """
 
     @property
-    def sized(self) -> bool: ...
+    def size(self) -> int: ...
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """The rows exactly as serving prepares them."""
@@ -55,16 +55,22 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def samples_of(spec: BackboneSpec, inputs: Sequence[bytes | str], tokenizer: Path | None = None) -> Samples:
+def samples_of(
+    spec: BackboneSpec,
+    inputs: Sequence[bytes | str],
+    tokenizer: Path | None = None,
+    limits: InputLimits = InputLimits(),
+) -> Samples:
     """The inputs of an adapter on that backbone, images or texts. tokenizer: the file of a text backbone.
 
-    Raises InputError for a text that cannot be used; images are read when they are needed.
+    limits: those that the inputs were accepted with. Raises InputError for a text that cannot be used; images
+    are read when they are needed.
     """
     if isinstance(spec.transform, ImageTransform):
-        return Images(spec.transform, [bytes(one) for one in inputs if isinstance(one, bytes)])
+        return Images(spec.transform, [bytes(one) for one in inputs if isinstance(one, bytes)], limits)
     if tokenizer is None:
         raise ValueError("a text backbone needs its tokenizer")
-    prepare = TextPreprocessor(spec.transform, tokenizer, InputLimits())
+    prepare = TextPreprocessor(spec.transform, tokenizer, limits)
     texts = [prepare(one) for one in inputs if isinstance(one, str)]
     known = Tokenizer.from_file(str(tokenizer))
     masks = [known.token_to_id(token) for token in _MASKS]
@@ -74,12 +80,14 @@ def samples_of(spec: BackboneSpec, inputs: Sequence[bytes | str], tokenizer: Pat
 class Images:
     """Encoded images. They are decoded each time: thousands of pictures in memory would be gigabytes."""
 
-    sized = True
-
-    def __init__(self, transform: ImageTransform, images: Sequence[bytes]) -> None:
+    def __init__(
+        self, transform: ImageTransform, images: Sequence[bytes], limits: InputLimits = InputLimits()
+    ) -> None:
         self._transform = transform
         self._images = images
-        self._prepare = ImagePreprocessor(transform)
+        self._limits = limits
+        self.size = transform.size
+        self._prepare = ImagePreprocessor(transform, limits)
         self._changing: dict[int, Any] = {}
 
     def plain(self, rows: Sequence[int]) -> Tensors:
@@ -92,7 +100,7 @@ class Images:
         if size not in self._changing:
             self._changing[size] = _training_transform(replace(self._transform, size=size))
         change = self._changing[size]
-        return (torch.stack([change(rgb(self._images[row])) for row in rows]),)
+        return (torch.stack([change(rgb(self._images[row], self._limits)) for row in rows]),)
 
 
 def _training_transform(transform: ImageTransform) -> Any:
@@ -113,7 +121,7 @@ def _training_transform(transform: ImageTransform) -> Any:
 class Texts:
     """Tokenised texts, padded on the right to the longest of a batch."""
 
-    sized = False
+    size = 0
 
     def __init__(self, texts: Sequence[Prepared], pad_id: int, mask_id: int | None) -> None:
         self._texts = [torch.from_numpy(text) for text in texts]

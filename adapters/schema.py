@@ -178,6 +178,7 @@ jobs = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("started_at", UtcTime),
     Column("finished_at", UtcTime),
+    Column("released", Integer, nullable=False, server_default="0"),
     Index("jobs_by_tenant", "tenant", "id"),
     Index("jobs_by_state", "state", "id"),
     Index("jobs_by_adapter", "adapter_uid"),

@@ -25,6 +25,9 @@ from adapters.samples import batches, seeded
 _WEIGHT_DECAY = 0.01
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
+# Of the images that go through a network together on a CPU. EfficientNet-Lite0 at 224 pixels, one thread:
+# 105 ms an image in batches of 32, whose activations leave the cache, and 66 in batches of 4.
+_PIXELS_AT_ONCE = 4 * 224 * 224
 
 
 class Diverged(RuntimeError):
@@ -43,7 +46,7 @@ class FineTuneConfig:
     """
 
     epochs: int = 8
-    full_size_epochs: int = 2
+    full_size_epochs: int = 7
     pixels: int = 128
     batch: int = 32
     head_rate: float = 1e-3
@@ -122,7 +125,7 @@ class SecondPhase:
     def _size(self) -> int:
         """Pixels of the next epoch's images; 0 for the backbone's own size, and for texts."""
         small = self.epoch < self._config.epochs - self._config.full_size_epochs
-        return self._config.pixels if small and self._lesson.samples.sized else 0
+        return self._config.pixels if small and self._lesson.samples.size else 0
 
     def _train_once(self, size: int) -> float:
         config, model = self._config, self._model
@@ -134,21 +137,42 @@ class SecondPhase:
             share = self._rate_at(self.epoch * self._steps_per_epoch + step)
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * share
-            inputs = self._lesson.samples.augmented(rows, size)
-            labels = torch.from_numpy(self._lesson.labels[rows]).to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                logits = model(*on_device(model, inputs))
-            loss = torch.nn.functional.cross_entropy(
-                logits.float(), labels, weight=self._weights.to(model.device)
-            )
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"The loss became {loss.item()} in epoch {self.epoch + 1}.")
             self._optimizer.zero_grad()
-            loss.backward()
+            loss = self._accumulate(rows, size)
+            if not math.isfinite(loss):
+                raise Diverged(f"The loss became {loss} in epoch {self.epoch + 1}.")
             torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
             self._optimizer.step()
-            total, count = total + loss.item() * len(rows), count + len(rows)
+            total, count = total + loss * len(rows), count + len(rows)
         return total / count
+
+    def _accumulate(self, rows: list[int], size: int) -> float:
+        """Adds the gradients of a batch's mean loss, and returns that loss.
+
+        A few rows at a time, for no row's loss depends on another's: normalisation keeps its statistics.
+        """
+        model = self._model
+        weights = self._weights[self._lesson.labels[rows]]
+        whole, loss = weights.sum().item(), 0.0
+        for some in batches(rows, self._at_once(size)):
+            inputs = on_device(model, self._lesson.samples.augmented(some, size))
+            labels = torch.from_numpy(self._lesson.labels[some]).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                logits = model(*inputs)
+            part = torch.nn.functional.cross_entropy(
+                logits.float(), labels, weight=self._weights.to(model.device), reduction="sum"
+            )
+            part = part / whole
+            part.backward()
+            loss += part.item()
+        return loss
+
+    def _at_once(self, size: int) -> int:
+        """Rows that go through the network together."""
+        samples = self._lesson.samples
+        if self._model.device.type != "cpu" or not samples.size:
+            return self._config.batch
+        return max(1, _PIXELS_AT_ONCE // (size or samples.size) ** 2)
 
     def _rate_at(self, step: int) -> float:
         """Up to the full rate in the first tenth, then down a half cosine to nothing."""
@@ -169,7 +193,7 @@ class SecondPhase:
     def _load(self, resume: Checkpoint) -> None:
         def part(prefix: str) -> State:
             return {
-                name.removeprefix(prefix): value
+                name.removeprefix(prefix): value.to(self._model.device)
                 for name, value in resume.tensors.items()
                 if name.startswith(prefix)
             }

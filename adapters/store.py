@@ -178,10 +178,11 @@ def open_store(location: str, options: Mapping[str, str] | None = None) -> Store
     return LocalStore(Path(location.removeprefix("file://")))
 
 
-def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = 3600.0) -> int:
+def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = 21_600.0) -> int:
     """Remove objects that no row refers to and that are older than `older_than` seconds; returns how many.
 
-    `referenced` is Registry.referenced. The age protects what is published and not yet committed.
+    `referenced` is Registry.referenced. The age protects what is published and not yet committed: the first
+    part of an upload may wait some hours for the last one.
     """
     removed = 0
     for (_, uid), group in groupby(store.objects(), key=lambda found: (found.tenant, found.adapter_uid)):

@@ -18,16 +18,18 @@ from adapters.example import Target
 from adapters.jobs import upload_of, upload_request
 from adapters.keeping import Keeping
 from adapters.records import (
+    AdapterExists,
     AdapterRecord,
     Change,
     JobKind,
     JobRecord,
     Kind,
     RegistryUnavailable,
+    TooManyJobs,
     UnknownAdapter,
 )
 from adapters.registry import new_uid
-from adapters.store import Artifact
+from adapters.store import Artifact, StoreError
 from adapters.uploads import BadUpload, Form, kind_of_upload
 
 FINE_TUNE: Final = "fine_tune"
@@ -118,32 +120,57 @@ class Submitting:
         store and the registry raise. The upload is deleted then, or swept later.
         """
         self._check_callback(command.callback)
+        await self._check_open(tenant)
         async with self._uploading:
             parts = _parts(body)
             first = await anext(parts, b"")
             if not first:
                 raise BadUpload("no_examples", "The upload is empty.")
             adapter = await self._adapter(tenant, command, kind_of_upload(form, first))
-            kept: list[Artifact] = []
+            publishing: list[asyncio.Future[tuple[Artifact, ...]]] = []
             try:
                 part = first
                 while part:
-                    kept += await self._keeping.publish(tenant, adapter.uid, [partial(bytes, part)])
+                    publication = self._keeping.publish(tenant, adapter.uid, [partial(bytes, part)])
+                    publishing.append(asyncio.ensure_future(publication))
+                    await asyncio.shield(publishing[-1])
                     part = await anext(parts, b"")
-                request = {
-                    "form": form,
-                    "upload": upload_request(kept),
-                    "update": command.update,
-                    "promote": command.promote,
-                    "fit": command.fit,
-                }
-                return await self._submit(tenant, command, BULK, request)
-            except RegistryUnavailable:
-                # The job may be recorded all the same; if not, a sweep finds the upload.
-                raise
             except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._keeping.drop(tenant, adapter.uid, kept)))
+                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, adapter.uid, publishing)))
                 raise
+            kept = [artifact for published in publishing for artifact in published.result()]
+            return await asyncio.shield(
+                asyncio.ensure_future(self._queue(tenant, adapter.uid, form, command, kept))
+            )
+
+    async def _queue(
+        self, tenant: str, uid: str, form: Form, command: AdaptCommand, kept: Sequence[Artifact]
+    ) -> JobRecord:
+        """The job of a kept upload, or the upload goes. To be run to its end, whoever hangs up meanwhile."""
+        request = {
+            "form": form,
+            "upload": upload_request(kept),
+            "update": command.update,
+            "promote": command.promote,
+            "fit": command.fit,
+        }
+        try:
+            return await self._submit(tenant, command, BULK, request)
+        except RegistryUnavailable:
+            # The job may be recorded all the same; if not, a sweep finds the upload.
+            raise
+        except Exception:
+            await self._keeping.drop(tenant, uid, kept)
+            raise
+
+    async def _let_go(
+        self, tenant: str, uid: str, publishing: Sequence[asyncio.Future[tuple[Artifact, ...]]]
+    ) -> None:
+        """Deletes the parts of an upload that are published, and those that are being published."""
+        for publication in publishing:
+            # A store that failed has stored nothing, and whoever sent the upload has been told.
+            with suppress(StoreError):
+                await self._keeping.drop(tenant, uid, await publication)
 
     async def _adapter(self, tenant: str, command: AdaptCommand, kind: Kind) -> AdapterRecord:
         """The adapter, created without examples if there is none; an upload that fails leaves it."""
@@ -153,7 +180,10 @@ class Submitting:
         if state is not None:
             return state.adapter
         change = Change(tenant, command.adapter, new_uid(), 0, create=terms)
-        return (await self._keeping.commit(change, ())).adapter
+        try:
+            return (await self._keeping.commit(change, ())).adapter
+        except AdapterExists:
+            return await self._adapter(tenant, command, kind)
 
     async def _submit(
         self, tenant: str, command: AdaptCommand, kind: JobKind, request: Mapping[str, Any]
@@ -170,6 +200,12 @@ class Submitting:
                 max_open=self._max_open,
             )
         )
+
+    async def _check_open(self, tenant: str) -> None:
+        """Raises TooManyJobs where the newest jobs show that one more will be refused, before it is sent."""
+        newest = await asyncio.to_thread(self._jobs.jobs, tenant, limit=2 * self._max_open)
+        if sum(job.finished_at is None for job in newest) >= self._max_open:
+            raise TooManyJobs(f"{self._max_open} jobs may be queued or running at once; wait for one to end.")
 
     def _check_callback(self, url: str | None) -> None:
         if url is not None:

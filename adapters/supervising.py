@@ -15,6 +15,9 @@ from pathlib import Path
 
 logger = logging.getLogger("topwork")
 
+NICENESS = 10
+"""Of a worker, whose work gives way to predictions."""
+
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # Time for the work to notice that it is to end, before the process is killed; its job goes on elsewhere.
 _PATIENCE = 5.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from adapters.fine_tune import fine_tune
 from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
 from adapters.linear_probe import Dataset, ProbeConfig, fit
-from adapters.promotion import Promote, decide
+from adapters.promotion import Promote, decide_late
 from adapters.records import (
     AdapterRecord,
     Change,
@@ -42,13 +45,17 @@ from adapters.segments import (
 from adapters.store import Artifact, Store, StoreError
 from adapters.submitting import FINE_TUNE, CannotTune, check_tunable
 from adapters.tuned import Tuned, finish
+from adapters.yielding import gaps, step_aside
 from models.network import Network, load_network
+from models.preprocess import InputLimits
+from models.spec import TOKENIZER_FILE
 
 logger = logging.getLogger("topwork")
 
-# One example in so many is held out.
+# One example in so many is held out: of a thousand and more a tenth measures well enough, the rest teaches.
 _HELD_OUT = 5
-_ATTEMPTS = 5
+_HELD_OUT_OF_MANY = 10
+_MANY = 1_000
 _ANSWER_ACCURACY = 0.95
 
 
@@ -68,7 +75,7 @@ class _Watched:
     def __init__(self, samples: Samples, lease: Lease) -> None:
         self._samples = samples
         self._lease = lease
-        self.sized = samples.sized
+        self.size = samples.size
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """See Samples.plain."""
@@ -82,13 +89,24 @@ class _Watched:
 
 
 class Tuning:
-    """Fine-tunes adapters. Blocking, one at a time. scratch: a folder for checkpoints, made where missing."""
+    """Fine-tunes adapters. Blocking, one at a time.
 
-    def __init__(self, registry: Registry, store: Store, scratch: Path, device: str = "cpu") -> None:
+    scratch: a folder for checkpoints, made where missing. limits: those that inputs were accepted with.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        scratch: Path,
+        device: str = "cpu",
+        limits: InputLimits = InputLimits(),
+    ) -> None:
         self._registry = registry
         self._store = store
         self._scratch = scratch
         self._device = device
+        self._limits = limits
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def run(self, lease: Lease) -> Committed:
@@ -100,6 +118,14 @@ class Tuning:
         job = lease.claim.job
         kept = self._read(job.tenant, job.adapter)
         config = FineTuneConfig(**job.request.get("config", {}))
+        # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
+        with ThreadPoolExecutor(1, "training", step_aside) as training:
+            tuned = training.submit(self._train, kept, config, lease).result()
+        committed = self._commit(kept, tuned, job.request.get("promote", "if_better"), lease)
+        checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
+        return committed
+
+    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> Tuned:
         network = load_network(kept.adapter.backbone)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
@@ -109,7 +135,7 @@ class Tuning:
         names, lesson = self._lesson(kept, network, lease)
         probe = _probe(kept, lesson)
         model = Model(network.forward, probe.head).to(self._device)
-        path = checkpoint_path(self._scratch, job.id)
+        path = checkpoint_path(self._scratch, lease.claim.job.id)
         about = _about(kept, config)
 
         def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
@@ -118,14 +144,11 @@ class Tuning:
                 save_checkpoint(path, checkpoint, about)
             lease.report(progress.share, _told(progress, config))
 
-        outcome = fine_tune(
-            model, lesson, probe.report["strength"], config, resume=load_checkpoint(path, about), tell=tell
-        )
-        tuned = finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
-        lease.check()
-        committed = self._commit(kept, tuned, job.request.get("promote", "if_better"), lease)
-        path.unlink(missing_ok=True)
-        return committed
+        resume = load_checkpoint(path, about)
+        # A GPU's work waits for no core.
+        with gaps(network.forward) if self._device == "cpu" else contextlib.nullcontext():
+            outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
+        return finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
 
     def _read(self, tenant: str, name: str) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
@@ -151,12 +174,14 @@ class Tuning:
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
         labels = np.array([place[target] for target in targets], dtype=np.int64)
-        held_out = folds([example.digest for example in kept.examples], targets, _HELD_OUT) == 0
-        tokenizer = None
-        if network.tokenizer is not None:
-            tokenizer = self._scratch / f"{hashlib.sha256(network.tokenizer).hexdigest()}.json"
-            tokenizer.write_bytes(network.tokenizer)
-        samples = samples_of(network.spec, kept.inputs, tokenizer)
+        share = _HELD_OUT_OF_MANY if len(targets) >= _MANY else _HELD_OUT
+        held_out = folds([example.digest for example in kept.examples], targets, share) == 0
+        with tempfile.TemporaryDirectory(prefix="topwork-tokenizer-") as folder:
+            tokenizer = None
+            if network.tokenizer is not None:
+                tokenizer = Path(folder) / TOKENIZER_FILE
+                tokenizer.write_bytes(network.tokenizer)
+            samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
         return names, Lesson(_Watched(samples, lease), labels, held_out, kept.embeddings)
 
     def _commit(self, kept: _Kept, tuned: Tuned, promote: Promote, lease: Lease) -> Committed:
@@ -174,10 +199,11 @@ class Tuning:
         blobs = [tuned.head.to_bytes(), encode_evidence(evidence), tuned.onnx]
         published = self._store.publish_all(tenant, adapter.uid, blobs)
         try:
-            for attempt in range(_ATTEMPTS):
+            while True:
+                lease.check()
                 now = self._registry.adapter(tenant, adapter.name)
                 self._check_kept(kept, now)
-                decision = decide(promote, adapter.task, evidence, self._live(now))
+                decision = decide_late(promote, adapter.task, evidence, self._live(now))
                 head, kept_evidence, graph = published
                 version = NewVersion(
                     FINE_TUNE,
@@ -190,12 +216,10 @@ class Tuning:
                 change = Change(
                     tenant, adapter.name, now.uid, now.revision, version=version, promote=decision.promote
                 )
-                try:
+                # Others may change the adapter at any time; what was trained is not lost to them.
+                with contextlib.suppress(RevisionMoved):
                     committed = self._registry.commit(change, job=lease.claim)
                     break
-                except RevisionMoved:
-                    if attempt == _ATTEMPTS - 1:
-                        raise
         except RegistryUnavailable:
             # It may have been recorded all the same; if not, a sweep finds the files.
             raise

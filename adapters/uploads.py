@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -20,15 +23,34 @@ from models.preprocess import InputError, InputLimits
 Form = Literal["ndjson", "csv", "zip"]
 
 _FIELDS = frozenset({"id", "image", "text", "label", "labels", "target"})
+_KINDS: tuple[Kind, ...] = ("image", "text")
 _TARGETS = ("label", "labels", "target")
 # Of a line besides its input: id, label and punctuation.
 _REST = 1 << 16
-# How much more than its own bytes a zip may hold.
+# What says of which kind an upload is.
+_BEGINNING = 1 << 16
+_INPUT_NAME = re.compile(rb'"(image|text)"\s*:')
+# How much more than its own bytes a zip may hold, and how much of it is inflated at a time.
 _INFLATION = 4
-# What a zip's directory may take for each file: a header, and a long name.
-_DIRECTORY_ENTRY = 1 << 10
-_DIRECTORY_END = b"PK\x05\x06"
-_LONGEST_COMMENT = 1 << 16
+_SLICE = 1 << 16
+# What a zip's directory may take for each file, and files and folders besides the examples: macOS gives every
+# file a twin.
+_DIRECTORY_ENTRY = 1 << 8
+_ENTRIES_BESIDES = 1_000
+_LOCAL_HEADER = b"PK\x03\x04"
+_UNKNOWN_SIZE = 0xFFFFFFFF
+_ZIP64_END = b"PK\x06\x06"
+_ZIP64_BYTES = 56 + 20
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
 
 
 class BadUpload(ValueError):
@@ -56,20 +78,59 @@ class Record:
 
 
 def kind_of_upload(form: Form, beginning: bytes) -> Kind:
-    """Whether an upload is of images or texts, by its first megabytes. Raises BadUpload."""
+    """Whether an upload is of images or texts, by its first 64 KiB. Raises BadUpload."""
+    beginning = beginning[:_BEGINNING]
     if form == "csv":
         _columns(_header(beginning))
         return "text"
-    if form == "zip":
-        if not beginning.startswith(b"PK\x03\x04"):
-            raise BadUpload("invalid_zip", "This is no zip file with anything in it.")
-        name_length = int.from_bytes(beginning[26:28], "little")
-        return "text" if beginning[30 : 30 + name_length].lower().endswith(b".txt") else "image"
-    first = next((line for line in beginning.split(b"\n") if line.strip()), b"")
-    if not first:
-        raise BadUpload("no_examples", "There is no line in the upload.")
-    # Of a line that is longer than the beginning, the names of its fields have to do.
-    return "text" if b'"text"' in first and b'"image"' not in first else "image"
+    return _kind_of_lines(beginning) if form == "ndjson" else _kind_of_files(beginning)
+
+
+def _kind_of_lines(beginning: bytes) -> Kind:
+    """By the first line that has an input. Of one that is cut off, the name of a field has to do."""
+    lines = beginning.split(b"\n")
+    for line in lines:
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        for kind in _KINDS:
+            if isinstance(fields, dict) and fields.get(kind) is not None:
+                return kind
+    found = _INPUT_NAME.search(lines[-1])
+    if found is None:
+        raise BadUpload("no_examples", "No line at the beginning of the upload has an image or a text.")
+    return "image" if found[1] == b"image" else "text"
+
+
+def _kind_of_files(beginning: bytes) -> Kind:
+    """By the first file that has a folder for its label, else by the first."""
+    if not beginning.startswith(_LOCAL_HEADER):
+        raise BadUpload("invalid_zip", "This is no zip file with anything in it.")
+    paths = [path for path in map(_path, _names(beginning)) if path]
+    if not paths:
+        raise BadUpload("no_examples", "There is no file at the beginning of the zip.")
+    first = next((path for path in paths if len(path) > 1), paths[0])
+    return "text" if first[-1].lower().endswith(".txt") else "image"
+
+
+def _names(beginning: bytes) -> Iterator[str]:
+    """The names of a zip's first files, by the headers in front of them (APPNOTE.TXT, 4.3.7)."""
+    place = 0
+    while (place := beginning.find(_LOCAL_HEADER, place)) >= 0 and place + 30 <= len(beginning):
+        size, _, name, extra = struct.unpack_from("<IIHH", beginning, place + 18)
+        if place + 30 + name <= len(beginning):
+            yield beginning[place + 30 : place + 30 + name].decode("utf-8", "replace")
+        # A size that was not known yet when the header was written is 0: the next header is searched for.
+        place += 30 + name + extra + (0 if size == _UNKNOWN_SIZE else size)
+
+
+def _path(name: str) -> list[str]:
+    """The folders and the file of a name in a zip; empty for a folder, and for what systems leave behind."""
+    parts = name.replace("\\", "/").split("/")
+    path = [part for part in parts if part not in ("", ".")]
+    left_behind = any(part == "__MACOSX" or part.startswith(".") for part in path)
+    return [] if left_behind or not parts[-1] else path
 
 
 def records(form: Form, file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
@@ -84,8 +145,13 @@ def records(form: Form, file: BinaryIO, limits: UploadLimits) -> Iterator[Record
         yield record
 
 
+def _longest_text(limits: InputLimits) -> int:
+    """Of a line with a text, of which JSON may write a character as two escapes of six bytes."""
+    return _REST + limits.max_text_chars * 12
+
+
 def _lines(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
-    longest = _REST + max(limits.inputs.max_image_bytes * 4 // 3, limits.inputs.max_text_chars * 12)
+    longest = max(_longest_text(limits.inputs), _REST + limits.inputs.max_image_bytes * 4 // 3)
     number = 0
     while line := file.readline(longest + 1):
         number += 1
@@ -140,8 +206,7 @@ def _text(value: str, limits: InputLimits) -> str | InputError:
 
 def _header(beginning: bytes) -> list[str]:
     try:
-        line = beginning.split(b"\n", 1)[0].decode("utf-8-sig")
-        return next(csv.reader([line.rstrip("\r")]), [])
+        return next(csv.reader([re.split(rb"[\r\n]", beginning, maxsplit=1)[0].decode("utf-8-sig")]), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadUpload("invalid_csv", f"The first line is no header of a CSV table: {error}.") from error
 
@@ -158,14 +223,37 @@ def _columns(header: list[str]) -> dict[str, int]:
     return columns
 
 
+class _Rows:
+    """The lines of a table for csv.reader, which would hold a row of any length. Raises BadUpload."""
+
+    def __init__(self, text: io.TextIOWrapper, longest: int) -> None:
+        self._text = text
+        self._longest = self._left = longest
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(self._left + 1):
+            self._left -= len(line)
+            if self._left < 0:
+                raise BadUpload("line_too_long", f"A row has at most {self._longest:,} characters.")
+            yield line
+
+    def next_row(self) -> None:
+        """The lines that follow are of another row."""
+        self._left = self._longest
+
+
 def _table(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
     # What is no UTF-8 is found row by row.
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    csv.field_size_limit(_REST + limits.inputs.max_text_chars * 12)
-    rows = csv.reader(text)
+    longest = _longest_text(limits.inputs)
+    csv.field_size_limit(longest)
+    lines = _Rows(text, longest)
+    rows = csv.reader(lines)
     try:
         columns = _columns(next(rows, []))
+        lines.next_row()
         for row in rows:
+            lines.next_row()
             if row:
                 yield Record(f"line {rows.line_num}", _of_row(row, columns, limits.inputs))
     except csv.Error as error:
@@ -173,13 +261,17 @@ def _table(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
             "invalid_csv", f"The table cannot be read behind line {rows.line_num}: {error}."
         ) from error
     finally:
-        text.detach()
+        # Who stops in the middle may have closed the file.
+        with suppress(ValueError):
+            text.detach()
 
 
 def _of_row(row: list[str], columns: Mapping[str, int], limits: InputLimits) -> Posted:
     if len(row) != len(columns):
         return Posted(InputError("invalid_line", f"The row has {len(row)} columns, not {len(columns)}."))
-    if any("\udc80" <= character <= "\udcff" for value in row for character in value):
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
         return Posted(InputError("invalid_text", "The row is not UTF-8."))
     example_id = row[columns["id"]] if "id" in columns else None
     target: object
@@ -193,53 +285,82 @@ def _of_row(row: list[str], columns: Mapping[str, int], limits: InputLimits) -> 
     return Posted(_text(row[columns["text"]], limits), target, example_id or None)
 
 
+class _Room:
+    """What the files of a zip may still hold."""
+
+    def __init__(self, size: int) -> None:
+        self._left = _INFLATION * size
+
+    def take(self, count: int) -> None:
+        """So much was inflated, whether or not it can be used. Raises BadUpload."""
+        self._left -= count
+        if self._left < 0:
+            raise BadUpload("invalid_zip", f"The zip file holds more than {_INFLATION} times its bytes.")
+
+
 def _files(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
-    size = file.seek(0, io.SEEK_END)
-    _check_directory(file, size, limits)
+    room = _Room(file.seek(0, io.SEEK_END))
     try:
+        _check_directory(file, 2 * limits.max_examples + _ENTRIES_BESIDES)
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except BadUpload:
+        raise
+    except _BROKEN as error:
         raise BadUpload("invalid_zip", f"The zip file cannot be read: {error}.") from error
-    room = _INFLATION * size
     with archive:
         for info in archive.infolist():
-            folders = info.filename.replace("\\", "/").split("/")
-            if info.is_dir() or folders[0] == "__MACOSX" or folders[-1].startswith("."):
-                continue
-            content = _content(archive, info, limits.inputs)
-            room -= 0 if isinstance(content, InputError) else len(content)
-            if room < 0:
-                raise BadUpload("invalid_zip", f"The zip file holds more than {_INFLATION} times its bytes.")
-            label = folders[-2] if len(folders) > 1 else None
-            yield Record(info.filename, Posted(content, label))
+            path = _path(info.filename)
+            if path:
+                label = path[-2] if len(path) > 1 else None
+                yield Record(info.filename, Posted(_content(archive, info, limits.inputs, room), label))
 
 
-def _check_directory(file: BinaryIO, size: int, limits: UploadLimits) -> None:
-    """Raises BadUpload for a directory of millions of files, before it is read."""
-    file.seek(max(0, size - _LONGEST_COMMENT - 22))
-    tail = file.read()
-    place = tail.rfind(_DIRECTORY_END)
-    length = int.from_bytes(tail[place + 12 : place + 16], "little") if place >= 0 else 0
-    if length > limits.max_examples * _DIRECTORY_ENTRY:
-        raise BadUpload("too_many_examples", f"An upload has at most {limits.max_examples:,} examples.")
-    file.seek(0)
+def _check_directory(file: BinaryIO, most: int) -> None:
+    """Raises BadUpload for a directory of more entries, before ZipFile makes an object of each.
+
+    The directory is found as ZipFile finds it, and its entries are counted as ZipFile does: what the end of
+    the zip says of their number is never looked at.
+    """
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is None:
+        raise zipfile.BadZipFile("it has no directory at its end")
+    size, begin = end[zipfile._ECD_SIZE], end[zipfile._ECD_LOCATION]  # type: ignore[attr-defined]
+    too_many = BadUpload("too_many_examples", f"The zip file has more than {most:,} files and folders.")
+    if size > most * _DIRECTORY_ENTRY:
+        raise too_many
+    file.seek(begin - size - (_ZIP64_BYTES if end[0] == _ZIP64_END else 0))
+    directory = file.read(size)
+    place = count = 0
+    while place + 46 <= len(directory):
+        place += 46 + sum(struct.unpack_from("<HHH", directory, place + 28))
+        count += 1
+        if count > most:
+            raise too_many
 
 
 def _content(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: InputLimits
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: InputLimits, room: _Room
 ) -> bytes | str | InputError:
     is_text = info.filename.lower().endswith(".txt")
     most = 4 * limits.max_text_chars if is_text else limits.max_image_bytes
+    # A few bytes of another method may inflate to gigabytes in one read.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return InputError("invalid_zip", "The file is neither stored nor deflated; pack it so.")
+    content = bytearray()
     try:
         with archive.open(info) as member:
             # What a header says of the size need not be true.
-            content = member.read(most + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+            while len(content) <= most and (some := member.read(min(_SLICE, most + 1 - len(content)))):
+                content += some
+                room.take(len(some))
+    except BadUpload:
+        raise
+    except _BROKEN as error:
         return InputError("invalid_zip", f"The file cannot be read: {error}.")
     if not is_text:
         if len(content) > most:
             return InputError("image_too_large", f"An image has at most {most:,} bytes.")
-        return content
+        return bytes(content)
     try:
         return _text(content.decode("utf-8-sig"), limits)
     except UnicodeDecodeError as error:

@@ -11,27 +11,49 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from adapters.calling_back import call_back
 from adapters.jobs import upload_of
-from adapters.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown, checkpoint_path, checkpoints
+from adapters.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreFull, StoreUnavailable, open_store
-from adapters.supervising import WorkerConfig
+from adapters.supervising import NICENESS, WorkerConfig
+
+if TYPE_CHECKING:
+    from models.preprocess import InputLimits
 
 logger = logging.getLogger("topwork")
 
 _KINDS: tuple[JobKind, ...] = ("fine_tune", "bulk_adapt")
-_NICENESS = 10
-_RETRY_SECONDS = 5.0
+_RETRY_SECONDS = 2.0
+_LONGEST_PAUSE = 600.0
+_LOOK_SECONDS = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+class _ExportFailed(RuntimeError):
+    code = "export_failed"
+
+
+# None of them is the job's doing: it is tried again until its deadline.
+_OUTAGES = {
+    RegistryUnavailable.code,
+    StoreUnavailable.code,
+    _ExportFailed.code,
+    # Of the fitter and the batcher, whose modules a worker without bulk jobs does without.
+    "fitter_unavailable",
+    "backbone_unavailable",
+}
 
 
 class Worker:
@@ -47,12 +69,14 @@ class Worker:
         """Returns once it is to stop and nothing runs any more."""
         while not self._stopping.is_set():
             try:
+                for job in self._registry.jobs.settle():
+                    self._ended(job)
                 claim = self._registry.jobs.claim(
                     self._config.lease_seconds,
                     kinds=_KINDS,
                     max_running_per_tenant=self._config.max_running_per_tenant,
                 )
-            except RegistryUnavailable as error:
+            except (RegistryUnavailable, StoreFull) as error:
                 logger.warning("no job can be claimed: %s", error)
                 self._stopping.wait(_RETRY_SECONDS)
                 continue
@@ -68,35 +92,46 @@ class Worker:
 
     def _do(self, claim: Claim) -> None:
         """One attempt, and what becomes of the job."""
-        jobs, job = self._registry.jobs, claim.job
+        job = claim.job
         logger.info("job %s of %s: attempt %d", job.id, job.adapter, job.attempt)
+        lease = Lease(self._registry.jobs, claim, self._config.lease_seconds, self._stopping)
         try:
-            with Lease(jobs, claim, self._config.lease_seconds, self._stopping) as lease:
+            with lease:
                 if job.kind == "bulk_adapt":
                     self._take_in(lease)
                 else:
                     self._tune(lease)
-            logger.info("job %s succeeded", job.id)
-        except LeaseLost:
-            logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
-            return
-        except (ShuttingDown, RegistryUnavailable, StoreUnavailable) as error:
-            logger.warning("job %s is left to another attempt: %s", job.id, str(error) or "shutting down")
-            self._settle(lambda: jobs.release(claim))
-            return
-        except Cancelled:
-            self._settle(lambda: jobs.cancelled(claim))
-        except DeadlinePassed:
-            self._settle(lambda: jobs.fail(claim, "deadline_exceeded", "The job did not end in time."))
         except Exception as error:
-            code, detail = getattr(error, "code", None), str(error)
-            if isinstance(error, OSError) and error.errno in _FULL:
-                code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
-            if code is None:
-                traceback.print_exc()
-                code, detail = "internal_error", "The worker's log has the cause."
-            self._settle(lambda: jobs.fail(claim, code, detail))
+            if not self._give_up(lease, error):
+                return
+        else:
+            logger.info("job %s succeeded", job.id)
         self._ended(job)
+
+    def _give_up(self, lease: Lease, error: Exception) -> bool:
+        """Records what becomes of a job whose attempt failed; whether it has ended with that."""
+        jobs, claim, job = self._registry.jobs, lease.claim, lease.claim.job
+        if lease.recorded is not None:
+            # Whatever the work met with since then, it had lost its lease.
+            return not isinstance(lease.recorded, ShuttingDown)
+        if isinstance(error, LeaseLost):
+            logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
+            return False
+        if isinstance(error, Stopped):
+            return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)
+        code, detail = getattr(error, "code", None), str(error)
+        if code in _OUTAGES:
+            logger.warning("job %s is left to another attempt: %s", job.id, error)
+            # Longer each time: what is called an outage may be this job's doing after all.
+            pause = min(self._config.lease_seconds * (job.released + 1), _LONGEST_PAUSE)
+            self._recorded(lambda: jobs.release(claim, pause))
+            return False
+        if isinstance(error, OSError) and error.errno in _FULL:
+            code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
+        if code is None:
+            traceback.print_exc()
+            code, detail = "internal_error", "The worker's log has the cause."
+        return self._recorded(lambda: jobs.fail(claim, code, detail))
 
     def _ended(self, job: JobRecord) -> None:
         """Removes what only the job needed, and tells of its end."""
@@ -107,7 +142,7 @@ class Worker:
             logger.warning("the upload of the job %s stays until the next sweep: %s", job.id, error)
         try:
             call_back(self._registry.jobs.job(job.tenant, job.id))
-        except RegistryError as error:
+        except (RegistryError, StoreFull) as error:
             logger.warning("nobody is called back for the job %s: %s", job.id, error)
 
     def _take_in(self, lease: Lease) -> None:
@@ -115,22 +150,41 @@ class Worker:
         from adapters.linear_probe import ProbeConfig
         from adapters.revising import AdapterLimits
         from adapters.uploads import UploadLimits
-        from models.preprocess import InputLimits
 
         config = self._config
         limits = AdapterLimits(
             config.max_adapter_examples, config.max_labels, ProbeConfig(memory_bytes=config.max_fit_bytes)
         )
-        inputs = InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)
         bulk = Bulk(
             self._registry,
             self._store,
             device="cuda" if config.device == "cuda" else "cpu",
             threads=config.threads,
-            uploads=UploadLimits(config.max_upload_examples, inputs),
+            uploads=UploadLimits(config.max_upload_examples, self._input_limits),
             limits=limits,
         )
+        self._export_missing(lease)
         bulk.run(lease)
+
+    def _export_missing(self, lease: Lease) -> None:
+        """Exports the job's backbone where this host lacks it, in another process that ends with the work."""
+        from models.exported import find
+
+        name = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
+        if find(name) is not None:
+            return
+        logger.info("exporting %s: once, about a minute", name)
+        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "models.export", name]
+        with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+            try:
+                while process.poll() is None:
+                    lease.check()
+                    time.sleep(_LOOK_SECONDS)
+            finally:
+                process.terminate()
+        if process.returncode:
+            raise _ExportFailed(f"Exporting {name} failed; the lines above say why.")
 
     def _tune(self, lease: Lease) -> None:
         # Torch takes seconds and hundreds of megabytes: a worker without work does without, and one with work
@@ -141,7 +195,14 @@ class Worker:
 
         torch.set_num_threads(self._config.threads)
         scratch = Path(self._config.scratch)
-        Tuning(self._registry, self._store, scratch, self._config.device).run(lease)
+        Tuning(self._registry, self._store, scratch, self._config.device, self._input_limits).run(lease)
+
+    @property
+    def _input_limits(self) -> InputLimits:
+        from models.preprocess import InputLimits
+
+        config = self._config
+        return InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)
 
     def _tidy(self) -> None:
         """Removes checkpoints of jobs that have ended, or went with their adapter."""
@@ -154,15 +215,22 @@ class Worker:
             logger.warning("checkpoints stay for now: %s", error)
             return
         for path in left:
-            if path.stem not in wanted:
+            if path.name.partition(".")[0] not in wanted:
                 path.unlink(missing_ok=True)
 
-    def _settle(self, end: Callable[[], None]) -> None:
-        """Ends the attempt; where that cannot be recorded, its lease runs out."""
-        try:
-            end()
-        except (RegistryError, StoreError) as error:
-            logger.warning("the end of a job could not be recorded: %s", error)
+    def _recorded(self, end: Callable[[], None]) -> bool:
+        """Ends the attempt; whether that is recorded. Tried again while the lease may last."""
+        while True:
+            try:
+                end()
+                return True
+            except LeaseLost as error:
+                logger.warning("the end of a job is not recorded: %s", error)
+                return False
+            except (RegistryUnavailable, StoreFull) as error:
+                logger.warning("the end of a job cannot be recorded: %s", error)
+                if self._stopping.wait(_RETRY_SECONDS):
+                    return False
 
 
 def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
@@ -176,8 +244,7 @@ def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
 
 
 def work(config: WorkerConfig, stopping: threading.Event) -> None:
-    """Runs jobs at low priority until SIGTERM, or until `stopping` is set."""
-    os.nice(_NICENESS)
+    """Runs jobs until SIGTERM, or until `stopping` is set."""
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     worker = Worker(config, stopping)
     try:
@@ -187,7 +254,8 @@ def work(config: WorkerConfig, stopping: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs jobs until standard input ends, or SIGTERM."""
+    """Runs jobs at low priority until standard input ends, or SIGTERM."""
+    os.nice(NICENESS)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()

@@ -42,11 +42,14 @@ ENDLESS = {"epochs": 100, "patience": 100}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One split: accuracies on the test, what the job said of itself, and how long it took."""
+    """One split: accuracies on the test, what the job said of itself, and how long it took.
+
+    scratch: of the first split alone, for it takes as long as the job.
+    """
 
     head: float
     tuned: float
-    scratch: float
+    scratch: float | None
     reported: float
     seconds: float
     seconds_per_image: float
@@ -173,7 +176,7 @@ def run(server: client.Server, name: str, seed: int, folder: Path) -> Run:
     found = Run(
         head=accuracy(service, adapter, test, before),
         tuned=accuracy(service, adapter, test, number),
-        scratch=from_scratch(probe["backbone"], train, test, seconds),
+        scratch=None if seed else from_scratch(probe["backbone"], train, test, seconds),
         reported=report["accuracy"],
         seconds=seconds,
         seconds_per_image=seconds / (epochs * 0.8 * count),
@@ -263,10 +266,11 @@ def compare(report: Report, sets: Sequence[str], seeds: int, folder: Path) -> No
     with client.running({"TOPWORK_WORKER_THREADS": str(CORES)}) as server:
         for name in sets:
             runs = [run(server, name, seed, folder) for seed in range(seeds)]
-            head, tuned = (Spread(tuple(getattr(one, part) for one in runs)) for part in ("head", "tuned"))
-            scratch = Spread(tuple(one.scratch for one in runs))
-            seconds = Spread(tuple(one.seconds for one in runs))
-            each = Spread(tuple(one.seconds_per_image for one in runs))
+            head, tuned, reported, seconds, each = (
+                Spread(tuple(getattr(one, part) for one in runs))
+                for part in ("head", "tuned", "reported", "seconds", "seconds_per_image")
+            )
+            scratch = next(one.scratch for one in runs if one.scratch is not None)
             rows.append(
                 [
                     name,
@@ -274,26 +278,29 @@ def compare(report: Report, sets: Sequence[str], seeds: int, folder: Path) -> No
                     head.text(".3f"),
                     tuned.text(".3f"),
                     f"{100 * (tuned.mean - head.mean):+.1f}",
-                    scratch.text(".3f"),
+                    reported.text(".3f"),
+                    f"{scratch:.3f}",
                     seconds.text(".0f", " s"),
                     each.text(".3f", " s"),
                 ]
             )
-            off = max(abs(one.reported - one.tuned) for one in runs)
+            off = abs(reported.mean - tuned.mean)
             ratio = Spread(tuple(one.predict_ratio for one in runs)).median
             report.expect(
                 f"{name}: ahead of the head", 100 * (tuned.mean - head.mean), ">=", AHEAD, " points"
             )
-            report.expect(
-                f"{name}: reported accuracy off the test's, most", 100 * off, "<=", HONEST, " points"
-            )
+            report.expect(f"{name}: reported accuracy off the test's", 100 * off, "<=", HONEST, " points")
             report.expect(f"{name}: /predict over that on a head", ratio, "<=", PREDICT_RATIO)
             report.data[name] = [asdict(one) for one in runs]
     head_row = [
-        "set", "train/test", "head", "fine-tuned", "points ahead", "random weights, same time", "wall time",
-        "seconds an example and epoch",
+        "set", "train/test", "head", "fine-tuned", "points ahead", "reported", "random weights, same time",
+        "wall time", "seconds an example and epoch",
     ]  # fmt: skip
-    report.add("Accuracy on unseen inputs", table(head_row, rows))
+    note = (
+        f"{seeds} splits each; points ahead and the reported accuracy against the test's are of their means, "
+        "for what one split holds out measures to two or three points. Random weights: the first split."
+    )
+    report.add("Accuracy on unseen inputs", f"{table(head_row, rows)}\n\n{note}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,13 +9,16 @@ is not there whole. After each restart every acknowledged version must be there 
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
 import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +30,89 @@ from adapters.store import StoreError, open_store
 from benchmarks.report import Report, table
 from benchmarks.serving import Serving
 
+TENANT = "default"
 ADAPTERS = 6
 CALLERS = 3
+REST_SECONDS = 10.0
 WORDS = ("invoice", "holiday", "weather", "football")
 
 
-@dataclass(slots=True)
-class Kills:
-    """What a run found. The lists are empty if nothing was lost."""
+@dataclass
+class Found:
+    """What any run that kills may find. The lists are empty if every promise was kept."""
 
-    kills: int = 0
-    killed_during_an_adapt: int = 0
     acknowledged: int = 0
     orphaned_artifacts: int = 0
     lost: list[str] = field(default_factory=list)
     broken_rows: list[str] = field(default_factory=list)
-    reused_numbers: list[str] = field(default_factory=list)
     left_running: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """Every promise with the cases in which it was not kept."""
+        return {
+            "acknowledged and lost": self.lost,
+            "rows without their artifact": self.broken_rows,
+            "processes left running": self.left_running,
+        }
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much happened, by the names of the fields in words."""
+        found = asdict(self).items()
+        return {name.replace("_", " "): value for name, value in found if isinstance(value, int)}
 
     @property
     def sound(self) -> bool:
         """Whether every promise was kept."""
-        return not (self.lost or self.broken_rows or self.reused_numbers or self.left_running)
+        return not any(self.failures.values())
 
 
-class _Acknowledged:
-    """What the service has said yes to, by adapter. Thread-safe."""
+@dataclass
+class Kills(Found):
+    """What a run found."""
+
+    kills: int = 0
+    killed_during_an_adapt: int = 0
+    reused_numbers: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """See Found.failures."""
+        return {**super().failures, "version numbers used twice": self.reused_numbers}
+
+
+class Asked:
+    """How many requests are about to be answered. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self.answering = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request, meanwhile."""
+        with self.lock:
+            self.answering += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.answering -= 1
+
+
+class _Acknowledged(Asked):
+    """What the service has said yes to, by adapter; examples by tenant and adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.versions: dict[str, list[int]] = defaultdict(list)
-        self.examples: dict[str, set[str]] = defaultdict(set)
-        self.running = 0
+        self.examples: dict[tuple[str, str], set[str]] = defaultdict(set)
 
     def add(self, adapter: str, version: int, examples: Sequence[str]) -> None:
-        with self._lock:
+        with self.lock:
             self.versions[adapter].append(version)
-            self.examples[adapter].update(examples)
-
-    def begin(self, change: int) -> None:
-        with self._lock:
-            self.running += change
+            self.examples[TENANT, adapter].update(examples)
 
 
 def run(times: int, *, seed: int = 0, home: Path) -> Kills:
@@ -87,15 +132,15 @@ def run(times: int, *, seed: int = 0, home: Path) -> Kills:
             for caller in callers:
                 caller.start()
             time.sleep(rng.uniform(0.05, 1.0))
-            during = said.running
+            during = said.answering
             running.kill()
             stop.set()
             for caller in callers:
                 caller.join()
             found.kills += 1
             found.killed_during_an_adapt += during > 0
-            _wait_for_the_rest(running, found)
-        _look_into_the_files(home, said, found)
+            wait_for_the_rest(running, found, REST_SECONDS)
+        look_into_the_files(home, [TENANT], said.examples, found)
     with Serving(home, environment={"TOPWORK_BACKBONES": "minilm-l6-v2"}) as running:
         _look_over_http(running.url, said, found)
     found.acknowledged = sum(len(numbers) for numbers in said.versions.values())
@@ -114,15 +159,12 @@ def _adapt(url: str, seed: int, prefix: str, said: _Acknowledged, stop: threadin
                 {"id": f"{prefix}-{number}-{word}", "text": f"{word} {rng.random()}", "label": word}
                 for word in rng.sample(WORDS, 2)
             ]
-            said.begin(+1)
+            body = {"adapter": adapter, "promote": "always", "examples": examples}
             try:
-                answer = client.post(
-                    "/adapt", json={"adapter": adapter, "promote": "always", "examples": examples}
-                )
+                with said.one():
+                    answer = client.post("/adapt", json=body)
             except httpx.TransportError:
                 return
-            finally:
-                said.begin(-1)
             if answer.status_code == 200:
                 said.add(adapter, answer.json()["version"], [example["id"] for example in examples])
             elif answer.status_code not in (409, 429, 503):
@@ -149,33 +191,60 @@ def _look_over_http(url: str, said: _Acknowledged, found: Kills) -> None:
                 found.lost.append(f"{adapter} live: {live.text}")
 
 
-def _look_into_the_files(home: Path, said: _Acknowledged, found: Kills) -> None:
+def look_into_the_files(
+    home: Path, tenants: Iterable[str], examples: Mapping[tuple[str, str], set[str]], found: Found
+) -> None:
+    """Without the service: is every artifact that a row names there whole, and every one of the examples?
+
+    examples: their ids, by tenant and adapter.
+    """
     registry, store = Registry(f"sqlite:///{home / 'topwork.db'}"), open_store(str(home / "artifacts"))
     try:
         referenced = set()
-        for record in registry.adapters("default"):
-            _, examples = registry.all_examples(record.uid)
-            gone = said.examples[record.name] - {example.id for example in examples}
-            found.lost.extend(f"{record.name} example {example}" for example in sorted(gone))
-            for artifact in registry.referenced(record.uid):
-                referenced.add(artifact.name)
-                try:
-                    store.read("default", record.uid, artifact)
-                except StoreError as error:
-                    found.broken_rows.append(f"{record.name}: {error}")
+        for tenant in tenants:
+            for record in registry.adapters(tenant):
+                name = f"{tenant} {record.name}"
+                kept = {example.id for example in registry.all_examples(record.uid)[1]}
+                gone = examples.get((tenant, record.name), set()) - kept
+                found.lost.extend(f"{name} example {example}" for example in sorted(gone))
+                for artifact in registry.referenced(record.uid):
+                    referenced.add(artifact.name)
+                    try:
+                        store.read(tenant, record.uid, artifact)
+                    except StoreError as error:
+                        found.broken_rows.append(f"{name}: {error}")
         found.orphaned_artifacts = sum(1 for stored in store.objects() if stored.name not in referenced)
     finally:
         registry.close()
 
 
-def _wait_for_the_rest(running: Serving, found: Kills) -> None:
+def kill_worker(running: Serving) -> None:
+    """kill -9 of the process that does the service's jobs. Raises ProcessLookupError."""
+    for pid in running.group():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"adapters.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                return
+    raise ProcessLookupError("The service has no worker.")
+
+
+def wait_for_the_rest(running: Serving, found: Found, seconds: float) -> None:
     """What the killed process had started must end by itself."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + seconds
     while running.group():
         if time.monotonic() > deadline:
             found.left_running.append(str(running.group()))
             return
         time.sleep(0.02)
+
+
+def conclude(report: Report, found: Found) -> int:
+    """Writes what happened, and that no promise may be broken; the exit status."""
+    report.add("What happened", table(["", ""], [[name, str(count)] for name, count in found.counts.items()]))
+    for name, cases in found.failures.items():
+        report.expect(name, len(cases), "<=", 0)
+    report.data |= asdict(found)
+    return report.finish()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,24 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report("kill", "Kills during adapts")
     with tempfile.TemporaryDirectory() as home:
         found = run(options.times, seed=options.seed, home=Path(home))
-    counts = {
-        "kills": found.kills,
-        "kills while an adapt was being answered": found.killed_during_an_adapt,
-        "adapts acknowledged": found.acknowledged,
-        "artifacts left for the sweep": found.orphaned_artifacts,
-    }
-    report.add("What happened", table(["", ""], [[name, str(count)] for name, count in counts.items()]))
-    failures = {
-        "acknowledged and lost": found.lost,
-        "rows without their artifact": found.broken_rows,
-        "version numbers used twice": found.reused_numbers,
-        "processes left running": found.left_running,
-    }
-    for name, cases in failures.items():
-        report.expect(name, len(cases), "<=", 0)
-        report.data[name] = cases
-    report.data |= counts
-    return report.finish()
+    return conclude(report, found)
 
 
 if __name__ == "__main__":

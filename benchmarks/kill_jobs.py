@@ -1,47 +1,56 @@
-"""Kills the worker and the service with SIGKILL during fine-tunes, and looks at what became of the jobs.
+"""Kills the worker and the service with SIGKILL during jobs, and looks at what became of these.
 
 python -m benchmarks.kill_jobs [--times-worker 50] [--times-server 20]
 
-Several tenants submit fine-tunes all the while. Once all have ended, each job that was acknowledged must have
-one outcome, a version that predicts or a recorded failure, and each fine-tuned version must be the outcome of
-one job. Then the database and the store are read without the service: no row may refer to an artifact that is
-not there whole.
+Several tenants submit fine-tunes and bulk uploads all the while. Once all have ended, each job that was
+acknowledged must have one outcome, a version that predicts or a recorded failure, and each version must be
+the outcome of one job. Then the database and the store are read without the service: no row may refer to what
+is not there whole, and every example of an upload that succeeded must be there.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import base64
+import json
 import random
-import signal
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from adapters.example import input_digest
+from adapters.jobs import KEPT_JOBS
 from adapters.lease import checkpoints
 from adapters.records import KEPT_VERSIONS
-from adapters.registry import Registry
-from adapters.store import StoreError, open_store
 from benchmarks import client, datasets
 from benchmarks.datasets import Sample
-from benchmarks.report import Report, table
+from benchmarks.kill import Asked, Found, conclude, kill_worker, look_into_the_files, wait_for_the_rest
+from benchmarks.report import Report
 from benchmarks.serving import Serving
 
 # A tenant whose job has lost its worker waits for the lease to run out: so many have work for the next one.
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 # Submits and cancels at once while the service is killed, so that the kill falls into an acknowledgement.
 HASTY = "hasty"
-ADAPTERS = ("one", "two")
+TUNED = ("one", "two")
+UPLOADED = "uploaded"
+ADAPTERS = (*TUNED, UPLOADED)
 LABELS = ("Animals & Nature", "Food & Drink", "Objects")
 EXAMPLES_PER_LABEL = 20
+# More than a worker stores at once.
+UPLOAD_EXAMPLES = 1_010
+# Of these, the ones that no other upload has: in the first part and in the last.
+OWN = (0, 500, UPLOAD_EXAMPLES - 1)
 QUICK = {"epochs": 2, "full_size_epochs": 1, "pixels": 32, "batch": 16}
 LOOK_SECONDS = 0.25
 PATIENCE_SECONDS = 600.0
@@ -53,22 +62,20 @@ Json = dict[str, Any]
 Attempt = tuple[str, int]
 
 
-@dataclass(slots=True)
-class Outcomes:
-    """What a run found. The lists are empty if every promise was kept."""
+@dataclass
+class Outcomes(Found):
+    """What a run found."""
 
     worker_kills: int = 0
     server_kills: int = 0
     attempts_cut: int = 0
     during_a_submission: int = 0
-    acknowledged: int = 0
     answers_lost: int = 0
     states: dict[str, int] = field(default_factory=dict)
     succeeded_later: int = 0
     attempts: int = 0
-    orphaned_artifacts: int = 0
+    uploaded_examples: int = 0
     partial_checkpoints: int = 0
-    lost: list[str] = field(default_factory=list)
     without_one_outcome: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     failed_otherwise: list[str] = field(default_factory=list)
@@ -76,51 +83,47 @@ class Outcomes:
     nobodys_versions: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    broken_rows: list[str] = field(default_factory=list)
-    left_running: list[str] = field(default_factory=list)
     checkpoints_left: list[str] = field(default_factory=list)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """See Found.counts."""
+        return {**super().counts, **dict(sorted(self.states.items()))}
+
+    @property
     def failures(self) -> dict[str, list[str]]:
-        """Every promise with the cases in which it was not kept."""
+        """See Found.failures."""
         return {
-            "jobs acknowledged and lost": self.lost,
+            **super().failures,
             "jobs without exactly one outcome": self.without_one_outcome,
             "outcomes that changed": self.changed,
             "failed but for exhausted attempts": self.failed_otherwise,
             "versions that two jobs name": self.numbers_twice,
-            "fine-tuned versions that no job names": self.nobodys_versions,
+            "versions that no job names": self.nobodys_versions,
             "versions that are not there or do not predict": self.unusable,
             "submissions or cancels refused": self.refused,
-            "rows without their artifact": self.broken_rows,
-            "processes left running": self.left_running,
             "checkpoints of ended jobs left": self.checkpoints_left,
         }
 
-    @property
-    def sound(self) -> bool:
-        """Whether every promise was kept."""
-        return not any(self.failures.values())
 
-
-class _Acknowledged:
-    """What the service has said yes to, and how it said that jobs ended. Thread-safe."""
+class _Acknowledged(Asked):
+    """What the service has said yes to, and how it said that jobs ended."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.jobs: dict[str, set[str]] = defaultdict(set)
+        super().__init__()
+        self.jobs: dict[str, dict[str, set[str]]] = defaultdict(dict)
         self.changed: list[str] = []
         self.refused: list[str] = []
-        self.answering = 0
         self._ended: dict[str, Json] = {}
 
-    def add(self, tenant: str, job: Json) -> None:
-        with self._lock:
-            self.jobs[tenant].add(job["id"])
+    def add(self, tenant: str, job: Json, examples: set[str]) -> None:
+        """examples: ids of those uploaded, but the one that is broken."""
+        with self.lock:
+            self.jobs[tenant][job["id"]] = examples
 
     def see(self, jobs: Iterable[Json]) -> None:
         """An outcome once told must be told for ever."""
-        with self._lock:
+        with self.lock:
             for job in jobs:
                 before = self._ended.get(job["id"])
                 if before is not None and job != before:
@@ -128,46 +131,40 @@ class _Acknowledged:
                 if job["finished_at"] is not None:
                     self._ended[job["id"]] = job
 
-    def begin(self, change: int) -> None:
-        with self._lock:
-            self.answering += change
 
-
-class _Tenants:
+class _Tenants(ExitStack):
     """The tenants of one running service. For one thread; a context manager.
 
     fresh: attempts that were under way at the last look and that no kill has ended yet.
     """
 
     def __init__(self, url: str, said: _Acknowledged, over: set[Attempt]) -> None:
+        super().__init__()
         server = client.Server(url)
         self.clients = {tenant: client.Client(server, tenant) for tenant in (*TENANTS, HASTY)}
+        for one in self.clients.values():
+            self.callback(one.close)
         self.fresh: set[Attempt] = set()
         self._said = said
         self._over = over
 
-    def __enter__(self) -> _Tenants:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in self.clients.values():
-            one.close()
-
     def look(self) -> None:
         """Sees what runs, and submits for each tenant that has no job left, its adapters in turn."""
         running: set[Attempt] = set()
-        for tenant, caller in self.clients.items():
+        for place, (tenant, caller) in enumerate(self.clients.items()):
             jobs: list[Json] = caller.request("GET", "/jobs").json()["jobs"]
             self._said.see(jobs)
             running |= {(job["id"], job["attempt"]) for job in jobs if job["state"] == "running"}
             if tenant != HASTY and all(job["finished_at"] is not None for job in jobs):
-                self.submit(tenant, ADAPTERS[len(jobs) % len(ADAPTERS)])
+                turn = place + len(self._said.jobs[tenant])
+                self.submit(tenant, ADAPTERS[turn % len(ADAPTERS)])
         self.fresh = running - self._over
 
     def submit(self, tenant: str, adapter: str) -> Json:
         """The job, acknowledged."""
-        job: Json = self.clients[tenant].request("POST", "/adapt", json=_request(adapter)).json()
-        self._said.add(tenant, job)
+        request, examples = _request(adapter, f"{tenant} {len(self._said.jobs[tenant])}")
+        job: Json = self.clients[tenant].request("POST", "/adapt", **request).json()
+        self._said.add(tenant, job, examples)
         return job
 
     def wait_for_an_attempt(self) -> None:
@@ -190,16 +187,10 @@ class _Tenants:
 
     def jobs(self, tenant: str) -> list[Json]:
         """All of a tenant's jobs."""
-        found: list[Json] = []
-        cursor: str | None = None
-        while True:
-            query = {"limit": 1_000} | ({"cursor": cursor} if cursor else {})
-            page = self.clients[tenant].request("GET", "/jobs", params=query).json()
-            found += page["jobs"]
-            cursor = page["next"]
-            if cursor is None:
-                self._said.see(found)
-                return found
+        answer = self.clients[tenant].request("GET", "/jobs", params={"limit": KEPT_JOBS}).json()
+        found: list[Json] = answer["jobs"]
+        self._said.see(found)
+        return found
 
 
 def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) -> Outcomes:
@@ -208,7 +199,7 @@ def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) ->
     home, settings = folder / "home", _settings(folder)
     found, said, over = Outcomes(), _Acknowledged(), set[Attempt]()
     with Serving(home, environment=settings) as running, _Tenants(running.url, said, over) as tenants:
-        samples = _teach(tenants)
+        _teach(tenants)
         seconds = _undisturbed(tenants)
     rounds = max(1, server_kills)
     for number in range(rounds):
@@ -218,7 +209,7 @@ def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) ->
                 aimed = found.worker_kills % AIMED == AIMED - 1
                 _wait_for_the_moment(tenants, rng, seconds, home if aimed else None)
                 over |= tenants.fresh
-                _kill_worker(running)
+                kill_worker(running)
                 found.worker_kills += 1
             if number < server_kills:
                 _wait_for_the_moment(tenants, rng, seconds, None)
@@ -227,14 +218,14 @@ def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) ->
                 found.server_kills += 1
         print(f"{found.worker_kills} kills of the worker, {found.server_kills} of the service", flush=True)
         # A worker whose service was killed has lived on beside the next one's.
-        _wait_for_the_rest(before, found)
-    _wait_for_the_rest(running, found)
+        wait_for_the_rest(before, found, REST_SECONDS)
+    wait_for_the_rest(running, found, REST_SECONDS)
     with Serving(home, environment=settings) as running, _Tenants(running.url, said, over) as tenants:
         _wait_for_the_jobs(tenants)
-        _look_over_http(tenants, said, samples[0], over, found)
+        uploaded = _look_over_http(tenants, said, over, found)
         _wait_for_the_checkpoints(home, found)
-    _wait_for_the_rest(running, found)
-    _look_into_the_files(home, found)
+    wait_for_the_rest(running, found, REST_SECONDS)
+    look_into_the_files(home, (*TENANTS, HASTY), uploaded, found)
     found.changed, found.refused = said.changed, said.refused
     return found
 
@@ -257,27 +248,39 @@ def _settings(folder: Path) -> dict[str, str]:
     }
 
 
-def _request(adapter: str) -> Json:
-    return {"adapter": adapter, "method": "fine_tune", "fine_tune": QUICK, "examples": []}
+def _request(adapter: str, mark: str) -> tuple[Json, set[str]]:
+    """How to POST /adapt, and the ids of the examples that it uploads. mark: is in nothing else uploaded."""
+    if adapter != UPLOADED:
+        body = {"adapter": adapter, "method": "fine_tune", "fine_tune": QUICK, "examples": []}
+        return {"json": body}, set()
+    samples, lines, ids = _emoji(), [], set[str]()
+    for row in range(UPLOAD_EXAMPLES):
+        one = samples[row % len(samples)]
+        assert isinstance(one.input, bytes)
+        # What stands behind a picture's end makes it another example, and shows the same.
+        picture = one.input + (mark if row in OWN else str(row // len(samples))).encode()
+        ids.add(input_digest(picture))
+        lines.append(json.dumps({"image": base64.b64encode(picture).decode(), "label": one.label}))
+    lines.append(json.dumps({"image": "broken", "label": LABELS[0]}))
+    headers = {"Content-Type": "application/x-ndjson"}
+    return {"content": "\n".join(lines), "params": {"adapter": adapter}, "headers": headers}, ids
 
 
-def _teach(tenants: _Tenants) -> list[Sample]:
-    """Gives every adapter emoji of its own; those of the last one."""
-    emoji = [sample for sample in datasets.load("emoji-google").samples if sample.label in LABELS]
-    samples: list[Sample] = []
-    for number, (tenant, adapter) in enumerate(_adapters()):
-        samples, _ = datasets.shots(emoji, EXAMPLES_PER_LABEL, number)
+@cache
+def _emoji() -> list[Sample]:
+    return [sample for sample in datasets.load("emoji-google").samples if sample.label in LABELS]
+
+
+def _teach(tenants: _Tenants) -> None:
+    """Gives every adapter that is to be tuned emoji of its own."""
+    for number, (tenant, adapter) in enumerate(product(tenants.clients, TUNED)):
+        samples, _ = datasets.shots(_emoji(), EXAMPLES_PER_LABEL, number)
         tenants.clients[tenant].adapt(adapter, samples)
-    return samples
-
-
-def _adapters() -> Iterator[tuple[str, str]]:
-    return ((tenant, adapter) for tenant in (*TENANTS, HASTY) for adapter in ADAPTERS)
 
 
 def _undisturbed(tenants: _Tenants) -> float:
     """Seconds of the first attempt of a new worker, from its claim to its end."""
-    tenants.submit(TENANTS[0], ADAPTERS[0])
+    tenants.submit(TENANTS[0], TUNED[0])
     begun: float | None = None
     while (job := tenants.jobs(TENANTS[0])[0])["finished_at"] is None:
         if begun is None and job["state"] == "running":
@@ -307,16 +310,6 @@ def _artifacts(home: Path) -> set[Path]:
     return set((home / "artifacts").glob("*/*/*"))
 
 
-def _kill_worker(running: Serving) -> None:
-    """kill -9 of the process that does the service's jobs. Raises ProcessLookupError."""
-    for pid in running.group():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if b"adapters.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-                return
-    raise ProcessLookupError("The service has no worker.")
-
-
 def _kill_server(running: Serving, said: _Acknowledged, rng: random.Random) -> bool:
     """kill -9 of the serving process; whether it was about to answer a submission or a cancel."""
     stop = threading.Event()
@@ -336,16 +329,15 @@ def _submit_and_cancel(url: str, seed: int, said: _Acknowledged, stop: threading
     rng = random.Random(seed)
     with httpx.Client(base_url=url, headers={"X-Tenant": HASTY}, timeout=60) as http:
         while not stop.is_set():
-            said.begin(+1)
+            request, examples = _request(rng.choice(ADAPTERS), f"{HASTY} {rng.getrandbits(64)}")
             try:
-                answer = http.post("/adapt", json=_request(rng.choice(ADAPTERS)))
-                if answer.status_code == 202:
-                    said.add(HASTY, answer.json())
-                    answer = http.post(f"/jobs/{answer.json()['id']}/cancel")
+                with said.one():
+                    answer = http.post("/adapt", **request)
+                    if answer.status_code == 202:
+                        said.add(HASTY, answer.json(), examples)
+                        answer = http.post(f"/jobs/{answer.json()['id']}/cancel")
             except httpx.TransportError:
                 return
-            finally:
-                said.begin(-1)
             if answer.status_code == 200:
                 said.see([answer.json()])
             # Too many are open, or this one ended first.
@@ -364,64 +356,58 @@ def _wait_for_the_jobs(tenants: _Tenants) -> None:
 
 
 def _look_over_http(
-    tenants: _Tenants, said: _Acknowledged, sample: Sample, cut: set[Attempt], found: Outcomes
-) -> None:
-    for tenant in tenants.clients:
-        jobs = tenants.jobs(tenant)
-        ids = {job["id"] for job in jobs}
-        found.acknowledged += len(said.jobs[tenant])
-        found.answers_lost += len(ids - said.jobs[tenant])
-        found.lost.extend(sorted(said.jobs[tenant] - ids))
+    tenants: _Tenants, said: _Acknowledged, cut: set[Attempt], found: Outcomes
+) -> dict[tuple[str, str], set[str]]:
+    """The ids of what was uploaded and must be there, by tenant and adapter."""
+    uploaded: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for tenant, caller in tenants.clients.items():
+        jobs, known = tenants.jobs(tenant), said.jobs[tenant]
+        last = {job["id"]: job for job in jobs}
+        found.acknowledged += len(known)
+        found.answers_lost += len(last.keys() - known.keys())
+        found.lost.extend(sorted(known.keys() - last.keys()))
         for job in jobs:
             _judge(job, found)
-        last = {job["id"]: job for job in jobs}
-        found.attempts_cut += sum(
-            _went_on(last[job_id], attempt) for job_id, attempt in cut if job_id in last
-        )
-        for adapter in ADAPTERS:
-            mine = (job for job in jobs if job["adapter"] == adapter)
-            made = [job["version"] for job in mine if job["version"] is not None]
-            _look_at_the_versions(tenants, (tenant, adapter), made, sample, found)
+            if job["kind"] == "bulk_adapt" and job["state"] == "succeeded" and job["id"] in known:
+                sent = known[job["id"]]
+                uploaded[tenant, job["adapter"]] |= sent
+                # All but the one that is broken.
+                if (job["progress"]["stored"], job["progress"]["rejected"]) != (len(sent), 1):
+                    found.without_one_outcome.append(str(job))
+        mine = ((last[job_id], attempt) for job_id, attempt in cut if job_id in last)
+        found.attempts_cut += sum(job["attempt"] > one or job["state"] == "failed" for job, one in mine)
+        for adapter in {job["adapter"] for job in jobs}:
+            made = [job["version"] for job in jobs if job["adapter"] == adapter and job["version"]]
+            _look_at_the_versions(caller, f"{tenant} {adapter}", made, found)
+    found.uploaded_examples = sum(len(ids) for ids in uploaded.values())
+    return uploaded
 
 
 def _judge(job: Json, found: Outcomes) -> None:
-    state, version, error = job["state"], job["version"], job["error"]
-    code = (error or {}).get("code")
-    whole = {
-        "succeeded": version is not None and error is None,
-        "failed": version is None and bool(code),
-        "cancelled": version is None and error is None,
-    }
+    state, made, code = job["state"], job["version"] is not None, (job["error"] or {}).get("code")
+    whole = {"succeeded": made and not code, "failed": code and not made, "cancelled": not (made or code)}
     if not whole.get(state, False):
         found.without_one_outcome.append(str(job))
     if state == "failed" and code != "attempts_exhausted":
         found.failed_otherwise.append(str(job))
-    ended = f"{state}: {code}" if code else state
+    ended = f"{job['kind']} {state}" + (f": {code}" if code else "")
     found.states[ended] = found.states.get(ended, 0) + 1
     found.attempts += job["attempt"]
     found.succeeded_later += state == "succeeded" and job["attempt"] > 1
 
 
-def _went_on(job: Json, attempt: int) -> bool:
-    """Whether the attempt came to no end of its own."""
-    exhausted = (job["error"] or {}).get("code") == "attempts_exhausted"
-    return bool(job["attempt"] > attempt or exhausted)
-
-
-def _look_at_the_versions(
-    tenants: _Tenants, which: tuple[str, str], made: Sequence[int], sample: Sample, found: Outcomes
-) -> None:
-    """made: the versions that the adapter's jobs name. Those that are kept must predict."""
-    (tenant, adapter), name = which, " ".join(which)
-    caller = tenants.clients[tenant]
+def _look_at_the_versions(caller: client.Client, name: str, made: Sequence[int], found: Outcomes) -> None:
+    """name: of the tenant and the adapter. made: what its jobs name; those that are kept must predict."""
+    adapter = name.split()[1]
+    method = "linear_probe" if adapter == UPLOADED else "fine_tune"
     listed = caller.request("GET", f"/adapters/{adapter}/versions").json()["versions"]
-    tuned = {version["version"] for version in listed if version["method"] == "fine_tune"}
+    jobs_own = {version["version"] for version in listed if version["method"] == method}
     twice = sorted(number for number, count in Counter(made).items() if count > 1)
     found.numbers_twice.extend(f"{name} version {number}" for number in twice)
-    found.nobodys_versions.extend(f"{name} version {number}" for number in sorted(tuned - set(made)))
-    newest = max(version["version"] for version in listed)
+    found.nobodys_versions.extend(f"{name} version {number}" for number in sorted(jobs_own - set(made)))
+    newest = max((version["version"] for version in listed), default=0)
     for number in (number for number in made if number > newest - KEPT_VERSIONS):
-        query = {"adapter": adapter, "version": number, "inputs": [client.as_input(sample)]}
+        query = {"adapter": adapter, "version": number, "inputs": [client.as_input(_emoji()[0])]}
         try:
             version = caller.request("GET", f"/adapters/{adapter}/versions/{number}").json()
             answer = caller.request("POST", "/predict", json=query).json()
@@ -429,7 +415,7 @@ def _look_at_the_versions(
             found.unusable.append(f"{name} version {number}: {error}")
             continue
         predicted = answer["predictions"][0].get("label") in LABELS
-        if version["method"] != "fine_tune" or answer["version"] != number or not predicted:
+        if version["method"] != method or answer["version"] != number or not predicted:
             found.unusable.append(f"{name} version {number}: {version['method']}, {answer}")
 
 
@@ -444,49 +430,6 @@ def _wait_for_the_checkpoints(home: Path, found: Outcomes) -> None:
     found.partial_checkpoints = len(list((home / "jobs").glob("*.partial")))
 
 
-def _look_into_the_files(home: Path, found: Outcomes) -> None:
-    registry, store = Registry(f"sqlite:///{home / 'topwork.db'}"), open_store(str(home / "artifacts"))
-    try:
-        referenced = set()
-        for tenant in (*TENANTS, HASTY):
-            for record in registry.adapters(tenant):
-                for artifact in registry.referenced(record.uid):
-                    referenced.add(artifact.name)
-                    try:
-                        store.read(tenant, record.uid, artifact)
-                    except StoreError as error:
-                        found.broken_rows.append(f"{tenant} {record.name}: {error}")
-        found.orphaned_artifacts = sum(1 for stored in store.objects() if stored.name not in referenced)
-    finally:
-        registry.close()
-
-
-def _wait_for_the_rest(running: Serving, found: Outcomes) -> None:
-    """What the killed process had started must end by itself."""
-    end = time.monotonic() + REST_SECONDS
-    while running.group():
-        if time.monotonic() > end:
-            found.left_running.append(str(running.group()))
-            return
-        time.sleep(0.02)
-
-
-def _counts(found: Outcomes) -> Mapping[str, int]:
-    return {
-        "kills of the worker": found.worker_kills,
-        "kills of the serving process": found.server_kills,
-        "kills that cut an attempt short": found.attempts_cut,
-        "kills while a submission or a cancel was being answered": found.during_a_submission,
-        "jobs acknowledged": found.acknowledged,
-        "jobs recorded whose acknowledgement was lost": found.answers_lost,
-        "attempts begun": found.attempts,
-        "jobs that succeeded in a later attempt": found.succeeded_later,
-        **{f"jobs {state}": count for state, count in sorted(found.states.items())},
-        "artifacts left for the sweep": found.orphaned_artifacts,
-        "checkpoints left half written": found.partial_checkpoints,
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes benchmarks/results/kill_jobs.md and .json; 1 if a promise was not kept."""
     parser = argparse.ArgumentParser(
@@ -496,15 +439,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--times-server", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    report = Report("kill_jobs", "Kills during fine-tunes")
+    report = Report("kill_jobs", "Kills during jobs")
     with tempfile.TemporaryDirectory(prefix="topwork-bench-") as folder:
         found = run(options.times_worker, options.times_server, seed=options.seed, folder=Path(folder))
-    counts = _counts(found)
-    report.add("What happened", table(["", ""], [[name, str(count)] for name, count in counts.items()]))
-    for name, cases in found.failures.items():
-        report.expect(name, len(cases), "<=", 0)
-    report.data |= asdict(found)
-    return report.finish()
+    return conclude(report, found)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,10 @@ class Batcher:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             if lane is self._bulk:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BULK_NICE)
+                thread = threading.get_native_id()
+                # Less than it has by now would need a privilege.
+                niceness = max(os.getpriority(os.PRIO_PROCESS, thread), _BULK_NICE)
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
             while taken := self._take(lane):
                 self._answer(taken, beside=lane is self._bulk)
                 if lane is self._bulk:

@@ -71,8 +71,15 @@ def _serve(host: str, port: int | None) -> int:
 
 
 def _work() -> int:
+    from adapters.supervising import NICENESS
+    from service.settings import Settings, serving_environment
+
+    # Before numpy comes, whose threads are as many as it reads here, and keep the priority they begin with.
+    for name, value in serving_environment().items():
+        os.environ.setdefault(name, value)
+    os.nice(NICENESS)
+
     from adapters.worker import work
-    from service.settings import Settings
     from service.startup import configure_logging
 
     configure_logging()

@@ -41,6 +41,8 @@ from models.batcher import Batcher
 from models.exported import find
 from models.preprocess import InputLimits
 from service import __version__
+from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
+from service.events import Events, told_to_end
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -48,6 +50,8 @@ logger = logging.getLogger("topwork")
 
 # Where the packages are, for a child to import them whatever its folder.
 _ROOT = str(Path(__file__).resolve().parent.parent)
+
+_SWEEP_SECONDS = 3_600.0
 
 
 class ExportFailed(RuntimeError):
@@ -73,6 +77,8 @@ class Components:
     exporting: Exporting
     predicting: Predicting
     submitting: Submitting
+    events: Events
+    uploads: Slots
     workers: tuple[Supervised, ...]
     metrics: Metrics
     closing: AsyncExitStack
@@ -151,8 +157,19 @@ async def compose(settings: Settings) -> Components:
         for worker in workers:
             await worker.start()
             stack.push_async_callback(worker.close)
+        closing = threading.Event()
+        stack.callback(closing.set)
+        submitting = Submitting(
+            adapting,
+            max_open=settings.max_jobs,
+            deadline_seconds=settings.max_job_seconds,
+            callback_urls=settings.callback_urls,
+        )
+        # A stream ends by itself before the edge would break it off.
+        events = Events(submitting, 0.9 * settings.request_timeout)
+        stack.enter_context(told_to_end(events.close))
         # A daemon: a bucket may be long, and nobody waits for it at shutdown.
-        threading.Thread(target=_sweep, args=(registry, store), daemon=True).start()
+        threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
         components = Components(
             settings=settings,
             registry=registry,
@@ -166,12 +183,9 @@ async def compose(settings: Settings) -> Components:
             curating=Curating(adapting),
             exporting=Exporting(predicting),
             predicting=predicting,
-            submitting=Submitting(
-                adapting,
-                max_open=settings.max_jobs,
-                deadline_seconds=settings.max_job_seconds,
-                callback_urls=settings.callback_urls,
-            ),
+            submitting=submitting,
+            events=events,
+            uploads=Slots("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
             workers=workers,
             metrics=metrics,
             closing=stack.pop_all(),
@@ -234,18 +248,17 @@ def _storage(settings: Settings) -> tuple[Registry, Store]:
     return registry, store
 
 
-def _sweep(registry: Registry, store: Store) -> None:
-    """Removes what a killed process published and never recorded;
-
-    A store that is away now is swept next time.
-    """
-    try:
-        removed = sweep(store, registry.referenced)
-    except (RegistryError, StoreError) as error:
-        logger.warning("sweep put off: %s", error)
-    else:
-        if removed:
-            logger.info("swept %d artifacts that no adapter refers to", removed)
+def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
+    """Removes what a killed process published and never recorded, now and every hour."""
+    while not closing.is_set():
+        try:
+            removed = sweep(store, registry.referenced)
+        except (RegistryError, StoreError) as error:
+            logger.warning("sweep put off: %s", error)
+        else:
+            if removed:
+                logger.info("swept %d artifacts that no adapter refers to", removed)
+        closing.wait(_SWEEP_SECONDS)
 
 
 def _watch(components: Components, networks: Networks) -> None:

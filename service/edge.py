@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 import uuid
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from service.errors import Problem, respond
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,10 +36,45 @@ BULK: Mapping[str, Form] = {
 }
 """The form of a bulk upload by its media type."""
 
+# Of those that are open, adapters/submitting.py receives four; the others wait, and send nothing meanwhile.
+UPLOADS = 16
+UPLOADS_OF_A_TENANT = 2
+# What an upload must come at, over all of it.
+_SLOWEST_BYTES_PER_SECOND = 64 << 10
+# For so much of the request timeout nothing may come, while somebody waits for it.
+_SILENT = 0.25
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_PATH = 200
-_UPLOADS = 8
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
+
+
+class Slots:
+    """What may be open at once, of all tenants and of one. For one event loop."""
+
+    def __init__(self, what: str, most: int, most_of_a_tenant: int) -> None:
+        self._what = what
+        self._most = most
+        self._most_of_a_tenant = most_of_a_tenant
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def take(self, tenant: str) -> Iterator[None]:
+        """Holds one meanwhile. Raises a 429 Problem where there is none left."""
+        if self._open[tenant] >= self._most_of_a_tenant or self._open.total() >= self._most:
+            raise Problem(
+                429,
+                f"too_many_{self._what}",
+                f"{self._most_of_a_tenant} {self._what} of a tenant may be open at once, and {self._most} "
+                "of all; wait for one to end.",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            self._open = +self._open
 
 
 class Edge:
@@ -74,7 +112,7 @@ class _Inner:
         self._metrics = metrics
         self._bodies = _Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
-        self._uploads = _Bodies(settings.max_upload_bytes, _UPLOADS * settings.max_upload_bytes)
+        self._uploads = _Bodies(settings.max_upload_bytes, math.inf)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -83,8 +121,9 @@ class _Inner:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
-        bodies = self._uploads if scope["path"] == "/adapt" and media in BULK else self._bodies
-        exchange = _Exchange(receive, send, bodies, request_id)
+        bulk = scope["path"] == "/adapt" and media in BULK
+        bodies = self._uploads if bulk else self._bodies
+        exchange = (_Upload if bulk else _Exchange)(receive, send, bodies, request_id)
         try:
             refusal = self._guard.check(scope["path"], headers) or bodies.refuse_declared(headers)
             if refusal is not None:
@@ -105,15 +144,12 @@ class _Inner:
         """The routes' answer, or a problem: whatever escapes them, and a deadline that passes."""
         timeout = self._settings.request_timeout
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as deadline:
+                exchange.give(deadline, timeout)
                 await exchange.answer(self._app, scope)
             return
         except TimeoutError:
-            problem: Exception = Problem(
-                504,
-                "deadline_exceeded",
-                f"The request took more than {timeout:g} seconds. Send less at once.",
-            )
+            problem: Exception = Problem(504, "deadline_exceeded", exchange.TOO_LONG.format(timeout))
         except Exception as error:
             problem = error
         if exchange.status is None:
@@ -122,6 +158,8 @@ class _Inner:
 
 class _Exchange:
     """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
+
+    TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
     def __init__(self, receive: Receive, send: Send, bodies: _Bodies, request_id: str) -> None:
         self.status: int | None = None
@@ -133,6 +171,9 @@ class _Exchange:
         self._body_read = asyncio.Event()
         self._gone = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
+
+    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
+        """The deadline, and how long it gives."""
 
     async def answer(self, app: ASGIApp, scope: Scope) -> None:
         """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
@@ -182,10 +223,39 @@ class _Exchange:
             self._watch.cancel()
 
 
+class _Upload(_Exchange):
+    """A bulk upload's channel. It gets time for what it has sent, and may not fall silent."""
+
+    TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
+
+    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
+        self._deadline = deadline
+        self._seconds = seconds
+        self._began = asyncio.get_running_loop().time()
+
+    async def receive(self) -> Message:
+        if self._body_read.is_set():
+            return await super().receive()
+        silent = _SILENT * self._seconds
+        try:
+            async with asyncio.timeout(silent):
+                message = await super().receive()
+        except TimeoutError as error:
+            detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
+            raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
+        since = self._began + self._bytes / _SLOWEST_BYTES_PER_SECOND
+        if self._body_read.is_set():
+            # What is left to do has the time of any request.
+            since = asyncio.get_running_loop().time()
+        if not self._deadline.expired():
+            self._deadline.reschedule(since + self._seconds)
+        return message
+
+
 class _Bodies:
     """Counts the bytes of request bodies, of each and of all that are being answered."""
 
-    def __init__(self, max_one: int, max_all: int) -> None:
+    def __init__(self, max_one: int, max_all: float) -> None:
         self._max_one = max_one
         self._max_all = max_all
         self._held = 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import re
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 
 from adapters.admission import check_id
 from adapters.exporting import Format
-from adapters.records import UnknownAdapter
+from adapters.records import UnknownAdapter, UnknownJob
 from service import __version__, answers, errors, schemas
 from service.auth import Tenant
 from service.bodies import Bodies, media_type
@@ -24,11 +23,12 @@ from service.docs import add_docs
 from service.edge import BULK
 from service.embeddings import openai_embeddings
 from service.errors import Problem
-from service.events import job_events
+from service.events import brief
 from service.metrics import CONTENT_TYPE
 from service.openapi import body, describe, problems
 
 _NAME = re.compile(schemas.ADAPTER_PATTERN)
+_JOB = re.compile(r"[0-9a-f]{32}")
 
 
 def adapter_name(adapter: str) -> str:
@@ -44,14 +44,30 @@ def example_id(example: str) -> str:
     return example
 
 
+def job_id(job: str) -> str:
+    """The job in the path. An id that no job can have is unknown like any other."""
+    if _JOB.fullmatch(job) is None:
+        raise UnknownJob(job[:63])
+    return job
+
+
+def jobs_adapter(adapter: str | None = None) -> str | None:
+    """The adapter whose jobs are meant, None for all. No adapter has the empty name."""
+    return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
+
+
 def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
     """Behind what a page begins. Raises a 422 Problem for what no answer gave out."""
+    if cursor is None:
+        return None
     try:
-        return (
-            None if cursor is None else base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        )
-    except (binascii.Error, ValueError) as error:
-        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.") from error
+        last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+    except ValueError:
+        last = "\0"
+    # No page ends with a NUL, and PostgreSQL takes none.
+    if "\0" in last:
+        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.")
+    return last
 
 
 def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
@@ -63,7 +79,8 @@ Adapter = Annotated[str, Depends(adapter_name)]
 Example = Annotated[str, Depends(example_id)]
 Behind = Annotated[str | None, Depends(behind)]
 Expected = Annotated[str | None, Depends(expected)]
-JobsAdapter = Annotated[str | None, Query(max_length=63)]
+Job = Annotated[str, Depends(job_id)]
+JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
 
@@ -86,6 +103,7 @@ def build_api(components: Components) -> FastAPI:
 def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     """Adapting, predicting and embedding."""
     adapting, predicting, batchers = components.adapting, components.predicting, components.batchers
+    submitting, uploads = components.submitting, components.uploads
 
     @api.post(
         "/adapt",
@@ -93,19 +111,18 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
         responses={
             200: {"model": schemas.AdaptResponse},
             202: {"model": schemas.SubmittedOut},
-            **problems(404, 409, 413, 415, 422, 429),
+            **problems(404, 408, 409, 413, 415, 422, 429),
         },
     )
     async def adapt(request: Request, tenant: Tenant) -> Response:
         """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
         form = BULK.get(media_type(request))
         if form is not None:
-            return answers.submitted(
-                await components.submitting.bulk(tenant, form, *bodies.bulk(request, form))
-            )
+            with uploads.take(tenant):
+                return answers.submitted(await submitting.bulk(tenant, form, *bodies.bulk(request, form)))
         command = await bodies.adapt(request)
         if command.fine_tune is not None:
-            return answers.submitted(*await components.submitting.fine_tune(tenant, command))
+            return answers.submitted(*await submitting.fine_tune(tenant, command))
         return answers.adapted(await adapting.adapt(tenant, command))
 
     @api.post(
@@ -266,32 +283,29 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies) -> None:
 def add_jobs(api: FastAPI, components: Components) -> None:
     """Work that outlives its request."""
     submitting = components.submitting
-    # A stream ends by itself before the edge would break it off.
-    streamed = 0.9 * components.settings.request_timeout
 
     @api.get("/jobs", responses={200: {"model": schemas.JobsOut}, **problems(422)})
-    async def jobs(
-        tenant: Tenant, cursor: Behind, adapter: JobsAdapter = None, limit: Limit = 100
-    ) -> Response:
-        """The tenant's jobs, the newest first."""
-        return answers.jobs(await submitting.jobs(tenant, adapter, cursor, limit + 1), limit)
+    async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
+        """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
+        found = await submitting.jobs(tenant, adapter, cursor, limit + 1)
+        return answers.jobs([brief(one) for one in found], limit)
 
     @api.get("/jobs/{job}", responses={200: {"model": schemas.JobOut}, **problems(404)})
-    async def job(tenant: Tenant, job: str) -> Response:
+    async def job(tenant: Tenant, job: Job) -> Response:
         """One job."""
         return answers.one_job(await submitting.job(tenant, job))
 
     @api.get(
         "/jobs/{job}/events",
         response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}, **problems(404)},
+        responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
     )
-    async def events(tenant: Tenant, job: str) -> Response:
+    async def events(tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
-        return await job_events(submitting, tenant, job, streamed)
+        return await components.events.stream(tenant, job)
 
     @api.post("/jobs/{job}/cancel", responses={200: {"model": schemas.JobOut}, **problems(404, 409)})
-    async def cancel(tenant: Tenant, job: str) -> Response:
+    async def cancel(tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
         return answers.one_job(await submitting.cancel(tenant, job))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters.example import Task
 from adapters.promotion import Promote
@@ -14,6 +14,8 @@ from models.spec import Kind
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 BIGGEST = 2**31 - 1
 """The largest number of a version, an epoch or a revision that every database can hold."""
+MOST_BATCH_PIXELS = 64 * 224**2
+"""Of all images of a batch together: training EfficientNet-Lite0 on so many takes about 4 GB of memory."""
 
 AdapterName = Annotated[
     str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
@@ -66,16 +68,28 @@ class FineTuneIn(Request):
 
     epochs: int = Field(default=8, ge=1, le=100, description="Of everything, at most.")
     full_size_epochs: int = Field(
-        default=2, ge=0, le=100, description="The last epochs, in which images have the backbone's own size."
+        default=7, ge=0, le=100, description="The last epochs, in which images have the backbone's own size."
     )
-    pixels: int = Field(default=128, ge=32, le=512, description="Of an image's side in the other epochs.")
-    batch: int = Field(default=32, ge=2, le=256)
+    pixels: int = Field(
+        default=128,
+        ge=32,
+        le=512,
+        description="Of an image's side in the other epochs. batch × pixels² is at most 64 × 224².",
+    )
+    batch: int = Field(default=32, ge=2, le=64, description="Examples in a step.")
     head_rate: float = Field(default=1e-3, gt=0, le=1, description="Learning rate of the head.")
     backbone_rate: float = Field(
         default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
     )
     patience: int = Field(default=3, ge=1, le=100, description="Epochs without progress before it stops.")
     seed: int = Field(default=0, ge=0, le=BIGGEST)
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> FineTuneIn:
+        most = MOST_BATCH_PIXELS // self.pixels**2
+        if self.batch > most:
+            raise ValueError(f"at {self.pixels} pixels a batch has at most {most} images, not {self.batch}")
+        return self
 
 
 class AdaptRequest(Request):
@@ -443,7 +457,8 @@ class JobErrorOut(BaseModel):
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, errors.
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
+    the job is asked for alone, errors.
     """
 
     id: str

@@ -88,6 +88,15 @@ class Settings(BaseSettings):
         default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )
     worker_threads: int = Field(default=1, ge=1, le=256, description="Threads of one worker.")
+    lease_seconds: float = Field(
+        default=30.0,
+        ge=3,
+        le=3_600,
+        description="Seconds without a sign of its worker after which a job goes to another one.",
+    )
+    max_running_per_tenant: int = Field(
+        default=1, gt=0, description="Jobs of one tenant that run at the same time."
+    )
     max_jobs: int = Field(default=10, gt=0, description="Jobs that a tenant may have queued and running.")
     max_job_seconds: float = Field(
         default=86_400.0, gt=0, description="Seconds from a job's submission until it fails."
@@ -160,6 +169,8 @@ class Settings(BaseSettings):
             store_options=self.store_options,
             device=self.device,
             threads=self.worker_threads,
+            lease_seconds=self.lease_seconds,
+            max_running_per_tenant=self.max_running_per_tenant,
             max_upload_examples=self.max_upload_examples,
             max_adapter_examples=self.max_adapter_examples,
             max_labels=self.max_labels,

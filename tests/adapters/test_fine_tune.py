@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from adapters import second_phase
 from adapters.features import Scaling
 from adapters.fine_tune import fine_tune, train_head
 from adapters.head import Head
-from adapters.learner import HeadLayer, Lesson, Model, class_weights, embed, freeze, unfreeze
+from adapters.learner import HeadLayer, Lesson, Model, Score, class_weights, embed, freeze, unfreeze
 from adapters.samples import Images, Texts, batches, samples_of, seeded
-from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress
+from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress, SecondPhase
 from adapters.tuned import Tuned, check_parity, finish
 from models.backbone import Backbone
 from models.export import write
@@ -164,6 +165,26 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
     for name, value in after.items():
         statistic = "running" in name or "num_batches" in name or name in ("head.mean", "head.scale")
         assert torch.equal(value, before[name]) == statistic, name
+
+
+def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rare labels weigh more, so the pieces of a batch do not all weigh the same."""
+    whole = lesson()
+    some = replace(whole, held_out=(whole.labels == 2) & (np.arange(90) > 12))
+    found = []
+    for at_once in (1_000, 5):
+        monkeypatch.setattr(second_phase, "_PIXELS_AT_ONCE", at_once * SIZE * SIZE)
+        model = Model(network(), head())
+        phase = SecondPhase(model, some, CONFIG, Score(1.0, 0.5), None)
+        seeded(7)
+        loss = phase._accumulate(some.training[:23], 0)
+        found.append((loss, [one.grad for one in model.parameters()]))
+    (loss, gradients), (loss_in_pieces, in_pieces) = found
+    assert loss_in_pieces == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(gradients, in_pieces, strict=True):
+        assert one is not None
+        assert one.abs().max() > 0.0
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 def test_unfreezing_keeps_normalisation_in_inference_mode() -> None:

@@ -204,18 +204,71 @@ def test_a_failure_and_a_cancellation_end_the_job(registry: Registry) -> None:
         check_refused(registry, claimed)
 
 
-def test_a_released_job_is_begun_again_at_once(registry: Registry) -> None:
+def test_a_released_job_is_queued_again(registry: Registry) -> None:
     create(registry)
     job = submit(registry)
     first = begin(registry)
     registry.jobs.heartbeat(first, 60, {"epoch": 1})
     registry.jobs.release(first)
-    assert now_of(registry, job).state == "running"
+    released = now_of(registry, job)
+    assert (released.state, released.attempt, released.released) == ("queued", 1, 1)
+    check_refused(registry, first)
     second = begin(registry)
     assert (second.job.id, second.job.attempt, second.job.progress) == (job.id, 2, None)
     assert second.job.started_at == first.job.started_at
     check_refused(registry, first)
     succeed(registry, second)
+
+
+def test_a_pause_passes_before_a_released_job_is_begun_again(registry: Registry) -> None:
+    create(registry)
+    job, other = submit(registry), submit(registry)
+    first, _ = (begin(registry) for _ in range(2))
+    registry.jobs.release(first, 0.5)
+    # Meanwhile it holds no place of its tenant's.
+    third = submit(registry)
+    assert first.job.id in {job.id, other.id}
+    assert begin(registry).job.id == third.id
+    assert claim(registry) is None
+    time.sleep(0.6)
+    assert (begin(registry).job.id, now_of(registry, first.job).attempt) == (first.job.id, 2)
+
+
+def test_released_attempts_do_not_count(registry: Registry) -> None:
+    create(registry)
+    job = submit(registry)
+    for number in range(1, 6):
+        claimed = begin(registry)
+        assert claimed.job.attempt == number
+        registry.jobs.release(claimed)
+    for _ in range(MAX_ATTEMPTS):
+        assert registry.jobs.settle() == []
+        expire(registry, begin(registry))
+    assert claim(registry) is None
+    (failed,) = registry.jobs.settle()
+    assert (failed.id, failed.error_code, failed.attempt) == (job.id, "attempts_exhausted", 5 + MAX_ATTEMPTS)
+
+
+def test_a_released_job_can_be_cancelled(registry: Registry) -> None:
+    create(registry)
+    before, after = submit(registry), submit(registry)
+    claims = {claimed.job.id: claimed for claimed in (begin(registry), begin(registry))}
+    registry.jobs.request_cancel("acme", before.id)
+    for claimed in claims.values():
+        registry.jobs.release(claimed, 60.0)
+    cancelled = registry.jobs.request_cancel("acme", after.id)
+    assert (cancelled.state, cancelled.lease_until) == ("cancelled", None)
+    assert [(one.id, one.state) for one in registry.jobs.settle()] == [(before.id, "cancelled")]
+    assert now_of(registry, before).finished_at is not None
+
+
+def test_what_is_settled_is_told_to_one_of_many(registry: Registry) -> None:
+    create(registry)
+    late = {submit(registry, deadline=0.0).id for _ in range(5)}
+    with ThreadPoolExecutor(6) as pool:
+        told = [job for some in pool.map(lambda _: registry.jobs.settle(), range(6)) for job in some]
+    assert sorted(job.id for job in told) == sorted(late)
+    assert {(job.state, job.error_code) for job in told} == {("failed", "deadline_exceeded")}
 
 
 def test_another_tenants_job_is_as_unknown_as_none(registry: Registry) -> None:
@@ -362,6 +415,7 @@ def test_a_job_is_begun_three_times_at_most(registry: Registry) -> None:
         assert claimed.job.attempt == attempt == now_of(registry, job).attempt
         expire(registry, claimed)
     assert claim(registry) is None
+    assert registry.jobs.settle() == [now_of(registry, job)]
     failed = now_of(registry, job)
     assert (failed.state, failed.error_code, failed.attempt) == ("failed", "attempts_exhausted", 3)
     assert failed.finished_at is not None
@@ -377,6 +431,7 @@ def test_a_job_past_its_deadline_is_not_begun(registry: Registry) -> None:
     set_row(registry, expired, deadline_at=PAST, lease_until=PAST)
     set_row(registry, running, deadline_at=PAST)
     assert claim(registry) is None
+    assert {job.id for job in registry.jobs.settle()} == {queued.id, expired.id}
     for late in (queued, expired):
         failed = now_of(registry, late)
         assert (failed.state, failed.error_code) == ("failed", "deadline_exceeded")
@@ -418,6 +473,7 @@ def test_a_cancelled_job_whose_worker_is_gone_is_not_begun_again(registry: Regis
             registry.jobs.request_cancel("acme", job.id)
         expire(registry, claimed)
     assert claim(registry) is None
+    assert registry.jobs.settle() == [now_of(registry, job)]
     cancelled = now_of(registry, job)
     assert (cancelled.state, cancelled.error_code, cancelled.attempt) == ("cancelled", None, attempts)
     check_refused(registry, claimed)

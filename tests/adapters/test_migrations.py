@@ -115,6 +115,40 @@ def test_versions_of_the_first_release_are_kept(registry_url: str, monkeypatch: 
     registry.close()
 
 
+def test_jobs_of_the_release_before_are_kept_and_its_processes_go_on_submitting(
+    registry_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.database.HEAD", "0002")
+        registry.migrate()
+    at = "0" if registry_url.startswith("sqlite") else "now()"
+    database = Database(registry_url)
+
+    def insert(number: int) -> None:
+        with database.writing() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO jobs (id, tenant, adapter_uid, adapter, kind, state, request, attempt, "
+                f"cancel_requested, created_at) VALUES ('{number}', 'acme', 'u', 'pets', 'fine_tune', "
+                f"'queued', '{{}}', {number}, false, {at})"
+            )
+
+    with database.writing() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO adapters VALUES ('u', 'acme', 'pets', 'lite0', 'f', 'image', 'classification', "
+            f"true, 1, 1, NULL, 1, 0, {at})"
+        )
+    insert(1)
+    registry.migrate()
+    insert(2)
+    database.close()
+    assert [(job.id, job.attempt, job.released) for job in registry.jobs.jobs("acme")] == [
+        ("2", 2, 0),
+        ("1", 1, 0),
+    ]
+    registry.close()
+
+
 def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry_url: str) -> None:
     database = Database(registry_url)
     with database.writing() as connection:

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from adapters.example import Target, Task
-from adapters.promotion import decide, loss_p_value
+from adapters.promotion import decide, decide_late, loss_p_value
 from adapters.segments import Evidence
 
 
@@ -114,3 +114,33 @@ def test_a_regression_with_the_better_mean_is_promoted() -> None:
     assert decision.p_value is not None
     assert decision.p_value < 0.05
     assert decision.promote
+
+
+def test_a_fine_tune_has_to_be_better() -> None:
+    live = evidence([1.0] * 9 + [0.0])
+    for scores, promoted, reason in (
+        ([1.0] * 10, True, "better"),
+        ([0.0] + [1.0] * 8 + [1.0], False, "not_better"),
+        ([0.0] + [1.0] * 8 + [0.0], False, "not_better"),
+        ([np.nan] * 10, False, "not_comparable"),
+    ):
+        decision = decide_late("if_better", "classification", evidence(scores), live)
+        assert (decision.promote, decision.reason) == (promoted, reason)
+    assert decide_late("if_better", "classification", evidence([0.0]), None).reason == "first"
+    assert decide_late("always", "classification", evidence([0.0] * 10), live).promote
+    assert not decide_late("never", "classification", evidence([1.0] * 10), live).promote
+
+
+def test_examples_that_came_while_it_trained_do_not_speak_for_a_fine_tune() -> None:
+    tuned = evidence([0.0] * 10)
+    more = decide_late("if_better", "classification", tuned, evidence([1.0] * 12))
+    assert (more.promote, more.reason, more.compared) == (False, "not_better", 10)
+    corrected = evidence([1.0] * 10, ["b", "b"] + ["a", "b"] * 4)
+    found = decide_late("if_better", "classification", tuned, corrected)
+    assert (found.promote, found.reason, found.compared) == (False, "not_better", 9)
+
+
+def test_a_fine_tune_without_a_label_that_answers_now_is_withheld() -> None:
+    live = evidence([0.0] * 11, ["a", "b"] * 5 + ["c"])
+    decision = decide_late("if_better", "classification", evidence([1.0] * 10), live)
+    assert (decision.promote, decision.reason) == (False, "label_missing")

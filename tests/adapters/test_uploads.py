@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
+import struct
+import tracemalloc
 import zipfile
 
 import pytest
@@ -92,6 +95,27 @@ def test_a_row_that_cannot_be_used_is_an_error_in_its_place(row: bytes, wanted: 
     assert good == Posted("a", "x")
 
 
+@pytest.mark.parametrize("row", [b"x" * 2_000_000, b'"x\n",' * 400_000])
+def test_a_row_that_is_too_long_is_not_read_whole(row: bytes) -> None:
+    file = io.BytesIO(b"text,label\na,x\n" + row + b"\n")
+    found = records("csv", file, LIMITS)
+    assert next(found).posted == Posted("a", "x")
+    with pytest.raises(BadUpload) as caught:
+        next(found)
+    assert caught.value.code == "line_too_long"
+    assert file.tell() < 100_000
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_may_be_left_in_the_middle() -> None:
+    file = io.BytesIO(b"text,label\na,x\nb,x\n")
+    found = records("csv", file, LIMITS)
+    next(found)
+    file.close()
+    del found
+    gc.collect()
+
+
 @pytest.mark.parametrize("header", [b"", b"a,b\n", b"text\n", b"text,label,target\n", b"text,label,more\n"])
 def test_a_table_without_its_columns_is_refused(header: bytes) -> None:
     with pytest.raises(BadUpload) as caught:
@@ -126,27 +150,88 @@ def test_a_file_of_a_zip_that_cannot_be_used_is_an_error_in_its_place() -> None:
     assert [place for place, _ in found] == ["a/1.png", "a/2.png", "b/3.png"]
 
 
-def test_a_zip_that_swells_is_left() -> None:
-    data = zipped({f"a/{number}.png": bytes(1_000) for number in range(5)})
-    assert len(data) < 1_000
+def test_a_file_packed_by_another_method_is_an_error_in_its_place() -> None:
+    """A few bytes of LZMA or bzip2 may be gigabytes; deflated ones are inflated as far as they are wanted."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", b"one", zipfile.ZIP_LZMA)
+        archive.writestr("a/2.png", b"two")
+    data = buffer.getvalue()
+    assert [code(posted) for _, posted in read("zip", data)] == ["invalid_zip", None]
+    place = data.index(b"a/1.png") + len(b"a/1.png")
+    # Properties that LZMA does not have: not met with, for the file is not even begun.
+    broken = data[: place + 4] + b"\xff" * 5 + data[place + 9 :]
+    assert [code(posted) for _, posted in read("zip", broken)] == ["invalid_zip", None]
+
+
+@pytest.mark.parametrize("size", [1_000, 1_000_000], ids=["used", "refused"])
+def test_a_zip_that_swells_is_left(size: int) -> None:
+    data = zipped({f"a/{number}.png": bytes(size) for number in range(3)})
+    assert len(data) < 3_700
+    limits = UploadLimits(5, InputLimits(max_image_bytes=len(data) * 4 // 3))
     with pytest.raises(BadUpload, match="times its bytes"):
-        read("zip", data)
+        read("zip", data, LIMITS if size == 1_000 else limits)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and nothing else", zipped({"a/1.png": b"one"})[:-10]])
+def of_another_version(data: bytes) -> bytes:
+    place = data.rindex(b"PK\x01\x02") + 6
+    return data[:place] + b"\x63\x00" + data[place + 2 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04 and nothing else",
+        zipped({"a/1.png": b"one"})[:-10],
+        of_another_version(zipped({"a/1.png": b"one"})),
+    ],
+)
 def test_what_is_no_zip_is_refused(data: bytes) -> None:
     with pytest.raises(BadUpload) as caught:
         read("zip", data)
     assert caught.value.code == "invalid_zip"
 
 
-def test_a_directory_of_too_many_files_is_not_even_read() -> None:
-    data = bytearray(zipped({"a/1.png": b"one"}))
-    place = data.rindex(b"PK\x05\x06") + 12
-    data[place : place + 4] = (5 * 1_024 + 1).to_bytes(4, "little")
+FOLDERS = zipped({**{f"{number}/": b"" for number in range(1_100)}, "a/1.png": b"one"})
+END = struct.Struct("<4sHHHHLLH")
+
+
+def with_its_mark_inside(data: bytes) -> bytes:
+    """With the signature of the directory's end where the numbers of entries belong."""
+    return data[:-14] + b"PK\x05\x06" + data[-10:]
+
+
+def with_another_end(data: bytes) -> bytes:
+    """With a 64-bit end of the directory, which counts, and an ordinary one that says that there is none."""
+    *_, entries, size, offset, _ = END.unpack(data[-22:])
+    wide = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, entries, entries, size, offset)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(data) - 22, 1)
+    return data[:-22] + wide + locator + END.pack(b"PK\x05\x06", 0, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        FOLDERS,
+        FOLDERS[:-2] + b"\x03\x00end",
+        with_its_mark_inside(FOLDERS),
+        with_another_end(FOLDERS),
+        zipped({f"{number}" * 60_000: b"" for number in range(6)}),
+    ],
+    ids=["plain", "comment", "mark", "zip64", "bytes"],
+)
+def test_a_directory_of_too_many_files_is_not_even_read(data: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert len(archive.infolist()) in (6, 1_101)
     with pytest.raises(BadUpload) as caught:
-        read("zip", bytes(data))
+        read("zip", data)
     assert caught.value.code == "too_many_examples"
+
+
+def test_a_zip_with_a_64_bit_end_is_read() -> None:
+    data = with_another_end(zipped({"a/1.png": b"one"}))
+    assert read("zip", data) == [("a/1.png", Posted(b"one", "a"))]
 
 
 @pytest.mark.parametrize("form", ["ndjson", "csv", "zip"])
@@ -169,6 +254,70 @@ def test_the_beginning_says_what_kind_of_inputs_come() -> None:
     assert kind_of_upload("csv", b"text,label\n") == "text"
     assert kind_of_upload("zip", zipped({"cat/1.png": b"one"})) == "image"
     assert kind_of_upload("zip", zipped({"cat/1.txt": b"one"})) == "text"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ({"text": "a", "label": "image"}, "text"),
+        ({"label": "text", "image": "iVBORw0"}, "image"),
+        ({"text": 'an "image": of sorts', "image": None, "label": "x"}, "text"),
+        ({"label": "image", "text": "long " * 20_000}, "text"),
+        ({"id": "text", "image": "iVBORw0" * 10_000}, "image"),
+    ],
+)
+def test_the_kind_is_told_by_the_field_and_not_by_what_is_in_it(line: object, kind: str) -> None:
+    assert kind_of_upload("ndjson", lines(line)) == kind
+    assert kind_of_upload("ndjson", lines(b"{", line)) == kind
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        {"spam/": b""},
+        {"__MACOSX/": b"", "__MACOSX/spam/._1.txt": b"x" * 100},
+        {".DS_Store": b"x" * 6_000},
+        {"spam/.ipynb_checkpoints/1.png": b"x"},
+        {"logo.png": b"x"},
+    ],
+)
+def test_what_systems_put_in_front_does_not_tell_the_kind(before: dict[str, bytes]) -> None:
+    files = {**before, "./spam/1.txt": b"one"}
+    assert kind_of_upload("zip", zipped(files)) == "text"
+    assert ("./spam/1.txt", Posted("one", "spam")) in read("zip", zipped(files))
+
+
+def test_a_zip_that_was_streamed_tells_its_kind() -> None:
+    class Pipe(io.RawIOBase):
+        data = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            self.data += bytes(data)
+            return len(data)
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w") as archive:
+        archive.writestr(".DS_Store", b"x" * 6_000)
+        archive.writestr("spam/1.txt", b"one")
+    assert pipe.data[18:22] == bytes(4), "the sizes follow what they are of"
+    assert kind_of_upload("zip", pipe.data) == "text"
+
+
+@pytest.mark.parametrize(
+    ("form", "data"), [("ndjson", b"\n"), ("csv", b","), ("zip", b"PK\x03\x04" + bytes(26))]
+)
+def test_a_large_beginning_takes_little(form: Form, data: bytes) -> None:
+    beginning = data * ((16 << 20) // len(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadUpload):
+            kind_of_upload(form, beginning)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("form", "data"), [("ndjson", b"\n \n"), ("csv", b"one,two\n"), ("zip", b"Rar!")])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.curating import InputsNotKept
 from adapters.head import Head
+from adapters.jobs import MAX_ATTEMPTS, upload_request
+from adapters.learner import Score
 from adapters.lease import Cancelled, Lease, checkpoint_path
 from adapters.linear_probe import Dataset, fit
 from adapters.records import (
@@ -35,15 +40,19 @@ from adapters.records import (
 )
 from adapters.registry import Registry, new_uid
 from adapters.samples import samples_of
-from adapters.second_phase import FineTuneConfig
+from adapters.second_phase import Checkpoint, FineTuneConfig
 from adapters.segments import Evidence, decode_evidence, encode_embeddings, encode_evidence, encode_inputs
-from adapters.store import Store, open_store
+from adapters.store import Artifact, MissingArtifact, Store, open_store
 from adapters.submitting import CannotTune
-from adapters.supervising import WorkerConfig
+from adapters.supervising import NICENESS, WorkerConfig
 from adapters.tuned import finish
 from adapters.tuning import Tuning
+from adapters.worker import Worker
 from models.network import load_network
+from service import composition
+from tests.adapters.test_calling_back import Listener, listening
 from tests.adapters.test_fine_tune import NAMES, picture
+from tests.adapters.test_jobs import expire
 
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-m", "adapters.worker"]
@@ -245,7 +254,7 @@ def test_a_cancelled_job_ends_within_five_seconds_and_publishes_nothing(place: P
 def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
     job = place.submit(LONG)
     # As of an attempt that was killed while it wrote one.
-    partial = place.folder / "scratch" / "gone.partial"
+    partial = place.folder / "scratch" / "gone.0a1b2c3d.partial"
     partial.parent.mkdir()
     partial.touch()
     with worker(place.config):
@@ -276,7 +285,117 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
         assert process.wait(20) == 0
     claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
     assert claim is not None
-    assert (claim.job.id, claim.job.attempt) == (job.id, 2)
+    assert (claim.job.id, claim.job.attempt, claim.job.released) == (job.id, 2, 1)
+
+
+def test_an_outage_of_the_store_costs_no_attempts(place: Place) -> None:
+    artifacts, away = place.folder / "artifacts", place.folder / "away"
+    job = place.submit({**CONFIG, "epochs": 6, "patience": 6})
+    with worker(replace(place.config, lease_seconds=2.0)):
+        until(place.checkpoint(job).exists)
+        artifacts.rename(away)
+        artifacts.touch()
+        until(lambda: place.job(job.id).released == MAX_ATTEMPTS)
+        assert place.job(job.id).state == "queued"
+        artifacts.unlink()
+        away.rename(artifacts)
+        until(lambda: place.job(job.id).finished_at is not None)
+    assert place.job(job.id).attempt > MAX_ATTEMPTS
+    check_tuned(place, place.job(job.id))
+
+
+@contextmanager
+def hired(place: Place) -> Iterator[Worker]:
+    """A worker in this process."""
+    made = Worker(place.config, threading.Event())
+    yield made
+    made.close()
+
+
+def submit_upload(place: Place, **request: Any) -> tuple[JobRecord, Artifact]:
+    """A job with a file that only it needs."""
+    (part,) = place.store.publish_all("acme", place.uid, [b"a line"])
+    request |= {"config": CONFIG, "upload": upload_request([part])}
+    job = place.registry.jobs.submit("acme", "shades", "fine_tune", request, deadline_seconds=600, max_open=3)
+    return job, part
+
+
+def is_stored(place: Place, part: Artifact) -> bool:
+    try:
+        return place.store.read("acme", place.uid, part) != b""
+    except MissingArtifact:
+        return False
+
+
+def heard(listener: Listener) -> list[tuple[object, object]]:
+    """The states and error codes that were told."""
+    errors = [told["error"] for _, told in listener.told]
+    codes = [error["code"] if isinstance(error, dict) else None for error in errors]
+    return [(told["state"], code) for (_, told), code in zip(listener.told, codes, strict=True)]
+
+
+def test_an_attempt_that_was_overtaken_takes_nothing_away(tmp_path: Path, backbone: str) -> None:
+    made = make(tmp_path, backbone, [0, 1] * 6)
+    job, part = submit_upload(made)
+    made.checkpoint(job).parent.mkdir()
+    made.checkpoint(job).touch()
+    old, new = (made.registry.jobs.claim(0.0, kinds=KINDS, max_running_per_tenant=1) for _ in range(2))
+    assert old is not None
+    assert new is not None
+    made.registry.jobs.settle()
+    with hired(made) as worker:
+        # Both find too few examples; neither may record it.
+        for claim in (old, new):
+            worker._do(claim)
+            assert made.job(job.id).state == "running"
+            assert is_stored(made, part)
+            assert made.checkpoint(job).exists()
+        newest = made.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
+        assert newest is not None
+        worker._do(newest)
+    assert made.job(job.id).error_code == "too_few_examples"
+    assert not is_stored(made, part)
+    assert not made.checkpoint(job).exists()
+    made.registry.close()
+
+
+def test_a_cancelled_job_ends_for_its_tenant_while_its_work_is_busy(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listening([]) as listener, hired(place) as worker:
+        job, part = submit_upload(place, callback=f"http://127.0.0.1:{listener.server_port}/")
+
+        def cancel() -> None:
+            place.registry.jobs.request_cancel("acme", job.id)
+            until(lambda: place.job(job.id).state == "cancelled", 5.0)
+            assert is_stored(place, part)
+            assert not listener.told
+
+        during(place, monkeypatch, cancel)
+        claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
+        assert claim is not None
+        worker._do(claim)
+        assert not is_stored(place, part)
+        until(lambda: bool(listener.told))
+        time.sleep(0.5)
+        assert heard(listener) == [("cancelled", None)]
+    assert [version.number for version in place.registry.versions(place.uid)] == [1]
+
+
+def test_a_job_that_nobody_can_begin_again_is_cleared_up_and_told_of(place: Place) -> None:
+    with listening([]) as listener:
+        job, part = submit_upload(place, callback=f"http://127.0.0.1:{listener.server_port}/")
+        place.checkpoint(job).parent.mkdir()
+        place.checkpoint(job).touch()
+        for _ in range(MAX_ATTEMPTS):
+            claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
+            assert claim is not None
+            expire(place.registry, claim)
+        with worker(place.config):
+            until(lambda: bool(listener.told))
+        assert heard(listener) == [("failed", "attempts_exhausted")]
+    assert not is_stored(place, part)
+    assert not place.checkpoint(job).exists()
 
 
 def on_small_disk(folder: Path, room: int) -> list[str]:
@@ -286,7 +405,7 @@ def on_small_disk(folder: Path, room: int) -> list[str]:
         pytest.skip("this machine lets nobody mount a small disk")
     folder.mkdir(exist_ok=True)
     # In pages, as such a disk counts.
-    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
     start = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL]
     return [*start, sys.executable, str(folder), str(used + room)]
 
@@ -301,6 +420,33 @@ def test_a_full_store_fails_the_job_and_leaves_the_old_version_live(place: Place
     assert (done.state, done.error_code, done.version) == ("failed", "store_full", None)
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
     assert place.registry.adapter("acme", "shades").live == 1
+
+
+def test_a_full_database_stops_no_worker(tmp_path: Path, backbone: str) -> None:
+    made = make(tmp_path / "small", backbone, [0, 1] * 6)
+    job = made.submit()
+    (made.folder / "more").write_bytes(bytes(4 << 20))
+    with worker(made.config, on_small_disk(made.folder, 0)) as process:
+        command = Path(f"/proc/{process.pid}/cmdline")
+        until(lambda: command.read_bytes().startswith(sys.executable.encode()))
+        inside = Path(f"/proc/{process.pid}/root{made.folder}")
+        assert shutil.disk_usage(inside).free == 0
+
+        def seen() -> JobRecord:
+            # Of a copy: SQLite would follow the link to the disk's other side.
+            copy = shutil.copyfile(inside / "registry.db", tmp_path / "seen.db")
+            registry = Registry(f"sqlite:///{copy}")
+            found = registry.jobs.job("acme", job.id)
+            registry.close()
+            return found
+
+        time.sleep(5.0)
+        assert process.poll() is None
+        assert seen().state == "queued"
+        (inside / "more").unlink()
+        until(lambda: seen().finished_at is not None)
+        assert seen().error_code == "too_few_examples"
+    made.registry.close()
 
 
 def test_a_full_scratch_folder_costs_the_checkpoints_only(place: Place) -> None:
@@ -406,3 +552,181 @@ def during(place: Place, monkeypatch: pytest.MonkeyPatch, happens: Any) -> None:
         return made
 
     monkeypatch.setattr("adapters.tuning.finish", finish_then)
+
+
+SAVING = """
+import sys
+from pathlib import Path
+import torch
+from adapters.checkpoint import save_checkpoint
+from adapters.learner import Score
+from adapters.second_phase import Checkpoint
+
+tensors = {"weight": torch.zeros(16 << 20)}
+while True:
+    save_checkpoint(Path(sys.argv[1]), Checkpoint(tensors, 1, 0, Score(1.0, 0.5), Score(1.0, 0.5)), "old")
+"""
+
+
+def test_an_attempt_that_is_stopped_while_it_writes_has_no_hold_on_a_newer_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, "a" * 32)
+    score = Score(0.5, 0.75)
+    with subprocess.Popen([sys.executable, "-c", SAVING, str(path)], cwd=ROOT) as old:
+        try:
+            until(lambda: stopped_while_writing(old.pid, tmp_path))
+            save_checkpoint(path, Checkpoint({"weight": torch.ones(8)}, 2, 0, score, score), "new")
+            assert path.stat().st_ino not in opened(old.pid)
+        finally:
+            old.kill()
+    found = load_checkpoint(path, "new")
+    assert found is not None
+    assert found.tensors["weight"].tolist() == [1.0] * 8
+
+
+def opened(pid: int) -> set[int]:
+    """The files that a process has open, by inode."""
+    return {os.stat(link).st_ino for link in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def stopped_while_writing(pid: int, folder: Path) -> bool:
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.02)
+    writing = {path.stat().st_ino for path in folder.glob("*.partial")} & opened(pid)
+    if not writing:
+        os.kill(pid, signal.SIGCONT)
+    return bool(writing)
+
+
+NICED = """
+import asyncio, os, sys, threading
+from pathlib import Path
+from tests.adapters.world import world
+
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+async def main():
+    async with world(Path(sys.argv[1])) as one:
+        await one.batchers["tiny-text"].embed(["ba be"], bulk=True)
+        print(niceness(), await one.keeping.aside(niceness))
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_that_is_niced_already_does_bulk_work_without_privileges(tmp_path: Path) -> None:
+    plain = [] if os.geteuid() else ["setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice"]
+    command = [*plain, "nice", "-n", "15", sys.executable, "-c", NICED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 1
+
+
+def test_a_worker_of_its_own_gives_way_in_every_thread_and_exports_what_it_lacks(
+    place: Place, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    lines = [
+        json.dumps(
+            {"id": f"b{row}", "image": base64.b64encode(picture(row % 3, rng)).decode(), "label": label}
+        )
+        for row, label in enumerate(NAMES * 2)
+    ]
+    parts = place.store.publish_all("acme", place.uid, ["\n".join(lines).encode()])
+    request = {
+        "form": "ndjson",
+        "upload": upload_request(parts),
+        "update": "append",
+        "promote": "always",
+        "fit": True,
+    }
+    job = place.registry.jobs.submit(
+        "acme", "shades", "bulk_adapt", request, deadline_seconds=600, max_open=3
+    )
+    own = {
+        "BENTOML_HOME": str(tmp_path / "bentoml"),
+        "HF_HUB_OFFLINE": "1",
+        "TOPWORK_DATABASE_URL": place.config.database,
+        "TOPWORK_HOME": str(place.folder),
+        "TOPWORK_LEASE_SECONDS": "300",
+    }
+    environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name} | own
+    command = [str(Path(sys.executable).with_name("topwork")), "worker"]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            until(lambda: place.job(job.id).started_at is not None)
+            running = place.job(job.id)
+            assert running.started_at is not None
+            assert running.lease_until is not None
+            assert (running.lease_until - running.started_at).total_seconds() > 290
+            nices = {
+                os.getpriority(os.PRIO_PROCESS, int(task.name))
+                for task in Path(f"/proc/{process.pid}/task").iterdir()
+            }
+            assert nices == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
+            until(lambda: place.job(job.id).finished_at is not None)
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    done = place.job(job.id)
+    assert (done.state, done.error_detail, done.version) == ("succeeded", None, 2)
+    assert place.registry.adapter("acme", "shades").examples == 81
+
+
+def test_the_store_is_swept_while_the_service_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "_SWEEP_SECONDS", 0.1)
+    closing = threading.Event()
+    arguments = (place.registry, place.store, closing)
+    sweeping = threading.Thread(target=composition._sweep, args=arguments)
+    sweeping.start()
+    time.sleep(0.5)
+    before = place.objects()
+    (orphan,) = place.store.publish_all("acme", place.uid, [b"nobody's"])
+    (file,) = (place.folder / "artifacts").rglob(orphan.name)
+    os.utime(file, (0, 0))
+    until(lambda: not file.exists(), 10.0)
+    closing.set()
+    sweeping.join(10.0)
+    assert not sweeping.is_alive()
+    assert place.objects() == before
+
+
+def test_training_gives_way_and_what_surrounds_it_does_not(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[int] = []
+    during(place, monkeypatch, lambda: policies.append(os.sched_getscheduler(0)))
+    place.submit()
+    with place.lease() as lease:
+        place.tuning.run(lease)
+        beating = next(thread for thread in threading.enumerate() if thread.name == "lease")
+        assert beating.native_id is not None
+        assert os.sched_getscheduler(beating.native_id) == os.SCHED_OTHER
+    assert policies == [os.SCHED_IDLE]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_fine_tune_that_is_no_better_leaves_the_head_live(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the head has learned of an example meanwhile."""
+
+    def learn_more() -> None:
+        before = place.registry.version(place.uid, 1)
+        assert before.evidence is not None
+        known = decode_evidence(place.store.read("acme", place.uid, before.evidence))
+        better = Evidence(
+            (*known.ids, "more"), (*known.digests, "f" * 64), (*known.targets, "red"), np.ones(76, np.float32)
+        )
+        add(place)
+        head, evidence = place.store.publish_all("acme", place.uid, [b"head", encode_evidence(better)])
+        version = NewVersion("linear_probe", head, evidence, {}, 3)
+        place.change(version=version, promote=True)
+
+    during(place, monkeypatch, learn_more)
+    place.submit()
+    with place.lease() as lease:
+        committed = place.tuning.run(lease)
+    assert committed.version is not None
+    assert committed.version.report["promotion"]["reason"] == "not_better"
+    assert committed.adapter.live == 2

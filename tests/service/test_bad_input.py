@@ -9,12 +9,15 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 from PIL import Image
 
+from benchmarks.serving import Serving
 from tests.service.caller import JSON, PICTURES, UNSEEN, Caller, image, pictures, reviews
 
 
@@ -202,6 +205,9 @@ def test_a_target_that_is_not_finite(caller: Caller, target: str) -> None:
     ]
 
 
+TUNED: dict[str, Any] = {"adapter": "films", "method": "fine_tune", "examples": []}
+
+
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
@@ -219,6 +225,11 @@ def test_a_target_that_is_not_finite(caller: Caller, target: str) -> None:
         ({"adapter": "films", "fit": "yes"}, "/fit"),
         ({"adapter": "films", "update": "merge"}, "/update"),
         ({"adapter": "films", "method": "boosting"}, "/method"),
+        ({**TUNED, "fine_tune": {"batch": 256}}, "/fine_tune/batch"),
+        ({**TUNED, "fine_tune": {"batch": 65, "pixels": 32}}, "/fine_tune/batch"),
+        ({**TUNED, "fine_tune": {"batch": 64, "pixels": 225}}, "/fine_tune"),
+        ({**TUNED, "fine_tune": {"pixels": 512}}, "/fine_tune"),
+        ({**TUNED, "fine_tune": {"batch": 2, "pixels": 513}}, "/fine_tune/pixels"),
         ({"adapter": 5}, "/adapter"),
         ({"adapter": "No Such Name"}, "/adapter"),
         ({"adapter": "../../etc"}, "/adapter"),
@@ -235,6 +246,14 @@ def test_json_of_another_form(going_on: Caller, body: Any, pointer: str) -> None
     )
     assert problem["type"] == "urn:topwork:invalid_request"
     assert pointer in [one["pointer"] for one in problem["errors"]]
+
+
+def test_a_batch_that_memory_has_no_room_for_is_refused_with_what_it_has_room_for(going_on: Caller) -> None:
+    problem = going_on.call("POST", "/adapt", 422, json={**TUNED, "fine_tune": {"pixels": 512}})
+    assert "at most 12 images, not 32" in problem["errors"][0]["detail"]
+    # Refused for another reason: what it has room for is taken.
+    for fits in ({"batch": 64, "pixels": 224}, {"batch": 12, "pixels": 512}):
+        assert going_on.code("POST", "/adapt", 422, json={**TUNED, "fine_tune": fits}) == "too_few_examples"
 
 
 @pytest.mark.parametrize(
@@ -286,6 +305,34 @@ def test_what_is_not_there(going_on: Caller) -> None:
     assert going_on.code("POST", "/adapters/films/rebase", 422, json={"backbone": "x"}) == "unknown_backbone"
     for number in ("0", "-1", "one", str(2**31), "9" * 100):
         assert going_on.code("GET", f"/adapters/films/versions/{number}", 422) == "invalid_request"
+
+
+def test_a_job_that_cannot_be_answers_like_one_that_is_not_there(tmp_path: Path, postgres_url: str) -> None:
+    """PostgreSQL takes no NUL in a text, whatever it is compared with."""
+    settings = {
+        "TOPWORK_BACKBONES": "minilm-l6-v2",
+        "TOPWORK_WORKERS": "0",
+        "TOPWORK_DATABASE_URL": postgres_url,
+    }
+    with Serving(tmp_path, environment=settings) as running, Caller(running.url).http as http:
+
+        def answer(method: str, path: str, job: str) -> tuple[int, str]:
+            found = http.request(method, path.format(quote(job, safe="")))
+            text = found.text.replace(repr(job)[1:-1].replace("\\", "\\\\"), "<job>")
+            return found.status_code, text.replace(found.headers["x-request-id"], "<id>")
+
+        for method, path in (("GET", "/jobs/{}"), ("GET", "/jobs/{}/events"), ("POST", "/jobs/{}/cancel")):
+            nobodys = answer(method, path, "0" * 32)
+            assert nobodys[0] == 404
+            for job in ("\0", "0" * 31 + "\0", "0" * 31, "A" * 32, "jobless"):
+                assert answer(method, path, job) == nobodys
+        for adapter in ("nothing", "%00", "a%00", "No%20Name", "a" * 64, ""):
+            page = http.get(f"/jobs?adapter={adapter}")
+            assert (page.status_code, page.json()) == (200, {"jobs": [], "next": None})
+        nul = base64.urlsafe_b64encode(b"a\0").decode()
+        for path in ("/jobs", "/adapters", "/adapters/nothing/examples"):
+            page = http.get(f"{path}?cursor={nul}")
+            assert (page.status_code, page.json()["type"]) == (422, "urn:topwork:invalid_cursor")
 
 
 def test_what_was_fixed_at_creation(going_on: Caller) -> None:

@@ -131,6 +131,14 @@ def test_a_zip_of_folders_teaches_pictures(teacher: Caller) -> None:
     assert found["predictions"][0]["label"] == "vehicle"
 
 
+def test_a_zip_as_systems_make_it_teaches_texts(teacher: Caller) -> None:
+    files = {"good/": b"", "__MACOSX/good/._0.txt": b"x", "good/.DS_Store": b"x"}
+    files |= {f"{one['label']}/{one['id']}.txt": one["text"].encode() for one in reviews()}
+    job = upload(teacher, "adapter=films", archive(files), ZIP)
+    assert (job["state"], job["progress"]["stored"], job["progress"]["rejected"]) == ("succeeded", 12, 0)
+    assert teacher.predict("films", [{"text": PRAISE[0]}])["predictions"][0]["label"] == "good"
+
+
 def test_lines_add_to_what_is_known_and_may_correct_it(teacher: Caller) -> None:
     teacher.adapt("films", reviews()[:10])
     added = [*reviews()[10:], {**reviews()[0], "label": "bad"}]
@@ -173,6 +181,10 @@ def test_several_labels_and_numbers_are_taught_by_lines(teacher: Caller) -> None
         (b'{"text": "a"}\n{"text": "b", "labels": 3}\n', "no_examples"),
         (lines([{"text": f"text {row}", "label": "x"} for row in range(3)]), "one_label"),
         (lines([{"text": f"text {row}", "label": f"{row}"} for row in range(41)]), "too_many_examples"),
+        (
+            lines([{"text": f"text {row}", "label": f"{row}", "id": "same"} for row in range(3)]),
+            "no_examples",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_fails_with_its_reason(
@@ -190,6 +202,8 @@ def test_what_cannot_be_learned_from_fails_with_its_reason(
         ("adapter=a", b"one,two\n1,2\n", CSV, "invalid_csv"),
         ("adapter=a", b"no zip", ZIP, "invalid_zip"),
         ("adapter=a", b"\n", NDJSON, "no_examples"),
+        ("adapter=a", b'{"label": "text"}\n', NDJSON, "no_examples"),
+        ("adapter=a", archive({"good/": b""}), ZIP, "no_examples"),
         ("", b"text,label\n", CSV, "invalid_request"),
         ("adapter=a&method=fine_tune", b"text,label\n", CSV, "invalid_request"),
         ("adapter=a&strict=true", b"text,label\n", CSV, "invalid_request"),

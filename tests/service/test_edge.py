@@ -1,0 +1,141 @@
+"""How long uploads may take, and how many of them one tenant may have open."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi import Request
+
+from service.edge import UPLOADS_OF_A_TENANT, Slots
+from service.errors import Problem
+from service.settings import Settings
+from tests.service.caller import Caller
+from tests.service.shell import Shell
+
+SECONDS = 0.4
+CSV = {"Content-Type": "text/csv"}
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    found = Shell(Settings(home=tmp_path, request_timeout=SECONDS, access_log=False))
+
+    @found.app.post("/adapt")
+    async def adapt(request: Request, wait: float = 0.0, work: float = 0.0) -> dict[str, int]:
+        await asyncio.sleep(wait)
+        received = sum([len(chunk) async for chunk in request.stream()])
+        await asyncio.sleep(work)
+        return {"bytes": received}
+
+    return found
+
+
+async def pieces(count: int, size: int, pause: float) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield b"x" * size
+        await asyncio.sleep(pause)
+
+
+async def upload(
+    shell: Shell, query: str, body: AsyncIterator[bytes], path: str = "/adapt"
+) -> httpx.Response:
+    async with shell.client(**CSV) as client:
+        return await client.post(f"{path}?{query}", content=body)
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    return answer.status_code, answer.json()["type"].removeprefix("urn:topwork:")
+
+
+@pytest.mark.anyio
+async def test_an_upload_has_time_as_long_as_bytes_come_and_then_that_of_a_request(shell: Shell) -> None:
+    slow = await upload(shell, f"work={0.5 * SECONDS}", pieces(16, 64 << 10, SECONDS / 8))
+    assert slow.json() == {"bytes": 16 * (64 << 10)}
+    assert code(await upload(shell, "work=60", pieces(1, 64 << 20, 0.0))) == (504, "deadline_exceeded")
+
+
+@pytest.mark.anyio
+async def test_an_upload_that_falls_silent_is_a_408(shell: Shell) -> None:
+    begun = time.monotonic()
+    answer = await upload(shell, "", pieces(2, 1 << 20, 60.0))
+    assert code(answer) == (408, "upload_stalled")
+    assert answer.headers["connection"] == "close"
+    assert time.monotonic() - begun < SECONDS
+
+
+@pytest.mark.anyio
+async def test_silence_counts_only_while_somebody_listens(shell: Shell) -> None:
+    answer = await upload(shell, f"wait={0.6 * SECONDS}", pieces(2, 1000, 0.0))
+    assert answer.json() == {"bytes": 2000}
+
+
+@pytest.mark.anyio
+async def test_an_upload_of_drops_and_one_that_waits_too_long_end_all_the_same(shell: Shell) -> None:
+    assert code(await upload(shell, "", pieces(1_000, 1, 0.01))) == (504, "deadline_exceeded")
+    assert code(await upload(shell, "wait=60", pieces(1, 1, 0.0))) == (504, "deadline_exceeded")
+
+
+@pytest.mark.anyio
+async def test_any_other_body_has_the_time_of_its_request(shell: Shell) -> None:
+    answer = await upload(shell, "", pieces(16, 64 << 10, SECONDS / 8), "/streamed")
+    assert code(answer) == (504, "deadline_exceeded")
+
+
+def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
+    slots = Slots("uploads", 3, 2)
+    with slots.take("one"), slots.take("one"):
+        with pytest.raises(Problem) as refused, slots.take("one"):
+            pass
+        assert (refused.value.status_code, refused.value.code) == (429, "too_many_uploads")
+        with slots.take("two"), pytest.raises(Problem), slots.take("three"):
+            pass
+        with slots.take("three"):
+            pass
+    with slots.take("one"):
+        pass
+
+
+def begin_upload(url: str, tenant: str) -> http.client.HTTPConnection:
+    """An upload that has sent its first line, and announced more."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    connection.putrequest("POST", "/adapt?adapter=a")
+    for name, value in {**CSV, "X-Tenant": tenant, "Content-Length": "1000"}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(b"text,label\n")
+    return connection
+
+
+def test_a_tenant_cannot_hold_every_place_for_uploads(caller: Caller, server: str) -> None:
+    def attempt(tenant: Caller) -> str:
+        # No table: refused at once where it is read at all.
+        response = tenant.http.post("/adapt?adapter=a", content=b"one,two\n", headers=CSV)
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) > 0
+        return str(response.json()["type"]).removeprefix("urn:topwork:")
+
+    def until(expected: str) -> None:
+        end = time.monotonic() + 10.0
+        while (found := attempt(caller)) != expected:
+            assert time.monotonic() < end, found
+            time.sleep(0.02)
+
+    held = [begin_upload(server, caller.tenant) for _ in range(UPLOADS_OF_A_TENANT)]
+    try:
+        until("too_many_uploads")
+        other = Caller(server)
+        with other.http:
+            assert attempt(other) == "invalid_csv"
+    finally:
+        for connection in held:
+            connection.close()
+    until("invalid_csv")
