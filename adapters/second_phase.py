@@ -42,7 +42,7 @@ class FineTuneConfig:
 
     epochs: of everything, at most. full_size_epochs: how many of them, the last, see images at the backbone's
     own size; the others at `pixels`, which costs a third. head_rate, backbone_rate: learning rates of the
-    second phase. patience: epochs without a better held-out loss before it stops.
+    second phase. patience: epochs of its second half without a better held-out loss before it stops.
     """
 
     epochs: int = 8
@@ -104,7 +104,7 @@ class SecondPhase:
             self._load(resume)
 
     def epochs(self) -> Iterator[tuple[Progress, Checkpoint]]:
-        """Trains until the last epoch, or until the held-out loss has not fallen for long.
+        """Trains until the last epoch, or until the held-out loss has not fallen for long in the second half.
 
         Only epochs at the backbone's own size are measured: after others, which prepare for these, it looks
         worse at that size than where it began.
@@ -116,7 +116,8 @@ class SecondPhase:
             score = evaluate(self._model, self._lesson) if full else None
             if score is not None and score.loss < self._best.loss:
                 self._best, self.best_state, self._stale = score, state_of(self._model), 0
-            elif score is not None:
+            elif score is not None and 2 * self.epoch > self._config.epochs:
+                # Before, the rate is still high: a network that looks worse then gets better as it falls.
                 self._stale += 1
             share = 0.1 + 0.9 * self.epoch / self._config.epochs
             yield Progress(2, self.epoch, loss, score, share), self._checkpoint()

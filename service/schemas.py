@@ -81,7 +81,9 @@ class FineTuneIn(Request):
     backbone_rate: float = Field(
         default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
     )
-    patience: int = Field(default=3, ge=1, le=100, description="Epochs without progress before it stops.")
+    patience: int = Field(
+        default=3, ge=1, le=100, description="Epochs without progress, in its second half, before it stops."
+    )
     seed: int = Field(default=0, ge=0, le=BIGGEST)
 
     @model_validator(mode="after")

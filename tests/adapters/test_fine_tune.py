@@ -221,6 +221,18 @@ def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
     assert same(phase_one[0], state(model))
 
 
+def test_it_does_not_stop_while_its_rate_is_high() -> None:
+    """Rates that undo everything: nothing is ever better, and it stops in the second half."""
+    config = replace(CONFIG, epochs=8, full_size_epochs=8, patience=2, head_rate=1.0, backbone_rate=0.1)
+    told: list[Progress] = []
+    outcome = fine_tune(
+        Model(network(), head()), lesson(), 0.1, config, tell=lambda progress, _: told.append(progress)
+    )
+    losses = [progress.held_out.loss for progress in told if progress.held_out is not None]
+    assert min(losses) == losses[0]
+    assert outcome.epochs == 6
+
+
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
     class Stop(Exception):
         pass
