@@ -21,16 +21,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.children import environment
 from adapters.head import Head
 from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig, TooCostly, fit
+from models.yielding import NICENESS
 
-_NICENESS: Final = 10
 # One thread for linear algebra: the other cores are for serving.
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _START_SECONDS: Final = 30.0
@@ -207,13 +207,11 @@ class _Process:
     """The fitting process and its two pipes, blocking."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "adapters.fitter"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
+            env=environment() | _ONE_THREAD,
         )
 
     @property
@@ -331,7 +329,7 @@ def _warm() -> None:
 
 def main() -> None:
     """Serves fits on the standard pipes until the input ends."""
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests: queue.SimpleQueue[tuple[dict[str, Any], list[NDArray[Any]]]] = queue.SimpleQueue()

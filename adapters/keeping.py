@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -30,6 +28,7 @@ from adapters.records import (
 from adapters.registry import Registry
 from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
 from adapters.store import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
+from models.yielding import give_way
 
 logger = logging.getLogger("topwork")
 
@@ -37,7 +36,6 @@ Floats = NDArray[np.float32]
 T = TypeVar("T")
 
 # As bulk embedding, see models/batcher.py.
-_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Keeping:
         self._job = job
         self._store = store
         self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
-        self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=_give_way)
+        self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=give_way)
 
     def close(self) -> None:
         """Ends the threads of `aside` when what they do is done."""
@@ -238,13 +236,6 @@ class Keeping:
             await asyncio.to_thread(self._store.delete, tenant, uid, artifacts)
         except StoreError as error:
             logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
-
-
-def _give_way() -> None:
-    thread = threading.get_native_id()
-    # Less than it has by now would need a privilege.
-    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), _NICENESS)
-    os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:

@@ -6,19 +6,15 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+
+from adapters.children import environment
 
 logger = logging.getLogger("topwork")
 
-NICENESS = 10
-"""Of a worker, whose work gives way to predictions."""
-
-_ROOT = str(Path(__file__).resolve().parent.parent)
 # Time for the work to notice that it is to end, before the process is killed; its job goes on elsewhere.
 _PATIENCE = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -100,13 +96,12 @@ class Supervised:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _run(self) -> int:
-        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "adapters.worker",
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")

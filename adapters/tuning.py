@@ -45,10 +45,10 @@ from adapters.segments import (
 from adapters.store import Artifact, Store, StoreError
 from adapters.submitting import FINE_TUNE, CannotTune, check_tunable
 from adapters.tuned import Tuned, finish
-from adapters.yielding import gaps, step_aside
 from models.network import Network, load_network
 from models.preprocess import InputLimits
 from models.spec import TOKENIZER_FILE
+from models.yielding import gaps, step_aside
 
 logger = logging.getLogger("topwork")
 
@@ -136,7 +136,7 @@ class Tuning:
         probe = _probe(kept, lesson)
         model = Model(network.forward, probe.head).to(self._device)
         path = checkpoint_path(self._scratch, lease.claim.job.id)
-        about = _about(kept, config)
+        about = _about(kept, lesson, config)
 
         def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
             lease.check()
@@ -279,9 +279,10 @@ def _told(progress: Progress, config: FineTuneConfig) -> Mapping[str, Any]:
     }
 
 
-def _about(kept: _Kept, config: FineTuneConfig) -> str:
-    """What a checkpoint belongs to: these examples and this way of training."""
+def _about(kept: _Kept, lesson: Lesson, config: FineTuneConfig) -> str:
+    """What a checkpoint belongs to: these examples, those of them held out, and this way of training."""
     digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
+    digest.update(lesson.held_out.tobytes())
     return digest.hexdigest()

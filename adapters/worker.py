@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from adapters.calling_back import call_back
+from adapters.children import environment
 from adapters.jobs import upload_of
 from adapters.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreFull, StoreUnavailable, open_store
-from adapters.supervising import NICENESS, WorkerConfig
+from adapters.supervising import WorkerConfig
+from models.yielding import NICENESS
 
 if TYPE_CHECKING:
     from models.preprocess import InputLimits
@@ -38,7 +40,6 @@ _RETRY_SECONDS = 2.0
 _LONGEST_PAUSE = 600.0
 _LOOK_SECONDS = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class _ExportFailed(RuntimeError):
@@ -174,9 +175,8 @@ class Worker:
         if find(name) is not None:
             return
         logger.info("exporting %s: once, about a minute", name)
-        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "models.export", name]
-        with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        with subprocess.Popen(command, env=environment()) as process:
             try:
                 while process.poll() is None:
                     lease.check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -14,11 +13,9 @@ import numpy as np
 
 from models.backbone import Backbone, Embedded
 from models.preprocess import InputError, Prepared
+from models.yielding import give_way
 
 logger = logging.getLogger(__name__)
-
-# Bulk yields the cores to predicts. Linux nices threads, not only processes.
-_BULK_NICE = 10
 
 # While predicts come, and so many seconds after the last one, bulk leaves them one core: a thread that gets
 # ready on a core that another holds may wait for the next tick of the kernel's clock, whatever its priority.
@@ -209,10 +206,7 @@ class Batcher:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             if lane is self._bulk:
-                thread = threading.get_native_id()
-                # Less than it has by now would need a privilege.
-                niceness = max(os.getpriority(os.PRIO_PROCESS, thread), _BULK_NICE)
-                os.setpriority(os.PRIO_PROCESS, thread, niceness)
+                give_way()
             while taken := self._take(lane):
                 self._answer(taken, beside=lane is self._bulk)
                 if lane is self._bulk:

@@ -71,7 +71,7 @@ def _serve(host: str, port: int | None) -> int:
 
 
 def _work() -> int:
-    from adapters.supervising import NICENESS
+    from models.yielding import NICENESS
     from service.settings import Settings, serving_environment
 
     # Before numpy comes, whose threads are as many as it reads here, and keep the priority they begin with.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import platform
 import sys
 import threading
@@ -14,13 +13,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import get_args
 
 from adapters.adapting import Adapting
 from adapters.aliases import Aliases
 from adapters.browsing import Browsing
 from adapters.cache import Cache
+from adapters.children import environment
 from adapters.curating import Curating
 from adapters.explaining import Explaining
 from adapters.exporting import Exporting
@@ -47,9 +46,6 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 logger = logging.getLogger("topwork")
-
-# Where the packages are, for a child to import them whatever its folder.
-_ROOT = str(Path(__file__).resolve().parent.parent)
 
 _SWEEP_SECONDS = 3_600.0
 
@@ -225,10 +221,7 @@ async def _export_missing(names: Sequence[str]) -> None:
         "-m",
         "models.export",
         *missing,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")])),
-        },
+        env=environment(),
     )
     try:
         status = await process.wait()

@@ -15,7 +15,7 @@ ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 BIGGEST = 2**31 - 1
 """The largest number of a version, an epoch or a revision that every database can hold."""
 MOST_BATCH_PIXELS = 64 * 224**2
-"""Of all images of a batch together: training EfficientNet-Lite0 on so many takes about 4 GB of memory."""
+"""Of all images of a batch together. On a GPU they go through the network at once."""
 
 AdapterName = Annotated[
     str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.learner import freeze, unfreeze
-from adapters.yielding import gaps
+from models.yielding import gaps
 
 
 def test_a_network_pauses_after_each_layer_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
