@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters.learner import Score
-from adapters.second_phase import Checkpoint
+from adapters.second_phase import Checkpoint, Measured
 
 logger = logging.getLogger("topwork")
 
@@ -22,11 +25,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
 
     Where it cannot be written the last one stays: only what comes after that would be trained again.
     """
-    numbers = [checkpoint.epoch, checkpoint.stale]
-    scores = [
-        value for score in (checkpoint.best, checkpoint.first) for value in (score.loss, score.accuracy)
-    ]
-    metadata = {"about": about, "numbers": repr(numbers), "scores": " ".join(value.hex() for value in scores)}
+    numbers = asdict(replace(checkpoint, tensors={}))
+    metadata = {"about": about, "numbers": json.dumps(numbers)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
     # Equal tensors may be one: safetensors refuses to guess which name they go by.
     seen: set[int] = set()
@@ -54,11 +54,19 @@ def load_checkpoint(path: Path, about: str) -> Checkpoint | None:
             if metadata.get("about") != about:
                 return None
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        epoch, stale = (int(part) for part in metadata["numbers"].strip("[]").split(","))
-        values = [float.fromhex(part) for part in metadata["scores"].split()]
+        numbers = json.loads(metadata["numbers"])
+        scores = {name: Score(**numbers.pop(name)) for name in ("best", "first")}
+        measured = _measured(numbers.pop("measured"))
+        return Checkpoint(**{**numbers, **scores, "tensors": tensors, "measured": measured})
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning("a checkpoint cannot be read, and training starts over: %s", error)
         return None
-    return Checkpoint(tensors, epoch, stale, Score(*values[:2]), Score(*values[2:]))
+
+
+def _measured(numbers: dict[str, Any] | None) -> Measured | None:
+    if numbers is None:
+        return None
+    scores = {name: Score(**numbers.pop(name)) for name in ("first", "final")}
+    return Measured(**{**numbers, **scores})

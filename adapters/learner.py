@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,11 @@ class Lesson:
     def training(self) -> list[int]:
         """Rows to train on."""
         return [int(row) for row in np.flatnonzero(~self.held_out)]
+
+    @property
+    def whole(self) -> Lesson:
+        """The same with nothing held out."""
+        return replace(self, held_out=np.zeros_like(self.held_out))
 
     @property
     def testing(self) -> list[int]:

@@ -25,9 +25,8 @@ from adapters.samples import batches, seeded
 _WEIGHT_DECAY = 0.01
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
-# Of the images that go through a network together on a CPU. EfficientNet-Lite0 at 224 pixels, one thread:
-# 105 ms an image in batches of 32, whose activations leave the cache, and 66 in batches of 4.
-_PIXELS_AT_ONCE = 4 * 224 * 224
+# Of the whole work, what is done when a refit begins: it trains on a quarter more rows.
+_SHARE_MEASURED = 0.45
 
 
 class Diverged(RuntimeError):
@@ -43,6 +42,7 @@ class FineTuneConfig:
     epochs: of everything, at most. full_size_epochs: how many of them, the last, see images at the backbone's
     own size; the others at `pixels`, which costs a third. head_rate, backbone_rate: learning rates of the
     second phase. patience: epochs of its second half without a better held-out loss before it stops.
+    refit: whether all is trained once more, on the rows held out too, in the way that was found best.
     """
 
     epochs: int = 8
@@ -52,14 +52,16 @@ class FineTuneConfig:
     head_rate: float = 1e-3
     backbone_rate: float = 1e-4
     patience: int = 3
+    refit: bool = True
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An epoch's end. phase: 1 or 2; share: of the whole work, 0..1.
+    """An epoch's end. phase: 1, 2, or 3 for an epoch of the refit; share: of the whole work, 0..1.
 
-    training_loss: None in phase 1. held_out: None after an epoch with images smaller than those served.
+    training_loss: None in phase 1. held_out: None after an epoch with images smaller than those served, and
+    in the refit, which nothing is held out of.
     """
 
     phase: int
@@ -70,34 +72,63 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found on the rows held out, and how.
+
+    first, final: scores of phase 1 and of the mix. mix: how far that is from phase 1 (0) to the best epoch of
+    phase 2 (1). epochs: trained; best_epoch: the one that was mixed, 0 for none.
+    """
+
+    first: Score
+    final: Score
+    mix: float
+    epochs: int
+    best_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """All that a second phase needs to go on after an epoch: names to tensors, and the numbers beside them.
 
-    Loads into the same network with the same lesson and config.
+    Loads into the same network with the same lesson and config. measured: of a refit, what it repeats; then
+    the tensors of the best epoch are those of the network that was measured.
     """
 
     tensors: Mapping[str, torch.Tensor]
     epoch: int
     stale: int
+    best_epoch: int
     best: Score
     first: Score
+    measured: Measured | None = None
 
 
 class SecondPhase:
-    """Training epoch by epoch, from the start or from where another attempt was."""
+    """Training epoch by epoch, from the start or from where another attempt was.
+
+    refit: what was measured and the network that it was measured on. Then as many epochs as were best are
+    trained, and none is measured.
+    """
 
     def __init__(
-        self, model: Model, lesson: Lesson, config: FineTuneConfig, first: Score, resume: Checkpoint | None
+        self,
+        model: Model,
+        lesson: Lesson,
+        config: FineTuneConfig,
+        first: Score,
+        resume: Checkpoint | None = None,
+        refit: tuple[Measured, State] | None = None,
     ) -> None:
         self._model, self._lesson, self._config = model, lesson, config
-        self._first = self._best = first
+        self.first = self._best = first
+        self._measured = None if refit is None else refit[0]
         self._weights = class_weights(torch.from_numpy(lesson.labels[lesson.training]), len(model.head.bias))
         self.start = state_of(model)
-        self.best_state = self.start
-        self.epoch = self._stale = 0
+        self.best_state = self.start if refit is None else refit[1]
+        self.epoch = self.best_epoch = self._stale = 0
         unfreeze(model.network)
         # Built anew: what the first phase gathered is of other weights.
-        self._optimizer = torch.optim.AdamW(_groups(model, config))
+        self._optimizer = torch.optim.AdamW(_groups(model, config), fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._steps_per_epoch = -(-len(lesson.training) // config.batch)
         if resume is not None:
@@ -109,18 +140,26 @@ class SecondPhase:
         Only epochs at the backbone's own size are measured: after others, which prepare for these, it looks
         worse at that size than where it began.
         """
-        while self.epoch < self._config.epochs and self._stale < self._config.patience:
-            size, full = self._size, self._size == 0
+        last = self._config.epochs if self._measured is None else self._measured.best_epoch
+        while self.epoch < last and self._stale < self._config.patience:
+            size = self._size
             loss = self._train_once(size)
             self.epoch += 1
-            score = evaluate(self._model, self._lesson) if full else None
+            score = evaluate(self._model, self._lesson) if size == 0 and self._measured is None else None
             if score is not None and score.loss < self._best.loss:
-                self._best, self.best_state, self._stale = score, state_of(self._model), 0
+                self._best, self.best_state, self.best_epoch = score, state_of(self._model), self.epoch
+                self._stale = 0
             elif score is not None and 2 * self.epoch > self._config.epochs:
                 # Before, the rate is still high: a network that looks worse then gets better as it falls.
                 self._stale += 1
-            share = 0.1 + 0.9 * self.epoch / self._config.epochs
-            yield Progress(2, self.epoch, loss, score, share), self._checkpoint()
+            phase = 2 if self._measured is None else 3
+            yield Progress(phase, self.epoch, loss, score, self._share(last)), self._checkpoint()
+
+    def _share(self, epochs: int) -> float:
+        """Of the whole work, as far as it is known by now."""
+        begin = 0.1 if self._measured is None else _SHARE_MEASURED
+        end = _SHARE_MEASURED if self._measured is None and self._config.refit else 1.0
+        return begin + (end - begin) * self.epoch / epochs
 
     @property
     def _size(self) -> int:
@@ -130,7 +169,7 @@ class SecondPhase:
 
     def _train_once(self, size: int) -> float:
         config, model = self._config, self._model
-        order = seeded(config.seed, self.epoch)
+        order = seeded(config.seed, self.epoch, self._measured is not None)
         total, count = 0.0, 0
         unfreeze(model.network)
         model.head.train()
@@ -155,8 +194,9 @@ class SecondPhase:
         model = self._model
         weights = self._weights[self._lesson.labels[rows]]
         whole, loss = weights.sum().item(), 0.0
-        for some in batches(rows, self._at_once(size)):
-            inputs = on_device(model, self._lesson.samples.augmented(some, size))
+        samples = self._lesson.samples
+        for some in samples.pieces(rows, size) if model.device.type == "cpu" else [rows]:
+            inputs = on_device(model, samples.augmented(some, size))
             labels = torch.from_numpy(self._lesson.labels[some]).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
                 logits = model(*inputs)
@@ -167,13 +207,6 @@ class SecondPhase:
             part.backward()
             loss += part.item()
         return loss
-
-    def _at_once(self, size: int) -> int:
-        """Rows that go through the network together."""
-        samples = self._lesson.samples
-        if self._model.device.type != "cpu" or not samples.size:
-            return self._config.batch
-        return max(1, _PIXELS_AT_ONCE // (size or samples.size) ** 2)
 
     def _rate_at(self, step: int) -> float:
         """Up to the full rate in the first tenth, then down a half cosine to nothing."""
@@ -189,7 +222,9 @@ class SecondPhase:
         tensors |= {f"last.{name}": value for name, value in state_of(self._model).items()}
         for place, kept in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{place}.{name}": value.clone() for name, value in kept.items()}
-        return Checkpoint(tensors, self.epoch, self._stale, self._best, self._first)
+        return Checkpoint(
+            tensors, self.epoch, self._stale, self.best_epoch, self._best, self.first, self._measured
+        )
 
     def _load(self, resume: Checkpoint) -> None:
         def part(prefix: str) -> State:
@@ -207,6 +242,7 @@ class SecondPhase:
             kept.setdefault(int(place), {})[name] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": kept})
         self.epoch, self._stale, self._best = resume.epoch, resume.stale, resume.best
+        self.best_epoch, self._measured = resume.best_epoch, resume.measured
 
 
 def _groups(model: Model, config: FineTuneConfig) -> list[dict[str, Any]]:

@@ -65,14 +65,15 @@ def finish(
         folder = Path(scratch)
         write(replace(network, spec=spec, forward=model.network), folder)
         backbone = Backbone.open(folder)
-        head, report, scores = _measured(model, backbone, lesson, names, wanted)
+        head, report, scores = _measured(model, backbone, lesson, names, wanted, outcome.logits)
         report |= {
             "method": f"{len(lesson.testing)} examples held out",
             "fine_tune": {
-                "epochs": outcome.epochs,
-                "mix": outcome.mix,
-                "frozen": asdict(outcome.first),
-                "tuned": asdict(outcome.final),
+                "epochs": outcome.measured.epochs,
+                "refit_epochs": outcome.refit_epochs,
+                "mix": outcome.measured.mix,
+                "frozen": asdict(outcome.measured.first),
+                "tuned": asdict(outcome.measured.final),
             },
             "export": check_parity(model, head, backbone, lesson),
         }
@@ -89,17 +90,29 @@ def weights_sha256(model: Model) -> str:
 
 
 def _measured(
-    model: Model, backbone: Backbone, lesson: Lesson, names: tuple[str, ...], wanted: float
+    model: Model,
+    backbone: Backbone,
+    lesson: Lesson,
+    names: tuple[str, ...],
+    wanted: float,
+    logits: Floats | None,
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Temperature, abstention and report from the rows held out, the region from all: as they are served."""
+    """Temperature, abstention and report from the rows held out, the region from all: as they are served.
+
+    logits: of the rows held out (held out, labels), by the network that was measured; None where it is this
+    one. The region is hardly tighter for having learned from these rows: of emoji's test 0.9 % lay outside of
+    it, and as many outside that of the network that was measured.
+    """
     rows = np.concatenate(
         [
             backbone.run(_unpadded(lesson.samples.plain(some)))
             for some in batches(range(len(lesson.labels)), _AT_ONCE)
         ]
     )
-    with torch.inference_mode():
-        logits = model.head(torch.from_numpy(rows[lesson.testing])).numpy()
+    if logits is None:
+        with torch.inference_mode():
+            logits = model.head(torch.from_numpy(rows[lesson.testing])).numpy()
+    held = np.where(lesson.held_out, 0, -1).astype(np.int64)
     own = lesson.labels[lesson.testing]
     temperature, _ = calibration.temperature(logits, own)
     logits = logits / np.float32(temperature)
@@ -107,7 +120,6 @@ def _measured(
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
     threshold = calibration.answer_threshold(confidence, right, wanted)
-    held = np.where(lesson.held_out, 0, -1).astype(np.int64)
     layer = model.head
     head = Head(
         task="classification",

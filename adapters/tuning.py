@@ -52,10 +52,8 @@ from models.yielding import gaps, step_aside
 
 logger = logging.getLogger("topwork")
 
-# One example in so many is held out: of a thousand and more a tenth measures well enough, the rest teaches.
+# One example in so many is held out.
 _HELD_OUT = 5
-_HELD_OUT_OF_MANY = 10
-_MANY = 1_000
 _ANSWER_ACCURACY = 0.95
 
 
@@ -86,6 +84,10 @@ class _Watched:
         """See Samples.augmented."""
         self._lease.check()
         return self._samples.augmented(rows, size)
+
+    def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """See Samples.pieces."""
+        return self._samples.pieces(rows, size)
 
 
 class Tuning:
@@ -174,8 +176,7 @@ class Tuning:
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
         labels = np.array([place[target] for target in targets], dtype=np.int64)
-        share = _HELD_OUT_OF_MANY if len(targets) >= _MANY else _HELD_OUT
-        held_out = folds([example.digest for example in kept.examples], targets, share) == 0
+        held_out = folds([example.digest for example in kept.examples], targets, _HELD_OUT) == 0
         with tempfile.TemporaryDirectory(prefix="topwork-tokenizer-") as folder:
             tokenizer = None
             if network.tokenizer is not None:

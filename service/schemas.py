@@ -84,6 +84,11 @@ class FineTuneIn(Request):
     patience: int = Field(
         default=3, ge=1, le=100, description="Epochs without progress, in its second half, before it stops."
     )
+    refit: bool = Field(
+        default=True,
+        description="Train once more, on the examples held out too, in the way that was found best. Takes "
+        "as long again.",
+    )
     seed: int = Field(default=0, ge=0, le=BIGGEST)
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters import second_phase
+from adapters import samples
+from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.features import Scaling
 from adapters.fine_tune import fine_tune, train_head
 from adapters.head import Head
-from adapters.learner import HeadLayer, Lesson, Model, Score, class_weights, embed, freeze, unfreeze
-from adapters.samples import Images, Texts, batches, samples_of, seeded
+from adapters.learner import HeadLayer, Lesson, Model, Score, class_weights, embed, evaluate, freeze, unfreeze
+from adapters.samples import Images, Samples, Tensors, Texts, batches, samples_of, seeded
 from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress, SecondPhase
 from adapters.tuned import Tuned, check_parity, finish
 from models.backbone import Backbone
@@ -159,8 +160,12 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
     before = state(model)
     told: list[Progress] = []
     outcome = fine_tune(model, learned, 0.1, CONFIG, tell=lambda progress, _: told.append(progress))
-    assert [progress.epoch for progress in told] == [0, 1, 2, 3]
-    assert outcome.mix > 0.0
+    again = [(3, epoch) for epoch in range(1, outcome.measured.best_epoch + 1)]
+    assert [(progress.phase, progress.epoch) for progress in told] == [(1, 0), (2, 1), (2, 2), (2, 3), *again]
+    shares = [progress.share for progress in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert outcome.measured.mix > 0.0
     after = state(model)
     for name, value in after.items():
         statistic = "running" in name or "num_batches" in name or name in ("head.mean", "head.scale")
@@ -173,7 +178,7 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.
     some = replace(whole, held_out=(whole.labels == 2) & (np.arange(90) > 12))
     found = []
     for at_once in (1_000, 5):
-        monkeypatch.setattr(second_phase, "_PIXELS_AT_ONCE", at_once * SIZE * SIZE)
+        monkeypatch.setattr(samples, "_PIXELS_AT_ONCE", at_once * SIZE * SIZE)
         model = Model(network(), head())
         phase = SecondPhase(model, some, CONFIG, Score(1.0, 0.5), None)
         seeded(7)
@@ -203,8 +208,8 @@ def test_fine_tuning_learns_what_a_head_cannot() -> None:
     model = Model(network(), head())
     config = replace(CONFIG, epochs=8)
     outcome = fine_tune(model, lesson(150), 0.1, config)
-    assert outcome.final.loss < outcome.first.loss
-    assert outcome.final.accuracy >= outcome.first.accuracy
+    assert outcome.measured.final.loss < outcome.measured.first.loss
+    assert outcome.measured.final.accuracy >= outcome.measured.first.accuracy
 
 
 def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
@@ -216,8 +221,8 @@ def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
             phase_one.append(state(model))
 
     outcome = fine_tune(model, lesson(), 0.1, replace(CONFIG, backbone_rate=5.0, head_rate=5.0), tell=tell)
-    assert outcome.mix == 0.0
-    assert outcome.final == outcome.first
+    assert outcome.measured.mix == 0.0
+    assert outcome.measured.final == outcome.measured.first
     assert same(phase_one[0], state(model))
 
 
@@ -230,27 +235,89 @@ def test_it_does_not_stop_while_its_rate_is_high() -> None:
     )
     losses = [progress.held_out.loss for progress in told if progress.held_out is not None]
     assert min(losses) == losses[0]
-    assert outcome.epochs == 6
+    assert outcome.measured.epochs == 6
 
 
-def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
-    class Stop(Exception):
-        pass
+class Recorded:
+    """Samples that note which rows were asked for, augmented, in each phase."""
 
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self.size = samples.size
+        self.phase = 2
+        self.trained: dict[int, list[int]] = {2: [], 3: []}
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        return self._samples.plain(rows)
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        self.trained[self.phase] += rows
+        return self._samples.augmented(rows, size)
+
+    def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        return self._samples.pieces(rows, size)
+
+
+def test_rows_held_out_are_trained_on_once_all_is_measured_and_not_before() -> None:
+    model, learned = Model(network(), head()), lesson()
+    samples = Recorded(learned.samples)
+
+    def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
+        if progress.phase == 2 and progress.epoch == CONFIG.epochs:
+            samples.phase = 3
+        assert progress.phase < 3 or progress.held_out is None
+
+    outcome = fine_tune(model, replace(learned, samples=samples), 0.1, CONFIG, tell=tell)
+    assert outcome.refit_epochs == outcome.measured.best_epoch > 0
+    assert sorted(samples.trained[2]) == sorted(learned.training * CONFIG.epochs)
+    assert sorted(samples.trained[3]) == sorted([*range(len(learned.labels))] * outcome.refit_epochs)
+    assert outcome.logits is not None
+    logits = torch.from_numpy(outcome.logits)
+    labels = torch.from_numpy(learned.labels[learned.testing])
+    measured = outcome.measured.final
+    assert float((logits.argmax(dim=1) == labels).float().mean()) == pytest.approx(measured.accuracy)
+    # By now it knows them better than what was measured did.
+    assert evaluate(model, learned).loss < measured.loss
+
+
+class Stop(Exception):
+    """Ends a fine-tune."""
+
+
+def checkpoint_of(phase: int) -> Checkpoint:
+    """The checkpoint after the first epoch of a phase."""
     kept: list[Checkpoint] = []
 
     def stop(progress: Progress, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and progress.phase == phase:
             kept.append(checkpoint)
             raise Stop
 
-    whole = Model(network(), head())
-    expected = fine_tune(whole, lesson(), 0.1, CONFIG)
     with pytest.raises(Stop):
         fine_tune(Model(network(), head()), lesson(), 0.1, CONFIG, tell=stop)
+    return kept[0]
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path, phase: int) -> None:
+    whole = Model(network(), head())
+    expected = fine_tune(whole, lesson(), 0.1, CONFIG)
+    assert expected.refit_epochs > 1
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, checkpoint_of(phase), "this work")
+    assert load_checkpoint(path, "other work") is None
     resumed = Model(network(), head())
-    assert fine_tune(resumed, lesson(), 0.1, CONFIG, resume=kept[0]) == expected
+    found = fine_tune(resumed, lesson(), 0.1, CONFIG, resume=load_checkpoint(path, "this work"))
+    assert (found.measured, found.refit_epochs) == (expected.measured, expected.refit_epochs)
     assert same(state(whole), state(resumed))
+    np.testing.assert_array_equal(found.logits, expected.logits)
+
+
+def test_without_a_refit_the_network_is_the_one_that_was_measured() -> None:
+    model, learned = Model(network(), head()), lesson()
+    outcome = fine_tune(model, learned, 0.1, replace(CONFIG, refit=False))
+    assert (outcome.refit_epochs, outcome.logits) == (0, None)
+    assert evaluate(model, learned) == outcome.measured.final
 
 
 def test_a_loss_that_is_no_number_ends_it() -> None:
@@ -291,6 +358,12 @@ def test_the_token_that_hides_words_is_the_tokenizers_own(folders: Path, tmp_pat
     changed, plain = texts.augmented(range(20), 0)[0], texts.plain(range(20))[0]
     assert (changed[changed != plain] == 4).all()
     assert (changed != plain).any()
+
+
+def test_texts_train_beside_others_of_their_length() -> None:
+    texts = Texts([np.zeros(length, np.int64) for length in (40, 3, 200, 5, 60, 4)], pad_id=0, mask_id=None)
+    assert texts.pieces(range(6), 0) == [[1, 5, 3], [0], [4], [2]]
+    assert texts.pieces([4, 0, 1], 0) == [[1, 0], [4]]
 
 
 def test_batches_cover_every_row_once() -> None:

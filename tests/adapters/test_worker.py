@@ -566,7 +566,7 @@ from adapters.second_phase import Checkpoint
 
 tensors = {"weight": torch.zeros(16 << 20)}
 while True:
-    save_checkpoint(Path(sys.argv[1]), Checkpoint(tensors, 1, 0, Score(1.0, 0.5), Score(1.0, 0.5)), "old")
+    save_checkpoint(Path(sys.argv[1]), Checkpoint(tensors, 1, 0, 1, Score(1.0, 0.5), Score(1.0, 0.5)), "old")
 """
 
 
@@ -576,7 +576,7 @@ def test_an_attempt_that_is_stopped_while_it_writes_has_no_hold_on_a_newer_check
     with subprocess.Popen([sys.executable, "-c", SAVING, str(path)], cwd=ROOT) as old:
         try:
             until(lambda: stopped_while_writing(old.pid, tmp_path))
-            save_checkpoint(path, Checkpoint({"weight": torch.ones(8)}, 2, 0, score, score), "new")
+            save_checkpoint(path, Checkpoint({"weight": torch.ones(8)}, 2, 0, 2, score, score), "new")
             assert path.stat().st_ino not in opened(old.pid)
         finally:
             old.kill()
