@@ -236,9 +236,13 @@ class SecondPhase:
 
         self.start, self.best_state = part("start."), part("best.")
         self._model.load_state_dict(part("last."))
+        parameters = [one for group in self._optimizer.param_groups for one in group["params"]]
         kept: dict[int, State] = {}
         for key, value in part("optimizer.").items():
             place, name = key.split(".")
+            if value.ndim:
+                # As its parameter lies in memory, which the fused optimizer takes for granted.
+                value = torch.empty_like(parameters[int(place)]).copy_(value)
             kept.setdefault(int(place), {})[name] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": kept})
         self.epoch, self._stale, self._best = resume.epoch, resume.stale, resume.best
