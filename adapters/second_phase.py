@@ -48,7 +48,7 @@ class FineTuneConfig:
     epochs: int = 8
     full_size_epochs: int = 7
     pixels: int = 128
-    batch: int = 32
+    batch: int = 16
     head_rate: float = 1e-3
     backbone_rate: float = 1e-4
     patience: int = 3

@@ -76,7 +76,7 @@ class FineTuneIn(Request):
         le=512,
         description="Of an image's side in the other epochs. batch × pixels² is at most 64 × 224².",
     )
-    batch: int = Field(default=32, ge=2, le=64, description="Examples in a step.")
+    batch: int = Field(default=16, ge=2, le=64, description="Examples in a step.")
     head_rate: float = Field(default=1e-3, gt=0, le=1, description="Learning rate of the head.")
     backbone_rate: float = Field(
         default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
