@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +148,10 @@ class Tuning:
             lease.report(progress.share, _told(progress, config))
 
         resume = load_checkpoint(path, about)
-        # A GPU's work waits for no core.
-        with gaps(network.forward) if self._device == "cpu" else contextlib.nullcontext():
+        # A GPU's work waits for no core. What goes first is the service, where it has started this process.
+        with (
+            gaps(network.forward, os.getppid() or None) if self._device == "cpu" else contextlib.nullcontext()
+        ):
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
         return finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
 
