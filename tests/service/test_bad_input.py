@@ -250,7 +250,7 @@ def test_json_of_another_form(going_on: Caller, body: Any, pointer: str) -> None
 
 def test_a_batch_that_memory_has_no_room_for_is_refused_with_what_it_has_room_for(going_on: Caller) -> None:
     problem = going_on.call("POST", "/adapt", 422, json={**TUNED, "fine_tune": {"pixels": 512}})
-    assert "at most 12 images, not 32" in problem["errors"][0]["detail"]
+    assert "at most 12 images, not 16" in problem["errors"][0]["detail"]
     # Refused for another reason: what it has room for is taken.
     for fits in ({"batch": 64, "pixels": 224}, {"batch": 12, "pixels": 512}):
         assert going_on.code("POST", "/adapt", 422, json={**TUNED, "fine_tune": fits}) == "too_few_examples"
