@@ -246,7 +246,7 @@ class SecondPhase:
             kept.setdefault(int(place), {})[name] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": kept})
         self.epoch, self._stale, self._best = resume.epoch, resume.stale, resume.best
-        self.best_epoch, self._measured = resume.best_epoch, resume.measured
+        self.best_epoch = resume.best_epoch
 
 
 def _groups(model: Model, config: FineTuneConfig) -> list[dict[str, Any]]:
