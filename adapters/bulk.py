@@ -25,7 +25,8 @@ from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
 from adapters.store import Store
-from adapters.uploads import BadUpload, Form, Record, UploadLimits, records
+from adapters.uploaded import BadUpload, Record, UploadLimits
+from adapters.uploads import Form, records
 from models.backbone import Backbone
 from models.batcher import Batcher
 from models.exported import find

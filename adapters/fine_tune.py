@@ -129,7 +129,7 @@ def _phases(
     if resume is None:
         embeddings = _first_phase(model, lesson, strength)
         first = score_of(model, lesson, embeddings[lesson.testing])
-        tell(Progress(1, 0, None, first, 0.1), None)
+        tell(Progress(1, 0, config.epochs, None, first, 0.1), None)
     else:
         first = resume.first
     training = SecondPhase(model, lesson, config, first, resume)

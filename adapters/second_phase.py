@@ -58,14 +58,15 @@ class FineTuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An epoch's end. phase: 1, 2, or 3 for an epoch of the refit; share: of the whole work, 0..1.
+    """An epoch's end. phase: 1, 2, or 3 for an epoch of the refit; epochs: that the phase may have.
 
-    training_loss: None in phase 1. held_out: None after an epoch with images smaller than those served, and
-    in the refit, which nothing is held out of.
+    share: of the whole work, 0..1. training_loss: None in phase 1. held_out: None after an epoch with images
+    smaller than those served, and in the refit, which nothing is held out of.
     """
 
     phase: int
     epoch: int
+    epochs: int
     training_loss: float | None
     held_out: Score | None
     share: float
@@ -153,7 +154,7 @@ class SecondPhase:
                 # Before, the rate is still high: a network that looks worse then gets better as it falls.
                 self._stale += 1
             phase = 2 if self._measured is None else 3
-            yield Progress(phase, self.epoch, loss, score, self._share(last)), self._checkpoint()
+            yield Progress(phase, self.epoch, last, loss, score, self._share(last)), self._checkpoint()
 
     def _share(self, epochs: int) -> float:
         """Of the whole work, as far as it is known by now."""

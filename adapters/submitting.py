@@ -30,7 +30,8 @@ from adapters.records import (
 )
 from adapters.registry import new_uid
 from adapters.store import Artifact, StoreError
-from adapters.uploads import BadUpload, Form, kind_of_upload
+from adapters.uploaded import BadUpload
+from adapters.uploads import Form, kind_of_upload
 
 FINE_TUNE: Final = "fine_tune"
 BULK: Final = "bulk_adapt"

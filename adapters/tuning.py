@@ -145,7 +145,7 @@ class Tuning:
             lease.check()
             if checkpoint is not None:
                 save_checkpoint(path, checkpoint, about)
-            lease.report(progress.share, _told(progress, config))
+            lease.report(progress.share, _told(progress))
 
         resume = load_checkpoint(path, about)
         # A GPU's work waits for no core. What goes first is the service, where it has started this process.
@@ -273,11 +273,11 @@ def _probe(kept: _Kept, lesson: Lesson) -> Any:
     return fit(data, ProbeConfig(limit_seconds=float("inf")))
 
 
-def _told(progress: Progress, config: FineTuneConfig) -> Mapping[str, Any]:
+def _told(progress: Progress) -> Mapping[str, Any]:
     return {
         "phase": progress.phase,
         "epoch": progress.epoch,
-        "epochs": config.epochs,
+        "epochs": progress.epochs,
         "loss": progress.training_loss,
         "held_out_accuracy": None if progress.held_out is None else progress.held_out.accuracy,
     }

@@ -150,7 +150,7 @@ class Worker:
         from adapters.bulk import Bulk
         from adapters.linear_probe import ProbeConfig
         from adapters.revising import AdapterLimits
-        from adapters.uploads import UploadLimits
+        from adapters.uploaded import UploadLimits
 
         config = self._config
         limits = AdapterLimits(

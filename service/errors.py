@@ -38,7 +38,7 @@ from adapters.records import (
 from adapters.revising import AdapterFull, NothingToFit
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
-from adapters.uploads import BadUpload
+from adapters.uploaded import BadUpload
 from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
 from models.preprocess import InputError

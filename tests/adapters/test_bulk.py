@@ -38,7 +38,8 @@ from adapters.revising import AdapterFull, AdapterLimits
 from adapters.segments import decode_inputs, encode_embeddings, encode_inputs
 from adapters.store import Artifact, Buffer, Store, open_store, sweep
 from adapters.submitting import Submitting
-from adapters.uploads import Form, UploadLimits
+from adapters.uploaded import UploadLimits
+from adapters.uploads import Form
 from benchmarks.serving import Serving
 from models.backbone import Backbone
 from models.exported import find

@@ -162,6 +162,7 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
     outcome = fine_tune(model, learned, 0.1, CONFIG, tell=lambda progress, _: told.append(progress))
     again = [(3, epoch) for epoch in range(1, outcome.measured.best_epoch + 1)]
     assert [(progress.phase, progress.epoch) for progress in told] == [(1, 0), (2, 1), (2, 2), (2, 3), *again]
+    assert (told[1].epochs, told[-1].epochs) == (CONFIG.epochs, outcome.measured.best_epoch)
     shares = [progress.share for progress in told]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0

@@ -14,7 +14,8 @@ import pytest
 
 from adapters.admission import Posted
 from adapters.example import ExampleError
-from adapters.uploads import BadUpload, Form, UploadLimits, kind_of_upload, records
+from adapters.uploaded import BadUpload, UploadLimits
+from adapters.uploads import Form, kind_of_upload, records
 from models.preprocess import InputError, InputLimits
 
 LIMITS = UploadLimits(5, InputLimits(max_image_bytes=1_000, max_text_chars=50))
