@@ -12,8 +12,10 @@ from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
+from uvicorn.config import HTTP_PROTOCOLS
 
 from service.edge import Edge
+from service.protocol import Protocol
 from service.settings import Settings, serving_environment, tracing_wanted
 from service.startup import configure_logging, explain, give_back_memory, give_up
 
@@ -31,6 +33,8 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
         """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
+        # Whoever runs the application, `bentoml serve` too, leaves uvicorn to choose.
+        HTTP_PROTOCOLS["auto"] = f"{Protocol.__module__}:{Protocol.__name__}"
         app: Starlette = super().to_asgi(is_main=is_main)
         # TimeoutMiddleware answers with a body of its own form and keeps a timer for each request, answered
         # or not, until the time is over: at 1,000 requests a second, hundreds of megabytes for a timeout of

@@ -127,10 +127,10 @@ def _host_name(url: str) -> str:
         return ""
 
 
-def tenant_of(request: Request) -> str:
+async def tenant_of(request: Request) -> str:
     """The tenant named by the X-Tenant header, "default" without one.
 
-    Raises a 422 Problem for an impossible name.
+    Raises a 422 Problem for an impossible name. Async, or FastAPI would run it in a thread.
     """
     name = request.headers.get("x-tenant", "default")
     if not TENANT.fullmatch(name):

@@ -168,43 +168,45 @@ class _Exchange:
         self._send = send
         self._bodies = bodies
         self._bytes = 0
-        self._body_read = asyncio.Event()
+        self._body_read = False
         self._gone = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._cancelled = False
 
     def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
         """The deadline, and how long it gives."""
 
     async def answer(self, app: ASGIApp, scope: Scope) -> None:
         """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
-        work = asyncio.ensure_future(app(scope, self.receive, self.send))
-        self._watch = asyncio.ensure_future(self._cancel_when_gone(work))
+        self._work = asyncio.current_task()
         try:
-            await work
+            await app(scope, self.receive, self.send)
         except asyncio.CancelledError:
-            if not self._gone.is_set():
+            if not self._cancelled or self._work is None or self._work.uncancel():
                 raise
 
-    async def _cancel_when_gone(self, work: asyncio.Future[None]) -> None:
-        await self._body_read.wait()
+    async def _cancel_when_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone.set()
-        if self.status is None:
-            work.cancel()
+        if self.status is None and self._work is not None:
+            self._cancelled = True
+            self._work.cancel()
 
     async def receive(self) -> Message:
-        if self._body_read.is_set():
+        if self._body_read:
             await self._gone.wait()
             return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._gone.set()
-            self._body_read.set()
+            self._body_read = True
             return message
         self._bytes = self._bodies.take(self._bytes, len(message.get("body", b"")))
         if not message.get("more_body", False):
-            self._body_read.set()
+            self._body_read = True
+            self._watch = asyncio.create_task(self._cancel_when_gone())
         return message
 
     async def send(self, message: Message) -> None:
@@ -234,7 +236,7 @@ class _Upload(_Exchange):
         self._began = asyncio.get_running_loop().time()
 
     async def receive(self) -> Message:
-        if self._body_read.is_set():
+        if self._body_read:
             return await super().receive()
         silent = _SILENT * self._seconds
         try:
@@ -244,7 +246,7 @@ class _Upload(_Exchange):
             detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
             raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
         since = self._began + self._bytes / _SLOWEST_BYTES_PER_SECOND
-        if self._body_read.is_set():
+        if not message.get("more_body", False):
             # What is left to do has the time of any request.
             since = asyncio.get_running_loop().time()
         if not self._deadline.expired():

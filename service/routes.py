@@ -30,36 +30,41 @@ from service.openapi import body, describe, problems
 _NAME = re.compile(schemas.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
 
+# What follows is async for FastAPI's sake, which runs any other dependency in a thread: 0.2 ms of every
+# request.
 
-def adapter_name(adapter: str) -> str:
+
+async def adapter_name(adapter: str) -> str:
     """The adapter in the path. A name that no adapter can have is unknown like any other."""
     if _NAME.fullmatch(adapter) is None:
         raise UnknownAdapter(adapter[:63])
     return adapter
 
 
-def example_id(example: str) -> str:
+async def example_id(example: str) -> str:
     """The example in the path; its id may hold slashes."""
     check_id(example)
     return example
 
 
-def job_id(job: str) -> str:
+async def job_id(job: str) -> str:
     """The job in the path. An id that no job can have is unknown like any other."""
     if _JOB.fullmatch(job) is None:
         raise UnknownJob(job[:63])
     return job
 
 
-def jobs_adapter(adapter: str | None = None) -> str | None:
+async def jobs_adapter(adapter: str | None = None) -> str | None:
     """The adapter whose jobs are meant, None for all. No adapter has the empty name."""
     return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
 
 
-def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
+async def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
     """Behind what a page begins. Raises a 422 Problem for what no answer gave out."""
-    if cursor is None:
-        return None
+    return None if cursor is None else _last_of(cursor)
+
+
+def _last_of(cursor: str) -> str:
     try:
         last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
     except ValueError:
@@ -70,7 +75,7 @@ def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str
     return last
 
 
-def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
+async def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
     """The entity tag that must still hold. Any will do for `*`, and without the header."""
     return None if if_match is None or if_match.strip() == "*" else if_match.strip()
 

@@ -1,0 +1,126 @@
+"""What a connection may send besides bodies, against the running service, byte by byte."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+
+from service.protocol import MAX_HEAD_BYTES
+
+LINE = b"x-filling: " + b"a" * 1_000 + b"\r\n"
+TEXT = b"content-type: text/plain\r\n"
+
+
+@contextmanager
+def connected(url: str) -> Iterator[socket.socket]:
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
+        yield connection
+
+
+def send(connection: socket.socket, pieces: Iterable[bytes]) -> int:
+    """Bytes sent until the other side had enough."""
+    sent = 0
+    try:
+        for piece in pieces:
+            connection.sendall(piece)
+            sent += len(piece)
+    except OSError:
+        pass
+    return sent
+
+
+def received(connection: socket.socket) -> bytes:
+    """Everything until the other side closes, or resets."""
+    found = b""
+    try:
+        while piece := connection.recv(65_536):
+            found += piece
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def begun(method: str = "POST", path: str = "/predict?adapter=none") -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n".encode()
+
+
+def endless(line: bytes) -> Iterator[bytes]:
+    while True:
+        yield line
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (begun("GET", "/backbones"), LINE),
+        (b"GET /", b"a" * 1_000),
+        (begun("GET", "/backbones") + b"x-filling: ", b"a" * 1_000),
+        (b"", b"\r\n"),
+    ],
+    ids=["headers", "path", "one header", "nothing"],
+)
+def test_a_head_without_end_is_ended(server: str, pieces: tuple[bytes, bytes]) -> None:
+    def sending() -> Iterator[bytes]:
+        yield pieces[0]
+        yield from endless(pieces[1])
+
+    with connected(server) as connection:
+        sent = send(connection, sending())
+        answer = received(connection)
+    # What the kernel holds of both sides is read or thrown away; nothing of it is kept.
+    assert sent < 32 << 20
+    assert not answer or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+
+
+def test_a_long_head_is_answered_as_such(server: str) -> None:
+    with connected(server) as connection:
+        send(connection, [begun("GET", "/backbones"), LINE * (MAX_HEAD_BYTES // len(LINE) + 1)])
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert b"connection: close" in answer
+    assert answer.endswith(b"65,536 bytes.")
+
+
+def test_a_head_below_the_bound_is_read(server: str) -> None:
+    with connected(server) as connection:
+        filling = LINE * (MAX_HEAD_BYTES // len(LINE) - 2)
+        send(connection, [begun("GET", "/backbones"), filling, b"connection: close\r\n\r\n"])
+        assert received(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def chunks(size: int, count: int) -> bytes:
+    return (b"%x\r\n" % size + b"a" * size + b"\r\n") * count
+
+
+def test_a_body_in_small_chunks_is_read(server: str) -> None:
+    """Their lines together are longer than the bound, and yet are not a head."""
+    count = MAX_HEAD_BYTES // 3
+    with connected(server) as connection:
+        head = begun() + TEXT + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+        send(connection, [head, chunks(1, count), b"0\r\n\r\n"])
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"urn:topwork:unknown_adapter" in answer
+
+
+def test_trailers_and_extensions_without_end_are_ended(server: str) -> None:
+    head = begun() + TEXT + b"transfer-encoding: chunked\r\n\r\n" + chunks(4, 2)
+    for begin, line in ((b"0\r\n", LINE), (b"4;extension=", b"a" * 1_000)):
+        with connected(server) as connection:
+            sent = send(connection, [head + begin, *[line] * 60_000])
+            received(connection)
+        assert sent < 32 << 20
+
+
+def test_requests_one_after_the_other_are_counted_each_by_itself(server: str) -> None:
+    filling = LINE * (MAX_HEAD_BYTES // len(LINE) // 2)
+    one = begun("GET", "/backbones") + filling + b"\r\n"
+    last = begun("GET", "/backbones") + filling + b"connection: close\r\n\r\n"
+    with connected(server) as connection:
+        send(connection, [one, one, one, last])
+        assert received(connection).count(b"HTTP/1.1 200 ") == 4
