@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from adapters.admission import kind_of, wrong_kind
 from adapters.aliases import Aliases
+from adapters.answering import Answering, Prediction
 from adapters.cache import Cache
 from adapters.example import Task
-from adapters.explaining import Explaining, Neighbour
-from adapters.head import Head, Predictions
+from adapters.explaining import Explaining
+from adapters.head import Head
 from adapters.networks import Networks
 from adapters.records import Alias
 from adapters.store import MissingArtifact, Store
@@ -28,9 +29,6 @@ from models.spec import GRAPH_FILE, UnknownBackbone
 Floats = NDArray[np.float32]
 Input = bytes | str | InputError
 """Encoded image bytes, a text, or why there is neither."""
-
-# Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
-_WEIGHTS_ON_LOOP = 1 << 16
 
 
 class NoLiveVersion(RuntimeError):
@@ -55,24 +53,6 @@ class PredictQuery:
     top_k: int = 3
     explain: int = 0
     min_epoch: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What is answered for one input; see head.Predictions.
-
-    label: of a classification. labels: those assigned of a multilabel adapter. value: of a regression.
-    probabilities: the top_k labels with the highest first.
-    """
-
-    confidence: float
-    abstained: bool
-    abstention_score: float
-    label: str | None = None
-    labels: tuple[str, ...] | None = None
-    value: float | None = None
-    probabilities: tuple[tuple[str, float], ...] = ()
-    nearest: tuple[Neighbour, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +101,7 @@ class Predicting:
         self._heads = heads
         self._explaining = explaining
         self._networks = networks
-        self._observe = observe
+        self._answering = Answering(lambda seconds: observe("head", seconds))
 
     async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
         """One prediction, or an error, for each input. What is wrong with the adapter is raised before any
@@ -135,7 +115,7 @@ class Predicting:
         async with self._embedding(loaded) as batcher:
             embedded = await embed(batcher, query.inputs)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
-        answers = await self._answer(loaded.head, embedded.embeddings[good], query.top_k)
+        answers = await self._answering.answer(loaded.head, embedded.embeddings[good], query.top_k)
         if query.explain and good:
             vectors = embedded.embeddings[good]
             if loaded.alias.network is not None:
@@ -214,15 +194,6 @@ class Predicting:
             )
         return await embed(self.batchers[backbone], inputs)
 
-    async def _answer(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
-        started = time.perf_counter()
-        if head.weight.size > _WEIGHTS_ON_LOOP:
-            answers = await asyncio.to_thread(lambda: shape(head, head.predict(embeddings), top_k))
-        else:
-            answers = shape(head, head.predict(embeddings), top_k)
-        self._observe("head", time.perf_counter() - started)
-        return answers
-
 
 async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
     """Embeds what can be; errors of the edge and inputs of the wrong kind stand in their places."""
@@ -246,33 +217,3 @@ async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
     places = list(good)
     errors |= {places[index]: error for index, error in embedded.errors.items()}
     return Embedded(embeddings, errors, embedded.timings)
-
-
-def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
-    """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
-    count = min(top_k, len(head.labels))
-    order = np.argsort(-found.probabilities, axis=1, kind="stable")
-    answers = []
-    for row in range(len(found.confidence)):
-        ranked = order[row, :count].tolist()
-        chances = found.probabilities[row, ranked].tolist()
-        answers.append(
-            Prediction(
-                confidence=float(found.confidence[row]),
-                abstained=bool(found.abstained[row]),
-                abstention_score=float(found.abstention_score[row]),
-                label=head.labels[int(order[row, 0])] if head.task == "classification" else None,
-                labels=_assigned(head, found, row),
-                value=None if found.values is None else float(found.values[row]),
-                probabilities=tuple(
-                    (head.labels[place], chance) for place, chance in zip(ranked, chances, strict=True)
-                ),
-            )
-        )
-    return answers
-
-
-def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | None:
-    if found.assigned is None:
-        return None
-    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.assigned[row]))

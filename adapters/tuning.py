@@ -48,7 +48,7 @@ from adapters.submitting import FINE_TUNE, CannotTune, check_tunable
 from adapters.tuned import Tuned, finish
 from models.network import Network, load_network
 from models.preprocess import InputLimits
-from models.spec import TOKENIZER_FILE
+from models.spec import FLOAT32, TOKENIZER_FILE
 from models.yielding import gaps, step_aside
 
 logger = logging.getLogger("topwork")
@@ -186,7 +186,9 @@ class Tuning:
                 tokenizer = Path(folder) / TOKENIZER_FILE
                 tokenizer.write_bytes(network.tokenizer)
             samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
-        return names, Lesson(_Watched(samples, lease), labels, held_out, kept.embeddings)
+        # What is trained is in single precision, whatever the backbone is served in.
+        own = kept.embeddings if network.spec.precision == FLOAT32 else None
+        return names, Lesson(_Watched(samples, lease), labels, held_out, own)
 
     def _commit(self, kept: _Kept, tuned: Tuned, promote: Promote, lease: Lease) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.manifest import CorruptExport, read_manifest
+from models.manifest import CorruptExport, read_manifest, read_tables
+from models.plan import Plan, Run, keep_plan, measure, read_plan
 from models.preprocess import ImagePreprocessor, InputError, InputLimits, Prepared, TextPreprocessor
-from models.session import Device, open_session
+from models.session import Device, DeviceUnavailable, open_session, open_table
 from models.spec import (
     GRAPH_FILE,
     IDS,
+    INT8,
     MASK,
     OUTPUT_NAME,
     PIXELS,
@@ -27,12 +29,10 @@ from models.spec import (
 
 Floats = NDArray[np.float32]
 
-# Rows of one run. On a CPU convolutions lose by batching (the activations leave the cache); texts win while
-# short.
-_IMAGES_PER_RUN = {"cpu": 1, "cuda": 32}
-_TEXTS_PER_RUN = {"cpu": 32, "cuda": 128}
 # Tokens of one run, padding included: what bounds its memory.
 _TOKENS_PER_RUN = {"cpu": 1024, "cuda": 32_768}
+# Of a short text.
+_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Backbone:
         beside: Any,
         preprocessor: ImagePreprocessor | TextPreprocessor,
         device: Device,
-        threads: int,
+        plan: Plan,
     ) -> None:
         self.spec = spec
         self.path = path
@@ -68,29 +68,39 @@ class Backbone:
         self._session = session
         self._beside = beside
         self._preprocessor = preprocessor
-        self._threads = threads
+        self.plan = plan
 
     @classmethod
     def open(
-        cls, export: Path, *, device: Device = "cpu", threads: int = 1, limits: InputLimits = InputLimits()
+        cls,
+        export: Path,
+        *,
+        device: Device = "cpu",
+        threads: int = 1,
+        plan: Plan | None = None,
+        limits: InputLimits = InputLimits(),
     ) -> Backbone:
         """Loads the export folder, and runs it once: the first run of a session is slow.
 
-        threads: of one run, on a CPU. Raises CorruptExport, DeviceUnavailable.
+        threads: in all, on a CPU. plan: how to use them; the usual one by default. Raises CorruptExport,
+        DeviceUnavailable.
         """
-        spec = read_manifest(export, verify=True)
+        spec = _spec_for(export, device, verify=True)
         preprocessor = (
             ImagePreprocessor(spec.transform, limits)
             if isinstance(spec.transform, ImageTransform)
             else TextPreprocessor(spec.transform, export / TOKENIZER_FILE, limits)
         )
-        session = open_session(export / GRAPH_FILE, device=device, threads=threads)
-        # Runs beside each other share the cores best when each keeps to one: threads of one run wait for its
+        plan = plan or Plan.usual(spec.kind, device, threads)
+        # Both sessions look up in one table. A GPU has a copy of its own.
+        tables = {name: open_table(path) for name, path in read_tables(export).items() if device == "cpu"}
+        session = open_session(export / GRAPH_FILE, device=device, threads=plan.alone, tables=tables)
+        # Runs beside each other share the cores best when each keeps to few: threads of one run wait for its
         # slowest.
         beside = session
-        if device == "cpu" and threads > 1:
-            beside = open_session(export / GRAPH_FILE, device=device, threads=1)
-        backbone = cls(spec, export, session, beside, preprocessor, device, threads)
+        if device == "cpu" and plan.beside != plan.alone:
+            beside = open_session(export / GRAPH_FILE, device=device, threads=plan.beside, tables=tables)
+        backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
             raise CorruptExport(
                 f"{export} does not give {spec.dim} finite numbers; export the backbone again."
@@ -102,10 +112,8 @@ class Backbone:
 
         graph: ONNX with the inputs and the output of this one. Raises CorruptExport.
         """
-        session = open_session(graph, device=self.device, threads=self._threads)
-        tuned = Backbone(
-            self.spec, self.path, session, session, self._preprocessor, self.device, self._threads
-        )
+        session = open_session(graph, device=self.device, threads=self.plan.alone)
+        tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, self.plan)
         if not tuned._answers():
             raise CorruptExport("The fine-tuned network does not give finite embeddings; fine-tune again.")
         return tuned
@@ -118,7 +126,7 @@ class Backbone:
     @property
     def batch(self) -> int:
         """Inputs that are best run together, at most."""
-        return (_IMAGES_PER_RUN if self.spec.kind == "image" else _TEXTS_PER_RUN)[self.device]
+        return self.plan.batch
 
     @property
     def preprocess_stage(self) -> str:
@@ -143,8 +151,8 @@ class Backbone:
         if session is None:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
         embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
-        for rows, feed in self._chunks(prepared):
-            embeddings[rows] = session.run([OUTPUT_NAME], feed)[0]
+        for rows in self._chunks(prepared):
+            embeddings[rows] = session.run([OUTPUT_NAME], self.feed([prepared[row] for row in rows]))[0]
         return embeddings
 
     def embed(self, inputs: Sequence[bytes | str]) -> Embedded:
@@ -171,32 +179,73 @@ class Backbone:
         self._session = self._beside = None
 
     def _answers(self) -> bool:
-        embedding = self.run([self._blank()])
+        embedding = self.run([_blank(self.spec)])
         return embedding.shape == (1, self.spec.dim) and bool(np.isfinite(embedding).all())
 
-    def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
-        """What goes into one run each: the rows of the answer, and the feed."""
-        if isinstance(self.spec.transform, ImageTransform):
-            step = _IMAGES_PER_RUN[self.device]
-            for start in range(0, len(prepared), step):
-                images = prepared[start : start + step]
-                yield list(range(start, start + len(images))), {PIXELS: np.stack(images)}
+    def feed(self, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        """One run's inputs as the graph takes them, texts padded to the longest. At least one."""
+        return _feed(self.spec, prepared)
+
+    def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
+        """The rows that go into one run each."""
+        if self.spec.kind == "image":
+            for start in range(0, len(prepared), self.batch):
+                yield list(range(start, min(start + self.batch, len(prepared))))
             return
         # Longest first: a chunk is as wide as its first text, and neighbours in length waste little on
         # padding.
         order = sorted(range(len(prepared)), key=lambda row: -len(prepared[row]))
         while order:
             width = len(prepared[order[0]])
-            fit = max(1, min(_TEXTS_PER_RUN[self.device], _TOKENS_PER_RUN[self.device] // width))
+            fit = max(1, min(self.batch, _TOKENS_PER_RUN[self.device] // width))
             rows, order = order[:fit], order[fit:]
-            ids = np.full((len(rows), width), self.spec.transform.pad_id, np.int64)
-            mask = np.zeros((len(rows), width), np.int64)
-            for place, row in enumerate(rows):
-                ids[place, : len(prepared[row])] = prepared[row]
-                mask[place, : len(prepared[row])] = 1
-            yield rows, {IDS: ids, MASK: mask}
+            yield rows
 
-    def _blank(self) -> Prepared:
-        if isinstance(self.spec.transform, ImageTransform):
-            return np.zeros((3, self.spec.transform.size, self.spec.transform.size), np.float32)
-        return self.preprocess("blank")
+
+def planned(export: Path, *, device: Device, threads: int) -> Plan:
+    """How the export runs best here with so many threads in all, measured now if it never was.
+
+    Raises CorruptExport, DeviceUnavailable.
+    """
+    spec = _spec_for(export, device, verify=False)
+    usual = Plan.usual(spec.kind, device, threads)
+    plan = read_plan(export, usual, device)
+    if plan is None:
+
+        def open_run(count: int) -> Run:
+            session = open_session(export / GRAPH_FILE, device=device, threads=count)
+            return lambda feed: session.run([OUTPUT_NAME], feed)
+
+        blank = _blank(spec)
+        plan = measure(usual, device, open_run, lambda count: _feed(spec, [blank] * count))
+        keep_plan(export, usual, device, plan)
+    return plan
+
+
+def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
+    spec = read_manifest(export, verify=verify)
+    if spec.precision == INT8 and device != "cpu":
+        # ONNX Runtime would run its products on the CPU, and say nothing.
+        raise DeviceUnavailable(
+            f"{spec.name} is for CPUs; on a GPU serve {spec.name.removesuffix('-int8')}, faster there."
+        )
+    return spec
+
+
+def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+    if isinstance(spec.transform, ImageTransform):
+        return {PIXELS: np.stack(prepared)}
+    width = max(len(tokens) for tokens in prepared)
+    ids = np.full((len(prepared), width), spec.transform.pad_id, np.int64)
+    mask = np.zeros((len(prepared), width), np.int64)
+    for row, tokens in enumerate(prepared):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return {IDS: ids, MASK: mask}
+
+
+def _blank(spec: BackboneSpec) -> Prepared:
+    """An input that is like any other for those who only want it run."""
+    if isinstance(spec.transform, ImageTransform):
+        return np.zeros((3, spec.transform.size, spec.transform.size), np.float32)
+    return np.zeros(min(_TOKENS, spec.transform.max_tokens), np.int64)

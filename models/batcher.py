@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -26,7 +28,10 @@ _NEWEST = 0.1
 
 
 class Overloaded(RuntimeError):
-    """The queue is full. retry_after: seconds after which there should be room, from the rate measured."""
+    """The queue is full, or the wait too long.
+
+    retry_after: seconds after which there should be room, from the rate measured.
+    """
 
     code = "overloaded"
 
@@ -70,13 +75,17 @@ class _Request:
 
 
 class _Lane:
-    """The requests of one priority that have inputs not yet taken, each with a turn."""
+    """The requests of one priority that have inputs not yet taken, each with a turn.
 
-    __slots__ = ("depth", "ready", "requests")
+    running: threads that have taken some and are not done.
+    """
+
+    __slots__ = ("depth", "ready", "requests", "running")
 
     def __init__(self, lock: threading.Lock) -> None:
         self.requests: deque[_Request] = deque()
         self.depth = 0
+        self.running = 0
         self.ready = threading.Condition(lock)
 
     def remove(self, request: _Request) -> None:
@@ -104,6 +113,7 @@ class Batcher:
         *,
         max_queue: int,
         workers: int,
+        max_wait: float = math.inf,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
         observe_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
@@ -111,12 +121,14 @@ class Batcher:
 
         max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
         away; a request larger than that is taken when nothing waits. workers: threads for predicts, and as
-        many niced ones for bulk; on a CPU as many as cores. observe(stage, seconds), with a stage of
-        Embedded.timings, and observe_batch(size) are called from those threads.
+        many niced ones for bulk; on a CPU as many as cores. max_wait: seconds that a predict may expect to
+        wait, at the rate measured; one that would wait longer is refused. observe(stage, seconds), with a
+        stage of Embedded.timings, and observe_batch(size) are called from those threads.
         """
         self.backbone = backbone
         self._max_queue = max_queue
         self._workers = workers
+        self._max_wait = max_wait
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
@@ -125,7 +137,6 @@ class Batcher:
         self._unanswered: set[_Request] = set()
         self._threads: list[threading.Thread] = []
         self._open = False
-        self._bulk_running = 0
         self._predicts_until = 0.0
         self._seconds_per_input = 0.01
 
@@ -192,9 +203,12 @@ class Batcher:
                 raise BatcherClosed(
                     "This backbone takes no inputs; restart the service if it is not stopping."
                 )
+            cost = self._seconds_per_input / self._workers
             surplus = lane.depth + len(request.inputs) - self._max_queue
             if surplus > 0 and lane.depth > 0:
-                raise Overloaded(min(surplus, lane.depth) * self._seconds_per_input / self._workers)
+                raise Overloaded(min(surplus, lane.depth) * cost)
+            if lane is self._predicts and lane.depth * cost > self._max_wait:
+                raise Overloaded(lane.depth * cost - self._max_wait)
             self._unanswered.add(request)
             if lane is self._predicts:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
@@ -208,10 +222,10 @@ class Batcher:
             if lane is self._bulk:
                 give_way()
             while taken := self._take(lane):
-                self._answer(taken, beside=lane is self._bulk)
-                if lane is self._bulk:
-                    with self._lock:
-                        self._bulk_running -= 1
+                self._answer(taken, beside=lane is self._bulk or self._others(lane))
+                with self._lock:
+                    lane.running -= 1
+                    if lane is self._bulk:
                         lane.ready.notify()
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
@@ -223,8 +237,7 @@ class Batcher:
             self._open = False
             unanswered = list(self._unanswered)
         self._forget(unanswered)
-        for request in unanswered:
-            _settle(request, BatcherClosed("A worker of this backbone died; restart the service."))
+        _settle(unanswered, lambda: BatcherClosed("A worker of this backbone died; restart the service."))
 
     def _forget(self, requests: Iterable[_Request]) -> None:
         """Drops what was not taken of some requests."""
@@ -243,8 +256,9 @@ class Batcher:
                 if not self._open and not lane.requests:
                     return []
                 lane.ready.wait(_PREDICTS_STAY if lane.requests else None)
-            # An even share, so that the other workers have something of a single caller's inputs too.
-            room = max(1, min(self.backbone.batch, -(-lane.depth // self._workers)))
+            # An even share, so that the other idle workers have something of a single caller's inputs too.
+            idle = self._workers - lane.running
+            room = max(1, min(self.backbone.batch, -(-lane.depth // idle)))
             taken: list[_Taken] = []
             while lane.requests and len(taken) < room:
                 request = lane.requests.popleft()
@@ -256,9 +270,8 @@ class Batcher:
                 if end < len(request.inputs):
                     lane.requests.append(request)
             lane.depth -= len(taken)
-            if lane is self._bulk:
-                self._bulk_running += 1
-            elif not lane.requests:
+            lane.running += 1
+            if lane is self._predicts and not lane.requests:
                 self._bulk.ready.notify_all()
         for request, index in taken:
             if index == 0:
@@ -270,7 +283,12 @@ class Batcher:
         if self._predicts.requests:
             return False
         predicts_come = time.monotonic() < self._predicts_until
-        return self._bulk_running < max(1, self._workers - predicts_come)
+        return self._bulk.running < max(1, self._workers - predicts_come)
+
+    def _others(self, lane: _Lane) -> bool:
+        """Whether other threads of the lane run, or are about to: each does best on one core then."""
+        with self._lock:
+            return lane.running > 1 or bool(lane.requests)
 
     def _answer(self, taken: list[_Taken], *, beside: bool) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
@@ -302,8 +320,7 @@ class Batcher:
                     finished.append(request)
             cost = (end - begin) / len(taken)
             self._seconds_per_input += _NEWEST * (cost - self._seconds_per_input)
-        for request in finished:
-            _settle(request, None)
+        _settle(finished, None)
         for _, seconds, _ in spent:
             self._observe(stage, seconds)
         if good:
@@ -328,25 +345,29 @@ class Batcher:
 
     def _fail(self, requests: set[_Request], error: Exception) -> None:
         self._forget(requests)
-        for request in requests:
-            failure = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
-            failure.__cause__ = error
-            _settle(request, failure)
+
+        def failure() -> EmbeddingFailed:
+            failed = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
+            failed.__cause__ = error
+            return failed
+
+        _settle(requests, failure)
 
 
-def _settle(request: _Request, failure: Exception | None) -> None:
-    """Wakes the caller, who may have gone."""
+def _settle(requests: Collection[_Request], failure: Callable[[], Exception] | None) -> None:
+    """Wakes the callers, of whom some may have gone: all at once, for each waking writes to a socket."""
 
     def wake() -> None:
-        if request.future.done():
-            return
-        if failure is None:
-            request.future.set_result(Embedded(request.embeddings, request.errors, request.timings))
-        else:
-            request.future.set_exception(failure)
+        for request in requests:
+            if request.future.done():
+                continue
+            if failure is None:
+                embedded = Embedded(request.embeddings, request.errors, request.timings)
+                request.future.set_result(embedded)
+            else:
+                request.future.set_exception(failure())
 
-    try:
-        request.future.get_loop().call_soon_threadsafe(wake)
-    except RuntimeError:
-        # The loop is closed, so nobody waits.
-        return
+    for loop in {request.future.get_loop() for request in requests}:
+        # A loop that is closed has nobody who waits.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(wake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
@@ -17,14 +18,18 @@ class CorruptExport(RuntimeError):
     code = "corrupt_export"
 
 
-def write_manifest(folder: Path, spec: BackboneSpec) -> None:
-    """Writes the manifest beside the graph, and the tokenizer of a text backbone, already in folder."""
-    names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else [])]
+def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] | None = None) -> None:
+    """Writes the manifest beside the graph, and the tokenizer of a text backbone, already in folder.
+
+    tables: files in folder that hold large constants of the graph once more, by the constants' names.
+    """
+    tables = tables or {}
+    names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else []), *tables.values()]
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in names
     }
-    manifest = {"format": FORMAT, "spec": spec.to_json(), "files": files}
+    manifest = {"format": FORMAT, "spec": spec.to_json(), "files": files, "tables": dict(tables)}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -50,6 +55,12 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
             f"{folder} is no complete export ({error}); export the backbone again."
         ) from error
     return spec
+
+
+def read_tables(folder: Path) -> dict[str, Path]:
+    """The files of large constants, by name, of an export whose manifest was read before."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    return {name: folder / file for name, file in manifest.get("tables", {}).items()}
 
 
 def file_sha256(path: Path) -> str:

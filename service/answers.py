@@ -16,9 +16,10 @@ from starlette.responses import Response
 
 from adapters.adapting import AdaptOutcome
 from adapters.admission import Rejected
+from adapters.answering import Prediction
 from adapters.example import Target
 from adapters.explaining import Neighbour
-from adapters.predicting import PredictAnswer, Prediction
+from adapters.predicting import PredictAnswer
 from adapters.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from adapters.revising import Revised
 from models.backbone import Embedded

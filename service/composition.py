@@ -8,11 +8,12 @@ import math
 import platform
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import get_args
 
 from adapters.adapting import Adapting
@@ -35,9 +36,10 @@ from adapters.revising import AdapterLimits, Revising
 from adapters.store import Store, StoreError, open_store, sweep
 from adapters.submitting import Submitting
 from adapters.supervising import Supervised
-from models.backbone import Backbone
+from models.backbone import Backbone, planned
 from models.batcher import Batcher
 from models.exported import find
+from models.plan import Plan
 from models.preprocess import InputLimits
 from service import __version__
 from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
@@ -97,37 +99,34 @@ async def compose(settings: Settings) -> Components:
     What was started by then is closed.
     """
     metrics = Metrics()
+    plans = await _plans(settings)
     async with AsyncExitStack() as stack:
         fitter = Fitter(settings.max_fit_queue)
         stack.push_async_callback(fitter.close)
         # The slow parts wait for files, other processes and ONNX Runtime, so they come up beside each other.
         backbones, (registry, store), _ = await asyncio.gather(
-            _backbones(settings, stack), asyncio.to_thread(_storage, settings), fitter.start()
+            _backbones(settings, plans, stack), asyncio.to_thread(_storage, settings), fitter.start()
         )
         stack.callback(registry.close)
-        batchers = {}
-        for name, backbone in backbones.items():
-            batchers[name] = Batcher(
-                backbone,
-                max_queue=settings.max_queue,
-                workers=settings.usable_threads,
-                observe=metrics.stage,
-                observe_batch=partial(metrics.batch, name),
-            )
-            await batchers[name].start()
-            stack.push_async_callback(batchers[name].close)
 
-        def start(backbone: Backbone) -> Batcher:
-            # Counted with its backbone: a series for each tenant's network would be without bound.
+        def batcher_for(backbone: Backbone) -> Batcher:
+            # A tenant's network is counted with its backbone: a series for each would be without bound.
             return Batcher(
                 backbone,
                 max_queue=settings.max_queue,
-                workers=settings.usable_threads,
+                workers=backbone.plan.workers,
+                max_wait=settings.max_wait,
                 observe=metrics.stage,
                 observe_batch=partial(metrics.batch, backbone.spec.name),
             )
 
-        networks = Networks(store, settings.network_cache_bytes, start)
+        batchers = {}
+        for name, backbone in backbones.items():
+            batchers[name] = batcher_for(backbone)
+            await batchers[name].start()
+            stack.push_async_callback(batchers[name].close)
+
+        networks = Networks(store, settings.network_cache_bytes, batcher_for)
         stack.push_async_callback(networks.close)
 
         async def load(alias: Alias) -> None:
@@ -190,24 +189,35 @@ async def compose(settings: Settings) -> Components:
     return components
 
 
-async def _backbones(settings: Settings, stack: AsyncExitStack) -> dict[str, Backbone]:
+async def _plans(settings: Settings) -> dict[str, tuple[Path, Plan]]:
+    """Where each backbone's export is, and how it runs best: measured one by one, while nothing else runs."""
     await _export_missing(settings.backbones)
+
+    def plan(name: str) -> tuple[Path, Plan]:
+        folder = find(name)
+        if folder is None:
+            raise ExportFailed(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
+        return folder, planned(folder, device=settings.device, threads=settings.usable_threads)
+
+    return {name: await asyncio.to_thread(plan, name) for name in settings.backbones}
+
+
+async def _backbones(
+    settings: Settings, plans: Mapping[str, tuple[Path, Plan]], stack: AsyncExitStack
+) -> dict[str, Backbone]:
     limits = InputLimits(
         max_image_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
         max_text_chars=settings.max_text_chars,
     )
 
-    def load(name: str) -> Backbone:
-        folder = find(name)
-        if folder is None:
-            raise ExportFailed(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
-        return Backbone.open(folder, device=settings.device, threads=settings.usable_threads, limits=limits)
+    def load(folder: Path, plan: Plan) -> Backbone:
+        return Backbone.open(folder, device=settings.device, plan=plan, limits=limits)
 
-    loaded = await asyncio.gather(*(asyncio.to_thread(load, name) for name in settings.backbones))
+    loaded = await asyncio.gather(*(asyncio.to_thread(load, *found) for found in plans.values()))
     for backbone in loaded:
         stack.callback(backbone.close)
-    return dict(zip(settings.backbones, loaded, strict=True))
+    return dict(zip(plans, loaded, strict=True))
 
 
 async def _export_missing(names: Sequence[str]) -> None:

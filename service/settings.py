@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         default=4_096, gt=0, description="Inputs waiting for one backbone; beyond it, 429."
     )
+    max_wait: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds that a prediction may expect to wait for its backbone; beyond it, 429.",
+    )
     max_fit_queue: int = Field(default=32, gt=0, description="Fits waiting for the fitter; beyond it, 429.")
     max_fit_seconds: float = Field(
         default=30.0, gt=0, description="A fit predicted to take longer is refused."

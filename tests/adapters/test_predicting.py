@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from adapters.admission import Posted
+from adapters.answering import Prediction, shape
 from adapters.head import Head
-from adapters.predicting import Prediction, shape
 from adapters.records import UnknownAdapter, UnknownVersion
 from adapters.store import CorruptArtifact
 from models.preprocess import InputError

@@ -12,6 +12,7 @@ import numpy as np
 from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome
 from adapters.admission import Posted
 from adapters.aliases import Aliases
+from adapters.answering import Prediction
 from adapters.browsing import Browsing
 from adapters.cache import Cache
 from adapters.curating import Curating
@@ -20,7 +21,7 @@ from adapters.fitter import Fitter
 from adapters.head import Head
 from adapters.keeping import Keeping
 from adapters.networks import Networks
-from adapters.predicting import PredictAnswer, Predicting, Prediction, PredictQuery
+from adapters.predicting import PredictAnswer, Predicting, PredictQuery
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Revising
 from adapters.store import Store, open_store

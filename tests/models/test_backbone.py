@@ -6,17 +6,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
-from models.backbone import Backbone
-from models.manifest import CorruptExport
+from models.backbone import Backbone, planned
+from models.manifest import CorruptExport, read_manifest, write_manifest
 from models.preprocess import InputError
 from models.session import DeviceUnavailable, open_session
-from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE
+from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
 from tests import tiny
 
 
@@ -75,6 +78,32 @@ def test_many_threads_share_a_backbone(texts: Backbone) -> None:
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda sentence: texts.embed([sentence]).embeddings[0], sentences))
     np.testing.assert_allclose(np.stack(answers), expected, atol=1e-5)
+
+
+def test_a_table_beside_the_graph_is_the_one_that_is_looked_up_in(tmp_path: Path) -> None:
+    folder = tiny.text_export(tmp_path)
+    spec = read_manifest(folder, verify=True)
+    expected = Backbone.open(folder).embed(["badel dan"]).embeddings
+    (table,) = [one for one in onnx.load(folder / GRAPH_FILE).graph.initializer if one.name == "table"]
+    for factor in (1.0, -1.0):
+        np.save(folder / "table0.npy", np.float32(factor) * onnx.numpy_helper.to_array(table))
+        write_manifest(folder, spec, {"table": "table0.npy"})
+        backbone = Backbone.open(folder, threads=2)
+        for beside in (True, False):
+            found = backbone.run([backbone.preprocess("badel dan")], beside=beside)
+            assert np.allclose(found, expected, atol=1e-6) == (factor == 1.0)
+    (folder / "table0.npy").write_bytes((folder / "table0.npy").read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptExport):
+        Backbone.open(folder)
+
+
+def test_eight_bits_are_for_cpus(tmp_path: Path) -> None:
+    folder = tiny.image_export(tmp_path)
+    write_manifest(folder, replace(read_manifest(folder, verify=True), precision=INT8))
+    assert Backbone.open(folder).precision == INT8
+    for refuse in (Backbone.open, partial(planned, threads=1)):
+        with pytest.raises(DeviceUnavailable, match="is for CPUs"):
+            refuse(folder, device="cuda")
 
 
 @pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])

@@ -231,6 +231,22 @@ async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Back
         assert (await batcher.embed([tiny.picture(5)] * 9)).embeddings.any()
 
 
+async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, gate: Gate) -> None:
+    async with running(images, workers=1, max_wait=0.1, observe=gate.observe) as batcher:
+        # Until it has measured, an input is taken to cost 10 ms.
+        ahead = [asyncio.create_task(batcher.embed([tiny.picture(1)]))]
+        await gate.wait_for(1)
+        ahead.append(asyncio.create_task(batcher.embed([tiny.picture(2)] * 20)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await batcher.embed([tiny.picture(3)])
+        assert caught.value.retry_after == pytest.approx(0.1)
+        bulk = asyncio.create_task(batcher.embed([tiny.picture(4)] * 20, bulk=True))
+        gate.opened.set()
+        await asyncio.gather(*ahead, bulk)
+        assert (await batcher.embed([tiny.picture(3)])).embeddings.any()
+
+
 async def test_predicts_go_before_bulk(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
         ahead = asyncio.create_task(batcher.embed([tiny.picture(1)]))

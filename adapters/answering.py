@@ -1,0 +1,127 @@
+"""Heads applied to embeddings: what comes at the same time for the same head is answered in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.explaining import Neighbour
+from adapters.head import Head, Predictions
+
+Floats = NDArray[np.float32]
+
+# Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
+_WEIGHTS_ON_LOOP = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is answered for one input; see head.Predictions.
+
+    label: of a classification. labels: those assigned of a multilabel adapter. value: of a regression.
+    probabilities: the top_k labels with the highest first.
+    """
+
+    confidence: float
+    abstained: bool
+    abstention_score: float
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+    probabilities: tuple[tuple[str, float], ...] = ()
+    nearest: tuple[Neighbour, ...] | None = None
+
+
+# Embeddings that wait, and who waits for their predictions.
+_Waiting = tuple[Floats, asyncio.Future[list[Prediction]]]
+
+
+class Answering:
+    """For one event loop. observe(seconds) is called with the seconds of each pass.
+
+    Callers whose inputs were in one batch of a backbone wake together. A head is forty small operations of
+    numpy, whatever the number of rows, so those that share one share the pass.
+    """
+
+    def __init__(self, observe: Callable[[float], None]) -> None:
+        self._observe = observe
+        self._waiting: dict[tuple[int, int], tuple[Head, list[_Waiting]]] = {}
+
+    async def answer(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
+        """A prediction for each row of the embeddings, float32 (n, dim)."""
+        if head.weight.size > _WEIGHTS_ON_LOOP:
+            return await asyncio.to_thread(self._pass, head, embeddings, top_k)
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # Runs after everybody who woke in this round of the loop has come here.
+            loop.call_soon(self._flush)
+        future: asyncio.Future[list[Prediction]] = loop.create_future()
+        _, waiting = self._waiting.setdefault((id(head), top_k), (head, []))
+        waiting.append((embeddings, future))
+        return await future
+
+    def _flush(self) -> None:
+        groups, self._waiting = self._waiting, {}
+        for (_, top_k), (head, waiting) in groups.items():
+            try:
+                answers = self._pass(head, np.concatenate([rows for rows, _ in waiting]), top_k)
+            except Exception as error:
+                for _, future in waiting:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            begin = 0
+            for rows, future in waiting:
+                end = begin + len(rows)
+                if not future.done():  # the caller may have gone
+                    future.set_result(answers[begin:end])
+                begin = end
+
+    def _pass(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
+        started = time.perf_counter()
+        answers = shape(head, head.predict(embeddings), top_k)
+        self._observe(time.perf_counter() - started)
+        return answers
+
+
+def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
+    """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
+    count = min(top_k, len(head.labels))
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
+    chances = np.take_along_axis(found.probabilities, order, axis=1).tolist()
+    values = None if found.values is None else found.values.tolist()
+    single = head.task == "classification"
+    answers = []
+    for row, (places, confidence, abstained, score) in enumerate(
+        zip(
+            order.tolist(),
+            found.confidence.tolist(),
+            found.abstained.tolist(),
+            found.abstention_score.tolist(),
+            strict=True,
+        )
+    ):
+        ranked = [head.labels[place] for place in places]
+        answers.append(
+            Prediction(
+                confidence=confidence,
+                abstained=abstained,
+                abstention_score=score,
+                label=ranked[0] if single else None,
+                labels=_assigned(head, found, row),
+                value=None if values is None else values[row],
+                probabilities=tuple(zip(ranked, chances[row], strict=True)),
+            )
+        )
+    return answers
+
+
+def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | None:
+    if found.assigned is None:
+        return None
+    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.assigned[row]))
