@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-int8 bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,7 +29,13 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
+bench: bench-speed bench-int8 bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
+
+bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
+	$(RUN) benchmarks.speed
+
+bench-int8: .venv/dev.stamp  ## What the 8-bit backbones cost in accuracy
+	$(RUN) benchmarks.eight_bits
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
 	$(RUN) benchmarks.quality
@@ -61,9 +67,11 @@ lock: .venv/bin/uv  ## Resolve the dependencies again
 		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
 		--custom-compile-command 'make lock' pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+	for peer in lit infinity; do $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command 'make lock' benchmarks/peers/$$peer.in -o benchmarks/peers/$$peer.lock; done
 
 clean:  ## Remove the virtual environment and what tools left; keeps ~/.topwork and the BentoML store
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/uv:
@@ -85,3 +93,9 @@ endef
 	@echo 'Installing the locked packages into .venv (a minute or two, once)'
 	$(call install,requirements-dev.lock)
 	@touch .venv/serve.stamp
+
+# Servers to measure beside, each with the versions that it asks for.
+.peers/%/stamp: benchmarks/peers/%.lock | .venv/bin/uv
+	.venv/bin/uv venv -q --clear --python .venv/bin/python .peers/$*
+	.venv/bin/uv pip install -q --python .peers/$* --require-hashes -r $<
+	@touch $@

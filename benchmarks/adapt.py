@@ -8,12 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +19,7 @@ import numpy as np
 
 from benchmarks import bare, client, datasets
 from benchmarks.caller import Line, Repeater, Request, Timer, json_request
+from benchmarks.contenders import BareLoop
 from benchmarks.datasets import Sample
 from benchmarks.pictures import photographs
 from benchmarks.report import Report, Spread, table
@@ -34,31 +31,6 @@ KEPT = 2_000
 APPEND_SECONDS = {"image": 1.5, "text": 0.6}
 WINDOW_REQUESTS = 1_000
 LATENCY_RATIO = 1.5
-
-
-@contextmanager
-def _bare_loop(images: Sequence[Sample]) -> Iterator[subprocess.Popen[str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        for index, sample in enumerate(images):
-            assert isinstance(sample.input, bytes)
-            Path(folder, f"{index:04}.jpg").write_bytes(sample.input)
-        command = [sys.executable, "-m", "benchmarks.bare", folder]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            _answer(process)
-            yield process
-            assert process.stdin is not None
-            process.stdin.close()
-
-
-def _answer(process: subprocess.Popen[str], question: str | None = None) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if question is not None:
-        print(question, file=process.stdin, flush=True)
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError("the bare loop ended; its error is above")
-    return line.strip()
 
 
 def multipart_adapt(adapter: str, samples: Sequence[Sample], tenant: str) -> Request:
@@ -96,12 +68,12 @@ def beside_bare_loop(report: Report, server: client.Server, folder: Path) -> Non
         "multipart": multipart_adapt("bare", images, tenant),
         "JSON": json_adapt("bare", images, tenant),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in [*bare.VARIANTS, *bodies]}
+    seconds: dict[str, list[float]] = {name: [] for name in [*bare.WAYS, *bodies]}
     stages: list[dict[str, float]] = []
-    with _bare_loop(images) as loops:
+    with BareLoop("efficientnet-lite0", [sample.input for sample in images]) as loops:
         for round_number in range(ROUNDS + 1):
-            for name in bare.VARIANTS:
-                seconds[name].append(float(_answer(loops, name)))
+            for name in bare.WAYS:
+                seconds[name].append(loops.seconds(name))
             line = Line(server.url)  # a new one each round: the service closes connections idle for long
             for name, body in bodies.items():
                 begin = time.perf_counter()
@@ -114,9 +86,9 @@ def beside_bare_loop(report: Report, server: client.Server, folder: Path) -> Non
                     times.clear()
                 stages.clear()
     spreads = {name: Spread(tuple(times)) for name, times in seconds.items()}
-    best = min(bare.VARIANTS, key=lambda name: spreads[name].median)
+    best = min(bare.WAYS, key=lambda name: spreads[name].median)
     rows = [
-        [f"bare: {name}" if name in bare.VARIANTS else f"/adapt, {name}", spread.text(".3f", " s"),
+        [f"bare: {name}" if name in bare.WAYS else f"/adapt, {name}", spread.text(".3f", " s"),
          f"{spread.median / spreads[best].median:.2f}"]
         for name, spread in spreads.items()
     ]  # fmt: skip

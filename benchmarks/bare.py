@@ -1,90 +1,112 @@
-"""A loop with nothing around it: decode, embed, next. In a process of its own, told by lines on its input.
+"""A loop with nothing around it: prepare, embed, next. In a process of its own, told by lines on its input.
 
-Each line names a variant of VARIANTS; the answer is the seconds that one pass over all images took.
+python -m benchmarks.bare BACKBONE FOLDER        # the inputs are the folder's files
+
+A line names one of WAYS, and how often: the answer is the seconds that all inputs took, so many times over. A
+line that begins with "each" is answered with the seconds of every single input, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 
+from models.backbone import Backbone
 from models.exported import find
-from models.manifest import read_manifest
-from models.preprocess import ImagePreprocessor
-from models.spec import GRAPH_FILE, OUTPUT_NAME, PIXELS, ImageTransform
+from models.spec import GRAPH_FILE, OUTPUT_NAME
 
-BACKBONE = "efficientnet-lite0"
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """loops beside each other, each on its share of the inputs; threads of ONNX Runtime in each; inputs of a
+    run.
+    """
+
+    loops: int
+    threads: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        loops = "one loop" if self.loops == 1 else f"{self.loops} loops"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{loops}, {threads}, batches of {self.batch}"
+
+
+WAYS = {
+    way.name: way
+    for way in (Way(loops, threads, batch) for loops, threads in ((1, 2), (2, 1)) for batch in (1, 8, 32))
+}
 
 
 def _session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    """With ONNX Runtime's own settings, which keep memory and let waiting threads spin."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 class Loops:
-    """The same images, decoded and embedded in several plain ways; each takes seconds from start to end."""
+    """The same inputs, prepared and embedded in several plain ways."""
 
-    def __init__(self, images: list[bytes]) -> None:
-        folder = find(BACKBONE)
+    def __init__(self, backbone: str, inputs: list[bytes]) -> None:
+        folder = find(backbone)
         if folder is None:
-            raise SystemExit(f"{BACKBONE} is not exported; run `python -m models.export`")
-        transform = read_manifest(folder, verify=False).transform
-        assert isinstance(transform, ImageTransform)
-        self._images = images
-        self._prepare = ImagePreprocessor(transform)
-        self._one = _session(folder / GRAPH_FILE, 1)
-        self._two = _session(folder / GRAPH_FILE, 2)
+            raise SystemExit(f"{backbone} is not exported; run `python -m models.export`")
+        self._backbone = Backbone.open(folder)
+        texts = self._backbone.spec.kind == "text"
+        self._inputs: list[bytes | str] = [one.decode() if texts else one for one in inputs]
+        self._sessions = {threads: _session(folder / GRAPH_FILE, threads) for threads in (1, 2)}
 
-    def _embed(self, session: onnxruntime.InferenceSession, images: list[bytes]) -> None:
-        pixels = np.stack([self._prepare(image) for image in images])
-        session.run([OUTPUT_NAME], {PIXELS: pixels})
+    def _embed(self, session: onnxruntime.InferenceSession, inputs: list[bytes | str]) -> None:
+        prepared = [self._backbone.preprocess(one) for one in inputs]
+        session.run([OUTPUT_NAME], self._backbone.feed(prepared))
 
-    def _loop(self, session: onnxruntime.InferenceSession, batch: int) -> None:
-        for start in range(0, len(self._images), batch):
-            self._embed(session, self._images[start : start + batch])
+    def run(self, way: Way, times: int) -> None:
+        """All inputs, so many times."""
+        session = self._sessions[way.threads]
+        batches = [
+            self._inputs[start : start + way.batch] for start in range(0, len(self._inputs), way.batch)
+        ] * times
+        if way.loops == 1:
+            for batch in batches:
+                self._embed(session, batch)
+            return
+        with ThreadPoolExecutor(way.loops) as pool:
+            list(pool.map(lambda batch: self._embed(session, batch), batches))
 
-    def one_thread(self) -> None:
-        """One image at a time, ONNX Runtime on one thread."""
-        self._loop(self._one, 1)
-
-    def two_threads(self) -> None:
-        """One image at a time, ONNX Runtime on two threads."""
-        self._loop(self._two, 1)
-
-    def batches(self) -> None:
-        """Eight images at a time, ONNX Runtime on two threads."""
-        self._loop(self._two, 8)
-
-    def two_loops(self) -> None:
-        """Two loops beside each other on half of the images, ONNX Runtime on one thread."""
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda image: self._embed(self._one, [image]), self._images))
-
-
-VARIANTS: dict[str, Callable[[Loops], None]] = {
-    "one loop, 1 thread": Loops.one_thread,
-    "one loop, 2 threads": Loops.two_threads,
-    "one loop, batches of 8, 2 threads": Loops.batches,
-    "two loops, 1 thread each": Loops.two_loops,
-}
+    def each(self, way: Way, times: int) -> list[float]:
+        """Seconds of every input alone, one after the other."""
+        session = self._sessions[way.threads]
+        found = []
+        for one in self._inputs * times:
+            begin = time.perf_counter()
+            self._embed(session, [one])
+            found.append(time.perf_counter() - begin)
+        return found
 
 
 def main() -> int:
-    """Reads the images of the folder named as the first argument, then a variant a line."""
-    loops = Loops([path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())])
-    for variant in VARIANTS.values():
-        variant(loops)
+    """Reads the inputs, tries every way once, says "ready", and answers lines."""
+    backbone, folder = sys.argv[1:]
+    loops = Loops(backbone, [path.read_bytes() for path in sorted(Path(folder).iterdir())])
+    for way in WAYS.values():
+        loops.run(way, 1)
     print("ready", flush=True)
     for line in sys.stdin:
+        what, times, name = line.strip().split(" ", 2)
+        if what == "each":
+            print(json.dumps(loops.each(WAYS[name], int(times))), flush=True)
+            continue
         begin = time.perf_counter()
-        VARIANTS[line.strip()](loops)
+        loops.run(WAYS[name], int(times))
         print(time.perf_counter() - begin, flush=True)
     return 0
 

@@ -72,9 +72,11 @@ def _repeat(pipe: Connection, url: str) -> None:
         pipe.send(done)
 
 
-class _Process:
+class Process:
+    """Work in a fresh interpreter that a pipe gives orders to; its context manager ends it."""
+
     def __init__(self, work: Callable[[Connection, str], None], url: str) -> None:
-        # A fresh interpreter: a fork would copy the threads' locks of this one, in whatever state they are.
+        # A fork would copy the locks of this one's threads, in whatever state they are.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, url), daemon=True)
@@ -91,7 +93,7 @@ class _Process:
         self._process.join()
 
 
-class Timer(_Process):
+class Timer(Process):
     """Times requests sent one after the other from another process; a context manager."""
 
     def __init__(self, url: str) -> None:
@@ -107,7 +109,7 @@ class Timer(_Process):
         return times
 
 
-class Repeater(_Process):
+class Repeater(Process):
     """Sends requests over and over from another process between `start` and `stop`; a context manager."""
 
     def __init__(self, url: str) -> None:

@@ -92,13 +92,14 @@ class Client:
         listed: dict[str, list[dict[str, Any]]] = self.request("GET", "/backbones").json()
         return listed["backbones"]
 
-    def adapt(self, adapter: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    def adapt(self, adapter: str, samples: Sequence[Sample], backbone: str | None = None) -> dict[str, Any]:
         """Adapts on the samples, sent in as many parts as needed and fitted once; the last answer."""
         answer: dict[str, Any] = {}
         parts = list(_parts(samples, _EXAMPLES))
         for index, part in enumerate(parts, 1):
             body = {
                 "adapter": adapter,
+                "backbone": backbone,
                 "promote": "always",
                 "fit": index == len(parts),
                 "strict": True,

@@ -23,7 +23,7 @@ from models.backbone import Backbone
 from models.batcher import Batcher
 from models.exported import find
 from models.session import DeviceUnavailable, open_session
-from models.spec import GRAPH_FILE, IDS, MASK, OUTPUT_NAME, PIXELS, ImageTransform
+from models.spec import GRAPH_FILE, OUTPUT_NAME
 
 BATCHES = (1, 8, 32, 128)
 ROUNDS = 5
@@ -85,18 +85,6 @@ def rates(items: int, run: Callable[[], Any]) -> Spread:
     return Spread(tuple(found))
 
 
-def feed(backbone: Backbone, prepared: Sequence[Any]) -> dict[str, Any]:
-    """One batch as the graph takes it."""
-    if isinstance(backbone.spec.transform, ImageTransform):
-        return {PIXELS: np.stack(prepared)}
-    width = max(len(each) for each in prepared)
-    ids = np.full((len(prepared), width), backbone.spec.transform.pad_id, np.int64)
-    mask = np.zeros_like(ids)
-    for row, each in enumerate(prepared):
-        ids[row, : len(each)], mask[row, : len(each)] = each, 1
-    return {IDS: ids, MASK: mask}
-
-
 async def shared(backbone: Backbone, inputs: Sequence[bytes | str]) -> Spread:
     """Items a second through the batcher, decoding or tokenizing included, with CALLERS at once."""
     batcher = Batcher(backbone, max_queue=CALLERS * PER_CALLER * 2, workers=DECODERS)
@@ -135,7 +123,7 @@ def main() -> int:
         session = open_session(folder / GRAPH_FILE, device="cuda", threads=1)
         bare = {}
         for batch in BATCHES:
-            fed = feed(backbone, prepared[:batch])
+            fed = backbone.feed(prepared[:batch])
             bare[batch] = rates(batch, functools.partial(session.run, [OUTPUT_NAME], fed))
             rows.append([name, f"bare session, batch {batch}", bare[batch].text(".0f", "/s")])
         run = rates(len(prepared), functools.partial(backbone.run, prepared))

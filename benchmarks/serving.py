@@ -21,6 +21,14 @@ class DidNotStart(RuntimeError):
     """The service ended before it was ready; the message is what it wrote."""
 
 
+def resident(pid: int) -> int:
+    """Bytes of a process's resident memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(pid)
+
+
 class Serving:
     """A running `topwork serve` with a home folder of its own; a context manager.
 
@@ -75,10 +83,7 @@ class Serving:
     @property
     def rss_bytes(self) -> int:
         """Resident memory of the serving process alone."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        raise ProcessLookupError(self.process.pid)
+        return resident(self.process.pid)
 
     def group(self) -> list[int]:
         """The process ids of the service and of everything that it started and is still there."""

@@ -1,0 +1,1 @@
+"""Servers that a team would run instead, written as their documentation says."""
