@@ -256,9 +256,9 @@ class Batcher:
                 if not self._open and not lane.requests:
                     return []
                 lane.ready.wait(_PREDICTS_STAY if lane.requests else None)
-            # An even share, so that the other idle workers have something of a single caller's inputs too.
-            idle = self._workers - lane.running
-            room = max(1, min(self.backbone.batch, -(-lane.depth // idle)))
+            # A share, never all: the others have something of a single caller's inputs too, and whoever is
+            # done next has something to go on with while callers read their answers and ask again.
+            room = max(1, min(self.backbone.batch, -(-lane.depth // self._workers)))
             taken: list[_Taken] = []
             while lane.requests and len(taken) < room:
                 request = lane.requests.popleft()

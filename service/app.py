@@ -85,7 +85,8 @@ class Topwork:
         """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
         from service.auth import Guard, listening_addresses
         from service.composition import compose
-        from service.routes import build_api
+        from service.direct import Direct
+        from service.routes import HOT, build_api
 
         configure_logging()
         give_back_memory()
@@ -99,7 +100,7 @@ class Topwork:
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
-        edge.open(api, settings=settings, guard=guard, metrics=self.components.metrics)
+        edge.open(Direct(api, HOT), settings=settings, guard=guard, metrics=self.components.metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

@@ -16,7 +16,7 @@ from adapters.admission import check_id
 from adapters.exporting import Format
 from adapters.records import UnknownAdapter, UnknownJob
 from service import __version__, answers, errors, schemas
-from service.auth import Tenant
+from service.auth import Tenant, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
@@ -26,6 +26,9 @@ from service.errors import Problem
 from service.events import brief
 from service.metrics import CONTENT_TYPE
 from service.openapi import body, describe, problems
+
+HOT = ("/predict", "/embed", "/v1/embeddings")
+"""Routes of which there may be thousands a second."""
 
 _NAME = re.compile(schemas.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -135,9 +138,9 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
         openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
         responses={200: {"model": schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
     )
-    async def predict(request: Request, tenant: Tenant) -> Response:
+    async def predict(request: Request) -> Response:
         """Predict with the live version, or with the one named."""
-        asked = await bodies.predict(request)
+        tenant, asked = await tenant_of(request), await bodies.predict(request)
         return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
 
     @api.post(
