@@ -137,17 +137,23 @@ class Adapting:
             self._count(outcome)
 
     async def embed_new(
-        self, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
+        self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
     ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
-        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage."""
+        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage.
+
+        What another adapter of the tenant has embedded is not embedded again.
+        """
         # In an order of their own: a batch's neighbours move the last digits of an embedding.
         ordered = sorted(admitted, key=lambda one: one.digest)
         new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
+        elsewhere = await self.revising.keeping.known(tenant, terms.fingerprint, new)
+        for digest in elsewhere:
+            del new[digest]
         if not new:
-            return {}, [], {}
+            return elsewhere, [], {}
         embedded = await self.batchers[terms.backbone].embed(list(new.values()), bulk=True)
         errors = {digest: embedded.errors.get(index) for index, digest in enumerate(new)}
-        vectors = {
+        vectors = elsewhere | {
             digest: embedded.embeddings[index] for index, digest in enumerate(new) if errors[digest] is None
         }
         rejected = []
@@ -179,7 +185,7 @@ class Adapting:
         subject = Subject.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            vectors, unreadable, timings = await self.embed_new(terms, admitted, known)
+            vectors, unreadable, timings = await self.embed_new(tenant, terms, admitted, known)
             rejected = sorted([*rejected, *unreadable], key=lambda one: one.index)
             failed = {one.index for one in unreadable}
             usable = [one for one in admitted if one.index not in failed]
@@ -190,7 +196,7 @@ class Adapting:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embed_new(terms, usable, known))[0])
+                vectors.update((await self.embed_new(tenant, terms, usable, known))[0])
                 edit = Edit(
                     usable,
                     clear=command.update == "replace",

@@ -73,7 +73,7 @@ class Curating:
             self._adapting.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            found, rejected, _ = await self._adapting.embed_new(terms, upserts, known)
+            found, rejected, _ = await self._adapting.embed_new(tenant, terms, upserts, known)
             _raise_first(rejected)
             vectors.update(found)
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)

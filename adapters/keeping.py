@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -124,6 +124,18 @@ class Keeping:
                 found = await self.segment(adapter.tenant, adapter.uid, place.segment)
                 loaded[place.segment.nonce] = found
         return await asyncio.to_thread(_pick, loaded, places)
+
+    async def known(self, tenant: str, fingerprint: str, digests: Collection[str]) -> dict[str, Floats]:
+        """Embeddings, float32 (dim,), by digest, of those inputs that an adapter of the tenant has."""
+        if not digests:
+            return {}
+        places = await asyncio.to_thread(self.registry.places_of, tenant, fingerprint, digests)
+        found = {}
+        for digest, (uid, segment, row) in places.items():
+            # The adapter may just have been deleted, and what is damaged is its own trouble.
+            with suppress(MissingArtifact, CorruptArtifact):
+                found[digest] = (await self.segment(tenant, uid, segment))[row]
+        return found
 
     async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:
         """All embeddings of a segment, float32 (rows, dim)."""

@@ -128,6 +128,30 @@ def example_record(connection: Connection, uid: str, example_id: str) -> Example
     return found[0]
 
 
+def places_of(
+    connection: Connection, tenant: str, fingerprint: str, digests: Iterable[str]
+) -> dict[str, tuple[str, Artifact, int]]:
+    """Where any adapter of the tenant on this backbone has an input's embedding: uid, segment and row."""
+    query = (
+        select(
+            examples.c.digest,
+            examples.c.adapter_uid,
+            artifacts.c.sha256,
+            artifacts.c.length,
+            artifacts.c.nonce,
+            examples.c.row,
+        )
+        .join(adapters, adapters.c.uid == examples.c.adapter_uid)
+        .join(artifacts, artifacts.c.id == examples.c.segment_id)
+        .where(adapters.c.tenant == tenant, adapters.c.fingerprint == fingerprint)
+    )
+    found = {}
+    for some in chunks(digests):
+        for digest, uid, *artifact, row in connection.execute(query.where(examples.c.digest.in_(some))):
+            found[digest] = (uid, Artifact(*artifact), row)
+    return found
+
+
 def version_records(connection: Connection, uid: str, number: int | None = None) -> list[VersionRecord]:
     """The versions that are kept, newest first; only `number` if given."""
     query = (

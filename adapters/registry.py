@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from adapters.reading import (
     current_time,
     example_record,
     example_records,
+    places_of,
     select_adapter,
     version_record,
     version_records,
@@ -157,6 +159,13 @@ class Registry:
         """
         with self._database.reading() as connection:
             return adapter_by_uid(connection, uid).revision, example_records(connection, uid)
+
+    def places_of(
+        self, tenant: str, fingerprint: str, digests: Iterable[str]
+    ) -> dict[str, tuple[str, Artifact, int]]:
+        """Where the tenant has embeddings of inputs by this backbone: an adapter's uid, a segment, a row."""
+        with self._database.reading() as connection:
+            return places_of(connection, tenant, fingerprint, digests)
 
     def versions(self, uid: str) -> list[VersionRecord]:
         """The versions that are kept, newest first."""

@@ -153,6 +153,7 @@ examples = Table(
     ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
     Index("examples_by_segment", "segment_id"),
     Index("examples_by_inputs", "inputs_id"),
+    Index("examples_by_digest", "digest"),
     sqlite_with_rowid=False,
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch
+from adapters.adapting import AdaptCommand, ContractChanged, ExamplesRejected, FingerprintMismatch
 from adapters.admission import Posted
 from adapters.curating import Feedback, InputsNotKept
 from adapters.linear_probe import OneLabel
@@ -65,6 +65,39 @@ async def test_known_inputs_are_not_embedded_again(tmp_path: Path) -> None:
         await here.adapt([*taught(), Posted(says("one", 999), "one")])
         assert sum(here.embedded) == 1
         here.check()
+
+
+async def test_what_another_adapter_of_the_tenant_has_embedded_is_known(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        first = await here.adapt(taught())
+        here.embedded.clear()
+        await here.adapt(taught(), "again")
+        assert here.embedded == []
+        texts = [str(one.input) for one in taught()]
+        assert await here.labels(texts, "again") == [one.target for one in taught()]
+        here.embedded.clear()
+        await here.adapting.adapt("somebody-else", AdaptCommand("again", taught()))
+        assert sum(here.embedded) == len(taught())
+        # Whatever becomes of the other one, each has its own.
+        await here.browsing.delete(TENANT, "words")
+        await here.adapt([Posted(says("one", 999), "one")], "again")
+        await here.adapt(taught())
+        here.check()
+        assert first.revised.live
+
+
+async def test_an_embedding_that_is_damaged_elsewhere_is_made_again(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught())
+        adapter = here.registry.adapter(TENANT, "words")
+        _, examples = here.registry.all_examples(adapter.uid)
+        name = examples[0].segment.name
+    (path,) = (tmp_path / "artifacts").rglob(name)
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    async with world(tmp_path) as there:
+        await there.adapt(taught(), "again")
+        assert sum(there.embedded) == len(taught())
 
 
 async def test_nothing_is_left_of_a_refused_adapt(tmp_path: Path) -> None:

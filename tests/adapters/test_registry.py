@@ -119,6 +119,21 @@ def test_creates_an_adapter_with_its_first_version(registry: Registry) -> None:
     assert registry.resolve("acme", "pets") == committed.alias
 
 
+def test_embeddings_are_found_by_tenant_and_backbone(registry: Registry) -> None:
+    own = {create(registry, name).adapter.uid for name in ("pets", "cars")}
+    create(registry, tenant="umbrella")
+    known = "d" * 64
+    found = registry.places_of("acme", TEXTS.fingerprint, [known, "e" * 64])
+    assert set(found) == {known}
+    uid, segment, row = found[known]
+    assert uid in own
+    assert (segment.sha256, row) in {(artifact("segment").sha256, 0), (artifact("segment").sha256, 1)}
+    assert registry.places_of("acme", "0" * 64, [known]) == {}
+    assert registry.places_of("nobody", TEXTS.fingerprint, [known]) == {}
+    # More than one statement takes.
+    assert registry.places_of("acme", TEXTS.fingerprint, [f"{n:064x}" for n in range(70_000)]) == {}
+
+
 def test_times_are_the_databases_and_utc(registry: Registry) -> None:
     created = create(registry).adapter.created_at
     assert created.tzinfo is UTC
