@@ -77,15 +77,16 @@ class _Request:
 class _Lane:
     """The requests of one priority that have inputs not yet taken, each with a turn.
 
-    running: threads that have taken some and are not done.
+    running: threads that have taken some and are not done. cost: seconds of a thread for an input, of late.
     """
 
-    __slots__ = ("depth", "ready", "requests", "running")
+    __slots__ = ("cost", "depth", "ready", "requests", "running")
 
     def __init__(self, lock: threading.Lock) -> None:
         self.requests: deque[_Request] = deque()
         self.depth = 0
         self.running = 0
+        self.cost = 0.01
         self.ready = threading.Condition(lock)
 
     def remove(self, request: _Request) -> None:
@@ -138,7 +139,6 @@ class Batcher:
         self._threads: list[threading.Thread] = []
         self._open = False
         self._predicts_until = 0.0
-        self._seconds_per_input = 0.01
 
     @property
     def depth(self) -> int:
@@ -203,7 +203,7 @@ class Batcher:
                 raise BatcherClosed(
                     "This backbone takes no inputs; restart the service if it is not stopping."
                 )
-            cost = self._seconds_per_input / self._workers
+            cost = lane.cost / self._workers
             surplus = lane.depth + len(request.inputs) - self._max_queue
             if surplus > 0 and lane.depth > 0:
                 raise Overloaded(min(surplus, lane.depth) * cost)
@@ -222,7 +222,7 @@ class Batcher:
             if lane is self._bulk:
                 give_way()
             while taken := self._take(lane):
-                self._answer(taken, beside=lane is self._bulk or self._others(lane))
+                self._answer(taken, lane)
                 with self._lock:
                     lane.running -= 1
                     if lane is self._bulk:
@@ -290,12 +290,13 @@ class Batcher:
         with self._lock:
             return lane.running > 1 or bool(lane.requests)
 
-    def _answer(self, taken: list[_Taken], *, beside: bool) -> None:
+    def _answer(self, taken: list[_Taken], lane: _Lane) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()
             good, spent = self._prepare(taken)
             middle = time.perf_counter()
+            beside = lane is self._bulk or self._others(lane)
             embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
             end = time.perf_counter()
         except Exception as error:
@@ -318,8 +319,7 @@ class Batcher:
                 request.pending -= 1
                 if not request.pending:
                     finished.append(request)
-            cost = (end - begin) / len(taken)
-            self._seconds_per_input += _NEWEST * (cost - self._seconds_per_input)
+            lane.cost += _NEWEST * ((end - begin) / len(taken) - lane.cost)
         _settle(finished, None)
         for _, seconds, _ in spent:
             self._observe(stage, seconds)
