@@ -1,4 +1,4 @@
-"""The BentoML service: composes everything when it starts and mounts the routes at `/`."""
+"""The BentoML service: composes everything when it starts, and answers by our edge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import bentoml
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from service.edge import Edge
@@ -21,6 +22,8 @@ from service.startup import configure_logging, explain, give_back_memory, give_u
 
 edge = Edge()
 
+_HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
+
 
 class TooManyWorkers(RuntimeError):
     """BentoML was told to start more workers than one."""
@@ -28,28 +31,38 @@ class TooManyWorkers(RuntimeError):
     code = "too_many_workers"
 
 
+class Front:
+    """Sends requests to our edge, past BentoML's middlewares and routes, which take four times as long.
+
+    What BentoML answers itself is its lifespan and its health checks.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ours = scope["type"] != "lifespan" and scope["path"] not in _HEALTH_CHECKS
+        await (edge if ours else self._app)(scope, receive, send)
+
+
 class Shell(bentoml.Service[Any]):  # type: ignore[misc]
-    """BentoML's application less what the edge does better, or must do itself."""
+    """BentoML's application behind our edge, less what the edge does better, or must do itself."""
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
         """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
         # Whoever runs the application, `bentoml serve` too, leaves uvicorn to choose.
         HTTP_PROTOCOLS["auto"] = f"{Protocol.__module__}:{Protocol.__name__}"
         app: Starlette = super().to_asgi(is_main=is_main)
-        # TimeoutMiddleware answers with a body of its own form and keeps a timer for each request, answered
-        # or not, until the time is over: at 1,000 requests a second, hundreds of megabytes for a timeout of
-        # minutes.
-        unwanted: set[Any] = {TimeoutMiddleware}
-        if not tracing_wanted():
-            unwanted.add(OpenTelemetryMiddleware)
-        app.user_middleware = [layer for layer in app.user_middleware if layer.cls not in unwanted]
-        app.router.routes = [
-            route for route in app.router.routes if getattr(route, "path", "") != "/schema.json"
-        ]
+        # Traces are of all requests, where they are wanted. TimeoutMiddleware answers with a body of its own
+        # form and keeps a timer for each request, answered or not, until the time is over.
+        layers: dict[Any, Any] = {layer.cls: layer for layer in app.user_middleware}
+        tracing = layers.pop(OpenTelemetryMiddleware, None)
+        layers.pop(TimeoutMiddleware, None)
+        outside = [tracing] if tracing is not None and tracing_wanted() else []
+        app.user_middleware = [*outside, Middleware(Front), *layers.values()]
         return app
 
 
-@bentoml.asgi_app(edge, path="/")
 @bentoml.service(
     name="topwork",
     service_class=Shell,
