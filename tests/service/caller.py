@@ -83,8 +83,8 @@ def image(data: bytes) -> Json:
     return {"image": base64.b64encode(data).decode()}
 
 
-def pictures(count: int | None = None) -> list[Json]:
-    """The small pictures as examples, one of each class after the other."""
+def pictures(count: int | None = None, salt: bytes = b"") -> list[Json]:
+    """The small pictures as examples, one of each class after the other. salt: behind each, to be another."""
     by_label: dict[str, list[bytes]] = {}
     for label, data in PICTURES:
         by_label.setdefault(label, []).append(data)
@@ -94,7 +94,7 @@ def pictures(count: int | None = None) -> list[Json]:
         for label, data in zip(by_label, row, strict=True)
     ]
     return [
-        {"id": f"p{index}", **image(data), "label": label}
+        {"id": f"p{index}", **image(data + salt), "label": label}
         for index, (label, data) in enumerate(dealt[:count])
     ]
 
