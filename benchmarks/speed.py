@@ -1,6 +1,6 @@
 """How fast the service answers, beside a bare loop and beside what a team would run instead.
 
-python -m benchmarks.speed [part ...]    # throughput, int8, alone, adapters, overload, soak; all by default
+python -m benchmarks.speed [part ...]     # texts-16, jpegs-640, int8, alone, overload, …; all by default
 
 Every figure that is promised is a ratio within one run. Contenders take turns, and whoever is not in turn is
 stopped meanwhile.
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -99,28 +100,31 @@ def peers(scene: Scene) -> Iterator[list[Contender]]:
         yield found
 
 
-def throughput(report: Report, server: Server, folder: Path) -> None:
+SCENES: Mapping[str, Callable[[Path], Scene]] = {
+    "texts-16": partial(text_scene, 16),
+    "texts-64": partial(text_scene, 64),
+    "jpegs-224": partial(image_scene, (224, 224)),
+    "jpegs-640": partial(image_scene, (640, 480)),
+}
+# By scene and concurrency: the least ratio to the bare loop, and to each peer at its own.
+_AT_ONCE = {
+    "texts-16": (32, {BARE: 0.80, "Infinity": 3.0, "by hand": 4.0}),
+    "jpegs-640": (8, {BARE: 0.90, "by hand": 3.0}),
+}
+
+
+def throughput(name: str, report: Report, server: Server, folder: Path) -> None:
     """Requests a second of one input each, at every concurrency, and requests of many inputs."""
-    for scene in (
-        text_scene(16, folder),
-        text_scene(64, folder),
-        image_scene((224, 224), folder),
-        image_scene((640, 480), folder),
-    ):
-        rates = _race(report, server, scene)
-        texts = scene.name == "texts of 16 tokens"
-        bare, many = rates[BARE, "", 0], rates[SERVICE, "32 in JSON", MANY_AT_ONCE]
-        if texts:
-            own = rates[SERVICE, "raw", 32]
-            report.expect(f"{scene.name}, 32 at once, over the bare loop", _ratio(own, bare), ">=", 0.80)
-            for peer, limit in (("Infinity", 3.0), ("by hand", 4.0)):
-                theirs = rates[peer, "its own", 32]
-                report.expect(f"{scene.name}, 32 at once, over {peer}", _ratio(own, theirs), ">=", limit)
-            report.expect(f"{scene.name}, 32 a request, over the bare loop", _ratio(many, bare), ">=", 0.95)
-        elif scene.name == "JPEGs of 640x480":
-            own, theirs = rates[SERVICE, "raw", 8], rates["by hand", "its own", 8]
-            report.expect(f"{scene.name}, 8 at once, over the bare loop", _ratio(own, bare), ">=", 0.90)
-            report.expect(f"{scene.name}, 8 at once, over by hand", _ratio(own, theirs), ">=", 3.0)
+    scene = SCENES[name](folder)
+    rates = _race(report, server, scene)
+    at_once, limits = _AT_ONCE.get(name, (0, {}))
+    for other, limit in limits.items():
+        theirs = rates[BARE, "", 0] if other == BARE else rates[other, "its own", at_once]
+        ratio = _ratio(rates[SERVICE, "raw", at_once], theirs)
+        report.expect(f"{scene.name}, {at_once} at once, over {other}", ratio, ">=", limit)
+    if name == "texts-16":
+        ratio = _ratio(rates[SERVICE, "32 in JSON", MANY_AT_ONCE], rates[BARE, "", 0])
+        report.expect(f"{scene.name}, 32 a request, over {BARE}", ratio, ">=", 0.95)
 
 
 _Rates = dict[tuple[str, str, int], Spread]
@@ -404,7 +408,7 @@ def soak(report: Report, server: Server, folder: Path) -> None:
 
 
 PARTS: Mapping[str, tuple[Callable[[Report, Server, Path], None], Mapping[str, str]]] = {
-    "throughput": (throughput, {}),
+    **{name: (partial(throughput, name), {}) for name in SCENES},
     "int8": (int8, {"TOPWORK_BACKBONES": ",".join(BACKBONES)}),
     "alone": (alone, {}),
     "adapters": (adapters, {"TOPWORK_HEAD_CACHE_BYTES": str(ADAPTERS_CACHE)}),
