@@ -23,9 +23,9 @@ from benchmarks.report import Report, Spread, table
 from benchmarks.serving import Serving
 
 STARTS = 6
-READY_SECONDS = 5.0
-IDLE_MEGABYTES = 450
-LARGEST_MEGABYTES = 700
+READY_SECONDS = 4.0
+IDLE_MEGABYTES = 400
+LARGEST_MEGABYTES = 600
 
 _TENANT = "bench-footprint"
 
