@@ -130,11 +130,15 @@ class Keeping:
         if not digests:
             return {}
         places = await asyncio.to_thread(self.registry.places_of, tenant, fingerprint, digests)
-        found = {}
+        rows: dict[tuple[str, Artifact], list[tuple[str, int]]] = {}
         for digest, (uid, segment, row) in places.items():
+            rows.setdefault((uid, segment), []).append((digest, row))
+        found: dict[str, Floats] = {}
+        for (uid, segment), wanted in rows.items():
             # The adapter may just have been deleted, and what is damaged is its own trouble.
             with suppress(MissingArtifact, CorruptArtifact):
-                found[digest] = (await self.segment(tenant, uid, segment))[row]
+                vectors = await self.segment(tenant, uid, segment)
+                found |= {digest: vectors[row] for digest, row in wanted}
         return found
 
     async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:

@@ -119,7 +119,8 @@ def read_plan(export: Path, usual: Plan, device: Device) -> Plan | None:
         kept = json.loads((export / PLAN_FILE).read_text())
         if kept["about"] != _about(usual, device):
             return None
-        return Plan(**{name: int(value) for name, value in kept["plan"].items()})
+        plan = Plan(**{name: int(value) for name, value in kept["plan"].items()})
+        return plan if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

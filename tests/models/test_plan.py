@@ -80,6 +80,9 @@ def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path],
     assert planned(export, device="cpu", threads=2) == kept
     backbone = Backbone.open(export, plan=kept)
     assert (backbone.batch, backbone.plan) == (5, kept)
+    # No worker would serve nobody.
+    keep_plan(export, usual, "cpu", Plan(alone=1, workers=0, beside=1, batch=5))
+    assert read_plan(export, usual, "cpu") is None
     # Another number of threads is another question.
     assert read_plan(export, Plan.usual("image", "cpu", 4), "cpu") is None
 
