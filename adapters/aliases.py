@@ -9,12 +9,15 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from adapters.cache import Flights
-from adapters.records import Alias, Changed, UnknownAdapter
+from adapters.records import Alias, UnknownAdapter
 from adapters.registry import CHANGES_KEPT, Registry
 
 logger = logging.getLogger("topwork")
+
+T = TypeVar("T")
 
 # Commits become visible a little after the time that they carry.
 _OVERLAP_SECONDS = 10.0
@@ -63,6 +66,7 @@ class Aliases:
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._flights: Flights[Alias] = Flights()
         self._loads: set[asyncio.Task[None]] = set()
+        self._asked: set[asyncio.Future[Any]] = set()
         self._poller: asyncio.Task[None] | None = None
         self._polled_at = time.monotonic()
         self._failing = False
@@ -81,7 +85,7 @@ class Aliases:
         self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
 
     async def close(self) -> None:
-        """Stop polling, and waiting for loads."""
+        """Stop polling, and waiting for loads; afterwards nothing of it reads the database."""
         if self._poller is not None:
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
@@ -91,6 +95,8 @@ class Aliases:
             task.cancel()
         await asyncio.gather(*self._loads, return_exceptions=True)
         await self._flights.close()
+        # None may outlive the registry.
+        await asyncio.gather(*self._asked, return_exceptions=True)
 
     async def get(
         self, tenant: str, name: str, *, version: int | None = None, min_epoch: int | None = None
@@ -158,7 +164,7 @@ class Aliases:
     async def _read(self, key: tuple[str, str]) -> _Entry:
         async def load() -> Alias:
             try:
-                alias = await asyncio.to_thread(self._registry.resolve, *key)
+                alias = await self._ask(self._registry.resolve, *key)
             except UnknownAdapter:
                 if self._flights.current(key):
                     self._entries.pop(key, None)
@@ -172,7 +178,7 @@ class Aliases:
 
     async def _read_version(self, key: tuple[str, str], entry: _Entry, version: int) -> Alias:
         async def load() -> Alias:
-            alias = await asyncio.to_thread(self._registry.resolve, *key, version)
+            alias = await self._ask(self._registry.resolve, *key, version)
             if alias.epoch == entry.live.epoch:
                 entry.versions[version] = alias
             return alias
@@ -231,14 +237,12 @@ class Aliases:
                     )
                 self._failing = True
 
-    async def _changed(self, seconds: float) -> list[Changed]:
-        reading = asyncio.ensure_future(asyncio.to_thread(self._registry.changed, seconds))
-        try:
-            return await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            # A thread goes on when its caller is cancelled, and must not outlive the registry.
-            await asyncio.wait([reading])
-            raise
+    async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
+        """The database's answer, from a thread. It goes on when its caller is cancelled, so close() waits."""
+        asked = asyncio.ensure_future(asyncio.to_thread(question, *arguments))
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        return await asyncio.shield(asked)
 
     async def _poll(self) -> None:
         began = time.monotonic()
@@ -246,7 +250,7 @@ class Aliases:
         if missed > _FORGIVEN_SECONDS:
             # The database no longer remembers all that changed since.
             self._entries.clear()
-        for change in await self._changed(missed + _OVERLAP_SECONDS):
+        for change in await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS):
             key = (change.tenant, change.name)
             entry = self._entries.get(key)
             if entry is not None and (entry.coming or entry).live.epoch < change.epoch:

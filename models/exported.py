@@ -6,16 +6,16 @@ import hashlib
 import re
 from pathlib import Path
 
-from models.manifest import CorruptExport, folder_sha256, read_manifest
+from models.manifest import CorruptExport, folder_sha256, is_current, read_manifest
 from models.spec import PACKAGED, BackboneSpec, split_source
 
 
 def find(name: str) -> Path | None:
     """The folder of a backbone's complete export, None if there is none; names are those of the settings.
 
-    A packaged backbone is found by its fingerprint, one from a folder by the folder's weights, and one from a
-    hub is the latest exported: what was exported once stays what it is, whatever happens there. Raises
-    UnknownBackbone.
+    A packaged backbone is found by its fingerprint, in the current format; one from a folder by the folder's
+    weights; and one from a hub is the latest exported: what was exported once stays what it is, whatever
+    happens there. Raises UnknownBackbone.
     """
     import bentoml
     from bentoml.exceptions import BentoMLException
@@ -24,6 +24,9 @@ def find(name: str) -> Path | None:
         folder = Path(bentoml.models.get(f"{model_name(name)}:{_version(name)}").path)
         spec = read_manifest(folder, verify=False)
     except (BentoMLException, CorruptExport):
+        return None
+    if name in PACKAGED and not is_current(folder):
+        # Its network is at hand, so it is exported again rather than served with more memory.
         return None
     local = local_folder(name)
     if local is not None and folder_sha256(local) != spec.weights_sha256:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
 
-FORMAT = 1
+# 2: large tables lie beside the graph. What a tenant published in format 1 is served all the same.
+FORMAT = 2
+_READABLE = (1, 2)
 
 
 class CorruptExport(RuntimeError):
@@ -41,7 +43,7 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in _READABLE:
             raise CorruptExport(f"{folder} has format {manifest['format']}; export the backbone again.")
         spec = BackboneSpec.from_json(manifest["spec"])
         for name, expected in manifest["files"].items():
@@ -55,6 +57,11 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
             f"{folder} is no complete export ({error}); export the backbone again."
         ) from error
     return spec
+
+
+def is_current(folder: Path) -> bool:
+    """Whether an export whose manifest was read before is in the format that would be written today."""
+    return bool(json.loads((folder / MANIFEST_FILE).read_text())["format"] == FORMAT)
 
 
 def read_tables(folder: Path) -> dict[str, Path]:

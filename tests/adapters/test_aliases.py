@@ -488,3 +488,25 @@ def test_where_nothing_can_answer_meanwhile_a_network_is_waited_for(
         await aliases.close()
 
     asyncio.run(scenario())
+
+
+def test_nothing_reads_the_database_once_they_are_closed(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    committed = create(registry)
+
+    async def scenario() -> None:
+        aliases = Aliases(counting)
+        counting.go.clear()
+        reading = asyncio.ensure_future(aliases.get("acme", "pets"))
+        await eventually(lambda: bool(counting.resolved))
+        # Whoever asks from now on does not join that load, so nothing else remembers it.
+        aliases.put(committed.alias)
+        closing = asyncio.ensure_future(aliases.close())
+        reading.cancel()
+        await asyncio.sleep(0.1)
+        assert not closing.done()
+        counting.go.set()
+        await closing
+
+    asyncio.run(scenario())

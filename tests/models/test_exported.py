@@ -14,7 +14,7 @@ import pytest
 
 from models.exported import local_folder, model_name
 from models.manifest import folder_sha256, read_manifest, write_manifest
-from models.spec import GRAPH_FILE, UnknownBackbone
+from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, UnknownBackbone
 from tests import tiny
 
 
@@ -106,3 +106,21 @@ def test_a_changed_folder_is_not_what_was_exported(tmp_path: Path) -> None:
     assert find(tmp_path, f"timm:{folder}") != [None]
     (folder / "model.safetensors").write_bytes(b"others")
     assert find(tmp_path, f"timm:{folder}") == [None]
+
+
+def test_a_packaged_backbone_s_old_format_is_exported_again_and_others_go_on(tmp_path: Path) -> None:
+    _, text = tiny.install(tmp_path)
+    own = tmp_path / "models" / model_name(text)
+    own /= (own / "latest").read_text()
+    packaged = tmp_path / "models" / "minilm-l6-v2" / PACKAGED["minilm-l6-v2"].fingerprint[:16]
+    shutil.copytree(own, packaged)
+    model = packaged / "model.yaml"
+    text_in_store = model.read_text().replace(own.parent.name, "minilm-l6-v2")
+    model.write_text(text_in_store.replace(own.name, packaged.name))
+    assert None not in find(tmp_path, "minilm-l6-v2", text)
+    for version in (own, packaged):
+        manifest = json.loads((version / MANIFEST_FILE).read_text())
+        (version / MANIFEST_FILE).write_text(json.dumps(manifest | {"format": 1}))
+    packaged_found, own_found = find(tmp_path, "minilm-l6-v2", text)
+    assert packaged_found is None
+    assert own_found is not None
