@@ -166,7 +166,7 @@ class Adapting:
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
         batcher = self.batchers.get(terms.backbone)
-        if batcher is None or batcher.backbone.spec.fingerprint != terms.fingerprint:
+        if batcher is None or batcher.backbone.fingerprint != terms.fingerprint:
             raise FingerprintMismatch(terms.backbone)
 
     def spec(self, name: str) -> BackboneSpec:

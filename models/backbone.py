@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
-from models.plan import Plan, Run, keep_plan, measure, read_plan
+from models.plan import Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
 from models.preprocess import ImagePreprocessor, InputError, InputLimits, Prepared, TextPreprocessor
 from models.session import Device, DeviceUnavailable, open_session, open_table
 from models.spec import (
+    FLOAT16,
     GRAPH_FILE,
+    HALF_FILE,
     IDS,
     INT8,
     MASK,
@@ -29,10 +33,13 @@ from models.spec import (
 
 Floats = NDArray[np.float32]
 
-# Tokens of one run, padding included: what bounds its memory.
-_TOKENS_PER_RUN = {"cpu": 1024, "cuda": 32_768}
+# Tokens of one run on a CPU, padding included: what bounds its memory.
+_TOKENS_PER_RUN = 1024
 # Of a short text.
 _TOKENS = 16
+# On a GPU: the largest batch that is tried, of tokens that any vocabulary has.
+_PROBES = 128
+_COMMON_TOKENS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,10 @@ class Embedded:
 
 
 class Backbone:
-    """One exported backbone, loaded. Thread-safe: calls from several threads run beside each other."""
+    """One exported backbone, loaded. Thread-safe: calls from several threads run beside each other.
+
+    fingerprint: of the spec, which would compute it anew each time.
+    """
 
     def __init__(
         self,
@@ -63,6 +73,7 @@ class Backbone:
         plan: Plan,
     ) -> None:
         self.spec = spec
+        self.fingerprint = spec.fingerprint
         self.path = path
         self.device: Device = device
         self._session = session
@@ -94,7 +105,11 @@ class Backbone:
         plan = plan or Plan.usual(spec.kind, device, threads)
         # Both sessions look up in one table. A GPU has a copy of its own.
         tables = {name: open_table(path) for name, path in read_tables(export).items() if device == "cpu"}
-        session = open_session(export / GRAPH_FILE, device=device, threads=plan.alone, tables=tables)
+        session: Any
+        if device == "cuda":
+            session = _runner(export, spec, plan)
+        else:
+            session = open_session(export / GRAPH_FILE, device=device, threads=plan.alone, tables=tables)
         # Runs beside each other share the cores best when each keeps to few: threads of one run wait for its
         # slowest.
         beside = session
@@ -112,7 +127,10 @@ class Backbone:
 
         graph: ONNX with the inputs and the output of this one. Raises CorruptExport.
         """
-        session = open_session(graph, device=self.device, threads=self.plan.alone)
+        session: Any = open_session(graph, device=self.device, threads=self.plan.alone)
+        if self.device == "cuda":
+            # A graph captured for each shape of each tenant's network would fill the GPU.
+            session = Runner(session, self.spec, batch=self.plan.batch)
         tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, self.plan)
         if not tuned._answers():
             raise CorruptExport("The fine-tuned network does not give finite embeddings; fine-tune again.")
@@ -121,7 +139,7 @@ class Backbone:
     @property
     def precision(self) -> str:
         """Of the weights and the arithmetic, e.g. float32."""
-        return self.spec.precision
+        return FLOAT16 if self.plan.half else self.spec.precision
 
     @property
     def batch(self) -> int:
@@ -150,6 +168,8 @@ class Backbone:
         session = self._beside if beside else self._session
         if session is None:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
+        if isinstance(session, Runner):
+            return session.run(prepared)
         embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
         for rows in self._chunks(prepared):
             embeddings[rows] = session.run([OUTPUT_NAME], self.feed([prepared[row] for row in rows]))[0]
@@ -176,6 +196,8 @@ class Backbone:
 
     def close(self) -> None:
         """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
+        if isinstance(self._session, Runner):
+            self._session.close()
         self._session = self._beside = None
 
     def _answers(self) -> bool:
@@ -197,7 +219,7 @@ class Backbone:
         order = sorted(range(len(prepared)), key=lambda row: -len(prepared[row]))
         while order:
             width = len(prepared[order[0]])
-            fit = max(1, min(self.batch, _TOKENS_PER_RUN[self.device] // width))
+            fit = max(1, min(self.batch, _TOKENS_PER_RUN // width))
             rows, order = order[:fit], order[fit:]
             yield rows
 
@@ -211,15 +233,37 @@ def planned(export: Path, *, device: Device, threads: int) -> Plan:
     usual = Plan.usual(spec.kind, device, threads)
     plan = read_plan(export, usual, device)
     if plan is None:
-
-        def open_run(count: int) -> Run:
-            session = open_session(export / GRAPH_FILE, device=device, threads=count)
-            return lambda feed: session.run([OUTPUT_NAME], feed)
-
-        blank = _blank(spec)
-        plan = measure(usual, device, open_run, lambda count: _feed(spec, [blank] * count))
+        plan = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
         keep_plan(export, usual, device, plan)
     return plan
+
+
+def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+    def open_run(count: int) -> Run:
+        session = open_session(export / GRAPH_FILE, device="cpu", threads=count)
+        return lambda feed: session.run([OUTPUT_NAME], feed)
+
+    blank = _blank(spec)
+    return measure(usual, open_run, lambda count: _feed(spec, [blank] * count))
+
+
+def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+    @contextmanager
+    def open_run(plan: Plan) -> Iterator[Embed]:
+        # No bound of its own: every batch that is measured is one run.
+        runner = _runner(export, spec, replace(plan, batch=_PROBES))
+        try:
+            yield runner.run
+        finally:
+            runner.close()
+
+    return measure_on_gpu(usual, (export / HALF_FILE).exists(), open_run, _probes(spec))
+
+
+def _runner(export: Path, spec: BackboneSpec, plan: Plan) -> Runner:
+    graph = export / (HALF_FILE if plan.half else GRAPH_FILE)
+    session = open_session(graph, device="cuda", graphs=plan.graphs)
+    return Runner(session, spec, batch=plan.batch, graphs=plan.graphs)
 
 
 def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
@@ -242,6 +286,16 @@ def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     return {IDS: ids, MASK: mask}
+
+
+def _probes(spec: BackboneSpec) -> list[Prepared]:
+    """Inputs of any content, for comparing ways to compute their embeddings."""
+    random = np.random.default_rng(0)
+    if isinstance(spec.transform, ImageTransform):
+        shape = (_PROBES, 3, spec.transform.size, spec.transform.size)
+        return list(random.standard_normal(shape, np.float32))
+    width = min(_TOKENS, spec.transform.max_tokens)
+    return list(random.integers(0, _COMMON_TOKENS, (_PROBES, width)))
 
 
 def _blank(spec: BackboneSpec) -> Prepared:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from models.backbone import Backbone
 from models.exported import find, find_tag, model_name, tag
+from models.half import halve
 from models.manifest import write_manifest
 from models.network import ExportRefused, Network, load_network
 from models.quantize import quantize
@@ -123,7 +124,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
 
 
 def write(network: Network, folder: Path) -> None:
-    """Fills an empty folder as an export: graph, tokenizer, manifest."""
+    """Fills an empty folder as an export: graph, its form in half precision, tokenizer, manifest."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -154,6 +155,8 @@ def write(network: Network, folder: Path) -> None:
         (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
     if network.spec.precision == INT8:
         quantize(folder, network.spec)
+    else:
+        halve(folder)
     write_manifest(folder, network.spec, _set_tables_aside(folder))
 
 

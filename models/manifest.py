@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.spec import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
+from models.spec import GRAPH_FILE, HALF_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
 
-# 2: large tables lie beside the graph. What a tenant published in format 1 is served all the same.
+# 2: large tables and a form in half precision lie beside the graph. What was published in format 1 is served
+# all the same.
 FORMAT = 2
 _READABLE = (1, 2)
 
@@ -21,12 +22,13 @@ class CorruptExport(RuntimeError):
 
 
 def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] | None = None) -> None:
-    """Writes the manifest beside the graph, and the tokenizer of a text backbone, already in folder.
+    """Writes the manifest of what is in folder: the graph, its half precision form, a text's tokenizer.
 
     tables: files in folder that hold large constants of the graph once more, by the constants' names.
     """
     tables = tables or {}
     names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else []), *tables.values()]
+    names += [HALF_FILE] if (folder / HALF_FILE).exists() else []
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in names

@@ -4,43 +4,65 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from models.preprocess import Prepared
 from models.session import Device, runtime_version
 from models.spec import Kind
 
 logger = logging.getLogger("topwork")
 
 K = TypeVar("K")
+T = TypeVar("T")
+
+Floats = NDArray[np.float32]
 
 PLAN_FILE = "plan.json"
-_FORMAT = 1
-_BATCHES = {"cpu": (1, 8, 32), "cuda": (8, 32, 64, 128)}
+_FORMAT = 2
+_BATCHES = (1, 8, 32)
+_BATCHES_ON_GPU = (8, 32, 64, 128)
+# Between single precision and any other way to compute the same embedding.
+_MIN_COSINE = 0.9999
 # More threads than these are worth trying in one run only if that run has all of them.
 _FEW_THREADS = 4
 # A choice that is better by less is the machine's noise.
 _CLEARLY = 1.05
 _ROUNDS = 3
 _ROUND_SECONDS = 0.02
+# Where Linux and NVIDIA's driver say what they found.
+_PROCESSOR = {
+    "cpu": ("/proc", "cpuinfo", "model name"),
+    "cuda": ("/proc/driver/nvidia/gpus", "*/information", "Model"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """alone: threads of a run that has the machine to itself. workers: runs beside each other where inputs
-    wait, with `beside` threads each. batch: inputs of one run at most. On a GPU threads mean nothing.
+    wait, with `beside` threads each. batch: inputs of one run at most.
+
+    On a GPU the workers prepare inputs, and threads mean nothing. half: it computes in float16. graphs: it
+    replays CUDA graphs.
     """
 
     alone: int
     workers: int
     beside: int
     batch: int
+    half: bool = False
+    graphs: bool = False
 
     @classmethod
     def usual(cls, kind: Kind, device: Device, threads: int) -> Plan:
@@ -55,22 +77,20 @@ class Plan:
 Run = Callable[[Mapping[str, Any]], object]
 """One run of a session on a feed."""
 
+Embed = Callable[[Sequence[Prepared]], Floats]
+"""float32 (n, dim) of n prepared inputs."""
+
 
 def measure(
     usual: Plan,
-    device: Device,
     open_run: Callable[[int], Run],
     feed: Callable[[int], Mapping[str, Any]],
 ) -> Plan:
-    """The fastest plan here; what is usual, where nothing is clearly faster. About a second on two cores.
+    """The fastest plan on this CPU; what is usual, where nothing is clearly faster. About a second.
 
     open_run(threads) opens a session. feed(n) is a batch of n.
     """
-    batches = sorted({usual.batch, *_BATCHES[device]}, key=lambda n: n != usual.batch)
-    if device != "cpu":
-        run = open_run(1)
-        rates = {n: _rate(run, feed(n), n, 1) for n in batches}
-        return Plan(usual.alone, usual.workers, usual.beside, _best(rates))
+    batches = sorted({usual.batch, *_BATCHES}, key=lambda n: n != usual.batch)
     cores = usual.alone
     runs = {cores: open_run(cores)}
     threads = 1
@@ -87,7 +107,47 @@ def measure(
     return Plan(alone, *_best(ways))
 
 
-def _rate(run: Run, feed: Mapping[str, Any], items: int, workers: int) -> float:
+def measure_on_gpu(
+    usual: Plan,
+    halves: bool,
+    open_run: Callable[[Plan], AbstractContextManager[Embed]],
+    probes: Sequence[Prepared],
+) -> Plan:
+    """The fastest plan on this GPU whose embeddings are those of single precision. Some seconds.
+
+    halves: there is a graph in half precision. open_run(plan) gives what embeds prepared inputs as the plan
+    says. probes: inputs, at least as many as the largest batch.
+    """
+    with open_run(usual) as embed:
+        reference = embed(probes)
+    found: dict[Plan, float] = {}
+    for half, graphs in product((True, False) if halves else (False,), (True, False)):
+        way = replace(usual, half=half, graphs=graphs)
+        try:
+            with open_run(way) as embed:
+                if not _lowest_cosine(embed(probes), reference) >= _MIN_COSINE:
+                    logger.warning("float16 gives other embeddings here; single precision is taken")
+                    continue
+                rates = {n: _rate(embed, probes[:n], n, 1) for n in (1, usual.batch, *_BATCHES_ON_GPU)}
+        # A network may have what no graph can capture.
+        except Exception as error:
+            if not graphs:
+                raise
+            logger.info("no CUDA graphs for this backbone: %s", error)
+            continue
+        single = rates.pop(1)
+        batch = _best(rates)
+        # One input after the other counts as much as many at once.
+        found[replace(way, batch=batch)] = math.sqrt(single * rates[batch])
+    return max(found, key=lambda plan: found[plan])
+
+
+def _lowest_cosine(one: Floats, other: Floats) -> float:
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float((np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-12)).min())
+
+
+def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> float:
     """Items a second by so many threads, the best of some rounds."""
 
     def repeat(until: float) -> int:
@@ -119,7 +179,7 @@ def read_plan(export: Path, usual: Plan, device: Device) -> Plan | None:
         kept = json.loads((export / PLAN_FILE).read_text())
         if kept["about"] != _about(usual, device):
             return None
-        plan = Plan(**{name: int(value) for name, value in kept["plan"].items()})
+        plan = Plan(**{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()})
         return plan if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -145,15 +205,15 @@ def _about(usual: Plan, device: Device) -> dict[str, Any]:
         "onnxruntime": runtime_version(),
         "device": device,
         "threads": usual.alone,
-        "processor": _processor(),
+        "processor": _first_line(_PROCESSOR[device]),
     }
 
 
-def _processor() -> str:
+def _first_line(of: tuple[str, str, str]) -> str:
+    """What stands behind a name in the first of some files that the kernel keeps."""
+    folder, pattern, name = of
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = next(Path(folder).glob(pattern)).read_text(encoding="utf-8").splitlines()
+    except (OSError, StopIteration):
         return "unknown"
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")

@@ -57,13 +57,15 @@ def open_session(
     model: Path | bytes,
     *,
     device: Device,
-    threads: int,
+    threads: int = 1,
+    graphs: bool = False,
     tables: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
     """A session for the graph in model, a file or its bytes, on the device asked for or not at all.
 
-    tables: constants to take from elsewhere than the graph, by name.
-    threads: of one run on the CPU, the calling one included. Raises DeviceUnavailable: ONNX Runtime itself
+    threads: of one run on the CPU, the calling one included. graphs: capture CUDA graphs; runs are then
+    of one thread, with bound inputs and outputs, and name a graph each: see models/gpu.py. tables: constants
+    to take from elsewhere than the graph, by name. Raises DeviceUnavailable: ONNX Runtime itself
     would go on without the GPU and say nothing. Safe to run from several threads.
     """
     options = onnxruntime.SessionOptions()
@@ -82,11 +84,15 @@ def open_session(
     else:
         # Only for CUDA: it loads the NVIDIA libraries, 190 MB.
         onnxruntime.preload_dlls()
+    providers = _PROVIDERS[device]
+    if graphs:
+        name, settings = providers[0]
+        providers = [(name, settings | {"enable_cuda_graph": "1"}), *providers[1:]]
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=_PROVIDERS[device],
+            providers=providers,
             enable_fallback=0,
         )
     except Exception as error:

@@ -20,6 +20,7 @@ OUTPUT_NAME: Final = "embedding_out"
 
 # Names of the files of an export folder.
 GRAPH_FILE: Final = "model.onnx"
+HALF_FILE: Final = "model.fp16.onnx"
 MANIFEST_FILE: Final = "spec.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
@@ -29,6 +30,7 @@ SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
 PACKAGE: Final = "package"
 
 FLOAT32: Final = "float32"
+FLOAT16: Final = "float16"
 # As models/quantize.py makes it. Another way to quantize gives other embeddings, and is another precision.
 INT8: Final = "int8"
 

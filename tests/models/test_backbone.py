@@ -151,20 +151,6 @@ def test_asking_for_a_gpu_that_is_not_there_fails(tmp_path: Path) -> None:
         Backbone.open(tiny.image_export(tmp_path), device="cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no GPU here")
-def test_a_gpu_gives_the_cpu_s_embeddings(tmp_path: Path) -> None:
-    pictures = [tiny.picture(seed) for seed in range(70)]
-    sentences = [tiny.sentence(seed, words=seed % 80 + 1) for seed in range(200)]
-    for export, inputs in ((tiny.image_export, pictures), (tiny.text_export, sentences)):
-        folder = export(tmp_path)
-        on_gpu = Backbone.open(folder, device="cuda")
-        assert on_gpu.device == "cuda"
-        np.testing.assert_allclose(
-            on_gpu.embed(inputs).embeddings, Backbone.open(folder).embed(inputs).embeddings, atol=1e-3
-        )
-
-
 def test_a_cpu_session_runs_on_the_cpu(tmp_path: Path) -> None:
     session = open_session(tiny.image_export(tmp_path) / GRAPH_FILE, device="cpu", threads=1)
     assert session.get_providers() == ["CPUExecutionProvider"]
