@@ -103,6 +103,15 @@ class Predicting:
         self._networks = networks
         self._answering = Answering(lambda seconds: observe("head", seconds))
 
+    def check_room(self, tenant: str, name: str) -> None:
+        """Raises Overloaded or BatcherClosed where a prediction would end so, as far as is known.
+
+        For those who know the adapter before they have read the inputs.
+        """
+        alias = self._aliases.known(tenant, name)
+        if alias is not None and alias.network is None and alias.backbone in self.batchers:
+            self.batchers[alias.backbone].check_room()
+
     async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
         """One prediction, or an error, for each input. What is wrong with the adapter is raised before any
         work.
@@ -162,7 +171,7 @@ class Predicting:
         batcher = self.batchers.get(alias.backbone)
         # The head of a fine-tuned version is for its own network, which began as the backbone.
         wanted = alias.fingerprint if alias.network is not None else head.fingerprint
-        if batcher is None or batcher.backbone.spec.fingerprint != wanted:
+        if batcher is None or batcher.backbone.fingerprint != wanted:
             raise HeadMismatch(
                 f"Version {alias.version} was fitted on another backbone than the {alias.backbone!r} served "
                 "here. POST rebase to move the adapter, or serve the backbone that it was fitted on."

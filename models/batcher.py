@@ -188,7 +188,9 @@ class Batcher:
         lane = self._bulk if bulk else self._predicts
         self._admit(lane, request)
         try:
-            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            if deadline is None:
+                return await request.future
+            async with asyncio.timeout(deadline - time.monotonic()):
                 return await request.future
         except TimeoutError:
             raise DeadlineExceeded(
@@ -197,18 +199,24 @@ class Batcher:
         finally:
             self._forget([request])
 
+    def check_room(self) -> None:
+        """Raises what embed would for one more predict, before anything is done for it."""
+        with self._lock:
+            self._check_room(self._predicts, 1)
+
+    def _check_room(self, lane: _Lane, count: int) -> None:
+        if not self._open:
+            raise BatcherClosed("This backbone takes no inputs; restart the service if it is not stopping.")
+        cost = lane.cost / self._workers
+        surplus = lane.depth + count - self._max_queue
+        if surplus > 0 and lane.depth > 0:
+            raise Overloaded(min(surplus, lane.depth) * cost)
+        if lane is self._predicts and lane.depth * cost > self._max_wait:
+            raise Overloaded(lane.depth * cost - self._max_wait)
+
     def _admit(self, lane: _Lane, request: _Request) -> None:
         with self._lock:
-            if not self._open:
-                raise BatcherClosed(
-                    "This backbone takes no inputs; restart the service if it is not stopping."
-                )
-            cost = lane.cost / self._workers
-            surplus = lane.depth + len(request.inputs) - self._max_queue
-            if surplus > 0 and lane.depth > 0:
-                raise Overloaded(min(surplus, lane.depth) * cost)
-            if lane is self._predicts and lane.depth * cost > self._max_wait:
-                raise Overloaded(lane.depth * cost - self._max_wait)
+            self._check_room(lane, len(request.inputs))
             self._unanswered.add(request)
             if lane is self._predicts:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
@@ -225,7 +233,7 @@ class Batcher:
                 self._answer(taken, lane)
                 with self._lock:
                     lane.running -= 1
-                    if lane is self._bulk:
+                    if lane is self._bulk and lane.requests:
                         lane.ready.notify()
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
@@ -246,8 +254,7 @@ class Batcher:
                 self._predicts.remove(request)
                 self._bulk.remove(request)
                 self._unanswered.discard(request)
-            if not self._predicts.requests:
-                self._bulk.ready.notify_all()
+            self._let_bulk_look()
 
     def _take(self, lane: _Lane) -> list[_Taken]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
@@ -271,12 +278,16 @@ class Batcher:
                     lane.requests.append(request)
             lane.depth -= len(taken)
             lane.running += 1
-            if lane is self._predicts and not lane.requests:
-                self._bulk.ready.notify_all()
+            self._let_bulk_look()
         for request, index in taken:
             if index == 0:
                 self._observe("queue", request.timings["queue"])
         return taken
+
+    def _let_bulk_look(self) -> None:
+        """Wakes bulk where it waits for predicts: those who have nothing to do would only be in the way."""
+        if self._bulk.requests and not self._predicts.requests:
+            self._bulk.ready.notify_all()
 
     def _bulk_may_run(self) -> bool:
         """Whether bulk may begin another batch: not before a predict that waits, and not on the last core."""

@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -105,19 +106,24 @@ class Guard:
 def _check_local(headers: dict[bytes, bytes]) -> Problem | None:
     host = headers.get(b"host", b"").decode("latin-1")
     origin = headers.get(b"origin")
-    if not is_loopback(_host_name("//" + host)):
+    if not _is_local("//" + host):
         return Problem(
             403,
             "host_refused",
             "Without a key the service answers to localhost only. Set TOPWORK_ADMIN_KEY for other names.",
         )
-    if origin is not None and not is_loopback(_host_name(origin.decode("latin-1"))):
+    if origin is not None and not _is_local(origin.decode("latin-1")):
         return Problem(
             403,
             "origin_refused",
             "Without a key the service answers no other site's pages. Set TOPWORK_ADMIN_KEY to allow that.",
         )
     return None
+
+
+@lru_cache(256)
+def _is_local(url: str) -> bool:
+    return is_loopback(_host_name(url))
 
 
 def _host_name(url: str) -> str:

@@ -58,6 +58,8 @@ def _serve(host: str, port: int | None) -> int:
             application(),
             log_config=None,
             server_header=False,
+            # Nothing here asks where a request comes from.
+            proxy_headers=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=settings.drain_timeout,
         )

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from service.errors import Problem, respond
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from adapters.uploads import Form
@@ -57,6 +59,11 @@ _numbers = itertools.count()
 
 def _new_id() -> str:
     return f"{_PROCESS}{next(_numbers):012x}"
+
+
+# How a server tells that a caller has hung up: in the scope's extensions, the set of what it calls then. A
+# server without one is asked, by a task for each request.
+GONE = "topwork.gone"
 
 
 class Slots:
@@ -158,12 +165,15 @@ class _Inner:
                 exchange.give(deadline, timeout)
                 await exchange.answer(self._app, scope)
             return
+        # No name for the error outlives this: its traceback holds this frame, which would hold the error, and
+        # only a garbage collection would end that.
         except TimeoutError:
-            problem: Exception = Problem(504, "deadline_exceeded", exchange.TOO_LONG.format(timeout))
+            detail = exchange.TOO_LONG.format(timeout)
+            answer = exchange.refusal(Problem(504, "deadline_exceeded", detail))
         except Exception as error:
-            problem = error
-        if exchange.status is None:
-            await respond(problem, exchange.request_id)(scope, exchange.receive, exchange.send)
+            answer = exchange.refusal(error)
+        if answer is not None:
+            await answer(scope, exchange.receive, exchange.send)
 
 
 class _Exchange:
@@ -181,15 +191,23 @@ class _Exchange:
         self._body_read = False
         self._gone = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
+        self._when_gone: set[Callable[[], None]] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
 
     def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
         """The deadline, and how long it gives."""
 
+    def refusal(self, error: Exception) -> Response | None:
+        """What to answer instead of what failed; None where an answer has begun."""
+        return respond(error, self.request_id) if self.status is None else None
+
     async def answer(self, app: ASGIApp, scope: Scope) -> None:
         """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
         self._work = asyncio.current_task()
+        self._when_gone = scope.get("extensions", {}).get(GONE)
+        if self._when_gone is not None:
+            self._when_gone.add(self._hung_up)
         try:
             await app(scope, self.receive, self.send)
         except asyncio.CancelledError:
@@ -199,6 +217,9 @@ class _Exchange:
     async def _cancel_when_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._hung_up()
+
+    def _hung_up(self) -> None:
         self._gone.set()
         if self.status is None and self._work is not None:
             self._cancelled = True
@@ -216,7 +237,8 @@ class _Exchange:
         self._bytes = self._bodies.take(self._bytes, len(message.get("body", b"")))
         if not message.get("more_body", False):
             self._body_read = True
-            self._watch = asyncio.create_task(self._cancel_when_gone())
+            if self._when_gone is None:
+                self._watch = asyncio.create_task(self._cancel_when_gone())
         return message
 
     async def send(self, message: Message) -> None:
@@ -231,6 +253,8 @@ class _Exchange:
     def close(self) -> None:
         """Ends the watch for the caller's hanging up; the body counts no more."""
         self._bodies.give_back(self._bytes)
+        if self._when_gone is not None:
+            self._when_gone.discard(self._hung_up)
         if self._watch is not None:
             self._watch.cancel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -52,22 +53,27 @@ class Metrics:
             registry=self.registry,
         )
         self._adapts = Counter("topwork_adapts", "Adapts by outcome.", ["outcome"], registry=self.registry)
+        # There are few label sets, and finding one's series takes as long as counting.
+        self._request = cache(self._requests.labels)
+        self._request_time = cache(self._request_seconds.labels)
+        self._stage = cache(self._stages.labels)
+        self._batch = cache(self._batches.labels)
         self._watched = _Watched()
         self.registry.register(self._watched)
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Count one answered request; `route` is the template that matched, None where none did."""
         known = method if route and method in _METHODS else "other"
-        self._requests.labels(known, route or _UNMATCHED, str(status)).inc()
-        self._request_seconds.labels(route or _UNMATCHED).observe(seconds)
+        self._request(known, route or _UNMATCHED, str(status)).inc()
+        self._request_time(route or _UNMATCHED).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Observe the seconds that one request spent in a stage."""
-        self._stages.labels(stage).observe(seconds)
+        self._stage(stage).observe(seconds)
 
     def batch(self, backbone: str, items: int) -> None:
         """Observe the size of one backbone run."""
-        self._batches.labels(backbone).observe(items)
+        self._batch(backbone).observe(items)
 
     def adapt(self, outcome: str) -> None:
         """Count one adapt by its outcome: promoted, withheld, stored, or the code of the error."""

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.edge import GONE
 
 # Of a request line with its headers, of a chunk's extensions, of trailers. Common servers allow 8 to 64 KB.
 MAX_HEAD_BYTES = 64 << 10
 _TOO_LONG = f"The request line and the headers have at most {MAX_HEAD_BYTES:,} bytes.".encode()
+
+# Of a body that is not taken yet: with uvicorn's 64 KB every photograph stops the reading.
+_UNREAD_BYTES = 256 << 10
+# Nothing follows it at once.
+_INTERIM = b"HTTP/1.1 1"
+
+
+class Whole:
+    """A transport that sends the head of an answer together with what follows at once.
+
+    uvicorn writes them one after the other, and each write is a system call, a packet, and a client that
+    wakes.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Sends the data, or keeps it for this round of the event loop if it is a head."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.writelines((head, data))
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(_INTERIM):
+            self._head = data
+            self._loop.call_soon(self._flush)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Sends what is kept, and closes."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.write(head)
 
 
 class Protocol(HttpToolsProtocol):
@@ -21,6 +71,19 @@ class Protocol(HttpToolsProtocol):
 
     _beside_body = 0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._when_gone: set[Callable[[], None]] = set()
+        super().connection_made(Whole(transport, self.loop))  # type: ignore[arg-type]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for tell in tuple(self._when_gone):
+            tell()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {GONE: self._when_gone}  # type: ignore[dict-item]
+
     def data_received(self, data: bytes) -> None:
         self._beside_body += len(data)
         super().data_received(data)
@@ -31,7 +94,16 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._beside_body = 0
-        super().on_body(body)
+        cycle = self.cycle
+        if (
+            cycle.response_complete
+            or self.parser.should_upgrade()
+            or len(cycle.body) + len(body) > _UNREAD_BYTES
+        ):
+            super().on_body(body)
+        else:
+            cycle.body += body
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         self._beside_body = 0

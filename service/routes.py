@@ -140,7 +140,9 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     )
     async def predict(request: Request) -> Response:
         """Predict with the live version, or with the one named."""
-        tenant, asked = await tenant_of(request), await bodies.predict(request)
+        tenant = await tenant_of(request)
+        predicting.check_room(tenant, request.query_params.get("adapter", ""))
+        asked = await bodies.predict(request)
         return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
 
     @api.post(

@@ -64,6 +64,9 @@ def give_back_memory() -> None:
 
 def configure_logging() -> None:
     """Our own loggers to standard error, one line each; BentoML's and uvicorn's are left to BentoML."""
+    # Where, by which thread and by which process a line was logged is half of its cost, and not shown.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     stream = logging.StreamHandler()
     stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("topwork")

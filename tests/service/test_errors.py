@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import importlib
 import pkgutil
 from pathlib import Path
@@ -11,7 +12,11 @@ import pytest
 
 import adapters
 import models
+from models.batcher import Overloaded
+from service.auth import Guard
+from service.edge import GONE, Edge, _Exchange
 from service.errors import STATUSES, Problem, pointer, respond
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.shell import Shell
 
@@ -65,6 +70,42 @@ async def test_a_failure_is_a_500_that_tells_nothing_of_the_inside(
     records = [record for record in caplog.records if record.name == "topwork"]
     assert len(records) == 1
     assert answer.json()["request_id"] in records[0].getMessage()
+
+
+@pytest.mark.anyio
+async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path: Path) -> None:
+    """A refusal is most frequent when there is least time to clean up behind it."""
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict",
+        "raw_path": b"/predict",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+    }
+
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise Overloaded(1.0)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    edge = Edge()
+    settings = Settings(home=tmp_path, access_log=False)
+    edge.open(refusing, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            await edge({**scope, "extensions": {GONE: set()}}, receive, send)
+        left = [one for one in gc.get_objects() if isinstance(one, _Exchange)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 @pytest.mark.anyio
@@ -199,8 +240,6 @@ def test_statuses_that_mean_later_say_when(error: type[Exception]) -> None:
 
 
 def test_a_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    from models.batcher import Overloaded
-
     assert respond(Overloaded(0.2), "r").headers["retry-after"] == "1"
     assert respond(Overloaded(2.4), "r").headers["retry-after"] == "3"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from service.protocol import MAX_HEAD_BYTES
+from tests.service.test_startup import get, post, texts
 
 LINE = b"x-filling: " + b"a" * 1_000 + b"\r\n"
 TEXT = b"content-type: text/plain\r\n"
@@ -124,3 +127,52 @@ def test_requests_one_after_the_other_are_counted_each_by_itself(server: str) ->
     with connected(server) as connection:
         send(connection, [one, one, one, last])
         assert received(connection).count(b"HTTP/1.1 200 ") == 4
+
+
+def test_a_head_without_a_body_comes_too(server: str) -> None:
+    """A head waits for what follows at once; here nothing does."""
+    post(f"{server}/adapt", {"adapter": "bodiless", "examples": texts(4)})
+    with connected(server) as connection:
+        send(connection, [begun("DELETE", "/adapters/bodiless") + b"\r\n"])
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 204 ")
+        send(connection, [begun("HEAD", "/docs") + b"connection: close\r\n\r\n"])
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_head_and_body_come_together(server: str) -> None:
+    with connected(server) as connection:
+        send(connection, [begun("GET", "/backbones") + b"\r\n"])
+        # One packet: a client on its way to the body need not wake twice.
+        answer = connection.recv(65_536)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert f"content-length: {len(body)}".encode() in head.lower()
+
+
+def test_who_waits_to_be_told_to_go_on_is_told(server: str) -> None:
+    body = b"hello"
+    with connected(server) as connection:
+        expecting = f"expect: 100-continue\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        send(connection, [begun() + TEXT + expecting.encode()])
+        assert connection.recv(65_536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        send(connection, [body])
+        assert received(connection).startswith(b"HTTP/1.1 404 ")
+
+
+def test_whose_caller_hung_up_is_not_worked_on(server: str) -> None:
+    """Many large requests, each left alone at once, are not embedded."""
+    text = "a long sentence about nothing in particular " * 50
+    post(f"{server}/adapt", {"adapter": "left-alone", "examples": texts(4)})
+    many = json.dumps(
+        {"adapter": "left-alone", "inputs": [{"text": f"{n} {text}"} for n in range(128)]}
+    ).encode()
+    head = f"content-type: application/json\r\ncontent-length: {len(many)}\r\n\r\n".encode()
+    for _ in range(8):
+        with connected(server) as connection:
+            send(connection, [begun(path="/predict") + head + many])
+            time.sleep(0.05)
+    deadline = time.monotonic() + 5
+    while b'topwork_queue_depth{backbone="minilm-l6-v2"} 0.0' not in get(f"{server}/metrics")[1]:
+        assert time.monotonic() < deadline, "it works for nobody"
