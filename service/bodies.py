@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from adapters.adapting import AdaptCommand
@@ -42,6 +43,8 @@ T = TypeVar("T")
 _AT_ONCE = 128 << 10
 _REST = 16 << 20
 _FIELDS = 64
+# Of which many are remembered.
+_SHORT_QUERY = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,19 @@ class Bodies:
             )
         return _command(body, (), job=True), request.stream()
 
+    def adapter(self, request: Request) -> str | None:
+        """Of a raw input, the adapter that is to predict: known before the input is read."""
+        return _asked(request).adapter if _is_raw(media_type(request)) else None
+
     async def predict(self, request: Request) -> Single:
         """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
         media = media_type(request)
         if media == "application/json":
             return await self._json(request, self._predict_query)
+        raw = media != "multipart/form-data"
         inputs, fields = await self._inputs(request, media)
-        body = _lax(PredictRequest, {**request.query_params, **fields})
-        return Single(_query(body, inputs), raw=media != "multipart/form-data")
+        body = _asked(request) if raw else _lax(PredictRequest, {**request.query_params, **fields})
+        return Single(_query(body, inputs), raw=raw)
 
     async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
         """A backbone's name and inputs, as predict takes them, and whether the body was one raw input."""
@@ -169,7 +177,7 @@ class Bodies:
             inputs = [await _content(file) for file in files]
             _some(inputs)
             return inputs, fields
-        if not (media.startswith("image/") or media in ("text/plain", "application/octet-stream")):
+        if not _is_raw(media):
             raise unsupported(media, "application/json, multipart/form-data, image/* or text/plain")
         body = await request.body()
         return [_decoded(body) if media == "text/plain" else body], {}
@@ -233,6 +241,10 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
+def _is_raw(media: str) -> bool:
+    return media.startswith("image/") or media in ("text/plain", "application/octet-stream")
+
+
 def unsupported(media: str, wanted: str) -> Problem:
     """The refusal of a media type."""
     return Problem(
@@ -270,6 +282,17 @@ def _lax(model: type[M], fields: Mapping[str, str]) -> M:
         return model.model_validate_strings(fields, strict=False)
     except ValidationError as error:
         raise _invalid(error, "fields") from error
+
+
+def _asked(request: Request) -> PredictRequest:
+    query: bytes = request.scope["query_string"]
+    return (_parsed_query if len(query) <= _SHORT_QUERY else _parsed_query.__wrapped__)(query)
+
+
+@lru_cache(1024)
+def _parsed_query(query: bytes) -> PredictRequest:
+    """Callers ask the same of one input after the other."""
+    return _lax(PredictRequest, dict(QueryParams(query)))
 
 
 def _invalid(error: ValidationError, place: str) -> RequestValidationError:

@@ -141,7 +141,8 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     async def predict(request: Request) -> Response:
         """Predict with the live version, or with the one named."""
         tenant = await tenant_of(request)
-        predicting.check_room(tenant, request.query_params.get("adapter", ""))
+        if (name := bodies.adapter(request)) is not None:
+            predicting.check_room(tenant, name)
         asked = await bodies.predict(request)
         return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
 
