@@ -52,10 +52,14 @@ class Answering:
         self._observe = observe
         self._waiting: dict[tuple[int, int], tuple[Head, list[_Waiting]]] = {}
 
-    async def answer(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
-        """A prediction for each row of the embeddings, float32 (n, dim)."""
+    async def answer(
+        self, head: Head, embeddings: Floats, top_k: int, *, alone: bool = False
+    ) -> list[Prediction]:
+        """A prediction for each row of the embeddings, float32 (n, dim). alone: nobody comes with it."""
         if head.weight.size > _WEIGHTS_ON_LOOP:
             return await asyncio.to_thread(self._pass, head, embeddings, top_k)
+        if alone and not self._waiting:
+            return self._pass(head, embeddings, top_k)
         loop = asyncio.get_running_loop()
         if not self._waiting:
             # Runs after everybody who woke in this round of the loop has come here.

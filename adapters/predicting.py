@@ -124,7 +124,9 @@ class Predicting:
         async with self._embedding(loaded) as batcher:
             embedded = await embed(batcher, query.inputs)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
-        answers = await self._answering.answer(loaded.head, embedded.embeddings[good], query.top_k)
+        answers = await self._answering.answer(
+            loaded.head, embedded.embeddings[good], query.top_k, alone=embedded.callers == 1
+        )
         if query.explain and good:
             vectors = embedded.embeddings[good]
             if loaded.alias.network is not None:
@@ -225,4 +227,4 @@ async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
     embeddings[list(good)] = embedded.embeddings
     places = list(good)
     errors |= {places[index]: error for index, error in embedded.errors.items()}
-    return Embedded(embeddings, errors, embedded.timings)
+    return Embedded(embeddings, errors, embedded.timings, embedded.callers)

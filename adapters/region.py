@@ -53,7 +53,8 @@ class Region:
     def squared_distance(self, embeddings: Floats) -> Floats:
         """Squared distances, float32 (n,), of embeddings (n, dim)."""
         centred = embeddings - self.mean
-        along = centred @ (self.directions * self.steps[:, None]).T
+        directions = self.directions.astype(np.float32)
+        along: Floats = np.matmul(centred, directions.T) * self.steps
         inside = (along * self.plain) ** 2
         rest = np.maximum(np.einsum("ij,ij->i", centred, centred) - inside.sum(axis=1), 0.0)
         squared: Floats = nearest(along, self.centres) + rest / np.float32(self.rest)

@@ -48,12 +48,14 @@ class Embedded:
 
     embeddings: float32 (n, dim), in the order of the inputs; the row of an input that failed is zero. errors:
     by position. timings: seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these
-    inputs, "queue" is the wait until the first of them was taken up.
+    inputs, "queue" is the wait until the first of them was taken up. callers: how many get their answer
+    together.
     """
 
     embeddings: Floats
     errors: dict[int, InputError] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    callers: int = 1
 
 
 class Backbone:

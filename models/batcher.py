@@ -373,7 +373,7 @@ def _settle(requests: Collection[_Request], failure: Callable[[], Exception] | N
             if request.future.done():
                 continue
             if failure is None:
-                embedded = Embedded(request.embeddings, request.errors, request.timings)
+                embedded = Embedded(request.embeddings, request.errors, request.timings, len(requests))
                 request.future.set_result(embedded)
             else:
                 request.future.set_exception(failure())

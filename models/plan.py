@@ -30,7 +30,7 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 
 PLAN_FILE = "plan.json"
-_FORMAT = 2
+_FORMAT = 3
 _BATCHES = (1, 8, 32)
 _BATCHES_ON_GPU = (8, 32, 64, 128)
 # Between single precision and any other way to compute the same embedding.

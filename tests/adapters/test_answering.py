@@ -53,6 +53,22 @@ async def test_a_pass_for_each_head_whoever_asks() -> None:
             assert prediction.confidence == pytest.approx(same.confidence, abs=1e-5)
 
 
+async def test_who_wakes_alone_is_answered_at_once_and_joins_those_who_wait() -> None:
+    passes: list[float] = []
+    answering = Answering(passes.append)
+    one = head(0)
+
+    async def ask(*, alone: bool) -> None:
+        await answering.answer(one, rows(0, 1), 1, alone=alone)
+
+    asking = ask(alone=True)
+    with pytest.raises(StopIteration):
+        asking.send(None)
+    assert len(passes) == 1
+    await asyncio.gather(ask(alone=False), ask(alone=True), ask(alone=True))
+    assert len(passes) == 2
+
+
 async def test_a_head_that_fails_fails_alone() -> None:
     answering = Answering(lambda seconds: None)
     broken = replace(head(1), weight=np.zeros((3, DIM + 1), np.float32))
