@@ -97,7 +97,7 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
     """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
     count = min(top_k, len(head.labels))
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
-    chances = np.take_along_axis(found.probabilities, order, axis=1).tolist()
+    chances = found.probabilities[np.arange(len(order))[:, None], order].tolist()
     values = None if found.values is None else found.values.tolist()
     single = head.task == "classification"
     answers = []

@@ -5,9 +5,7 @@ python -m benchmarks.adapt [part ...]        # bare, append, latency; all by def
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import httpx
 import numpy as np
 
 from benchmarks import bare, client, datasets
+from benchmarks.asked import asked
 from benchmarks.caller import Line, Repeater, Request, Timer, json_request
 from benchmarks.contenders import BareLoop
 from benchmarks.datasets import Sample
@@ -205,20 +204,10 @@ PARTS = {"bare": beside_bare_loop, "append": one_more, "latency": beside_adapts}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named parts and writes benchmarks/results/adapt.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adapt", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    options = asked("adapt", __doc__, PARTS, arguments)
     report = Report("adapt", "Adapting")
     with client.running() as server:
-        for name in options.parts or PARTS:
+        for name in options.parts:
             PARTS[name](report, server, options.data)
     return report.finish()
 

@@ -5,17 +5,15 @@ python -m benchmarks.eight_bits [group ...]     # all groups but the largest by 
 
 from __future__ import annotations
 
-import argparse
-import os
 import secrets
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks import client, datasets, experiments
+from benchmarks import client, experiments
+from benchmarks.asked import asked
 from benchmarks.experiments import Split
 from benchmarks.report import Report, Spread, table
 
@@ -37,24 +35,16 @@ def accuracy(split: Split, service: client.Client, backbone: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the groups and writes benchmarks/results/eight_bits.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.eight_bits", description=(__doc__ or "").splitlines()[0]
+    options = asked(
+        "eight_bits", __doc__, [name for name in experiments.GROUPS if name != LEFT_OUT], arguments
     )
-    parser.add_argument("groups", nargs="*", metavar="group", help=", ".join(experiments.GROUPS))
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    unknown = set(options.groups) - set(experiments.GROUPS)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
     report = Report("eight_bits", "8 bits")
     sets = experiments.Sets(options.data)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = [name for base in BACKBONES.values() for name in (base, f"{base}-int8")]
     with client.running({"TOPWORK_BACKBONES": ",".join(names)}) as server:
         service = client.Client(server)
-        for group in options.groups or [name for name in experiments.GROUPS if name != LEFT_OUT]:
+        for group in options.parts:
             for split in experiments.GROUPS[group](sets):
                 if split.seed >= SEEDS:
                     continue

@@ -7,7 +7,6 @@ Accuracy is measured with as many training threads as there are cores, latency w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import client, datasets
+from benchmarks.asked import asked
 from benchmarks.caller import Request, Timer
 from benchmarks.datasets import Sample
 from benchmarks.report import Report, Spread, table
@@ -308,22 +308,11 @@ def compare(report: Report, sets: Sequence[str], seeds: int, folder: Path) -> No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named sets and writes benchmarks/results/finetune.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join([*SPLITS, LATENCY]))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - {*SPLITS, LATENCY}:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    parts = options.parts or [LATENCY, *SPLITS]
+    options = asked("finetune", __doc__, [LATENCY, *SPLITS], arguments, seeds=SEEDS)
     report = Report("finetune", "Fine-tunes")
-    if LATENCY in parts:
+    if LATENCY in options.parts:
         beside_tunes(report, options.data)
-    if sets := [name for name in SPLITS if name in parts]:
+    if sets := [name for name in SPLITS if name in options.parts]:
         compare(report, sets, options.seeds, options.data)
     return report.finish()
 

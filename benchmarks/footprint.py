@@ -20,7 +20,7 @@ from benchmarks.caller import Line, Request, json_request
 from benchmarks.datasets import Sample
 from benchmarks.pictures import photographs
 from benchmarks.report import Report, Spread, table
-from benchmarks.serving import Serving
+from benchmarks.serving import Serving, resident
 
 STARTS = 6
 READY_SECONDS = 4.0
@@ -30,12 +30,8 @@ LARGEST_MEGABYTES = 600
 _TENANT = "bench-footprint"
 
 
-def _status(pid: int, field: str) -> float:
-    """A field of /proc/<pid>/status, in megabytes."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
+def _megabytes(pid: int, field: str = "VmRSS") -> float:
+    return resident(pid, field) / (1 << 20)
 
 
 def _mapped(pid: int, word: str) -> int:
@@ -89,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as home, Serving(Path(home)) as own:
             seconds.append(own.seconds_to_ready)
-            idle.append(_status(own.process.pid, "VmRSS"))
+            idle.append(_megabytes(own.process.pid))
     starts, resting = Spread(tuple(seconds)), Spread(tuple(idle))
 
     rows = [["idle, ready", resting.text(".0f", " MB"), "", ""]]
@@ -101,11 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = []
         for name, request in requests:
             line.ask(request)
-            sizes.append(_status(pid, "VmRSS"))
-            others = sum(_status(other, "VmRSS") for other in own.group() if other != pid)
-            rows.append([name, f"{sizes[-1]:.0f} MB", f"{_status(pid, 'VmHWM'):.0f} MB", f"{others:.0f} MB"])
+            sizes.append(_megabytes(pid))
+            others = sum(_megabytes(other) for other in own.group() if other != pid)
+            rows.append(
+                [name, f"{sizes[-1]:.0f} MB", f"{_megabytes(pid, 'VmHWM'):.0f} MB", f"{others:.0f} MB"]
+            )
         torch = _mapped(pid, "torch")
-        peak = _status(pid, "VmHWM")
+        peak = _megabytes(pid, "VmHWM")
     report.add("From start to ready, backbones exported, an empty home", starts.text(".2f", " s"))
     head = ["after", "serving process", "its peak so far", "the processes it started"]
     report.add("Resident memory", table(head, rows))

@@ -5,21 +5,19 @@ python -m benchmarks.quality [group ...]     # all groups by default
 
 from __future__ import annotations
 
-import argparse
-import os
 import secrets
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import baselines, client, datasets, experiments, scores
+from benchmarks import baselines, client, experiments, scores
+from benchmarks.asked import asked
 from benchmarks.experiments import Split
 from benchmarks.report import Report, Spread, table
 
@@ -253,24 +251,14 @@ def _record(run: Outcome) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named groups and writes benchmarks/results/quality.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("groups", nargs="*", metavar="group", help=", ".join(experiments.GROUPS))
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    unknown = set(options.groups) - set(experiments.GROUPS)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    options = asked("quality", __doc__, experiments.GROUPS, arguments)
     report = Report("quality", "Quality")
     sets = experiments.Sets(options.data)
     grouped: dict[str, list[Outcome]] = defaultdict(list)
     with client.running() as server:
         service = client.Client(server)
         embeddings = baselines.Embeddings(service, options.data / "embeddings")
-        for group in options.groups or experiments.GROUPS:
+        for group in options.parts:
             for split in experiments.GROUPS[group](sets):
                 run = measure(split, service, embeddings)
                 grouped[split.experiment].append(run)

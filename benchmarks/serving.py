@@ -21,10 +21,10 @@ class DidNotStart(RuntimeError):
     """The service ended before it was ready; the message is what it wrote."""
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process's resident memory."""
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """Bytes of a process's resident memory; with VmHWM, of the most that it ever was."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise ProcessLookupError(pid)
 

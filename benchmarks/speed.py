@@ -8,9 +8,7 @@ stopped meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
 import sys
 import time
 from collections import defaultdict
@@ -24,6 +22,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks import client, datasets
+from benchmarks.asked import asked
 from benchmarks.caller import Request
 from benchmarks.client import Server
 from benchmarks.contenders import BareLoop, Peer, only
@@ -430,19 +429,9 @@ PARTS: Mapping[str, tuple[Callable[[Report, Server, Path], None], Mapping[str, s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named parts and writes benchmarks/results/speed.md and .json; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
-    options = parser.parse_args(arguments)
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    options = asked("speed", __doc__, PARTS, arguments)
     report = Report("speed", "Speed")
-    for name in options.parts or PARTS:
+    for name in options.parts:
         run, settings = PARTS[name]
         with client.running(settings) as server:
             run(report, server, options.data)

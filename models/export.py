@@ -63,7 +63,7 @@ def export(name: str) -> str:
         with tempfile.TemporaryDirectory(prefix="topwork-export-") as scratch:
             folder = Path(scratch) / "export"
             folder.mkdir()
-            write(network, folder)
+            write(network, folder, half=network.spec.precision == FLOAT32)
             _check(network, folder)
             return _store(network.spec, folder)
 
@@ -123,8 +123,8 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
     return stored
 
 
-def write(network: Network, folder: Path) -> None:
-    """Fills an empty folder as an export: graph, its form in half precision, tokenizer, manifest."""
+def write(network: Network, folder: Path, *, half: bool = False) -> None:
+    """Fills an empty folder as an export: graph, tokenizer, manifest. half: the graph in float16 as well."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -155,7 +155,7 @@ def write(network: Network, folder: Path) -> None:
         (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
     if network.spec.precision == INT8:
         quantize(folder, network.spec)
-    else:
+    if half:
         halve(folder)
     write_manifest(folder, network.spec, _set_tables_aside(folder))
 

@@ -32,6 +32,9 @@ from models.spec import ImageTransform, TextTransform
 # One input as the network takes it. Image: float32 (3, size, size). Text: int64 (tokens,).
 Prepared = NDArray[Any]
 
+# Where a JPEG says that it is to be turned.
+_TURNED = {"exif", "xmp"}
+
 # Named through their plugins: with only these loaded, Image.open does not import the forty others to look
 # further.
 FORMATS = tuple(
@@ -243,6 +246,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and not _TURNED & image.info.keys():
+        return image
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:

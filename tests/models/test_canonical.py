@@ -13,6 +13,7 @@ import pytest
 from models.backbone import Backbone
 from models.exported import find
 from models.manifest import read_tables
+from models.spec import FLOAT32, HALF_FILE
 from tests.models import canonical
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,10 @@ def test_embeddings_are_the_reference_s(backbone: Backbone) -> None:
 def test_large_tables_lie_beside_the_graph(backbone: Backbone) -> None:
     shapes = [np.load(path, mmap_mode="r").shape for path in read_tables(backbone.path).values()]
     assert shapes == ([(30_522, 384)] if backbone.spec.kind == "text" else [])
+
+
+def test_single_precision_has_a_form_in_half_precision(backbone: Backbone) -> None:
+    assert (backbone.path / HALF_FILE).exists() == (backbone.spec.precision == FLOAT32)
 
 
 def test_together_equals_alone(backbone: Backbone) -> None:

@@ -107,6 +107,14 @@ def test_exif_orientation_is_applied(fmt: str, orientation: int) -> None:
     np.testing.assert_allclose(levels(tilted), levels(straight), atol=6 if fmt == "JPEG" else 1e-3)
 
 
+def test_an_orientation_that_only_xmp_names_is_applied() -> None:
+    upright = drawing((24, 16))
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0}
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    tilted = encoded(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", xmp=xmp, **options)
+    np.testing.assert_allclose(levels(tilted), levels(encoded(upright, "JPEG", **options)), atol=6)
+
+
 def test_a_damaged_exif_block_does_not_cost_the_picture() -> None:
     data = encoded(drawing(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\x12\x01" * 20)
     np.testing.assert_allclose(levels(data), levels(encoded(drawing(), "PNG")), atol=1e-3)
