@@ -129,12 +129,14 @@ class Backbone:
 
         graph: ONNX with the inputs and the output of this one. Raises CorruptExport.
         """
-        session: Any = open_session(graph, device=self.device, threads=self.plan.alone)
+        # A CUDA graph captured for each shape of each tenant's network would fill the GPU.
+        plan = replace(self.plan, half=False, graphs=False)
+        session: Any = open_session(graph, device=self.device, threads=plan.alone)
         if self.device == "cuda":
-            # A graph captured for each shape of each tenant's network would fill the GPU.
-            session = Runner(session, self.spec, batch=self.plan.batch)
-        tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, self.plan)
+            session = Runner(session, self.spec, batch=plan.batch)
+        tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, plan)
         if not tuned._answers():
+            tuned.close()
             raise CorruptExport("The fine-tuned network does not give finite embeddings; fine-tune again.")
         return tuned
 

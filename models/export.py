@@ -23,6 +23,7 @@ from models.exported import find, find_tag, model_name, tag
 from models.half import halve
 from models.manifest import write_manifest
 from models.network import ExportRefused, Network, load_network
+from models.plan import lowest_cosine
 from models.quantize import quantize
 from models.spec import (
     FLOAT32,
@@ -190,8 +191,7 @@ def _check(network: Network, folder: Path) -> None:
     prepared = [backbone.preprocess(sample) for sample in samples]
     alone = np.concatenate([backbone.run([one]) for one in prepared])
     for kind, embeddings in (("alone", alone), ("together", backbone.run(prepared))):
-        norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(reference, axis=1)
-        lowest = float((np.sum(embeddings * reference, axis=1) / np.maximum(norms, 1e-12)).min())
+        lowest = lowest_cosine(embeddings, reference)
         least = _MIN_COSINE[network.spec.precision]
         if not lowest >= least:
             raise ExportRefused(

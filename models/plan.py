@@ -125,7 +125,7 @@ def measure_on_gpu(
         way = replace(usual, half=half, graphs=graphs)
         try:
             with open_run(way) as embed:
-                if not _lowest_cosine(embed(probes), reference) >= _MIN_COSINE:
+                if not lowest_cosine(embed(probes), reference) >= _MIN_COSINE:
                     logger.warning("float16 gives other embeddings here; single precision is taken")
                     continue
                 rates = {n: _rate(embed, probes[:n], n, 1) for n in (1, usual.batch, *_BATCHES_ON_GPU)}
@@ -142,7 +142,8 @@ def measure_on_gpu(
     return max(found, key=lambda plan: found[plan])
 
 
-def _lowest_cosine(one: Floats, other: Floats) -> float:
+def lowest_cosine(one: Floats, other: Floats) -> float:
+    """Between the rows of two arrays, (n, dim); NaN where a number is."""
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return float((np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-12)).min())
 
