@@ -124,11 +124,9 @@ class Predicting:
         async with self._embedding(loaded) as batcher:
             embedded = await embed(batcher, query.inputs)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
-        answers = await self._answering.answer(
-            loaded.head, embedded.embeddings[good], query.top_k, alone=embedded.callers == 1
-        )
+        vectors = embedded.embeddings[good] if embedded.errors else embedded.embeddings
+        answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
         if query.explain and good:
-            vectors = embedded.embeddings[good]
             if loaded.alias.network is not None:
                 # What is kept of examples is the backbone's.
                 vectors = (await embed(loaded.batcher, [query.inputs[index] for index in good])).embeddings

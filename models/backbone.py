@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
-from models.plan import Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
+from models.plan import BATCHES, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
 from models.preprocess import ImagePreprocessor, InputError, InputLimits, Prepared, TextPreprocessor
 from models.session import Device, DeviceUnavailable, open_session, open_table
 from models.spec import (
@@ -107,16 +107,21 @@ class Backbone:
         plan = plan or Plan.usual(spec.kind, device, threads)
         # Both sessions look up in one table. A GPU has a copy of its own.
         tables = {name: open_table(path) for name, path in read_tables(export).items() if device == "cpu"}
+        images = spec.kind == "image"
         session: Any
         if device == "cuda":
             session = _runner(export, spec, plan)
         else:
-            session = open_session(export / GRAPH_FILE, device=device, threads=plan.alone, tables=tables)
+            session = open_session(
+                export / GRAPH_FILE, device=device, threads=plan.alone, one_shape=images, tables=tables
+            )
         # Runs beside each other share the cores best when each keeps to few: threads of one run wait for its
         # slowest.
         beside = session
         if device == "cpu" and plan.beside != plan.alone:
-            beside = open_session(export / GRAPH_FILE, device=device, threads=plan.beside, tables=tables)
+            beside = open_session(
+                export / GRAPH_FILE, device=device, threads=plan.beside, one_shape=images, tables=tables
+            )
         backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
             raise CorruptExport(
@@ -131,7 +136,9 @@ class Backbone:
         """
         # A CUDA graph captured for each shape of each tenant's network would fill the GPU.
         plan = replace(self.plan, half=False, graphs=False)
-        session: Any = open_session(graph, device=self.device, threads=plan.alone)
+        session: Any = open_session(
+            graph, device=self.device, threads=plan.alone, one_shape=self.spec.kind == "image"
+        )
         if self.device == "cuda":
             session = Runner(session, self.spec, batch=plan.batch)
         tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, plan)
@@ -244,11 +251,13 @@ def planned(export: Path, *, device: Device, threads: int) -> Plan:
 
 def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
     def open_run(count: int) -> Run:
-        session = open_session(export / GRAPH_FILE, device="cpu", threads=count)
+        session = open_session(
+            export / GRAPH_FILE, device="cpu", threads=count, one_shape=spec.kind == "image"
+        )
         return lambda feed: session.run([OUTPUT_NAME], feed)
 
     blank = _blank(spec)
-    return measure(usual, open_run, lambda count: _feed(spec, [blank] * count))
+    return measure(usual, BATCHES[spec.kind], open_run, lambda count: _feed(spec, [blank] * count))
 
 
 def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
@@ -282,7 +291,7 @@ def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
 
 def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
     if isinstance(spec.transform, ImageTransform):
-        return {PIXELS: np.stack(prepared)}
+        return {PIXELS: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
     width = max(len(tokens) for tokens in prepared)
     ids = np.full((len(prepared), width), spec.transform.pad_id, np.int64)
     mask = np.zeros((len(prepared), width), np.int64)

@@ -331,12 +331,18 @@ class Batcher:
                 if not request.pending:
                     finished.append(request)
             lane.cost += _NEWEST * ((end - begin) / len(taken) - lane.cost)
-        _settle(finished, None)
-        for _, seconds, _ in spent:
-            self._observe(stage, seconds)
-        if good:
-            self._observe("embed", end - middle)
-            self._observe_batch(len(good))
+
+        def report() -> None:
+            for _, seconds, _ in spent:
+                self._observe(stage, seconds)
+            if good:
+                self._observe("embed", end - middle)
+                self._observe_batch(len(good))
+
+        if finished:
+            _settle(finished, None, report)
+        else:
+            report()
 
     def _prepare(
         self, taken: list[_Taken]
@@ -365,10 +371,17 @@ class Batcher:
         _settle(requests, failure)
 
 
-def _settle(requests: Collection[_Request], failure: Callable[[], Exception] | None) -> None:
-    """Wakes the callers, of whom some may have gone: all at once, for each waking writes to a socket."""
+def _settle(
+    requests: Collection[_Request],
+    failure: Callable[[], Exception] | None,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Wakes the callers, of whom some may have gone: all at once, for each waking writes to a socket. What is
+    to be reported has time until they have answered.
+    """
 
     def wake() -> None:
+        # Callbacks run in their order: those of the callers before this one.
         for request in requests:
             if request.future.done():
                 continue
@@ -377,6 +390,7 @@ def _settle(requests: Collection[_Request], failure: Callable[[], Exception] | N
                 request.future.set_result(embedded)
             else:
                 request.future.set_exception(failure())
+        asyncio.get_running_loop().call_soon(report)
 
     for loop in {request.future.get_loop() for request in requests}:
         # A loop that is closed has nobody who waits.

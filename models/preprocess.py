@@ -182,6 +182,8 @@ def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, limits)
+            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter.
+            image.decodermaxblock = max(image.decodermaxblock, len(data))
             yield image
     except InputError:
         raise

@@ -46,6 +46,7 @@ from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
 from service.events import Events, told_to_end
 from service.metrics import Metrics
 from service.settings import Settings
+from service.startup import trim_memory
 
 logger = logging.getLogger("topwork")
 
@@ -165,6 +166,7 @@ async def compose(settings: Settings) -> Components:
         stack.enter_context(told_to_end(events.close))
         # A daemon: a bucket may be long, and nobody waits for it at shutdown.
         threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
+        threading.Thread(target=trim_memory, args=(closing,), daemon=True).start()
         components = Components(
             settings=settings,
             registry=registry,

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+_TRIM_SECONDS = 30.0
 
 
 def explain(error: Exception) -> str:
@@ -60,6 +63,15 @@ def give_back_memory() -> None:
         adjust(_M_MMAP_THRESHOLD, 8 << 20)
         adjust(_M_TRIM_THRESHOLD, 32 << 20)
         adjust(_M_ARENA_MAX, 2)
+
+
+def trim_memory(closing: threading.Event) -> None:
+    """Gives back, twice a minute, what the heap keeps between blocks in use: the memory of a long queue, else
+    kept for ever. It takes one or two milliseconds, for which the heap is locked. Returns when closing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    while trim is not None and not closing.wait(_TRIM_SECONDS):
+        trim(0)
 
 
 def configure_logging() -> None:

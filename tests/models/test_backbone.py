@@ -154,8 +154,19 @@ def test_asking_for_a_gpu_that_is_not_there_fails(tmp_path: Path) -> None:
 def test_a_cpu_session_runs_on_the_cpu(tmp_path: Path) -> None:
     session = open_session(tiny.image_export(tmp_path) / GRAPH_FILE, device="cpu", threads=1)
     assert session.get_providers() == ["CPUExecutionProvider"]
-    assert not session.get_session_options().enable_cpu_mem_arena
+    options = session.get_session_options()
+    assert not options.enable_cpu_mem_arena
+    assert not options.enable_mem_pattern
     assert isinstance(session, onnxruntime.InferenceSession)
+
+
+def test_images_have_their_memory_laid_out_once_and_texts_do_not(tmp_path: Path) -> None:
+    for backbone, once in (
+        (tiny.image_backbone(tmp_path / "images"), True),
+        (tiny.text_backbone(tmp_path / "texts"), False),
+    ):
+        options = backbone._session.get_session_options()
+        assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (once, once)
 
 
 def test_serving_imports_neither_torch_nor_what_only_export_needs() -> None:

@@ -224,7 +224,7 @@ async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Back
             await batcher.embed([tiny.picture(4)])
         assert 0 < caught.value.retry_after < 60
         with pytest.raises(Overloaded):
-            await batcher.embed([tiny.picture(4)] * 2, bulk=True)
+            await batcher.embed([tiny.picture(4)] * 4, bulk=True)
         gate.opened.set()
         await asyncio.gather(held, bulk, filled)
         # More than the queue holds is let in while nothing waits; otherwise it never would be.

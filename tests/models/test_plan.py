@@ -18,6 +18,7 @@ from models.preprocess import Prepared
 from tests import tiny
 
 USUAL = Plan(alone=2, workers=2, beside=1, batch=1)
+BATCHES = (1, 8, 32)
 
 
 def machine(seconds: Callable[[int, int], float]) -> tuple[Callable[[int], Run], list[int]]:
@@ -38,7 +39,7 @@ def feed(items: int) -> Mapping[str, Any]:
 def test_what_is_fastest_is_taken() -> None:
     # Two threads halve a run, and batches of 8 cost little more than one.
     open_run, opened = machine(lambda threads, items: 0.004 / threads * (1 + 0.05 * (items - 1)))
-    plan = measure(USUAL, open_run, feed)
+    plan = measure(USUAL, BATCHES, open_run, feed)
     assert plan.alone == 2
     assert plan.batch == 32
     assert sorted(opened) == [1, 2]
@@ -49,19 +50,19 @@ def test_one_run_with_all_threads_where_runs_beside_each_other_are_slow() -> Non
         return (0.002 if threads == 2 else 0.008) * items * (1 + 0.02 * items)
 
     open_run, _ = machine(seconds)
-    assert measure(USUAL, open_run, feed) == Plan(alone=2, workers=1, beside=2, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed) == Plan(alone=2, workers=1, beside=2, batch=1)
 
 
 def test_threads_that_do_not_help_are_not_taken() -> None:
     open_run, _ = machine(lambda threads, items: 0.002 * threads * items * (1 + 0.02 * items))
-    assert measure(USUAL, open_run, feed) == Plan(alone=1, workers=2, beside=1, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed) == Plan(alone=1, workers=2, beside=1, batch=1)
 
 
 def test_what_is_as_good_stays_as_usual() -> None:
     # A sleep takes a little longer than asked, which favours large batches: so they are slower by a
     # fiftieth.
     open_run, _ = machine(lambda threads, items: 0.01 * items * (1 + 0.0007 * items) / threads)
-    assert measure(USUAL, open_run, feed) == USUAL
+    assert measure(USUAL, BATCHES, open_run, feed) == USUAL
 
 
 GPU = Plan.usual("image", "cuda", 16)

@@ -247,3 +247,32 @@ def test_plain_bentoml_serve_ends_when_its_worker_cannot_start(tmp_path: Path) -
 def test_did_not_start_tells_why(tmp_path: Path) -> None:
     with pytest.raises(DidNotStart, match="TOPWORK_THREADS"):
         Serving(tmp_path, environment={"TOPWORK_THREADS": "-1"})
+
+
+def test_what_the_heap_keeps_between_blocks_is_given_back() -> None:
+    program = """
+import os, threading
+from pathlib import Path
+from service import startup
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+startup._TRIM_SECONDS = 0.1
+blocks = [bytearray(b"x" * 100_000) for _ in range(1_000)]
+del blocks[1:-1]
+before = resident()
+closing = threading.Event()
+thread = threading.Thread(target=startup.trim_memory, args=(closing,))
+thread.start()
+threading.Event().wait(0.5)
+closing.set()
+thread.join(10)
+print(before - resident(), thread.is_alive())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    given_back, alive = done.stdout.split()
+    assert int(given_back) > 50_000_000
+    assert alive == "False"
