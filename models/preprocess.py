@@ -143,6 +143,9 @@ class ImagePreprocessor:
         new_width, new_height = int(scaled * width / shorter), int(scaled * height / shorter)
         left, right = _span(width, new_width, size)
         top, bottom = _span(height, new_height, size)
+        if height <= width:
+            # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
+            return image.resize((size, size), self._resampling, box=(left, top, right, bottom))
         first, last = 0, height
         if height > 2 * width:
             if new_height < height:
