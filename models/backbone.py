@@ -158,6 +158,11 @@ class Backbone:
         return self.plan.batch
 
     @property
+    def bulk_batch(self) -> int:
+        """Inputs of one run of bulk, at most: of images one, for more would stay in memory."""
+        return 1 if self.device == "cpu" and self.spec.kind == "image" else self.batch
+
+    @property
     def preprocess_stage(self) -> str:
         """What preprocessing is called in timings and metrics: decode or tokenize."""
         return "decode" if self.spec.kind == "image" else "tokenize"

@@ -265,7 +265,8 @@ class Batcher:
                 lane.ready.wait(_PREDICTS_STAY if lane.requests else None)
             # A share, never all: the others have something of a single caller's inputs too, and whoever is
             # done next has something to go on with while callers read their answers and ask again.
-            room = max(1, min(self.backbone.batch, -(-lane.depth // self._workers)))
+            most = self.backbone.batch if lane is self._predicts else self.backbone.bulk_batch
+            room = max(1, min(most, -(-lane.depth // self._workers)))
             taken: list[_Taken] = []
             while lane.requests and len(taken) < room:
                 request = lane.requests.popleft()
@@ -297,9 +298,11 @@ class Batcher:
         return self._bulk.running < max(1, self._workers - predicts_come)
 
     def _others(self, lane: _Lane) -> bool:
-        """Whether other threads of the lane run, or are about to: each does best on one core then."""
+        """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
+        threads of a run wait for each other, and so for the one that bulk holds up.
+        """
         with self._lock:
-            return lane.running > 1 or bool(lane.requests)
+            return lane.running > 1 or bool(lane.requests) or self._bulk.running > 0
 
     def _answer(self, taken: list[_Taken], lane: _Lane) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
