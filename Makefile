@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,13 +29,16 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: bench-speed bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
+bench: bench-speed bench-neighbours bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
 	$(RUN) benchmarks.speed
 
 bench-eight-bits: .venv/dev.stamp  ## What the 8-bit backbones cost in accuracy
 	$(RUN) benchmarks.eight_bits
+
+bench-neighbours: .venv/dev.stamp  ## What a tenant far above its quota costs the others
+	$(RUN) benchmarks.neighbours
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
 	$(RUN) benchmarks.quality

@@ -21,11 +21,15 @@ class Flights(Generic[T]):
 
     async def join(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
         """The result of the load under way, or of a new one."""
+        return await asyncio.shield(self.begin(key, load))
+
+    def begin(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
+        """The load under way, or a new one. Nobody need wait for it."""
         task = self._tasks.get(key)
         if task is None or task.done():
             task = self._tasks[key] = asyncio.create_task(self._run(load))
             task.add_done_callback(lambda done: self._land(key, done))
-        return await asyncio.shield(task)
+        return task
 
     def forget(self, key: Hashable) -> None:
         """Let whoever asks from now on begin a new load; those who wait still get the old one."""

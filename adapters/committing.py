@@ -44,6 +44,7 @@ from adapters.schema import (
     versions,
 )
 from adapters.store import Artifact
+from adapters.tenants import add_tenant, check_adapters, check_examples
 
 CHANGES_KEPT = 3600.0
 """Seconds for which the database remembers who changed."""
@@ -80,6 +81,8 @@ def commit(connection: Connection, change: Change) -> Committed:
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
     after = _finish(connection, adapter, values)
+    if added:
+        check_examples(connection, adapter.tenant)
     return Committed(
         adapter=after,
         alias=alias_of(connection, after),
@@ -175,6 +178,8 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
         "examples": 0,
         "created_at": database_now(),
     }
+    add_tenant(connection, change.tenant)
+    check_adapters(connection, change.tenant)
     try:
         connection.execute(insert(adapters).values(values))
     except IntegrityError as error:

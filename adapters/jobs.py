@@ -28,7 +28,7 @@ from adapters.records import (
     TooManyJobs,
     UnknownJob,
 )
-from adapters.schema import jobs
+from adapters.schema import jobs, tenants
 from adapters.store import Artifact
 
 MAX_ATTEMPTS = 3
@@ -124,7 +124,7 @@ class Jobs:
         """Begin the next attempt of the oldest job that may run; None if there is none.
 
         Queued jobs may run, and those whose lease ran out, unless `settle` ends them; not those of a tenant
-        that has max_running_per_tenant under a lease.
+        that has max_running_per_tenant under a lease, or as many as its quota says.
         """
         with self._database.reading() as connection:
             # Asked every second by every worker: where nothing waits, nobody's write waits for it.
@@ -288,7 +288,9 @@ def _next(
     """The job to claim, its row locked. Rows that others have locked, to end or to cancel, are passed by."""
     # A job whose lease ran out holds no place, or it would keep itself from being claimed again.
     leased = select(jobs.c.tenant).where(jobs.c.state == "running", jobs.c.lease_until > now)
-    busy = leased.group_by(jobs.c.tenant).having(func.count() >= max_running)
+    quota = select(tenants.c.max_running_jobs).where(tenants.c.name == jobs.c.tenant)
+    most = func.coalesce(quota.correlate(jobs).scalar_subquery(), max_running)
+    busy = leased.group_by(jobs.c.tenant).having(func.count() >= most)
     query = (
         select(jobs)
         .where(
@@ -297,6 +299,7 @@ def _next(
             or_(jobs.c.lease_until.is_(None), jobs.c.lease_until <= now),
             jobs.c.kind.in_(kinds),
             jobs.c.tenant.not_in(busy),
+            jobs.c.tenant.not_in(select(tenants.c.name).where(tenants.c.max_running_jobs == 0)),
             _may_run(now),
         )
         .order_by(jobs.c.id)

@@ -53,6 +53,7 @@ from adapters.records import (
 )
 from adapters.schema import adapters, changes, examples
 from adapters.store import Artifact
+from adapters.tenants import Tenants
 
 __all__ = [
     "CHANGES_KEPT",
@@ -100,11 +101,17 @@ class Registry:
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         self._database = Database(url, patience=patience)
         self._jobs = Jobs(self._database)
+        self._tenants = Tenants(self._database)
 
     @property
     def jobs(self) -> Jobs:
         """The durable jobs of every tenant, in the same database."""
         return self._jobs
+
+    @property
+    def tenants(self) -> Tenants:
+        """The tenants and their keys, in the same database."""
+        return self._tenants
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -82,6 +83,35 @@ Sorted = Text().with_variant(Text(collation="C"), "postgresql")
 Counter = BigInteger().with_variant(Integer(), "sqlite")
 
 metadata = MetaData()
+
+# Without a number a quota is not set.
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", Sorted, primary_key=True),
+    Column("created_at", UtcTime, nullable=False),
+    Column("requests_per_second", Float),
+    Column("items_per_second", Float),
+    Column("bytes_per_second", Float),
+    Column("max_adapters", BigInteger),
+    Column("max_examples", BigInteger),
+    Column("max_running_jobs", BigInteger),
+)
+
+# Of a secret only its digest is kept. Scopes: words with blanks between them.
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", Sorted, ForeignKey("tenants.name", name="keys_tenant"), nullable=False),
+    Column("secret_sha256", String(64), nullable=False),
+    Column("scopes", Text, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Index("keys_by_tenant", "tenant", "id"),
+)
 
 adapters = Table(
     "adapters",

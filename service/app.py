@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from service.edge import Edge
+from service.edge import ASKING, Edge
 from service.protocol import Protocol
 from service.settings import Settings, serving_environment, tracing_wanted
 from service.startup import configure_logging, explain, give_back_memory, give_up
@@ -109,7 +109,7 @@ class Topwork:
         from service.auth import Guard, listening_addresses
         from service.composition import compose
         from service.direct import Direct
-        from service.routes import HOT, build_api
+        from service.routes import build_api
 
         configure_logging()
         give_back_memory()
@@ -118,12 +118,14 @@ class Topwork:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
-            guard = Guard(settings.admin_key, listening_addresses())
+            # First, for without a key nothing need be started.
+            Guard(settings.admin_key, listening_addresses())
             self.components = await compose(settings)
+            guard = Guard(settings.admin_key, listening_addresses(), self.components.keyring.get)
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
-        edge.open(Direct(api, HOT), settings=settings, guard=guard, metrics=self.components.metrics)
+        edge.open(Direct(api, ASKING), settings=settings, guard=guard, metrics=self.components.metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

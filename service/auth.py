@@ -1,23 +1,24 @@
-"""Who may call: an admin key, or nobody but this machine. And which tenant a call is for."""
+"""Who may call: with the admin key, with a tenant's, or from this machine. And which tenant a call is for."""
 
 from __future__ import annotations
 
 import ipaddress
-import re
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from pydantic import SecretStr
 
+from adapters.store import is_tenant
+from adapters.tenants import HeldKey, Scope, UnknownTenant, split_key
 from service.errors import Problem
-
-TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+from service.meters import Meter, Meters
 
 # Static, the same for everybody, and fetched by tools that cannot send a key: the documentation by browsers,
 # the metrics by Prometheus, whose configuration should not hold an admin's key.
@@ -67,40 +68,121 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-class Guard:
-    """Decides whether a request may pass. Without a key only on loopback addresses, and then never for a
-    web page
-    of somebody else's: its Origin is refused, and a name that was made to point at this machine is not its
-    Host.
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. tenant: whose key it is, None for the operator, who may name any. meter: of its quotas. key:
+    its id, or a word for who has none.
     """
 
-    def __init__(self, key: SecretStr | None, addresses: Iterable[str]) -> None:
-        """Raises KeyMissing without a key unless every address is loopback;
+    tenant: str | None
+    scopes: frozenset[Scope]
+    key: str
+    meter: Meter | None = None
 
-        No known address counts as foreign.
+    def use(self, what: str, amount: float) -> None:
+        """Counts items or bytes against the tenant's quotas."""
+        if self.meter is not None:
+            self.meter.take(what, amount)
+
+
+OPERATOR = Caller(None, frozenset(get_args(Scope)), "operator")
+# Whoever can reach a service that asks for no key.
+LOCAL = Caller(None, frozenset(get_args(Scope)), "none")
+NOBODY = Caller(None, frozenset(), "none")
+
+
+async def _no_keys(key_id: str) -> HeldKey | None:
+    """There are no tenants' keys."""
+    return None
+
+
+class Guard:
+    """Decides whether a request may pass, and as whom.
+
+    With an admin key, everybody needs that or a tenant's. Without one only on loopback addresses: every
+    caller is the operator then, but never a web page of somebody else's: its Origin is refused, and a name
+    that was made to point at this machine is not its Host.
+    """
+
+    def __init__(
+        self,
+        admin_key: SecretStr | None,
+        addresses: Iterable[str],
+        find: Callable[[str], Awaitable[HeldKey | None]] = _no_keys,
+    ) -> None:
+        """find(id) gives a tenant's key while it is in use.
+
+        Raises KeyMissing without an admin key unless every address is loopback; no known address counts as
+        foreign.
         """
         foreign = sorted(
             address for address in (list(addresses) or ["an unknown address"]) if not is_loopback(address)
         )
-        if key is None and foreign:
+        if admin_key is None and foreign:
             raise KeyMissing(NEEDS_KEY.format(address=foreign[0]))
-        self._key = key.get_secret_value().encode() if key else None
+        self._key = admin_key.get_secret_value().encode() if admin_key else None
+        self._find = find
+        self._meters = Meters()
 
-    def check(self, path: str, headers: dict[bytes, bytes]) -> Problem | None:
-        """None if the request may pass. `headers` as in ASGI: lower-case names, the last of each name."""
+    async def admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> Caller | Problem:
+        """Who the request is from, or its refusal. `headers` as in ASGI: lower-case names, the last of each.
+
+        Raises RegistryUnavailable for a tenant's key that was not read before.
+        """
         if self._key is None:
-            return _check_local(headers)
+            return _check_local(headers) or LOCAL
         if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            return None
+            return NOBODY
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and secrets.compare_digest(given.strip(), self._key):
-            return None
-        return Problem(
-            401,
-            "unauthorized",
-            "Send the key as `Authorization: Bearer <key>`.",
-            headers={"WWW-Authenticate": 'Bearer realm="topwork"'},
-        )
+        if scheme.lower() != b"bearer":
+            return _unauthorized()
+        given = given.strip()
+        if secrets.compare_digest(given, self._key):
+            return OPERATOR
+        return await self._as_tenant(given, method, path, headers)
+
+    async def _as_tenant(
+        self, given: bytes, method: str, path: str, headers: dict[bytes, bytes]
+    ) -> Caller | Problem:
+        parts = split_key(given.decode("latin-1"))
+        key = await self._find(parts[0]) if parts else None
+        if parts is None or key is None or not key.opens_with(parts[1]):
+            return _unauthorized()
+        named = headers.get(b"x-tenant")
+        if named is not None and named.decode("latin-1") != key.tenant:
+            return Problem(
+                403, "wrong_tenant", "The key is another tenant's than X-Tenant names; leave it out."
+            )
+        scope = needed(method, path)
+        if scope is not None and scope not in key.scopes:
+            return Problem(
+                403,
+                "scope_missing",
+                f"This needs a key with the scope {scope!r}; ask whoever gave you yours.",
+            )
+        meter = self._meters.admit(key.tenant, key.quotas)
+        return meter if isinstance(meter, Problem) else Caller(key.tenant, key.scopes, key.id, meter)
+
+
+def needed(method: str, path: str) -> Scope | None:
+    """The scope that a key needs; None where any will do: to see what there is to ask."""
+    first, _, rest = path.removeprefix("/").partition("/")
+    if first in ("predict", "embed", "v1"):
+        return "predict"
+    if first == "tenants":
+        return "admin"
+    changes = method not in ("GET", "HEAD")
+    teaches = first == "adapters" and (changes or "/examples" in rest or rest.endswith("/export"))
+    return "adapt" if teaches or first in ("adapt", "jobs") else None
+
+
+def _unauthorized() -> Problem:
+    return Problem(
+        401,
+        "unauthorized",
+        "Send the key as `Authorization: Bearer <key>`.",
+        headers={"WWW-Authenticate": 'Bearer realm="topwork"'},
+    )
 
 
 def _check_local(headers: dict[bytes, bytes]) -> Problem | None:
@@ -133,13 +215,22 @@ def _host_name(url: str) -> str:
         return ""
 
 
+def caller_of(request: Request) -> Caller:
+    """Who the edge found the request to be from."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
+
+
 async def tenant_of(request: Request) -> str:
-    """The tenant named by the X-Tenant header, "default" without one.
+    """The tenant of the key; of the operator the one named by the X-Tenant header, "default" without one.
 
     Raises a 422 Problem for an impossible name. Async, or FastAPI would run it in a thread.
     """
+    own = caller_of(request).tenant
+    if own is not None:
+        return own
     name = request.headers.get("x-tenant", "default")
-    if not TENANT.fullmatch(name):
+    if not is_tenant(name):
         raise Problem(
             422,
             "invalid_tenant",
@@ -148,4 +239,23 @@ async def tenant_of(request: Request) -> str:
     return name
 
 
+async def named_tenant(request: Request, tenant: str) -> str:
+    """The tenant in the path. To another tenant's key it is one that does not exist.
+
+    Raises UnknownTenant.
+    """
+    own = caller_of(request).tenant
+    if not is_tenant(tenant) or own not in (None, tenant):
+        raise UnknownTenant(tenant[:63])
+    return tenant
+
+
+async def only_operator(request: Request) -> None:
+    """Raises a 403 Problem for a tenant's key."""
+    caller = caller_of(request)
+    if caller.tenant is not None or "admin" not in caller.scopes:
+        raise Problem(403, "operator_only", "This needs the admin key of the service.")
+
+
 Tenant = Annotated[str, Depends(tenant_of)]
+NamedTenant = Annotated[str, Depends(named_tenant)]

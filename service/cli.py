@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from service import tenant_commands
+
 if TYPE_CHECKING:
     import uvicorn
 
@@ -29,9 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--port", type=int, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
     )
     commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
+    tenant_commands.add_commands(commands)
     options = parser.parse_args(arguments)
     try:
-        return _work() if options.command == "worker" else _serve(options.host, options.port)
+        match options.command:
+            case "serve":
+                return _serve(options.host, options.port)
+            case "worker":
+                return _work()
+            case _:
+                return tenant_commands.run(options)
     except Exception as error:
         from service.startup import complain
 

@@ -44,6 +44,7 @@ from models.preprocess import InputLimits
 from service import __version__
 from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
 from service.events import Events, told_to_end
+from service.keyring import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
 from service.startup import trim_memory
@@ -78,6 +79,7 @@ class Components:
     submitting: Submitting
     events: Events
     uploads: Slots
+    keyring: Keyring
     workers: tuple[Supervised, ...]
     metrics: Metrics
     closing: AsyncExitStack
@@ -109,6 +111,8 @@ async def compose(settings: Settings) -> Components:
             _backbones(settings, plans, stack), asyncio.to_thread(_storage, settings), fitter.start()
         )
         stack.callback(registry.close)
+        keyring = Keyring(registry.tenants.find)
+        stack.push_async_callback(keyring.close)
 
         def batcher_for(backbone: Backbone) -> Batcher:
             # A tenant's network is counted with its backbone: a series for each would be without bound.
@@ -183,6 +187,7 @@ async def compose(settings: Settings) -> Components:
             submitting=submitting,
             events=events,
             uploads=Slots("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
+            keyring=keyring,
             workers=workers,
             metrics=metrics,
             closing=stack.pop_all(),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from adapters.store import is_tenant
 from service.errors import Problem, respond
 
 if TYPE_CHECKING:
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from adapters.uploads import Form
-    from service.auth import Guard
+    from service.auth import Caller, Guard
     from service.metrics import Metrics
     from service.settings import Settings
 
 access = logging.getLogger("topwork.access")
+audit = logging.getLogger("topwork.audit")
+
+ASKING = frozenset({"/predict", "/embed", "/v1/embeddings"})
+"""Paths to which is posted, and that change nothing."""
+_WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 BULK: Mapping[str, Form] = {
     "application/x-ndjson": "ndjson",
@@ -142,13 +148,16 @@ class _Inner:
         bodies = self._uploads if bulk else self._bodies
         exchange = (_Upload if bulk else _Exchange)(receive, send, bodies, request_id)
         try:
-            refusal = self._guard.check(scope["path"], headers) or bodies.refuse_declared(headers)
+            refusal = await self._refusal(scope, headers) or bodies.refuse_declared(headers)
             if refusal is not None:
                 await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
             else:
                 await self._run(scope, exchange)
         finally:
             exchange.close()
+            caller: Caller | None = scope["state"].get("caller")
+            if caller is not None:
+                caller.use("bytes", exchange.bytes)
             seconds = time.perf_counter() - started
             template = getattr(scope.get("route"), "path", None)
             status = exchange.status or _CLIENT_GONE
@@ -156,6 +165,19 @@ class _Inner:
             if self._settings.access_log:
                 path = scope.get("raw_path", b"").decode("latin-1")[:_LOGGED_PATH]
                 access.info("%s %s %d %.1fms %s", scope["method"], path, status, seconds * 1e3, request_id)
+            if caller is not None and scope["method"] in _WRITES and scope["path"] not in ASKING:
+                _record(scope, caller, headers, status, request_id)
+
+    async def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Exception | None:
+        """Why the request may not pass; otherwise its scope says who it is from."""
+        try:
+            caller = await self._guard.admit(scope["method"], scope["path"], headers)
+        except Exception as error:
+            return error
+        if isinstance(caller, Problem):
+            return caller
+        scope["state"]["caller"] = caller
+        return None
 
     async def _run(self, scope: Scope, exchange: _Exchange) -> None:
         """The routes' answer, or a problem: whatever escapes them, and a deadline that passes."""
@@ -176,6 +198,16 @@ class _Inner:
             await answer(scope, exchange.receive, exchange.send)
 
 
+def _record(
+    scope: Scope, caller: Caller, headers: Mapping[bytes, bytes], status: int, request_id: str
+) -> None:
+    """One line of the audit log: who changed what, or tried to."""
+    tenant = caller.tenant or headers.get(b"x-tenant", b"default").decode("latin-1")
+    path = scope.get("raw_path", b"").decode("latin-1")[:_LOGGED_PATH]
+    who = tenant if is_tenant(tenant) else "-"
+    audit.info("%s %s %d tenant=%s key=%s %s", scope["method"], path, status, who, caller.key, request_id)
+
+
 class _Exchange:
     """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
 
@@ -187,7 +219,7 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._bodies = bodies
-        self._bytes = 0
+        self.bytes = 0
         self._body_read = False
         self._gone = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
@@ -234,7 +266,7 @@ class _Exchange:
             self._gone.set()
             self._body_read = True
             return message
-        self._bytes = self._bodies.take(self._bytes, len(message.get("body", b"")))
+        self.bytes = self._bodies.take(self.bytes, len(message.get("body", b"")))
         if not message.get("more_body", False):
             self._body_read = True
             if self._when_gone is None:
@@ -252,7 +284,7 @@ class _Exchange:
 
     def close(self) -> None:
         """Ends the watch for the caller's hanging up; the body counts no more."""
-        self._bodies.give_back(self._bytes)
+        self._bodies.give_back(self.bytes)
         if self._when_gone is not None:
             self._when_gone.discard(self._hung_up)
         if self._watch is not None:
@@ -279,7 +311,7 @@ class _Upload(_Exchange):
         except TimeoutError as error:
             detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
             raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
-        since = self._began + self._bytes / _SLOWEST_BYTES_PER_SECOND
+        since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
         if not message.get("more_body", False):
             # What is left to do has the time of any request.
             since = asyncio.get_running_loop().time()

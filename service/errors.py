@@ -38,6 +38,7 @@ from adapters.records import (
 from adapters.revising import AdapterFull, NothingToFit
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
+from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey, UnknownTenant
 from adapters.uploaded import BadUpload
 from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
@@ -64,7 +65,13 @@ STATUSES: dict[type[Exception], int] = {
     UnknownVersion: 404,
     UnknownExample: 404,
     UnknownJob: 404,
+    UnknownTenant: 404,
+    UnknownKey: 404,
     AdapterFull: 409,
+    TenantExists: 409,
+    KeyNotInUse: 409,
+    QuotaExceeded: 409,
+    TooManyKeys: 409,
     CannotTune: 409,
     JobFinished: 409,
     ContractChanged: 409,

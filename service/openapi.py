@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service import schemas
+from service import schemas, tenant_schemas
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -19,6 +19,10 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.PromoteRequest,
     schemas.FeedbackRequest,
     schemas.RebaseRequest,
+    tenant_schemas.TenantRequest,
+    tenant_schemas.QuotasIn,
+    tenant_schemas.KeyRequest,
+    tenant_schemas.RotateRequest,
 )
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
 _UPLOAD = {"type": "string", "format": "binary", "description": "Its other fields are in the query string."}
@@ -76,8 +80,9 @@ def describe(app: FastAPI) -> None:
         models = [(model, "validation") for model in (*_REQUESTS, schemas.ProblemOut)]
         _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        for operations in document["paths"].values():
-            operations["parameters"] = [_TENANT]
+        for path, operations in document["paths"].items():
+            if not path.startswith("/tenants"):
+                operations["parameters"] = [_TENANT]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -87,7 +92,7 @@ _TENANT = {
     "name": "X-Tenant",
     "in": "header",
     "schema": {"type": "string", "pattern": schemas.ADAPTER_PATTERN, "default": "default"},
-    "description": "Whose adapters are meant.",
+    "description": "Whose adapters are meant; a tenant's key says it already.",
 }
 
 

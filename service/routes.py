@@ -6,7 +6,6 @@ What is refused, and how, is in service/errors.py.
 from __future__ import annotations
 
 import asyncio
-import base64
 import re
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from adapters.admission import check_id
 from adapters.exporting import Format
 from adapters.records import UnknownAdapter, UnknownJob
 from service import __version__, answers, errors, schemas
-from service.auth import Tenant, tenant_of
+from service.auth import Tenant, caller_of, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
@@ -26,9 +25,8 @@ from service.errors import Problem
 from service.events import brief
 from service.metrics import CONTENT_TYPE
 from service.openapi import body, describe, problems
-
-HOT = ("/predict", "/embed", "/v1/embeddings")
-"""Routes of which there may be thousands a second."""
+from service.paging import Behind, Limit
+from service.tenants import add_tenants
 
 _NAME = re.compile(schemas.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -62,22 +60,6 @@ async def jobs_adapter(adapter: str | None = None) -> str | None:
     return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
 
 
-async def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
-    """Behind what a page begins. Raises a 422 Problem for what no answer gave out."""
-    return None if cursor is None else _last_of(cursor)
-
-
-def _last_of(cursor: str) -> str:
-    try:
-        last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except ValueError:
-        last = "\0"
-    # No page ends with a NUL, and PostgreSQL takes none.
-    if "\0" in last:
-        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.")
-    return last
-
-
 async def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
     """The entity tag that must still hold. Any will do for `*`, and without the header."""
     return None if if_match is None or if_match.strip() == "*" else if_match.strip()
@@ -85,11 +67,9 @@ async def expected(if_match: Annotated[str | None, Header()] = None) -> str | No
 
 Adapter = Annotated[str, Depends(adapter_name)]
 Example = Annotated[str, Depends(example_id)]
-Behind = Annotated[str | None, Depends(behind)]
 Expected = Annotated[str | None, Depends(expected)]
 Job = Annotated[str, Depends(job_id)]
 JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
-Limit = Annotated[int, Query(ge=1, le=1_000)]
 Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
 
 
@@ -103,6 +83,7 @@ def build_api(components: Components) -> FastAPI:
     add_adapters(api, components, bodies)
     add_examples(api, components, bodies)
     add_jobs(api, components)
+    add_tenants(api, components.registry.tenants, bodies)
     describe(api)
     add_docs(api)
     return api
@@ -129,6 +110,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
             with uploads.take(tenant):
                 return answers.submitted(await submitting.bulk(tenant, form, *bodies.bulk(request, form)))
         command = await bodies.adapt(request)
+        caller_of(request).use("items", len(command.posted))
         if command.fine_tune is not None:
             return answers.submitted(*await submitting.fine_tune(tenant, command))
         return answers.adapted(await adapting.adapt(tenant, command))
@@ -144,6 +126,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
         if (name := bodies.adapter(request)) is not None:
             predicting.check_room(tenant, name)
         asked = await bodies.predict(request)
+        caller_of(request).use("items", len(asked.query.inputs))
         return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
 
     @api.post(
@@ -154,6 +137,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     async def embed(request: Request) -> Response:
         """The bare embeddings of inputs."""
         name, inputs, raw = await bodies.embed(request)
+        caller_of(request).use("items", len(inputs))
         found = await predicting.embed(name, inputs)
         content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
@@ -165,7 +149,9 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     )
     async def embeddings(request: Request) -> Response:
         """The embeddings of texts, as OpenAI's clients ask for them."""
-        return await openai_embeddings(predicting, await bodies.openai(request))
+        asked = await bodies.openai(request)
+        caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
+        return await openai_embeddings(predicting, asked)
 
     @api.get("/backbones", responses={200: {"model": schemas.BackbonesOut}})
     async def backbones() -> Response:

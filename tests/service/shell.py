@@ -6,12 +6,13 @@ For what the edge promises about any routes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import httpx
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
+from adapters.tenants import HeldKey
 from service import errors
 from service.auth import Guard, Tenant
 from service.docs import add_docs
@@ -26,18 +27,27 @@ class Body(BaseModel):
     items: list[int]
 
 
+async def nobody(key_id: str) -> HeldKey | None:
+    """No tenant has a key."""
+    return None
+
+
 class Shell:
     """Edge, metrics and a client whose requests go straight to the edge."""
 
-    def __init__(self, settings: Settings, addresses: Iterable[str] = ("127.0.0.1",)) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        addresses: Iterable[str] = ("127.0.0.1",),
+        find: Callable[[str], Awaitable[HeldKey | None]] = nobody,
+    ) -> None:
         self.metrics = Metrics()
         self.edge = Edge()
         self.app = _app()
         self.cancelled = asyncio.Event()
         self.app.state.shell = self
-        self.edge.open(
-            self.app, settings=settings, guard=Guard(settings.admin_key, addresses), metrics=self.metrics
-        )
+        guard = Guard(settings.admin_key, addresses, find)
+        self.edge.open(self.app, settings=settings, guard=guard, metrics=self.metrics)
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         """A client of the edge, with headers for every request."""

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import hashlib
+import logging
 import socket
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.auth import Guard, KeyMissing, is_loopback, listening_addresses
+from adapters.records import RegistryUnavailable
+from adapters.tenants import HeldKey
+from service.auth import Guard, KeyMissing, is_loopback, listening_addresses, needed
 from service.settings import Settings
 from tests.service.shell import Shell
+from tests.service.test_openapi import ROUTES
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -126,3 +131,90 @@ async def test_the_tenant_is_the_header_s_or_the_default(tmp_path: Path) -> None
     async with Shell(settings(tmp_path)).client() as client:
         assert (await client.get("/tenant")).json() == {"tenant": "default"}
         assert (await client.get("/tenant", headers={"x-tenant": "a.b-c_9"})).json() == {"tenant": "a.b-c_9"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "scope"),
+    [
+        ("POST", "/predict", "predict"),
+        ("POST", "/embed", "predict"),
+        ("POST", "/v1/embeddings", "predict"),
+        ("POST", "/adapt", "adapt"),
+        ("GET", "/adapters", None),
+        ("HEAD", "/adapters/films", None),
+        ("GET", "/adapters/films/versions/1", None),
+        ("GET", "/adapters/films/versions/1/export", "adapt"),
+        ("GET", "/adapters/films/examples", "adapt"),
+        ("GET", "/adapters/films/examples/a/b", "adapt"),
+        ("DELETE", "/adapters/films", "adapt"),
+        ("PUT", "/adapters/films/aliases/live", "adapt"),
+        ("POST", "/adapters/films/feedback", "adapt"),
+        ("PATCH", "/adapters/films", "adapt"),
+        ("GET", "/jobs", "adapt"),
+        ("POST", "/jobs/1/cancel", "adapt"),
+        ("GET", "/tenants", "admin"),
+        ("POST", "/tenants/acme/keys", "admin"),
+        ("GET", "/backbones", None),
+        ("GET", "/nowhere", None),
+    ],
+)
+def test_the_scope_that_a_request_needs(method: str, path: str, scope: str | None) -> None:
+    assert needed(method, path) == scope
+
+
+def test_every_route_that_changes_something_needs_a_scope() -> None:
+    document = {(method.upper(), path) for method, path in ROUTES}
+    for method, path in document:
+        if method != "GET":
+            assert needed(method, path.replace("{adapter}", "films")) is not None, path
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_asked_of_the_database_is_a_problem_too(tmp_path: Path) -> None:
+    async def find(key_id: str) -> HeldKey | None:
+        raise errors[key_id]
+
+    errors = {"0" * 16: RegistryUnavailable("away"), "1" * 16: ZeroDivisionError("a secret of the inside")}
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], find)
+    for key_id, status in (("0" * 16, 503), ("1" * 16, 500)):
+        async with shell.client(authorization=f"Bearer tw_{key_id}_x") as client:
+            answer = await client.get("/things/1")
+            assert answer.status_code == status
+            assert "secret" not in answer.text
+
+
+@pytest.mark.anyio
+async def test_writes_are_in_the_audit_log_with_who_did_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = HeldKey("0" * 16, "acme", frozenset({"adapt"}), hashlib.sha256(b"x").hexdigest(), None)
+
+    async def find(key_id: str) -> HeldKey | None:
+        return key if key_id == key.id else None
+
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], find)
+    logger = logging.getLogger("topwork.audit")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "topwork.audit"):
+            async with shell.client(authorization=f"Bearer tw_{key.id}_x") as client:
+                await client.post("/validated", json={"items": [1]})
+                await client.post("/validated", json={})
+                await client.get("/things/1")
+                await client.post("/predict")
+                await client.delete("/adapters/a%0Ab")
+            async with shell.client(authorization=f"Bearer {KEY}") as client:
+                await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "other"})
+                await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "\n no"[1:]})
+            async with shell.client() as client:
+                await client.post("/validated", json={"items": [1]})
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [record.getMessage().rpartition(" ")[0] for record in caplog.records]
+    assert list(dict.fromkeys(lines)) == [
+        f"POST /validated 200 tenant=acme key={key.id}",
+        f"POST /validated 422 tenant=acme key={key.id}",
+        f"DELETE /adapters/a%0Ab 404 tenant=acme key={key.id}",
+        "POST /validated 200 tenant=other key=operator",
+        "POST /validated 200 tenant=- key=operator",
+    ]

@@ -1,0 +1,109 @@
+"""`topwork tenants` and `topwork keys`: straight on the database, whether or not the service runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+    from adapters.tenants import KeyRecord, Scope, TenantRecord
+
+
+class BadArgument(ValueError):
+    """An argument of the command line that cannot be used; the message says why."""
+
+    code = "bad_argument"
+
+
+def add_commands(commands: Any) -> None:
+    """Adds both to the command line."""
+    tenants = commands.add_parser("tenants", help="make and list tenants").add_subparsers(
+        dest="action", required=True
+    )
+    tenants.add_parser("create", help="make a tenant").add_argument("tenant")
+    tenants.add_parser("list", help="list all tenants, one in a line of JSON")
+
+    keys = commands.add_parser("keys", help="make, list, rotate and revoke a tenant's keys").add_subparsers(
+        dest="action", required=True
+    )
+    create = keys.add_parser("create", help="make a key, and print it: it is shown this once")
+    create.add_argument("tenant")
+    create.add_argument(
+        "--scopes", default="predict,adapt", help="of predict,adapt,admin (default: %(default)s)"
+    )
+    create.add_argument("--note", default="", help="what it is for")
+    create.add_argument("--days", type=float, help="after which it expires (default: never)")
+    keys.add_parser("list", help="list a tenant's keys, one in a line of JSON").add_argument("tenant")
+    rotate = keys.add_parser("rotate", help="make a key in the place of another, and print it")
+    rotate.add_argument("tenant")
+    rotate.add_argument("key", help="its id")
+    rotate.add_argument(
+        "--grace", type=float, default=3_600, help="seconds the old one goes on (default: %(default)s)"
+    )
+    revoke = keys.add_parser("revoke", help="revoke a key")
+    revoke.add_argument("tenant")
+    revoke.add_argument("key", help="its id")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what was asked for. Raises RegistryError, BadArgument."""
+    # Here, for `topwork serve` sets the environment before any of it is imported.
+    from adapters.registry import Registry
+    from service.settings import Settings
+
+    settings = Settings()
+    if settings.database_url is None:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    registry = Registry(settings.database)
+    try:
+        registry.migrate()
+        for line in _lines(registry, options):
+            print(line)
+    finally:
+        registry.close()
+    return 0
+
+
+def _lines(registry: Registry, options: argparse.Namespace) -> Iterable[str]:
+    from adapters.store import is_tenant
+
+    tenants = registry.tenants
+    match (options.command, options.action):
+        case ("tenants", "create"):
+            if not is_tenant(options.tenant):
+                raise BadArgument("A tenant's name is 1 to 63 of a-z, 0-9, dot, underscore and dash.")
+            yield _json(tenants.create(options.tenant))
+        case ("tenants", "list"):
+            after = None
+            while page := tenants.tenants(after):
+                yield from map(_json, page)
+                after = page[-1].name
+        case ("keys", "create"):
+            lifetime = None if options.days is None else timedelta(days=options.days)
+            scopes = _scopes(options.scopes)
+            yield tenants.create_key(options.tenant, scopes, note=options.note, lifetime=lifetime)[1]
+        case ("keys", "list"):
+            yield from map(_json, tenants.keys(options.tenant))
+        case ("keys", "rotate"):
+            yield tenants.rotate(options.tenant, options.key, timedelta(seconds=options.grace))[1]
+        case ("keys", "revoke"):
+            yield _json(tenants.revoke(options.tenant, options.key))
+
+
+def _scopes(text: str) -> list[Scope]:
+    from adapters.tenants import Scope
+
+    names = {name.strip() for name in text.split(",")}
+    found: list[Scope] = [scope for scope in get_args(Scope) if scope in names]
+    if len(found) != len(names):
+        raise BadArgument(f"{text!r} are no scopes; choose from {','.join(get_args(Scope))}.")
+    return found
+
+
+def _json(record: TenantRecord | KeyRecord) -> str:
+    return json.dumps(asdict(record), default=datetime.isoformat)
