@@ -16,7 +16,7 @@ from pydantic import ValidationError
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
-_TRIM_SECONDS = 30.0
+_TRIM_SECONDS = 10.0
 
 
 def explain(error: Exception) -> str:
@@ -66,8 +66,9 @@ def give_back_memory() -> None:
 
 
 def trim_memory(closing: threading.Event) -> None:
-    """Gives back, twice a minute, what the heap keeps between blocks in use: the memory of a long queue, else
-    kept for ever. It takes one or two milliseconds, for which the heap is locked. Returns when closing.
+    """Gives back, every ten seconds, what the heap keeps between blocks in use: the memory of a long queue,
+    else kept for ever. It takes a millisecond, seven after a burst, for which the heap is locked. Returns
+    when closing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while trim is not None and not closing.wait(_TRIM_SECONDS):
