@@ -23,6 +23,9 @@ test-kill: .venv/dev.stamp  ## Kill the service 200 times during adapts, and loo
 test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs
 	$(RUN) benchmarks.kill_jobs --times-worker 50 --times-server 20
 
+test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; hours
+	TOPWORK_TEST_FAULTS=full $(RUN) pytest tests/faults $(ARGS)
+
 check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

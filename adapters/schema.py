@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
@@ -215,7 +216,8 @@ jobs = Table(
     Index("jobs_by_adapter", "adapter_uid"),
 )
 
-# One row for each commit, promotion and deletion of late; its number is the epoch.
+# One row for each commit, promotion and deletion of late; its number is the epoch. gone: something was erased,
+# so that what is in memory of the tenant must go. Without a name all of the tenant is gone.
 changes = Table(
     "changes",
     metadata,
@@ -223,8 +225,40 @@ changes = Table(
     Column("tenant", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("at", UtcTime, nullable=False),
+    Column("gone", Boolean, nullable=False, server_default=false()),
     Index("changes_by_time", "at"),
     sqlite_autoincrement=True,
+)
+
+# What was erased, so that a backup from before can be restored without it: a tenant, an adapter, or some of its
+# examples, as digests of their ids ("*" for all). files: uids of adapters whose files may still be there.
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", Sorted, nullable=False),
+    Column("adapter_uid", String(32)),
+    Column("examples", Text),
+    Column("files", Text),
+    Column("receipt", Text, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Index("erasures_by_tenant", "tenant", "at"),
+)
+
+# What was answered to requests with an Idempotency-Key, written with what they changed.
+replies = Table(
+    "replies",
+    metadata,
+    Column("tenant", Sorted, nullable=False),
+    Column("key_sha256", String(64), nullable=False),
+    Column("request_sha256", String(64), nullable=False),
+    Column("adapter_uid", String(32), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    PrimaryKeyConstraint("tenant", "key_sha256", name="replies_key"),
+    Index("replies_by_adapter", "adapter_uid"),
+    Index("replies_by_time", "at"),
 )
 
 
