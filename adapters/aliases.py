@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from adapters.cache import Flights
-from adapters.records import Alias, UnknownAdapter
+from adapters.records import Alias, Changed, UnknownAdapter
 from adapters.registry import CHANGES_KEPT, Registry
 
 logger = logging.getLogger("topwork")
@@ -40,6 +40,10 @@ async def _nothing(alias: Alias) -> None:
     """There is nothing to load."""
 
 
+def _nobody(tenant: str, name: str | None) -> None:
+    """Nobody keeps anything."""
+
+
 class Aliases:
     """The aliases in use. For one event loop; not thread-safe.
 
@@ -60,6 +64,8 @@ class Aliases:
         """load(alias) brings into memory what the alias's predictions need, and may raise."""
         self._registry = registry
         self._load = load
+        self._gone = _nobody
+        self._heard: set[Changed] = set()
         self._patience = patience
         self._max_entries = max_entries
         self._interval = interval
@@ -79,8 +85,11 @@ class Aliases:
         """Whether other processes' commits are being polled for."""
         return self._poller is not None and not self._poller.done()
 
-    async def start(self) -> None:
-        """Start polling for other processes' commits."""
+    async def start(self, gone: Callable[[str, str | None], None] = _nobody) -> None:
+        """Start polling for commits. gone(tenant, name) is told when something of the adapter was erased, by
+        whichever process; without a name all of the tenant.
+        """
+        self._gone = gone
         self._polled_at = time.monotonic()
         self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
 
@@ -139,6 +148,12 @@ class Aliases:
         """Forget an adapter that this process has just deleted."""
         self._flights.forget((tenant, name))
         self._entries.pop((tenant, name), None)
+
+    def drop_tenant(self, tenant: str) -> None:
+        """Forget all adapters of a tenant that was erased."""
+        self._flights.forget_where(lambda key: isinstance(key, tuple) and key[0] == tenant)
+        for key in [key for key in self._entries if key[0] == tenant]:
+            del self._entries[key]
 
     async def prepare(self, alias: Alias) -> None:
         """Wait until what the alias needs is loaded, for `patience` seconds; a load that fails is logged.
@@ -250,7 +265,15 @@ class Aliases:
         if missed > _FORGIVEN_SECONDS:
             # The database no longer remembers all that changed since.
             self._entries.clear()
-        for change in await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS):
+        changes = await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS)
+        # What is committed becomes visible in another order than it is numbered, so each is looked for often.
+        erased = {change for change in changes if change.gone}
+        for change in erased - self._heard:
+            if not change.name:
+                self.drop_tenant(change.tenant)
+            self._gone(change.tenant, change.name or None)
+        self._heard = erased
+        for change in changes:
             key = (change.tenant, change.name)
             entry = self._entries.get(key)
             if entry is not None and (entry.coming or entry).live.epoch < change.epoch:

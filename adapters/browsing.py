@@ -31,10 +31,6 @@ class Browsing:
         """One adapter. Raises UnknownAdapter."""
         return await asyncio.to_thread(self._registry.adapter, tenant, name)
 
-    async def delete(self, tenant: str, name: str) -> None:
-        """Deletes an adapter with everything of it. Raises UnknownAdapter."""
-        await self._keeping.forget(tenant, name)
-
     async def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, list[VersionRecord]]:
         """An adapter and its versions, the newest first. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)

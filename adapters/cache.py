@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+Owner = tuple[str, str | None]
+"""A tenant, and the name of its adapter where that is known."""
 
 
 class Flights(Generic[T]):
@@ -35,6 +37,11 @@ class Flights(Generic[T]):
         """Let whoever asks from now on begin a new load; those who wait still get the old one."""
         self._tasks.pop(key, None)
 
+    def forget_where(self, which: Callable[[Hashable], bool]) -> None:
+        """The same for every key of which this holds."""
+        for key in [key for key in self._tasks if which(key)]:
+            self.forget(key)
+
     def current(self, key: Hashable) -> bool:
         """Whether the running task is the key's load, and was not forgotten since it began."""
         return self._tasks.get(key) is asyncio.current_task()
@@ -61,8 +68,9 @@ class Flights(Generic[T]):
 class Cache(Generic[T]):
     """Least recently used by bytes, each key loaded once at a time. For one event loop; not thread-safe.
 
-    Keys are sha256 of the bytes that a thing was loaded from, so a key never means two things. Counters since
-    the start: `hits`, `misses`, `evictions`. Now: `bytes`, len(cache).
+    Keys are sha256 of the bytes that a thing was loaded from, so a key never means two things. An owner is a
+    tenant and, where that is known, the name of its adapter: what they leave is dropped. Counters since the
+    start: `hits`, `misses`, `evictions`. Now: `bytes`, len(cache).
     """
 
     def __init__(
@@ -76,7 +84,8 @@ class Cache(Generic[T]):
         self.bytes = 0
         self._size_of = size_of
         self._leave = leave
-        self._entries: OrderedDict[str, tuple[T, int]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[T, int, Owner]] = OrderedDict()
+        self._loading: dict[str, Owner] = {}
         self._pins: Counter[str] = Counter()
         self._flights: Flights[T] = Flights()
 
@@ -86,8 +95,8 @@ class Cache(Generic[T]):
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    async def get(self, key: str, load: Callable[[], Awaitable[T]]) -> T:
-        """The thing under the key, loaded if it is not there.
+    async def get(self, key: str, load: Callable[[], Awaitable[T]], owner: Owner) -> T:
+        """The thing under the key, loaded if it is not there, and the owner's then.
 
         Callers that come while it loads wait for the same load, and all see its error, which is not kept. The
         load goes on when a caller is cancelled. A thing larger than the bound is returned, not kept.
@@ -100,8 +109,13 @@ class Cache(Generic[T]):
         self.misses += 1
 
         async def load_and_keep() -> T:
-            thing = await load()
-            if not self._flights.current(key) or not self._keep(key, thing):
+            self._loading[key] = owner
+            try:
+                thing = await load()
+            finally:
+                if self._flights.current(key):
+                    del self._loading[key]
+            if not self._flights.current(key) or not self._keep(key, thing, owner):
                 self._leave(thing)
             return thing
 
@@ -122,17 +136,29 @@ class Cache(Generic[T]):
     def drop(self, key: str) -> None:
         """Forget the key, pinned or not, and what is being loaded for it."""
         self._flights.forget(key)
+        self._loading.pop(key, None)
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.bytes -= entry[1]
             self._leave(entry[0])
+
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget what is the tenant's, or of its adapter of that name, and what is being loaded of it."""
+
+        def theirs(owner: Owner) -> bool:
+            return owner[0] == tenant and (name is None or owner[1] in (name, None))
+
+        owners = {key: entry[2] for key, entry in self._entries.items()} | self._loading
+        for key, owner in owners.items():
+            if theirs(owner):
+                self.drop(key)
 
     def clear(self) -> None:
         """Forget everything."""
         for key in list(self._entries):
             self.drop(key)
 
-    def _keep(self, key: str, thing: T) -> bool:
+    def _keep(self, key: str, thing: T, owner: Owner) -> bool:
         """Makes room for the thing; False if there cannot be enough."""
         size = self._size_of(thing)
         pinned = sum(self._entries[name][1] for name in self._pins if name in self._entries)
@@ -141,10 +167,10 @@ class Cache(Generic[T]):
         for oldest in [name for name in self._entries if name not in self._pins]:
             if self.bytes + size <= self.max_bytes:
                 break
-            left, freed = self._entries.pop(oldest)
+            left, freed, _ = self._entries.pop(oldest)
             self.bytes -= freed
             self.evictions += 1
             self._leave(left)
-        self._entries[key] = (thing, size)
+        self._entries[key] = (thing, size, owner)
         self.bytes += size
         return True

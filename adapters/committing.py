@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
+from adapters.erasing import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.jobs import end, held
 from adapters.reading import (
     adapter_by_name,
@@ -40,7 +42,6 @@ from adapters.schema import (
     database_now,
     encode_target,
     examples,
-    jobs,
     versions,
 )
 from adapters.store import Artifact
@@ -70,8 +71,10 @@ def commit(connection: Connection, change: Change) -> Committed:
         live = number if change.promote else live
     pruned, more_released = prune(connection, adapter.uid, live)
     unreferenced = release(connection, previous.released | released | more_released)
+    erasure: str | None = None
     if change.removals:
         check_erased(connection, change.removals, previous)
+        erasure = erase_examples(connection, adapter, change.removals).id
 
     if change.clear_first:
         total, removed = len(change.upserts), len(previous.first_revision) - (len(change.upserts) - added)
@@ -80,7 +83,7 @@ def commit(connection: Connection, change: Change) -> Committed:
     values: dict[str, Any] = {"revision": revision, "live": live, "examples": total}
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
-    after = _finish(connection, adapter, values)
+    after = _finish(connection, adapter, values, gone=erasure is not None)
     if added:
         check_examples(connection, adapter.tenant)
     return Committed(
@@ -92,6 +95,7 @@ def commit(connection: Connection, change: Change) -> Committed:
         removed=removed,
         gone=tuple(sorted(gone | pruned)),
         unreferenced=unreferenced,
+        erasure=erasure,
     )
 
 
@@ -134,14 +138,11 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
     )
 
 
-def delete_adapter(connection: Connection, tenant: str, name: str) -> str:
+def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
     """Delete all rows of the adapter. See Registry.delete_adapter."""
-    adapter = adapter_by_name(connection, tenant, name, lock=True)
-    for table in (jobs, examples, versions, artifacts):
-        connection.execute(delete(table).where(table.c.adapter_uid == adapter.uid))
-    connection.execute(delete(adapters).where(adapters.c.uid == adapter.uid))
-    _announce(connection, tenant, name)
-    return adapter.uid
+    receipt, uid = erase_adapter(connection, tenant, name)
+    _announce(connection, tenant, name, gone=True)
+    return receipt, uid
 
 
 def _check(change: Change) -> None:
@@ -178,6 +179,7 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
         "examples": 0,
         "created_at": database_now(),
     }
+    check_not_erased(connection, change.tenant, time.monotonic() - created.began)
     add_tenant(connection, change.tenant)
     check_adapters(connection, change.tenant)
     try:
@@ -345,15 +347,18 @@ def _record_version(
     return number
 
 
-def _finish(connection: Connection, adapter: AdapterRecord, values: dict[str, Any]) -> AdapterRecord:
-    epoch = _announce(connection, adapter.tenant, adapter.name)
+def _finish(
+    connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
+) -> AdapterRecord:
+    epoch = _announce(connection, adapter.tenant, adapter.name, gone=gone)
     connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
     return adapter_by_uid(connection, adapter.uid)
 
 
-def _announce(connection: Connection, tenant: str, name: str) -> int:
+def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> int:
     """Tell other processes, as late as can be: they look back only so far for what becomes visible late."""
-    result = connection.execute(insert(changes).values(tenant=tenant, name=name, at=database_now()))
+    values = {"tenant": tenant, "name": name, "at": database_now(), "gone": gone}
+    result = connection.execute(insert(changes).values(values))
     old = (
         select(changes.c.epoch)
         .where(changes.c.at < current_time(connection) - timedelta(seconds=CHANGES_KEPT))

@@ -16,6 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapters.migrations import HEAD
 from adapters.records import RegistryTooNew, RegistryUnavailable
+from adapters.schema import metadata
 from adapters.store import StoreFull
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Any constant will do; it must only never change between releases that may start together.
 _MIGRATION_LOCK = 0x746F70776F726B
+# So much is rewritten in a second or two.
+_REWRITTEN_BYTES = 256 << 20
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
@@ -110,6 +113,40 @@ class Database:
             # Another process may have migrated while this one waited for the lock.
             if _stored_revision(connection) != HEAD:
                 _upgrade(connection)
+
+    def clear_pages(self) -> None:
+        """Rewrite the tables, for their pages keep bytes of rows that were deleted.
+
+        PostgreSQL leaves them where they were; SQLite overwrites them (secure_delete), but not the copies that
+        it made earlier when it moved rows within a page. What is too large to be rewritten while others wait
+        is left to their vacuuming and overwriting.
+        """
+        if self._sqlite:
+            self._rewrite_sqlite()
+            return
+        with _translated(), self._engine.connect() as connection:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            preparer = connection.dialect.identifier_preparer
+            for table in metadata.sorted_tables:
+                size = connection.scalar(select(func.pg_total_relation_size(table.name)))
+                full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
+                connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
+
+    def _rewrite_sqlite(self) -> None:
+        with _translated(), self._in_turn(), self._engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            (pages,), (size,) = (
+                driver.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
+            )
+            try:
+                if pages * size <= _REWRITTEN_BYTES:
+                    driver.execute("VACUUM")
+                # In WAL mode pages as they were lie in the log until it is overwritten.
+                driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.OperationalError as error:
+                # As SQLAlchemy does for what goes through it.
+                raise OperationalError("VACUUM", None, error) from error
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:

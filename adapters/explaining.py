@@ -52,6 +52,10 @@ class Explaining:
         self._keeping = keeping
         self._known: Cache[Known] = Cache(max_bytes, lambda known: known.nbytes)
 
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget what is in memory of the tenant, or of its adapter of that name."""
+        self._known.drop_of(tenant, name)
+
     async def nearest(self, alias: Alias, embeddings: Floats, count: int) -> list[tuple[Neighbour, ...]]:
         """For each embedding, float32 (n, dim), the `count` most similar examples, the nearest first.
 
@@ -60,7 +64,8 @@ class Explaining:
         """
         if alias.evidence is None:
             return [() for _ in embeddings]
-        known = await self._known.get(f"{alias.evidence.name}@{alias.epoch}", lambda: self._load(alias))
+        key = f"{alias.evidence.name}@{alias.epoch}"
+        known = await self._known.get(key, lambda: self._load(alias), (alias.tenant, alias.name))
         queries = _unit(embeddings)
         best: list[list[tuple[float, int]]] = [[] for _ in embeddings]
         for segment, (indexes, rows) in known.segments.items():

@@ -86,6 +86,9 @@ class LocalStore:
             for attempt in range(1, _DELETIONS + 1):
                 try:
                     shutil.rmtree(folder)
+                    # The last one takes the tenant's name along.
+                    with suppress(OSError):
+                        folder.parent.rmdir()
                     return
                 except OSError as error:
                     if not folder.exists():

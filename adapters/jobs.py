@@ -72,7 +72,7 @@ class Jobs:
             now = current_time(connection)
             deadline = None if deadline_seconds is None else now + timedelta(seconds=deadline_seconds)
             values = {
-                "id": _new_id(now),
+                "id": new_id(now),
                 "tenant": tenant,
                 "adapter_uid": adapter.uid,
                 "adapter": adapter.name,
@@ -336,7 +336,7 @@ def _record(row: Row[Any]) -> JobRecord:
     return JobRecord(**values)
 
 
-def _new_id(now: datetime) -> str:
+def new_id(now: datetime) -> str:
     """A UUIDv7 (RFC 9562): ids sort by time, so that an id is a cursor that outlives its row."""
     milliseconds, microseconds = divmod((now - _EPOCH) // _MICROSECOND, 1000)
     fraction = microseconds * 4096 // 1000

@@ -147,7 +147,11 @@ class Keeping:
         async def load() -> Floats:
             return await self.read(tenant, uid, segment, decode_embeddings)
 
-        return await self._embeddings.get(segment.name, load)
+        return await self._embeddings.get(segment.name, load, (tenant, None))
+
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget what is in memory of the tenant."""
+        self._embeddings.drop_of(tenant, name)
 
     async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
         """All inputs of a segment."""
@@ -226,21 +230,17 @@ class Keeping:
         adapter = committed.adapter
         await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
 
-    async def forget(self, tenant: str, name: str) -> None:
-        """Delete an adapter with its files.
+    async def drop_adapters(self, tenant: str, uids: Sequence[str]) -> None:
+        """Deletes all files of adapters that are erased; what cannot be deleted now is tried again."""
 
-        Raises UnknownAdapter. It runs to its end when the caller is cancelled.
-        """
+        def delete() -> None:
+            for uid in uids:
+                self._store.delete_adapter(tenant, uid)
 
-        async def delete() -> None:
-            uid = await asyncio.to_thread(self.registry.delete_adapter, tenant, name)
-            self.aliases.drop(tenant, name)
-            try:
-                await asyncio.to_thread(self._store.delete_adapter, tenant, uid)
-            except StoreError as error:
-                logger.warning("files of a deleted adapter stay until the next sweep: %s", error)
-
-        await asyncio.shield(asyncio.ensure_future(delete()))
+        try:
+            await asyncio.to_thread(delete)
+        except StoreError as error:
+            logger.warning("files of what was erased are deleted later: %s", error)
 
     async def drop(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
         """Deletes published files that nothing refers to; what cannot be deleted now is swept later."""

@@ -72,6 +72,10 @@ class Networks:
             async with self._used(alias, alias.network, base):
                 pass
 
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Let go of the tenant's networks, or of its adapter's of that name, once nobody uses them."""
+        self._kept.drop_of(tenant, name)
+
     async def close(self) -> None:
         """Lets queued work end and closes every network, those in use and those being loaded too."""
         self._closed = True
@@ -89,7 +93,7 @@ class Networks:
 
         self._waiting.append(network.sha256)
         try:
-            one = await self._kept.get(network.sha256, load)
+            one = await self._kept.get(network.sha256, load, (alias.tenant, alias.name))
             one.users += 1
         finally:
             self._waiting.remove(network.sha256)

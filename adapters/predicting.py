@@ -167,7 +167,7 @@ class Predicting:
 
             return await asyncio.to_thread(load)
 
-        head = await self._heads.get(artifact.sha256, read)
+        head = await self._heads.get(artifact.sha256, read, (alias.tenant, alias.name))
         batcher = self.batchers.get(alias.backbone)
         # The head of a fine-tuned version is for its own network, which began as the backbone.
         wanted = alias.fingerprint if alias.network is not None else head.fingerprint

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -32,6 +33,15 @@ class UnknownAdapter(RegistryError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"There is no adapter {name!r}. GET /adapters lists yours; /adapt creates one.")
+
+
+class UnknownTenant(RegistryError):
+    """There is no such tenant."""
+
+    code = "unknown_tenant"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no tenant {name!r}. POST /tenants makes one.")
 
 
 class UnknownVersion(RegistryError):
@@ -197,22 +207,30 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale."""
+    """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale.
+
+    gone: something was erased. Then what is in memory of the adapter goes, and without a name of the tenant.
+    """
 
     tenant: str
     name: str
     epoch: int
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What is fixed when an adapter is created (a rebase moves the backbone)."""
+    """What is fixed when an adapter is created (a rebase moves the backbone).
+
+    began: by time.monotonic(), when its request had been read. What was erased since then is not created.
+    """
 
     backbone: str
     fingerprint: str
     kind: Kind
     task: Task
     keep_inputs: bool
+    began: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +313,7 @@ class Committed:
     adapter, alias: as of the commit; hand `alias` to `Aliases.put`. version: the recorded one, if any.
     added, replaced, removed: examples. gone: numbers of the versions that went.
     unreferenced: artifacts that nothing refers to any more; the caller deletes their files now.
+    erasure: the id of its receipt, where examples were removed.
     """
 
     adapter: AdapterRecord
@@ -305,6 +324,7 @@ class Committed:
     removed: int
     gone: tuple[int, ...]
     unreferenced: tuple[Artifact, ...]
+    erasure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, case, func, select
 
 from adapters import committing
 from adapters.committing import CHANGES_KEPT
 from adapters.database import Database
+from adapters.erasing import Erasures, Receipt
 from adapters.jobs import Jobs, uploads_of
 from adapters.reading import (
     adapter_by_name,
@@ -102,6 +103,7 @@ class Registry:
         self._database = Database(url, patience=patience)
         self._jobs = Jobs(self._database)
         self._tenants = Tenants(self._database)
+        self._erasures = Erasures(self._database)
 
     @property
     def jobs(self) -> Jobs:
@@ -112,6 +114,11 @@ class Registry:
     def tenants(self) -> Tenants:
         """The tenants and their keys, in the same database."""
         return self._tenants
+
+    @property
+    def erasures(self) -> Erasures:
+        """What was erased, in the same database."""
+        return self._erasures
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.
@@ -137,8 +144,8 @@ class Registry:
         with self._database.reading() as connection:
             return [adapter_record(row) for row in connection.execute(query)]
 
-    def delete_adapter(self, tenant: str, name: str) -> str:
-        """Delete the adapter with all its rows, its jobs too; returns its uid.
+    def delete_adapter(self, tenant: str, name: str) -> tuple[Receipt, str]:
+        """Delete the adapter with all its rows, its jobs too; returns the receipt and its uid.
 
         The caller then deletes its files (Store.delete_adapter) and drops its alias. Raises UnknownAdapter.
         """
@@ -223,12 +230,16 @@ class Registry:
         """
         with self._database.reading() as connection:
             now = current_time(connection)
+            gone = case((changes.c.gone, 1), else_=0)
             query = (
-                select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch))
+                select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch), func.max(gone))
                 .where(changes.c.at >= now - timedelta(seconds=seconds))
                 .group_by(changes.c.tenant, changes.c.name)
             )
-            return [Changed(*row) for row in connection.execute(query)]
+            return [
+                Changed(tenant, name, epoch, bool(gone))
+                for tenant, name, epoch, gone in connection.execute(query)
+            ]
 
     def live_versions(self) -> int:
         """How many adapters have a live version."""

@@ -253,7 +253,8 @@ class Revising:
         async def loaded() -> Head:
             return fit.head
 
-        await self._heads.get(committed.version.artifact.sha256, loaded)
+        adapter = committed.adapter
+        await self._heads.get(committed.version.artifact.sha256, loaded, (adapter.tenant, adapter.name))
 
     def _plan(self, subject: Subject, edit: Edit) -> Plan:
         """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""

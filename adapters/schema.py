@@ -24,6 +24,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
@@ -230,6 +231,8 @@ changes = Table(
     sqlite_autoincrement=True,
 )
 
+_WITH_FILES = "files IS NOT NULL"
+
 # What was erased, so that a backup from before can be restored without it: a tenant, an adapter, or some of its
 # examples, as digests of their ids ("*" for all). files: uids of adapters whose files may still be there.
 erasures = Table(
@@ -243,6 +246,7 @@ erasures = Table(
     Column("receipt", Text, nullable=False),
     Column("at", UtcTime, nullable=False),
     Index("erasures_by_tenant", "tenant", "at"),
+    Index("erasures_unfinished", "at", sqlite_where=text(_WITH_FILES), postgresql_where=text(_WITH_FILES)),
 )
 
 # What was answered to requests with an Idempotency-Key, written with what they changed.

@@ -16,8 +16,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from adapters.database import Database, take_turns
+from adapters.erasing import check_not_erased
 from adapters.reading import current_time
-from adapters.records import RegistryError
+from adapters.records import RegistryError, UnknownTenant
 from adapters.schema import adapters, database_now, keys, tenants
 
 Scope = Literal["predict", "adapt", "admin"]
@@ -28,15 +29,6 @@ MAX_KEYS = 100
 _FORGOTTEN_AFTER = timedelta(days=30)
 _PREFIX = "tw"
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
-
-
-class UnknownTenant(RegistryError):
-    """There is no such tenant."""
-
-    code = "unknown_tenant"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"There is no tenant {name!r}. POST /tenants makes one.")
 
 
 class TenantExists(RegistryError):
@@ -149,8 +141,9 @@ class Tenants:
         self._database = database
 
     def create(self, name: str) -> TenantRecord:
-        """Make a tenant. Raises TenantExists."""
+        """Make a tenant. Raises TenantExists, TenantErased."""
         with self._database.writing() as connection:
+            check_not_erased(connection, name, 0.0)
             try:
                 connection.execute(insert(tenants).values(name=name, created_at=database_now()))
             except IntegrityError as error:

@@ -117,6 +117,8 @@ class Worker:
             return not isinstance(lease.recorded, ShuttingDown)
         if isinstance(error, LeaseLost):
             logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
+            # The job may be gone, with its adapter or its tenant.
+            self._tidy()
             return False
         if isinstance(error, Stopped):
             return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)

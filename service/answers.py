@@ -17,6 +17,7 @@ from starlette.responses import Response
 from adapters.adapting import AdaptOutcome
 from adapters.admission import Rejected
 from adapters.answering import Prediction
+from adapters.erasing import Receipt
 from adapters.example import Target
 from adapters.explaining import Neighbour
 from adapters.predicting import PredictAnswer
@@ -84,7 +85,15 @@ def jobs(records: Sequence[JobRecord], limit: int) -> Response:
 
 def removed(done: Revised) -> Response:
     """RemovalResponse."""
-    return answer(_revised(done, [], done.timings) | {"gone": done.committed.gone})
+    committed = done.committed
+    more = {"gone": committed.gone, "erasure": committed.erasure}
+    return answer(_revised(done, [], done.timings) | more)
+
+
+def erased(receipt: Receipt) -> Response:
+    """ErasureOut."""
+    counts = {name: getattr(receipt, name) for name in ("adapters", "examples", "versions", "jobs", "keys")}
+    return answer({"erasure": receipt.id, "tenant": receipt.tenant, "erased_at": receipt.at, **counts})
 
 
 def predicted(found: PredictAnswer, *, raw: bool) -> Response:

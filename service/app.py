@@ -120,7 +120,7 @@ class Topwork:
             settings = Settings()
             # First, for without a key nothing need be started.
             Guard(settings.admin_key, listening_addresses())
-            self.components = await compose(settings)
+            self.components = await compose(settings, edge.end)
             guard = Guard(settings.admin_key, listening_addresses(), self.components.keyring.get)
         except Exception as error:
             give_up(error, supervised=worker is not None)

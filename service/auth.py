@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request
 from pydantic import SecretStr
 
+from adapters.records import UnknownTenant
 from adapters.store import is_tenant
-from adapters.tenants import HeldKey, Scope, UnknownTenant, split_key
+from adapters.tenants import HeldKey, Scope, split_key
 from service.errors import Problem
 from service.meters import Meter, Meters
 

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from adapters.curating import Curating
 from adapters.explaining import Explaining
 from adapters.exporting import Exporting
 from adapters.fitter import Fitter
+from adapters.forgetting import Clearing, Forgetting
 from adapters.head import Head
 from adapters.keeping import Keeping
 from adapters.linear_probe import ProbeConfig
@@ -52,6 +53,7 @@ from service.startup import trim_memory
 logger = logging.getLogger("topwork")
 
 _SWEEP_SECONDS = 3_600.0
+_CLEAR_SECONDS = 1.5
 
 
 class ExportFailed(RuntimeError):
@@ -75,6 +77,7 @@ class Components:
     browsing: Browsing
     curating: Curating
     exporting: Exporting
+    forgetting: Forgetting
     predicting: Predicting
     submitting: Submitting
     events: Events
@@ -96,10 +99,10 @@ class Components:
         await self.closing.aclose()
 
 
-async def compose(settings: Settings) -> Components:
-    """Everything, started. Raises the error of the part that cannot be;
+async def compose(settings: Settings, end: Callable[[str], None] = lambda tenant: None) -> Components:
+    """Everything, started. end(tenant) breaks off the requests of one that was erased.
 
-    What was started by then is closed.
+    Raises the error of the part that cannot be; what was started by then is closed.
     """
     metrics = Metrics()
     plans = await _plans(settings)
@@ -140,11 +143,13 @@ async def compose(settings: Settings) -> Components:
                 await networks.prepare(alias, batcher.backbone)
 
         aliases = Aliases(registry, load=load)
-        await aliases.start()
-        stack.push_async_callback(aliases.close)
         heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
         keeping = Keeping(registry, store, aliases)
         stack.callback(keeping.close)
+        explaining = Explaining(keeping)
+        forgetting = Forgetting(keeping, (heads, networks, explaining, keyring), end)
+        await aliases.start(forgetting.heard)
+        stack.push_async_callback(aliases.close)
         limits = AdapterLimits(
             max_examples=settings.max_adapter_examples,
             max_labels=settings.max_labels,
@@ -152,7 +157,7 @@ async def compose(settings: Settings) -> Components:
         )
         revising = Revising(keeping, fitter, heads, limits, metrics.stage)
         adapting = Adapting(revising, batchers, metrics.adapt)
-        predicting = Predicting(aliases, store, heads, batchers, Explaining(keeping), networks, metrics.stage)
+        predicting = Predicting(aliases, store, heads, batchers, explaining, networks, metrics.stage)
         workers = tuple(Supervised(settings.worker) for _ in range(settings.workers))
         for worker in workers:
             await worker.start()
@@ -168,8 +173,9 @@ async def compose(settings: Settings) -> Components:
         # A stream ends by itself before the edge would break it off.
         events = Events(submitting, 0.9 * settings.request_timeout)
         stack.enter_context(told_to_end(events.close))
-        # A daemon: a bucket may be long, and nobody waits for it at shutdown.
+        # Daemons: a bucket may be long, and nobody waits for it at shutdown.
         threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
+        threading.Thread(target=_clear, args=(registry, store, closing), daemon=True).start()
         threading.Thread(target=trim_memory, args=(closing,), daemon=True).start()
         components = Components(
             settings=settings,
@@ -183,6 +189,7 @@ async def compose(settings: Settings) -> Components:
             browsing=Browsing(keeping),
             curating=Curating(adapting),
             exporting=Exporting(predicting),
+            forgetting=forgetting,
             predicting=predicting,
             submitting=submitting,
             events=events,
@@ -269,6 +276,16 @@ def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
             if removed:
                 logger.info("swept %d artifacts that no adapter refers to", removed)
         closing.wait(_SWEEP_SECONDS)
+
+
+def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
+    """Removes what is left, or still comes, of what was erased, by whichever process."""
+    clearing = Clearing(registry, store)
+    while not closing.wait(_CLEAR_SECONDS):
+        try:
+            clearing.clear()
+        except (RegistryError, StoreError) as error:
+            logger.warning("what is left of erasures is removed later: %s", error)
 
 
 def _watch(components: Components, networks: Networks) -> None:

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
+from adapters.erasing import TenantErased
 from adapters.store import is_tenant
 from service.errors import Problem, respond
 
@@ -55,6 +57,10 @@ _SILENT = 0.25
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_PATH = 200
+_EXAMPLES = "/examples/"
+_PRINTED = "/:@!$&'()*+,;="
+# The operator's, which end no request of their own.
+_ABOUT_TENANTS = "/tenants"
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
@@ -114,6 +120,11 @@ class Edge:
         """Answers 503 from now on."""
         self._inner = None
 
+    def end(self, tenant: str) -> None:
+        """Breaks off the tenant's requests, for it was erased; those about it by the operator go on."""
+        if self._inner is not None:
+            self._inner.end(tenant)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000, "reason": "no websockets here"})
@@ -136,6 +147,13 @@ class _Inner:
         self._bodies = _Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
         self._uploads = _Bodies(settings.max_upload_bytes, math.inf)
+        self._open: dict[_Exchange, str] = {}
+
+    def end(self, tenant: str) -> None:
+        """See Edge.end."""
+        for exchange, whose in list(self._open.items()):
+            if whose == tenant:
+                exchange.end(TenantErased(tenant))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -152,8 +170,11 @@ class _Inner:
             if refusal is not None:
                 await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
             else:
+                if not scope["path"].startswith(_ABOUT_TENANTS):
+                    self._open[exchange] = _tenant(scope["state"]["caller"], headers)
                 await self._run(scope, exchange)
         finally:
+            self._open.pop(exchange, None)
             exchange.close()
             caller: Caller | None = scope["state"].get("caller")
             if caller is not None:
@@ -163,7 +184,7 @@ class _Inner:
             status = exchange.status or _CLIENT_GONE
             self._metrics.request(scope["method"], template, status, seconds)
             if self._settings.access_log:
-                path = scope.get("raw_path", b"").decode("latin-1")[:_LOGGED_PATH]
+                path = _logged(scope["path"])
                 access.info("%s %s %d %.1fms %s", scope["method"], path, status, seconds * 1e3, request_id)
             if caller is not None and scope["method"] in _WRITES and scope["path"] not in ASKING:
                 _record(scope, caller, headers, status, request_id)
@@ -186,7 +207,9 @@ class _Inner:
             async with asyncio.timeout(timeout) as deadline:
                 exchange.give(deadline, timeout)
                 await exchange.answer(self._app, scope)
-            return
+            if exchange.ended is None:
+                return
+            answer = exchange.refusal(exchange.ended)
         # No name for the error outlives this: its traceback holds this frame, which would hold the error, and
         # only a garbage collection would end that.
         except TimeoutError:
@@ -202,10 +225,21 @@ def _record(
     scope: Scope, caller: Caller, headers: Mapping[bytes, bytes], status: int, request_id: str
 ) -> None:
     """One line of the audit log: who changed what, or tried to."""
-    tenant = caller.tenant or headers.get(b"x-tenant", b"default").decode("latin-1")
-    path = scope.get("raw_path", b"").decode("latin-1")[:_LOGGED_PATH]
+    tenant = _tenant(caller, headers)
     who = tenant if is_tenant(tenant) else "-"
+    path = _logged(scope["path"])
     audit.info("%s %s %d tenant=%s key=%s %s", scope["method"], path, status, who, caller.key, request_id)
+
+
+def _tenant(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
+    """Who the request is for, or what its header says."""
+    return caller.tenant or headers.get(b"x-tenant", b"default").decode("latin-1")
+
+
+def _logged(path: str) -> str:
+    """The path as it is logged: in printable ASCII, and without an example's id, which logs would keep."""
+    kept, examples, _ = path.partition(_EXAMPLES)
+    return quote((kept + examples)[:_LOGGED_PATH], safe=_PRINTED)
 
 
 class _Exchange:
@@ -215,6 +249,7 @@ class _Exchange:
 
     def __init__(self, receive: Receive, send: Send, bodies: _Bodies, request_id: str) -> None:
         self.status: int | None = None
+        self.ended: Exception | None = None
         self.request_id = request_id
         self._receive = receive
         self._send = send
@@ -250,6 +285,13 @@ class _Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._hung_up()
+
+    def end(self, why: Exception) -> None:
+        """Breaks off the work; an answer that has begun stays unfinished."""
+        self.ended = why
+        if self._work is not None:
+            self._cancelled = True
+            self._work.cancel()
 
     def _hung_up(self) -> None:
         self._gone.set()

@@ -18,6 +18,7 @@ from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMism
 from adapters.admission import MixedInputs
 from adapters.calling_back import CallbackNotAllowed
 from adapters.curating import InputsNotKept
+from adapters.erasing import TenantErased
 from adapters.example import ExampleError
 from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.head import CorruptHead
@@ -33,12 +34,13 @@ from adapters.records import (
     UnknownAdapter,
     UnknownExample,
     UnknownJob,
+    UnknownTenant,
     UnknownVersion,
 )
 from adapters.revising import AdapterFull, NothingToFit
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
-from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey, UnknownTenant
+from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
 from adapters.uploaded import BadUpload
 from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
@@ -69,6 +71,7 @@ STATUSES: dict[type[Exception], int] = {
     UnknownKey: 404,
     AdapterFull: 409,
     TenantExists: 409,
+    TenantErased: 409,
     KeyNotInUse: 409,
     QuotaExceeded: 409,
     TooManyKeys: 409,

@@ -63,6 +63,14 @@ class Keyring:
             return None
         return key
 
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget the keys of a tenant that was erased; an adapter has none."""
+        if name is None:
+            for key_id in [
+                key_id for key_id, read in self._known.items() if read.key and read.key.tenant == tenant
+            ]:
+                del self._known[key_id]
+
     async def close(self) -> None:
         """Waits until nothing of it reads the database."""
         for _ in range(_READS_AT_ONCE):

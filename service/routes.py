@@ -83,7 +83,7 @@ def build_api(components: Components) -> FastAPI:
     add_adapters(api, components, bodies)
     add_examples(api, components, bodies)
     add_jobs(api, components)
-    add_tenants(api, components.registry.tenants, bodies)
+    add_tenants(api, components.registry.tenants, components.forgetting, bodies)
     describe(api)
     add_docs(api)
     return api
@@ -167,6 +167,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
 def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
     """Adapters, their versions and their live alias."""
     browsing, curating, exporting = components.browsing, components.curating, components.exporting
+    forgetting = components.forgetting
 
     @api.get("/adapters", responses={200: {"model": schemas.AdaptersOut}})
     async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
@@ -178,10 +179,10 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         """One adapter. Its entity tag stands for what `live` points to."""
         return answers.one_adapter(await browsing.adapter(tenant, adapter))
 
-    @api.delete("/adapters/{adapter}", status_code=204, responses=problems(404))
-    async def delete_adapter(tenant: Tenant, adapter: Adapter) -> None:
-        """Delete an adapter with its examples and versions."""
-        await browsing.delete(tenant, adapter)
+    @api.delete("/adapters/{adapter}", responses={200: {"model": schemas.ErasureOut}, **problems(404)})
+    async def delete_adapter(tenant: Tenant, adapter: Adapter) -> Response:
+        """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
+        return answers.erased(await forgetting.adapter(tenant, adapter))
 
     @api.get("/adapters/{adapter}/versions", responses={200: {"model": schemas.VersionsOut}, **problems(404)})
     async def versions(tenant: Tenant, adapter: Adapter) -> Response:

@@ -278,6 +278,23 @@ class RemovalResponse(AdaptResponse):
     """What a removal left behind."""
 
     gone: list[int] = Field(description="Versions that were fitted on what was removed, and went with it.")
+    erasure: str | None = Field(description="The number of its receipt; null where nothing was removed.")
+
+
+class ErasureOut(BaseModel):
+    """The receipt of an erasure. A backup that is restored forgets again what was erased since.
+
+    Numbers are of what went: adapters, the examples in them, versions, jobs, keys.
+    """
+
+    erasure: str = Field(examples=["019abf6e1a2b7c3d9e4f5a6b7c8d9e0f"])
+    tenant: str
+    erased_at: datetime
+    adapters: int
+    examples: int
+    versions: int
+    jobs: int
+    keys: int
 
 
 class LabelProbability(BaseModel):

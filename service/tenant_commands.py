@@ -10,8 +10,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
+    from adapters.erasing import Receipt
     from adapters.registry import Registry
     from adapters.tenants import KeyRecord, Scope, TenantRecord
+    from service.settings import Settings
 
 
 class BadArgument(ValueError):
@@ -27,6 +29,9 @@ def add_commands(commands: Any) -> None:
     )
     tenants.add_parser("create", help="make a tenant").add_argument("tenant")
     tenants.add_parser("list", help="list all tenants, one in a line of JSON")
+    tenants.add_parser(
+        "erase", help="erase a tenant with all that it has, and print the receipt"
+    ).add_argument("tenant")
 
     keys = commands.add_parser("keys", help="make, list, rotate and revoke a tenant's keys").add_subparsers(
         dest="action", required=True
@@ -62,14 +67,14 @@ def run(options: argparse.Namespace) -> int:
     registry = Registry(settings.database)
     try:
         registry.migrate()
-        for line in _lines(registry, options):
+        for line in _lines(registry, settings, options):
             print(line)
     finally:
         registry.close()
     return 0
 
 
-def _lines(registry: Registry, options: argparse.Namespace) -> Iterable[str]:
+def _lines(registry: Registry, settings: Settings, options: argparse.Namespace) -> Iterable[str]:
     from adapters.store import is_tenant
 
     tenants = registry.tenants
@@ -83,6 +88,8 @@ def _lines(registry: Registry, options: argparse.Namespace) -> Iterable[str]:
             while page := tenants.tenants(after):
                 yield from map(_json, page)
                 after = page[-1].name
+        case ("tenants", "erase"):
+            yield _json(_erase(registry, settings, options.tenant))
         case ("keys", "create"):
             lifetime = None if options.days is None else timedelta(days=options.days)
             scopes = _scopes(options.scopes)
@@ -95,6 +102,16 @@ def _lines(registry: Registry, options: argparse.Namespace) -> Iterable[str]:
             yield _json(tenants.revoke(options.tenant, options.key))
 
 
+def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
+    """Erases the tenant here; services that run hear of it within a second."""
+    from adapters.forgetting import Clearing
+    from adapters.store import open_store
+
+    receipt, _ = registry.erasures.tenant(tenant)
+    Clearing(registry, open_store(settings.store, settings.store_options)).clear()
+    return receipt
+
+
 def _scopes(text: str) -> list[Scope]:
     from adapters.tenants import Scope
 
@@ -105,5 +122,5 @@ def _scopes(text: str) -> list[Scope]:
     return found
 
 
-def _json(record: TenantRecord | KeyRecord) -> str:
+def _json(record: TenantRecord | KeyRecord | Receipt) -> str:
     return json.dumps(asdict(record), default=datetime.isoformat)

@@ -9,12 +9,14 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 
+from adapters.forgetting import Forgetting
 from adapters.tenants import KeyRecord, Quotas, TenantRecord, Tenants
 from service import answers
 from service.auth import NamedTenant, only_operator
 from service.bodies import Bodies
 from service.openapi import body, problems
 from service.paging import Behind, Limit
+from service.schemas import ErasureOut
 from service.tenant_schemas import (
     KeyOut,
     KeyRequest,
@@ -28,7 +30,7 @@ from service.tenant_schemas import (
 )
 
 
-def add_tenants(api: FastAPI, tenants: Tenants, bodies: Bodies) -> None:
+def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: Bodies) -> None:
     """Tenants and keys."""
     operator = [Depends(only_operator)]
 
@@ -55,6 +57,18 @@ def add_tenants(api: FastAPI, tenants: Tenants, bodies: Bodies) -> None:
     async def tenant(tenant: NamedTenant) -> Response:
         """One tenant."""
         return answers.answer(_tenant(await asyncio.to_thread(tenants.tenant, tenant)))
+
+    @api.delete(
+        "/tenants/{tenant}",
+        dependencies=operator,
+        responses={200: {"model": ErasureOut}, **problems(403, 404)},
+    )
+    async def erase_tenant(tenant: NamedTenant) -> Response:
+        """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys, quotas.
+
+        What is being done for it is broken off. All of it is gone within 5 seconds, in every process.
+        """
+        return answers.erased(await forgetting.tenant(tenant))
 
     @api.put(
         "/tenants/{tenant}/quotas",

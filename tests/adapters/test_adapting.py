@@ -81,7 +81,7 @@ async def test_what_another_adapter_of_the_tenant_has_embedded_is_known(tmp_path
         await here.adapting.adapt("somebody-else", AdaptCommand("again", taught()))
         assert sum(here.embedded) == len(taught())
         # Whatever becomes of the other one, each has its own.
-        await here.browsing.delete(TENANT, "words")
+        await here.forgetting.adapter(TENANT, "words")
         await here.adapt([Posted(says("one", 999), "one")], "again")
         await here.adapt(taught())
         here.check()
@@ -171,7 +171,7 @@ async def test_a_bucket_and_a_shared_database(
         assert await there.labels([str(taught()[2].input)]) == ["one"]
         assert (await there.browsing.example(TENANT, "words", "more"))[2] == says("one", 999)
         here.check()
-        await there.browsing.delete(TENANT, "words")
+        await there.forgetting.adapter(TENANT, "words")
         assert here.files() == {}
 
 
@@ -235,7 +235,7 @@ async def test_removed_bytes_are_nowhere_on_the_disk(tmp_path: Path) -> None:
         here.check()
         record, text = (await here.browsing.example(TENANT, "words", "two1"))[1:]
         assert (record.target, text) == ("two", taught()[3].input)
-        await here.browsing.delete(TENANT, "words")
+        await here.forgetting.adapter(TENANT, "words")
         assert here.files() == {}
 
 

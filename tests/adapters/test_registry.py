@@ -499,7 +499,7 @@ def test_a_rebase_moves_the_adapter_and_leaves_old_versions_their_backbone(regis
 
 def test_deletes_everything_of_an_adapter(registry: Registry) -> None:
     kept, gone = create(registry, "kept"), create(registry)
-    assert registry.delete_adapter("acme", "pets") == gone.adapter.uid
+    assert registry.delete_adapter("acme", "pets")[1] == gone.adapter.uid
     assert registry.referenced(gone.adapter.uid) == set()
     assert registry.examples(gone.adapter.uid) == []
     assert registry.versions(gone.adapter.uid) == []

@@ -13,6 +13,7 @@ from sqlalchemy import update
 from adapters.database import Database
 from adapters.registry import Registry
 from adapters.schema import keys
+from adapters.records import UnknownTenant
 from adapters.tenants import (
     MAX_KEYS,
     HeldKey,
@@ -22,7 +23,6 @@ from adapters.tenants import (
     TenantExists,
     TooManyKeys,
     UnknownKey,
-    UnknownTenant,
     split_key,
 )
 from tests.adapters.test_jobs import claim, submit

@@ -18,6 +18,7 @@ from adapters.cache import Cache
 from adapters.curating import Curating
 from adapters.explaining import Explaining
 from adapters.fitter import Fitter
+from adapters.forgetting import Forgetting
 from adapters.head import Head
 from adapters.keeping import Keeping
 from adapters.networks import Networks
@@ -35,7 +36,9 @@ TENANT = "acme"
 
 @dataclass
 class World:
-    """One process's worth of flows. outcomes: of adapts, in order. embedded: batch sizes, in order."""
+    """One process's worth of flows. outcomes: of adapts, in order. embedded: batch sizes, in order. ended: the
+    tenants whose requests were broken off.
+    """
 
     registry: Registry
     store: Store
@@ -45,6 +48,10 @@ class World:
     adapting: Adapting
     curating: Curating
     browsing: Browsing
+    forgetting: Forgetting
+    explaining: Explaining
+    heads: Cache[Head]
+    ended: list[str]
     predicting: Predicting
     batchers: dict[str, Batcher]
     outcomes: list[str] = field(default_factory=list)
@@ -130,9 +137,12 @@ async def world(
     heads: Cache[Head] = Cache(1 << 20, lambda head: head.nbytes)
     revising = Revising(keeping, fitter, heads, limits)
     adapting = Adapting(revising, batchers, outcomes.append)
-    predicting = Predicting(aliases, opened, heads, batchers, Explaining(keeping), networks)
+    explaining = Explaining(keeping)
+    predicting = Predicting(aliases, opened, heads, batchers, explaining, networks)
+    ended: list[str] = []
+    forgetting = Forgetting(keeping, (heads, networks, explaining), ended.append)
     await fitter.start()
-    await aliases.start()
+    await aliases.start(forgetting.heard)
     for batcher in batchers.values():
         await batcher.start()
     try:
@@ -145,6 +155,10 @@ async def world(
             adapting,
             Curating(adapting),
             Browsing(keeping),
+            forgetting,
+            explaining,
+            heads,
+            ended,
             predicting,
             batchers,
             outcomes,

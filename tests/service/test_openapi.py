@@ -37,6 +37,7 @@ ROUTES = {
     ("get", "/tenants"),
     ("post", "/tenants"),
     ("get", "/tenants/{tenant}"),
+    ("delete", "/tenants/{tenant}"),
     ("put", "/tenants/{tenant}/quotas"),
     ("get", "/tenants/{tenant}/keys"),
     ("post", "/tenants/{tenant}/keys"),

@@ -27,6 +27,10 @@ def upgrade() -> None:
         sa.Column("at", _time, nullable=False),
     )
     op.create_index("erasures_by_tenant", "erasures", ["tenant", "at"])
+    unfinished = sa.text("files IS NOT NULL")
+    op.create_index(
+        "erasures_unfinished", "erasures", ["at"], sqlite_where=unfinished, postgresql_where=unfinished
+    )
     op.create_table(
         "replies",
         sa.Column("tenant", _sorted, nullable=False),
