@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _MIGRATION_LOCK = 0x746F70776F726B
 # So much is rewritten in a second or two.
 _REWRITTEN_BYTES = 256 << 20
+_REWRITING_WAITS = "500ms"
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
@@ -117,9 +118,9 @@ class Database:
     def clear_pages(self) -> None:
         """Rewrite the tables, for their pages keep bytes of rows that were deleted.
 
-        PostgreSQL leaves them where they were; SQLite overwrites them (secure_delete), but not the copies that
-        it made earlier when it moved rows within a page. What is too large to be rewritten while others wait
-        is left to their vacuuming and overwriting.
+        PostgreSQL leaves them where they were; SQLite overwrites them (secure_delete), but not the copies
+        that it made earlier, when it moved rows within a page. What is too large to be rewritten while others
+        wait is left to their vacuuming and overwriting.
         """
         if self._sqlite:
             self._rewrite_sqlite()
@@ -127,10 +128,15 @@ class Database:
         with _translated(), self._engine.connect() as connection:
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             preparer = connection.dialect.identifier_preparer
-            for table in metadata.sorted_tables:
-                size = connection.scalar(select(func.pg_total_relation_size(table.name)))
-                full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
-                connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
+            # Whoever waits for a whole table has all others wait behind it.
+            connection.execute(text(f"SET lock_timeout = '{_REWRITING_WAITS}'"))
+            try:
+                for table in metadata.sorted_tables:
+                    size = connection.scalar(select(func.pg_total_relation_size(table.name)))
+                    full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
+                    connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
+            finally:
+                connection.execute(text(f"SET lock_timeout = {int(self._patience * 1000)}"))
 
     def _rewrite_sqlite(self) -> None:
         with _translated(), self._in_turn(), self._engine.connect() as connection:

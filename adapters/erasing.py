@@ -56,7 +56,7 @@ class TenantErased(RegistryError):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What an erasure took. Of a tenant all of its adapters, of an adapter itself; examples in them, and so on."""
+    """What an erasure took: adapters, the examples in them, and so on."""
 
     id: str
     tenant: str
@@ -125,7 +125,7 @@ def erase_adapter(connection: Connection, tenant: str, name: str) -> tuple[Recei
 
 
 def erase_examples(connection: Connection, adapter: AdapterRecord, ids: Collection[str]) -> Receipt:
-    """Remember that these examples are erased, whose rows the caller deletes. What was answered goes with them."""
+    """Remember that these examples are erased, whose rows the caller deletes. Replies go with them."""
     everything = len(ids) == adapter.examples
     digests = ALL if everything else ",".join(sorted(digest(example) for example in ids))
     connection.execute(delete(replies).where(replies.c.adapter_uid == adapter.uid))

@@ -15,8 +15,8 @@ from adapters.store import Store
 
 logger = logging.getLogger("topwork")
 
-# Seconds after which nobody is left who could still bring a file of what was erased: longer than a request lasts,
-# and than a worker needs to hear that its job is gone.
+# Seconds after which nobody is left who could still bring a file of what was erased: longer than a request
+# lasts, and than a worker needs to hear that its job is gone.
 _LATEST = 900.0
 # Of what clearing the pages took.
 _REST = 3.0
@@ -92,7 +92,10 @@ class Clearing:
         self._rest_until = 0.0
 
     def clear(self) -> None:
-        """One round, some seconds after the last one. Raises RegistryUnavailable, StoreUnavailable, StoreFull."""
+        """One round, a second or two after the last.
+
+        Raises RegistryUnavailable, StoreUnavailable, StoreFull.
+        """
         self._clear_pages()
         unfinished = self._registry.erasures.unfinished()
         known = self._seen

@@ -217,8 +217,8 @@ jobs = Table(
     Index("jobs_by_adapter", "adapter_uid"),
 )
 
-# One row for each commit, promotion and deletion of late; its number is the epoch. gone: something was erased,
-# so that what is in memory of the tenant must go. Without a name all of the tenant is gone.
+# One row for each commit, promotion and deletion of late; its number is the epoch. gone: something was
+# erased, so that what is in memory of the adapter must go; without a name, of the tenant.
 changes = Table(
     "changes",
     metadata,
@@ -233,8 +233,8 @@ changes = Table(
 
 _WITH_FILES = "files IS NOT NULL"
 
-# What was erased, so that a backup from before can be restored without it: a tenant, an adapter, or some of its
-# examples, as digests of their ids ("*" for all). files: uids of adapters whose files may still be there.
+# What was erased, so that a backup from before can be restored without it: a tenant, an adapter, or some of
+# its examples, as digests of their ids ("*" for all). files: uids of adapters whose files may still be there.
 erasures = Table(
     "erasures",
     metadata,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -176,20 +177,11 @@ def test_creations_and_erasures_at_once_leave_nothing_behind(registry: Registry)
 
         def adapt(name: str, tenant: str = tenant, before: float = before) -> None:
             created = replace(TEXTS, began=before)
-            try:
+            upserts = (example("a", artifact()),)
+            with suppress(TenantErased):
                 registry.commit(
-                    Change(
-                        tenant,
-                        name,
-                        new_uid(),
-                        0,
-                        create=created,
-                        upserts=(example("a", artifact()),),
-                        version=new_version(),
-                    )
+                    Change(tenant, name, new_uid(), 0, created, upserts=upserts, version=new_version())
                 )
-            except TenantErased:
-                pass
 
         with ThreadPoolExecutor(5) as pool:
             adapts = [pool.submit(adapt, f"a{place}") for place in range(3)]

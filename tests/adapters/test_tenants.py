@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import update
 
 from adapters.database import Database
+from adapters.records import UnknownTenant
 from adapters.registry import Registry
 from adapters.schema import keys
-from adapters.records import UnknownTenant
 from adapters.tenants import (
     MAX_KEYS,
     HeldKey,

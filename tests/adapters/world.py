@@ -36,8 +36,10 @@ TENANT = "acme"
 
 @dataclass
 class World:
-    """One process's worth of flows. outcomes: of adapts, in order. embedded: batch sizes, in order. ended: the
-    tenants whose requests were broken off.
+    """One process's worth of flows.
+
+    outcomes: of adapts, in order. embedded: batch sizes, in order. ended: tenants whose requests were broken
+    off.
     """
 
     registry: Registry

@@ -1,4 +1,4 @@
-"""What the service promises when things break. A slice of each in every run; all of it by `make test-faults`."""
+"""What is promised of when things break: a slice of each in every run, all of it by `make test-faults`."""
 
 from __future__ import annotations
 

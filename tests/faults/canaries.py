@@ -21,7 +21,7 @@ def forms(canary: str) -> list[bytes]:
 
 
 def found_in(folder: Path, canaries: Iterable[str]) -> dict[str, set[str]]:
-    """The files below the folder that hold a canary, in their contents or their names, each with those found."""
+    """The files below the folder with a canary in their contents or names, each with those found."""
     wanted = {canary: forms(canary) for canary in canaries}
     found: dict[str, set[str]] = {}
     for path in sorted(folder.rglob("*")):
