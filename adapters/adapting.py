@@ -74,7 +74,7 @@ class AdaptCommand:
     """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
 
     fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
-    Submitting. uploaded: see Edit.
+    Submitting. uploaded: see Edit. began: see Creation.
     """
 
     adapter: str
@@ -89,6 +89,7 @@ class AdaptCommand:
     fine_tune: Mapping[str, Any] | None = None
     callback: str | None = None
     uploaded: AbstractSet[str] | None = None
+    began: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,8 @@ class Adapting:
             del new[digest]
         if not new:
             return elsewhere, [], {}
-        embedded = await self.batchers[terms.backbone].embed(list(new.values()), bulk=True)
+        batcher = self.batchers[terms.backbone]
+        embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
         errors = {digest: embedded.errors.get(index) for index, digest in enumerate(new)}
         vectors = elsewhere | {
             digest: embedded.embeddings[index] for index, digest in enumerate(new) if errors[digest] is None
@@ -259,6 +261,7 @@ class Adapting:
             kind=spec.kind,
             task=command.task or "classification",
             keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
+            began=command.began,
         )
 
     def _default(self, kind: Kind | None) -> str:

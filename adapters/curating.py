@@ -164,7 +164,8 @@ class Curating:
         segments: dict[Artifact, Floats] = {}
         for segment, source in inputs.items():
             values = await self._keeping.inputs(state.adapter, source)
-            embedded = await self._adapting.batchers[backbone].embed(values, bulk=True)
+            batcher = self._adapting.batchers[backbone]
+            embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
             for row in rows[segment] & embedded.errors.keys():
                 raise embedded.errors[row]
             segments[segment] = embedded.embeddings

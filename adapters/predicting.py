@@ -110,7 +110,7 @@ class Predicting:
         """
         alias = self._aliases.known(tenant, name)
         if alias is not None and alias.network is None and alias.backbone in self.batchers:
-            self.batchers[alias.backbone].check_room()
+            self.batchers[alias.backbone].check_room(tenant)
 
     async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
         """One prediction, or an error, for each input. What is wrong with the adapter is raised before any
@@ -122,14 +122,15 @@ class Predicting:
         started = time.perf_counter()
         loaded = await self.load(tenant, query.adapter, query.version, query.min_epoch)
         async with self._embedding(loaded) as batcher:
-            embedded = await embed(batcher, query.inputs)
+            embedded = await embed(batcher, query.inputs, tenant)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
         vectors = embedded.embeddings[good] if embedded.errors else embedded.embeddings
         answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
         if query.explain and good:
             if loaded.alias.network is not None:
                 # What is kept of examples is the backbone's.
-                vectors = (await embed(loaded.batcher, [query.inputs[index] for index in good])).embeddings
+                inputs = [query.inputs[index] for index in good]
+                vectors = (await embed(loaded.batcher, inputs, tenant)).embeddings
             near = await self._explaining.nearest(loaded.alias, vectors, query.explain)
             answers = [replace(one, nearest=found) for one, found in zip(answers, near, strict=True)]
         placed: dict[int, Prediction] = dict(zip(good, answers, strict=True))
@@ -195,16 +196,16 @@ class Predicting:
             return await asyncio.to_thread(path.read_bytes)
         return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
 
-    async def embed(self, backbone: str, inputs: Sequence[Input]) -> Embedded:
+    async def embed(self, tenant: str, backbone: str, inputs: Sequence[Input]) -> Embedded:
         """The bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
         if backbone not in self.batchers:
             raise UnknownBackbone(
                 f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
             )
-        return await embed(self.batchers[backbone], inputs)
+        return await embed(self.batchers[backbone], inputs, tenant)
 
 
-async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
+async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embedded:
     """Embeds what can be; errors of the edge and inputs of the wrong kind stand in their places."""
     spec = batcher.backbone.spec
     errors: dict[int, InputError] = {}
@@ -218,7 +219,7 @@ async def embed(batcher: Batcher, inputs: Sequence[Input]) -> Embedded:
             good[index] = value
     if not good:
         return Embedded(np.zeros((len(inputs), spec.dim), np.float32), errors)
-    embedded = await batcher.embed(list(good.values()))
+    embedded = await batcher.embed(list(good.values()), source=tenant)
     if len(good) == len(inputs):
         return embedded
     embeddings = np.zeros((len(inputs), spec.dim), np.float32)

@@ -7,13 +7,13 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
 
 from models.backbone import Backbone, Embedded
+from models.lane import Lane
 from models.preprocess import InputError, Prepared
 from models.yielding import give_way
 
@@ -61,10 +61,21 @@ class EmbeddingFailed(RuntimeError):
 class _Request:
     """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
 
-    __slots__ = ("arrived", "embeddings", "errors", "future", "inputs", "next", "pending", "timings")
+    __slots__ = (
+        "arrived",
+        "embeddings",
+        "errors",
+        "future",
+        "inputs",
+        "next",
+        "pending",
+        "source",
+        "timings",
+    )
 
-    def __init__(self, inputs: Sequence[bytes | str], dim: int, stage: str) -> None:
+    def __init__(self, inputs: Sequence[bytes | str], dim: int, stage: str, source: Hashable) -> None:
         self.inputs = inputs
+        self.source = source
         self.future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
         self.arrived = time.perf_counter()
         self.embeddings = np.zeros((len(inputs), dim), np.float32)
@@ -72,28 +83,6 @@ class _Request:
         self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
         self.next = 0
         self.pending = len(inputs)
-
-
-class _Lane:
-    """The requests of one priority that have inputs not yet taken, each with a turn.
-
-    running: threads that have taken some and are not done. cost: seconds of a thread for an input, of late.
-    """
-
-    __slots__ = ("cost", "depth", "ready", "requests", "running")
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self.requests: deque[_Request] = deque()
-        self.depth = 0
-        self.running = 0
-        self.cost = 0.01
-        self.ready = threading.Condition(lock)
-
-    def remove(self, request: _Request) -> None:
-        """Forgets the inputs of a request that were not taken."""
-        if request in self.requests:
-            self.requests.remove(request)
-            self.depth -= len(request.inputs) - request.next
 
 
 # An input that was taken: whose it is, and its position there.
@@ -104,8 +93,8 @@ class Batcher:
     """Shares one backbone between many callers. Use from one event loop; the work is done by its own threads.
 
     Each worker takes inputs of one or more callers, prepares and runs them, and puts each row where it
-    belongs, so that decoding on one thread overlaps the network on another. Callers take turns: a large
-    request does not block a small one.
+    belongs, so that decoding on one thread overlaps the network on another. Sources take turns, and each
+    one's callers: a large request does not block a small one, nor do many of one source those of another.
     """
 
     def __init__(
@@ -133,8 +122,8 @@ class Batcher:
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
-        self._predicts = _Lane(self._lock)
-        self._bulk = _Lane(self._lock)
+        self._predicts: Lane[_Request] = Lane(self._lock)
+        self._bulk: Lane[_Request] = Lane(self._lock)
         self._unanswered: set[_Request] = set()
         self._threads: list[threading.Thread] = []
         self._open = False
@@ -175,14 +164,20 @@ class Batcher:
             await asyncio.to_thread(thread.join)
 
     async def embed(
-        self, inputs: Sequence[bytes | str], *, bulk: bool = False, deadline: float | None = None
+        self,
+        inputs: Sequence[bytes | str],
+        *,
+        bulk: bool = False,
+        deadline: float | None = None,
+        source: Hashable = None,
     ) -> Embedded:
-        """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic().
+        """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic(). source: from
+        whom they come, as far as turns and shares of the queue are concerned.
 
         Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed. When the caller is cancelled or
         the deadline passes, its inputs that still wait are dropped.
         """
-        request = _Request(list(inputs), self.backbone.spec.dim, self.backbone.preprocess_stage)
+        request = _Request(list(inputs), self.backbone.spec.dim, self.backbone.preprocess_stage, source)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
         lane = self._bulk if bulk else self._predicts
@@ -199,32 +194,33 @@ class Batcher:
         finally:
             self._forget([request])
 
-    def check_room(self) -> None:
-        """Raises what embed would for one more predict, before anything is done for it."""
+    def check_room(self, source: Hashable = None) -> None:
+        """Raises what embed would for one more predict of the source, before anything is done for it."""
         with self._lock:
-            self._check_room(self._predicts, 1)
+            self._check_room(self._predicts, source, 1)
 
-    def _check_room(self, lane: _Lane, count: int) -> None:
+    def _check_room(self, lane: Lane[_Request], source: Hashable, count: int) -> None:
         if not self._open:
             raise BatcherClosed("This backbone takes no inputs; restart the service if it is not stopping.")
         cost = lane.cost / self._workers
         surplus = lane.depth + count - self._max_queue
-        if surplus > 0 and lane.depth > 0:
+        if surplus > 0 and lane.depth > 0 and not lane.has_share(source, count, self._max_queue):
             raise Overloaded(min(surplus, lane.depth) * cost)
         if lane is self._predicts and lane.depth * cost > self._max_wait:
-            raise Overloaded(lane.depth * cost - self._max_wait)
+            wait = lane.ahead(source, count) * cost
+            if wait > self._max_wait:
+                raise Overloaded(wait - self._max_wait)
 
-    def _admit(self, lane: _Lane, request: _Request) -> None:
+    def _admit(self, lane: Lane[_Request], request: _Request) -> None:
         with self._lock:
-            self._check_room(lane, len(request.inputs))
+            self._check_room(lane, request.source, len(request.inputs))
             self._unanswered.add(request)
             if lane is self._predicts:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
-            lane.requests.append(request)
-            lane.depth += len(request.inputs)
+            lane.add(request)
             lane.ready.notify(min(len(request.inputs), self._workers))
 
-    def _work(self, lane: _Lane) -> None:
+    def _work(self, lane: Lane[_Request]) -> None:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             if lane is self._bulk:
@@ -233,7 +229,7 @@ class Batcher:
                 self._answer(taken, lane)
                 with self._lock:
                     lane.running -= 1
-                    if lane is self._bulk and lane.requests:
+                    if lane is self._bulk and lane.depth:
                         lane.ready.notify()
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
@@ -256,55 +252,48 @@ class Batcher:
                 self._unanswered.discard(request)
             self._let_bulk_look()
 
-    def _take(self, lane: _Lane) -> list[_Taken]:
+    def _take(self, lane: Lane[_Request]) -> list[_Taken]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
-            while not lane.requests or (lane is self._bulk and not self._bulk_may_run()):
-                if not self._open and not lane.requests:
+            while not lane.depth or (lane is self._bulk and not self._bulk_may_run()):
+                if not self._open and not lane.depth:
                     return []
-                lane.ready.wait(_PREDICTS_STAY if lane.requests else None)
+                lane.ready.wait(_PREDICTS_STAY if lane.depth else None)
             # A share, never all: the others have something of a single caller's inputs too, and whoever is
             # done next has something to go on with while callers read their answers and ask again.
             most = self.backbone.batch if lane is self._predicts else self.backbone.bulk_batch
             room = max(1, min(most, -(-lane.depth // self._workers)))
-            taken: list[_Taken] = []
-            while lane.requests and len(taken) < room:
-                request = lane.requests.popleft()
-                end = min(request.next + room - len(taken), len(request.inputs))
-                if request.next == 0:
-                    request.timings["queue"] = time.perf_counter() - request.arrived
-                taken.extend((request, index) for index in range(request.next, end))
-                request.next = end
-                if end < len(request.inputs):
-                    lane.requests.append(request)
-            lane.depth -= len(taken)
+            taken = lane.take(room)
+            now = time.perf_counter()
+            begun = [request for request, index in taken if index == 0]
+            for request in begun:
+                request.timings["queue"] = now - request.arrived
             lane.running += 1
             self._let_bulk_look()
-        for request, index in taken:
-            if index == 0:
-                self._observe("queue", request.timings["queue"])
+        for request in begun:
+            self._observe("queue", now - request.arrived)
         return taken
 
     def _let_bulk_look(self) -> None:
         """Wakes bulk where it waits for predicts: those who have nothing to do would only be in the way."""
-        if self._bulk.requests and not self._predicts.requests:
+        if self._bulk.depth and not self._predicts.depth:
             self._bulk.ready.notify_all()
 
     def _bulk_may_run(self) -> bool:
         """Whether bulk may begin another batch: not before a predict that waits, and not on the last core."""
-        if self._predicts.requests:
+        if self._predicts.depth:
             return False
         predicts_come = time.monotonic() < self._predicts_until
         return self._bulk.running < max(1, self._workers - predicts_come)
 
-    def _others(self, lane: _Lane) -> bool:
+    def _others(self, lane: Lane[_Request]) -> bool:
         """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
         threads of a run wait for each other, and so for the one that bulk holds up.
         """
         with self._lock:
-            return lane.running > 1 or bool(lane.requests) or self._bulk.running > 0
+            return lane.running > 1 or lane.depth > 0 or self._bulk.running > 0
 
-    def _answer(self, taken: list[_Taken], lane: _Lane) -> None:
+    def _answer(self, taken: list[_Taken], lane: Lane[_Request]) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()

@@ -15,12 +15,12 @@ from service.errors import Problem
 from service.schemas import OpenAIRequest
 
 
-async def openai_embeddings(predicting: Predicting, body: OpenAIRequest) -> Response:
+async def openai_embeddings(tenant: str, predicting: Predicting, body: OpenAIRequest) -> Response:
     """The embeddings of all texts, or a 422 Problem that names those that cannot be embedded."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not texts:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
-    embedded = await predicting.embed(body.model, texts)
+    embedded = await predicting.embed(tenant, body.model, texts)
     backbone = predicting.batchers[body.model].backbone
     if body.dimensions not in (None, backbone.spec.dim):
         detail = f"The embeddings of {body.model!r} have {backbone.spec.dim} dimensions, and no other number."

@@ -136,9 +136,10 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     )
     async def embed(request: Request) -> Response:
         """The bare embeddings of inputs."""
+        tenant = await tenant_of(request)
         name, inputs, raw = await bodies.embed(request)
         caller_of(request).use("items", len(inputs))
-        found = await predicting.embed(name, inputs)
+        found = await predicting.embed(tenant, name, inputs)
         content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
 
@@ -149,9 +150,10 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
     )
     async def embeddings(request: Request) -> Response:
         """The embeddings of texts, as OpenAI's clients ask for them."""
+        tenant = await tenant_of(request)
         asked = await bodies.openai(request)
         caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
-        return await openai_embeddings(predicting, asked)
+        return await openai_embeddings(tenant, predicting, asked)
 
     @api.get("/backbones", responses={200: {"model": schemas.BackbonesOut}})
     async def backbones() -> Response:

@@ -56,7 +56,7 @@ async def test_an_adapter_that_is_not_there_costs_no_batch(tmp_path: Path) -> No
             await here.predict(["x"], version=7)
         assert here.embedded == []
         with pytest.raises(UnknownBackbone):
-            await here.predicting.embed("nothing", ["x"])
+            await here.predicting.embed(TENANT, "nothing", ["x"])
 
 
 async def test_a_prediction_reads_no_database(tmp_path: Path) -> None:

@@ -247,6 +247,27 @@ async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, g
         assert (await batcher.embed([tiny.picture(3)])).embeddings.any()
 
 
+async def test_a_flood_of_one_source_keeps_no_other_out(images: Backbone, gate: Gate) -> None:
+    """Neither the full queue nor the long wait is the other's doing, and it waits for one turn of the flood."""
+    async with running(images, workers=1, max_queue=40, max_wait=0.1, observe=gate.observe) as batcher:
+        flood = [asyncio.create_task(batcher.embed([tiny.picture(1)], source="flood"))]
+        await gate.wait_for(1)
+        # All at once, for what would wait too long is refused.
+        flood.append(asyncio.create_task(batcher.embed([tiny.picture(2)] * 40, source="flood")))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.embed([tiny.picture(3)], source="flood")
+        with pytest.raises(Overloaded):
+            batcher.check_room("flood")
+        batcher.check_room("other")
+        other = asyncio.create_task(batcher.embed([tiny.picture(3)], source="other"))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        done, _ = await asyncio.wait([*flood[1:], other], return_when=asyncio.FIRST_COMPLETED)
+        assert done == {other}
+        await asyncio.gather(*flood)
+
+
 async def test_predicts_go_before_bulk(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
         ahead = asyncio.create_task(batcher.embed([tiny.picture(1)]))
