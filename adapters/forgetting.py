@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from adapters.erasing import Receipt
+from adapters.erasing import Receipt, TenantErased
 from adapters.keeping import Keeping
 from adapters.registry import Registry
 from adapters.store import Store
@@ -33,10 +33,12 @@ class Keeps(Protocol):
 class Forgetting:
     """Erases tenants and adapters. For one event loop.
 
-    memories: all that has something of them in memory. end(tenant): breaks off what is being done for one.
+    memories: all that has something of them in memory. end(tenant, why): breaks off what is done for one.
     """
 
-    def __init__(self, keeping: Keeping, memories: Iterable[Keeps], end: Callable[[str], None]) -> None:
+    def __init__(
+        self, keeping: Keeping, memories: Iterable[Keeps], end: Callable[[str, Exception], None]
+    ) -> None:
         self._keeping = keeping
         self._memories = (keeping, *memories)
         self._end = end
@@ -74,7 +76,7 @@ class Forgetting:
         for memory in self._memories:
             memory.drop_of(tenant, name)
         if name is None:
-            self._end(tenant)
+            self._end(tenant, TenantErased(tenant))
 
 
 class Clearing:

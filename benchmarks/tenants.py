@@ -92,9 +92,11 @@ def _tenants(url: str, admin_key: str, scene: Scene) -> list[str]:
 
 def _adapt(url: str, key: str, scene: Scene, examples: Sequence[object]) -> None:
     body = {"adapter": scene.adapter, "backbone": scene.backbone, "examples": examples}
-    httpx.post(
-        f"{url}/adapt", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=120
-    ).raise_for_status()
+    httpx.post(f"{url}/adapt", json=body, headers=_bearer(key), timeout=120).raise_for_status()
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _predicts(scene: Scene, keys: Sequence[str]) -> list[Request]:
@@ -105,7 +107,7 @@ def _predicts(scene: Scene, keys: Sequence[str]) -> list[Request]:
             "POST",
             f"/predict?adapter={scene.adapter}",
             raw[int(random.integers(len(raw)))].body,
-            {"Content-Type": "text/plain", "Authorization": f"Bearer {keys[int(number)]}"},
+            {"Content-Type": "text/plain"} | _bearer(keys[int(number)]),
         )
         for number in random.integers(0, len(keys), REQUESTS)
     ]
@@ -115,12 +117,8 @@ def _adapts(scene: Scene, keys: Sequence[str]) -> list[Request]:
     """The same few examples again and again: what is kept stays as much as it is."""
     examples = [client.as_example(sample) for sample in scene.taught[:8]]
     body = json.dumps({"adapter": scene.adapter, "examples": examples}).encode()
-    return [
-        Request(
-            "POST", "/adapt", body, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        )
-        for key in keys
-    ]
+    headers = {"Content-Type": "application/json"}
+    return [Request("POST", "/adapt", body, headers | _bearer(key)) for key in keys]
 
 
 def _sample(pid: int) -> tuple[float, float, float]:
@@ -151,7 +149,7 @@ def _tell(report: Report, rows: list[list[str]], samples: list[list[float]], pea
         report.expect(f"{name} gained in ten minutes", gained, "<=", 1.0)
     head = ["minute", "answers", "adapts", "p50, ms", "p99", "memory, MB", "descriptors", "threads"]
     note = (
-        f"{TENANTS:,} tenants with a key and an adapter each, asked in random order at {SHARE:.0%} of the peak "
+        f"{TENANTS:,} tenants with a key and an adapter each, in random order at {SHARE:.0%} of the peak "
         f"({peak.text('.0f')} texts a second), one of them adapting every second."
     )
     report.add("Minute by minute", f"{note}\n\n{table(head, rows)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import signal
 import threading
@@ -125,6 +126,7 @@ class Topwork:
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
+        self.watching = asyncio.create_task(edge.watch())
         edge.open(Direct(api, ASKING), settings=settings, guard=guard, metrics=self.components.metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
@@ -138,6 +140,7 @@ class Topwork:
     async def stop(self) -> None:
         """Lets running work end and closes everything."""
         edge.close()
+        self.watching.cancel()
         await self.components.aclose()
 
     async def __is_ready__(self) -> bool:

@@ -6,6 +6,7 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request
 from pydantic import SecretStr
 
-from adapters.records import UnknownTenant
+from adapters.records import RegistryUnavailable, UnknownTenant
 from adapters.store import is_tenant
 from adapters.tenants import HeldKey, Scope, split_key
 from service.errors import Problem
@@ -141,6 +142,15 @@ class Guard:
         if secrets.compare_digest(given, self._key):
             return OPERATOR
         return await self._as_tenant(given, method, path, headers)
+
+    async def check(self, caller: Caller) -> Problem | None:
+        """The refusal of one who was let in, and would not be by now."""
+        if caller.tenant is None:
+            return None
+        with suppress(RegistryUnavailable):
+            if await self._find(caller.key) is None:
+                return _unauthorized()
+        return None
 
     async def _as_tenant(
         self, given: bytes, method: str, path: str, headers: dict[bytes, bytes]

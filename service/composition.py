@@ -99,8 +99,10 @@ class Components:
         await self.closing.aclose()
 
 
-async def compose(settings: Settings, end: Callable[[str], None] = lambda tenant: None) -> Components:
-    """Everything, started. end(tenant) breaks off the requests of one that was erased.
+async def compose(
+    settings: Settings, end: Callable[[str, Exception], None] = lambda tenant, why: None
+) -> Components:
+    """Everything, started. end(tenant, why) breaks off the requests of one that was erased.
 
     Raises the error of the part that cannot be; what was started by then is closed.
     """

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from adapters.erasing import TenantErased
 from adapters.store import is_tenant
 from service.errors import Problem, respond
 
@@ -52,6 +51,8 @@ UPLOADS = 16
 UPLOADS_OF_A_TENANT = 2
 # What an upload must come at, over all of it.
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
+# Between looks for keys of requests under way that are in use no more.
+_LOOK_SECONDS = 1.0
 # For so much of the request timeout nothing may come, while somebody waits for it.
 _SILENT = 0.25
 
@@ -120,10 +121,17 @@ class Edge:
         """Answers 503 from now on."""
         self._inner = None
 
-    def end(self, tenant: str) -> None:
-        """Breaks off the tenant's requests, for it was erased; those about it by the operator go on."""
+    def end(self, tenant: str, why: Exception) -> None:
+        """Breaks off the tenant's requests, with that for an answer; those about it by the operator go on."""
         if self._inner is not None:
-            self._inner.end(tenant)
+            self._inner.end(tenant, why)
+
+    async def watch(self) -> None:
+        """Breaks off what goes on under keys that were revoked or have expired, until it is cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self._inner is not None:
+                await self._inner.check_keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,16 +155,24 @@ class _Inner:
         self._bodies = _Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
         self._uploads = _Bodies(settings.max_upload_bytes, math.inf)
-        self._open: dict[_Exchange, str] = {}
+        self._open: dict[_Exchange, tuple[str, Caller]] = {}
 
-    def end(self, tenant: str) -> None:
+    def end(self, tenant: str, why: Exception) -> None:
         """See Edge.end."""
-        for exchange, whose in list(self._open.items()):
+        for exchange, (whose, _) in list(self._open.items()):
             if whose == tenant:
-                exchange.end(TenantErased(tenant))
+                exchange.end(why)
+
+    async def check_keys(self) -> None:
+        """Breaks off what goes on under keys that are in use no more."""
+        for exchange, (_, caller) in list(self._open.items()):
+            refusal = await self._guard.check(caller)
+            if refusal is not None:
+                exchange.end(refusal)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
+        caller: Caller | None
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else _new_id()
@@ -171,12 +187,13 @@ class _Inner:
                 await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
             else:
                 if not scope["path"].startswith(_ABOUT_TENANTS):
-                    self._open[exchange] = _tenant(scope["state"]["caller"], headers)
+                    caller = scope["state"]["caller"]
+                    self._open[exchange] = (_tenant(caller, headers), caller)
                 await self._run(scope, exchange)
         finally:
             self._open.pop(exchange, None)
             exchange.close()
-            caller: Caller | None = scope["state"].get("caller")
+            caller = scope["state"].get("caller")
             if caller is not None:
                 caller.use("bytes", exchange.bytes)
             seconds = time.perf_counter() - started

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from adapters.erasing import Receipt
     from adapters.registry import Registry
-    from adapters.tenants import KeyRecord, Scope, TenantRecord
+    from adapters.tenants import KeyRecord, Quotas, Scope, TenantRecord
     from service.settings import Settings
+
+
+_DAY = 86_400.0
+_LONGEST = 3_650 * _DAY
 
 
 class BadArgument(ValueError):
@@ -29,6 +33,9 @@ def add_commands(commands: Any) -> None:
     )
     tenants.add_parser("create", help="make a tenant").add_argument("tenant")
     tenants.add_parser("list", help="list all tenants, one in a line of JSON")
+    quotas = tenants.add_parser("quotas", help="say what a tenant may have, all of it at once")
+    quotas.add_argument("tenant")
+    quotas.add_argument("quotas", help='JSON, e.g. {"items_per_second": 50, "max_adapters": 10}')
     tenants.add_parser(
         "erase", help="erase a tenant with all that it has, and print the receipt"
     ).add_argument("tenant")
@@ -88,16 +95,18 @@ def _lines(registry: Registry, settings: Settings, options: argparse.Namespace) 
             while page := tenants.tenants(after):
                 yield from map(_json, page)
                 after = page[-1].name
+        case ("tenants", "quotas"):
+            yield _json(tenants.set_quotas(options.tenant, _quotas(options.quotas)))
         case ("tenants", "erase"):
             yield _json(_erase(registry, settings, options.tenant))
         case ("keys", "create"):
-            lifetime = None if options.days is None else timedelta(days=options.days)
+            lifetime = None if options.days is None else _duration(options.days * _DAY, 60.0)
             scopes = _scopes(options.scopes)
             yield tenants.create_key(options.tenant, scopes, note=options.note, lifetime=lifetime)[1]
         case ("keys", "list"):
             yield from map(_json, tenants.keys(options.tenant))
         case ("keys", "rotate"):
-            yield tenants.rotate(options.tenant, options.key, timedelta(seconds=options.grace))[1]
+            yield tenants.rotate(options.tenant, options.key, _duration(options.grace, 0.0))[1]
         case ("keys", "revoke"):
             yield _json(tenants.revoke(options.tenant, options.key))
 
@@ -110,6 +119,26 @@ def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
     receipt, _ = registry.erasures.tenant(tenant)
     Clearing(registry, open_store(settings.store, settings.store_options)).clear()
     return receipt
+
+
+def _duration(seconds: float, least: float) -> timedelta:
+    if not least <= seconds <= _LONGEST:
+        raise BadArgument(f"That is from {least:g} seconds to ten years.")
+    return timedelta(seconds=seconds)
+
+
+def _quotas(text: str) -> Quotas:
+    from pydantic import ValidationError
+
+    from adapters.tenants import Quotas
+    from service.tenant_schemas import QuotasIn
+
+    try:
+        return Quotas(**QuotasIn.model_validate_json(text).model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise BadArgument(f"These are no quotas: {where}{first['msg']}.") from error
 
 
 def _scopes(text: str) -> list[Scope]:

@@ -142,7 +142,7 @@ async def world(
     explaining = Explaining(keeping)
     predicting = Predicting(aliases, opened, heads, batchers, explaining, networks)
     ended: list[str] = []
-    forgetting = Forgetting(keeping, (heads, networks, explaining), ended.append)
+    forgetting = Forgetting(keeping, (heads, networks, explaining), lambda tenant, _: ended.append(tenant))
     await fitter.start()
     await aliases.start(forgetting.heard)
     for batcher in batchers.values():

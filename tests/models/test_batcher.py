@@ -248,7 +248,7 @@ async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, g
 
 
 async def test_a_flood_of_one_source_keeps_no_other_out(images: Backbone, gate: Gate) -> None:
-    """Neither the full queue nor the long wait is the other's doing, and it waits for one turn of the flood."""
+    """Neither the full queue nor the long wait is the other's doing; it waits for one turn of the flood."""
     async with running(images, workers=1, max_queue=40, max_wait=0.1, observe=gate.observe) as batcher:
         flood = [asyncio.create_task(batcher.embed([tiny.picture(1)], source="flood"))]
         await gate.wait_for(1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import socket
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from adapters.erasing import TenantErased
 from adapters.records import RegistryUnavailable
 from adapters.tenants import HeldKey
 from service.auth import Guard, KeyMissing, is_loopback, listening_addresses, needed
@@ -218,3 +220,54 @@ async def test_writes_are_in_the_audit_log_with_who_did_them(
         "POST /validated 200 tenant=other key=operator",
         "POST /validated 200 tenant=- key=operator",
     ]
+
+
+@pytest.mark.anyio
+async def test_what_goes_on_under_a_revoked_key_is_broken_off(tmp_path: Path) -> None:
+    known = {
+        name * 16: HeldKey(name * 16, tenant, frozenset({"adapt"}), hashlib.sha256(b"x").hexdigest(), None)
+        for name, tenant in (("0", "acme"), ("1", "other"))
+    }
+
+    async def find(key_id: str) -> HeldKey | None:
+        return known.get(key_id)
+
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], find)
+    watching = asyncio.create_task(shell.edge.watch())
+    async with (
+        shell.client(authorization=f"Bearer tw_{'0' * 16}_x") as acme,
+        shell.client(authorization=f"Bearer tw_{'1' * 16}_x") as other,
+    ):
+        asked = asyncio.create_task(acme.post("/slow", content=b"x"))
+        going_on = asyncio.create_task(other.post("/slow", content=b"x"))
+        await asyncio.sleep(0.1)
+        del known["0" * 16]
+        async with asyncio.timeout(5):
+            answer = await asked
+        assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+        await asyncio.wait_for(shell.cancelled.wait(), 5)
+        assert not going_on.done()
+        shell.edge.end("other", TenantErased("other"))
+        answer = await going_on
+        assert (answer.status_code, answer.json()["type"]) == (409, "urn:topwork:tenant_erased")
+        assert answer.headers["Retry-After"] == "5"
+    watching.cancel()
+
+
+@pytest.mark.anyio
+async def test_no_example_is_named_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shell = Shell(settings(tmp_path).model_copy(update={"access_log": True}))
+    loggers = [logging.getLogger(name) for name in ("topwork.access", "topwork.audit")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO):
+            async with shell.client() as client:
+                for path in ("/adapters/pets/examples/mine/1", "/adapters/pets/%65xamples/mine?id=mine"):
+                    await client.get(path)
+                    await client.delete(path)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
+    assert len(caplog.messages) == 6
+    assert all("/adapters/pets/examples/ 404" in message for message in caplog.messages)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.serving import Serving
-from service import tenant_schemas
+from service import schemas, tenant_schemas
 from tests.service.caller import UNSEEN, Caller, reviews
 from tests.service.test_openapi import exactly
 
@@ -297,8 +297,18 @@ def test_the_command_line_makes_keys_for_the_running_service(place: Place) -> No
     place.with_key(newer).call("GET", "/adapters")
     revoked = command(home, "keys", "revoke", "by-hand", newer.split("_")[1])
     assert json.loads(revoked.stdout)["revoked_at"]
+    set_to = command(home, "tenants", "quotas", "by-hand", '{"items_per_second": 5, "max_adapters": 2}')
+    assert json.loads(set_to.stdout)["quotas"]["items_per_second"] == 5
+    assert place.operator.call("GET", "/tenants/by-hand")["quotas"]["max_adapters"] == 2
     for arguments, says in (
         (("keys", "create", "nobody"), "no tenant"),
+        (("keys", "create", "by-hand", "--days", "1e300"), "ten years"),
+        (("keys", "create", "by-hand", "--days", "nan"), "ten years"),
+        (("keys", "create", "by-hand", "--days", "0"), "60 seconds"),
+        (("tenants", "quotas", "by-hand", '{"items_per_second": -1}'), "items_per_second"),
+        (("tenants", "quotas", "by-hand", "much"), "JSON"),
+        (("tenants", "quotas", "nobody", "{}"), "no tenant"),
+        (("tenants", "erase", "nobody"), "no tenant"),
         (("tenants", "create", "by-hand"), "already"),
         (("tenants", "create", "No"), "a-z"),
         (("keys", "create", "by-hand", "--scopes", "root"), "predict"),
@@ -308,6 +318,30 @@ def test_the_command_line_makes_keys_for_the_running_service(place: Place) -> No
         assert done.stderr.startswith("topwork: ")
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+    place.with_key(newer).call("GET", "/adapters", 401)
+    receipt = json.loads(command(home, "tenants", "erase", "by-hand").stdout)
+    assert (receipt["tenant"], receipt["keys"]) == ("by-hand", 3)
+    assert place.operator.code("GET", "/tenants/by-hand", 404) == "unknown_tenant"
+
+
+def test_a_tenant_is_erased_with_a_receipt(place: Place) -> None:
+    tenant = place.tenant()
+    caller = place.with_key(place.key(tenant, "predict", "adapt", "admin")["key"])
+    caller.adapt("films", reviews())
+    # Whoever may make its keys may not erase it.
+    assert caller.code("DELETE", f"/tenants/{tenant}", 403) == "operator_only"
+    caller.call("DELETE", "/adapters/none", 404)
+    receipt = place.operator.call("DELETE", f"/tenants/{tenant}")
+    exactly(schemas.ErasureOut, receipt)
+    assert (receipt["tenant"], receipt["adapters"], receipt["keys"]) == (tenant, 1, 1)
+    assert receipt["examples"] == len(reviews())
+    # At once where it was erased.
+    caller.call("GET", "/adapters", 401)
+    assert place.operator.code("DELETE", f"/tenants/{tenant}", 404) == "unknown_tenant"
+    assert place.operator.code("POST", "/tenants", 409, json={"tenant": tenant}) == "tenant_erased"
+    time.sleep(6)
+    place.operator.call("POST", "/tenants", 201, json={"tenant": tenant})
+    assert place.operator.call("GET", f"/tenants/{tenant}")["adapters"] == 0
 
 
 def test_images_too(place: Place) -> None:
