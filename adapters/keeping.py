@@ -24,6 +24,7 @@ from adapters.records import (
     ExampleRecord,
     RegistryUnavailable,
     UnknownAdapter,
+    UnknownVersion,
 )
 from adapters.registry import Registry
 from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
@@ -45,6 +46,10 @@ class State:
     adapter: AdapterRecord
     revision: int
     examples: tuple[ExampleRecord, ...]
+
+    def same_as(self, other: State) -> bool:
+        """Whether nothing changed between the two."""
+        return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)
 
 
 @dataclass(slots=True)
@@ -166,6 +171,9 @@ class Keeping:
             if version.evidence is None:
                 return None
             return await self.read(adapter.tenant, adapter.uid, version.evidence, decode_evidence)
+        except UnknownVersion:
+            # It went a moment ago; if its adapter did too, the commit will say so.
+            return None
         except (MissingArtifact, CorruptArtifact) as error:
             # A comparison that cannot be made must not keep a tenant from adapting.
             logger.warning("no comparison with version %d: %s", number, error)

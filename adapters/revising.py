@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from adapters.records import (
     VersionRecord,
 )
 from adapters.segments import Evidence, encode_evidence
-from adapters.store import Artifact
+from adapters.store import Artifact, MissingArtifact
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -160,8 +160,15 @@ class Revising:
         async with self._turn((tenant, name)):
             for _ in range(ATTEMPTS - 1):
                 known = await self.keeping.state(tenant, name, known)
-                with suppress(RevisionMoved):
+                try:
                     return await step(known)
+                except RevisionMoved:
+                    continue
+                except MissingArtifact:
+                    # A file that went with what it belonged to is no loss: the next step sees that it went.
+                    now = await self.keeping.state(tenant, name)
+                    if now is not None and known is not None and now.same_as(known):
+                        raise
             return await step(await self.keeping.state(tenant, name, known))
 
     @asynccontextmanager

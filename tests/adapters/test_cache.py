@@ -183,6 +183,7 @@ def test_what_is_dropped_while_it_loads_is_not_kept() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.anyio
 async def test_what_an_owner_leaves_is_dropped() -> None:
     left: list[str] = []
     cache: Cache[str] = Cache(100, len, left.append)
