@@ -21,6 +21,7 @@ from adapters.store import (
     missing,
     object_key,
     parse_key,
+    tenant_key,
     verified,
 )
 
@@ -69,10 +70,11 @@ class BucketStore:
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
         """See Store.delete_adapter."""
-        prefix = adapter_key(tenant, adapter_uid)
-        with _translated():
-            for chunk in obstore.list(self._bucket, prefix, chunk_size=1000):
-                self._delete([found["path"] for found in chunk])
+        self._delete_below(adapter_key(tenant, adapter_uid))
+
+    def delete_tenant(self, tenant: str) -> None:
+        """See Store.delete_tenant."""
+        self._delete_below(tenant_key(tenant))
 
     def objects(self) -> Iterator[StoredObject]:
         """See Store.objects. Ages by the bucket's time of writing and this machine's clock."""
@@ -87,6 +89,11 @@ class BucketStore:
     def discard(self, objects: Collection[StoredObject]) -> None:
         """See Store.discard."""
         self._delete([object_key(found.tenant, found.adapter_uid, found.name) for found in objects])
+
+    def _delete_below(self, prefix: str) -> None:
+        with _translated():
+            for chunk in obstore.list(self._bucket, prefix, chunk_size=1000):
+                self._delete([found["path"] for found in chunk])
 
     def _delete(self, keys: list[str]) -> None:
         if not keys:

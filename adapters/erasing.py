@@ -34,8 +34,10 @@ ERASURES_KEPT = timedelta(days=400)
 """How long an erasure is remembered, and so how old a backup may be that is restored without what it took."""
 ALL = "*"
 """Of an adapter's examples: all that it had."""
-# So long after an erasure keys may still be taken for good, see service/keyring.py.
-_KEYS_STAY = 5.0
+NAME_TAKEN = 5.0
+"""Seconds after its erasure in which a tenant gets nothing new: keys may still be taken for good so long, see
+service/keyring.py."""
+_WHOLE = "*"
 # Between a request's first look at the database and its age as it is counted.
 _SLACK = 1.0
 _DIGITS = 32
@@ -48,7 +50,7 @@ class TenantErased(RegistryError):
     """The tenant was erased while the request was under way, or a moment before it came."""
 
     code = "tenant_erased"
-    retry_after = _KEYS_STAY
+    retry_after = NAME_TAKEN
 
     def __init__(self, tenant: str) -> None:
         super().__init__(f"The tenant {tenant!r} has just been erased; its name is free again in seconds.")
@@ -70,11 +72,12 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An erasure whose adapters' files may still be there. age: seconds."""
+    """An erasure whose adapters' files may still be there. whole: a tenant's. age: seconds."""
 
     id: str
     tenant: str
     uids: tuple[str, ...]
+    whole: bool
     age: float
 
 
@@ -84,11 +87,8 @@ class Erasures:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def tenant(self, name: str) -> tuple[Receipt, tuple[str, ...]]:
-        """Erase all rows of the tenant; the receipt, and the uids of adapters whose files are to be deleted.
-
-        Raises UnknownTenant.
-        """
+    def tenant(self, name: str) -> Receipt:
+        """Erase all rows of the tenant; the caller then deletes its files. Raises UnknownTenant."""
         with self._database.writing() as connection:
             return _erase_tenant(connection, name)
 
@@ -98,7 +98,13 @@ class Erasures:
             now = current_time(connection)
             query = select(erasures).where(erasures.c.files.is_not(None)).order_by(erasures.c.at)
             return [
-                Unfinished(row.id, row.tenant, tuple(row.files.split()), (now - row.at).total_seconds())
+                Unfinished(
+                    row.id,
+                    row.tenant,
+                    tuple(uid for uid in row.files.split() if uid != _WHOLE),
+                    _WHOLE in row.files.split(),
+                    (now - row.at).total_seconds(),
+                )
                 for row in connection.execute(query)
             ]
 
@@ -145,7 +151,7 @@ def check_not_erased(connection: Connection, tenant: str, age: float) -> None:
     erasure's.
     """
     _take_turn(connection, tenant)
-    since = current_time(connection) - timedelta(seconds=max(age + _SLACK, _KEYS_STAY))
+    since = current_time(connection) - timedelta(seconds=max(age + _SLACK, NAME_TAKEN))
     of_tenant = (erasures.c.tenant == tenant) & erasures.c.adapter_uid.is_(None) & (erasures.c.at >= since)
     if connection.execute(select(exists().where(of_tenant))).scalar_one():
         raise TenantErased(tenant)
@@ -183,7 +189,7 @@ def record(
     return receipt
 
 
-def _erase_tenant(connection: Connection, name: str) -> tuple[Receipt, tuple[str, ...]]:
+def _erase_tenant(connection: Connection, name: str) -> Receipt:
     # Those who give the tenant an adapter or a key take the same turns.
     _take_turn(connection, name)
     take_turns(connection, f"keys of {name}")
@@ -199,9 +205,10 @@ def _erase_tenant(connection: Connection, name: str) -> tuple[Receipt, tuple[str
     known = connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
     if not known and not uids:
         raise UnknownTenant(name)
-    receipt = record(connection, name, counts, files=uids)
+    # A mark for the tenant itself, which may have files and no adapter.
+    receipt = record(connection, name, counts, files=[*uids, _WHOLE])
     connection.execute(insert(changes).values(tenant=name, name="", at=receipt.at, gone=True))
-    return receipt, tuple(uids)
+    return receipt
 
 
 def _delete(connection: Connection, uids: Collection[str]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from adapters.store import (
     missing,
     object_key,
     parse_key,
+    tenant_key,
     verified,
 )
 
@@ -83,19 +84,15 @@ class LocalStore:
         """See Store.delete_adapter."""
         folder = self._root / adapter_key(tenant, adapter_uid)
         with _translated():
-            for attempt in range(1, _DELETIONS + 1):
-                try:
-                    shutil.rmtree(folder)
-                    # The last one takes the tenant's name along.
-                    with suppress(OSError):
-                        folder.parent.rmdir()
-                    return
-                except OSError as error:
-                    if not folder.exists():
-                        return
-                    # Publications renamed a file, or put one there, while the others were removed.
-                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _DELETIONS:
-                        raise
+            _remove(folder)
+            # The last one takes the tenant's name along.
+            with suppress(OSError):
+                folder.parent.rmdir()
+
+    def delete_tenant(self, tenant: str) -> None:
+        """See Store.delete_tenant."""
+        with _translated():
+            _remove(self._root / tenant_key(tenant))
 
     def objects(self) -> Iterator[StoredObject]:
         """See Store.objects."""
@@ -148,6 +145,20 @@ class LocalStore:
                 with suppress(OSError):
                     path.unlink()
             raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder with all that is in it, if it is there."""
+    for attempt in range(1, _DELETIONS + 1):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError as error:
+            if not folder.exists():
+                return
+            # Publications renamed a file, or put one there, while the others were removed.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _DELETIONS:
+                raise
 
 
 def _write_synced(path: Path, data: Buffer) -> None:

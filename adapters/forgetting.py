@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from adapters.erasing import Receipt, TenantErased
+from adapters.erasing import NAME_TAKEN, Receipt, TenantErased
 from adapters.keeping import Keeping
 from adapters.registry import Registry
 from adapters.store import Store
@@ -51,10 +51,10 @@ class Forgetting:
         """
 
         async def erase() -> Receipt:
-            receipt, uids = await asyncio.to_thread(self._keeping.registry.erasures.tenant, tenant)
+            receipt = await asyncio.to_thread(self._keeping.registry.erasures.tenant, tenant)
             self._keeping.aliases.drop_tenant(tenant)
             self.heard(tenant)
-            await self._keeping.drop_adapters(tenant, uids)
+            await self._keeping.drop_files(tenant)
             return receipt
 
         return await asyncio.shield(asyncio.ensure_future(erase()))
@@ -66,7 +66,7 @@ class Forgetting:
             receipt, uid = await asyncio.to_thread(self._keeping.registry.delete_adapter, tenant, name)
             self._keeping.aliases.drop(tenant, name)
             self.heard(tenant, name)
-            await self._keeping.drop_adapters(tenant, [uid])
+            await self._keeping.drop_files(tenant, uid)
             return receipt
 
         return await asyncio.shield(asyncio.ensure_future(erase()))
@@ -106,6 +106,9 @@ class Clearing:
             # Each time after twice as long: a deletion of many adapters must not be made up by ten thousands.
             if erasure.age < 2.0 * self._seen[erasure.id]:
                 continue
+            if erasure.whole and erasure.age < NAME_TAKEN - 1.0:
+                # Nobody can have created anything since.
+                self._store.delete_tenant(erasure.tenant)
             for uid in erasure.uids:
                 self._store.delete_adapter(erasure.tenant, uid)
             self._seen[erasure.id] = max(erasure.age, 0.5)

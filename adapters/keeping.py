@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,7 @@ class Keeping:
         self._job = job
         self._store = store
         self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
+        self._tasks: set[asyncio.Future[None]] = set()
         self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=give_way)
 
     def close(self) -> None:
@@ -186,8 +187,22 @@ class Keeping:
     async def publish(
         self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
     ) -> tuple[Artifact, ...]:
-        """Publish what the encoders give, encoded in the thread that writes it."""
-        return await asyncio.to_thread(self._publish, tenant, uid, encoders)
+        """Publish what the encoders give, encoded in the thread that writes it.
+
+        When the caller is cancelled, what is published all the same is deleted again.
+        """
+        publishing = asyncio.ensure_future(asyncio.to_thread(self._publish, tenant, uid, encoders))
+        try:
+            return await asyncio.shield(publishing)
+        except asyncio.CancelledError:
+            self._behind(self._let_go(tenant, uid, publishing))
+            raise
+
+    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does what nobody waits for."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _publish(
         self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
@@ -205,12 +220,12 @@ class Keeping:
             yield file
         finally:
             if not file.taken:
-                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, file)))
+                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, file.uid, file.publishing)))
 
-    async def _let_go(self, tenant: str, file: Ahead) -> None:
-        # A store that failed has stored nothing, and whoever needed the file has been told.
+    async def _let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
+        # A store that failed has stored nothing, and whoever needed the files has been told.
         with suppress(StoreError):
-            await self.drop(tenant, file.uid, await file.publishing)
+            await self.drop(tenant, uid, await publishing)
 
     async def commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
         """Commit, let this process's predictions know, and delete the files that are no longer referred to.
@@ -238,15 +253,16 @@ class Keeping:
         adapter = committed.adapter
         await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
 
-    async def drop_adapters(self, tenant: str, uids: Sequence[str]) -> None:
-        """Deletes all files of adapters that are erased; what cannot be deleted now is tried again."""
+    async def drop_files(self, tenant: str, uid: str | None = None) -> None:
+        """Deletes all files of an adapter that is erased, or of a whole tenant.
 
-        def delete() -> None:
-            for uid in uids:
-                self._store.delete_adapter(tenant, uid)
-
+        What cannot be deleted now is tried again, see Clearing.
+        """
         try:
-            await asyncio.to_thread(delete)
+            if uid is None:
+                await asyncio.to_thread(self._store.delete_tenant, tenant)
+            else:
+                await asyncio.to_thread(self._store.delete_adapter, tenant, uid)
         except StoreError as error:
             logger.warning("files of what was erased are deleted later: %s", error)
 

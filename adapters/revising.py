@@ -215,10 +215,10 @@ class Revising:
         if early:
             del files[_NEW_INPUTS]
         published = list(await self.keeping.publish(subject.tenant, subject.uid, files))
-        if ahead is not None and early:
-            published.insert(_NEW_INPUTS, await ahead.take())
         moved: list[Artifact] = []
         try:
+            if ahead is not None and early:
+                published.insert(_NEW_INPUTS, await ahead.take())
             # One after the other: together they may be all that the adapter keeps.
             for bundle in plan.bundles:
                 files = await encoders(self.keeping, subject, replace(plan, fresh=(), bundles=(bundle,)), {})

@@ -109,6 +109,10 @@ class Store(Protocol):
         """Remove everything of the adapter."""
         ...
 
+    def delete_tenant(self, tenant: str) -> None:
+        """Remove everything of the tenant, also of adapters that no row knows of."""
+        ...
+
     def objects(self) -> Iterator[StoredObject]:
         """Every stored object, those of one adapter together, and what interrupted publications left."""
         ...
@@ -123,13 +127,18 @@ def is_tenant(tenant: str) -> bool:
     return _TENANT.fullmatch(tenant) is not None
 
 
-def adapter_key(tenant: str, adapter_uid: str) -> str:
-    """The prefix of an adapter's objects. Raises ValueError where either part could lead elsewhere."""
+def tenant_key(tenant: str) -> str:
+    """The prefix of a tenant's objects. Raises ValueError where the name could lead elsewhere."""
     if not is_tenant(tenant):
         raise ValueError(f"{tenant!r} cannot name a tenant: use [a-z0-9][a-z0-9._-], at most 63 characters")
+    return tenant
+
+
+def adapter_key(tenant: str, adapter_uid: str) -> str:
+    """The prefix of an adapter's objects. Raises ValueError where either part could lead elsewhere."""
     if _UID.fullmatch(adapter_uid) is None:
         raise ValueError(f"{adapter_uid!r} is not an adapter's uid")
-    return f"{tenant}/{adapter_uid}"
+    return f"{tenant_key(tenant)}/{adapter_uid}"
 
 
 def object_key(tenant: str, adapter_uid: str, name: str) -> str:

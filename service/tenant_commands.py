@@ -116,7 +116,7 @@ def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
     from adapters.forgetting import Clearing
     from adapters.store import open_store
 
-    receipt, _ = registry.erasures.tenant(tenant)
+    receipt = registry.erasures.tenant(tenant)
     Clearing(registry, open_store(settings.store, settings.store_options)).clear()
     return receipt
 

@@ -63,7 +63,7 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
     second = create(registry, "birds").adapter
     registry.tenants.create_key("acme", ["predict"])
     submit(registry)
-    receipt, uids = registry.erasures.tenant("acme")
+    receipt = registry.erasures.tenant("acme")
     assert (receipt.adapters, receipt.examples, receipt.versions, receipt.jobs, receipt.keys) == (
         2,
         4,
@@ -71,7 +71,8 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
         1,
         1,
     )
-    assert set(uids) == {first.uid, second.uid}
+    ours = [one for one in registry.erasures.unfinished() if one.whole]
+    assert [set(one.uids) for one in ours] == [{first.uid, second.uid}]
     after = rows(registry)
     # What the others are told.
     assert after.pop("changes")[-1][1:3] == ("acme", "")
@@ -106,7 +107,7 @@ def test_what_was_erased_is_remembered_without_what_it_was(registry: Registry) -
     assert (some.adapter_uid, some.examples, some.files) == (adapter.uid, digest("secret-2"), None)
     assert (everything.adapter_uid, everything.examples, everything.id) == (adapter.uid, ALL, done.erasure)
     assert (whole.adapter_uid, whole.examples, whole.files) == (adapter.uid, None, adapter.uid)
-    assert (tenant.tenant, tenant.adapter_uid, tenant.files) == ("acme", None, None)
+    assert (tenant.tenant, tenant.adapter_uid, tenant.files) == ("acme", None, "*")
     assert "secret" not in repr(remembered(registry))
 
 
@@ -256,6 +257,35 @@ def test_what_comes_late_is_deleted_too(registry: Registry, store: Store) -> Non
     _age(registry, 1_000.0)
     clearing.clear()
     assert registry.erasures.unfinished() == []
+
+
+def test_what_no_row_knows_of_goes_with_its_tenant(registry: Registry, store: Store) -> None:
+    """The files of an adapter that was about to be created, by a process that was killed meanwhile."""
+    create(registry)
+    store.publish("acme", new_uid(), b"of nobody")
+    store.publish("acme-2", new_uid(), b"of another tenant")
+    registry.erasures.tenant("acme")
+    Clearing(registry, store).clear()
+    assert [found.tenant for found in store.objects()] == ["acme-2"]
+    # Once the name can be used again, what has it is another's.
+    _age(registry, 6.0)
+    store.publish("acme", new_uid(), b"new")
+    Clearing(registry, store).clear()
+    assert sorted(found.tenant for found in store.objects()) == ["acme", "acme-2"]
+
+
+@anyio
+async def test_what_a_cancelled_request_was_writing_is_deleted(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught())
+        for pause in (0.0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05):
+            task = asyncio.create_task(here.adapt(taught(), f"never{pause}"))
+            await asyncio.sleep(pause)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            known = {adapter.uid for adapter in here.registry.adapters(TENANT)}
+            await _eventually(lambda known=known: set(here.files()) <= known)  # type: ignore[misc]
 
 
 def test_the_last_adapter_takes_the_tenants_folder_along(tmp_path: Path) -> None:

@@ -112,13 +112,15 @@ def test_tenants_are_erased_while_they_go_on(serving: Serving) -> None:
             list(pool.map(Canaried.live, tenants))
             until = threading.Event()
             going_on = [pool.submit(tenant.go_on, until) for tenant in tenants]
-            time.sleep(0.3)
             canaries = [tenant.canary for tenant in tenants]
-            assert found_in(serving.home, canaries), "the search finds what is there"
-            list(pool.map(Canaried.erase, tenants))
-            time.sleep(SECONDS)
-            assert found_in(serving.home, canaries) == {}
-            until.set()
+            try:
+                time.sleep(0.3)
+                assert found_in(serving.home, canaries), "the search finds what is there"
+                list(pool.map(Canaried.erase, tenants))
+                time.sleep(SECONDS)
+                assert found_in(serving.home, canaries) == {}
+            finally:
+                until.set()
             for statuses in (one.result() for one in going_on):
                 # Answered before, broken off, without an adapter, or without a key.
                 assert statuses <= {200, 202, 401, 404, 409, 429}, statuses
