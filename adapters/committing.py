@@ -33,6 +33,7 @@ from adapters.records import (
     UnknownExample,
 )
 from adapters.releasing import Previous, check_erased, drop_fitted_on, prune, release
+from adapters.replies import forget
 from adapters.schema import (
     adapters,
     artifacts,
@@ -72,6 +73,8 @@ def commit(connection: Connection, change: Change) -> Committed:
     unreferenced = release(connection, previous.released | released | more_released)
     if change.removals:
         check_erased(connection, change.removals, previous)
+        # They may name what was removed.
+        forget(connection, adapter.uid)
 
     if change.clear_first:
         total, removed = len(change.upserts), len(previous.first_revision) - (len(change.upserts) - added)
@@ -139,6 +142,7 @@ def delete_adapter(connection: Connection, tenant: str, name: str) -> str:
     adapter = adapter_by_name(connection, tenant, name, lock=True)
     for table in (jobs, examples, versions, artifacts):
         connection.execute(delete(table).where(table.c.adapter_uid == adapter.uid))
+    forget(connection, adapter.uid)
     connection.execute(delete(adapters).where(adapters.c.uid == adapter.uid))
     _announce(connection, tenant, name)
     return adapter.uid
