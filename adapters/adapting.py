@@ -200,8 +200,8 @@ class Adapting:
                 raise ExamplesRejected(rejected, strict=command.strict)
 
             def outcome(revised: Revised) -> AdaptOutcome:
-                spent = timings | revised.timings | {"total": time.perf_counter() - started}
-                return AdaptOutcome(revised, rejected, spent)
+                total = time.perf_counter() - started
+                return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
             async def step(state: State | None) -> Revised:
                 terms = self.terms(command, state)

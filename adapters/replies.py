@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, final
 
 from sqlalchemy import Connection, and_, delete, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
@@ -37,6 +37,7 @@ class Answered:
     body: str
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Reply(Generic[T]):
     """How a request with a key is answered once it is known what became of it.

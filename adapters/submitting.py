@@ -117,8 +117,13 @@ class Submitting:
         check_tunable(state.adapter, [example.target for example in state.examples])
         self._adapting.check_served(state.adapter)
         request = {"promote": command.promote, "config": dict(command.fine_tune or {})}
-        answering = reply and reply.of(lambda job: (job, stored))
-        return await self._submit(tenant, command, FINE_TUNE, request, answering), stored
+
+        def submitted(job: JobRecord) -> Submitted:
+            return job, stored
+
+        return submitted(
+            await self._submit(tenant, command, FINE_TUNE, request, reply and reply.of(submitted))
+        )
 
     async def bulk(
         self,
