@@ -3,20 +3,26 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select, update
 
+from adapters.adapting import AdaptCommand, AdaptOutcome
+from adapters.curating import Feedback
 from adapters.records import Committed, JobRecord, TooManyJobs, UnknownAdapter
 from adapters.registry import Change, Registry, new_uid
 from adapters.replies import REPLIES_KEPT, AlreadyAnswered, Answered, Reply
+from adapters.revising import Revised
 from adapters.schema import database_now, replies
+from adapters.submitting import Submitting
 from tests.adapters.test_registry import TEXTS, append, artifact, change, create, example, version
+from tests.adapters.world import TENANT, says, taught, world
 
 KEY = hashlib.sha256(b"a key").hexdigest()
 REQUEST = "1" * 64
@@ -205,3 +211,41 @@ def test_replies_go_with_examples_that_they_may_name(registry: Registry) -> None
     registry.commit(replace(change(adapter), removals=("a", "b")))
     assert registry.replies.find("acme", KEY) is None
     assert registry.replies.find("acme", "2" * 64) == told(1)
+
+
+@pytest.mark.anyio
+async def test_what_was_prepared_for_nothing_leaves_no_file(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        adapted: Reply[AdaptOutcome] = Reply(KEY, lambda found: told(len(found.rejected)))
+        taught_once = await here.adapting.adapt(TENANT, AdaptCommand("words", taught()), adapted)
+        revision = taught_once.revised.adapter.revision
+        more = AdaptCommand("words", taught(8))
+        with pytest.raises(AlreadyAnswered) as caught:
+            await here.adapting.adapt(TENANT, more, adapted)
+        assert caught.value.answered == told(0)
+        revised: Reply[Revised] = Reply(KEY, lambda found: told(1))
+        feedback = Feedback("two", says("one", 99))
+        with pytest.raises(AlreadyAnswered):
+            await here.curating.feedback(TENANT, "words", feedback, revised)
+        assert here.registry.adapter(TENANT, "words").revision == revision
+        here.check()
+
+
+async def lines() -> AsyncIterator[bytes]:
+    for one in ("one", "two"):
+        yield json.dumps({"text": says(one, 1), "label": one}).encode() + b"\n"
+
+
+@pytest.mark.anyio
+async def test_an_upload_for_nothing_leaves_no_file(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        submitting = Submitting(here.adapting, max_open=10, deadline_seconds=60)
+        submitted: Reply[JobRecord] = Reply(KEY, lambda job: Answered(REQUEST, 202, job.id))
+        job = await submitting.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
+        kept = here.files()
+        with pytest.raises(AlreadyAnswered) as caught:
+            await submitting.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
+        assert caught.value.answered.body == job.id
+        assert here.registry.jobs.jobs(TENANT) == [job]
+        assert here.files() == kept
+        here.check()
