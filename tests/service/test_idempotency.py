@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from fastapi import Request
 
 from benchmarks.serving import Serving
+from service.idempotency import _Digest
 from tests.service.caller import BLAME, PRAISE, Caller, Json, reviews
 
 ENVIRONMENT = {"TOPWORK_BACKBONES": "minilm-l6-v2", "TOPWORK_WORKERS": "0"}
@@ -219,6 +221,33 @@ def test_a_form_is_the_same_whatever_its_boundary(teacher: Caller) -> None:
     assert is_again(first, send(BLAME[2], "another-boundary"))
     assert code(send("Something else", "one"), 422) == "idempotency_key_reused"
     assert versions(teacher) == [1]
+
+
+def digest(boundary: str, body: bytes, piece: int) -> str:
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/adapt",
+        "query_string": b"",
+        "headers": [(b"content-type", f'multipart/form-data; boundary="{boundary}"'.encode())],
+    }
+    found = _Digest(Request(scope))
+    for begin in range(0, len(body), piece):
+        found.update(body[begin : begin + piece])
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("boundary", ["b", "aa", "aab", "a-boundary-of-some-length"])
+def test_a_body_may_come_in_any_pieces(boundary: str) -> None:
+    parts = [b"--", b"\r\n\r\naabaabaab a-boundary-of-some-", b"", b"length\r\n--", b"--a", b"aa"]
+    body = boundary.encode().join(parts)
+    assert len({digest(boundary, body, piece) for piece in range(1, len(body) + 1)}) == 1
+    assert digest(boundary, body, 3) != digest(boundary, body + b"\n", 3)
+    assert digest(boundary, body, 3) != digest("other", body, 3)
+    # What is no boundary counts byte for byte.
+    other = "another"
+    assert digest(other, other.encode().join([b"--", b"1"]), 2) == digest("more", b"--more1", 4)
+    assert digest(other, other.encode().join([b"--", b"1"]), 2) != digest("more", b"--more2", 4)
 
 
 def test_feedback_is_given_once(teacher: Caller) -> None:
