@@ -20,6 +20,7 @@ from adapters.keeping import Ahead, State
 from adapters.placing import plan_change
 from adapters.promotion import Promote, labels_of
 from adapters.records import AdapterRecord, Creation, Kind, UnknownAdapter
+from adapters.replies import Reply
 from adapters.revising import Edit, NothingToFit, Revised, Revising
 from adapters.segments import encode_inputs
 from models.batcher import Batcher
@@ -118,15 +119,19 @@ class Adapting:
         self.batchers = batchers
         self._count = count
 
-    async def adapt(self, tenant: str, command: AdaptCommand) -> AdaptOutcome:
+    async def adapt(
+        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
+    ) -> AdaptOutcome:
         """Teaches the adapter, creating it on first use. All or nothing: an error leaves no trace.
+
+        reply: recorded with what was learned; to it, only the time that was spent by then is known.
 
         Raises ExamplesRejected, MixedInputs, ContractChanged, FingerprintMismatch, UnknownBackbone, and what
         Batcher.embed and Revising.revise raise. When cancelled, either nothing is recorded or all of it.
         """
         outcome = "cancelled"
         try:
-            done = await self._adapt(tenant, command)
+            done = await self._adapt(tenant, command, reply)
             outcome = (
                 "stored" if done.revised.version is None else "promoted" if done.revised.live else "withheld"
             )
@@ -177,7 +182,9 @@ class Adapting:
             raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
         return self.batchers[name].backbone.spec
 
-    async def _adapt(self, tenant: str, command: AdaptCommand) -> AdaptOutcome:
+    async def _adapt(
+        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None
+    ) -> AdaptOutcome:
         started = time.perf_counter()
         seen = await self.revising.keeping.state(tenant, command.adapter)
         terms = self.terms(command, seen)
@@ -194,6 +201,10 @@ class Adapting:
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
 
+            def outcome(revised: Revised) -> AdaptOutcome:
+                total = time.perf_counter() - started
+                return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
+
             async def step(state: State | None) -> Revised:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
@@ -207,12 +218,9 @@ class Adapting:
                     uploaded=command.uploaded,
                 )
                 now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
-                return await self.revising.revise(now, edit, vectors, ahead)
+                return await self.revising.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
 
-            revised = await self.revising.in_turn(tenant, command.adapter, step, seen)
-        timings |= revised.timings
-        timings["total"] = time.perf_counter() - started
-        return AdaptOutcome(revised, rejected, timings)
+            return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
 
     @asynccontextmanager
     async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:

@@ -26,6 +26,7 @@ from adapters.records import (
     UnknownAdapter,
     UnknownExample,
 )
+from adapters.replies import Reply
 from adapters.revising import Edit, Revised, Revising, new_version
 from adapters.segments import encode_embeddings, encode_evidence
 from adapters.store import Artifact
@@ -59,10 +60,13 @@ class Curating:
         self._revising: Revising = adapting.revising
         self._keeping: Keeping = adapting.revising.keeping
 
-    async def feedback(self, tenant: str, name: str, feedback: Feedback) -> Revised:
+    async def feedback(
+        self, tenant: str, name: str, feedback: Feedback, reply: Reply[Revised] | None = None
+    ) -> Revised:
         """Makes the feedback an example; what is kept of the same input, or under the id, is corrected by it.
 
-        Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what Revising.revise raises.
+        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
+        Revising.revise raises.
         """
         vectors: dict[str, Floats] = {}
 
@@ -77,7 +81,8 @@ class Curating:
             _raise_first(rejected)
             vectors.update(found)
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
-            return await self._revising.revise(Subject.of(tenant, name, terms, state), edit, vectors)
+            subject = Subject.of(tenant, name, terms, state)
+            return await self._revising.revise(subject, edit, vectors, reply=reply)
 
         return await self._revising.in_turn(tenant, name, step)
 

@@ -17,6 +17,7 @@ from adapters.database import Database, take_turns
 from adapters.jobs import new_id
 from adapters.reading import adapter_by_name, chunks, current_time
 from adapters.records import AdapterRecord, RegistryError, UnknownTenant
+from adapters.replies import forget
 from adapters.schema import (
     adapters,
     artifacts,
@@ -134,7 +135,7 @@ def erase_examples(connection: Connection, adapter: AdapterRecord, ids: Collecti
     """Remember that these examples are erased, whose rows the caller deletes. Replies go with them."""
     everything = len(ids) == adapter.examples
     digests = ALL if everything else ",".join(sorted(digest(example) for example in ids))
-    connection.execute(delete(replies).where(replies.c.adapter_uid == adapter.uid))
+    forget(connection, adapter.uid)
     counts = {"examples": len(ids)}
     return record(connection, adapter.tenant, counts, adapter_uid=adapter.uid, examples=digests)
 

@@ -28,6 +28,7 @@ from adapters.records import (
     TooManyJobs,
     UnknownJob,
 )
+from adapters.replies import Reply, check_unanswered, keep
 from adapters.schema import jobs, tenants
 from adapters.store import Artifact
 
@@ -59,11 +60,17 @@ class Jobs:
         *,
         deadline_seconds: float | None,
         max_open: int,
+        reply: Reply[JobRecord] | None = None,
     ) -> JobRecord:
-        """Queue a job. Raises UnknownAdapter, and TooManyJobs where max_open are queued or running."""
+        """Queue a job. Raises UnknownAdapter, and TooManyJobs where max_open are queued or running.
+
+        reply: what is answered to the request for it, written in the same transaction. Raises
+        AlreadyAnswered where one was under its key.
+        """
         with self._database.writing() as connection:
             # Two submissions at once would both see room for one.
             take_turns(connection, f"jobs of {tenant}")
+            check_unanswered(connection, tenant, reply)
             adapter = adapter_by_name(connection, tenant, adapter_name, lock=True)
             unfinished = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(_OPEN))
             if connection.execute(unfinished).scalar_one() >= max_open:
@@ -85,7 +92,9 @@ class Jobs:
                 "deadline_at": deadline,
                 "created_at": now,
             }
-            return _record(connection.execute(insert(jobs).values(values).returning(jobs)).one())
+            job = _record(connection.execute(insert(jobs).values(values).returning(jobs)).one())
+            keep(connection, tenant, adapter.uid, reply, job)
+            return job
 
     def job(self, tenant: str, job_id: str) -> JobRecord:
         """One job. Raises UnknownJob, the same for another tenant's as for none."""

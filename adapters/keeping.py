@@ -27,6 +27,7 @@ from adapters.records import (
     UnknownVersion,
 )
 from adapters.registry import Registry
+from adapters.replies import Reply
 from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
 from adapters.store import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 from models.yielding import give_way
@@ -227,17 +228,23 @@ class Keeping:
         with suppress(StoreError):
             await self.drop(tenant, uid, await publishing)
 
-    async def commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
+    async def commit(
+        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None = None
+    ) -> Committed:
         """Commit, let this process's predictions know, and delete the files that are no longer referred to.
 
         It runs to its end when the caller is cancelled. What was published for a change that is refused is
-        deleted.
+        deleted. reply: see Registry.commit.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._commit(change, published)))
+        return await asyncio.shield(asyncio.ensure_future(self._commit(change, published, reply)))
 
-    async def _commit(self, change: Change, published: Sequence[Artifact]) -> Committed:
+    async def _commit(
+        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None
+    ) -> Committed:
         try:
-            committed = await asyncio.to_thread(lambda: self.registry.commit(change, job=self._job))
+            committed = await asyncio.to_thread(
+                lambda: self.registry.commit(change, job=self._job, reply=reply)
+            )
         except RegistryUnavailable:
             # It may have been recorded all the same; if not, a sweep finds the files.
             raise

@@ -52,6 +52,7 @@ from adapters.records import (
     UnknownVersion,
     VersionRecord,
 )
+from adapters.replies import Replies, Reply, check_unanswered, keep
 from adapters.schema import adapters, changes, examples
 from adapters.store import Artifact
 from adapters.tenants import Tenants
@@ -104,6 +105,7 @@ class Registry:
         self._jobs = Jobs(self._database)
         self._tenants = Tenants(self._database)
         self._erasures = Erasures(self._database)
+        self._replies = Replies(self._database)
 
     @property
     def jobs(self) -> Jobs:
@@ -119,6 +121,11 @@ class Registry:
     def erasures(self) -> Erasures:
         """What was erased, in the same database."""
         return self._erasures
+
+    @property
+    def replies(self) -> Replies:
+        """What was answered to requests with an Idempotency-Key, in the same database."""
+        return self._replies
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.
@@ -199,21 +206,30 @@ class Registry:
         with self._database.reading() as connection:
             return alias_of(connection, adapter_by_name(connection, tenant, name), version)
 
-    def commit(self, change: Change, *, job: Claim | None = None) -> Committed:
+    def commit(
+        self, change: Change, *, job: Claim | None = None, reply: Reply[Committed] | None = None
+    ) -> Committed:
         """Write the change in one durable transaction, or nothing of it.
 
         job: whose work this is. A version is its success, recorded in the same transaction. Raises LeaseLost,
         before anything else, unless the claim's attempt is the job's newest and its lease lasts: delete the
         artifacts then.
 
+        reply: what is answered to the request whose work this is, written in the same transaction. Raises
+        AlreadyAnswered where one was under its key.
+
         Raises UnknownAdapter (deleted meanwhile), RevisionMoved or AdapterExists (changed meanwhile: read
         again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
         change that contradicts itself.
         """
         with self._database.writing() as connection:
+            check_unanswered(connection, change.tenant, reply)
             if job is not None:
-                return committing.commit_job(connection, change, job)
-            return committing.commit(connection, change)
+                committed = committing.commit_job(connection, change, job)
+            else:
+                committed = committing.commit(connection, change)
+            keep(connection, change.tenant, change.uid, reply, committed)
+            return committed
 
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
         """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.

@@ -32,6 +32,7 @@ from adapters.records import (
     RevisionMoved,
     VersionRecord,
 )
+from adapters.replies import Reply
 from adapters.segments import Evidence, encode_evidence
 from adapters.store import Artifact, MissingArtifact
 
@@ -184,24 +185,34 @@ class Revising:
                 del self._turns[key]
 
     async def revise(
-        self, subject: Subject, edit: Edit, fresh: Mapping[str, Floats], ahead: Ahead | None = None
+        self,
+        subject: Subject,
+        edit: Edit,
+        fresh: Mapping[str, Floats],
+        ahead: Ahead | None = None,
+        reply: Reply[Revised] | None = None,
     ) -> Revised:
         """Plans, fits, publishes and commits one edit of the adapter as it is, or creates it.
 
         fresh: embeddings, float32 (dim,), by digest, of the inputs that the adapter has not; it may hold
-        more. ahead: the new inputs' file, if it is being published already. Raises OneLabel, NothingToFit,
-        AdapterFull, TooCostly, RevisionMoved, and what fitter, store and registry raise. Nothing is recorded
-        then.
+        more. ahead: the new inputs' file, if it is being published already. reply: recorded with the edit;
+        to it the publication has taken no time yet. Raises OneLabel, NothingToFit, AdapterFull, TooCostly,
+        RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise. Nothing is recorded then.
         """
         plan = await asyncio.to_thread(self._plan, subject, edit)
         fresh = await complete(self.keeping, subject, plan, fresh)
         timings: dict[str, float] = {}
         fit = await self._fit(subject, plan, edit, fresh, timings)
+
+        def revised(committed: Committed) -> Revised:
+            return Revised(committed, None if fit is None else fit.decision, timings)
+
         with _timed(timings, "publish", self._observe):
             published = await self._publish(subject, plan, fresh, fit, ahead)
-            committed = await self.keeping.commit(_change(subject, edit, plan, published, fit), published)
+            change = _change(subject, edit, plan, published, fit)
+            committed = await self.keeping.commit(change, published, reply and reply.of(revised))
         await self.warm(committed, fit)
-        return Revised(committed, None if fit is None else fit.decision, timings)
+        return revised(committed)
 
     async def _publish(
         self, subject: Subject, plan: Plan, fresh: Mapping[str, Floats], fit: Fit | None, ahead: Ahead | None

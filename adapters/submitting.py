@@ -29,6 +29,7 @@ from adapters.records import (
     UnknownAdapter,
 )
 from adapters.registry import new_uid
+from adapters.replies import Reply
 from adapters.store import Artifact, StoreError
 from adapters.uploaded import BadUpload
 from adapters.uploads import Form, kind_of_upload
@@ -38,6 +39,8 @@ BULK: Final = "bulk_adapt"
 # Fewer leave nothing to hold out that would say how good the network is.
 FEWEST_EXAMPLES = 50
 FEWEST_OF_A_LABEL = 5
+Submitted = tuple[JobRecord, AdaptOutcome | None]
+"""A job, and what became of the examples that were sent with it."""
 # Uploads received at once, each with a part or two in memory.
 _UPLOADS = 4
 _PART_BYTES = 16 << 20
@@ -93,11 +96,16 @@ class Submitting:
         self._max_open = max_open
         self._deadline_seconds = deadline_seconds
 
-    async def fine_tune(self, tenant: str, command: AdaptCommand) -> tuple[JobRecord, AdaptOutcome | None]:
+    async def fine_tune(
+        self, tenant: str, command: AdaptCommand, reply: Reply[Submitted] | None = None
+    ) -> Submitted:
         """Keeps the command's examples, if it has any, and queues a fine-tune of all that is kept then.
 
+        reply: recorded with the job. Where only the examples were kept, to keep them again changes nothing:
+        they make no version, and have the same ids.
+
         Raises what Adapting.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
-        FingerprintMismatch, CallbackNotAllowed.
+        FingerprintMismatch, CallbackNotAllowed, AlreadyAnswered.
         """
         self._check_callback(command.callback)
         stored = None
@@ -109,16 +117,28 @@ class Submitting:
         check_tunable(state.adapter, [example.target for example in state.examples])
         self._adapting.check_served(state.adapter)
         request = {"promote": command.promote, "config": dict(command.fine_tune or {})}
-        return await self._submit(tenant, command, FINE_TUNE, request), stored
+
+        def submitted(job: JobRecord) -> Submitted:
+            return job, stored
+
+        return submitted(
+            await self._submit(tenant, command, FINE_TUNE, request, reply and reply.of(submitted))
+        )
 
     async def bulk(
-        self, tenant: str, form: Form, command: AdaptCommand, body: AsyncIterator[bytes]
+        self,
+        tenant: str,
+        form: Form,
+        command: AdaptCommand,
+        body: AsyncIterator[bytes],
+        reply: Reply[JobRecord] | None = None,
     ) -> JobRecord:
         """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
 
         The command's own examples are none. Few uploads are received at once; others wait, and send nothing
-        meanwhile. Raises BadUpload, TooManyJobs, CallbackNotAllowed, what Adapting.terms raises, and what the
-        store and the registry raise. The upload is deleted then, or swept later.
+        meanwhile. reply: recorded with the job. Raises BadUpload, TooManyJobs, CallbackNotAllowed,
+        AlreadyAnswered, what Adapting.terms raises, and what the store and the registry raise. The upload is
+        deleted then, or swept later.
         """
         self._check_callback(command.callback)
         await self._check_open(tenant)
@@ -141,11 +161,17 @@ class Submitting:
                 raise
             kept = [artifact for published in publishing for artifact in published.result()]
             return await asyncio.shield(
-                asyncio.ensure_future(self._queue(tenant, adapter.uid, form, command, kept))
+                asyncio.ensure_future(self._queue(tenant, adapter.uid, form, command, kept, reply))
             )
 
     async def _queue(
-        self, tenant: str, uid: str, form: Form, command: AdaptCommand, kept: Sequence[Artifact]
+        self,
+        tenant: str,
+        uid: str,
+        form: Form,
+        command: AdaptCommand,
+        kept: Sequence[Artifact],
+        reply: Reply[JobRecord] | None,
     ) -> JobRecord:
         """The job of a kept upload, or the upload goes. To be run to its end, whoever hangs up meanwhile."""
         request = {
@@ -156,7 +182,7 @@ class Submitting:
             "fit": command.fit,
         }
         try:
-            return await self._submit(tenant, command, BULK, request)
+            return await self._submit(tenant, command, BULK, request, reply)
         except RegistryUnavailable:
             # The job may be recorded all the same; if not, a sweep finds the upload.
             raise
@@ -187,7 +213,12 @@ class Submitting:
             return await self._adapter(tenant, command, kind)
 
     async def _submit(
-        self, tenant: str, command: AdaptCommand, kind: JobKind, request: Mapping[str, Any]
+        self,
+        tenant: str,
+        command: AdaptCommand,
+        kind: JobKind,
+        request: Mapping[str, Any],
+        reply: Reply[JobRecord] | None,
     ) -> JobRecord:
         if command.callback is not None:
             request = {**request, "callback": command.callback}
@@ -199,6 +230,7 @@ class Submitting:
                 request,
                 deadline_seconds=self._deadline_seconds,
                 max_open=self._max_open,
+                reply=reply,
             )
         )
 

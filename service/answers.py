@@ -6,6 +6,7 @@ Plain JSON values: a model for each would cost more.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from adapters.example import Target
 from adapters.explaining import Neighbour
 from adapters.predicting import PredictAnswer
 from adapters.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
+from adapters.replies import Answered
 from adapters.revising import Revised
+from adapters.submitting import Submitted
 from models.backbone import Embedded
 from models.batcher import Batcher
 from models.preprocess import InputError
@@ -43,6 +46,14 @@ def adapted(outcome: AdaptOutcome) -> Response:
 def revised(done: Revised) -> Response:
     """AdaptResponse, of feedback or of a rebase."""
     return answer(_revised(done, [], done.timings))
+
+
+def repeated(found: Answered) -> Response:
+    """What was answered before to the same request with an Idempotency-Key."""
+    headers = {"Idempotency-Replayed": "true"}
+    if found.status == 202:
+        headers |= _where(json.loads(found.body)["id"])
+    return Response(found.body, found.status, headers, "application/json")
 
 
 def job(record: JobRecord) -> Json:
@@ -66,9 +77,13 @@ def job(record: JobRecord) -> Json:
 
 def submitted(record: JobRecord, stored: AdaptOutcome | None = None) -> Response:
     """SubmittedOut, and where to look for the job again. stored: what became of examples sent with it."""
-    headers = {"Location": f"/jobs/{record.id}", "Retry-After": "5"}
     examples = None if stored is None else _examples(stored.revised, stored.rejected)
-    return answer({**job(record), "examples": examples}, headers, status=202)
+    return answer({**job(record), "examples": examples}, _where(record.id), status=202)
+
+
+def tuning(done: Submitted) -> Response:
+    """SubmittedOut, of a fine-tune."""
+    return submitted(*done)
 
 
 def one_job(record: JobRecord) -> Response:
@@ -245,6 +260,11 @@ def one_example(owner: AdapterRecord, record: ExampleRecord, value: bytes | str 
 def cursor(last: str) -> str:
     """An opaque cursor that stands behind a name or an id."""
     return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
+
+
+def _where(job_id: str) -> dict[str, str]:
+    """Where and when to look for a job again."""
+    return {"Location": f"/jobs/{job_id}", "Retry-After": "5"}
 
 
 def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:

@@ -60,6 +60,12 @@ def body(
     return extra
 
 
+def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
+    """`openapi_extra` of a route whose requests may have an Idempotency-Key. statuses: of what is kept."""
+    answered = {str(status): {"headers": {"Idempotency-Replayed": _REPLAYED}} for status in statuses}
+    return {**extra, "parameters": [*extra.get("parameters", ()), _KEY], "responses": answered}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that may answer with problems of these statuses."""
     return {
@@ -93,6 +99,19 @@ _TENANT = {
     "in": "header",
     "schema": {"type": "string", "pattern": schemas.ADAPTER_PATTERN, "default": "default"},
     "description": "Whose adapters are meant; a tenant's key says it already.",
+}
+
+
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    "description": "A name of the request's own. Sent again with it within 24 hours, the same request is "
+    "answered as before and not done again; 409 while it is still worked on, 422 for another request.",
+}
+_REPLAYED = {
+    "schema": {"type": "string", "enum": ["true"]},
+    "description": "There where this was answered before, to a request with the same Idempotency-Key.",
 }
 
 

@@ -23,8 +23,9 @@ from service.edge import BULK
 from service.embeddings import openai_embeddings
 from service.errors import Problem
 from service.events import brief
+from service.idempotency import Once, Replying
 from service.metrics import CONTENT_TYPE
-from service.openapi import body, describe, problems
+from service.openapi import body, describe, once, problems
 from service.paging import Behind, Limit
 from service.tenants import add_tenants
 
@@ -78,10 +79,11 @@ def build_api(components: Components) -> FastAPI:
     api = FastAPI(title="Topwork", version=__version__, docs_url=None, redoc_url=None)
     settings = components.settings
     bodies = Bodies(settings.max_examples, settings.max_inputs, settings.max_text_chars)
+    keyed = Once(components.registry.replies)
     errors.install(api)
-    add_flows(api, components, bodies)
+    add_flows(api, components, bodies, keyed)
     add_adapters(api, components, bodies)
-    add_examples(api, components, bodies)
+    add_examples(api, components, bodies, keyed)
     add_jobs(api, components)
     add_tenants(api, components.registry.tenants, components.forgetting, bodies)
     describe(api)
@@ -89,31 +91,38 @@ def build_api(components: Components) -> FastAPI:
     return api
 
 
-def add_flows(api: FastAPI, components: Components, bodies: Bodies) -> None:
+def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
     """Adapting, predicting and embedding."""
     adapting, predicting, batchers = components.adapting, components.predicting, components.batchers
     submitting, uploads = components.submitting, components.uploads
 
     @api.post(
         "/adapt",
-        openapi_extra=body(schemas.AdaptRequest, files="examples", bulk=True),
+        openapi_extra=once(body(schemas.AdaptRequest, files="examples", bulk=True), 200, 202),
         responses={
             200: {"model": schemas.AdaptResponse},
             202: {"model": schemas.SubmittedOut},
-            **problems(404, 408, 409, 413, 415, 422, 429),
+            **problems(400, 404, 408, 409, 413, 415, 422, 429),
         },
     )
     async def adapt(request: Request, tenant: Tenant) -> Response:
         """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
-        form = BULK.get(media_type(request))
-        if form is not None:
-            with uploads.take(tenant):
-                return answers.submitted(await submitting.bulk(tenant, form, *bodies.bulk(request, form)))
+        learn = upload if media_type(request) in BULK else teach
+        return await keyed.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
+
+    async def upload(request: Request, tenant: str, reply: Replying) -> Response:
+        form = BULK[media_type(request)]
+        with uploads.take(tenant):
+            command, content = bodies.bulk(request, form)
+            job = await submitting.bulk(tenant, form, command, content, reply(answers.submitted))
+        return answers.submitted(job)
+
+    async def teach(request: Request, tenant: str, reply: Replying) -> Response:
         command = await bodies.adapt(request)
         caller_of(request).use("items", len(command.posted))
         if command.fine_tune is not None:
-            return answers.submitted(*await submitting.fine_tune(tenant, command))
-        return answers.adapted(await adapting.adapt(tenant, command))
+            return answers.tuning(await submitting.fine_tune(tenant, command, reply(answers.tuning)))
+        return answers.adapted(await adapting.adapt(tenant, command, reply(answers.adapted)))
 
     @api.post(
         "/predict",
@@ -230,7 +239,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         return answers.revised(await curating.rebase(tenant, adapter, wanted.backbone, wanted.promote))
 
 
-def add_examples(api: FastAPI, components: Components, bodies: Bodies) -> None:
+def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
     """Examples and feedback."""
     browsing, curating = components.browsing, components.curating
 
@@ -272,12 +281,18 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies) -> None:
 
     @api.post(
         "/adapters/{adapter}/feedback",
-        openapi_extra=body(schemas.FeedbackRequest),
-        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
+        openapi_extra=once(body(schemas.FeedbackRequest), 200),
+        responses={200: {"model": schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
     )
     async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Tell what is right for an input, or for a kept example."""
-        return answers.revised(await curating.feedback(tenant, adapter, await bodies.feedback(request)))
+        return await keyed.answer(
+            request, tenant, lambda asked, reply: correct(asked, tenant, adapter, reply)
+        )
+
+    async def correct(request: Request, tenant: str, adapter: str, reply: Replying) -> Response:
+        told = await bodies.feedback(request)
+        return answers.revised(await curating.feedback(tenant, adapter, told, reply(answers.revised)))
 
 
 def add_jobs(api: FastAPI, components: Components) -> None:

@@ -34,6 +34,7 @@ from adapters.records import (
     TooManyJobs,
 )
 from adapters.registry import Registry, new_uid
+from adapters.replies import Reply
 from adapters.revising import AdapterFull, AdapterLimits
 from adapters.segments import decode_inputs, encode_embeddings, encode_inputs
 from adapters.store import Artifact, Buffer, Store, open_store, sweep
@@ -331,12 +332,14 @@ class Contested(Registry):
         self.others = others
         self._write = write
 
-    def commit(self, change: Change, *, job: Claim | None = None) -> Committed:
+    def commit(
+        self, change: Change, *, job: Claim | None = None, reply: Reply[Committed] | None = None
+    ) -> Committed:
         if job is not None and self.others:
             self.others -= 1
             revision = self.adapter(change.tenant, change.name).revision
             super().commit(Change(change.tenant, change.name, change.uid, revision, upserts=(self._write,)))
-        return super().commit(change, job=job)
+        return super().commit(change, job=job, reply=reply)
 
 
 def test_others_that_go_on_posting_do_not_fail_an_upload(place: Place, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
     """
     # Raised while starting or in a worker, or caught by the layer above, and never on their way to a caller.
     internal = {
+        "AlreadyAnswered",
         "Cancelled",
         "DeadlinePassed",
         "DeviceUnavailable",
