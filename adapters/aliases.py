@@ -64,7 +64,7 @@ class Aliases:
         """load(alias) brings into memory what the alias's predictions need, and may raise."""
         self._registry = registry
         self._load = load
-        self._gone = _nobody
+        self._gone: Callable[[str, str | None], None] = _nobody
         self._heard: set[Changed] = set()
         self._patience = patience
         self._max_entries = max_entries

@@ -132,7 +132,7 @@ class Database:
             connection.execute(text(f"SET lock_timeout = '{_REWRITING_WAITS}'"))
             try:
                 for table in metadata.sorted_tables:
-                    size = connection.scalar(select(func.pg_total_relation_size(table.name)))
+                    size = connection.execute(select(func.pg_total_relation_size(table.name))).scalar_one()
                     full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
                     connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
             finally:

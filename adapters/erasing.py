@@ -117,7 +117,8 @@ class Erasures:
     def newest(self) -> str | None:
         """The id of the newest erasure."""
         with self._database.reading() as connection:
-            return connection.execute(select(func.max(erasures.c.id))).scalar_one()
+            newest: str | None = connection.execute(select(func.max(erasures.c.id))).scalar_one()
+            return newest
 
     def clear_pages(self) -> None:
         """Overwrite what deleted rows left in the database's pages."""

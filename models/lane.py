@@ -11,9 +11,17 @@ from typing import Any, Generic, Protocol, TypeVar
 class Waiting(Protocol):
     """A caller's inputs, of which those before `next` are taken."""
 
-    inputs: Sequence[Any]
-    source: Hashable
     next: int
+
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """What is to be taken."""
+        ...
+
+    @property
+    def source(self) -> Hashable:
+        """From whom it comes."""
+        ...
 
 
 R = TypeVar("R", bound=Waiting)
