@@ -85,6 +85,7 @@ class Connections:
 
     def _look(self) -> None:
         assert self._loop is not None
+        self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look) if self._open else None
         part, now = self._next, self._loop.time()
         self._next = (part + 1) % _PARTS
         # A process that was stopped has not waited for anybody.
@@ -96,7 +97,6 @@ class Connections:
                 self._idle.pop(connection, None)
             elif connection in self._open:
                 self._idle.setdefault(connection, None)
-        self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look) if self._open else None
 
 
 connections = Connections()

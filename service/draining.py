@@ -28,7 +28,7 @@ class Server(uvicorn.Server):
         listeners = [listener.dup() for listener in sockets or ()]
         for server in self.servers:
             server.close()
-        taken = [one for listener in listeners for one in _take(listener)]
+        taken = [one for listener in listeners for one in take(listener)]
         await asyncio.gather(*map(self._serve_on, taken), return_exceptions=True)
         await super().shutdown(sockets)
 
@@ -47,8 +47,8 @@ class Server(uvicorn.Server):
         await loop.connect_accepted_socket(protocol, taken, ssl=self.config.ssl)
 
 
-def _take(listener: socket.socket) -> list[socket.socket]:
-    """The connections in the queue of a listening socket, which ends with them."""
+def take(listener: socket.socket) -> list[socket.socket]:
+    """The connections in the queue of a listening socket, which ends with them, whoever else has it."""
     taken: list[socket.socket] = []
     with listener, contextlib.suppress(OSError):
         listener.setblocking(False)

@@ -115,10 +115,17 @@ class Watching:
             now = time.monotonic()
             # A process that was stopped meanwhile, or had no core, has not been stuck.
             passed, looked = min(now - looked, 2 * _LOOK_SECONDS), now
-            for name, one in self._watched.items():
-                if one.replacing is None and (why := one.standstill.look(passed)) is not None:
-                    self._replace(name, why)
-            self._look_at_networks(passed)
+            try:
+                self._look_at_backbones(passed)
+                self._look_at_networks(passed)
+            except Exception:
+                # Whoever watches must not be the first to fall.
+                logger.exception("a look at the backbones failed")
+
+    def _look_at_backbones(self, passed: float) -> None:
+        for name, one in self._watched.items():
+            if one.replacing is None and (why := one.standstill.look(passed)) is not None:
+                self._replace(name, why)
 
     def _look_at_networks(self, passed: float) -> None:
         batchers = [batcher for batcher in self._networks.batchers if batcher not in self._left]

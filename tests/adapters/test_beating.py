@@ -61,7 +61,7 @@ def test_who_was_stopped_as_well_does_not_take_the_child_for_dead(monkeypatch: p
 
 def test_headway_is_idleness_or_work_and_not_waiting() -> None:
     found: list[bool] = []
-    asked, waited, done = threading.Event(), threading.Event(), threading.Event()
+    asked, waited, done, seen = (threading.Event() for _ in range(4))
 
     def work() -> None:
         headway = Headway()
@@ -72,7 +72,7 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
         while time.monotonic() < end:
             pass
         done.set()
-        asked.wait(10)
+        seen.wait(10)
 
     ways: list[Headway] = []
     thread = threading.Thread(target=work)
@@ -86,6 +86,7 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
     waited.set()
     assert done.wait(10)
     found.append(headway.made())
+    seen.set()
     thread.join()
     assert found == [True, True, False, True]
 

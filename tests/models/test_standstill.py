@@ -145,8 +145,9 @@ async def test_bulk_that_waits_for_predicts_is_not_stuck(backbone: Backbone, hel
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
     standstill = Standstill(batcher)
-    predicts = [asyncio.create_task(batcher.embed([tiny.sentence(n)])) for n in range(2)]
+    predicts = [asyncio.create_task(batcher.embed([tiny.sentence(1)]))]
     await reach(held.reached)
+    predicts.append(asyncio.create_task(batcher.embed([tiny.sentence(2)])))
     bulk = asyncio.create_task(batcher.embed([tiny.sentence(3)], bulk=True))
     await asyncio.sleep(0)
     assert batcher.waiting == (1, 1)

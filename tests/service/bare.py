@@ -17,13 +17,14 @@ from service.protocol import Protocol
 
 
 class Bare:
-    """A context manager; `url` is where it answers, `connections` those that it has."""
+    """A context manager; `url` and `address` are where it answers, `connections` those that it has."""
 
     def __init__(self, app: ASGIApp, connections: Connections) -> None:
         """The protocol's own connections must be these by now."""
         self.connections = connections
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.address = self.listener.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
         self.loop = uvloop.new_event_loop()
         config = uvicorn.Config(app, http=Protocol, log_config=None, lifespan="off", timeout_keep_alive=60)
         self.server = Server(config)

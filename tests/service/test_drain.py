@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from service.connections import Connections
+from service.draining import take
 from tests.service.bare import Bare
 from tests.service.closed_loop import answer, post
 from tests.service.test_protocol import connected
@@ -41,7 +42,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bare]:
 
 def test_what_waits_to_be_accepted_is_answered(bare: Bare) -> None:
     """Connections that the system has accepted while the loop was busy, at the moment of the end."""
-    address = bare.listener.getsockname()
+    address = bare.address
     with connected(bare.url) as first:
         first.sendall(post("/stops", b"1", "text/plain"))
         time.sleep(0.1)
@@ -51,11 +52,27 @@ def test_what_waits_to_be_accepted_is_answered(bare: Bare) -> None:
         bare.server.should_exit = True
         for connection in (first, *waiting):
             with connection:
-                status, headers = answer(connection)
-                assert (status, headers["connection"]) == ("200", "close")
+                assert answer(connection)[0] == "200"
+                assert connection.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, timeout=10)
     bare.stop()
+
+
+def test_the_queue_of_a_listener_is_emptied_before_it_ends() -> None:
+    """Whoever else has the same listener, as a supervisor does, takes no more connections either."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+    address = listener.getsockname()
+    with listener, listener.dup() as supervisors:
+        waiting = [socket.create_connection(address, timeout=10) for _ in range(10)]
+        taken = take(listener.dup())
+        assert len(taken) == 10
+        assert supervisors.fileno() > 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=10)
+        for connection in (*waiting, *taken):
+            assert connection.getpeername()
+            connection.close()
 
 
 def test_the_next_request_of_a_connection_is_answered_too(bare: Bare) -> None:
@@ -67,7 +84,7 @@ def test_the_next_request_of_a_connection_is_answered_too(bare: Bare) -> None:
         bare.server.should_exit = True
         time.sleep(0.3)
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(bare.listener.getsockname(), timeout=10)
+            socket.create_connection(bare.address, timeout=10)
         for connection in (used, fresh):
             connection.sendall(ONE)
         for connection in (used, fresh, working):

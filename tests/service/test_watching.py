@@ -29,6 +29,13 @@ def breaking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breaking]:
         yield running
 
 
+@pytest.fixture
+def caller(breaking: Breaking) -> Iterator[Caller]:
+    found = Caller(breaking.url)
+    with found.http:
+        yield found
+
+
 def seconds_until(true: Callable[[], bool], most: float = 40.0) -> float:
     begun = time.monotonic()
     while not true():
@@ -50,12 +57,11 @@ def replaced(service: Breaking, part: str) -> float:
 def embed(caller: Caller, kind: str, status: int = 200) -> object:
     item = image(tiny.picture(1)) if kind == "image" else {"text": tiny.sentence(1)}
     body = {"backbone": KINDS[kind], "inputs": [item]}
-    return caller.call("POST", "/embed", status, json=body)
+    return caller.call("POST", "/embed", status, json=body)["embeddings"]
 
 
-def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking) -> None:
+def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, caller: Caller) -> None:
     """All at once: a run that never returns, a fitting process and a worker that are stopped."""
-    caller = Caller(breaking.url)
     right = embed(caller, "text")
     before = {part: replaced(breaking, part) for part in ("backbone", "fitter", "worker")}
     fitter, worker = breaking.child("adapters.fitter"), breaking.child("adapters.worker")
@@ -87,8 +93,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking) 
     assert "the worker was silent for" in log
 
 
-def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking) -> None:
-    caller = Caller(breaking.url)
+def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking, caller: Caller) -> None:
     right = embed(caller, "image")
     breaking.ask("die", "image")
     # Nobody asks: the canary finds it.
