@@ -57,7 +57,7 @@ class Pulse:
         return None if computes and self._silent < _LONGEST_SECONDS else self._silent
 
 
-def beat(tell: Callable[[], None], lives: Callable[[], bool] = lambda: True) -> None:
+def beat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -> None:
     """Calls tell each second from a thread of its own while `lives`; ends when there is nobody to tell."""
 
     def go_on() -> None:

@@ -35,7 +35,9 @@ def supervised(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = ("--host", "127.0.0.1", "--port", str(port))
-    process = bentoml_serve(folder / "home", *arguments, **environment(folder))
+    # Nobody reads what it writes meanwhile.
+    quiet = {"TOPWORK_ACCESS_LOG": "false"}
+    process = bentoml_serve(folder / "home", *arguments, **environment(folder), **quiet)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120

@@ -25,7 +25,8 @@ NOTICED, REPLACED = 5.6, 15.0
 
 @pytest.fixture(scope="module")
 def breaking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breaking]:
-    with Breaking(tmp_path_factory.mktemp("breaking")) as running:
+    running = Breaking(tmp_path_factory.mktemp("breaking"))
+    with running:
         yield running
 
 
