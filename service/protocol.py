@@ -194,10 +194,11 @@ class Protocol(HttpToolsProtocol):
 
     def _now(self) -> _Phase:
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
-            if self._read != self._mark:
-                return _Phase.HEAD
-            return _Phase.FRESH if cycle is None else _Phase.IDLE
+        if cycle is None:
+            return _Phase.FRESH if self.scope is None else _Phase.HEAD
+        if cycle.response_complete:
+            # A body that was not waited for may still come: it begins no request.
+            return _Phase.IDLE if self.scope is cycle.scope else _Phase.HEAD
         waits = cycle.more_body and not self.flow.read_paused and not cycle.waiting_for_100_continue
         return _Phase.BODY if waits else _Phase.WORK
 

@@ -32,10 +32,13 @@ LARGE = b"x" * (32 << 20)
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Says how long the body is; or sends much."""
+    """Says how long the body is; or sends much; or answers before the body has come."""
     request = Request(scope, receive)
     if scope["path"] == "/large":
         await PlainTextResponse(LARGE)(scope, receive, send)
+        return
+    if scope["path"] == "/early":
+        await PlainTextResponse("enough")(scope, receive, send)
         return
     count = sum([len(chunk) async for chunk in request.stream()])
     await PlainTextResponse(str(count))(scope, receive, send)
@@ -164,6 +167,16 @@ def test_who_waits_to_be_told_to_go_on_is_not_slow(bare: Bare) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b"12345")
         assert answer(connection)[0] == "200"
+
+
+def test_a_body_that_was_not_waited_for_may_come_late(bare: Bare) -> None:
+    with connected(bare.url) as connection:
+        connection.sendall(b"POST /early HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\n")
+        assert answer(connection)[0] == "200"
+        time.sleep(3 * SECONDS)
+        connection.sendall(b"12345" + post("/embed", b"12345", "text/plain"))
+        assert answer(connection)[0] == "200"
+    assert bare.connections.cut == {}
 
 
 def test_who_does_not_read_is_cut_off(bare: Bare) -> None:
