@@ -16,6 +16,8 @@ import pytest
 
 from adapters import beating
 from adapters.beating import Headway, Pulse
+from adapters.fitter import Fitter
+from tests.adapters.clouds import classification
 
 
 @contextmanager
@@ -92,10 +94,8 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stopped_fit_is_noticed_and_done_again() -> None:
-    from adapters.fitter import Fitter
-    from tests.adapters.clouds import classification
-
+async def test_a_stopped_fit_is_noticed_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beating, "_SILENT_SECONDS", 2.5)
     fitter = Fitter()
     await fitter.start()
     try:
@@ -120,9 +120,6 @@ async def test_a_stopped_fit_is_noticed_and_done_again() -> None:
 
 @pytest.mark.anyio
 async def test_a_fit_for_nobody_is_not_begun_by_a_new_process() -> None:
-    from adapters.fitter import Fitter
-    from tests.adapters.clouds import classification
-
     fitter = Fitter()
     await fitter.start()
     try:

@@ -23,8 +23,10 @@ BODY = json.dumps({"adapter": "beside", "inputs": [{"text": "some words"}]}).enc
 HEAD = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 BUNDLE = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: localhost\r\n\r\n"
 KINDS = ("silent", "head", "drops", "stalled")
-# Ten seconds, a look or two, and the machine.
-CUT_WITHIN = 16.0
+HELD, UNREAD = times(10, 3), times(20, 6)
+CONSTANTS = {"service.protocol": {"HEAD_SECONDS": HELD, "SILENT_SECONDS": HELD, "UNREAD_SECONDS": UNREAD}}
+# A look or two, and the machine.
+CUT_WITHIN = HELD + 6.0
 
 
 async def slow(url: str, kind: str, found: Counter[str]) -> None:
@@ -44,7 +46,7 @@ async def slow(url: str, kind: str, found: Counter[str]) -> None:
         while not reader.at_eof():
             writer.write(drop)
             try:
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(1.0):
                     received += await reader.read(65_536)
             except TimeoutError:
                 continue
@@ -84,7 +86,7 @@ async def crowd(url: str, found: Counter[str]) -> None:
 def test_healthy_requests_do_not_notice_a_crowd_of_slow_ones(tmp_path: Path) -> None:
     raise_descriptor_limit()
     found: Counter[str] = Counter()
-    with Breaking(tmp_path) as service:
+    with Breaking(tmp_path, CONSTANTS) as service:
         caller = Caller(service.url, "default")
         with caller.http:
             caller.adapt("beside", [{"text": tiny.sentence(n), "label": "ab"[n % 2]} for n in range(8)])

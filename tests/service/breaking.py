@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.serving import Serving
@@ -13,12 +15,14 @@ from tests import tiny
 _SITE = """
 import importlib.abc
 import importlib.util
+import json
 import os
 import sys
 import threading
 import time
 
 FOLDER = os.environ["TEST_FAULTS"]
+CONSTANTS = json.loads(os.environ["TEST_CONSTANTS"])
 
 
 def asked(fault, kind):
@@ -56,16 +60,19 @@ class Session:
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "models.session":
+        if name != "models.session" and name not in CONSTANTS:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            opened = module.open_session
-            module.open_session = lambda *inputs, **options: Session(opened(*inputs, **options))
+            vars(module).update(CONSTANTS.get(name, {}))
+            if name == "models.session":
+                opened = module.open_session
+                module.open_session = lambda *inputs, **options: Session(opened(*inputs, **options))
 
         spec.loader.exec_module = exec_module
         return spec
@@ -77,7 +84,11 @@ sys.meta_path.insert(0, Finder())
 KINDS = {"image": tiny.IMAGE_NAME, "text": tiny.TEXT_NAME}
 
 
-def environment(folder: Path) -> dict[str, str]:
+Constants = Mapping[str, Mapping[str, float]]
+"""Values by module and name: shorter times than those that the service has, where a test has no patience."""
+
+
+def environment(folder: Path, constants: Constants | None = None) -> dict[str, str]:
     """Variables of a service that serves the tiny backbones, and looks for faults in the folder `faults`."""
     for name in ("site", "faults"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -87,6 +98,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "PYTHONPATH": path,
         "TEST_FAULTS": str(folder / "faults"),
+        "TEST_CONSTANTS": json.dumps(constants or {}),
         "BENTOML_HOME": str(folder / "bentoml"),
         "BENTOML_DO_NOT_TRACK": "true",
         "TOPWORK_BACKBONES": ",".join(names),
@@ -96,10 +108,10 @@ def environment(folder: Path) -> dict[str, str]:
 class Breaking(Serving):
     """A running service that can be broken."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, constants: Constants | None = None) -> None:
         """Returns once the service is ready."""
         self.faults = folder / "faults"
-        super().__init__(folder / "home", environment=environment(folder))
+        super().__init__(folder / "home", environment=environment(folder, constants))
 
     def ask(self, fault: str, kind: str) -> None:
         """Has the next run of the batcher of this kind hang, die, or keep its lock; `wrong` stays."""

@@ -138,7 +138,7 @@ def test_a_body_must_come_fast_enough(bare: Bare, pieces: str) -> None:
 
 def test_a_body_that_comes_slowly_and_fast_enough_is_read(bare: Bare) -> None:
     """A line of 640 KB a second, for several times as long as nothing may come."""
-    count, size = 30, 64 << 10
+    count, size = 18, 64 << 10
     with connected(bare.url) as connection:
         begun = time.monotonic()
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % (count * size))
