@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -26,6 +27,7 @@ from typing import IO, Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.beating import LOOK_SECONDS, Headway, Pulse, beat
 from adapters.children import environment
 from adapters.head import Head
 from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig, TooCostly, fit
@@ -37,8 +39,13 @@ _START_SECONDS: Final = 30.0
 # A fit is predicted, not bounded: beyond this many times its limit the process hangs.
 _PATIENCE: Final = 10.0
 _ATTEMPTS: Final = 2
+# After a process that did not start, before another is tried for nobody.
+_PAUSE_SECONDS: Final = 5.0
 _FRAME: Final = struct.Struct("<QQ")
+_Frame = tuple[dict[str, Any], list[NDArray[Any]]]
 _Answer = TypeVar("_Answer")
+
+logger = logging.getLogger("topwork")
 
 
 class FitterUnavailable(RuntimeError):
@@ -75,16 +82,22 @@ class _Request:
 
 
 class Fitter:
-    """A bounded queue in front of one fitting process. Use from one event loop."""
+    """A bounded queue in front of one fitting process. Use from one event loop.
+
+    replaced: processes that were started after one that died, or was killed because it was silent.
+    """
 
     def __init__(self, max_queue: int = 16) -> None:
+        self.replaced = 0
         self._max_queue = max_queue
         self._requests: asyncio.Queue[_Request] = asyncio.Queue()
         self._current: _Request | None = None
         self._usual_seconds = 1.0
         self._broken = True
         self._process: _Process | None = None
+        self._starting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         # Blocking pipes in a thread: 100 MB of embeddings pass without the event loop taking part.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitter")
 
@@ -102,6 +115,7 @@ class Fitter:
         """Starts the process and waits until it is ready. Raises FitterUnavailable."""
         await self._running()
         self._serving = asyncio.create_task(self._serve())
+        self._watching = asyncio.create_task(self._watch())
 
     async def fit(self, dataset: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
         """linear_probe.fit in the other process.
@@ -119,9 +133,9 @@ class Fitter:
 
     async def close(self) -> None:
         """Stops the process; what waits gets FitterUnavailable."""
-        if self._serving is not None:
-            self._serving.cancel()
-            await asyncio.wait([self._serving])
+        for task in filter(None, (self._watching, self._serving)):
+            task.cancel()
+            await asyncio.wait([task])
         if self._process is not None:
             self._process.kill()
         await asyncio.to_thread(self._thread.shutdown)
@@ -164,6 +178,8 @@ class Fitter:
         embeddings = np.ascontiguousarray(dataset.embeddings, dtype=np.float32)
         for _ in range(_ATTEMPTS):
             process = await self._running()
+            if request.answer.done():
+                break
             started = time.monotonic()
 
             def ask(process: _Process = process) -> Fitted:
@@ -176,22 +192,47 @@ class Fitter:
                 )
                 self._usual_seconds += 0.2 * (time.monotonic() - started - self._usual_seconds)
                 return fitted
-            if request.answer.done():
-                break
         raise FitterUnavailable("The fitting process died twice on this request; try again later.")
 
     async def _running(self) -> _Process:
         """The process, started if there is none."""
-        if self._process is None or not self._process.running:
-            self._broken = True
-            process = self._process = await asyncio.to_thread(_Process)
+        async with self._starting:
+            if self._process is None or not self._process.running:
+                self._broken = True
+                if self._process is not None:
+                    await asyncio.to_thread(self._process.end)
+                    self.replaced += 1
+                process = self._process = await asyncio.to_thread(_Process)
+                try:
+                    await self._in_thread(process, process.read, _START_SECONDS)
+                except _Died as error:
+                    message = "The fitting process does not start; its standard error says why."
+                    raise FitterUnavailable(message) from error
+                process.ready = True
+                self._broken = False
+            return self._process
+
+    async def _watch(self) -> None:
+        """Kills the process once it gives no sign of life, and starts another before anybody needs it."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            process = self._process
+            if process is None or self._starting.locked():
+                continue
+            if not process.running:
+                await self._replace()
+            elif process.ready and (silent := process.pulse.look()) is not None:
+                logger.warning("the fitting process was silent for %.1f s, and is replaced", silent)
+                process.kill()
+
+    async def _replace(self) -> None:
+        # With a fit under way whoever waits for it does so, as often as he may.
+        if self._current is None:
             try:
-                await self._in_thread(process, process.read, _START_SECONDS)
-            except _Died as error:
-                message = "The fitting process does not start; its standard error says why."
-                raise FitterUnavailable(message) from error
-            self._broken = False
-        return self._process
+                await self._running()
+            except FitterUnavailable as error:
+                logger.warning("%s", error)
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _in_thread(self, process: _Process, work: Callable[[], _Answer], seconds: float) -> _Answer:
         """Work on the process's pipes; the process is killed if it takes longer than that."""
@@ -204,15 +245,30 @@ class Fitter:
 
 
 class _Process:
-    """The fitting process and its two pipes, blocking."""
+    """The fitting process and its two pipes, blocking. ready: it has said so, and beats from then on."""
 
     def __init__(self) -> None:
+        self.ready = False
         self._child = subprocess.Popen(
             [sys.executable, "-m", "adapters.fitter"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment() | _ONE_THREAD,
         )
+        self.pulse = Pulse(self._child.pid)
+        self._answers: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._hearing = threading.Thread(target=self._hear, name="fitter-answers", daemon=True)
+        self._hearing.start()
+
+    def _hear(self) -> None:
+        """Takes what comes as it comes: signs of life do not wait until somebody reads."""
+        assert self._child.stdout is not None
+        with self._child.stdout as pipe:
+            while (frame := _read_frame(pipe)) is not None:
+                self.pulse.beat()
+                if "beat" not in frame[0]:
+                    self._answers.put(frame)
+        self._answers.put(None)
 
     @property
     def running(self) -> bool:
@@ -230,9 +286,8 @@ class _Process:
             self.end()
             raise _Died from error
 
-    def read(self) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-        assert self._child.stdout is not None
-        frame = _read_frame(self._child.stdout)
+    def read(self) -> _Frame:
+        frame = self._answers.get()
         if frame is None:
             self.end()
             raise _Died
@@ -246,10 +301,10 @@ class _Process:
         """Kills the process, waits for its end and closes its pipes; again does nothing."""
         self.kill()
         self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        self._hearing.join()
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):
+            self._child.stdin.close()
 
 
 def _write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
@@ -262,7 +317,7 @@ def _write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[ND
     pipe.flush()
 
 
-def _read_frame(pipe: IO[bytes]) -> tuple[dict[str, Any], list[NDArray[Any]]] | None:
+def _read_frame(pipe: IO[bytes]) -> _Frame | None:
     """Header and arrays, or None at the end of the pipe."""
     sizes = pipe.read(_FRAME.size)
     if len(sizes) < _FRAME.size:
@@ -330,9 +385,12 @@ def _warm() -> None:
 def main() -> None:
     """Serves fits on the standard pipes until the input ends."""
     os.nice(NICENESS)
-    # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
+    # Ctrl-C in a terminal reaches every process, and BentoML's supervisor tells all to end at once: the
+    # parent decides when this one does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests: queue.SimpleQueue[tuple[dict[str, Any], list[NDArray[Any]]]] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    requests: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
+    headway, writing = Headway(), threading.Lock()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # Whatever prints must not get between the frames.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -343,13 +401,20 @@ def main() -> None:
         # In the middle of a fit too: nobody is left to hear its result.
         os._exit(0)
 
+    def answer(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
+        with writing:
+            _write_frame(answers, header, arrays)
+
     try:
         _warm()
-        _write_frame(answers, {"ready": True}, [])
+        answer({"ready": True}, [])
+        beat(lambda: answer({"beat": True}, []), headway.made)
         threading.Thread(target=read, daemon=True).start()
         while True:
             header, (embeddings,) = requests.get()
-            _write_frame(answers, *_answer(header, embeddings))
+            headway.idle = False
+            answer(*_answer(header, embeddings))
+            headway.idle = True
     except BrokenPipeError:
         # The parent is gone. Leaving in order would flush the pipe, and complain once more.
         os._exit(0)

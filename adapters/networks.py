@@ -50,6 +50,19 @@ class Networks:
         """Of the networks that are kept, about; one in use while it is pushed out is not counted."""
         return self._kept.bytes
 
+    @property
+    def batchers(self) -> list[Batcher]:
+        """Of all networks in memory, those that are pushed out and still in use too."""
+        return [one.batcher for one in self._open]
+
+    def abandon(self, batcher: Batcher) -> None:
+        """Forgets the network of a batcher that is stuck: its callers are told, the next has it loaded."""
+        batcher.abandon()
+        for one in list(self._open):
+            if one.batcher is batcher:
+                self._kept.drop(one.key)
+                self._retire(one)
+
     @asynccontextmanager
     async def running(self, alias: Alias, base: Backbone) -> AsyncIterator[Batcher]:
         """The batcher of the version's network, which stays as long as the block lasts.

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from adapters.beating import LOOK_SECONDS, Pulse, drain
 from adapters.children import environment
 
 logger = logging.getLogger("topwork")
@@ -43,9 +45,13 @@ class WorkerConfig:
 
 
 class Supervised:
-    """One worker process. For one event loop. It dies with this process: its input ends then."""
+    """One worker process. For one event loop. It dies with this process: its input ends then.
+
+    replaced: processes that were started after one that ended, or was killed because it was silent.
+    """
 
     def __init__(self, config: WorkerConfig) -> None:
+        self.replaced = 0
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -94,17 +100,49 @@ class Supervised:
             logger.warning("the worker ended with %d; it is started again in %.1f s", status, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+            self.replaced += 1
 
     async def _run(self) -> int:
-        process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "adapters.worker",
-            stdin=asyncio.subprocess.PIPE,
-            env=environment(),
-        )
+        pulse, beating = os.pipe()
+        os.set_blocking(pulse, False)
+        try:
+            try:
+                process = self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "adapters.worker",
+                    str(beating),
+                    stdin=asyncio.subprocess.PIPE,
+                    pass_fds=(beating,),
+                    env=environment(),
+                )
+            finally:
+                os.close(beating)
+            return await self._until_it_ends(process, pulse)
+        finally:
+            os.close(pulse)
+
+    async def _until_it_ends(self, process: asyncio.subprocess.Process, pulse: int) -> int:
         assert process.stdin is not None
         process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
         with contextlib.suppress(ConnectionError):
             await process.stdin.drain()
-        return await process.wait()
+        listening = asyncio.create_task(self._listen(process, pulse))
+        try:
+            return await process.wait()
+        finally:
+            listening.cancel()
+            await asyncio.wait([listening])
+
+    async def _listen(self, process: asyncio.subprocess.Process, pipe: int) -> None:
+        """Kills the worker once it gives no sign of life; until its first one it may take its time."""
+        pulse: Pulse | None = None
+        while process.returncode is None:
+            if drain(pipe):
+                pulse = pulse or Pulse(process.pid)
+                pulse.beat()
+            if pulse is not None and (silent := pulse.look()) is not None:
+                logger.warning("the worker was silent for %.1f s, and is replaced", silent)
+                process.kill()
+                return
+            await asyncio.sleep(LOOK_SECONDS)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from adapters.beating import beat
 from adapters.calling_back import call_back
 from adapters.children import environment
 from adapters.jobs import upload_of
@@ -256,8 +257,15 @@ def work(config: WorkerConfig, stopping: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs jobs at low priority until standard input ends, or SIGTERM."""
+    """Runs jobs at low priority until standard input ends, or SIGTERM.
+
+    The first argument, if there is one, is the number of the pipe on which it shows that it lives.
+    """
     os.nice(NICENESS)
+    if len(sys.argv) > 1:
+        pulse = int(sys.argv[1])
+        os.set_inheritable(pulse, False)
+        beat(lambda: os.write(pulse, b"."))
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
 from models.plan import BATCHES, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
-from models.preprocess import ImagePreprocessor, InputError, InputLimits, Prepared, TextPreprocessor
+from models.preprocess import (
+    TINY_IMAGE,
+    ImagePreprocessor,
+    InputError,
+    InputLimits,
+    Prepared,
+    TextPreprocessor,
+)
 from models.session import Device, DeviceUnavailable, open_session, open_table
 from models.spec import (
     FLOAT16,
@@ -61,7 +68,8 @@ class Embedded:
 class Backbone:
     """One exported backbone, loaded. Thread-safe: calls from several threads run beside each other.
 
-    fingerprint: of the spec, which would compute it anew each time.
+    fingerprint: of the spec, which would compute it anew each time. pace: seconds for an element of a
+    prepared input in the first run, which is slow.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Backbone:
         self._beside = beside
         self._preprocessor = preprocessor
         self.plan = plan
+        self.pace = 0.0
 
     @classmethod
     def open(
@@ -163,6 +172,11 @@ class Backbone:
         return 1 if self.device == "cpu" and self.spec.kind == "image" else self.batch
 
     @property
+    def canary(self) -> bytes | str:
+        """The least input that it takes, to see whether it answers, and always the same."""
+        return TINY_IMAGE if self.spec.kind == "image" else "a"
+
+    @property
     def preprocess_stage(self) -> str:
         """What preprocessing is called in timings and metrics: decode or tokenize."""
         return "decode" if self.spec.kind == "image" else "tokenize"
@@ -217,7 +231,9 @@ class Backbone:
         self._session = self._beside = None
 
     def _answers(self) -> bool:
-        embedding = self.run([_blank(self.spec)])
+        begin, blank = time.perf_counter(), _blank(self.spec)
+        embedding = self.run([blank])
+        self.pace = (time.perf_counter() - begin) / blank.size
         return embedding.shape == (1, self.spec.dim) and bool(np.isfinite(embedding).all())
 
     def feed(self, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:

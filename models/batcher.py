@@ -26,6 +26,14 @@ _PREDICTS_STAY = 0.5
 # Weight of the newest batch in the running mean of what an input costs.
 _NEWEST = 0.1
 
+# A run may take so many times what the measured rate says, and any run, prepared input or answer the lower
+# bound: with the look that finds it late, five seconds. Beyond the upper one it hangs, whatever was measured.
+PATIENCE = 4.5
+LONGEST_RUN = 60.0
+_SLACK = 10.0
+# When it closes: a thread that does nothing for so long is left to itself.
+_CLOSING_SECONDS = 5
+
 
 class Overloaded(RuntimeError):
     """The queue is full, or the wait too long.
@@ -63,6 +71,7 @@ class _Request:
 
     __slots__ = (
         "arrived",
+        "counted",
         "embeddings",
         "errors",
         "future",
@@ -73,9 +82,12 @@ class _Request:
         "timings",
     )
 
-    def __init__(self, inputs: Sequence[bytes | str], dim: int, stage: str, source: Hashable) -> None:
+    def __init__(
+        self, inputs: Sequence[bytes | str], dim: int, stage: str, source: Hashable, counted: bool
+    ) -> None:
         self.inputs = inputs
         self.source = source
+        self.counted = counted
         self.future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
         self.arrived = time.perf_counter()
         self.embeddings = np.zeros((len(inputs), dim), np.float32)
@@ -83,6 +95,23 @@ class _Request:
         self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
         self.next = 0
         self.pending = len(inputs)
+
+
+class Turn:
+    """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
+
+    steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
+    it prepares inputs. clock: of its CPU time, for time.clock_gettime; None until the thread has begun.
+    """
+
+    __slots__ = ("allowed", "bulk", "busy", "clock", "steps")
+
+    def __init__(self, *, bulk: bool) -> None:
+        self.bulk = bulk
+        self.steps = 0
+        self.busy = False
+        self.allowed = 0.0
+        self.clock: int | None = None
 
 
 # An input that was taken: whose it is, and its position there.
@@ -125,6 +154,9 @@ class Batcher:
         self._predicts: Lane[_Request] = Lane(self._lock)
         self._bulk: Lane[_Request] = Lane(self._lock)
         self._unanswered: set[_Request] = set()
+        # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
+        self._pace = backbone.pace
+        self.turns: list[Turn] = []
         self._threads: list[threading.Thread] = []
         self._open = False
         self._predicts_until = 0.0
@@ -135,33 +167,58 @@ class Batcher:
         return self._predicts.depth + self._bulk.depth
 
     @property
+    def waiting(self) -> tuple[int, int]:
+        """Inputs waiting: of predicts, and of bulk."""
+        return self._predicts.depth, self._bulk.depth
+
+    @property
     def alive(self) -> bool:
         """Whether inputs are accepted and every worker thread runs."""
         return self._open and all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def threads_left(self) -> int:
+        """Worker threads that have not ended."""
+        return sum(thread.is_alive() for thread in self._threads)
 
     async def start(self) -> None:
         """Starts the threads. Once."""
         if self._threads:
             raise RuntimeError("a batcher starts once")
         self._open = True
-        self._threads = [
-            threading.Thread(
-                target=self._work, args=(lane,), name=f"{self.backbone.spec.name}-{kind}", daemon=True
-            )
-            for kind, lane in (("predict", self._predicts), ("bulk", self._bulk))
-            for _ in range(self._workers)
-        ]
+        for kind, lane in (("predict", self._predicts), ("bulk", self._bulk)):
+            for _ in range(self._workers):
+                turn = Turn(bulk=lane is self._bulk)
+                name = f"{self.backbone.spec.name}-{kind}"
+                self.turns.append(turn)
+                self._threads.append(
+                    threading.Thread(target=self._work, args=(lane, turn), name=name, daemon=True)
+                )
         for thread in self._threads:
             thread.start()
 
     async def close(self) -> None:
-        """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open."""
+        """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open.
+
+        A thread that does nothing for five seconds is not waited for; its callers get BatcherClosed.
+        """
         with self._lock:
             self._open = False
-            self._predicts.ready.notify_all()
-            self._bulk.ready.notify_all()
+            self._wake_all()
+        still, before = 0, -1
         for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+            while thread.is_alive() and still < _CLOSING_SECONDS:
+                await asyncio.to_thread(thread.join, 1.0)
+                steps = sum(turn.steps for turn in self.turns)
+                still, before = (still + 1 if steps == before else 0), steps
+        if self.threads_left:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Takes no more inputs, and raises BatcherClosed for whoever waits, at once and without its threads:
+        those that are stuck are left to themselves, the others end.
+        """
+        self._give_up("This backbone hangs and is replaced; try again in a few seconds.")
 
     async def embed(
         self,
@@ -170,14 +227,18 @@ class Batcher:
         bulk: bool = False,
         deadline: float | None = None,
         source: Hashable = None,
+        counted: bool = True,
     ) -> Embedded:
         """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic(). source: from
-        whom they come, as far as turns and shares of the queue are concerned.
+        whom they come, as far as turns and shares of the queue are concerned. counted: they are somebody's,
+        and not only to see whether they are answered; others are observed by nobody, no measure of what
+        inputs cost, and no reason for bulk to leave a core.
 
         Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed. When the caller is cancelled or
         the deadline passes, its inputs that still wait are dropped.
         """
-        request = _Request(list(inputs), self.backbone.spec.dim, self.backbone.preprocess_stage, source)
+        stage = self.backbone.preprocess_stage
+        request = _Request(list(inputs), self.backbone.spec.dim, stage, source, counted)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
         lane = self._bulk if bulk else self._predicts
@@ -201,7 +262,7 @@ class Batcher:
 
     def _check_room(self, lane: Lane[_Request], source: Hashable, count: int) -> None:
         if not self._open:
-            raise BatcherClosed("This backbone takes no inputs; restart the service if it is not stopping.")
+            raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
         cost = lane.cost / self._workers
         surplus = lane.depth + count - self._max_queue
         if surplus > 0 and lane.depth > 0 and not lane.has_share(source, count, self._max_queue):
@@ -215,33 +276,42 @@ class Batcher:
         with self._lock:
             self._check_room(lane, request.source, len(request.inputs))
             self._unanswered.add(request)
-            if lane is self._predicts:
+            if lane is self._predicts and request.counted:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
             lane.add(request)
             lane.ready.notify(min(len(request.inputs), self._workers))
 
-    def _work(self, lane: Lane[_Request]) -> None:
+    def _work(self, lane: Lane[_Request], turn: Turn) -> None:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
+            turn.clock = time.pthread_getcpuclockid(threading.get_ident())
             if lane is self._bulk:
                 give_way()
-            while taken := self._take(lane):
-                self._answer(taken, lane)
+            while taken := self._take(lane, turn):
+                self._answer(taken, lane, turn)
                 with self._lock:
+                    turn.busy = False
                     lane.running -= 1
                     if lane is self._bulk and lane.depth:
                         lane.ready.notify()
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
-            self._give_up()
+            self._give_up("A worker of this backbone died; try again in a few seconds.")
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str) -> None:
         """Without one of its threads the batcher would be late or stuck, and nobody would know."""
         with self._lock:
             self._open = False
             unanswered = list(self._unanswered)
         self._forget(unanswered)
-        _settle(unanswered, lambda: BatcherClosed("A worker of this backbone died; restart the service."))
+        with self._lock:
+            self._wake_all()
+        _settle(unanswered, lambda: BatcherClosed(why))
+
+    def _wake_all(self) -> None:
+        """Has every idle thread look whether it is to end."""
+        self._predicts.ready.notify_all()
+        self._bulk.ready.notify_all()
 
     def _forget(self, requests: Iterable[_Request]) -> None:
         """Drops what was not taken of some requests."""
@@ -252,7 +322,7 @@ class Batcher:
                 self._unanswered.discard(request)
             self._let_bulk_look()
 
-    def _take(self, lane: Lane[_Request]) -> list[_Taken]:
+    def _take(self, lane: Lane[_Request], turn: Turn) -> list[_Taken]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
             while not lane.depth or (lane is self._bulk and not self._bulk_may_run()):
@@ -269,9 +339,13 @@ class Batcher:
             for request in begun:
                 request.timings["queue"] = now - request.arrived
             lane.running += 1
+            turn.allowed = 0.0
+            turn.busy = True
+            turn.steps += 1
             self._let_bulk_look()
         for request in begun:
-            self._observe("queue", now - request.arrived)
+            if request.counted:
+                self._observe("queue", now - request.arrived)
         return taken
 
     def _let_bulk_look(self) -> None:
@@ -293,23 +367,30 @@ class Batcher:
         with self._lock:
             return lane.running > 1 or lane.depth > 0 or self._bulk.running > 0
 
-    def _answer(self, taken: list[_Taken], lane: Lane[_Request]) -> None:
+    def _answer(self, taken: list[_Taken], lane: Lane[_Request], turn: Turn) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()
-            good, spent = self._prepare(taken)
+            good, spent = self._prepare(taken, turn)
             middle = time.perf_counter()
             beside = lane is self._bulk or self._others(lane)
+            size = sum(prepared.size for _, prepared in good)
+            turn.steps += 1
+            turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * size * self._pace))
             embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
             end = time.perf_counter()
+            turn.steps += 1
         except Exception as error:
             logger.exception(
                 "a batch of %d inputs failed on the backbone %s", len(taken), self.backbone.spec.name
             )
             self._fail({request for request, _ in taken}, error)
             return
+        finally:
+            turn.allowed = 0.0
         finished: list[_Request] = []
         stage = self.backbone.preprocess_stage
+        counted = sum(request.counted for (request, _), _ in good)
         with self._lock:
             for (request, index), seconds, refusal in spent:
                 request.timings[stage] += seconds
@@ -322,14 +403,18 @@ class Batcher:
                 request.pending -= 1
                 if not request.pending:
                     finished.append(request)
-            lane.cost += _NEWEST * ((end - begin) / len(taken) - lane.cost)
+            if counted or not good:
+                lane.cost += _NEWEST * ((end - begin) / len(taken) - lane.cost)
+            if size:
+                self._pace += _NEWEST * ((end - middle) / size - self._pace)
 
         def report() -> None:
-            for _, seconds, _ in spent:
-                self._observe(stage, seconds)
-            if good:
+            for (request, _), seconds, _ in spent:
+                if request.counted:
+                    self._observe(stage, seconds)
+            if counted:
                 self._observe("embed", end - middle)
-                self._observe_batch(len(good))
+                self._observe_batch(counted)
 
         if finished:
             _settle(finished, None, report)
@@ -337,7 +422,7 @@ class Batcher:
             report()
 
     def _prepare(
-        self, taken: list[_Taken]
+        self, taken: list[_Taken], turn: Turn
     ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]]]:
         good: list[tuple[_Taken, Prepared]] = []
         spent: list[tuple[_Taken, float, InputError | None]] = []
@@ -349,6 +434,7 @@ class Batcher:
                 good.append((one, self.backbone.preprocess(request.inputs[index])))
             except InputError as error:
                 refusal = error
+            turn.steps += 1
             spent.append((one, time.perf_counter() - begin, refusal))
         return good, spent
 

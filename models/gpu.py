@@ -21,6 +21,7 @@ Floats = NDArray[np.float32]
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _WIDTHS = (16, 32, 64, 128, 256)
 _MULTIPLE = 256
+_CLOSING_SECONDS = 10.0
 
 
 class Runner:
@@ -67,11 +68,11 @@ class Runner:
         return future.result()
 
     def close(self) -> None:
-        """Runs what waits, then frees what is on the device."""
+        """Runs what waits, then frees what is on the device; not while a run hangs."""
         with self._lock:
             self._open = False
             self._ready.notify()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)
 
     def _work(self) -> None:
         while taken := self._take():

@@ -42,7 +42,7 @@ def step_aside() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-class _Other:
+class Other:
     """The CPU time of another process, of all its threads. Linux alone has such clocks."""
 
     def __init__(self, pid: int) -> None:
@@ -65,7 +65,7 @@ def gaps(network: Any, first: int | None = None) -> Iterator[None]:
     process that goes first: while it is at work, a gap lasts until it rests, or twice as long as the layer
     took, for with a core for each the two would still share cache and memory.
     """
-    other = None if first is None else _Other(first)
+    other = None if first is None else Other(first)
     since, used = time.perf_counter(), 0.0 if other is None else other.seconds()
 
     def pause(*_: object) -> None:

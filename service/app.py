@@ -9,16 +9,19 @@ import threading
 from typing import Any, NoReturn
 
 import bentoml
+import uvicorn
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
+from service.connections import connections
+from service.draining import Server
 from service.edge import ASKING, Edge
 from service.protocol import Protocol
 from service.settings import Settings, serving_environment, tracing_wanted
-from service.startup import configure_logging, explain, give_back_memory, give_up
+from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
 
@@ -55,6 +58,8 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
         """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
         # Whoever runs the application, `bentoml serve` too, leaves uvicorn to choose.
         HTTP_PROTOCOLS["auto"] = f"{Protocol.__module__}:{Protocol.__name__}"
+        # And asks it for its server, after this.
+        uvicorn.Server = Server  # type: ignore[misc]
         app: Starlette = super().to_asgi(is_main=is_main)
         # Traces are of all requests, where they are wanted. TimeoutMiddleware answers with a body of its own
         # form and keeps a timer for each request, answered or not, until the time is over.
@@ -114,11 +119,13 @@ class Topwork:
 
         configure_logging()
         give_back_memory()
+        connections.bound(raise_descriptor_limit())
         worker = bentoml.server_context.worker_index
         try:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
+            connections.drain_seconds = settings.drain_timeout
             # First, for without a key nothing need be started.
             Guard(settings.admin_key, listening_addresses())
             self.components = await compose(settings, edge.end)

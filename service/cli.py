@@ -61,8 +61,9 @@ def _serve(host: str, port: int | None) -> int:
     import uvicorn
 
     from service.app import application
+    from service.draining import Server
 
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             application(),
             log_config=None,

@@ -43,17 +43,21 @@ from models.exported import find
 from models.plan import Plan
 from models.preprocess import InputLimits
 from service import __version__
+from service.connections import CUT, connections
 from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
 from service.events import Events, told_to_end
 from service.keyring import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
-from service.startup import trim_memory
+from service.startup import end_stuck, end_within, trim_memory
+from service.watching import Watching
 
 logger = logging.getLogger("topwork")
 
 _SWEEP_SECONDS = 3_600.0
 _CLEAR_SECONDS = 1.5
+# From the signal on; supervisors kill after thirty.
+_END_SECONDS = 29.0
 
 
 class ExportFailed(RuntimeError):
@@ -84,15 +88,17 @@ class Components:
     uploads: Slots
     keyring: Keyring
     workers: tuple[Supervised, ...]
+    watching: Watching
     metrics: Metrics
     closing: AsyncExitStack
 
     @property
     def ready(self) -> bool:
-        """Whether every worker thread, the fitting process, the workers and the look-out for commits run."""
-        batchers = all(batcher.alive for batcher in self.batchers.values())
+        """Whether every backbone answers, and the fitting process, the workers and the look-out for commits
+        run. Not whether the database is there: predictions go on without it.
+        """
         workers = all(worker.alive for worker in self.workers)
-        return self.fitter.alive and self.aliases.alive and batchers and workers
+        return self.fitter.alive and self.aliases.alive and self.watching.ready and workers
 
     async def aclose(self) -> None:
         """Lets queued work end, then closes everything in the reverse order of its making."""
@@ -130,14 +136,20 @@ async def compose(
                 observe_batch=partial(metrics.batch, backbone.spec.name),
             )
 
-        batchers = {}
+        batchers: dict[str, Batcher] = {}
+        # Those that are there by then: one may have been replaced.
+        stack.push_async_callback(_close_all, batchers)
         for name, backbone in backbones.items():
             batchers[name] = batcher_for(backbone)
             await batchers[name].start()
-            stack.push_async_callback(batchers[name].close)
 
         networks = Networks(store, settings.network_cache_bytes, batcher_for)
         stack.push_async_callback(networks.close)
+
+        def reopen(name: str) -> Backbone:
+            return _open_backbone(settings, *plans[name])
+
+        watching = Watching(batchers, networks, reopen, batcher_for, end_stuck)
 
         async def load(alias: Alias) -> None:
             batcher = batchers.get(alias.backbone)
@@ -164,6 +176,8 @@ async def compose(
         for worker in workers:
             await worker.start()
             stack.push_async_callback(worker.close)
+        await watching.start()
+        stack.push_async_callback(watching.close)
         closing = threading.Event()
         stack.callback(closing.set)
         submitting = Submitting(
@@ -175,6 +189,7 @@ async def compose(
         # A stream ends by itself before the edge would break it off.
         events = Events(submitting, 0.9 * settings.request_timeout)
         stack.enter_context(told_to_end(events.close))
+        stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
         # Daemons: a bucket may be long, and nobody waits for it at shutdown.
         threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
         threading.Thread(target=_clear, args=(registry, store, closing), daemon=True).start()
@@ -198,6 +213,7 @@ async def compose(
             uploads=Slots("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
             keyring=keyring,
             workers=workers,
+            watching=watching,
             metrics=metrics,
             closing=stack.pop_all(),
         )
@@ -221,19 +237,27 @@ async def _plans(settings: Settings) -> dict[str, tuple[Path, Plan]]:
 async def _backbones(
     settings: Settings, plans: Mapping[str, tuple[Path, Plan]], stack: AsyncExitStack
 ) -> dict[str, Backbone]:
+    loaded = await asyncio.gather(
+        *(asyncio.to_thread(_open_backbone, settings, *found) for found in plans.values())
+    )
+    for backbone in loaded:
+        stack.callback(backbone.close)
+    return dict(zip(plans, loaded, strict=True))
+
+
+def _open_backbone(settings: Settings, folder: Path, plan: Plan) -> Backbone:
     limits = InputLimits(
         max_image_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
         max_text_chars=settings.max_text_chars,
     )
+    return Backbone.open(folder, device=settings.device, plan=plan, limits=limits)
 
-    def load(folder: Path, plan: Plan) -> Backbone:
-        return Backbone.open(folder, device=settings.device, plan=plan, limits=limits)
 
-    loaded = await asyncio.gather(*(asyncio.to_thread(load, *found) for found in plans.values()))
-    for backbone in loaded:
-        stack.callback(backbone.close)
-    return dict(zip(plans, loaded, strict=True))
+async def _close_all(batchers: Mapping[str, Batcher]) -> None:
+    for batcher in batchers.values():
+        await batcher.close()
+        batcher.backbone.close()
 
 
 async def _export_missing(names: Sequence[str]) -> None:
@@ -310,9 +334,11 @@ def _watch(components: Components, networks: Networks) -> None:
         gauge(
             "topwork_queue_depth",
             "Inputs waiting for a backbone.",
-            partial(_depth, batcher),
+            partial(_depth, components.batchers, name),
             {"backbone": name},
         )
+    _watch_replacements(components)
+    _watch_connections(components.metrics)
     gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
     heads = components.heads
     counter(
@@ -345,8 +371,33 @@ def _watch(components: Components, networks: Networks) -> None:
     )
 
 
-def _depth(batcher: Batcher) -> float:
-    return float(batcher.depth)
+def _watch_replacements(components: Components) -> None:
+    watching, fitter, workers = components.watching, components.fitter, components.workers
+    parts: dict[str, Callable[[], int]] = {
+        "backbone": lambda: watching.replaced["backbone"],
+        "network": lambda: watching.replaced["network"],
+        "fitter": lambda: fitter.replaced,
+        "worker": lambda: sum(worker.replaced for worker in workers),
+    }
+    for part, count in parts.items():
+        components.metrics.counter(
+            "topwork_replaced", "Parts that died or were stuck, and were replaced.", count, {"part": part}
+        )
+
+
+def _watch_connections(metrics: Metrics) -> None:
+    metrics.gauge("topwork_connections", "Connections that are open.", lambda: float(len(connections)))
+    for why in CUT:
+        metrics.counter(
+            "topwork_connections_cut",
+            "Connections that were cut off, by reason.",
+            partial(connections.cut.__getitem__, why),
+            {"why": why},
+        )
+
+
+def _depth(batchers: Mapping[str, Batcher], name: str) -> float:
+    return float(batchers[name].depth)
 
 
 def _jobs(registry: Registry, state: JobState) -> float:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from adapters.store import is_tenant
@@ -77,6 +77,10 @@ def _new_id() -> str:
 # How a server tells that a caller has hung up: in the scope's extensions, the set of what it calls then. A
 # server without one is asked, by a task for each request.
 GONE = "topwork.gone"
+# What the server puts beside it for a body that comes too slowly: why it waits no longer. It wakes who reads.
+SLOW = "topwork.slow"
+# What says there that the body has a time of its own.
+UNHURRIED = "topwork.unhurried"
 
 
 class Slots:
@@ -276,6 +280,7 @@ class _Exchange:
         self._gone = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
         self._when_gone: set[Callable[[], None]] | None = None
+        self._extensions: dict[str, Any] = {}
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
 
@@ -289,7 +294,8 @@ class _Exchange:
     async def answer(self, app: ASGIApp, scope: Scope) -> None:
         """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
         self._work = asyncio.current_task()
-        self._when_gone = scope.get("extensions", {}).get(GONE)
+        self._extensions = scope.get("extensions", self._extensions)
+        self._when_gone = self._extensions.get(GONE)
         if self._when_gone is not None:
             self._when_gone.add(self._hung_up)
         try:
@@ -325,7 +331,10 @@ class _Exchange:
             self._gone.set()
             self._body_read = True
             return message
-        self.bytes = self._bodies.take(self.bytes, len(message.get("body", b"")))
+        body = message.get("body", b"")
+        if not body and SLOW in self._extensions:
+            raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
+        self.bytes = self._bodies.take(self.bytes, len(body))
         if not message.get("more_body", False):
             self._body_read = True
             if self._when_gone is None:
@@ -359,6 +368,10 @@ class _Upload(_Exchange):
         self._deadline = deadline
         self._seconds = seconds
         self._began = asyncio.get_running_loop().time()
+
+    async def answer(self, app: ASGIApp, scope: Scope) -> None:
+        scope.get("extensions", {})[UNHURRIED] = True
+        await super().answer(app, scope)
 
     async def receive(self) -> Message:
         if self._body_read:

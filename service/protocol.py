@@ -1,19 +1,37 @@
-"""How bytes become requests: uvicorn's protocol around llhttp, with a bound on all that is not a body."""
+"""How bytes become requests: uvicorn's protocol around llhttp, with bounds on what is sent and how slowly."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.edge import GONE
+from service.connections import connections
+from service.edge import GONE, SLOW, UNHURRIED
 
 # Of a request line with its headers, of a chunk's extensions, of trailers. Common servers allow 8 to 64 KB.
 MAX_HEAD_BYTES = 64 << 10
-_TOO_LONG = f"The request line and the headers have at most {MAX_HEAD_BYTES:,} bytes.".encode()
+_TOO_LONG = f"The request line and the headers have at most {MAX_HEAD_BYTES:,} bytes."
+
+# For a request line with its headers, from its first byte on; and for that byte, from the connection on.
+HEAD_SECONDS = 10.0
+# Without a byte of a body; and what all of it must come at, after so many seconds.
+SILENT_SECONDS = 10.0
+SLOWEST_BYTES_PER_SECOND = 64 << 10
+# Without a byte of an answer being read.
+UNREAD_SECONDS = 20.0
+# For what was sent before its sender could know that the service ends: to the second look after that.
+_PARTING_SECONDS = 0.5
+_LATE_HEAD = f"The request line and the headers must come within {HEAD_SECONDS:g} seconds."
+_LATE_BODY = (
+    f"The body came too slowly: less than {SLOWEST_BYTES_PER_SECOND >> 10} KB a second, or nothing for "
+    f"{SILENT_SECONDS:g} seconds. Send it again."
+)
+_NO_ROOM = "Too many connections are open; try again later."
 
 # Of a body that is not taken yet: with uvicorn's 64 KB every photograph stops the reading.
 _UNREAD_BYTES = 256 << 10
@@ -61,21 +79,55 @@ class Whole:
             self._transport.write(head)
 
 
+class _Phase(Enum):
+    FRESH = auto()
+    """Not a byte has come."""
+    HEAD = auto()
+    BODY = auto()
+    WORK = auto()
+    """The service is to do something: answer, or read on."""
+    IDLE = auto()
+    """Everything is answered."""
+
+
 class Protocol(HttpToolsProtocol):
     """One connection.
 
     llhttp keeps a head of any length, so what is read between pieces of bodies is counted: more than the
     bound, and what was read at once, is answered with 431, or with the end of the connection where an answer
     is still to come.
+
+    Nothing waits for time here: `look`, once a second, sees how far things are and how far they were. So a
+    request that comes at once and is answered at once costs nothing more; uvicorn's own timer between
+    requests is done without. part: where it is among the connections.
     """
 
-    _beside_body = 0
+    part = 0
+    # Bytes read, and how many they were at the end of the last piece of a body.
+    _read = 0
+    _mark = 0
+    # What was seen at the last look: the phase and whose, since when, bytes read, bytes not sent.
+    _phase: _Phase | None = None
+    _of: Any = None
+    _age = 0.0
+    _begun_at = 0
+    _read_before = 0
+    _silent = 0.0
+    _unsent = 0
+    _unread = 0.0
+    _told = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
+        # Every answer is the last one.
+        self._leaving = connections.draining
         super().connection_made(Whole(transport, self.loop))  # type: ignore[arg-type]
+        if not connections.admit(self):
+            self.transport.write(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, _NO_ROOM, b"retry-after: 1"))
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        connections.discard(self)
         super().connection_lost(exc)
         for tell in tuple(self._when_gone):
             tell()
@@ -84,16 +136,25 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["extensions"] = {GONE: self._when_gone}  # type: ignore[dict-item]
 
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self._leaving:
+            self.cycle.keep_alive = False
+
+    def handle_websocket_upgrade(self) -> None:
+        connections.discard(self)
+        super().handle_websocket_upgrade()
+
     def data_received(self, data: bytes) -> None:
-        self._beside_body += len(data)
+        self._read += len(data)
         super().data_received(data)
-        if self._beside_body > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._read - self._mark > MAX_HEAD_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(_refusal())
+                self.transport.write(_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG))
             self.transport.close()
 
     def on_body(self, body: bytes) -> None:
-        self._beside_body = 0
+        self._mark = self._read
         cycle = self.cycle
         if (
             cycle.response_complete
@@ -106,15 +167,94 @@ class Protocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        self._beside_body = 0
+        self._mark = self._read
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        # As uvicorn has it, but without a timer for each answer: the looks close what is idle.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
 
-def _refusal() -> bytes:
+    def shutdown(self) -> None:
+        """Answers what has come, and what was sent before its sender could know; then closes."""
+        self._leaving = True
+        self._phase = None
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started:
+            cycle.keep_alive = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has come that is not answered."""
+        return self._now() in (_Phase.IDLE, _Phase.FRESH)
+
+    def _now(self) -> _Phase:
+        cycle = self.cycle
+        if cycle is None:
+            return _Phase.FRESH if self.scope is None else _Phase.HEAD
+        if cycle.response_complete:
+            # A body that was not waited for may still come: it begins no request.
+            return _Phase.IDLE if self.scope is cycle.scope else _Phase.HEAD
+        waits = cycle.more_body and not self.flow.read_paused and not cycle.waiting_for_100_continue
+        return _Phase.BODY if waits else _Phase.WORK
+
+    def look(self, passed: float) -> None:
+        """Cuts the connection off if it is too slow. passed: seconds since the last look."""
+        unsent = self.transport.get_write_buffer_size()
+        self._unread = self._unread + passed if unsent and unsent >= self._unsent else 0.0
+        self._unsent = unsent
+        if self._unread > UNREAD_SECONDS:
+            connections.cut["unread"] += 1
+            self.transport.abort()
+        if self.transport.is_closing():
+            return
+        phase = self._now()
+        if phase is not self._phase or self.scope is not self._of:
+            self._phase, self._of, self._age = phase, self.scope, 0.0
+            self._begun_at = self._read_before = self._read
+            self._silent = self._told = 0.0
+            return
+        self._age += passed
+        if phase is _Phase.BODY:
+            self._look_at_body(passed)
+        elif phase is _Phase.HEAD and self._age > HEAD_SECONDS:
+            connections.cut["head"] += 1
+            self.transport.write(_refusal(HTTPStatus.REQUEST_TIMEOUT, _LATE_HEAD))
+            self.transport.close()
+        elif phase in (_Phase.FRESH, _Phase.IDLE) and self._age > self._idle_seconds(phase):
+            connections.cut["silent"] += phase is _Phase.FRESH and not self._leaving
+            self.transport.close()
+
+    def _idle_seconds(self, phase: _Phase) -> float:
+        if self._leaving:
+            return _PARTING_SECONDS
+        return HEAD_SECONDS if phase is _Phase.FRESH else self.timeout_keep_alive
+
+    def _look_at_body(self, passed: float) -> None:
+        """Has whoever reads a body that comes too slowly refuse it; where nobody does, closes."""
+        self._silent = 0.0 if self._read != self._read_before else self._silent + passed
+        self._read_before = self._read
+        slow = self._age > SILENT_SECONDS + (self._read - self._begun_at) / SLOWEST_BYTES_PER_SECOND
+        extensions: Any = self.scope["extensions"]
+        if not (slow or self._silent > SILENT_SECONDS) or UNHURRIED in extensions:
+            return
+        connections.cut["body"] += not self._told
+        self._told += passed
+        extensions[SLOW] = _LATE_BODY
+        self.cycle.message_event.set()
+        if self._told > SILENT_SECONDS:
+            self.transport.close()
+
+
+def _refusal(status: HTTPStatus, detail: str, *more: bytes) -> bytes:
     fields = (
         b"content-type: text/plain; charset=utf-8",
-        b"content-length: %d" % len(_TOO_LONG),
+        b"content-length: %d" % len(detail),
         b"connection: close",
+        *more,
     )
-    status = STATUS_LINE[HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE]
-    return status + b"\r\n".join(fields) + b"\r\n\r\n" + _TOO_LONG
+    return STATUS_LINE[status] + b"\r\n".join(fields) + b"\r\n\r\n" + detail.encode()

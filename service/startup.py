@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import NoReturn
 
@@ -17,6 +19,13 @@ from pydantic import ValidationError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _TRIM_SECONDS = 10.0
+
+STUCK = 70
+"""The exit status of a process that is stuck and cannot help itself: EX_SOFTWARE of sysexits.h."""
+# For a line of the log, which may be stuck too.
+_LAST_WORD_SECONDS = 1.0
+# More than anybody uses; some systems allow a billion, and libraries walk through all of them.
+_MOST_DESCRIPTORS = 1 << 20
 
 
 def explain(error: Exception) -> str:
@@ -48,6 +57,38 @@ def give_up(error: Exception, *, supervised: bool) -> NoReturn:
         # BentoML's supervisor would start a worker again that cannot start, for ever, and then exit with 0.
         os.kill(os.getppid(), signal.SIGUSR1)
     os._exit(1)
+
+
+def end_stuck(why: str) -> NoReturn:
+    """Ends the process with STUCK and one line of the log, for its supervisor to start another one."""
+
+    def say() -> None:
+        logging.getLogger("topwork").critical("the process ends with status %d: %s", STUCK, why)
+
+    word = threading.Thread(target=say, daemon=True)
+    word.start()
+    word.join(_LAST_WORD_SECONDS)
+    os._exit(STUCK)
+
+
+def end_within(seconds: float) -> None:
+    """Has the process end by then, however much of it is stuck. Does not wait."""
+
+    def wait() -> None:
+        time.sleep(seconds)
+        end_stuck(f"it has not ended within {seconds:g} s of being told to")
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def raise_descriptor_limit() -> int:
+    """Files and connections that this process may have open, after it has allowed itself all that it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def give_back_memory() -> None:
