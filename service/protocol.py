@@ -193,7 +193,8 @@ class Protocol(HttpToolsProtocol):
         return self._now() in (_Phase.IDLE, _Phase.FRESH)
 
     def _now(self) -> _Phase:
-        cycle = self.cycle
+        # uvicorn's says that it is never None, and begins with that.
+        cycle: Any = self.cycle
         if cycle is None:
             return _Phase.FRESH if self.scope is None else _Phase.HEAD
         if cycle.response_complete:
