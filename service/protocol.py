@@ -7,7 +7,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
 
 from service.edge import GONE
 
@@ -70,6 +72,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     _beside_body = 0
+    _answering: Cycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
@@ -108,6 +111,35 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._beside_body = 0
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP; but what was asked before it is answered first, and then nothing more.
+
+        uvicorn's 400 would be taken for the answer to the request before it, or stand in the midst of it.
+        """
+        last, answering = self.cycle, self._answering
+        if last is not None and last.more_body and last is not answering and self.pipeline:
+            # It was to wait, and its own body is what cannot be read.
+            self.pipeline.popleft()
+            last = self.pipeline[0][0] if self.pipeline else answering
+        if last is None or last.response_complete:
+            super().send_400_response(msg)
+        elif not last.more_body:
+            last.keep_alive = False
+        elif last.response_started:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """What comes behind a request to speak something else is thrown away, so no request may follow."""
+        if self.cycle.response_complete:
+            self.transport.close()
+        self.cycle.keep_alive = False
 
 
 def _refusal() -> bytes:
