@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ _NOT_AN_IMAGE = "This is not a readable JPEG, PNG, WebP, BMP, GIF or TIFF image.
 # ImagePreprocessor checks its own limit on the header before anything is decoded. Pillow's is a second one
 # for the whole process, which warns at 89 million pixels whatever the operator allowed.
 Image.MAX_IMAGE_PIXELS = None
+
+# Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they would grow
+# without end.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Above this, an image is decoded while no other such image is, and what is made of it is made in strips of about so
 # many pixels: 50 million of them take up to 500 MB while they are decoded.

@@ -7,6 +7,7 @@ import json
 import random
 import struct
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,11 +32,14 @@ _SIZES = (0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 def saved(image: Image.Image, fmt: str, **options: Any) -> bytes:
     """The image as a file; as PNG where the format does not take its mode."""
     buffer = io.BytesIO()
-    try:
-        image.save(buffer, fmt, **options)
-    except (OSError, ValueError, SystemError):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
+    with warnings.catch_warnings():
+        # Of damage that is meant.
+        warnings.simplefilter("ignore")
+        try:
+            image.save(buffer, fmt, **options)
+        except Exception:
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
