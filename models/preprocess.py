@@ -55,12 +55,12 @@ _NOT_AN_IMAGE = "This is not a readable JPEG, PNG, WebP, BMP, GIF or TIFF image.
 # for the whole process, which warns at 89 million pixels whatever the operator allowed.
 Image.MAX_IMAGE_PIXELS = None
 
-# Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they would grow
-# without end.
+# Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
+# would grow without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Above this, an image is decoded while no other such image is, and what is made of it is made in strips of about so
-# many pixels: 50 million of them take up to 500 MB while they are decoded.
+# Above this, an image is decoded while no other such image is, and what is made of it is made in strips of
+# about so many pixels: 50 million of them take up to 500 MB while they are decoded.
 _LARGE_PIXELS = 4_000_000
 _large = threading.Lock()
 
@@ -228,7 +228,7 @@ def _check_size(image: Image.Image, limits: InputLimits) -> None:
 def _takes_twice(image: Image.Image) -> bool:
     """Whether its decoder needs about twice as much memory for a pixel as others do.
 
-    WebP's keeps two more pictures, for animations; a progressive JPEG's all coefficients, here of four colours.
+    WebP's keeps two more pictures, for animations; a progressive JPEG's all coefficients, here of four inks.
     """
     return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 

@@ -53,8 +53,8 @@ _SLOWEST_BYTES_PER_SECOND = 64 << 10
 # For so much of the request timeout nothing may come, while somebody waits for it.
 _SILENT = 0.25
 
-# Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another the
-# last.
+# Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another
+# the last.
 _ONCE = frozenset(
     {
         b"host",

@@ -161,7 +161,13 @@ def _polyglot(rng: random.Random) -> bytes:
     """Two files in one."""
     data = _file(rng)
     other = rng.choice(
-        (b"PK\3\4" + b"\0" * 26, b"<script>alert(1)</script>", b"%PDF-1.7\n", b"#!/bin/sh\n", b"\xca\xfe\xba\xbe")
+        (
+            b"PK\3\4" + b"\0" * 26,
+            b"<script>alert(1)</script>",
+            b"%PDF-1.7\n",
+            b"#!/bin/sh\n",
+            b"\xca\xfe\xba\xbe",
+        )
     )
     return rng.choice((data + other * 20, other + data, data[:20] + other + data[20:]))
 
@@ -169,14 +175,18 @@ def _polyglot(rng: random.Random) -> bytes:
 def _other(rng: random.Random) -> bytes:
     """No image that is read here."""
     return rng.choice(
-        (b"", b"\0", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"RIFF\0\0\0\0WEBP",
-         b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 9 9 255\n",
-         b"\0\0\1\0\1\0", b"8BPS\0\1", b"\0\0\0\x0cjP  \r\n\x87\n", b"SIMPLE  =", b"FWS\x05", rng.randbytes(500), b"II*\0\x08\0\0\0\xff\xff")
+        (b"", b"\0", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM",
+         b"RIFF\0\0\0\0WEBP",
+         b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+         b"P6 9 9 255\n",
+         b"\0\0\1\0\1\0", b"8BPS\0\1", b"\0\0\0\x0cjP  \r\n\x87\n", b"SIMPLE  =", b"FWS\x05",
+         rng.randbytes(500), b"II*\0\x08\0\0\0\xff\xff")
     )  # fmt: skip
 
 
 _IMAGES: Sequence[Callable[[random.Random], bytes]] = (
-    _flips, _truncated, _spliced, _sized, _moded, _tagged, _flips, _animated, _polyglot, _other, _chunky, _bomb, _file,
+    _flips, _truncated, _spliced, _sized, _moded, _tagged, _flips, _animated, _polyglot, _other, _chunky,
+    _bomb, _file,
 )  # fmt: skip
 
 
@@ -187,7 +197,8 @@ def image(seed: int) -> bytes:
 
 def _odd_characters(rng: random.Random) -> str:
     ranges = ((0, 32), (0x7F, 0xA0), (0x300, 0x370), (0x200B, 0x2070), (0xD800, 0xE000), (0xE000, 0xF900),
-              (0xFDD0, 0xFDF0), (0xFFF0, 0x10000), (0x1F300, 0x1FAFF), (0xE0000, 0xE0080), (0x10FFF0, 0x110000),
+              (0xFDD0, 0xFDF0), (0xFFF0, 0x10000), (0x1F300, 0x1FAFF), (0xE0000, 0xE0080), (0x10FFF0,
+              0x110000),
               (0x0378, 0x037A), (0x2FE0, 0x2FF0), (0x590, 0x700), (0x3400, 0x9FFF), (0x20, 0x7F))  # fmt: skip
     low, high = rng.choice(ranges)
     return "".join(chr(rng.randrange(low, high)) for _ in range(rng.choice((1, 5, 40))))
@@ -205,12 +216,17 @@ def _texts(rng: random.Random) -> str:
             odd + plain,
             "a" + "\u0301" * rng.choice((10, 3_000)),
             "\U0001f468\u200d\U0001f469\u200d\U0001f467" * rng.choice((1, 500)) + "\ufe0f" * 9,
-            unicodedata.normalize(rng.choice(("NFD", "NFKD", "NFKC")), plain + "\u00e9\u2126\ufb01\uac00\u1e9b"),
+            unicodedata.normalize(
+                rng.choice(("NFD", "NFKD", "NFKC")), plain + "\u00e9\u2126\ufb01\uac00\u1e9b"
+            ),
             "\u202e" + plain + "\u202c\u2066",
-            rng.choice(("a", "a ", "\u0301", "\u4e00", "\U0001f600", ". ", "\ufdfa", " a", "1", "-")) * 100_001,
+            rng.choice(("a", "a ", "\u0301", "\u4e00", "\U0001f600", ". ", "\ufdfa", " a", "1", "-"))
+            * 100_001,
             (plain + " ") * (rng.choice(long) // (len(plain) + 1)),
             ("ab" * rng.choice(long))[: rng.choice(long)],
-            rng.choice(("", " ", "\u3000", "\u200b", "\ufeff", "\u2028", "\0", "\x85", "[CLS]", "[MASK] [PAD]")),
+            rng.choice(
+                ("", " ", "\u3000", "\u200b", "\ufeff", "\u2028", "\0", "\x85", "[CLS]", "[MASK] [PAD]")
+            ),
             "<script>'\"; DROP TABLE examples; --{{7*7}}${x}%s%n\\",
         )
     )
@@ -226,5 +242,9 @@ def json_string(value: str, seed: int) -> bytes:
     rng = random.Random(seed)
     written = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
-        return written[:-1] + rng.choice((b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc3")) + b'"'
+        return (
+            written[:-1]
+            + rng.choice((b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc3"))
+            + b'"'
+        )
     return written

@@ -1,4 +1,4 @@
-"""Damaged and odd images and texts: each is answered or refused in its place, and costs nobody else anything."""
+"""Damaged and odd images and texts: each is answered or refused in its place, and costs nobody else."""
 
 from __future__ import annotations
 
@@ -154,7 +154,15 @@ def asking(server: str, request: pytest.FixtureRequest) -> Iterator[Asking]:
 
 def test_each_is_answered_or_refused_in_its_place(serving: Serving, asking: Asking) -> None:
     count = times(2_000, 120) if asking.kind == "image" else times(1_000, 100)
-    medias = (None, None, "text/plain", "image/jpeg", "application/octet-stream", "application/pdf", "image/svg+xml")
+    medias = (
+        None,
+        None,
+        "text/plain",
+        "image/jpeg",
+        "application/octet-stream",
+        "application/pdf",
+        "image/svg+xml",
+    )
     failures = []
     with watched(serving) as bytes_held:
         for number in range(count):
@@ -178,8 +186,14 @@ def largest() -> Iterator[tuple[str, bytes]]:
     wide = np.full((SIDE, SIDE), 500, np.uint16)
     yield "transparent", mutants.saved(Image.new("RGBA", (SIDE, SIDE)), "PNG")
     yield "animation", mutants.saved(Image.new("RGB", (SIDE, SIDE)), "WEBP")
-    yield "progressive", mutants.saved(Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0)
-    yield "half an animation", mutants.saved(Image.new("RGBA", (SIDE, SIDE // 2)), "WEBP", lossless=True, method=0)
+    yield (
+        "progressive",
+        mutants.saved(Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0),
+    )
+    yield (
+        "half an animation",
+        mutants.saved(Image.new("RGBA", (SIDE, SIDE // 2)), "WEBP", lossless=True, method=0),
+    )
     yield "16 bits", mutants.saved(Image.fromarray(wide), "PNG", transparency=500)
     yield "grey and transparent", mutants.saved(Image.new("LA", (SIDE, SIDE)), "PNG")
     yield "inks", mutants.saved(Image.new("CMYK", (SIDE, SIDE)), "JPEG", progressive=True)

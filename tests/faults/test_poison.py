@@ -22,7 +22,20 @@ TOGETHER = 32
 Json = dict[str, Any]
 Floats = NDArray[np.float64]
 
-_WORDS = ("warm", "dull", "film", "plot", "music", "ending", "slow", "bright", "loud", "acting", "scene", "story")
+_WORDS = (
+    "warm",
+    "dull",
+    "film",
+    "plot",
+    "music",
+    "ending",
+    "slow",
+    "bright",
+    "loud",
+    "acting",
+    "scene",
+    "story",
+)
 _ANY: Sequence[Json] = ({}, {"image": "!"}, {"text": "both", "image": "AAAA"}, {"image": ""}, {"text": ""})
 POISON: dict[str, Sequence[Json]] = {
     "image": (
@@ -52,7 +65,9 @@ def goods(kind: str) -> list[Json]:
     if kind == "image":
         return [image(data) for data in (*UNSEEN.values(), *(data for _, data in PICTURES))][:TOGETHER]
     rng = random.Random(1)
-    return [{"text": " ".join(rng.choices(_WORDS, k=rng.choice((1, 3, 9, 20, 40))))} for _ in range(TOGETHER + 8)]
+    return [
+        {"text": " ".join(rng.choices(_WORDS, k=rng.choice((1, 3, 9, 20, 40))))} for _ in range(TOGETHER + 8)
+    ]
 
 
 class Asking:
@@ -93,7 +108,9 @@ class Asking:
 
     def _mutant(self, rng: random.Random) -> Json:
         if self.kind == "text":
-            return {"text": "\0" + mutants.text(rng.randrange(1_000)).encode("utf-8", "replace").decode()[:500]}
+            return {
+                "text": "\0" + mutants.text(rng.randrange(1_000)).encode("utf-8", "replace").decode()[:500]
+            }
         return image(mutants.image(rng.randrange(1_000))[:-1])
 
     def is_as_alone(self, found: Sequence[Floats | str], places: Sequence[int | None]) -> bool:

@@ -1,10 +1,11 @@
-"""Requests made from the service's own document, right ones and wrong ones, at every route: it is true of each."""
+"""Requests made from the service's own document, right and wrong ones, at every route: it holds of each."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,8 @@ def try_out(
         except Exception as error:
             failures.append(f"{operation.label}: no answer: {error!r}")
 
-    try:
+    with suppress(Unsatisfiable):
         call()
-    except Unsatisfiable:
-        pass
     return called
 
 
