@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import time
@@ -16,7 +15,7 @@ import pytest
 
 from benchmarks.serving import Serving
 from tests.faults import times
-from tests.faults.malformed import GOOD, SMUGGLED, Message, message, posted
+from tests.faults.malformed import GOOD, Message, message
 from tests.service.test_protocol import connected, received, send
 
 ADMIN = "0123456789abcdef0123456789abcdef"
@@ -173,55 +172,6 @@ def test_what_is_no_request_is_refused(serving: Serving, guarded: Serving) -> No
         assert running.process.poll() is None
         assert works(running.url)
         assert "Traceback" not in running.log.read_text(errors="replace")
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [b"NONSENSE\r\n\r\n", GOOD.replace(b"/backbones", b"evil:1"), b"GET / HTTP/1.1\r\na b: c\r\n\r\n"],
-    ids=["line", "target", "field"],
-)
-def test_what_was_asked_before_it_is_answered_first(server: str, bad: bytes) -> None:
-    """A 400 that comes at once would be taken for the answer to the first request."""
-    for before in (1, 3):
-        with connected(server) as connection:
-            send(connection, [GOOD * before + bad + GOOD])
-            assert statuses(received(connection)) == [200] * before
-
-
-def test_a_bad_body_behind_a_good_request_takes_only_itself_down(server: str) -> None:
-    head = posted(b"/predict?adapter=none", b"text/plain", b"").render().partition(b"content-length")[0]
-    bad = head + b"transfer-encoding: chunked\r\n\r\nxyz\r\n" + SMUGGLED
-    for before in (1, 3):
-        with connected(server) as connection:
-            send(connection, [GOOD * before + bad])
-            assert statuses(received(connection)) == [200] * before
-    with connected(server) as connection:
-        send(connection, [bad])
-        assert statuses(received(connection)) == [400]
-
-
-def test_nothing_follows_a_wish_to_speak_something_else(server: str) -> None:
-    upgrade = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
-    with connected(server) as connection:
-        send(connection, [upgrade + GOOD])
-        assert statuses(received(connection)) == [200]
-
-
-def test_who_asks_much_and_hangs_up_leaves_no_failure_behind(serving: Serving) -> None:
-    slow = json.dumps(
-        {"backbone": "minilm-l6-v2", "inputs": [{"text": f"word {n} " * 60} for n in range(64)]}
-    )
-    with connected(serving.url) as connection:
-        send(connection, [posted(b"/embed", b"application/json", slow.encode()).render() * 2 + GOOD])
-        time.sleep(0.1)
-    deadline = time.monotonic() + 5
-    while serving.log.read_text(errors="replace").count("POST /embed 499") < 1:
-        assert time.monotonic() < deadline, "it works for nobody"
-        time.sleep(0.05)
-    assert works(serving.url)
-    log = serving.log.read_text(errors="replace")
-    assert "Traceback" not in log
-    assert "without starting response" not in log
 
 
 def test_the_checks_see_what_is_wrong() -> None:
