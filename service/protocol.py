@@ -126,7 +126,8 @@ class Protocol(HttpToolsProtocol):
 
         uvicorn's 400 would be taken for the answer to the request before it, or stand in the midst of it.
         """
-        last, answering = self.cycle, self._answering
+        last: Cycle | None = self.cycle
+        answering = self._answering
         if last is not None and last.more_body and last is not answering and self.pipeline:
             # It was to wait, and its own body is what cannot be read.
             self.pipeline.popleft()

@@ -66,7 +66,9 @@ class Asking:
         self.http = self.caller.http
         self.kind = kind
         self.caller.adapt("taught", pictures() if kind == "image" else reviews())
-        self.good: list[Item] = list(UNSEEN.values())[:2] if kind == "image" else [PRAISE[0], "So dull"]
+        texts: list[Item] = [PRAISE[0], "So dull"]
+        images: list[Item] = [*UNSEEN.values()][:2]
+        self.good = images if kind == "image" else texts
         self.alone: dict[str, list[Any]] = {"adapt": []}
         for path in ("predict", "embed"):
             self.alone[path] = [self._items(path, self.ask(path, "json", [one]))[0] for one in self.good]

@@ -77,7 +77,7 @@ class Asking:
         self.http = Caller(server).http
         self.kind = kind
         self.goods = goods(kind)
-        self.alone = [self.together([one])[0] for one in self.goods]
+        self.alone = [self._alone(one) for one in self.goods]
 
     def together(self, inputs: Sequence[Json]) -> list[Floats | str]:
         """Of each, the embedding or the code of its error, in one request."""
@@ -87,6 +87,11 @@ class Asking:
             one["error"]["code"] if "error" in one else np.array(one["embedding"])
             for one in response.json()["embeddings"]
         ]
+
+    def _alone(self, one: Json) -> Floats:
+        (found,) = self.together([one])
+        assert not isinstance(found, str), found
+        return found
 
     def raw(self, one: Json) -> Floats | str:
         """The same of one input in a request of its own, as the bytes that it is."""
@@ -149,9 +154,8 @@ def test_in_requests_that_share_batches(asking: Asking) -> None:
 
 
 def test_the_comparison_sees_a_difference(asking: Asking) -> None:
-    right = [asking.alone[0], "undecodable_image", asking.alone[1]]
+    right: list[Floats | str] = [asking.alone[0], "undecodable_image", asking.alone[1]]
     assert asking.is_as_alone(right, [0, None, 1])
     assert not asking.is_as_alone(right, [1, None, 0])
     assert not asking.is_as_alone([*right[:2], "undecodable_image"], [0, None, 1])
-    assert not isinstance(right[0], str)
-    assert not asking.is_as_alone([right[0] + 2 * CLOSE, *right[1:]], [0, None, 1])
+    assert not asking.is_as_alone([asking.alone[0] + 2 * CLOSE, *right[1:]], [0, None, 1])

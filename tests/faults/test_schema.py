@@ -17,6 +17,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -45,6 +46,7 @@ SETTINGS = {"TOPWORK_BACKBONES": "minilm-l6-v2", "TOPWORK_WORKERS": "0", "TOPWOR
 # What a route deletes is there again after so many routes.
 _RENEW = 4
 Headers = dict[str, str]
+Operation = APIOperation[Any, Any, Any, Any]
 
 
 class Place:
@@ -119,7 +121,7 @@ def test_a_service_with_keys_is_what_its_document_says(guarded_place: Place) -> 
 
 def answers_as_documented(place: Place) -> None:
     schema = schemathesis.openapi.from_url(f"{place.url}/openapi.json")
-    operations: list[APIOperation] = [found.ok() for found in schema.get_all_operations()]
+    operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     assert {(one.method, one.path) for one in operations} == ROUTES
     each = math.ceil(CASES / (len(operations) * len(MODES)))
     failures: list[str] = []
@@ -138,7 +140,7 @@ def answers_as_documented(place: Place) -> None:
 
 
 def try_out(
-    place: Place, operation: APIOperation, mode: GenerationMode, each: int, number: int, failures: list[str]
+    place: Place, operation: Operation, mode: GenerationMode, each: int, number: int, failures: list[str]
 ) -> int:
     """Calls the operation, and adds what is wrong with its answers to `failures`. How often it did."""
     called = 0
@@ -154,7 +156,7 @@ def try_out(
     @given(
         case=operation.as_strategy(mode), who=st.integers(0, 1_000), real=st.sampled_from((True, True, False))
     )
-    def call(case: Case, who: int, real: bool) -> None:
+    def call(case: Case[Any], who: int, real: bool) -> None:
         nonlocal called
         called += 1
         headers = dict(place.who[who % len(place.who)])
@@ -176,7 +178,7 @@ def try_out(
     return called
 
 
-def name_what_is_there(case: Case, known: dict[str, Any]) -> None:
+def name_what_is_there(case: Case[Any], known: dict[str, Any]) -> None:
     """Puts names that lead somewhere in the place of those that were made up."""
     for place in (case.path_parameters, case.query, case.body):
         if isinstance(place, dict):
