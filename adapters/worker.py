@@ -25,6 +25,7 @@ from adapters.calling_back import call_back
 from adapters.children import environment
 from adapters.jobs import upload_of
 from adapters.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
+from adapters.outward import tells_of_the_inside
 from adapters.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreFull, StoreUnavailable, open_store
@@ -123,7 +124,9 @@ class Worker:
             return False
         if isinstance(error, Stopped):
             return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)
-        code, detail = getattr(error, "code", None), str(error)
+        # Others' exceptions have codes too: SQLAlchemy's, with the statement as their text.
+        ours = type(error).__module__.partition(".")[0] in ("adapters", "models")
+        code, detail = getattr(error, "code", None) if ours else None, str(error)
         if code in _OUTAGES:
             logger.warning("job %s is left to another attempt: %s", job.id, error)
             # Longer each time: what is called an outage may be this job's doing after all.
@@ -132,9 +135,9 @@ class Worker:
             return False
         if isinstance(error, OSError) and error.errno in _FULL:
             code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
-        if code is None:
-            traceback.print_exc()
-            code, detail = "internal_error", "The worker's log has the cause."
+        if code is None or tells_of_the_inside(detail):
+            traceback.print_exception(error)
+            code, detail = code or "internal_error", "The worker's log has the cause."
         return self._recorded(lambda: jobs.fail(claim, code, detail))
 
     def _ended(self, job: JobRecord) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,9 +60,14 @@ _NOT_AN_IMAGE = "This is not a readable JPEG, PNG, WebP, BMP, GIF or TIFF image.
 # for the whole process, which warns at 89 million pixels whatever the operator allowed.
 Image.MAX_IMAGE_PIXELS = None
 
-# Above this, an image is decoded while no other such image is: 50 million pixels take 200 MB while they are
-# decoded.
+# Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
+# would grow without end.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Above this, an image is decoded while no other such image is, and what is made of it is made in strips of
+# about so many pixels: 50 million of them take up to 500 MB while they are decoded.
 _LARGE_PIXELS = 4_000_000
+_large = threading.Lock()
 
 _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -116,13 +122,12 @@ class ImagePreprocessor:
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (transform.mean, transform.std))
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._shift = (mean / std).astype(np.float32)
-        self._large = threading.Lock()
 
     def __call__(self, data: bytes) -> Prepared:
         """Raises InputError."""
         with _open(data, self.limits) as image:
             large = image.width * image.height > _LARGE_PIXELS
-            with self._large if large else nullcontext():
+            with _large if large else nullcontext():
                 square = self._square(_as_rgb(image))
         pixels = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
         pixels *= self._scale
@@ -218,10 +223,19 @@ def _check_size(image: Image.Image, limits: InputLimits) -> None:
         tags = image.tag_v2
         tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
         pixels = max(pixels, tile)
-    if pixels > limits.max_pixels:
+    most = limits.max_pixels // 2 if _takes_twice(image) else limits.max_pixels
+    if pixels > most:
         raise InputError(
-            "image_too_large", f"The image has {pixels} pixels; at most {limits.max_pixels} are accepted."
+            "image_too_large", f"The image has {pixels} pixels; at most {most} are accepted of its kind."
         )
+
+
+def _takes_twice(image: Image.Image) -> bool:
+    """Whether its decoder needs about twice as much memory for a pixel as others do.
+
+    WebP's keeps two more pictures, for animations; a progressive JPEG's all coefficients, here of four inks.
+    """
+    return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 
 
 def _declares_no_pixels(data: bytes) -> bool:
@@ -248,9 +262,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
             "unsupported_image", "Images of 32 bits a channel have no agreed white; convert to 8 or 16 bits."
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
+        for top, bottom in _strips(image.size):
+            whole = bottom - top == image.height
+            strip = image if whole else image.crop((0, top, image.width, bottom))
+            clear = strip if strip.mode == "RGBA" else strip.convert("RGBA")
+            white.paste(clear, (0, top), clear.getchannel("A"))
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -267,14 +284,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey in 8 bits, scaled: Pillow's own conversion clips at 255, and nearly everything is white."""
+    """16-bit grey in 8 bits, scaled, what is transparent white.
+
+    Pillow's own conversion clips at 255, and nearly everything is white.
+    """
     wide = np.asarray(image)
-    grey = ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    grey = np.empty(wide.shape, np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
-        return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    for top, bottom in _strips(image.size):
+        strip = wide[top:bottom]
+        grey[top:bottom] = (strip.astype(np.uint32) + 128) // 257
+        if isinstance(transparent, int):
+            grey[top:bottom][strip == transparent] = 255
     return Image.fromarray(grey)
+
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """The first row of each strip, and the one behind its last."""
+    width, height = size
+    rows = max(1, _LARGE_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
 
 
 class TextPreprocessor:

@@ -56,6 +56,21 @@ _LOOK_SECONDS = 1.0
 # For so much of the request timeout nothing may come, while somebody waits for it.
 _SILENT = 0.25
 
+# Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another
+# the last.
+_ONCE = frozenset(
+    {
+        b"host",
+        b"authorization",
+        b"x-tenant",
+        b"x-request-id",
+        b"origin",
+        b"content-type",
+        b"content-length",
+        b"content-encoding",
+    }
+)
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_PATH = 200
 _EXAMPLES = "/examples/"
@@ -212,6 +227,9 @@ class _Inner:
 
     async def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Exception | None:
         """Why the request may not pass; otherwise its scope says who it is from."""
+        doubtful = _doubtful(scope, headers)
+        if doubtful is not None:
+            return doubtful
         try:
             caller = await self._guard.admit(scope["method"], scope["path"], headers)
         except Exception as error:
@@ -240,6 +258,18 @@ class _Inner:
             answer = exchange.refusal(error)
         if answer is not None:
             await answer(scope, exchange.receive, exchange.send)
+
+
+def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
+    """The refusal of a request that can be read in more ways than one (RFC 9112, 3.2)."""
+    if b"host" not in headers and scope.get("http_version", "1.1") == "1.1":
+        return Problem(400, "bad_request", "The header Host is missing.")
+    if len(headers) == len(scope["headers"]):
+        return None
+    twice = Counter(name for name, _ in scope["headers"] if name in _ONCE)
+    if not twice or (found := twice.most_common(1)[0])[1] == 1:
+        return None
+    return Problem(400, "bad_request", f"The header {found[0].decode('latin-1')} is there more than once.")
 
 
 def _record(

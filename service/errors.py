@@ -24,6 +24,7 @@ from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.head import CorruptHead
 from adapters.linear_probe import OneLabel, TooCostly
 from adapters.onnx_head import InvalidGraph
+from adapters.outward import tells_of_the_inside
 from adapters.predicting import HeadMismatch, NoLiveVersion
 from adapters.records import (
     AliasMoved,
@@ -156,7 +157,7 @@ def problem_response(
 
 
 def respond(error: Exception, request_id: str) -> Response:
-    """The response for any exception; a 500 without its message where the exception is not in the table."""
+    """The response for any exception, without its message where that is a failure, or tells of the inside."""
     if isinstance(error, Problem):
         return problem_response(
             error.status_code,
@@ -179,26 +180,28 @@ def respond(error: Exception, request_id: str) -> Response:
             headers=error.headers,
         )
     status = next((STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES), None)
-    if status is None or status == 500:
+    detail = str(getattr(error, "detail", "") or error)
+    errors = getattr(error, "errors", ())
+    if status is None or status == 500 or any(map(tells_of_the_inside, (detail, *_details(errors)))):
         logger.error("request %s failed", request_id, exc_info=error)
+        detail, errors = f"The service failed. Its log has the cause under {request_id}.", ()
     if status is None:
-        return problem_response(
-            500,
-            "internal_error",
-            f"The service failed. Its log has the cause under {request_id}.",
-            request_id=request_id,
-        )
+        return problem_response(500, "internal_error", detail, request_id=request_id)
     retry_after = getattr(error, "retry_after", None)
     if retry_after is None and status in (429, 503):
         retry_after = 1.0
     return problem_response(
         status,
         str(getattr(error, "code", "error")),
-        str(getattr(error, "detail", "") or error),
+        detail,
         request_id=request_id,
-        errors=getattr(error, "errors", ()),
+        errors=errors,
         headers={} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))},
     )
+
+
+def _details(errors: Sequence[Mapping[str, str]]) -> list[str]:
+    return [error["detail"] for error in errors]
 
 
 _HINTS = {

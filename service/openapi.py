@@ -24,6 +24,11 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     tenant_schemas.KeyRequest,
     tenant_schemas.RotateRequest,
 )
+# What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
+# or cannot be answered now, or in time.
+_ANYWHERE = (400, 401, 403, 413, 422, 429, 503, 504)
+_METHODS = {"get", "put", "post", "delete"}
+_FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
 _UPLOAD = {"type": "string", "format": "binary", "description": "Its other fields are in the query string."}
 _UPLOADS = {media: {"schema": _UPLOAD} for media in ("application/x-ndjson", "text/csv", "application/zip")}
@@ -87,8 +92,12 @@ def describe(app: FastAPI) -> None:
         _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         for path, operations in document["paths"].items():
+            for method in _METHODS & operations.keys():
+                _add_problems(operations[method]["responses"])
             if not path.startswith("/tenants"):
                 operations["parameters"] = [_TENANT]
+        for name in _FASTAPIS_OWN:
+            document["components"]["schemas"].pop(name, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -113,6 +122,13 @@ _REPLAYED = {
     "schema": {"type": "string", "enum": ["true"]},
     "description": "There where this was answered before, to a request with the same Idempotency-Key.",
 }
+
+
+def _add_problems(responses: dict[str, Any]) -> None:
+    """What any path may be refused with, and problems where FastAPI thinks of its own form of a 422."""
+    for status, response in problems(*_ANYWHERE).items():
+        if str(status) == "422" or str(status) not in responses:
+            responses[str(status)] = response
 
 
 def _plain_properties(model: type[BaseModel], left_out: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
 
 from service.connections import connections
 from service.edge import GONE, SLOW, UNHURRIED
@@ -116,6 +118,7 @@ class Protocol(HttpToolsProtocol):
     _unsent = 0
     _unread = 0.0
     _told = 0.0
+    _answering: Cycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
@@ -129,6 +132,11 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         connections.discard(self)
         super().connection_lost(exc)
+        # uvicorn tells the newest request alone, and answers the others into nothing.
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        self.pipeline.clear()
         for tell in tuple(self._when_gone):
             tell()
 
@@ -178,6 +186,36 @@ class Protocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+
+    def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP; but what was asked before it is answered first, and then nothing more.
+
+        uvicorn's 400 would be taken for the answer to the request before it, or stand in the midst of it.
+        """
+        last: Cycle | None = self.cycle
+        answering = self._answering
+        if last is not None and last.more_body and last is not answering and self.pipeline:
+            # It was to wait, and its own body is what cannot be read.
+            self.pipeline.popleft()
+            last = self.pipeline[0][0] if self.pipeline else answering
+        if last is None or last.response_complete:
+            super().send_400_response(msg)
+        elif not last.more_body:
+            last.keep_alive = False
+        elif last.response_started:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """What comes behind a request to speak something else is thrown away, so no request may follow."""
+        if self.cycle.response_complete:
+            self.transport.close()
+        self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
         """Answers what has come, and what was sent before its sender could know; then closes."""

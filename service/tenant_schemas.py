@@ -27,7 +27,14 @@ class KeyRequest(Request):
         "the tenant's keys.",
         examples=[["predict"]],
     )
-    note: str = Field(default="", max_length=200, description="What it is for.", examples=["web shop"])
+    note: str = Field(
+        default="",
+        max_length=200,
+        # PostgreSQL takes no NUL, and a note is one line.
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="What it is for.",
+        examples=["web shop"],
+    )
     expires_in: int | None = Field(
         default=None, ge=60, le=_YEARS, description="Seconds; without it the key does not expire."
     )

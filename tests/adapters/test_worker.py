@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sqlalchemy.exc import DBAPIError
 
 from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.curating import InputsNotKept
@@ -48,6 +49,7 @@ from adapters.supervising import WorkerConfig
 from adapters.tuned import finish
 from adapters.tuning import Tuning
 from adapters.worker import Worker
+from models.manifest import CorruptExport
 from models.network import load_network
 from models.yielding import NICENESS
 from service import composition
@@ -467,6 +469,22 @@ def test_a_failure_is_recorded_with_its_reason(tmp_path: Path, backbone: str) ->
     assert (failed.state, failed.error_code) == ("failed", "too_few_examples")
     assert "50 examples" in (failed.error_detail or "")
     made.registry.close()
+
+
+def test_a_failure_tells_its_tenant_nothing_of_the_inside(place: Place) -> None:
+    worker = Worker(place.config, threading.Event())
+    statement = DBAPIError("INSERT INTO jobs VALUES (?)", ("secret",), Exception("UNIQUE"))
+    for error, code in (
+        (statement, "internal_error"),
+        (CorruptExport("/srv/bentoml/models/lite0 is no complete export"), "corrupt_export"),
+    ):
+        job = place.submit()
+        with place.lease() as lease:
+            assert worker._give_up(lease, error)
+        ended = place.job(job.id)
+        assert (ended.state, ended.error_code) == ("failed", code)
+        assert ended.error_detail == "The worker's log has the cause."
+    worker.close()
 
 
 @pytest.mark.parametrize(

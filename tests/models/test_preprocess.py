@@ -450,3 +450,32 @@ def test_of_a_long_text_only_the_start_is_read_and_the_tokens_are_the_same(
         for length in (60, 400, 3000):
             text = separator.join(rng.choice(words, length))
             np.testing.assert_array_equal(preprocessor(text[:90_000]), everything.encode(text[:90_000]).ids)
+
+
+def test_what_is_made_in_strips_is_what_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 4), dtype=np.uint8)
+    wide = (noise[:, :, 0].astype(np.uint16) << 8) | noise[:, :, 1]
+    coloured = Image.fromarray(noise)
+    transparent = {"transparency": int(wide[0, 0])}
+    some = [
+        encoded(coloured, "PNG"),
+        encoded(coloured.convert("LA"), "PNG"),
+        encoded(coloured.convert("P"), "PNG", transparency=3),
+        encoded(Image.fromarray(wide), "PNG"),
+        encoded(Image.fromarray(wide), "PNG", **transparent),
+    ]
+    at_once = [levels(data) for data in some]
+    monkeypatch.setattr("models.preprocess._LARGE_PIXELS", 500)
+    for data, before in zip(some, at_once, strict=True):
+        np.testing.assert_array_equal(levels(data), before)
+
+
+def test_what_takes_twice_the_memory_counts_twice() -> None:
+    limits = InputLimits(max_pixels=400)
+    within, above = Image.new("RGB", (20, 10)), Image.new("RGB", (21, 10))
+    ImagePreprocessor(PLAIN, limits)(encoded(within, "WEBP"))
+    assert refusal(encoded(above, "WEBP"), limits) == "image_too_large"
+    inks = above.convert("CMYK")
+    assert refusal(encoded(inks, "JPEG", progressive=True), limits) == "image_too_large"
+    ImagePreprocessor(PLAIN, limits)(encoded(inks, "JPEG"))
+    ImagePreprocessor(PLAIN, limits)(encoded(above, "JPEG", progressive=True))

@@ -1,4 +1,4 @@
-"""How long uploads may take, and how many of them one tenant may have open."""
+"""How long uploads may take, how many of them one tenant may have open, and what can be read in two ways."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import http.client
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -139,3 +140,52 @@ def test_a_tenant_cannot_hold_every_place_for_uploads(caller: Caller, server: st
         for connection in held:
             connection.close()
     until("invalid_csv")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/adapt", "/things/a"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("Content-Type", ("application/json", "text/csv")),
+        ("X-Tenant", ("one", "other")),
+        ("X-Tenant", ("same", "same")),
+        ("Authorization", ("Bearer a", "Bearer b")),
+        ("Host", ("localhost", "evil.example")),
+        ("Content-Encoding", ("identity", "gzip")),
+    ],
+)
+async def test_a_header_that_means_one_thing_comes_once(
+    shell: Shell, path: str, name: str, values: tuple[str, str]
+) -> None:
+    """Of two media types one would choose the limits of an upload, and the other how the body is read."""
+    async with shell.client() as client:
+        headers = [("Host", "localhost")] * (name != "Host") + [(name, value) for value in values]
+        answer = await client.post(path, headers=headers)
+        assert code(answer) == (400, "bad_request")
+        assert name.lower() in answer.json()["detail"]
+        several = [("Host", "localhost"), ("Accept", "a/b"), ("Accept", "c/d")]
+        assert (await client.get("/things/a", headers=several)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_request_names_its_host(shell: Shell) -> None:
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/things/a",
+        "raw_path": b"/things/a",
+        "query_string": b"",
+        "headers": [],
+    }
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await shell.edge(scope, receive, send)
+    assert sent[0]["status"] == 400

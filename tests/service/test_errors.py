@@ -4,14 +4,18 @@ import ast
 import asyncio
 import gc
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 import adapters
 import models
+from adapters.outward import tells_of_the_inside
+from adapters.records import UnknownAdapter
 from models.batcher import Overloaded
 from service.auth import Guard
 from service.edge import GONE, Edge, _Exchange
@@ -243,6 +247,50 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
 def test_statuses_that_mean_later_say_when(error: type[Exception]) -> None:
     response = respond(error.__new__(error), "r")
     assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
+
+
+INSIDE = (
+    "no such file: '/srv/topwork/artifacts/acme/0a/head.safetensors'",
+    "/home/me/.topwork/topwork.db is locked",
+    "(sqlite3.OperationalError) no such table: heads\n[SQL: SELECT heads.name FROM heads]",
+    "duplicate key: INSERT INTO tenants (name) VALUES ('acme')",
+    'Traceback (most recent call last):\n  File "/usr/lib/python3.11/json/decoder.py", line 355, in raw',
+    "connection to postgresql+psycopg://topwork:secret@database:5432/topwork failed",
+)
+UNFORESEEN = (RuntimeError, KeyError, OSError, UnicodeDecodeError, AssertionError, MemoryError, DBAPIError)
+
+
+@pytest.mark.parametrize("cls", [*STATUSES, *UNFORESEEN])
+@pytest.mark.parametrize("message", INSIDE)
+def test_no_refusal_tells_of_the_inside(cls: type[Exception], message: str) -> None:
+    for where in ("args", "detail", "errors"):
+        error = cls("", (), Exception()) if issubclass(cls, DBAPIError) else cls.__new__(cls)
+        if where == "errors":
+            error.errors = [{"pointer": "/a", "code": "b", "detail": message}]  # type: ignore[attr-defined]
+        elif where == "detail" and cls is not DBAPIError:
+            error.detail = message  # type: ignore[attr-defined]
+        if cls not in (UnicodeDecodeError, DBAPIError):
+            error.args = (message,) if where == "args" else ("Fine.",)
+        response = respond(error, "the-id")
+        body = json.loads(bytes(response.body))
+        assert response.status_code == body["status"] == STATUSES.get(cls, 500)
+        assert "the-id" in body["detail"]
+        assert "errors" not in body
+        for word in ("topwork.db", "artifacts", "SELECT", "INSERT", "Traceback", "python3.11", "secret"):
+            assert word not in body["detail"]
+
+
+def test_what_a_caller_may_know_is_told() -> None:
+    ours = {"Problem", *(cls.__name__ for cls in STATUSES)}
+    for path in (*Path("service").glob("*.py"), *Path("adapters").glob("*.py"), *Path("models").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+                continue
+            if ast.unparse(node.exc.func) in ours:
+                texts = [one.value for one in node.exc.args if isinstance(one, ast.Constant)]
+                assert not any(tells_of_the_inside(text) for text in texts if isinstance(text, str)), path
+    found = respond(UnknownAdapter("pets"), "r")
+    assert json.loads(bytes(found.body))["detail"] == str(UnknownAdapter("pets"))
 
 
 def test_a_retry_after_is_whole_seconds_and_at_least_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from benchmarks.serving import Serving
 from service.protocol import MAX_HEAD_BYTES
 from tests.service.test_startup import get, post, texts
 
@@ -173,3 +175,57 @@ def test_whose_caller_hung_up_is_not_worked_on(server: str) -> None:
     deadline = time.monotonic() + 5
     while b'topwork_queue_depth{backbone="minilm-l6-v2"} 0.0' not in get(f"{server}/metrics")[1]:
         assert time.monotonic() < deadline, "it works for nobody"
+
+
+GOOD = begun("GET", "/backbones") + b"\r\n"
+CHUNKED = begun() + TEXT + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def statuses(url: str, data: bytes) -> list[int]:
+    """Of all that is answered on one connection."""
+    with connected(url) as connection:
+        send(connection, [data])
+        return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received(connection))]
+
+
+@pytest.mark.parametrize("before", [1, 3])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"NONSENSE\r\n\r\n",
+        begun("GET", "evil:1") + b"\r\n",
+        begun("GET", "/backbones") + b"a b: c\r\n\r\n",
+        CHUNKED + b"xyz\r\n" + GOOD,
+    ],
+    ids=["line", "target", "field", "chunk"],
+)
+def test_what_was_asked_before_what_is_no_request_is_answered(server: str, bad: bytes, before: int) -> None:
+    """A 400 that comes at once would be taken for the answer to the first request."""
+    assert statuses(server, GOOD * before + bad + GOOD) == [200] * before
+    assert statuses(server, bad + GOOD) == [400]
+
+
+def test_nothing_follows_a_wish_to_speak_something_else(server: str) -> None:
+    upgrade = begun("GET", "/backbones") + b"connection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    assert statuses(server, upgrade + GOOD) == [200]
+
+
+def test_who_asks_much_and_hangs_up_leaves_no_failure_behind(serving: Serving) -> None:
+    slow = json.dumps(
+        {"backbone": "minilm-l6-v2", "inputs": [{"text": f"word {n} " * 60} for n in range(64)]}
+    )
+    with connected(serving.url) as connection:
+        head = (
+            begun(path="/embed")
+            + f"content-type: application/json\r\ncontent-length: {len(slow)}\r\n\r\n".encode()
+        )
+        send(connection, [(head + slow.encode()) * 2 + GOOD])
+        time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while serving.log.read_text(errors="replace").count("POST /embed 499") < 1:
+        assert time.monotonic() < deadline, "it works for nobody"
+        time.sleep(0.05)
+    assert statuses(serving.url, GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")) == [200]
+    log = serving.log.read_text(errors="replace")
+    assert "Traceback" not in log
+    assert "without starting response" not in log

@@ -247,7 +247,8 @@ def test_a_key_with_another_secret_opens_nothing(place: Place) -> None:
 @pytest.mark.parametrize(
     "body",
     [{}, {"scopes": []}, {"scopes": ["root"]}, {"scopes": ["predict"], "expires_in": 0},
-     {"scopes": ["predict"], "note": "x" * 201}, {"scopes": ["predict"], "more": 1}, {"scopes": "predict"}],
+     {"scopes": ["predict"], "note": "x" * 201}, {"scopes": ["predict"], "note": "a\0b"},
+     {"scopes": ["predict"], "more": 1}, {"scopes": "predict"}],
 )  # fmt: skip
 def test_a_key_that_cannot_be_made(place: Place, body: Json) -> None:
     place.operator.call("POST", f"/tenants/{place.tenant()}/keys", 422, json=body)
