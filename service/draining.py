@@ -74,8 +74,8 @@ def begin_no_more(listener: socket.socket) -> None:
 def take(listener: socket.socket) -> list[socket.socket]:
     """The connections in the queue of a listening socket, which ends with them, whoever else has it.
 
-    BentoML's supervisor has, in whose hands it would go on to accept what nobody answers; and may listen on it
-    again, for another worker.
+    BentoML's supervisor has, in whose hands it would go on to accept what nobody answers; it may listen on it
+    again for another worker.
     """
     taken: list[socket.socket] = []
     with listener, contextlib.suppress(OSError):
