@@ -231,13 +231,14 @@ class Protocol(HttpToolsProtocol):
         return self._now() in (_Phase.IDLE, _Phase.FRESH)
 
     def _now(self) -> _Phase:
-        # uvicorn's says that it is never None, and begins with that.
+        # Until the first head has begun, and has come, there are none.
         cycle: Any = self.cycle
+        scope: Any = self.scope
         if cycle is None:
-            return _Phase.FRESH if self.scope is None else _Phase.HEAD
+            return _Phase.FRESH if scope is None else _Phase.HEAD
         if cycle.response_complete:
             # A body that was not waited for may still come: it begins no request.
-            return _Phase.IDLE if self.scope is cycle.scope else _Phase.HEAD
+            return _Phase.IDLE if scope is cycle.scope else _Phase.HEAD
         waits = cycle.more_body and not self.flow.read_paused and not cycle.waiting_for_100_continue
         return _Phase.BODY if waits else _Phase.WORK
 
