@@ -67,7 +67,8 @@ class Asking:
         self.kind = kind
         self.caller.adapt("taught", pictures() if kind == "image" else reviews())
         texts: list[Item] = [PRAISE[0], "So dull"]
-        images: list[Item] = [*UNSEEN.values()][:2]
+        images: list[Item] = []
+        images += [*UNSEEN.values()][:2]
         self.good = images if kind == "image" else texts
         self.alone: dict[str, list[Any]] = {"adapt": []}
         for path in ("predict", "embed"):
