@@ -193,5 +193,5 @@ def test_what_nobody_documents_is_found(open_place: Place) -> None:
     del document["paths"]["/backbones"]["get"]["responses"]["200"]
     schema = schemathesis.openapi.from_dict(document)
     case = schema["/backbones"]["GET"].Case()
-    with pytest.raises(FailureGroup, match="Undocumented HTTP status code"):
+    with pytest.raises(FailureGroup, match="Undocumented"):
         case.validate_response(case.call(base_url=open_place.url), checks=CHECKS)
