@@ -10,6 +10,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -98,16 +99,24 @@ def _sized(rng: random.Random) -> bytes:
 
 def _bomb(rng: random.Random) -> bytes:
     """A few kilobytes that are many million pixels, which is said at the beginning or not."""
-    side = rng.choice((8_000, 12_000))
-    fmt = rng.choice(("PNG", "GIF", "TIFF"))
+    return _empty(rng.choice((8_000, 12_000)), rng.choice(("PNG", "GIF", "TIFF")))
+
+
+@cache
+def _empty(side: int, fmt: str) -> bytes:
     options = {"compression": "tiff_adobe_deflate"} if fmt == "TIFF" else {}
     return saved(Image.new("1", (side, side)), fmt, **options)
+
+
+@cache
+def _flood() -> bytes:
+    return zlib.compress(bytes(20 << 20), 1)
 
 
 def _chunky(rng: random.Random) -> bytes:
     """A PNG with a compressed text or profile of megabytes, or more pixels than it says."""
     data = saved(picture(rng), "PNG")
-    flood = zlib.compress(b"\0" * (20 << 20), 1)
+    flood = _flood()
     name, content = rng.choice(
         ((b"zTXt", b"a\0\0" + flood), (b"iCCP", b"a\0\0" + flood), (b"IDAT", flood), (b"acTL", b"\xff" * 8),
          (b"eXIf", b"\xff" * 60), (b"tRNS", b"\0" * 300), (b"PLTE", b"\0" * 10))
