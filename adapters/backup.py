@@ -162,8 +162,9 @@ def _contents(path: Path) -> tuple[list[Reference], dict[str, int]]:
     copy = Database(f"sqlite:///{path}")
     try:
         with copy.reading() as connection:
-            counts = {table.name: connection.scalar(select(func.count()).select_from(table)) for table in TABLES}
-            return references(connection), {name: count or 0 for name, count in counts.items()}
+            counted = {table.name: select(func.count()).select_from(table) for table in TABLES}
+            counts = {name: connection.execute(query).scalar_one() for name, query in counted.items()}
+            return references(connection), counts
     finally:
         copy.close()
 

@@ -134,16 +134,18 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
     )
 
 
-def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[AdapterRecord, tuple[Artifact, ...]]:
-    """Delete damaged versions; where the live one is not there any more, the newest that is left is made
-    live. The adapter after it, and what nothing refers to any more. The connection is in a writing
-    transaction. Raises UnknownAdapter.
+def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
+    """Delete damaged versions; what nothing refers to any more.
+
+    Where the live one is not there any more, the newest that is left is made live. The connection is in a
+    writing transaction. Raises UnknownAdapter.
     """
     adapter = adapter_by_uid(connection, uid, lock=True)
     _, released = delete_versions(connection, uid, numbers)
     left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
     live = adapter.live if adapter.live is None or adapter.live in left else max(left, default=None)
-    return _finish(connection, adapter, {"live": live}), release(connection, released)
+    _finish(connection, adapter, {"live": live})
+    return release(connection, released)
 
 
 def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
@@ -159,10 +161,10 @@ def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[
     return release(connection, {number for number in released if number is not None})
 
 
-def recount(connection: Connection, uid: str) -> AdapterRecord:
-    """Set the adapter's counts to what its rows say. The connection is in a writing transaction.
+def recount(connection: Connection, uid: str) -> tuple[Artifact, ...]:
+    """Set the adapter's counts to what its rows say; nothing becomes unreferenced.
 
-    Raises UnknownAdapter.
+    The connection is in a writing transaction. Raises UnknownAdapter.
     """
     adapter = adapter_by_uid(connection, uid, lock=True)
     mine = adapters.c.uid == uid
@@ -170,7 +172,8 @@ def recount(connection: Connection, uid: str) -> AdapterRecord:
     highest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.adapter_uid == uid)) or 0
     low = mine & (adapters.c.next_version <= highest)
     connection.execute(update(adapters).where(low).values(next_version=highest + 1))
-    return _finish(connection, adapter, {"examples": kept})
+    _finish(connection, adapter, {"examples": kept})
+    return ()
 
 
 def delete_adapter(connection: Connection, tenant: str, name: str) -> str:

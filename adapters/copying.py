@@ -62,7 +62,7 @@ def raise_counters(connection: Connection, least: Mapping[str, int]) -> None:
 
 
 def references(connection: Connection) -> list[tuple[str, str, Artifact]]:
-    """Every artifact that rows refer to, the unfinished jobs' uploads too, with its tenant and adapter uid."""
+    """Every artifact that rows refer to, unfinished jobs' uploads too, with its tenant and adapter's uid."""
     columns = (artifacts.c.adapter_uid, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
     of_adapter = artifacts.c.adapter_uid == adapters.c.uid
     query = select(adapters.c.tenant, *columns).join(adapters, of_adapter)

@@ -99,8 +99,8 @@ def _examples(connection: Connection, files: Files, row: dict[str, Any], replaye
     if connection.scalar(select(adapters.c.uid).where(adapters.c.uid == uid)) is None:
         return
     # An upload that was not taken in yet, and an answer, may hold what was erased.
-    waiting = (jobs.c.adapter_uid == uid) & jobs.c.state.in_(("queued", "running")) & (jobs.c.created_at <= at)
-    ended = update(jobs).where(waiting, jobs.c.kind == "bulk_adapt")
+    unfinished = jobs.c.state.in_(("queued", "running")) & (jobs.c.kind == "bulk_adapt")
+    ended = update(jobs).where(jobs.c.adapter_uid == uid, unfinished, jobs.c.created_at <= at)
     values = {"state": "cancelled", "lease_until": None, "finished_at": at}
     replayed.jobs += connection.execute(ended.values(values)).rowcount
     connection.execute(delete(replies).where(replies.c.adapter_uid == uid, replies.c.at <= at))

@@ -225,9 +225,7 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
     if set(target.scalars(select(erasures.c.id))) - set(source.scalars(select(erasures.c.id))):
         raise _ErasedMeanwhile
     before = _Before.read(target)
-    highest = {
-        name: max(number, counters(source)[name]) for name, number in counters(target).items()
-    }
+    highest = {name: max(number, counters(source)[name]) for name, number in counters(target).items()}
     epoch = highest[changes.name]
     restored: dict[tuple[str, str], int] = {}
     gone = {key for key, uid in before.names.items()}

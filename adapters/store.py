@@ -208,9 +208,7 @@ def orphans(
                 yield left
 
 
-def sweep(
-    store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = SWEPT_AGE
-) -> int:
+def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = SWEPT_AGE) -> int:
     """Remove objects that no row refers to and that are older than `older_than` seconds; returns how many.
 
     `referenced` is Registry.referenced. The age protects what is published and not yet committed: the first
