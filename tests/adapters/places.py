@@ -110,4 +110,3 @@ def make_places(request: pytest.FixtureRequest, folder: Path) -> tuple[Make, lis
         return made[-1]
 
     return make, made
-

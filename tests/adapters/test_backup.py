@@ -96,7 +96,7 @@ async def test_a_backup_beside_adapts_and_deletions_is_whole(
     paths = []
     async with place.world() as world:
         await world.adapt(taught(), "steady")
-        expected = [item for item in (await world.predict(inputs, "steady")).items]
+        expected = list((await world.predict(inputs, "steady")).items)
         stop = asyncio.Event()
         busy = asyncio.create_task(churn(world, stop))
         for _ in range(BACKUPS):
@@ -115,7 +115,7 @@ async def test_a_backup_beside_adapts_and_deletions_is_whole(
             one.name for one in open_store(str(path / ARTIFACTS)).objects()
         }
     async with target.world() as again:
-        assert [item for item in (await again.predict(inputs, "steady")).items] == expected
+        assert list((await again.predict(inputs, "steady")).items) == expected
 
 
 async def test_without_an_artifact_there_is_no_backup(place: Place, tmp_path: Path) -> None:
