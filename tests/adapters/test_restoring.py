@@ -246,17 +246,17 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
         request = {"upload": upload_request(upload)}
         jobs = world.registry.jobs
         jobs.submit(TENANT, "words", "bulk_adapt", request, deadline_seconds=None, max_open=9)
-        claim = jobs.claim(["bulk_adapt"], 600, max_running=1)
+        claim = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
         assert claim is not None
         path = saved(place, tmp_path)
         jobs.release(claim)
-        later = jobs.claim(["bulk_adapt"], 600, max_running=1)
+        later = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
         assert later is not None
         assert later.job.attempt == 2
         restore(path, place.database, place.store, replace=True)
         (job,) = place.rows()["jobs"]
         assert (job["state"], job["lease_until"], job["attempt"], job["released"]) == ("queued", None, 2, 2)
-        again = jobs.claim(["bulk_adapt"], 600, max_running=1)
+        again = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
         assert again is not None
         assert again.job.attempt == 3
         assert place.store.read(TENANT, uid, upload[0]) == b"lines"
