@@ -75,8 +75,8 @@ async def test_a_backup_is_the_rows_and_their_artifacts(place: Place, tmp_path: 
     assert sorted(one.name for one in path.iterdir()) == sorted([ARTIFACTS, MANIFEST, REGISTRY])
 
 
-async def churn(world: World, stop: asyncio.Event) -> int:
-    """Adapts, removes and deletes, one after the other, until told to stop; how often."""
+async def churn(world: World, turned: asyncio.Event, stop: asyncio.Event) -> None:
+    """Adapts, removes and deletes, one after the other, until told to stop; tells of each round."""
     number = 0
     while not stop.is_set():
         name = f"busy{number % 3}"
@@ -86,7 +86,7 @@ async def churn(world: World, stop: asyncio.Event) -> int:
             for one in range(3):
                 await world.keeping.forget(TENANT, f"busy{one}")
         number += 1
-    return number
+        turned.set()
 
 
 async def test_a_backup_beside_adapts_and_deletions_is_whole(
@@ -97,14 +97,16 @@ async def test_a_backup_beside_adapts_and_deletions_is_whole(
     async with place.world() as world:
         await world.adapt(taught(), "steady")
         expected = list((await world.predict(inputs, "steady")).items)
-        stop = asyncio.Event()
-        busy = asyncio.create_task(churn(world, stop))
+        turned, stop = asyncio.Event(), asyncio.Event()
+        busy = asyncio.create_task(churn(world, turned, stop))
         for _ in range(BACKUPS):
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(60):
+                await turned.wait()
+            turned.clear()
             path, _ = await asyncio.to_thread(backup, place.database, place.store, tmp_path / "backups")
             paths.append(path)
         stop.set()
-        assert await busy > BACKUPS
+        await busy
     assert len({sha256_of(path / REGISTRY) for path in paths}) == BACKUPS
     for number, path in enumerate(paths):
         target = make("local", f"target{number}")

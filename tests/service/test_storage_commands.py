@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.adapters.world import TENANT, says, taught, world
-from tests.tiny import TEXT_NAME
+from tests.tiny import TEXT_NAME, install
 
 pytestmark = pytest.mark.anyio
 
@@ -43,11 +43,8 @@ async def test_backup_restore_and_doctor(tmp_path: Path) -> None:
         expected = await running.labels(INPUTS)
         (written,) = topwork(home, "backup", str(folder))
     assert [str(path) for path in folder.iterdir()] == [written["backup"]]
-    assert (written["form"], written["counts"]["examples"], written["artifacts"]) == (
-        "topwork.backup/1",
-        8,
-        4,
-    )
+    assert written["form"] == "topwork.backup/1"
+    assert (written["counts"]["examples"], written["artifacts"]) == (8, 4)
 
     (complaint,) = topwork(home, "restore", written["backup"], status=1)
     assert "--replace" in complaint["complaint"]
@@ -88,8 +85,6 @@ async def test_backup_restore_and_doctor(tmp_path: Path) -> None:
 async def test_the_doctor_embeds_with_the_exported_backbone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.tiny import install
-
     install(tmp_path / "bentoml")
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     home = tmp_path / "home"
