@@ -7,9 +7,10 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -153,8 +154,9 @@ def _copy_state(database: Database, path: Path) -> None:
             raise_counters(target, counters(source))
     finally:
         copy.close()
-    with suppress(FileNotFoundError):
-        path.with_name(f"{path.name}-journal").unlink()
+    with closing(sqlite3.connect(path)) as connection:
+        # One file, whatever mode the database was filled in.
+        connection.execute("PRAGMA journal_mode = delete")
 
 
 def _contents(path: Path) -> tuple[list[Reference], dict[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -130,22 +130,20 @@ class Examining:
         """
         state: Examined | None = None
         found: list[Damage] = []
+        before = replace(self.read)
         for _ in range(_LOOKS):
-            before = state
+            earlier = state
             try:
                 with self._database.reading() as connection:
                     state = Examined.read(connection, uid)
             except UnknownAdapter:
                 return None, []
-            if before is not None and _same(before, state):
+            if earlier is not None and _same(earlier, state):
                 break
-            counted = Read(self.read.adapters, self.read.artifacts, self.read.artifact_bytes)
+            self.read = replace(before, adapters=before.adapters + 1)
             found = list(self._damages(state))
             if not found:
                 break
-            # Looked at again before it counts.
-            self.read.artifacts, self.read.artifact_bytes = counted.artifacts, counted.artifact_bytes
-        self.read.adapters += 1
         return state, found
 
     def _damages(self, state: Examined) -> Iterator[Damage]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, text
+from sqlalchemy import Connection, Table, delete, insert, select, text
 
 from adapters.backup import ARTIFACTS, REGISTRY, BadBackup, Manifest, Reference, read_manifest, sha256_of
 from adapters.copying import TABLES, Row, copy_rows, counters, raise_counters, references
@@ -20,7 +20,7 @@ from adapters.database import Database
 from adapters.folder import LocalStore
 from adapters.reading import current_time
 from adapters.replaying import Replayed, erasures_of, replay
-from adapters.schema import adapters, changes, erasures, jobs, tenants
+from adapters.schema import adapters, changes, erasures, jobs, keys, tenants
 from adapters.store import Artifact, Buffer, MissingArtifact, Store, StoreError
 
 # Services that run meanwhile may still delete what an older commit left over.
@@ -196,12 +196,14 @@ def _refuse(connection: Connection, replace: bool) -> None:
 class _Before:
     """What the target holds that must not come again.
 
-    names: uid by tenant and name. adapters: revision and next version by uid. attempts: by job.
+    names: uid by tenant and name. adapters: revision and next version by uid. attempts: by job. keys: when
+    they were revoked and when they expire, by id.
     """
 
     names: Mapping[tuple[str, str], str]
     adapters: Mapping[str, tuple[int, int]]
     attempts: Mapping[str, int]
+    keys: Mapping[str, tuple[datetime | None, datetime | None]]
     tenants: frozenset[str]
 
     @classmethod
@@ -213,8 +215,63 @@ class _Before:
             {(row[0], row[1]): row[2] for row in rows},
             {row[2]: (row[3], row[4]) for row in rows},
             {row[0]: row[1] for row in connection.execute(select(jobs.c.id, jobs.c.attempt))},
+            {
+                row[0]: (row[1], row[2])
+                for row in connection.execute(select(keys.c.id, keys.c.revoked_at, keys.c.expires_at))
+            },
             frozenset(connection.scalars(select(tenants.c.name))),
         )
+
+
+class _Arriving:
+    """What becomes of the backup's rows on their way into the target.
+
+    restored: the new epoch of each adapter, by tenant and name. gone: what the target had, and has no more.
+    """
+
+    def __init__(self, before: _Before, epoch: int) -> None:
+        self.restored: dict[tuple[str, str], int] = {}
+        self.gone = set(before.names)
+        self.epoch = epoch
+        self._before = before
+
+    def alter(self, table: Table) -> Callable[[Row], Row]:
+        """What to do with each row of the table."""
+        special = {adapters.name: self._adapter, jobs.name: self._job, keys.name: self._key}
+        return special.get(table.name, lambda row: row)
+
+    def _adapter(self, row: Row) -> Row:
+        self.epoch += 1
+        name = (row["tenant"], row["name"])
+        self.restored[name] = self.epoch
+        if self._before.names.get(name) == row["uid"]:
+            self.gone.discard(name)
+        revision, next_version = self._before.adapters.get(row["uid"], (0, 0))
+        return row | {
+            # One more than either: whoever still has the examples of that revision in mind must read again.
+            "revision": max(row["revision"], revision) + 1,
+            "next_version": max(row["next_version"], next_version),
+            "epoch": self.epoch,
+        }
+
+    def _job(self, row: Row) -> Row:
+        """As another attempt may begin it; a worker that has one of the target's may write nothing."""
+        if row["state"] not in ("queued", "running"):
+            return row
+        attempt = max(row["attempt"], self._before.attempts.get(row["id"], 0))
+        interrupted = attempt - row["attempt"] + (row["state"] == "running")
+        return row | {
+            "state": "queued",
+            "lease_until": None,
+            "attempt": attempt,
+            "released": row["released"] + interrupted,
+        }
+
+    def _key(self, row: Row) -> Row:
+        """In use no longer than it is now: a restore gives no revoked key back."""
+        revoked, expires = self._before.keys.get(row["id"], (None, None))
+        ends = [end for end in (expires, row["expires_at"]) if end is not None]
+        return row | {"revoked_at": revoked or row["revoked_at"], "expires_at": min(ends, default=None)}
 
 
 def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, int]:
@@ -225,66 +282,33 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
     if set(target.scalars(select(erasures.c.id))) - set(source.scalars(select(erasures.c.id))):
         raise _ErasedMeanwhile
     before = _Before.read(target)
-    highest = {name: max(number, counters(source)[name]) for name, number in counters(target).items()}
-    epoch = highest[changes.name]
-    restored: dict[tuple[str, str], int] = {}
-    gone = {key for key, uid in before.names.items()}
-
-    def alter_adapter(row: Row) -> Row:
-        nonlocal epoch
-        epoch += 1
-        key = (row["tenant"], row["name"])
-        restored[key] = epoch
-        if before.names.get(key) == row["uid"]:
-            gone.discard(key)
-        revision, next_version = before.adapters.get(row["uid"], (0, 0))
-        # One more than either: whoever still has the examples of that revision in mind must read again.
-        row |= {"revision": max(row["revision"], revision) + 1, "epoch": epoch}
-        return row | {"next_version": max(row["next_version"], next_version)}
-
-    alter = {adapters.name: alter_adapter, jobs.name: lambda row: _queued_again(row, before.attempts)}
+    theirs = counters(source)
+    highest = {name: max(number, theirs[name]) for name, number in counters(target).items()}
+    arriving = _Arriving(before, highest[changes.name])
+    # The changes stay: services that run look there for what is new.
     kept = [table for table in TABLES if table is not changes]
     for table in reversed(kept):
         target.execute(delete(table))
     for table in kept:
-        copy_rows(source, target, table, alter.get(table.name, lambda row: row))
-    lost = [(tenant, name) for tenant, name in sorted(gone - restored.keys())]
-    lost += [(tenant, "") for tenant in sorted(before.tenants - set(target.scalars(select(tenants.c.name))))]
-    _announce(target, epoch, restored, gone, lost)
+        copy_rows(source, target, table, arriving.alter(table))
+    tenants_gone = before.tenants - set(target.scalars(select(tenants.c.name)))
+    _announce(target, arriving, tenants_gone)
     raise_counters(target, highest)
-    return len(restored), len(before.names)
+    return len(arriving.restored), len(before.names)
 
 
-def _queued_again(row: Row, attempts: Mapping[str, int]) -> Row:
-    """The job as another attempt may begin it; a worker that has one of the target's may write nothing."""
-    if row["state"] not in ("queued", "running"):
-        return row
-    attempt = max(row["attempt"], attempts.get(row["id"], 0))
-    interrupted = attempt - row["attempt"] + (row["state"] == "running")
-    return row | {
-        "state": "queued",
-        "lease_until": None,
-        "attempt": attempt,
-        "released": row["released"] + interrupted,
-    }
-
-
-def _announce(
-    connection: Connection,
-    epoch: int,
-    restored: Mapping[tuple[str, str], int],
-    gone: set[tuple[str, str]],
-    lost: Iterable[tuple[str, str]],
-) -> None:
+def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterable[str]) -> None:
     """Tell running services, as late as can be: they look back only so far for what becomes visible late."""
-    numbered = [(*key, number, key in gone) for key, number in restored.items()]
-    numbered += [(*key, epoch + place, True) for place, key in enumerate(lost, 1)]
-    if not numbered:
+    told = [(*name, epoch, name in arriving.gone) for name, epoch in arriving.restored.items()]
+    lost = sorted(arriving.gone - arriving.restored.keys())
+    lost += [(tenant, "") for tenant in sorted(tenants_gone)]
+    told += [(*name, arriving.epoch + place, True) for place, name in enumerate(lost, 1)]
+    if not told:
         return
     now = current_time(connection)
     rows = [
-        {"tenant": tenant, "name": name, "epoch": number, "gone": left, "at": now}
-        for tenant, name, number, left in numbered
+        {"tenant": tenant, "name": name, "epoch": epoch, "gone": gone, "at": now}
+        for tenant, name, epoch, gone in told
     ]
     connection.execute(insert(changes), rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from adapters.repairing import Doctor, Open
 from adapters.schema import adapters
 from adapters.store import Artifact, Store, open_store
 from models.backbone import Backbone
-from tests.adapters.world import World, world
+from tests.adapters.world import TENANT, World, taught, world
 from tests.fixtures_storage import new_bucket, new_schema
 
 Where = Literal["local", "shared"]
@@ -110,3 +111,17 @@ def make_places(request: pytest.FixtureRequest, folder: Path) -> tuple[Make, lis
         return made[-1]
 
     return make, made
+
+
+async def churn(world: World, turned: asyncio.Event, stop: asyncio.Event) -> None:
+    """Adapts, removes and deletes, one after the other, until told to stop; tells of each round."""
+    number = 0
+    while not stop.is_set():
+        name = f"busy{number % 3}"
+        await world.adapt(taught(2 + number % 3), name)
+        await world.curating.remove(TENANT, name, ["one0"])
+        if number % 3 == 2:
+            for one in range(3):
+                await world.keeping.forget(TENANT, f"busy{one}")
+        number += 1
+        turned.set()

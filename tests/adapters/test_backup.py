@@ -17,8 +17,8 @@ from adapters.jobs import upload_request
 from adapters.migrations import HEAD
 from adapters.restoring import restore
 from adapters.store import open_store
-from tests.adapters.places import WHERE, Make, Place, Where, make_places
-from tests.adapters.world import TENANT, World, says, taught
+from tests.adapters.places import WHERE, Make, Place, Where, churn, make_places
+from tests.adapters.world import TENANT, says, taught
 
 pytestmark = pytest.mark.anyio
 
@@ -73,20 +73,6 @@ async def test_a_backup_is_the_rows_and_their_artifacts(place: Place, tmp_path: 
         assert connection_.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     connection_.close()
     assert sorted(one.name for one in path.iterdir()) == sorted([ARTIFACTS, MANIFEST, REGISTRY])
-
-
-async def churn(world: World, turned: asyncio.Event, stop: asyncio.Event) -> None:
-    """Adapts, removes and deletes, one after the other, until told to stop; tells of each round."""
-    number = 0
-    while not stop.is_set():
-        name = f"busy{number % 3}"
-        await world.adapt(taught(2 + number % 3), name)
-        await world.curating.remove(TENANT, name, ["one0"])
-        if number % 3 == 2:
-            for one in range(3):
-                await world.keeping.forget(TENANT, f"busy{one}")
-        number += 1
-        turned.set()
 
 
 async def test_a_backup_beside_adapts_and_deletions_is_whole(

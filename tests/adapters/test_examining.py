@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from adapters.schema import adapters, versions
 from adapters.segments import decode_embeddings
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
-from tests.adapters.places import WHERE, Make, Place, Where, make_places
+from tests.adapters.places import WHERE, Make, Place, Where, churn, make_places
 from tests.adapters.world import TENANT, World, says, taught
 from tests.tiny import text_backbone
 
@@ -67,6 +68,20 @@ async def test_nothing_is_wrong_with_what_is_whole(place: Place) -> None:
         await world.adapt(taught(2), "stored", fit=False)
         await world.curating.remove(TENANT, "stored", None)
         assert place.examine() == []
+
+
+async def test_what_changes_meanwhile_is_no_damage(place: Place) -> None:
+    async with place.world() as world:
+        await world.adapt(taught(), "steady")
+        turned, stop = asyncio.Event(), asyncio.Event()
+        busy = asyncio.create_task(churn(world, turned, stop))
+        for _ in range(4):
+            async with asyncio.timeout(60):
+                await turned.wait()
+            turned.clear()
+            assert await asyncio.to_thread(place.examine) == []
+        stop.set()
+        await busy
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["flipped", "lost"])

@@ -263,6 +263,20 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
     assert place.examine() == []
 
 
+async def test_a_revoked_key_stays_revoked(place: Place, tmp_path: Path) -> None:
+    async with place.world() as world:
+        tenants = world.registry.tenants
+        tenants.create(TENANT)
+        for note in ("kept", "revoked"):
+            tenants.create_key(TENANT, ["predict"], note=note)
+        path = saved(place, tmp_path)
+        (key,) = [one.id for one in tenants.keys(TENANT) if one.note == "revoked"]
+        tenants.revoke(TENANT, key)
+        restore(path, place.database, place.store, replace=True)
+        in_use = {one.note: one.revoked_at is None for one in tenants.keys(TENANT)}
+        assert in_use == {"kept": True, "revoked": False}
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["in the target", "in a newer backup"])
 async def test_an_erased_example_is_not_restored(
     place: Place, make: Make, beside: bool, tmp_path: Path
