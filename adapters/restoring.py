@@ -6,9 +6,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from adapters.store import Artifact, Buffer, MissingArtifact, Store, StoreError
 # Services that run meanwhile may still delete what an older commit left over.
 _LOOKS = 3
 _LOOK_SECONDS = 0.5
+_PARALLEL = 8
 # As a commit takes them, so that the two do not wait for each other; readers go on.
 _LOCK = (
     "LOCK TABLE tenants, keys, adapters, jobs, artifacts, versions, examples, erasures, replies, changes "
@@ -73,8 +76,8 @@ def restore(backup: Path, database: Database, store: Store, *, replace: bool = F
             replay(copy, files, [row for id, row in wanted.items() if id not in known], replayed)
             with copy.reading() as connection:
                 held = references(connection)
-            for one in held:
-                store.put(*one, files.read(*one))
+            with ThreadPoolExecutor(_PARALLEL) as pool:
+                list(pool.map(partial(_put, store, files), held))
             try:
                 with copy.reading() as source, database.writing() as target:
                     written, replaced = _write(source, target, replace)
@@ -321,4 +324,9 @@ def _make_sure(store: Store, files: _Overlay, held: Iterable[Reference]) -> None
         there = {(found.tenant, found.adapter_uid, found.name) for found in store.objects()}
         for tenant, uid, artifact in held:
             if (tenant, uid, artifact.name) not in there:
-                store.put(tenant, uid, artifact, files.read(tenant, uid, artifact))
+                _put(store, files, (tenant, uid, artifact))
+
+
+def _put(store: Store, files: _Overlay, reference: Reference) -> None:
+    tenant, uid, artifact = reference
+    store.put(tenant, uid, artifact, files.read(tenant, uid, artifact))

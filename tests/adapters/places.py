@@ -86,7 +86,8 @@ class Place:
     def uid(self, name: str) -> str:
         """Of the adapter of that name."""
         with self.database.reading() as connection:
-            return connection.execute(select(adapters.c.uid).where(adapters.c.name == name)).scalar_one()
+            query = select(adapters.c.uid).where(adapters.c.name == name)
+            return str(connection.execute(query).scalar_one())
 
 
 Make = Callable[[Where, str], Place]

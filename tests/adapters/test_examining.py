@@ -208,7 +208,7 @@ async def test_with_embeddings_and_inputs_lost_only_a_removal_helps(place: Place
             assert finding.what == "embeddings and inputs of 8 examples"
             assert "restore a backup, or remove the examples" in finding.detail
             assert not finding.repaired
-        await world.curating.remove(TENANT, "words", [example.id for example in taught()])
+        await world.curating.remove(TENANT, "words", [str(example.id) for example in taught()])
         assert place.examine() == []
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import insert, select
 
 from adapters.backup import ARTIFACTS, MANIFEST, REGISTRY, BadBackup, backup, read_manifest, sha256_of
 from adapters.jobs import upload_request
-from adapters.records import RegistryTooNew
+from adapters.records import JobKind, RegistryTooNew
 from adapters.replaying import example_digest
 from adapters.restoring import TargetInUse, restore
 from adapters.schema import changes, erasures
@@ -27,6 +27,7 @@ from tests.adapters.world import TENANT, World, says, taught
 
 pytestmark = pytest.mark.anyio
 
+KINDS: tuple[JobKind, ...] = ("bulk_adapt",)
 INPUTS = [says("one", 90), says("two", 91)]
 
 
@@ -246,17 +247,17 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
         request = {"upload": upload_request(upload)}
         jobs = world.registry.jobs
         jobs.submit(TENANT, "words", "bulk_adapt", request, deadline_seconds=None, max_open=9)
-        claim = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
+        claim = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
         assert claim is not None
         path = saved(place, tmp_path)
         jobs.release(claim)
-        later = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
+        later = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
         assert later is not None
         assert later.job.attempt == 2
         restore(path, place.database, place.store, replace=True)
         (job,) = place.rows()["jobs"]
         assert (job["state"], job["lease_until"], job["attempt"], job["released"]) == ("queued", None, 2, 2)
-        again = jobs.claim(600, kinds=("bulk_adapt",), max_running_per_tenant=1)
+        again = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
         assert again is not None
         assert again.job.attempt == 3
         assert place.store.read(TENANT, uid, upload[0]) == b"lines"
