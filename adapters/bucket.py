@@ -18,6 +18,7 @@ from adapters.store import (
     StoredObject,
     StoreUnavailable,
     adapter_key,
+    check,
     missing,
     object_key,
     parse_key,
@@ -43,11 +44,13 @@ class BucketStore:
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         """See Store.publish."""
         artifact = Artifact.describe(data)
-        key = object_key(tenant, adapter_uid, artifact.name)
-        with _translated():
-            # One request and not in parts: parts of an interrupted upload would stay, and cost, unseen.
-            obstore.put(self._bucket, key, data, use_multipart=False)
+        self._put(object_key(tenant, adapter_uid, artifact.name), data)
         return artifact
+
+    def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
+        """See Store.put."""
+        check(artifact, data)
+        self._put(object_key(tenant, adapter_uid, artifact.name), data)
 
     def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
         """See Store.publish_all. A few requests at a time."""
@@ -94,6 +97,11 @@ class BucketStore:
         with _translated():
             for chunk in obstore.list(self._bucket, prefix, chunk_size=1000):
                 self._delete([found["path"] for found in chunk])
+
+    def _put(self, key: str, data: Buffer) -> None:
+        with _translated():
+            # One request and not in parts: parts of an interrupted upload would stay, and cost, unseen.
+            obstore.put(self._bucket, key, data, use_multipart=False)
 
     def _delete(self, keys: list[str]) -> None:
         if not keys:

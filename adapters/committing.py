@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters.erasing import Receipt, check_not_erased, erase_adapter, erase_examples
@@ -34,7 +34,7 @@ from adapters.records import (
     RevisionMoved,
     UnknownExample,
 )
-from adapters.releasing import Previous, check_erased, drop_fitted_on, prune, release
+from adapters.releasing import Previous, check_erased, delete_versions, drop_fitted_on, prune, release
 from adapters.schema import (
     adapters,
     artifacts,
@@ -136,6 +136,48 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
         gone=tuple(sorted(gone)),
         unreferenced=release(connection, released),
     )
+
+
+def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
+    """Delete damaged versions; what nothing refers to any more.
+
+    Where the live one is not there any more, the newest that is left is made live. The connection is in a
+    writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    _, released = delete_versions(connection, uid, numbers)
+    left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
+    live = adapter.live if adapter.live is None or adapter.live in left else max(left, default=None)
+    _finish(connection, adapter, {"live": live})
+    return release(connection, released)
+
+
+def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
+    """Forget what versions were fitted on, where it is lost; what nothing refers to any more.
+
+    The connection is in a writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    which = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
+    released = set(connection.scalars(select(versions.c.evidence_id).where(which))) - {None}
+    connection.execute(update(versions).where(which).values(evidence_id=None))
+    _finish(connection, adapter, {})
+    return release(connection, {number for number in released if number is not None})
+
+
+def recount(connection: Connection, uid: str) -> tuple[Artifact, ...]:
+    """Set the adapter's counts to what its rows say; nothing becomes unreferenced.
+
+    The connection is in a writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    mine = adapters.c.uid == uid
+    kept = connection.scalar(select(func.count()).where(examples.c.adapter_uid == uid))
+    highest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.adapter_uid == uid)) or 0
+    low = mine & (adapters.c.next_version <= highest)
+    connection.execute(update(adapters).where(low).values(next_version=highest + 1))
+    _finish(connection, adapter, {"examples": kept})
+    return ()
 
 
 def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:

@@ -129,8 +129,10 @@ class Curating:
             raise InputError(
                 "wrong_kind", f"The adapter takes {adapter.kind}s, and {backbone!r} {spec.kind}s."
             )
-        if not adapter.keep_inputs:
-            raise InputsNotKept("This adapter keeps no inputs. Teach a new adapter on the other backbone.")
+        if not adapter.keep_inputs or any(one.inputs is None for one in state.examples):
+            raise InputsNotKept(
+                "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
+            )
         terms = Creation(backbone, spec.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs)
         segments = await self._embed_again(state, backbone)
         rows = [Row(one.id, one.digest, one.target, one) for one in state.examples]

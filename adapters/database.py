@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,29 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a SQLite file."""
+        return self._sqlite
+
+    def copy_to(self, path: Path) -> None:
+        """Copy one state of a SQLite database into a new file; writers wait for it, some milliseconds."""
+        try:
+            with (
+                _translated(),
+                self._engine.connect() as connection,
+                closing(sqlite3.connect(path)) as target,
+            ):
+                source = connection.connection.driver_connection
+                assert isinstance(source, sqlite3.Connection)
+                # All pages in one step: between several, each commit would start the copy again.
+                source.backup(target, sleep=0.01)
+                target.execute("PRAGMA journal_mode = delete")
+        except sqlite3.Error as error:
+            if _is_full(error):
+                raise StoreFull("There is no space left for the copy of the database.") from error
+            raise RegistryUnavailable(f"The database cannot be copied: {error}.") from error
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -18,6 +18,7 @@ from adapters.store import (
     StoreFull,
     StoreUnavailable,
     adapter_key,
+    check,
     missing,
     object_key,
     parse_key,
@@ -61,6 +62,29 @@ class LocalStore:
                     if attempt == _ATTEMPTS:
                         raise
         return artifacts
+
+    def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
+        """See Store.put."""
+        check(artifact, data)
+        path = self._root / object_key(tenant, adapter_uid, artifact.name)
+        partial = path.with_name(path.name + PARTIAL)
+        with _translated():
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    folder = self._make_folder(tenant, adapter_uid)
+                    partial.unlink(missing_ok=True)
+                    try:
+                        _write_synced(partial, data)
+                        partial.rename(path)
+                    except BaseException:
+                        partial.unlink(missing_ok=True)
+                        raise
+                    _sync_folder(folder)
+                    return
+                except FileNotFoundError:
+                    # As in publish_all.
+                    if attempt == _ATTEMPTS:
+                        raise
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
         """See Store.read."""

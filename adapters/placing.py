@@ -136,7 +136,9 @@ def _bundles(used: Sequence[Stored], left: Sequence[Stored]) -> tuple[tuple[Stor
     for place in used:
         nonce = place.segment.nonce
         if nonce in vacated or nonce in merged:
-            bundles.setdefault("" if nonce in merged else nonce, {})[_key(place)] = place
+            # Inputs that are lost are lost for some segments only.
+            together = str(place.inputs is None) if nonce in merged else nonce
+            bundles.setdefault(together, {})[_key(place)] = place
     return tuple(tuple(places[key] for key in sorted(places)) for places in bundles.values())
 
 

@@ -33,16 +33,17 @@ def drop_fitted_on(
         return set(), set()
     first = min(previous.first_revision[name] for name in removals)
     query = select(versions.c.number).where(versions.c.adapter_uid == uid, versions.c.revision >= first)
-    return _delete_versions(connection, uid, set(connection.scalars(query)))
+    return delete_versions(connection, uid, set(connection.scalars(query)))
 
 
 def prune(connection: Connection, uid: str, live: int | None) -> tuple[set[int], set[int]]:
     """Delete what is neither among the newest versions nor live."""
     query = select(versions.c.number).where(versions.c.adapter_uid == uid).order_by(versions.c.number.desc())
-    return _delete_versions(connection, uid, set(connection.scalars(query.offset(KEPT_VERSIONS))) - {live})
+    return delete_versions(connection, uid, set(connection.scalars(query.offset(KEPT_VERSIONS))) - {live})
 
 
-def _delete_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[set[int], set[int]]:
+def delete_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[set[int], set[int]]:
+    """Delete these versions; their numbers and the artifacts released."""
     if not numbers:
         return set(), set()
     doomed = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)

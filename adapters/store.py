@@ -97,6 +97,13 @@ class Store(Protocol):
         """Store several at once, in less time than one by one. Raises StoreFull."""
         ...
 
+    def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
+        """Store again what was published once, under its very name, as durably as `publish` does.
+
+        What is there of that name is replaced. Raises StoreFull, CorruptArtifact for other bytes.
+        """
+        ...
+
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
         """The published bytes, length and sha256 verified. Raises MissingArtifact, CorruptArtifact."""
         ...
@@ -159,10 +166,15 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
     )
 
 
-def verified(artifact: Artifact, data: bytes) -> bytes:
-    """The bytes, if they are the artifact's. Raises CorruptArtifact."""
+def check(artifact: Artifact, data: Buffer) -> None:
+    """Raises CorruptArtifact unless the bytes are the artifact's."""
     if len(data) != artifact.length or hashlib.sha256(data).hexdigest() != artifact.sha256:
         raise CorruptArtifact(f"The artifact {artifact.name} is damaged; restore a backup or adapt again.")
+
+
+def verified(artifact: Artifact, data: bytes) -> bytes:
+    """The bytes, if they are the artifact's. Raises CorruptArtifact."""
+    check(artifact, data)
     return data
 
 
@@ -187,19 +199,32 @@ def open_store(location: str, options: Mapping[str, str] | None = None) -> Store
     return LocalStore(Path(location.removeprefix("file://")))
 
 
-def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = 21_600.0) -> int:
+SWEPT_AGE = 21_600.0
+"""Seconds after which an object that no row refers to is taken for left over."""
+
+
+def orphans(
+    store: Store, referenced: Callable[[str], set[Artifact]], older_than: float = SWEPT_AGE
+) -> Iterator[list[StoredObject]]:
+    """Objects of an adapter that no row refers to and that are older than `older_than` seconds. See sweep."""
+    for (_, uid), group in groupby(store.objects(), key=lambda found: (found.tenant, found.adapter_uid)):
+        old = [found for found in group if found.age > older_than]
+        if old:
+            # Read after the listing: a name that is old and unreferenced now is never referred to later.
+            kept = {artifact.name for artifact in referenced(uid)}
+            left = [found for found in old if found.name not in kept]
+            if left:
+                yield left
+
+
+def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = SWEPT_AGE) -> int:
     """Remove objects that no row refers to and that are older than `older_than` seconds; returns how many.
 
     `referenced` is Registry.referenced. The age protects what is published and not yet committed: the first
     part of an upload may wait some hours for the last one.
     """
     removed = 0
-    for (_, uid), group in groupby(store.objects(), key=lambda found: (found.tenant, found.adapter_uid)):
-        old = [found for found in group if found.age > older_than]
-        if old:
-            # Read after the listing: a name that is old and unreferenced now is never referred to later.
-            kept = {artifact.name for artifact in referenced(uid)}
-            orphans = [found for found in old if found.name not in kept]
-            store.discard(orphans)
-            removed += len(orphans)
+    for left in orphans(store, referenced, older_than):
+        store.discard(left)
+        removed += len(left)
     return removed

@@ -157,7 +157,9 @@ class Tuning:
 
     def _read(self, tenant: str, name: str) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
-        _, examples = self._registry.all_examples(adapter.uid)
+        _, every = self._registry.all_examples(adapter.uid)
+        # The inputs of some may be lost.
+        examples = [example for example in every if example.inputs is not None]
         check_tunable(adapter, [example.target for example in examples])
         files = {example.segment for example in examples} | {
             example.inputs for example in examples if example.inputs is not None

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from service import tenant_commands
+from service import storage_commands, tenant_commands
 
 if TYPE_CHECKING:
     import uvicorn
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
     tenant_commands.add_commands(commands)
+    storage_commands.add_commands(commands)
     options = parser.parse_args(arguments)
     try:
         match options.command:
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _serve(options.host, options.port)
             case "worker":
                 return _work()
+            case name if name in storage_commands.COMMANDS:
+                return storage_commands.run(options)
             case _:
                 return tenant_commands.run(options)
     except Exception as error:

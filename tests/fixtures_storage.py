@@ -82,6 +82,11 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> str:
+    """URL that leads to an empty schema."""
+    return new_schema(postgres_server)
+
+
+def new_schema(postgres_server: str) -> str:
     """URL that leads to an empty schema, which is made in a thousandth of a database's time."""
     schema = f"topwork_{next(_numbers)}"
     engine = create_engine(postgres_server)
@@ -120,6 +125,11 @@ def s3_options(s3_server: str) -> dict[str, str]:
 
 @pytest.fixture
 def s3_url(s3_options: dict[str, str]) -> str:
+    """URL of an empty bucket, with a prefix."""
+    return new_bucket(s3_options)
+
+
+def new_bucket(s3_options: dict[str, str]) -> str:
     """URL of an empty bucket, with a prefix."""
     import boto3
 

@@ -133,6 +133,30 @@ def test_a_wrong_length_or_digest_is_corrupt(store: Store) -> None:
         store.read(TENANT, UID, replace(artifact, length=4))
 
 
+def test_what_is_put_again_has_its_old_name(store: Store) -> None:
+    artifact = store.publish(TENANT, UID, b"bytes")
+    store.delete_adapter(TENANT, UID)
+    for _ in range(2):
+        store.put(TENANT, UID, artifact, b"bytes")
+        assert store.read(TENANT, UID, artifact) == b"bytes"
+        assert names(store) == {artifact.name}
+    with pytest.raises(CorruptArtifact):
+        store.put(TENANT, UID, artifact, b"other")
+    assert store.read(TENANT, UID, artifact) == b"bytes"
+
+
+def test_a_put_mends_a_damaged_file_and_what_a_kill_left_of_one(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    artifact = store.publish(TENANT, UID, b"bytes")
+    (path,) = files(tmp_path)
+    path.write_bytes(b"bytes of another")
+    path.with_name(path.name + ".partial").write_bytes(b"by")
+    store.put(TENANT, UID, artifact, b"bytes")
+    assert store.read(TENANT, UID, artifact) == b"bytes"
+    assert files(tmp_path) == [path]
+    assert path.stat().st_mode & 0o077 == 0
+
+
 def test_sweep_removes_old_orphans_only(store: Store) -> None:
     kept, orphan = store.publish_all(TENANT, UID, [b"kept", b"orphan"])
     lost = store.publish(TENANT, OTHER, b"of no adapter")

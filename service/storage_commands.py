@@ -1,0 +1,136 @@
+"""`topwork backup`, `restore` and `doctor`: straight on database and store, whether or not it serves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapters.database import Database
+    from adapters.restoring import Restored
+    from adapters.store import Store
+    from models.backbone import Backbone
+    from service.settings import Settings
+
+COMMANDS = ("backup", "restore", "doctor")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the three to the command line."""
+    backup = commands.add_parser("backup", help="write database and artifacts into a folder")
+    backup.add_argument("folder", type=Path, help="gets a new folder for this backup")
+    restore = commands.add_parser("restore", help="put a backup in the place of database and artifacts")
+    restore.add_argument("backup", type=Path, help="the folder of one backup")
+    restore.add_argument(
+        "--replace", action="store_true", help="though there are tenants or adapters already"
+    )
+    doctor = commands.add_parser("doctor", help="look for damage, and report each in a line of JSON")
+    doctor.add_argument("--repair", action="store_true", help="repair what can be")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what was asked for; the exit status. Raises our own errors, which say what is wrong."""
+    from service.settings import Settings, serving_environment
+
+    # Before numpy is imported.
+    for name, value in serving_environment().items():
+        os.environ.setdefault(name, value)
+    settings = Settings()
+    with _storage(settings) as (database, store):
+        match options.command:
+            case "backup":
+                return _backup(database, store, options.folder)
+            case "restore":
+                return _restore(database, store, options.backup, options.replace)
+            case _:
+                return _doctor(settings, database, store, options.repair)
+
+
+@contextmanager
+def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
+    from adapters.database import Database
+    from adapters.store import open_store
+
+    if settings.database_url is None or settings.store_url is None:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = open_store(settings.store, settings.store_options)
+    database = Database(settings.database)
+    try:
+        yield database, store
+    finally:
+        database.close()
+
+
+def _backup(database: Database, store: Store, folder: Path) -> int:
+    from adapters.backup import backup
+
+    database.migrate()
+    path, manifest = backup(database, store, folder.expanduser().absolute())
+    print(json.dumps({"backup": str(path), **asdict(manifest)}))
+    return 0
+
+
+def _restore(database: Database, store: Store, backup: Path, replace: bool) -> int:
+    from adapters.restoring import restore
+
+    print(json.dumps(_report(restore(backup.expanduser().absolute(), database, store, replace=replace))))
+    return 0
+
+
+def _report(restored: Restored) -> dict[str, Any]:
+    again = restored.replayed
+    return {
+        "restored": restored.manifest.created_at,
+        "adapters": restored.adapters,
+        "artifacts": restored.artifacts,
+        "replaced_adapters": restored.replaced,
+        "erased_again": {
+            "tenants": again.tenants,
+            "adapters": again.adapters,
+            "examples": again.examples,
+            "jobs": again.jobs,
+        },
+        # Their live version had learned from what was erased: adapt again, or promote an older one.
+        "without_live_version": [
+            {"tenant": tenant, "adapter": name} for tenant, name in sorted(again.without_live)
+        ],
+    }
+
+
+def _doctor(settings: Settings, database: Database, store: Store, repair: bool) -> int:
+    from adapters.repairing import Doctor
+
+    database.migrate()
+    with ExitStack() as stack:
+
+        def open_backbone(name: str) -> Backbone | None:
+            from models.backbone import Backbone
+            from models.exported import find
+            from models.preprocess import InputLimits
+
+            folder = find(name)
+            if folder is None:
+                return None
+            limits = InputLimits(
+                max_image_bytes=settings.max_image_bytes,
+                max_pixels=settings.max_image_pixels,
+                max_text_chars=settings.max_text_chars,
+            )
+            opened = Backbone.open(
+                folder, device=settings.device, threads=settings.usable_threads, limits=limits
+            )
+            stack.callback(opened.close)
+            return opened
+
+        doctor = Doctor(database, store, open_backbone, repair=repair)
+        for finding in doctor.findings():
+            print(json.dumps(asdict(finding)), flush=True)
+        summary = doctor.summary()
+    print(json.dumps(asdict(summary)))
+    return 1 if summary.left else 0
