@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,16 +12,13 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from adapters.committing import commit
 from adapters.database import Database
+from adapters.erasing import ALL, digest
 from adapters.placing import Place, Stored, locate, plan_change
 from adapters.reading import adapter_by_uid, example_records
 from adapters.records import AdapterRecord, Change, ExampleRecord
 from adapters.schema import adapters, artifacts, erasures, examples, jobs, keys, replies, tenants, versions
 from adapters.segments import decode_embeddings, decode_inputs, encode_embeddings, encode_inputs
 from adapters.store import Artifact, Buffer
-
-ALL = "*"
-"""Instead of digests: all examples of the adapter that were there."""
-_DIGITS = 32
 
 
 class Files(Protocol):
@@ -71,11 +67,6 @@ def replay(
     return replayed
 
 
-def example_digest(example_id: str) -> str:
-    """How an erasure names an example: 32 hex digits of the sha256 of its id."""
-    return hashlib.sha256(example_id.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGITS]
-
-
 def _tenant(connection: Connection, tenant: str, at: datetime, replayed: Replayed) -> None:
     """All of the tenant that was there at the time."""
     mine = select(adapters.c.uid).where(adapters.c.tenant == tenant, adapters.c.created_at <= at)
@@ -109,11 +100,13 @@ def _examples(connection: Connection, files: Files, row: dict[str, Any], replaye
     if row["examples"] == ALL:
         removals = [one.id for one in kept if one.created_at <= at]
     else:
-        removals = [one.id for one in kept if example_digest(one.id) in digests]
+        removals = [one.id for one in kept if digest(one.id) in digests]
     if not removals:
         return
     adapter = adapter_by_uid(connection, uid)
     committed = commit(connection, _change(files, adapter, kept, removals))
+    # It is remembered as what it was, and not as another one of now.
+    connection.execute(delete(erasures).where(erasures.c.id == committed.erasure))
     replayed.examples += len(removals)
     if adapter.live is not None and committed.adapter.live is None:
         replayed.without_live.add((adapter.tenant, adapter.name))

@@ -123,6 +123,6 @@ async def churn(world: World, turned: asyncio.Event, stop: asyncio.Event) -> Non
         await world.curating.remove(TENANT, name, ["one0"])
         if number % 3 == 2:
             for one in range(3):
-                await world.keeping.forget(TENANT, f"busy{one}")
+                await world.forgetting.adapter(TENANT, f"busy{one}")
         number += 1
         turned.set()

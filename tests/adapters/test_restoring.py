@@ -19,7 +19,6 @@ from sqlalchemy import insert, select
 from adapters.backup import ARTIFACTS, MANIFEST, REGISTRY, BadBackup, backup, read_manifest, sha256_of
 from adapters.jobs import upload_request
 from adapters.records import JobKind, RegistryTooNew
-from adapters.replaying import example_digest
 from adapters.restoring import TargetInUse, restore
 from adapters.schema import changes, erasures
 from tests.adapters.places import WHERE, Make, Place, Where, make_places
@@ -288,8 +287,7 @@ async def test_an_erased_example_is_not_restored(
         await world.adapt(taught(4), promote="always")
         assert erased in place.contents()
         path = saved(place, tmp_path)
-        await world.curating.remove(TENANT, "words", ["one2"])
-        row = erase(place, place.uid("words"), example_digest("one2") + "," + example_digest("of nobody"))
+        row = (await world.curating.remove(TENANT, "words", ["one2"])).committed.erasure
     # Their time is what tells which is newer.
     target, options = place, {"replace": True}
     if beside:
@@ -343,8 +341,7 @@ async def test_an_erased_adapter_and_tenant_are_not_restored(
         world.registry.tenants.create_key(TENANT, ["predict"])
         uid = place.uid("words")
         path = saved(place, tmp_path)
-        await world.keeping.forget(TENANT, "words")
-        row = erase(place, uid)
+        row = (await world.forgetting.adapter(TENANT, "words")).id
     target = make("local", "target")
     saved(place, tmp_path)
     assert restore(path, target.database, target.store).replayed.adapters == 1
