@@ -99,7 +99,8 @@ async def test_a_backup_beside_adapts_and_deletions_is_whole(
         restored = restore(path, target.database, target.store)
         assert restored.adapters >= 1
         assert target.examine() == []
-        assert {one.name for one in target.store.objects()} == {
+        # Less, where a newer backup beside it knows of what was erased since.
+        assert {one.name for one in target.store.objects()} <= {
             one.name for one in open_store(str(path / ARTIFACTS)).objects()
         }
     async with target.world() as again:

@@ -49,7 +49,9 @@ def place(make: Make, where: Where) -> Place:
     return make(where, "source")
 
 
-def erase(place: Place, adapter_uid: str | None, examples: str | None = None) -> str:
+def erase(
+    place: Place, adapter_uid: str | None, examples: str | None = None, seconds_ago: float = 0.0
+) -> str:
     """What an erasure leaves behind in the table."""
     row = {
         "id": secrets.token_hex(16),
@@ -58,7 +60,7 @@ def erase(place: Place, adapter_uid: str | None, examples: str | None = None) ->
         "examples": examples,
         "files": None,
         "receipt": "{}",
-        "at": datetime.now(UTC),
+        "at": datetime.now(UTC) - timedelta(seconds=seconds_ago),
     }
     with place.database.writing() as connection:
         connection.execute(insert(erasures), [row])
@@ -339,7 +341,6 @@ async def test_an_erased_adapter_and_tenant_are_not_restored(
         await world.adapt(taught())
         await world.adapt(taught(), "others")
         world.registry.tenants.create_key(TENANT, ["predict"])
-        uid = place.uid("words")
         path = saved(place, tmp_path)
         row = (await world.forgetting.adapter(TENANT, "words")).id
     target = make("local", "target")
@@ -357,14 +358,15 @@ async def test_an_erased_adapter_and_tenant_are_not_restored(
     assert known(place) == {row, second}
     with place.database.reading() as connection:
         gone = connection.execute(select(changes.c.name).where(changes.c.gone)).scalars().all()
-    assert set(gone) == {"", "others"}
+    assert set(gone) == {"", "others", "words"}
 
 
 async def test_what_came_after_an_erasure_is_restored(place: Place, make: Make, tmp_path: Path) -> None:
     async with place.world() as world:
         await world.adapt(taught())
         erase(place, place.uid("words"), "*")
-        erase(place, None)
+        # The tenant's name is taken for a few seconds.
+        erase(place, None, seconds_ago=10.0)
         await asyncio.sleep(0.01)
         await world.adapt(taught(5), "again")
         path = saved(place, tmp_path)

@@ -60,7 +60,7 @@ class Load:
         for count in (3, 5, 6):
             caller.adapt(name, reviews(count), promote="always")
         if number % 2:
-            caller.call("DELETE", f"/adapters/{name}", 204)
+            caller.call("DELETE", f"/adapters/{name}")
 
     def _teach_and_remove(self, caller: Caller, number: int) -> None:
         caller.adapt("pruned", reviews(4), promote="always")
