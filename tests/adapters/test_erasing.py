@@ -285,8 +285,10 @@ async def test_what_a_cancelled_request_was_writing_is_deleted(tmp_path: Path) -
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            known = {adapter.uid for adapter in here.registry.adapters(TENANT)}
-            await _eventually(lambda known=known: set(here.files()) <= known)
+            # A commit that has begun goes on.
+            await _eventually(
+                lambda: set(here.files()) <= {adapter.uid for adapter in here.registry.adapters(TENANT)}
+            )
 
 
 def test_the_last_adapter_takes_the_tenants_folder_along(tmp_path: Path) -> None:

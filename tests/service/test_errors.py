@@ -222,6 +222,10 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
         "LeaseLost",
         "RegistryError",
         "RegistryTooNew",
+        # Of commands.
+        "BackupFailed",
+        "BadBackup",
+        "TargetInUse",
         "ShuttingDown",
         "Stopped",
         "StoreError",

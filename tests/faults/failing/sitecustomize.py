@@ -37,9 +37,9 @@ def _sqlite_error(action: str) -> Exception:
 
 def _registry_error(action: str) -> Exception:
     from adapters.records import RegistryUnavailable
-    from adapters.store import StoreFull
 
-    return StoreFull("no space") if action == "ENOSPC" else RegistryUnavailable("no answer")
+    # After a commit nobody is told of a full disk: a commit that finds one is undone. The answer may be lost.
+    return RegistryUnavailable(f"no answer: {action}")
 
 
 def _system_error(action: str) -> Exception:
