@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from service.metrics import Metrics
     from service.settings import Settings
 
+logger = logging.getLogger("topwork")
 access = logging.getLogger("topwork.access")
 audit = logging.getLogger("topwork.audit")
 
@@ -149,8 +150,12 @@ class Edge:
         """Breaks off what goes on under keys that were revoked or have expired, until it is cancelled."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            if self._inner is not None:
-                await self._inner.check_keys()
+            try:
+                if self._inner is not None:
+                    await self._inner.check_keys()
+            except Exception:
+                # Whoever watches must not be the first to fall.
+                logger.exception("keys of requests under way cannot be looked at")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -186,7 +191,8 @@ class _Inner:
         """Breaks off what goes on under keys that are in use no more."""
         for exchange, (_, caller) in list(self._open.items()):
             refusal = await self._guard.check(caller)
-            if refusal is not None:
+            # It may have been answered meanwhile.
+            if refusal is not None and exchange in self._open:
                 exchange.end(refusal)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
