@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,31 +16,12 @@ from adapters.jobs import upload_request
 from adapters.migrations import HEAD
 from adapters.restoring import restore
 from adapters.store import open_store
-from tests.adapters.places import WHERE, Make, Place, Where, churn, make_places
+from tests.adapters.places import Make, Place, churn
 from tests.adapters.world import TENANT, says, taught
 
 pytestmark = pytest.mark.anyio
 
 BACKUPS = 4
-
-
-@pytest.fixture
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    make, made = make_places(request, tmp_path)
-    yield make
-    for place in made:
-        place.database.close()
-
-
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.param
-    return found
-
-
-@pytest.fixture
-def place(make: Make, where: Where) -> Place:
-    return make(where, "source")
 
 
 async def test_a_backup_is_the_rows_and_their_artifacts(place: Place, tmp_path: Path) -> None:

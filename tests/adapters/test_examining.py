@@ -15,32 +15,13 @@ from adapters.schema import adapters, versions
 from adapters.segments import decode_embeddings
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
-from tests.adapters.places import WHERE, Make, Place, Where, churn, make_places
+from tests.adapters.places import Place, churn
 from tests.adapters.world import TENANT, World, says, taught
 from tests.tiny import text_backbone
 
 pytestmark = pytest.mark.anyio
 
 INPUTS = [says("one", 90), says("two", 91)]
-
-
-@pytest.fixture
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    make, made = make_places(request, tmp_path)
-    yield make
-    for place in made:
-        place.database.close()
-
-
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.param
-    return found
-
-
-@pytest.fixture
-def place(make: Make, where: Where) -> Place:
-    return make(where, "source")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,32 +20,13 @@ from adapters.jobs import upload_request
 from adapters.records import JobKind, RegistryTooNew
 from adapters.restoring import TargetInUse, restore
 from adapters.schema import changes, erasures
-from tests.adapters.places import WHERE, Make, Place, Where, make_places
+from tests.adapters.places import WHERE, Make, Place, Where
 from tests.adapters.world import TENANT, World, says, taught
 
 pytestmark = pytest.mark.anyio
 
 KINDS: tuple[JobKind, ...] = ("bulk_adapt",)
 INPUTS = [says("one", 90), says("two", 91)]
-
-
-@pytest.fixture
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    make, made = make_places(request, tmp_path)
-    yield make
-    for place in made:
-        place.database.close()
-
-
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.param
-    return found
-
-
-@pytest.fixture
-def place(make: Make, where: Where) -> Place:
-    return make(where, "source")
 
 
 def erase(
