@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from adapters.database import Database, take_turns
-from adapters.jobs import new_id
+from adapters.jobs import forget_examples, new_id
 from adapters.reading import adapter_by_name, chunks, current_time
 from adapters.records import AdapterRecord, RegistryError, UnknownTenant
 from adapters.replies import forget
@@ -133,10 +133,13 @@ def erase_adapter(connection: Connection, tenant: str, name: str) -> tuple[Recei
 
 
 def erase_examples(connection: Connection, adapter: AdapterRecord, ids: Collection[str]) -> Receipt:
-    """Remember that these examples are erased, whose rows the caller deletes. Replies go with them."""
+    """Remember that these examples are erased, whose rows the caller deletes. Replies go with them, and what
+    jobs that have ended told of them.
+    """
     everything = len(ids) == adapter.examples
     digests = ALL if everything else ",".join(sorted(digest(example) for example in ids))
     forget(connection, adapter.uid)
+    forget_examples(connection, adapter.uid, None if everything else ids)
     counts = {"examples": len(ids)}
     return record(connection, adapter.tenant, counts, adapter_uid=adapter.uid, examples=digests)
 

@@ -37,6 +37,7 @@ MAX_ATTEMPTS = 3
 KEPT_JOBS = 1000
 """How many of a tenant's newest jobs are kept; those queued or running are kept besides."""
 
+_ERASED = "The reason named examples that were erased since."
 _OPEN: tuple[JobState, ...] = ("queued", "running")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -226,6 +227,31 @@ def uploads_of(connection: Connection, adapter_uid: str) -> set[Artifact]:
     query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, jobs.c.state.in_(_OPEN))
     requests = [json.loads(request) for request in connection.execute(query).scalars()]
     return {part for request in requests for part in upload_of(request)}
+
+
+def forget_examples(connection: Connection, adapter_uid: str, ids: Collection[str] | None) -> None:
+    """Take out of what the adapter's ended jobs tell whatever may name one of the examples; None: everything.
+
+    Short ids are found in what names others, too.
+    """
+    ended = and_(jobs.c.adapter_uid == adapter_uid, jobs.c.state.not_in(_OPEN))
+    told = or_(jobs.c.progress.is_not(None), jobs.c.error_detail.is_not(None))
+    columns = (jobs.c.id, jobs.c.progress, jobs.c.error_detail)
+    for row in connection.execute(select(*columns).where(ended, told).with_for_update()).all():
+        values: dict[str, Any] = {}
+        progress = {} if row.progress is None else json.loads(row.progress)
+        if errors := progress.get("errors"):
+            kept = [one for one in errors if not _names(f"{one['place']} {one['detail']}", ids)]
+            if len(kept) < len(errors):
+                values["progress"] = json.dumps(progress | {"errors": kept}, allow_nan=False)
+        if row.error_detail is not None and _names(row.error_detail, ids):
+            values["error_detail"] = _ERASED
+        if values:
+            _update(connection, row.id, values)
+
+
+def _names(text: str, ids: Collection[str] | None) -> bool:
+    return ids is None or any(one in text for one in ids)
 
 
 def upload_of(request: Mapping[str, Any]) -> tuple[Artifact, ...]:

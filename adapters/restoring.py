@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, text
 from adapters.backup import ARTIFACTS, REGISTRY, BadBackup, Manifest, Reference, read_manifest, sha256_of
 from adapters.copying import TABLES, Row, copy_rows, counters, raise_counters, references
 from adapters.database import Database
+from adapters.erasing import ERASURES_KEPT
 from adapters.folder import LocalStore
 from adapters.reading import current_time
 from adapters.replaying import Replayed, erasures_of, replay
@@ -42,6 +43,12 @@ class TargetInUse(RuntimeError):
     code = "target_in_use"
 
 
+class BackupTooOld(RuntimeError):
+    """Some of what was erased since the backup may be remembered nowhere."""
+
+    code = "backup_too_old"
+
+
 class _ErasedMeanwhile(Exception):
     """The target knows of erasures that are not done in the copy."""
 
@@ -57,13 +64,20 @@ class Restored:
     replayed: Replayed
 
 
-def restore(backup: Path, database: Database, store: Store, *, replace: bool = False) -> Restored:
+def restore(
+    backup: Path, database: Database, store: Store, *, replace: bool = False, old: bool = False
+) -> Restored:
     """Put the backup in the place of what is there; services may run, and notice within a second.
 
     Everything is verified, and what was erased since is erased, in a copy, before anything changes. Raises
-    BadBackup, TargetInUse, RegistryTooNew, and what database and store raise.
+    BadBackup, BackupTooOld unless `old`, TargetInUse, RegistryTooNew, and what database and store raise.
     """
     manifest = read_manifest(backup)
+    if not old and datetime.now(UTC) - _time(manifest) > ERASURES_KEPT:
+        raise BackupTooOld(
+            f"The backup is older than the {ERASURES_KEPT.days} days for which erasures are remembered: what "
+            "was erased before that would be there again. With --old it is restored all the same."
+        )
     with _opened(backup, manifest) as (copy, files):
         _verify(copy, files)
         later = _erased_later(backup, manifest)

@@ -30,6 +30,9 @@ def add_commands(commands: Any) -> None:
     restore.add_argument(
         "--replace", action="store_true", help="though there are tenants or adapters already"
     )
+    restore.add_argument(
+        "--old", action="store_true", help="though erasures are not remembered for as long as it is old"
+    )
     doctor = commands.add_parser("doctor", help="look for damage, and report each in a line of JSON")
     doctor.add_argument("--repair", action="store_true", help="repair what can be")
 
@@ -47,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             case "backup":
                 return _backup(database, store, options.folder)
             case "restore":
-                return _restore(database, store, options.backup, options.replace)
+                return _restore(database, store, options)
             case _:
                 return _doctor(settings, database, store, options.repair)
 
@@ -76,10 +79,11 @@ def _backup(database: Database, store: Store, folder: Path) -> int:
     return 0
 
 
-def _restore(database: Database, store: Store, backup: Path, replace: bool) -> int:
+def _restore(database: Database, store: Store, options: argparse.Namespace) -> int:
     from adapters.restoring import restore
 
-    print(json.dumps(_report(restore(backup.expanduser().absolute(), database, store, replace=replace))))
+    backup = options.backup.expanduser().absolute()
+    print(json.dumps(_report(restore(backup, database, store, replace=options.replace, old=options.old))))
     return 0
 
 

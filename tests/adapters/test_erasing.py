@@ -21,7 +21,7 @@ from adapters.erasing import ALL, ERASURES_KEPT, TenantErased, digest
 from adapters.forgetting import Clearing
 from adapters.linear_probe import OneLabel
 from adapters.reading import current_time
-from adapters.records import Change, Changed, LeaseLost, Repoint, UnknownAdapter, UnknownTenant
+from adapters.records import AdapterRecord, Change, Changed, LeaseLost, Repoint, UnknownAdapter, UnknownTenant
 from adapters.registry import Registry, new_uid
 from adapters.schema import changes, erasures, metadata
 from adapters.store import Store, open_store
@@ -88,18 +88,51 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
     ]
 
 
+def remove_the_second(registry: Registry, adapter: AdapterRecord) -> None:
+    """Of three examples in one file; the others are written anew."""
+    others = enumerate(("secret-1", "secret-3"))
+    repoints = tuple(
+        Repoint(identity, artifact("rewritten"), row, artifact("rewritten-inputs"))
+        for row, identity in others
+    )
+    registry.commit(replace(change(adapter), removals=("secret-2",), repoints=repoints))
+
+
+def test_ended_jobs_do_not_tell_of_erased_examples(registry: Registry) -> None:
+    adapter = create(registry, ids=("secret-1", "secret-2", "secret-3")).adapter
+    submit(registry)
+    ended = begin(registry)
+    errors = [
+        {"place": f"line {n}", "code": "conflicting", "detail": f"secret-{n}: two labels"} for n in (2, 3)
+    ]
+    registry.jobs.heartbeat(ended, 60, {"share": 1.0, "rejected": 2, "errors": errors})
+    registry.jobs.fail(ended, "one_label", "There is only secret-3 here.")
+    submit(registry)
+    running = begin(registry)
+    registry.jobs.heartbeat(running, 60, {"share": 0.5, "errors": errors})
+
+    def told() -> tuple[Any, str | None]:
+        job = registry.jobs.job("acme", ended.job.id)
+        assert job.progress is not None
+        return job.progress["errors"], job.error_detail
+
+    remove_the_second(registry, adapter)
+    assert told() == (errors[1:], "There is only secret-3 here.")
+    adapter = registry.adapter("acme", "pets")
+    registry.commit(replace(change(adapter), removals=("secret-1", "secret-3")))
+    remaining, detail = told()
+    assert remaining == []
+    assert detail is not None
+    assert "secret" not in detail
+    # Its attempt reports again, of an upload that goes on.
+    still = registry.jobs.job("acme", running.job.id).progress
+    assert still is not None
+    assert still["errors"] == errors
+
+
 def test_what_was_erased_is_remembered_without_what_it_was(registry: Registry) -> None:
     adapter = create(registry, ids=("secret-1", "secret-2", "secret-3")).adapter
-    registry.commit(
-        replace(
-            change(adapter),
-            removals=("secret-2",),
-            repoints=tuple(
-                Repoint(identity, artifact("rewritten"), row, artifact("rewritten-inputs"))
-                for row, identity in enumerate(("secret-1", "secret-3"))
-            ),
-        )
-    )
+    remove_the_second(registry, adapter)
     adapter = registry.adapter("acme", "pets")
     done = registry.commit(replace(change(adapter), removals=("secret-1", "secret-3")))
     registry.delete_adapter("acme", "pets")

@@ -16,9 +16,10 @@ import pytest
 from sqlalchemy import insert, select
 
 from adapters.backup import ARTIFACTS, MANIFEST, REGISTRY, BadBackup, backup, read_manifest, sha256_of
+from adapters.erasing import ERASURES_KEPT
 from adapters.jobs import upload_request
 from adapters.records import JobKind, RegistryTooNew
-from adapters.restoring import TargetInUse, restore
+from adapters.restoring import BackupTooOld, TargetInUse, restore
 from adapters.schema import changes, erasures
 from tests.adapters.places import WHERE, Make, Place, Where
 from tests.adapters.world import TENANT, World, says, taught
@@ -124,6 +125,16 @@ async def test_a_used_target_is_refused_and_left_as_it_is(place: Place, make: Ma
         world.registry.tenants.create("somebody")
     with pytest.raises(TargetInUse):
         restore(path, other.database, other.store)
+
+
+async def test_a_backup_from_before_what_is_remembered_is_refused(place: Place, tmp_path: Path) -> None:
+    path = saved(place, tmp_path)
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    long_ago = datetime.now(UTC) - ERASURES_KEPT - timedelta(hours=1)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"created_at": long_ago.isoformat()}))
+    with pytest.raises(BackupTooOld, match="--old"):
+        restore(path, place.database, place.store)
+    restore(path, place.database, place.store, old=True)
 
 
 async def test_running_services_notice_within_a_second(place: Place, tmp_path: Path) -> None:
