@@ -126,6 +126,17 @@ class Problem(HTTPException):
         self.errors = errors
 
 
+def problem_body(status: int, code: str, detail: str, request_id: str) -> dict[str, Any]:
+    """What a problem is, for JSON."""
+    return {
+        "type": TYPE_PREFIX + code,
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+
+
 def problem_response(
     status: int,
     code: str,
@@ -139,13 +150,7 @@ def problem_response(
 
     `errors` are {pointer, code, detail}: which input item or field is to blame.
     """
-    body: dict[str, Any] = {
-        "type": TYPE_PREFIX + code,
-        "title": code.replace("_", " ").capitalize(),
-        "status": status,
-        "detail": detail,
-        "request_id": request_id,
-    }
+    body = problem_body(status, code, detail, request_id)
     if errors:
         body["errors"] = [dict(error) for error in errors]
     return Response(

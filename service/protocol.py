@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from enum import Enum, auto
-from http import HTTPStatus
 from typing import Any
 
 from uvicorn._types import ASGI3Application
@@ -13,7 +13,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
 
 from service.connections import connections
-from service.edge import GONE, SLOW, UNHURRIED
+from service.errors import problem_body
+from service.exchange import GONE, SLOW, UNHURRIED, new_id
 
 # Of a request line with its headers, of a chunk's extensions, of trailers. Common servers allow 8 to 64 KB.
 MAX_HEAD_BYTES = 64 << 10
@@ -33,6 +34,7 @@ _LATE_BODY = (
     f"The body came too slowly: less than {SLOWEST_BYTES_PER_SECOND >> 10} KB a second, or nothing for "
     f"{SILENT_SECONDS:g} seconds. Send it again."
 )
+_NO_HTTP = "This is not HTTP/1.1 as it may be sent."
 _NO_ROOM = "Too many connections are open; try again later."
 
 # Of a body that is not taken yet: with uvicorn's 64 KB every photograph stops the reading.
@@ -126,7 +128,7 @@ class Protocol(HttpToolsProtocol):
         self._leaving = connections.draining
         super().connection_made(Whole(transport, self.loop))  # type: ignore[arg-type]
         if not connections.admit(self):
-            self.transport.write(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, _NO_ROOM, b"retry-after: 1"))
+            self.transport.write(_refusal(503, "too_many_connections", _NO_ROOM, b"retry-after: 1"))
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -158,7 +160,7 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._read - self._mark > MAX_HEAD_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG))
+                self.transport.write(_refusal(431, "head_too_large", _TOO_LONG))
             self.transport.close()
 
     def on_body(self, body: bytes) -> None:
@@ -203,13 +205,17 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.popleft()
             last = self.pipeline[0][0] if self.pipeline else answering
         if last is None or last.response_complete:
-            super().send_400_response(msg)
+            self._refuse_what_came()
         elif not last.more_body:
             last.keep_alive = False
         elif last.response_started:
             self.transport.close()
         else:
-            super().send_400_response(msg)
+            self._refuse_what_came()
+
+    def _refuse_what_came(self) -> None:
+        self.transport.write(_refusal(400, "invalid_http", _NO_HTTP))
+        self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
         """What comes behind a request to speak something else is thrown away, so no request may follow."""
@@ -263,7 +269,7 @@ class Protocol(HttpToolsProtocol):
             self._look_at_body(passed)
         elif phase is _Phase.HEAD and self._age > HEAD_SECONDS:
             connections.cut["head"] += 1
-            self.transport.write(_refusal(HTTPStatus.REQUEST_TIMEOUT, _LATE_HEAD))
+            self.transport.write(_refusal(408, "head_too_slow", _LATE_HEAD))
             self.transport.close()
         elif phase in (_Phase.FRESH, _Phase.IDLE) and self._age > self._idle_seconds(phase):
             connections.cut["silent"] += phase is _Phase.FRESH and not self._leaving
@@ -290,11 +296,15 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def _refusal(status: HTTPStatus, detail: str, *more: bytes) -> bytes:
+def _refusal(status: int, code: str, detail: str, *more: bytes) -> bytes:
+    """A problem as the application answers one, for what never comes so far."""
+    request_id = new_id()
+    body = json.dumps(problem_body(status, code, detail, request_id)).encode()
     fields = (
-        b"content-type: text/plain; charset=utf-8",
-        b"content-length: %d" % len(detail),
+        b"content-type: application/problem+json",
+        b"content-length: %d" % len(body),
+        b"x-request-id: " + request_id.encode(),
         b"connection: close",
         *more,
     )
-    return STATUS_LINE[status] + b"\r\n".join(fields) + b"\r\n\r\n" + detail.encode()
+    return STATUS_LINE[status] + b"\r\n".join(fields) + b"\r\n\r\n" + body

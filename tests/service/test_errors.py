@@ -19,8 +19,9 @@ from adapters.outward import tells_of_the_inside
 from adapters.records import UnknownAdapter
 from models.batcher import Overloaded
 from service.auth import Guard
-from service.edge import GONE, Edge, _Exchange
+from service.edge import Edge
 from service.errors import STATUSES, Problem, pointer, respond
+from service.exchange import GONE, Exchange
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.shell import Shell
@@ -115,7 +116,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
 def exchanges() -> int:
     # isinstance would ask every object of every library for its class, and some warn when asked.
-    return sum(type(one) is _Exchange for one in gc.get_objects())
+    return sum(type(one) is Exchange for one in gc.get_objects())
 
 
 @pytest.mark.anyio
@@ -225,6 +226,7 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
         # Of commands.
         "BackupFailed",
         "BadBackup",
+        "BackupTooOld",
         "TargetInUse",
         "ShuttingDown",
         "Stopped",

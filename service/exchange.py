@@ -1,0 +1,210 @@
+"""A request's channel: counts its body, notes the status, and stops the work when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from service.errors import Problem, respond
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# What an upload must come at, over all of it.
+_SLOWEST_BYTES_PER_SECOND = 64 << 10
+# For so much of the request timeout nothing may come, while somebody waits for it.
+_SILENT = 0.25
+
+# A name for this process and a number: to ask the system for so many random bytes is a twentieth of the work.
+_PROCESS = os.urandom(10).hex()
+_numbers = itertools.count()
+
+
+def new_id() -> str:
+    """Of a request, which no other one of any process has."""
+    return f"{_PROCESS}{next(_numbers):012x}"
+
+
+# How a server tells that a caller has hung up: in the scope's extensions, the set of what it calls then. A
+# server without one is asked, by a task for each request.
+GONE = "topwork.gone"
+# What the server puts beside it for a body that comes too slowly: why it waits no longer. It wakes who reads.
+SLOW = "topwork.slow"
+# What says there that the body has a time of its own.
+UNHURRIED = "topwork.unhurried"
+
+
+class Exchange:
+    """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
+
+    TOO_LONG = "The request took more than {:g} seconds. Send less at once."
+
+    def __init__(self, receive: Receive, send: Send, bodies: Bodies, request_id: str) -> None:
+        self.status: int | None = None
+        self.ended: Exception | None = None
+        self.request_id = request_id
+        self._receive = receive
+        self._send = send
+        self._bodies = bodies
+        self.bytes = 0
+        self._body_read = False
+        self._gone = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
+        self._when_gone: set[Callable[[], None]] | None = None
+        self._extensions: dict[str, Any] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._cancelled = False
+
+    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
+        """The deadline, and how long it gives."""
+
+    def refusal(self, error: Exception) -> Response | None:
+        """What to answer instead of what failed; None where an answer has begun."""
+        return respond(error, self.request_id) if self.status is None else None
+
+    async def answer(self, app: ASGIApp, scope: Scope) -> None:
+        """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
+        self._work = asyncio.current_task()
+        self._extensions = scope.get("extensions", self._extensions)
+        self._when_gone = self._extensions.get(GONE)
+        if self._when_gone is not None:
+            self._when_gone.add(self._hung_up)
+        try:
+            await app(scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            if not self._cancelled or self._work is None or self._work.uncancel():
+                raise
+
+    async def _cancel_when_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._hung_up()
+
+    def end(self, why: Exception) -> None:
+        """Breaks off the work; an answer that has begun stays unfinished."""
+        self.ended = why
+        if self._work is not None:
+            self._cancelled = True
+            self._work.cancel()
+
+    def _hung_up(self) -> None:
+        self._gone.set()
+        if self.status is None and self._work is not None:
+            self._cancelled = True
+            self._work.cancel()
+
+    async def receive(self) -> Message:
+        if self._body_read:
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+            self._body_read = True
+            return message
+        body = message.get("body", b"")
+        if not body and SLOW in self._extensions:
+            raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
+        self.bytes = self._bodies.take(self.bytes, len(body))
+        if not message.get("more_body", False):
+            self._body_read = True
+            if self._when_gone is None:
+                self._watch = asyncio.create_task(self._cancel_when_gone())
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {
+                **message,
+                "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())],
+            }
+        await self._send(message)
+
+    def close(self) -> None:
+        """Ends the watch for the caller's hanging up; the body counts no more."""
+        self._bodies.give_back(self.bytes)
+        if self._when_gone is not None:
+            self._when_gone.discard(self._hung_up)
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+class Upload(Exchange):
+    """A bulk upload's channel. It gets time for what it has sent, and may not fall silent."""
+
+    TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
+
+    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
+        self._deadline = deadline
+        self._seconds = seconds
+        self._began = asyncio.get_running_loop().time()
+
+    async def answer(self, app: ASGIApp, scope: Scope) -> None:
+        scope.get("extensions", {})[UNHURRIED] = True
+        await super().answer(app, scope)
+
+    async def receive(self) -> Message:
+        if self._body_read:
+            return await super().receive()
+        silent = _SILENT * self._seconds
+        try:
+            async with asyncio.timeout(silent):
+                message = await super().receive()
+        except TimeoutError as error:
+            detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
+            raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
+        since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
+        if not message.get("more_body", False):
+            # What is left to do has the time of any request.
+            since = asyncio.get_running_loop().time()
+        if not self._deadline.expired():
+            self._deadline.reschedule(since + self._seconds)
+        return message
+
+
+class Bodies:
+    """Counts the bytes of request bodies, of each and of all that are being answered."""
+
+    def __init__(self, max_one: int, max_all: float) -> None:
+        self._max_one = max_one
+        self._max_all = max_all
+        self._held = 0
+
+    def refuse_declared(self, headers: dict[bytes, bytes]) -> Problem | None:
+        """The refusal of a body whose announced length is too large, before a byte of it is read."""
+        try:
+            length = int(headers.get(b"content-length", b"0"))
+        except ValueError:
+            return Problem(400, "bad_request", "Content-Length is not a number.")
+        return self._too_large() if length > self._max_one else None
+
+    def take(self, before: int, more: int) -> int:
+        """Bytes of the body so far. Raises a 413 Problem for this body, a 429 one for all bodies together."""
+        if before + more > self._max_one:
+            raise self._too_large()
+        if self._held + more > self._max_all:
+            raise Problem(
+                429,
+                "overloaded",
+                "Too many bytes of requests are being worked on; try again later.",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
+        self._held += more
+        return before + more
+
+    def give_back(self, taken: int) -> None:
+        """The request is answered."""
+        self._held -= taken
+
+    def _too_large(self) -> Problem:
+        return Problem(
+            413,
+            "body_too_large",
+            f"The body is larger than {self._max_one:,} bytes. Send fewer items at once.",
+            headers={"Connection": "close"},
+        )
