@@ -17,7 +17,7 @@ serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctr
 test: .venv/dev.stamp  ## Run the tests
 	$(RUN) pytest $(ARGS)
 
-test-kill: .venv/dev.stamp  ## Kill the service 200 times during adapts, and look for what was lost
+test-kill: .venv/dev.stamp  ## Kill the service 200 times under mixed load, and look for what was lost
 	$(RUN) benchmarks.kill --times 200
 
 test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs

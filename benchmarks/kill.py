@@ -1,9 +1,10 @@
-"""Kills the service with SIGKILL during adapts, again and again, and looks for what was lost.
+"""Kills the service with SIGKILL under mixed load, again and again, and looks for what was lost.
 
 python -m benchmarks.kill [--times 200]
 
 After each kill the database and the store are read without the service: no row may refer to an artifact that
-is not there whole. After each restart every acknowledged version must be there and predict.
+is not there whole, and what was acknowledged must be there, or gone. After each restart every acknowledged
+version must be there and predict, and as it did before.
 """
 
 from __future__ import annotations
@@ -15,26 +16,24 @@ import signal
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from adapters.records import KEPT_VERSIONS
 from adapters.registry import Registry
 from adapters.store import StoreError, open_store
+from benchmarks.mixed import ASKED, TENANT, Caller, Said, query
 from benchmarks.report import Report, table
 from benchmarks.serving import Serving
 
-TENANT = "default"
-ADAPTERS = 6
-CALLERS = 3
+CALLERS = 4
+LONGEST_SECONDS = 1.5
 REST_SECONDS = 10.0
-WORDS = ("invoice", "holiday", "weather", "football")
+JOBS_SECONDS = 600.0
+SETTINGS = {"TOPWORK_BACKBONES": "minilm-l6-v2"}
 
 
 @dataclass
@@ -73,122 +72,101 @@ class Kills(Found):
     """What a run found."""
 
     kills: int = 0
-    killed_during_an_adapt: int = 0
+    killed_during_a_request: int = 0
+    uploads: int = 0
+    by_operation: dict[str, int] = field(default_factory=dict)
     reused_numbers: list[str] = field(default_factory=list)
+    wrong_answers: list[str] = field(default_factory=list)
+    came_back: list[str] = field(default_factory=list)
+    without_outcome: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """See Found.counts."""
+        return {**super().counts, **self.by_operation}
 
     @property
     def failures(self) -> dict[str, list[str]]:
         """See Found.failures."""
-        return {**super().failures, "version numbers used twice": self.reused_numbers}
-
-
-class Asked:
-    """How many requests are about to be answered. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.answering = 0
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """A request, meanwhile."""
-        with self.lock:
-            self.answering += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.answering -= 1
-
-
-class _Acknowledged(Asked):
-    """What the service has said yes to, by adapter; examples by tenant and adapter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.versions: dict[str, list[int]] = defaultdict(list)
-        self.examples: dict[tuple[str, str], set[str]] = defaultdict(set)
-
-    def add(self, adapter: str, version: int, examples: Sequence[str]) -> None:
-        with self.lock:
-            self.versions[adapter].append(version)
-            self.examples[TENANT, adapter].update(examples)
+        return {
+            **super().failures,
+            "version numbers used twice": self.reused_numbers,
+            "wrong answers": self.wrong_answers,
+            "removed, and there again": self.came_back,
+            "uploads without an outcome": self.without_outcome,
+        }
 
 
 def run(times: int, *, seed: int = 0, home: Path) -> Kills:
     """Kills the service `times` times. The home folder must be empty."""
     rng = random.Random(seed)
-    found, said = Kills(), _Acknowledged()
+    found, said = Kills(), Said()
     for number in range(times):
-        with Serving(home, environment={"TOPWORK_BACKBONES": "minilm-l6-v2"}) as running:
+        with Serving(home, environment=SETTINGS) as running:
             _look_over_http(running.url, said, found)
             stop = threading.Event()
             callers = [
-                threading.Thread(
-                    target=_adapt, args=(running.url, rng.getrandbits(32), f"{number}-{caller}", said, stop)
-                )
+                Caller(running.url, rng.getrandbits(32), f"{number}-{caller}", said, stop)
                 for caller in range(CALLERS)
             ]
-            for caller in callers:
-                caller.start()
-            time.sleep(rng.uniform(0.05, 1.0))
+            threads = [threading.Thread(target=caller.run) for caller in callers]
+            for thread in threads:
+                thread.start()
+            time.sleep(rng.uniform(0.05, LONGEST_SECONDS))
             during = said.answering
             running.kill()
             stop.set()
-            for caller in callers:
-                caller.join()
+            for thread in threads:
+                thread.join()
             found.kills += 1
-            found.killed_during_an_adapt += during > 0
+            found.killed_during_a_request += during > 0
             wait_for_the_rest(running, found, REST_SECONDS)
-        look_into_the_files(home, [TENANT], said.examples, found)
-    with Serving(home, environment={"TOPWORK_BACKBONES": "minilm-l6-v2"}) as running:
+        _look_into_the_files(home, said, found)
+    with Serving(home, environment=SETTINGS) as running:
+        _wait_for_the_jobs(running.url, said, found)
         _look_over_http(running.url, said, found)
-    found.acknowledged = sum(len(numbers) for numbers in said.versions.values())
+    _look_into_the_files(home, said, found)
+    found.acknowledged = sum(said.done.values())
+    found.by_operation = dict(sorted(said.done.items()))
+    found.wrong_answers = said.wrong
     return found
 
 
-def _adapt(url: str, seed: int, prefix: str, said: _Acknowledged, stop: threading.Event) -> None:
-    """Adapts until the service is gone; notes only what it acknowledged."""
-    rng = random.Random(seed)
-    with httpx.Client(base_url=url, timeout=60) as client:
-        for number in range(10_000):
-            if stop.is_set():
-                return
-            adapter = f"a{rng.randrange(ADAPTERS)}"
-            examples = [
-                {"id": f"{prefix}-{number}-{word}", "text": f"{word} {rng.random()}", "label": word}
-                for word in rng.sample(WORDS, 2)
-            ]
-            body = {"adapter": adapter, "promote": "always", "examples": examples}
-            try:
-                with said.one():
-                    answer = client.post("/adapt", json=body)
-            except httpx.TransportError:
-                return
-            if answer.status_code == 200:
-                said.add(adapter, answer.json()["version"], [example["id"] for example in examples])
-            elif answer.status_code not in (409, 429, 503):
-                raise AssertionError(answer.text)
-
-
-def _look_over_http(url: str, said: _Acknowledged, found: Kills) -> None:
-    with httpx.Client(base_url=url, timeout=60) as client:
+def _look_over_http(url: str, said: Said, found: Kills) -> None:
+    with httpx.Client(base_url=url, timeout=60) as http:
         for adapter, numbers in said.versions.items():
             if len(set(numbers)) != len(numbers):
                 found.reused_numbers.append(adapter)
-            kept = sorted(numbers)[-KEPT_VERSIONS // 2 :]
-            for version in kept:
-                query: dict[str, Any] = {
-                    "adapter": adapter,
-                    "version": version,
-                    "inputs": [{"text": "a holiday"}],
-                }
-                answer = client.post("/predict", json=query)
-                if answer.status_code != 200 or answer.json()["version"] != version:
-                    found.lost.append(f"{adapter} version {version}: {answer.text}")
-            live = client.post("/predict", json={"adapter": adapter, "inputs": [{"text": "a holiday"}]})
-            if live.status_code != 200 or live.json()["version"] < max(numbers):
-                found.lost.append(f"{adapter} live: {live.text}")
+            for version in (None, *said.newest(adapter)):
+                answer = http.post("/predict", json=query(adapter, version, ASKED[0]))
+                if answer.status_code != 200 or answer.json()["version"] < (version or max(numbers)):
+                    found.lost.append(f"{adapter} version {version or 'live'}: {answer.text}")
+                else:
+                    said.compare(adapter, version, ASKED[0], answer.json())
+        for adapter in said.gone:
+            if http.get(f"/adapters/{adapter}").status_code != 404:
+                found.came_back.append(adapter)
+
+
+def _wait_for_the_jobs(url: str, said: Said, found: Kills) -> None:
+    """Every upload that was acknowledged ends; the examples of those that succeeded must be there."""
+    end = time.monotonic() + JOBS_SECONDS
+    with httpx.Client(base_url=url, timeout=60) as http:
+        for job, (adapter, examples) in said.jobs.items():
+            while True:
+                answer = http.get(f"/jobs/{job}")
+                told = answer.json()
+                if answer.status_code != 200 or told["finished_at"] is not None or time.monotonic() > end:
+                    break
+                time.sleep(0.1)
+            ended = told.get("state") in ("succeeded", "failed")
+            if not ended or (told["version"] is None) == (told["state"] == "succeeded"):
+                found.without_outcome.append(str(told))
+            elif told["state"] == "succeeded":
+                found.uploads += 1
+                said.add(adapter, told["version"], sorted(examples))
+            elif told["error"]["code"] != "attempts_exhausted":
+                found.without_outcome.append(str(told))
 
 
 def look_into_the_files(
@@ -214,6 +192,18 @@ def look_into_the_files(
                     except StoreError as error:
                         found.broken_rows.append(f"{name}: {error}")
         found.orphaned_artifacts = sum(1 for stored in store.objects() if stored.name not in referenced)
+    finally:
+        registry.close()
+
+
+def _look_into_the_files(home: Path, said: Said, found: Kills) -> None:
+    examples = {(TENANT, adapter): ids for adapter, ids in said.examples.items()}
+    look_into_the_files(home, [TENANT], examples, found)
+    registry = Registry(f"sqlite:///{home / 'topwork.db'}")
+    try:
+        for record in registry.adapters(TENANT, limit=1_000):
+            kept = {example.id for example in registry.all_examples(record.uid)[1]}
+            found.came_back.extend(f"{record.name} {one}" for one in sorted(kept & said.removed[record.name]))
     finally:
         registry.close()
 
@@ -255,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    report = Report("kill", "Kills during adapts")
+    report = Report("kill", "Kills under mixed load")
     with tempfile.TemporaryDirectory() as home:
         found = run(options.times, seed=options.seed, home=Path(home))
     return conclude(report, found)

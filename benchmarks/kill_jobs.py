@@ -34,7 +34,8 @@ from adapters.lease import checkpoints
 from adapters.records import KEPT_VERSIONS
 from benchmarks import client, datasets
 from benchmarks.datasets import Sample
-from benchmarks.kill import Asked, Found, conclude, kill_worker, look_into_the_files, wait_for_the_rest
+from benchmarks.kill import Found, conclude, kill_worker, look_into_the_files, wait_for_the_rest
+from benchmarks.mixed import Asked
 from benchmarks.report import Report
 from benchmarks.serving import Serving
 

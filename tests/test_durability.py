@@ -11,4 +11,4 @@ def test_nothing_acknowledged_is_lost_when_the_service_is_killed(tmp_path: Path)
     found = run(4, seed=11, home=tmp_path / "home")
     assert found.sound, found
     assert found.acknowledged > 0
-    assert found.killed_during_an_adapt > 0
+    assert found.killed_during_a_request > 0
