@@ -51,9 +51,10 @@ class Order:
 class Round:
     """What came back. seconds: from the first request to the last answer.
 
-    latencies: seconds of the answers below 400, each from the instant it was to be sent. refused: of the
-    others. advised: refusals that say when to come again. late: requests of a fixed rate that found no free
-    connection, and were not sent. cpu_seconds: of this client.
+    latencies: seconds of the answers below 400, each from the instant it was to be sent (with a rate) or was
+    sent, until its last byte could be read: what this client does before and after is not the service's.
+    refused: of the others. advised: refusals that say when to come again. late: requests of a fixed rate
+    that found no free connection, and were not sent. cpu_seconds: of this client.
     """
 
     seconds: float = 0.0
@@ -129,10 +130,11 @@ class _Channel:
         self.head = -1
         self.length: int | None = None
 
-    def ask(self, request: bytes, due: float) -> None:
-        self.due = due
+    def ask(self, request: bytes, due: float | None) -> None:
+        """due: when it was to be sent; None: now."""
         self.answer.clear()
         self.head = -1
+        self.due = time.perf_counter() if due is None else due
         self.socket.sendall(request)
 
     def read(self) -> bool:
@@ -200,12 +202,12 @@ class _Sender:
 
     def _closed(self, now: float) -> None:
         while self._idle and self._more(now):
-            self._ask(self._idle.popleft(), now)
+            self._ask(self._idle.popleft(), None)
         while len(self._idle) < self._order.connections:
             for channel in self._answered(_PATIENCE):
                 now = time.perf_counter()
                 if self._more(now):
-                    self._ask(channel, now)
+                    self._ask(channel, None)
                 else:
                     self._idle.append(channel)
 
@@ -233,22 +235,23 @@ class _Sender:
         self._epoll.register(channel.socket, select.EPOLLIN)
         self._idle.append(channel)
 
-    def _ask(self, channel: _Channel, due: float) -> None:
+    def _ask(self, channel: _Channel, due: float | None) -> None:
         self._sent += 1
         channel.ask(next(self._requests), due)
 
     def _answered(self, patience: float) -> list[_Channel]:
         """The channels on which an answer has become complete, after `patience` seconds at the latest."""
         events = self._epoll.poll(patience)
+        now = time.perf_counter()
         if not events and patience >= _PATIENCE:
             raise NoAnswer(f"nothing was answered for {patience:g} seconds")
-        return [channel for number, _ in events if (channel := self._read(number)) is not None]
+        return [channel for number, _ in events if (channel := self._read(number, now)) is not None]
 
-    def _read(self, number: int) -> _Channel | None:
+    def _read(self, number: int, now: float) -> _Channel | None:
         channel = self._channels[number]
         if not channel.read():
             return None
-        seconds = time.perf_counter() - channel.due
+        seconds = now - channel.due
         self._round.statuses[channel.status] += 1
         if channel.status < 400:
             self._round.latencies.append(seconds)

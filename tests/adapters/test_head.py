@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from adapters.answering import shape, single
 from adapters.head import CorruptHead, Head
 from adapters.linear_probe import fit
 from adapters.onnx_head import PROBABILITIES, VALUES, InvalidGraph, append_head
@@ -54,6 +55,21 @@ def test_probabilities_add_up_and_a_row_does_not_depend_on_others(head: Head) ->
     assert np.allclose(together.probabilities.sum(axis=1), 1.0, atol=1e-5)
     alone = np.concatenate([head.predict(rows[row : row + 1]).probabilities for row in range(64)])
     assert np.abs(together.probabilities - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize(("n", "dim", "labels"), [(150, 32, 3), (300, 384, 20), (6, 32, 2)])
+def test_one_row_is_answered_as_many_are(n: int, dim: int, labels: int) -> None:
+    one = fit(classification(n, dim, labels)).head
+    for apart in (0.5, 3.0, 30.0):
+        rows = clouds(100, dim, labels, apart=apart, seed=5)[0]
+        many = shape(one, one.predict(rows), labels)
+        for row, expected in zip(rows, many, strict=True):
+            found = single(one, row, labels)
+            assert found.label == expected.label
+            assert found.abstained == expected.abstained
+            assert found.abstention_score == pytest.approx(expected.abstention_score, rel=1e-4, abs=1e-4)
+            assert dict(found.probabilities) == pytest.approx(dict(expected.probabilities), abs=1e-5)
+            assert len(single(one, row, 1).probabilities) == 1
 
 
 def test_abstains_on_inputs_of_another_world(head: Head) -> None:
