@@ -199,7 +199,7 @@ class Caller:
 
     def _remove(self) -> bool:
         adapter = self._rng.choice(ADAPTERS)
-        if not self._mine[adapter] or len(self._said.examples[adapter]) < LEAST_EXAMPLES:
+        if len(self._mine[adapter]) < LEAST_EXAMPLES:
             return False
         example = self._mine[adapter].pop()
         # Until there is an answer it may be there or not.
