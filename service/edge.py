@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from adapters.store import is_tenant
+from service.accesslog import AccessLog, logged
 from service.errors import Problem, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 logger = logging.getLogger("topwork")
-access = logging.getLogger("topwork.access")
 audit = logging.getLogger("topwork.audit")
 
 ASKING = frozenset({"/predict", "/embed", "/v1/embeddings"})
@@ -49,6 +48,10 @@ UPLOADS = 16
 UPLOADS_OF_A_TENANT = 2
 # Between looks for keys of requests under way that are in use no more.
 _LOOK_SECONDS = 1.0
+# Between looks for requests past their deadlines, which end so much late: a share of what each may take, and
+# at most. A timer for each request would be set and taken back for nothing.
+_LATE_SHARE = 0.1
+_LATE_SECONDS = 0.25
 
 # Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another
 # the last.
@@ -66,9 +69,6 @@ _ONCE = frozenset(
 )
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LOGGED_PATH = 200
-_EXAMPLES = "/examples/"
-_PRINTED = "/:@!$&'()*+,;="
 # The operator's, which end no request of their own.
 _ABOUT_TENANTS = "/tenants"
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
@@ -114,6 +114,8 @@ class Edge:
 
     def close(self) -> None:
         """Answers 503 from now on."""
+        if self._inner is not None:
+            self._inner.log.write()
         self._inner = None
 
     def end(self, tenant: str, why: Exception) -> None:
@@ -154,18 +156,36 @@ class _Inner:
         self._bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
         self._uploads = Bodies(settings.max_upload_bytes, math.inf)
-        self._open: dict[Exchange, tuple[str, Caller]] = {}
+        # Whose they are; the operator's, which are about all tenants, are nobody's.
+        self._open: dict[Exchange, tuple[str, Caller] | None] = {}
+        self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
+        self._look: asyncio.TimerHandle | None = None
+        self.log = AccessLog()
 
     def end(self, tenant: str, why: Exception) -> None:
         """See Edge.end."""
-        for exchange, (whose, _) in list(self._open.items()):
-            if whose == tenant:
+        for exchange, whose in list(self._open.items()):
+            if whose is not None and whose[0] == tenant:
                 exchange.end(why)
+
+    def _end_late(self) -> None:
+        """Breaks off what is past its deadline; looks again as long as there is something."""
+        now = time.monotonic()
+        for exchange in list(self._open):
+            if exchange.until <= now:
+                detail = exchange.TOO_LONG.format(self._settings.request_timeout)
+                exchange.end(Problem(504, "deadline_exceeded", detail))
+        self._look = None
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._look is None and self._open:
+            self._look = asyncio.get_running_loop().call_later(self._pause, self._end_late)
 
     async def check_keys(self) -> None:
         """Breaks off what goes on under keys that are in use no more."""
-        for exchange, (_, caller) in list(self._open.items()):
-            refusal = await self._guard.check(caller)
+        for exchange, whose in list(self._open.items()):
+            refusal = None if whose is None else await self._guard.check(whose[1])
             # It may have been answered meanwhile.
             if refusal is not None and exchange in self._open:
                 exchange.end(refusal)
@@ -186,9 +206,10 @@ class _Inner:
             if refusal is not None:
                 await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
             else:
-                if not scope["path"].startswith(_ABOUT_TENANTS):
-                    caller = scope["state"]["caller"]
-                    self._open[exchange] = (_tenant(caller, headers), caller)
+                caller = scope["state"]["caller"]
+                about_tenants = scope["path"].startswith(_ABOUT_TENANTS)
+                self._open[exchange] = None if about_tenants else (_tenant(caller, headers), caller)
+                self._look_later()
                 await self._run(scope, exchange)
         finally:
             self._open.pop(exchange, None)
@@ -201,8 +222,7 @@ class _Inner:
             status = exchange.status or _CLIENT_GONE
             self._metrics.request(scope["method"], template, status, seconds)
             if self._settings.access_log:
-                path = _logged(scope["path"])
-                access.info("%s %s %d %.1fms %s", scope["method"], path, status, seconds * 1e3, request_id)
+                self.log.add(scope["method"], scope["path"], status, seconds, request_id)
             if caller is not None and scope["method"] in _WRITES and scope["path"] not in ASKING:
                 _record(scope, caller, headers, status, request_id)
 
@@ -221,20 +241,14 @@ class _Inner:
         return None
 
     async def _run(self, scope: Scope, exchange: Exchange) -> None:
-        """The routes' answer, or a problem: whatever escapes them, and a deadline that passes."""
-        timeout = self._settings.request_timeout
+        """The routes' answer, or a problem: whatever escapes them, or why they were broken off."""
         try:
-            async with asyncio.timeout(timeout) as deadline:
-                exchange.give(deadline, timeout)
-                await exchange.answer(self._app, scope)
+            await exchange.answer(self._app, scope, self._settings.request_timeout)
             if exchange.ended is None:
                 return
             answer = exchange.refusal(exchange.ended)
         # No name for the error outlives this: its traceback holds this frame, which would hold the error, and
         # only a garbage collection would end that.
-        except TimeoutError:
-            detail = exchange.TOO_LONG.format(timeout)
-            answer = exchange.refusal(Problem(504, "deadline_exceeded", detail))
         except Exception as error:
             answer = exchange.refusal(error)
         if answer is not None:
@@ -259,16 +273,10 @@ def _record(
     """One line of the audit log: who changed what, or tried to."""
     tenant = _tenant(caller, headers)
     who = tenant if is_tenant(tenant) else "-"
-    path = _logged(scope["path"])
+    path = logged(scope["path"])
     audit.info("%s %s %d tenant=%s key=%s %s", scope["method"], path, status, who, caller.key, request_id)
 
 
 def _tenant(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
     """Who the request is for, or what its header says."""
     return caller.tenant or headers.get(b"x-tenant", b"default").decode("latin-1")
-
-
-def _logged(path: str) -> str:
-    """The path as it is logged: in printable ASCII, and without an example's id, which logs would keep."""
-    kept, examples, _ = path.partition(_EXAMPLES)
-    return quote((kept + examples)[:_LOGGED_PATH], safe=_PRINTED)

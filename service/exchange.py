@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -51,23 +53,27 @@ class Exchange:
         self._send = send
         self._bodies = bodies
         self.bytes = 0
+        # When it has taken too long, on time.monotonic.
+        self.until = math.inf
         self._body_read = False
-        self._gone = asyncio.Event()
+        self._has_gone = False
+        # Whoever waits for the caller to hang up; few do.
+        self._gone: asyncio.Event | None = None
         self._work: asyncio.Task[None] | None = None
         self._when_gone: set[Callable[[], None]] | None = None
         self._extensions: dict[str, Any] = {}
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
 
-    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
-        """The deadline, and how long it gives."""
-
     def refusal(self, error: Exception) -> Response | None:
         """What to answer instead of what failed; None where an answer has begun."""
         return respond(error, self.request_id) if self.status is None else None
 
-    async def answer(self, app: ASGIApp, scope: Scope) -> None:
-        """Runs the application; cancels it once the caller has gone, for nobody will read the answer."""
+    async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
+        """Runs the application, for at most so many seconds if somebody looks at `until`; cancels it once the
+        caller has gone, for nobody will read the answer.
+        """
+        self.until = time.monotonic() + seconds
         self._work = asyncio.current_task()
         self._extensions = scope.get("extensions", self._extensions)
         self._when_gone = self._extensions.get(GONE)
@@ -78,6 +84,10 @@ class Exchange:
         except asyncio.CancelledError:
             if not self._cancelled or self._work is None or self._work.uncancel():
                 raise
+        finally:
+            # What comes after it is not broken off.
+            self._work = None
+            self.until = math.inf
 
     async def _cancel_when_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -85,26 +95,31 @@ class Exchange:
         self._hung_up()
 
     def end(self, why: Exception) -> None:
-        """Breaks off the work; an answer that has begun stays unfinished."""
-        self.ended = why
-        if self._work is not None:
-            self._cancelled = True
-            self._work.cancel()
+        """Breaks off the work; an answer that has begun stays unfinished. The first reason counts."""
+        if self._work is not None and not self._cancelled:
+            self.ended = why
+            self._cancel(self._work)
 
     def _hung_up(self) -> None:
-        self._gone.set()
-        if self.status is None and self._work is not None:
-            self._cancelled = True
-            self._work.cancel()
+        self._has_gone = True
+        if self._gone is not None:
+            self._gone.set()
+        if self.status is None and self._work is not None and not self._cancelled:
+            self._cancel(self._work)
+
+    def _cancel(self, work: asyncio.Task[None]) -> None:
+        self._cancelled = True
+        work.cancel()
 
     async def receive(self) -> Message:
         if self._body_read:
-            await self._gone.wait()
+            if not self._has_gone:
+                self._gone = self._gone or asyncio.Event()
+                await self._gone.wait()
             return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            self._gone.set()
-            self._body_read = True
+            self._has_gone = self._body_read = True
             return message
         body = message.get("body", b"")
         if not body and SLOW in self._extensions:
@@ -139,14 +154,11 @@ class Upload(Exchange):
 
     TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
 
-    def give(self, deadline: asyncio.Timeout, seconds: float) -> None:
-        self._deadline = deadline
+    async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
         self._seconds = seconds
-        self._began = asyncio.get_running_loop().time()
-
-    async def answer(self, app: ASGIApp, scope: Scope) -> None:
+        self._began = time.monotonic()
         scope.get("extensions", {})[UNHURRIED] = True
-        await super().answer(app, scope)
+        await super().answer(app, scope, seconds)
 
     async def receive(self) -> Message:
         if self._body_read:
@@ -161,9 +173,8 @@ class Upload(Exchange):
         since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
         if not message.get("more_body", False):
             # What is left to do has the time of any request.
-            since = asyncio.get_running_loop().time()
-        if not self._deadline.expired():
-            self._deadline.reschedule(since + self._seconds)
+            since = time.monotonic()
+        self.until = since + self._seconds
         return message
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +17,9 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
 
+# What is counted at once: half a millisecond.
+_TOGETHER = 256
+
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
@@ -25,6 +30,9 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._noted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        # The first that a scrape asks.
+        self.registry.register(_Before(self._count))
         self._requests = Counter(
             "topwork_requests",
             "Requests by route template and status.",
@@ -63,16 +71,39 @@ class Metrics:
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Count one answered request; `route` is the template that matched, None where none did."""
+        self._note(self._count_request, method, route, status, seconds)
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """Observe the seconds that one request spent in a stage."""
+        self._note(self._count_stage, stage, seconds)
+
+    def batch(self, backbone: str, items: int) -> None:
+        """Observe the size of one backbone run."""
+        self._note(self._count_batch, backbone, items)
+
+    def _note(self, count: Callable[..., None], *what: Any) -> None:
+        """Keeps it to be counted with others, or at the next scrape: one alone takes five times as long."""
+        self._noted.append((count, what))
+        if len(self._noted) >= _TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        while self._noted:
+            try:
+                count, what = self._noted.popleft()
+            except IndexError:
+                return  # Another thread was ahead.
+            count(*what)
+
+    def _count_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         known = method if route and method in _METHODS else "other"
         self._request(known, route or _UNMATCHED, str(status)).inc()
         self._request_time(route or _UNMATCHED).observe(seconds)
 
-    def stage(self, stage: str, seconds: float) -> None:
-        """Observe the seconds that one request spent in a stage."""
+    def _count_stage(self, stage: str, seconds: float) -> None:
         self._stage(stage).observe(seconds)
 
-    def batch(self, backbone: str, items: int) -> None:
-        """Observe the size of one backbone run."""
+    def _count_batch(self, backbone: str, items: int) -> None:
         self._batch(backbone).observe(items)
 
     def adapt(self, outcome: str) -> None:
@@ -94,6 +125,17 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+
+class _Before(Collector):
+    """Has nothing to tell, but something to do before the others tell."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def collect(self) -> Iterable[Metric]:
+        self._do()
+        return ()
 
 
 _Family = type[GaugeMetricFamily] | type[CounterMetricFamily]

@@ -266,6 +266,7 @@ async def test_no_example_is_named_in_a_log(tmp_path: Path, caplog: pytest.LogCa
                 for path in ("/adapters/pets/examples/mine/1", "/adapters/pets/%65xamples/mine?id=mine"):
                     await client.get(path)
                     await client.delete(path)
+                shell.edge.close()
     finally:
         for logger in loggers:
             logger.removeHandler(caplog.handler)

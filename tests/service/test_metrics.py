@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,17 @@ def test_no_series_tells_when_it_was_created() -> None:
     metrics = Metrics()
     metrics.adapt("promoted")
     assert "_created" not in metrics.render().decode()
+
+
+def test_what_many_threads_note_is_counted_once_each() -> None:
+    metrics = Metrics()
+
+    def note(_: int) -> None:
+        for _ in range(1_000):
+            metrics.stage("head", 0.001)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(note, range(8)))
+        assert 'topwork_stage_seconds_count{stage="head"} 8000.0' in metrics.render().decode()
+    metrics.stage("head", 0.001)
+    assert metrics.registry.get_sample_value("topwork_stage_seconds_count", {"stage": "head"}) == 8_001
