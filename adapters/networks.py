@@ -12,7 +12,8 @@ from adapters.cache import Cache
 from adapters.records import Alias
 from adapters.store import Artifact, Store
 from models.backbone import Backbone
-from models.batcher import Batcher, BatcherClosed
+from models.batcher import Batcher
+from models.request import BatcherClosed
 
 # A session's weights and buffers beside the bytes of its graph.
 _BYTES_PER_BYTE = 1.5

@@ -7,14 +7,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from contextlib import suppress
-
-import numpy as np
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from models.backbone import Backbone, Embedded
 from models.lane import Lane
 from models.preprocess import InputError, Prepared
+from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded, Request, Turn, settle
 from models.yielding import give_way
 
 logger = logging.getLogger(__name__)
@@ -34,88 +32,8 @@ _SLACK = 10.0
 # When it closes: a thread that does nothing for so long is left to itself.
 _CLOSING_SECONDS = 5
 
-
-class Overloaded(RuntimeError):
-    """The queue is full, or the wait too long.
-
-    retry_after: seconds after which there should be room, from the rate measured.
-    """
-
-    code = "overloaded"
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__("Too many inputs are waiting for this backbone; try again later.")
-        self.retry_after = retry_after
-
-
-class DeadlineExceeded(RuntimeError):
-    """The deadline passed before all inputs were embedded; what was left of them was dropped."""
-
-    code = "deadline_exceeded"
-
-
-class BatcherClosed(RuntimeError):
-    """The batcher is closed, not started, or one of its threads died; no input will be embedded."""
-
-    code = "backbone_unavailable"
-
-
-class EmbeddingFailed(RuntimeError):
-    """The network raised on the batch that held these inputs; its own exception is the cause."""
-
-    code = "embedding_failed"
-
-
-class _Request:
-    """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
-
-    __slots__ = (
-        "arrived",
-        "counted",
-        "embeddings",
-        "errors",
-        "future",
-        "inputs",
-        "next",
-        "pending",
-        "source",
-        "timings",
-    )
-
-    def __init__(
-        self, inputs: Sequence[bytes | str], dim: int, stage: str, source: Hashable, counted: bool
-    ) -> None:
-        self.inputs = inputs
-        self.source = source
-        self.counted = counted
-        self.future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
-        self.arrived = time.perf_counter()
-        self.embeddings = np.zeros((len(inputs), dim), np.float32)
-        self.errors: dict[int, InputError] = {}
-        self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
-        self.next = 0
-        self.pending = len(inputs)
-
-
-class Turn:
-    """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
-
-    steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
-    it prepares inputs. clock: of its CPU time, for time.clock_gettime; None until the thread has begun.
-    """
-
-    __slots__ = ("allowed", "bulk", "busy", "clock", "steps")
-
-    def __init__(self, *, bulk: bool) -> None:
-        self.bulk = bulk
-        self.steps = 0
-        self.busy = False
-        self.allowed = 0.0
-        self.clock: int | None = None
-
-
 # An input that was taken: whose it is, and its position there.
-_Taken = tuple[_Request, int]
+_Taken = tuple[Request, int]
 
 
 class Batcher:
@@ -151,9 +69,9 @@ class Batcher:
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
-        self._predicts: Lane[_Request] = Lane(self._lock)
-        self._bulk: Lane[_Request] = Lane(self._lock)
-        self._unanswered: set[_Request] = set()
+        self._predicts: Lane[Request] = Lane(self._lock)
+        self._bulk: Lane[Request] = Lane(self._lock)
+        self._unanswered: set[Request] = set()
         # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
         self._pace = backbone.pace
         self.turns: list[Turn] = []
@@ -238,7 +156,7 @@ class Batcher:
         the deadline passes, its inputs that still wait are dropped.
         """
         stage = self.backbone.preprocess_stage
-        request = _Request(list(inputs), self.backbone.spec.dim, stage, source, counted)
+        request = Request(list(inputs), self.backbone.spec.dim, stage, source, counted)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
         lane = self._bulk if bulk else self._predicts
@@ -260,7 +178,7 @@ class Batcher:
         with self._lock:
             self._check_room(self._predicts, source, 1)
 
-    def _check_room(self, lane: Lane[_Request], source: Hashable, count: int) -> None:
+    def _check_room(self, lane: Lane[Request], source: Hashable, count: int) -> None:
         if not self._open:
             raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
         cost = lane.cost / self._workers
@@ -272,7 +190,7 @@ class Batcher:
             if wait > self._max_wait:
                 raise Overloaded(wait - self._max_wait)
 
-    def _admit(self, lane: Lane[_Request], request: _Request) -> None:
+    def _admit(self, lane: Lane[Request], request: Request) -> None:
         with self._lock:
             self._check_room(lane, request.source, len(request.inputs))
             self._unanswered.add(request)
@@ -281,7 +199,7 @@ class Batcher:
             lane.add(request)
             lane.ready.notify(min(len(request.inputs), self._workers))
 
-    def _work(self, lane: Lane[_Request], turn: Turn) -> None:
+    def _work(self, lane: Lane[Request], turn: Turn) -> None:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             turn.clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -306,14 +224,14 @@ class Batcher:
         self._forget(unanswered)
         with self._lock:
             self._wake_all()
-        _settle(unanswered, lambda: BatcherClosed(why))
+        settle(unanswered, lambda: BatcherClosed(why))
 
     def _wake_all(self) -> None:
         """Has every idle thread look whether it is to end."""
         self._predicts.ready.notify_all()
         self._bulk.ready.notify_all()
 
-    def _forget(self, requests: Iterable[_Request]) -> None:
+    def _forget(self, requests: Iterable[Request]) -> None:
         """Drops what was not taken of some requests."""
         with self._lock:
             for request in requests:
@@ -322,7 +240,7 @@ class Batcher:
                 self._unanswered.discard(request)
             self._let_bulk_look()
 
-    def _take(self, lane: Lane[_Request], turn: Turn) -> list[_Taken]:
+    def _take(self, lane: Lane[Request], turn: Turn) -> list[_Taken]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
             while not lane.depth or (lane is self._bulk and not self._bulk_may_run()):
@@ -360,14 +278,14 @@ class Batcher:
         predicts_come = time.monotonic() < self._predicts_until
         return self._bulk.running < max(1, self._workers - predicts_come)
 
-    def _others(self, lane: Lane[_Request]) -> bool:
+    def _others(self, lane: Lane[Request]) -> bool:
         """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
         threads of a run wait for each other, and so for the one that bulk holds up.
         """
         with self._lock:
             return lane.running > 1 or lane.depth > 0 or self._bulk.running > 0
 
-    def _answer(self, taken: list[_Taken], lane: Lane[_Request], turn: Turn) -> None:
+    def _answer(self, taken: list[_Taken], lane: Lane[Request], turn: Turn) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()
@@ -388,7 +306,7 @@ class Batcher:
             return
         finally:
             turn.allowed = 0.0
-        finished: list[_Request] = []
+        finished: list[Request] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
         with self._lock:
@@ -417,7 +335,7 @@ class Batcher:
                 self._observe_batch(counted)
 
         if finished:
-            _settle(finished, None, report)
+            settle(finished, None, report)
         else:
             report()
 
@@ -438,7 +356,7 @@ class Batcher:
             spent.append((one, time.perf_counter() - begin, refusal))
         return good, spent
 
-    def _fail(self, requests: set[_Request], error: Exception) -> None:
+    def _fail(self, requests: set[Request], error: Exception) -> None:
         self._forget(requests)
 
         def failure() -> EmbeddingFailed:
@@ -446,31 +364,4 @@ class Batcher:
             failed.__cause__ = error
             return failed
 
-        _settle(requests, failure)
-
-
-def _settle(
-    requests: Collection[_Request],
-    failure: Callable[[], Exception] | None,
-    report: Callable[[], None] = lambda: None,
-) -> None:
-    """Wakes the callers, of whom some may have gone: all at once, for each waking writes to a socket. What is
-    to be reported has time until they have answered.
-    """
-
-    def wake() -> None:
-        # Callbacks run in their order: those of the callers before this one.
-        for request in requests:
-            if request.future.done():
-                continue
-            if failure is None:
-                embedded = Embedded(request.embeddings, request.errors, request.timings, len(requests))
-                request.future.set_result(embedded)
-            else:
-                request.future.set_exception(failure())
-        asyncio.get_running_loop().call_soon(report)
-
-    for loop in {request.future.get_loop() for request in requests}:
-        # A loop that is closed has nobody who waits.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(wake)
+        settle(requests, failure)

@@ -43,9 +43,9 @@ from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUna
 from adapters.submitting import CannotTune, TooFewExamples
 from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
 from adapters.uploaded import BadUpload
-from models.batcher import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
 from models.preprocess import InputError
+from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.spec import UnknownBackbone
 
 logger = logging.getLogger("topwork")

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service import schemas, tenant_schemas
+from service import answer_schemas, schemas, tenant_schemas
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -88,7 +88,7 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        models = [(model, "validation") for model in (*_REQUESTS, schemas.ProblemOut)]
+        models = [(model, "validation") for model in (*_REQUESTS, answer_schemas.ProblemOut)]
         _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         for path, operations in document["paths"].items():

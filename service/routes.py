@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from adapters.admission import check_id
 from adapters.exporting import Format
 from adapters.records import UnknownAdapter, UnknownJob
-from service import __version__, answers, errors, schemas
+from service import __version__, answer_schemas, answers, errors, schemas
 from service.auth import Tenant, caller_of, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
@@ -100,8 +100,8 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         "/adapt",
         openapi_extra=once(body(schemas.AdaptRequest, files="examples", bulk=True), 200, 202),
         responses={
-            200: {"model": schemas.AdaptResponse},
-            202: {"model": schemas.SubmittedOut},
+            200: {"model": answer_schemas.AdaptResponse},
+            202: {"model": answer_schemas.SubmittedOut},
             **problems(400, 404, 408, 409, 413, 415, 422, 429),
         },
     )
@@ -127,7 +127,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
     @api.post(
         "/predict",
         openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
-        responses={200: {"model": schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
+        responses={200: {"model": answer_schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
     )
     async def predict(request: Request) -> Response:
         """Predict with the live version, or with the one named."""
@@ -141,7 +141,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
     @api.post(
         "/embed",
         openapi_extra=body(schemas.EmbedRequest, files="inputs", query=schemas.EmbedRequest),
-        responses={200: {"model": schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
+        responses={200: {"model": answer_schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
     )
     async def embed(request: Request) -> Response:
         """The bare embeddings of inputs."""
@@ -155,7 +155,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
     @api.post(
         "/v1/embeddings",
         openapi_extra=body(schemas.OpenAIRequest),
-        responses={200: {"model": schemas.OpenAIResponse}, **problems(413, 415, 422, 429)},
+        responses={200: {"model": answer_schemas.OpenAIResponse}, **problems(413, 415, 422, 429)},
     )
     async def embeddings(request: Request) -> Response:
         """The embeddings of texts, as OpenAI's clients ask for them."""
@@ -164,7 +164,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, predicting, asked)
 
-    @api.get("/backbones", responses={200: {"model": schemas.BackbonesOut}})
+    @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
     async def backbones() -> Response:
         """What can be adapted."""
         return answers.backbones(batchers)
@@ -180,29 +180,32 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
     browsing, curating, exporting = components.browsing, components.curating, components.exporting
     forgetting = components.forgetting
 
-    @api.get("/adapters", responses={200: {"model": schemas.AdaptersOut}})
+    @api.get("/adapters", responses={200: {"model": answer_schemas.AdaptersOut}})
     async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
         """The tenant's adapters in the order of their names."""
         return answers.adapters(await browsing.adapters(tenant, cursor, limit + 1), limit)
 
-    @api.get("/adapters/{adapter}", responses={200: {"model": schemas.AdapterOut}, **problems(404)})
+    @api.get("/adapters/{adapter}", responses={200: {"model": answer_schemas.AdapterOut}, **problems(404)})
     async def adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """One adapter. Its entity tag stands for what `live` points to."""
         return answers.one_adapter(await browsing.adapter(tenant, adapter))
 
-    @api.delete("/adapters/{adapter}", responses={200: {"model": schemas.ErasureOut}, **problems(404)})
+    @api.delete("/adapters/{adapter}", responses={200: {"model": answer_schemas.ErasureOut}, **problems(404)})
     async def delete_adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
         return answers.erased(await forgetting.adapter(tenant, adapter))
 
-    @api.get("/adapters/{adapter}/versions", responses={200: {"model": schemas.VersionsOut}, **problems(404)})
+    @api.get(
+        "/adapters/{adapter}/versions",
+        responses={200: {"model": answer_schemas.VersionsOut}, **problems(404)},
+    )
     async def versions(tenant: Tenant, adapter: Adapter) -> Response:
         """The versions that are kept, with their reports, the newest first."""
         return answers.versions(*await browsing.versions(tenant, adapter))
 
     @api.get(
         "/adapters/{adapter}/versions/{version}",
-        responses={200: {"model": schemas.VersionOut}, **problems(404)},
+        responses={200: {"model": answer_schemas.VersionOut}, **problems(404)},
     )
     async def version(tenant: Tenant, adapter: Adapter, version: Version) -> Response:
         """One version with its report."""
@@ -221,7 +224,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
     @api.put(
         "/adapters/{adapter}/aliases/live",
         openapi_extra=body(schemas.PromoteRequest),
-        responses={200: {"model": schemas.AdapterOut}, **problems(404, 412, 415, 422)},
+        responses={200: {"model": answer_schemas.AdapterOut}, **problems(404, 412, 415, 422)},
     )
     async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
         """Promote a version, or roll back to it."""
@@ -231,7 +234,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
     @api.post(
         "/adapters/{adapter}/rebase",
         openapi_extra=body(schemas.RebaseRequest),
-        responses={200: {"model": schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
     )
     async def rebase(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
@@ -244,7 +247,8 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     browsing, curating = components.browsing, components.curating
 
     @api.get(
-        "/adapters/{adapter}/examples", responses={200: {"model": schemas.ExamplesPage}, **problems(404)}
+        "/adapters/{adapter}/examples",
+        responses={200: {"model": answer_schemas.ExamplesPage}, **problems(404)},
     )
     async def examples(tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100) -> Response:
         """The examples in the order of their ids."""
@@ -252,7 +256,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
     @api.delete(
         "/adapters/{adapter}/examples",
-        responses={200: {"model": schemas.RemovalResponse}, **problems(404, 409, 422, 429)},
+        responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 422, 429)},
     )
     async def remove_examples(
         tenant: Tenant,
@@ -265,7 +269,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
     @api.get(
         "/adapters/{adapter}/examples/{example:path}",
-        responses={200: {"model": schemas.ExampleOut}, **problems(404)},
+        responses={200: {"model": answer_schemas.ExampleOut}, **problems(404)},
     )
     async def example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """One example with its input, if inputs are kept."""
@@ -273,7 +277,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
     @api.delete(
         "/adapters/{adapter}/examples/{example:path}",
-        responses={200: {"model": schemas.RemovalResponse}, **problems(404, 409, 429)},
+        responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 429)},
     )
     async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """Remove one example, and the versions that were fitted on it; then fit what is left."""
@@ -282,7 +286,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @api.post(
         "/adapters/{adapter}/feedback",
         openapi_extra=once(body(schemas.FeedbackRequest), 200),
-        responses={200: {"model": schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
     )
     async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Tell what is right for an input, or for a kept example."""
@@ -299,13 +303,13 @@ def add_jobs(api: FastAPI, components: Components) -> None:
     """Work that outlives its request."""
     submitting = components.submitting
 
-    @api.get("/jobs", responses={200: {"model": schemas.JobsOut}, **problems(422)})
+    @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
     async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
         """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
         found = await submitting.jobs(tenant, adapter, cursor, limit + 1)
         return answers.jobs([brief(one) for one in found], limit)
 
-    @api.get("/jobs/{job}", responses={200: {"model": schemas.JobOut}, **problems(404)})
+    @api.get("/jobs/{job}", responses={200: {"model": answer_schemas.JobOut}, **problems(404)})
     async def job(tenant: Tenant, job: Job) -> Response:
         """One job."""
         return answers.one_job(await submitting.job(tenant, job))
@@ -319,7 +323,7 @@ def add_jobs(api: FastAPI, components: Components) -> None:
         """The job with each change, as server-sent events, until it has ended."""
         return await components.events.stream(tenant, job)
 
-    @api.post("/jobs/{job}/cancel", responses={200: {"model": schemas.JobOut}, **problems(404, 409)})
+    @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
     async def cancel(tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
         return answers.one_job(await submitting.cancel(tenant, job))

@@ -12,11 +12,11 @@ from fastapi import Depends, FastAPI, Request, Response
 from adapters.forgetting import Forgetting
 from adapters.tenants import KeyRecord, Quotas, TenantRecord, Tenants
 from service import answers
+from service.answer_schemas import ErasureOut
 from service.auth import NamedTenant, only_operator
 from service.bodies import Bodies
 from service.openapi import body, problems
 from service.paging import Behind, Limit
-from service.schemas import ErasureOut
 from service.tenant_schemas import (
     KeyOut,
     KeyRequest,

@@ -17,7 +17,8 @@ import numpy as np
 
 from adapters.networks import Networks
 from models.backbone import Backbone, Floats
-from models.batcher import PATIENCE, Batcher, BatcherClosed, EmbeddingFailed, Overloaded
+from models.batcher import PATIENCE, Batcher
+from models.request import BatcherClosed, EmbeddingFailed, Overloaded
 from models.spec import FLOAT16
 from models.standstill import Standstill
 

@@ -24,7 +24,8 @@ from adapters.records import Alias, Committed, UnknownVersion
 from adapters.registry import Registry, new_uid
 from adapters.store import Artifact, MissingArtifact
 from models.backbone import Backbone
-from models.batcher import Batcher, BatcherClosed
+from models.batcher import Batcher
+from models.request import BatcherClosed
 from models.spec import GRAPH_FILE
 from tests.adapters.test_aliases import eventually
 from tests.adapters.test_registry import change, create

@@ -16,14 +16,9 @@ import numpy as np
 import pytest
 
 from models.backbone import Backbone, Embedded, Floats
-from models.batcher import (
-    Batcher,
-    BatcherClosed,
-    DeadlineExceeded,
-    EmbeddingFailed,
-    Overloaded,
-)
+from models.batcher import Batcher
 from models.manifest import file_sha256, read_manifest, write_manifest
+from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.spec import TOKENIZER_FILE, TextTransform
 from tests import tiny
 

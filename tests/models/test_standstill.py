@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from models.backbone import Backbone
-from models.batcher import LONGEST_RUN, PATIENCE, Batcher, BatcherClosed
+from models.batcher import LONGEST_RUN, PATIENCE, Batcher
+from models.request import BatcherClosed
 from models.standstill import Standstill
 from tests import tiny
 

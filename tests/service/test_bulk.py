@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.serving import Serving
-from service import schemas
+from service import answer_schemas
 from tests.adapters.test_calling_back import Listener, listening
 from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, Json, image
 
@@ -89,7 +89,7 @@ def upload(teacher: Caller, query: str, content: bytes, headers: dict[str, str])
         assert time.monotonic() < end, job
         time.sleep(0.2)
         job = teacher.call("GET", f"/jobs/{job['id']}")
-    schemas.JobOut.model_validate(job, extra="forbid")
+    answer_schemas.JobOut.model_validate(job, extra="forbid")
     return job
 
 

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from models.batcher import Overloaded
+from models.request import Overloaded
 from service import errors
 from service.auth import Guard, Tenant, tenant_of
 from service.direct import Direct

@@ -17,7 +17,7 @@ import models
 from adapters.erasing import TenantErased
 from adapters.outward import tells_of_the_inside
 from adapters.records import UnknownAdapter
-from models.batcher import Overloaded
+from models.request import Overloaded
 from service.auth import Guard
 from service.edge import Edge
 from service.errors import STATUSES, Problem, pointer, respond

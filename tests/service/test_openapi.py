@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from service import schemas
+from service import answer_schemas
 from tests.service.caller import UNSEEN, Caller, image, pictures, reviews
 
 ROUTES = {
@@ -100,29 +100,31 @@ def exactly(model: type[BaseModel], value: Any) -> None:
 
 
 def test_answers_have_the_documented_form(caller: Caller) -> None:
-    exactly(schemas.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
-    exactly(schemas.AdaptResponse, caller.adapt("things", pictures(), fit=False))
-    exactly(schemas.AdaptResponse, caller.adapt("things", []))
+    exactly(answer_schemas.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
+    exactly(answer_schemas.AdaptResponse, caller.adapt("things", pictures(), fit=False))
+    exactly(answer_schemas.AdaptResponse, caller.adapt("things", []))
     inputs = [image(UNSEEN["cow"]), {"text": "x"}]
-    exactly(schemas.PredictResponse, caller.predict("things", inputs, explain=2))
+    exactly(answer_schemas.PredictResponse, caller.predict("things", inputs, explain=2))
     exactly(
-        schemas.EmbedResponse,
+        answer_schemas.EmbedResponse,
         caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs}),
     )
     body = {"model": "minilm-l6-v2", "input": "x"}
-    exactly(schemas.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
-    exactly(schemas.BackbonesOut, caller.call("GET", "/backbones"))
-    exactly(schemas.AdaptersOut, caller.call("GET", "/adapters"))
-    exactly(schemas.AdapterOut, caller.call("GET", "/adapters/films"))
-    exactly(schemas.VersionsOut, caller.call("GET", "/adapters/films/versions"))
-    exactly(schemas.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
-    exactly(schemas.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
-    exactly(schemas.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
-    exactly(schemas.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
-    exactly(schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 2}))
-    exactly(schemas.JobsOut, caller.call("GET", "/jobs"))
-    exactly(schemas.ProblemOut, caller.call("GET", "/adapters/none", 404))
-    exactly(schemas.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
+    exactly(answer_schemas.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
+    exactly(answer_schemas.BackbonesOut, caller.call("GET", "/backbones"))
+    exactly(answer_schemas.AdaptersOut, caller.call("GET", "/adapters"))
+    exactly(answer_schemas.AdapterOut, caller.call("GET", "/adapters/films"))
+    exactly(answer_schemas.VersionsOut, caller.call("GET", "/adapters/films/versions"))
+    exactly(answer_schemas.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
+    exactly(answer_schemas.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
+    exactly(answer_schemas.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
+    exactly(answer_schemas.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
+    exactly(
+        answer_schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 2})
+    )
+    exactly(answer_schemas.JobsOut, caller.call("GET", "/jobs"))
+    exactly(answer_schemas.ProblemOut, caller.call("GET", "/adapters/none", 404))
+    exactly(answer_schemas.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
 
 
 def test_routes_stay_short() -> None:

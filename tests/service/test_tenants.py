@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.serving import Serving
-from service import schemas, tenant_schemas
+from service import answer_schemas, tenant_schemas
 from tests.service.caller import UNSEEN, Caller, reviews
 from tests.service.test_openapi import exactly
 
@@ -333,7 +333,7 @@ def test_a_tenant_is_erased_with_a_receipt(place: Place) -> None:
     assert caller.code("DELETE", f"/tenants/{tenant}", 403) == "operator_only"
     caller.call("DELETE", "/adapters/none", 404)
     receipt = place.operator.call("DELETE", f"/tenants/{tenant}")
-    exactly(schemas.ErasureOut, receipt)
+    exactly(answer_schemas.ErasureOut, receipt)
     assert (receipt["tenant"], receipt["adapters"], receipt["keys"]) == (tenant, 1, 1)
     assert receipt["examples"] == len(reviews())
     # At once where it was erased.

@@ -1,0 +1,314 @@
+"""Bodies of answers, as they stand in the API's documentation."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from adapters.example import Task
+from models.spec import Kind
+from service.schemas import (
+    Timings,
+)
+
+
+class ErrorAt(BaseModel):
+    """What is wrong where: a JSON pointer into the request."""
+
+    pointer: str = Field(examples=["/examples/3/image"])
+    code: str
+    detail: str
+
+
+class ProblemOut(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(examples=["urn:topwork:unknown_adapter"])
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[ErrorAt] = Field(default_factory=list)
+
+
+class ItemError(BaseModel):
+    """Why one input could not be used."""
+
+    code: str = Field(examples=["undecodable_image"])
+    detail: str
+
+
+class FailedItem(BaseModel):
+    """Stands in the place of an input that could not be used."""
+
+    error: ItemError
+
+
+class RejectedOut(ItemError):
+    """A posted example that was not used."""
+
+    index: int
+    id: str | None
+
+
+class ExamplesOut(BaseModel):
+    """What became of the examples."""
+
+    total: int = Field(description="Kept now.")
+    added: int
+    replaced: int
+    removed: int = 0
+    rejected: list[RejectedOut] = Field(default_factory=list)
+
+
+class AdaptResponse(BaseModel):
+    """A new version, or null where nothing was fitted."""
+
+    adapter: str
+    version: int | None
+    live: bool = Field(description="Whether the new version is the live one.")
+    backbone: str
+    epoch: int = Field(description="Send it as min_epoch to another process to see at least this.")
+    examples: ExamplesOut
+    report: dict[str, Any] | None
+    timing_ms: Timings
+
+
+class RemovalResponse(AdaptResponse):
+    """What a removal left behind."""
+
+    gone: list[int] = Field(description="Versions that were fitted on what was removed, and went with it.")
+    erasure: str | None = Field(description="The number of its receipt; null where nothing was removed.")
+
+
+class ErasureOut(BaseModel):
+    """The receipt of an erasure. A backup that is restored forgets again what was erased since.
+
+    Numbers are of what went: adapters, the examples in them, versions, jobs, keys.
+    """
+
+    erasure: str = Field(examples=["019abf6e1a2b7c3d9e4f5a6b7c8d9e0f"])
+    tenant: str
+    erased_at: datetime
+    adapters: int
+    examples: int
+    versions: int
+    jobs: int
+    keys: int
+
+
+class LabelProbability(BaseModel):
+    """One label's probability."""
+
+    label: str
+    probability: float
+
+
+class NearestOut(BaseModel):
+    """A training example near the input, with the target that it was fitted with."""
+
+    id: str
+    label: str | None = None
+    labels: list[str] | None = None
+    target: float | None = None
+    similarity: float = Field(description="Cosine of the embeddings.")
+
+
+class PredictionOut(BaseModel):
+    """An answer. label: classification; labels: multilabel; value: regression."""
+
+    label: str | None = None
+    labels: list[str] | None = None
+    value: float | None = None
+    confidence: float | None = None
+    abstained: bool = Field(
+        description="Better not rely on it: too little confidence, or an input of another world."
+    )
+    abstention_score: float = Field(
+        description="Grows with the doubt that the input belongs to what was taught."
+    )
+    probabilities: list[LabelProbability] | None = None
+    nearest: list[NearestOut] | None = None
+
+
+class PredictResponse(BaseModel):
+    """One answer, or an error, for each input, in their order."""
+
+    adapter: str
+    version: int
+    predictions: list[PredictionOut | FailedItem]
+    timing_ms: Timings
+
+
+class EmbeddingOut(BaseModel):
+    """One input's embedding."""
+
+    embedding: list[float]
+
+
+class EmbedResponse(BaseModel):
+    """One embedding, or an error, for each input, in their order."""
+
+    backbone: str
+    fingerprint: str
+    dim: int
+    embeddings: list[EmbeddingOut | FailedItem]
+    timing_ms: Timings
+
+
+class OpenAIEmbedding(BaseModel):
+    """One embedding in OpenAI's form."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class OpenAIUsage(BaseModel):
+    """Tokens of all texts, special ones included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIResponse(BaseModel):
+    """The answer of OpenAI's embeddings endpoint."""
+
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: OpenAIUsage
+
+
+class BackboneOut(BaseModel):
+    """A backbone that can be adapted."""
+
+    name: str
+    kind: Kind
+    dim: int
+    licence: str
+    fingerprint: str
+    device: str
+    precision: str
+    source: str
+
+
+class BackbonesOut(BaseModel):
+    """All backbones; the first of a kind is chosen where none is named."""
+
+    backbones: list[BackboneOut]
+
+
+class AdapterOut(BaseModel):
+    """An adapter."""
+
+    adapter: str
+    backbone: str
+    fingerprint: str
+    kind: Kind
+    task: Task
+    keep_inputs: bool
+    examples: int
+    live: int | None = Field(description="The version that /predict uses.")
+    revision: int
+    epoch: int
+    created_at: datetime
+
+
+class AdaptersOut(BaseModel):
+    """A page of adapters in the order of their names."""
+
+    adapters: list[AdapterOut]
+    next: str | None = Field(description="Send it as cursor for the next page.")
+
+
+class VersionOut(BaseModel):
+    """A version. It never changes."""
+
+    version: int
+    live: bool
+    method: str
+    backbone: str
+    fingerprint: str
+    revision: int
+    labels: int
+    sha256: str
+    bytes: int
+    created_at: datetime
+    report: dict[str, Any]
+
+
+class VersionsOut(BaseModel):
+    """The versions that are kept, the newest first."""
+
+    adapter: str
+    versions: list[VersionOut]
+
+
+class KeptExampleOut(BaseModel):
+    """A kept example."""
+
+    id: str
+    label: str | None = None
+    labels: list[str] | None = None
+    target: float | None = None
+    digest: str = Field(description="sha256 of the input.")
+    created_at: datetime
+
+
+class ExampleOut(KeptExampleOut):
+    """A kept example with its input, if inputs are kept."""
+
+    image: str | None = Field(default=None, description="In base64.")
+    text: str | None = None
+
+
+class ExamplesPage(BaseModel):
+    """A page of examples in the order of their ids."""
+
+    adapter: str
+    examples: list[KeptExampleOut]
+    next: str | None = Field(description="Send it as cursor for the next page.")
+
+
+class JobErrorOut(BaseModel):
+    """Why a job failed."""
+
+    code: str = Field(examples=["diverged"])
+    detail: str
+
+
+class JobOut(BaseModel):
+    """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
+
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
+    the job is asked for alone, errors.
+    """
+
+    id: str
+    adapter: str
+    kind: Literal["fine_tune", "bulk_adapt"]
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    attempt: int
+    cancel_requested: bool
+    progress: dict[str, Any] | None
+    version: int | None = Field(description="The version that it made.")
+    error: JobErrorOut | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class SubmittedOut(JobOut):
+    """A job that was queued, and what became of the examples sent with it."""
+
+    examples: ExamplesOut | None = Field(description="null for a bulk upload, and where none were sent.")
+
+
+class JobsOut(BaseModel):
+    """A page of jobs, the newest first."""
+
+    jobs: list[JobOut]
+    next: str | None = Field(description="Send it as cursor for the next page.")
