@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -32,6 +34,9 @@ from models.batcher import Batcher
 from models.exported import find
 from models.preprocess import InputError
 from models.spec import UnknownBackbone
+from models.standstill import Standstill
+
+logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
@@ -98,7 +103,9 @@ class Bulk:
         try:
             await asyncio.gather(batcher.start(), fitter.start())
             revising = Revising(keeping, fitter, Cache[Head](0, lambda head: head.nbytes), self._limits)
-            work = _Work(lease, adapter, Adapting(revising, {adapter.backbone: batcher}), self._uploads)
+            work = _Work(
+                lease, adapter, Adapting(revising, {adapter.backbone: batcher}), batcher, self._uploads
+            )
             with tempfile.TemporaryFile(prefix="topwork-upload-") as file:
                 for part in upload_of(job.request):
                     file.write(self._store.read(job.tenant, adapter.uid, part))
@@ -115,13 +122,20 @@ class _Work:
     """One attempt at one job."""
 
     def __init__(
-        self, lease: Lease, adapter: AdapterRecord, adapting: Adapting, limits: UploadLimits
+        self,
+        lease: Lease,
+        adapter: AdapterRecord,
+        adapting: Adapting,
+        batcher: Batcher,
+        limits: UploadLimits,
     ) -> None:
         self._lease = lease
         self._job = lease.claim.job
         self._request = self._job.request
         self._adapter = adapter
         self._adapting = adapting
+        self._batcher = batcher
+        self._standstill = Standstill(batcher)
         self._limits = limits
         self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
@@ -236,12 +250,23 @@ class _Work:
     async def _until_stopped(self, work: Awaitable[T]) -> T:
         """The work's result, unless there is a reason to stop; then nothing more of it is recorded."""
         running = asyncio.ensure_future(work)
+        looked = time.monotonic()
         try:
             while not (await asyncio.wait([running], timeout=_CHECK_SECONDS))[0]:
                 self._lease.check()
+                now = time.monotonic()
+                # A process that was stopped meanwhile, or had no core, has not been stuck.
+                passed, looked = min(now - looked, 2 * _CHECK_SECONDS), now
+                self._look(passed)
             return running.result()
         finally:
             running.cancel()
+
+    def _look(self, passed: float) -> None:
+        """Gives up a backbone that hangs: who waits for it gets BatcherClosed; another attempt goes on."""
+        if self._batcher.alive and (why := self._standstill.look(passed)) is not None:
+            logger.error("the backbone of the job %s is given up: %s", self._job.id, why)
+            self._batcher.abandon()
 
 
 def _some(found: Iterator[Record]) -> list[Record]:

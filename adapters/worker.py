@@ -130,7 +130,7 @@ class Worker:
         if code in _OUTAGES:
             logger.warning("job %s is left to another attempt: %s", job.id, error)
             # Longer each time: what is called an outage may be this job's doing after all.
-            pause = min(self._config.lease_seconds * (job.released + 1), _LONGEST_PAUSE)
+            pause = min(_RETRY_SECONDS + self._config.lease_seconds * job.released, _LONGEST_PAUSE)
             self._recorded(lambda: jobs.release(claim, pause))
             return False
         if isinstance(error, OSError) and error.errno in _FULL:

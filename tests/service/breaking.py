@@ -45,7 +45,7 @@ class Session:
     def run(self, *arguments):
         thread = threading.current_thread()
         if thread.name.endswith(("-predict", "-bulk")):
-            if asked("hang", self._kind):
+            if asked("hang", self._kind) or (thread.name.endswith("-bulk") and asked("hang", "bulk")):
                 time.sleep(100_000)
             if asked("die", self._kind):
                 raise SystemExit
@@ -114,7 +114,10 @@ class Breaking(Serving):
         super().__init__(folder / "home", environment=environment(folder, constants))
 
     def ask(self, fault: str, kind: str) -> None:
-        """Has the next run of the batcher of this kind hang, die, or keep its lock; `wrong` stays."""
+        """Has the next run of the batcher of this kind hang, die, or keep its lock; `wrong` stays.
+
+        Of the kind `bulk`, which can only hang, is what is embedded for adapts and uploads.
+        """
         (self.faults / f"{fault}-{kind}").touch()
 
     def taken(self, fault: str, kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -102,6 +103,22 @@ def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking, caller: Calle
     assert seconds_until(lambda: ready(breaking) and embed_status(caller, "image") == 200) < REPLACED
     assert embed(caller, "image") == right
     assert "is replaced: one of its threads died" in breaking.log.read_text()
+
+
+def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, caller: Caller) -> None:
+    """In the worker, where no request waits and no canary comes."""
+    lines = [json.dumps({"text": tiny.sentence(n), "label": "ab"[n % 2]}) for n in range(40)]
+    query = f"/adapt?adapter=films&backbone={KINDS['text']}"
+    worker = breaking.child("adapters.worker")
+    breaking.ask("hang", "bulk")
+    headers = {"Content-Type": "application/x-ndjson"}
+    job = caller.call("POST", query, 202, content="\n".join(lines), headers=headers)["id"]
+    seconds_until(lambda: breaking.taken("hang", "bulk"))
+    # Given up in five, its threads waited for for five more, and taken up after two.
+    assert seconds_until(lambda: caller.call("GET", f"/jobs/{job}")["state"] == "succeeded") < REPLACED
+    assert caller.call("GET", "/adapters/films")["examples"] == 40
+    assert breaking.child("adapters.worker") == worker
+    assert "is given up: a run has not returned for" in breaking.log.read_text()
 
 
 def embed_status(caller: Caller, kind: str) -> int:
