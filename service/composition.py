@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import platform
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 from adapters.adapting import Adapting
 from adapters.aliases import Aliases
@@ -31,7 +27,7 @@ from adapters.keeping import Keeping
 from adapters.linear_probe import ProbeConfig
 from adapters.networks import Networks
 from adapters.predicting import Predicting
-from adapters.records import Alias, JobState
+from adapters.records import Alias
 from adapters.registry import Registry, RegistryError
 from adapters.revising import AdapterLimits, Revising
 from adapters.store import Store, StoreError, open_store, sweep
@@ -42,10 +38,9 @@ from models.batcher import Batcher
 from models.exported import find
 from models.plan import Plan
 from models.preprocess import InputLimits
-from service import __version__
-from service.connections import CUT, connections
 from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
 from service.events import Events, told_to_end
+from service.gauges import add_gauges
 from service.keyring import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
@@ -217,7 +212,7 @@ async def compose(
             metrics=metrics,
             closing=stack.pop_all(),
         )
-    _watch(components, networks)
+    add_gauges(components, networks)
     return components
 
 
@@ -312,104 +307,3 @@ def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
             clearing.clear()
         except (RegistryError, StoreError) as error:
             logger.warning("what is left of erasures is removed later: %s", error)
-
-
-def _watch(components: Components, networks: Networks) -> None:
-    """What is read when the metrics are scraped."""
-    gauge, counter = components.metrics.gauge, components.metrics.counter
-    build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
-    gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
-    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(components.ready))
-    for name, batcher in components.batchers.items():
-        backbone = batcher.backbone
-        about = {
-            "backbone": name,
-            "device": backbone.device,
-            "precision": backbone.precision,
-            "fingerprint": backbone.spec.fingerprint,
-        }
-        gauge(
-            "topwork_backbone_info", "Always 1; the labels say what a backbone runs on.", lambda: 1.0, about
-        )
-        gauge(
-            "topwork_queue_depth",
-            "Inputs waiting for a backbone.",
-            partial(_depth, components.batchers, name),
-            {"backbone": name},
-        )
-    _watch_replacements(components)
-    _watch_connections(components.metrics)
-    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
-    heads = components.heads
-    counter(
-        "topwork_head_cache_hits", "Predictions that found their head in memory.", lambda: float(heads.hits)
-    )
-    counter("topwork_head_cache_misses", "Predictions that loaded their head.", lambda: float(heads.misses))
-    counter(
-        "topwork_head_cache_evictions", "Heads that made room for others.", lambda: float(heads.evictions)
-    )
-    gauge("topwork_head_cache_bytes", "Bytes of the heads in memory.", lambda: float(heads.bytes))
-    gauge(
-        "topwork_network_cache_bytes",
-        "Bytes of the fine-tuned networks in memory, about.",
-        lambda: float(networks.bytes),
-    )
-    counter(
-        "topwork_network_cache_misses",
-        "Predictions that waited for their fine-tuned network.",
-        lambda: float(networks.misses),
-    )
-    for state in get_args(JobState):
-        gauge(
-            "topwork_jobs",
-            "Jobs by state, over all processes that share the database.",
-            partial(_jobs, components.registry, state),
-            {"state": state},
-        )
-    gauge(
-        "topwork_live_versions", "Adapters with a live version.", partial(_live_versions, components.registry)
-    )
-
-
-def _watch_replacements(components: Components) -> None:
-    watching, fitter, workers = components.watching, components.fitter, components.workers
-    parts: dict[str, Callable[[], int]] = {
-        "backbone": lambda: watching.replaced["backbone"],
-        "network": lambda: watching.replaced["network"],
-        "fitter": lambda: fitter.replaced,
-        "worker": lambda: sum(worker.replaced for worker in workers),
-    }
-    for part, count in parts.items():
-        components.metrics.counter(
-            "topwork_replaced", "Parts that died or were stuck, and were replaced.", count, {"part": part}
-        )
-
-
-def _watch_connections(metrics: Metrics) -> None:
-    metrics.gauge("topwork_connections", "Connections that are open.", lambda: float(len(connections)))
-    for why in CUT:
-        metrics.counter(
-            "topwork_connections_cut",
-            "Connections that were cut off, by reason.",
-            partial(connections.cut.__getitem__, why),
-            {"why": why},
-        )
-
-
-def _depth(batchers: Mapping[str, Batcher], name: str) -> float:
-    return float(batchers[name].depth)
-
-
-def _jobs(registry: Registry, state: JobState) -> float:
-    try:
-        return float(registry.jobs.counts()[state])
-    except RegistryError:
-        return math.nan
-
-
-def _live_versions(registry: Registry) -> float:
-    """NaN while the database is away: a scrape of everything else must not fail with it."""
-    try:
-        return float(registry.live_versions())
-    except RegistryError:
-        return math.nan
