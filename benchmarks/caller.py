@@ -61,8 +61,9 @@ def _time(pipe: Connection, url: str) -> None:
 
 
 def _repeat(pipe: Connection, url: str) -> None:
-    line = Line(url)
     while (requests := pipe.recv()) is not None:
+        # For each order anew: one on which nothing comes for ten seconds is cut off.
+        line = Line(url)
         done = 0
         while not pipe.poll():
             for request in requests:
