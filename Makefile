@@ -23,8 +23,15 @@ test-kill: .venv/dev.stamp  ## Kill the service 200 times under mixed load, and 
 test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs
 	$(RUN) benchmarks.kill_jobs --times-worker 50 --times-server 20
 
-test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; hours
-	TOPWORK_TEST_FAULTS=full $(RUN) pytest tests/faults $(ARGS)
+# Two files at a time, the longest first.
+LONGEST_FAULTS := tests/faults/test_storage_kills.py
+FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tests/faults/test_*.py)))
+
+test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
+
+full/%: .venv/dev.stamp
+	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)
 
 check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

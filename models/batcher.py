@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from models.backbone import Backbone, Embedded
+from models.cores import Cores
 from models.lane import Lane
 from models.preprocess import InputError, Prepared
 from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded, Request, Turn, settle
@@ -51,6 +52,7 @@ class Batcher:
         max_queue: int,
         workers: int,
         max_wait: float = math.inf,
+        cores: Cores | None = None,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
         observe_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
@@ -59,13 +61,15 @@ class Batcher:
         max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
         away; a request larger than that is taken when nothing waits. workers: threads for predicts, and as
         many niced ones for bulk; on a CPU as many as cores. max_wait: seconds that a predict may expect to
-        wait, at the rate measured; one that would wait longer is refused. observe(stage, seconds), with a
-        stage of Embedded.timings, and observe_batch(size) are called from those threads.
+        wait, at the rate measured; one that would wait longer is refused. cores: shared with those who run
+        on the same ones; None where nobody else does. observe(stage, seconds), with a stage of
+        Embedded.timings, and observe_batch(size) are called from those threads.
         """
         self.backbone = backbone
         self._max_queue = max_queue
         self._workers = workers
         self._max_wait = max_wait
+        self._cores = cores or Cores()
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
@@ -104,6 +108,7 @@ class Batcher:
         if self._threads:
             raise RuntimeError("a batcher starts once")
         self._open = True
+        self._cores.join(self._predicts)
         for kind, lane in (("predict", self._predicts), ("bulk", self._bulk)):
             for _ in range(self._workers):
                 turn = Turn(bulk=lane is self._bulk)
@@ -129,6 +134,7 @@ class Batcher:
                 await asyncio.to_thread(thread.join, 1.0)
                 steps = sum(turn.steps for turn in self.turns)
                 still, before = (still + 1 if steps == before else 0), steps
+        self._cores.leave(self._predicts)
         if self.threads_left:
             self.abandon()
 
@@ -221,6 +227,7 @@ class Batcher:
         with self._lock:
             self._open = False
             unanswered = list(self._unanswered)
+        self._cores.leave(self._predicts)
         self._forget(unanswered)
         with self._lock:
             self._wake_all()
@@ -247,10 +254,12 @@ class Batcher:
                 if not self._open and not lane.depth:
                     return []
                 lane.ready.wait(_PREDICTS_STAY if lane.depth else None)
-            # A share, never all: the others have something of a single caller's inputs too, and whoever is
-            # done next has something to go on with while callers read their answers and ask again.
+            # A share: the others have something of a single caller's inputs too, and whoever is done next has
+            # something to go on with while callers read their answers and ask again. All, where another
+            # backbone has the cores too: a second run of this one would be slower, and has less in it.
             most = self.backbone.batch if lane is self._predicts else self.backbone.bulk_batch
-            room = max(1, min(most, -(-lane.depth // self._workers)))
+            alone = lane is self._bulk or not self._cores.others_run(lane)
+            room = max(1, min(most, -(-lane.depth // self._workers) if alone else lane.depth))
             taken = lane.take(room)
             now = time.perf_counter()
             begun = [request for request, index in taken if index == 0]
@@ -283,7 +292,9 @@ class Batcher:
         threads of a run wait for each other, and so for the one that bulk holds up.
         """
         with self._lock:
-            return lane.running > 1 or lane.depth > 0 or self._bulk.running > 0
+            if lane.running > 1 or lane.depth > 0 or self._bulk.running > 0:
+                return True
+        return self._cores.others_run(lane)
 
     def _answer(self, taken: list[_Taken], lane: Lane[Request], turn: Turn) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""

@@ -35,6 +35,7 @@ from adapters.submitting import Submitting
 from adapters.supervising import Supervised
 from models.backbone import Backbone, planned
 from models.batcher import Batcher
+from models.cores import Cores
 from models.exported import find
 from models.plan import Plan
 from models.preprocess import InputLimits
@@ -120,6 +121,8 @@ async def compose(
         keyring = Keyring(registry.tenants.find)
         stack.push_async_callback(keyring.close)
 
+        cores = Cores()
+
         def batcher_for(backbone: Backbone) -> Batcher:
             # A tenant's network is counted with its backbone: a series for each would be without bound.
             return Batcher(
@@ -127,6 +130,7 @@ async def compose(
                 max_queue=settings.max_queue,
                 workers=backbone.plan.workers,
                 max_wait=settings.max_wait,
+                cores=cores if backbone.device == "cpu" else None,
                 observe=metrics.stage,
                 observe_batch=partial(metrics.batch, backbone.spec.name),
             )

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,9 @@ import pytest
 
 from models.backbone import Backbone, Embedded, Floats
 from models.batcher import Batcher
+from models.cores import Cores
 from models.manifest import file_sha256, read_manifest, write_manifest
+from models.preprocess import Prepared
 from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.spec import TOKENIZER_FILE, TextTransform
 from tests import tiny
@@ -320,6 +322,44 @@ async def test_a_large_request_does_not_block_a_small_one(images: Backbone, gate
         done, _ = await asyncio.wait({large, small}, return_when=asyncio.FIRST_COMPLETED)
         assert done == {small}
         await large
+
+
+async def test_one_run_takes_all_where_another_backbone_has_the_cores(
+    images: Backbone, texts: Backbone, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs would be slower, each with less in it, and so would one of several threads."""
+    cores = Cores()
+    runs: list[tuple[int, bool]] = []
+    run = texts.run
+
+    def seen(prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
+        runs.append((len(prepared), beside))
+        return run(prepared, beside=beside)
+
+    monkeypatch.setattr(texts, "run", seen)
+    several: list[bytes | str] = [tiny.sentence(seed) for seed in range(4)]
+    async with (
+        running(texts, cores=cores) as batcher,
+        running(images, cores=cores, workers=1, observe=gate.observe) as other,
+    ):
+        await batcher.embed(several[:1])
+        assert runs == [(1, False)]
+        await batcher.embed(several)
+        assert max(runs)[0] == 2
+        held = asyncio.create_task(other.embed([tiny.picture(1)]))
+        await gate.wait_for(1)
+        runs.clear()
+        await batcher.embed(several)
+        await batcher.embed(several[:1])
+        assert runs == [(4, True), (1, True)]
+        # One that hangs and is given up is not reckoned with.
+        other.abandon()
+        with pytest.raises(BatcherClosed):
+            await held
+        runs.clear()
+        await batcher.embed(several)
+        assert max(runs)[0] == 2
+        gate.opened.set()
 
 
 @pytest.mark.parametrize("bulk", [False, True])
