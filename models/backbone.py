@@ -200,6 +200,7 @@ class Backbone:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
         if isinstance(session, Runner):
             return session.run(prepared)
+        session.crew.make_room()
         embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
         for rows in self._chunks(prepared):
             embeddings[rows] = session.run([OUTPUT_NAME], self.feed([prepared[row] for row in rows]))[0]

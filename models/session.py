@@ -10,6 +10,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnxruntime
 
+from models.crew import Crew, gathered
+
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS: Final[dict[Device, list[Any]]] = {
@@ -67,6 +69,7 @@ def open_session(
     threads: of one run on the CPU, the calling one included. graphs: capture CUDA graphs; runs are then
     of one thread, with bound inputs and outputs, and name a graph each: see models/gpu.py. one_shape: the
     inputs of all runs are of few shapes. tables: constants to take from elsewhere than the graph, by name.
+    The session's crew are the other threads of a run.
     Raises DeviceUnavailable: ONNX Runtime itself would go on without the GPU and say nothing. Safe to run
     from several threads.
     """
@@ -94,18 +97,20 @@ def open_session(
         name, settings = providers[0]
         providers = [(name, settings | {"enable_cuda_graph": "1"}), *providers[1:]]
     try:
-        session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=providers,
-            enable_fallback=0,
-        )
+        with gathered() as threads_beside:
+            session = onnxruntime.InferenceSession(
+                model if isinstance(model, bytes) else str(model),
+                options,
+                providers=providers,
+                enable_fallback=0,
+            )
     except Exception as error:
         if device == "cuda" and "CUDA" in str(error):
             raise DeviceUnavailable(f"{_GPU_ADVICE} ({error})") from error
         raise
     # They must live as long as the session, which does not see to that.
     session.tables = tables
+    session.crew = Crew(threads_beside)
     wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]
     if wanted not in session.get_providers():
         raise DeviceUnavailable(_GPU_ADVICE)

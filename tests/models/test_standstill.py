@@ -28,6 +28,7 @@ class Held:
         self.going = threading.Event()
         self.reached = threading.Semaphore(0)
         self._session = session
+        self.crew = session.crew
 
     def run(self, *arguments: Any) -> Any:
         """As the session does it, later."""
