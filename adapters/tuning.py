@@ -46,6 +46,7 @@ from adapters.segments import (
 from adapters.store import Artifact, Store, StoreError
 from adapters.submitting import FINE_TUNE, CannotTune, check_tunable
 from adapters.tuned import Tuned, finish
+from adapters.vocabulary import narrowed
 from models.network import Network, load_network
 from models.preprocess import InputLimits
 from models.spec import FLOAT32, TOKENIZER_FILE
@@ -56,6 +57,8 @@ logger = logging.getLogger("topwork")
 # One example in so many is held out.
 _HELD_OUT = 5
 _ANSWER_ACCURACY = 0.95
+# Of what a checkpoint holds: an older one is of no use to what trains now.
+_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class _Watched:
         self._samples = samples
         self._lease = lease
         self.size = samples.size
+        self.vocabulary = samples.vocabulary
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """See Samples.plain."""
@@ -150,7 +154,10 @@ class Tuning:
         resume = load_checkpoint(path, about)
         # A GPU's work waits for no core. What goes first is the service, where it has started this process.
         with (
-            gaps(network.forward, os.getppid() or None) if self._device == "cpu" else contextlib.nullcontext()
+            narrowed(network.words, lesson.samples.vocabulary),
+            gaps(network.forward, os.getppid() or None)
+            if self._device == "cpu"
+            else contextlib.nullcontext(),
         ):
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
         return finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
@@ -289,7 +296,7 @@ def _told(progress: Progress) -> Mapping[str, Any]:
 
 def _about(kept: _Kept, lesson: Lesson, config: FineTuneConfig) -> str:
     """What a checkpoint belongs to: these examples, those of them held out, and this way of training."""
-    digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
+    digest = hashlib.sha256(repr((_CHECKPOINTS, sorted(asdict(config).items()))).encode())
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
     digest.update(lesson.held_out.tobytes())

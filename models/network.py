@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ class Network:
     """A torch network in evaluation mode, with how its own library would embed an input.
 
     forward takes pixels, or ids and mask, and returns embeddings. reference takes encoded images or texts.
+    words: the part of forward that has a row for each word piece, of a text network.
     """
 
     spec: BackboneSpec
     forward: Any
     reference: Callable[[Sequence[Any]], NDArray[np.float32]]
     tokenizer: bytes | None = None
+    words: Any = None
 
 
 def load_network(name: str) -> Network:
@@ -198,7 +200,7 @@ def _packaged_text(spec: BackboneSpec, module: str) -> Network:
         raise ExportRefused(
             f"the tokenizer or the settings in {module} are not the ones that its fingerprint names"
         )
-    return Network(spec, network.forward, network.reference, network.tokenizer)
+    return replace(network, spec=spec)
 
 
 def _sentence_transformers_folder(name: str, folder: Path) -> Network:
@@ -255,4 +257,4 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
     def reference(texts: Sequence[str]) -> NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), show_progress_bar=False), np.float32)
 
-    return Network(spec, Pooled().eval(), reference, as_bytes)
+    return Network(spec, Pooled().eval(), reference, as_bytes, model[0].auto_model.get_input_embeddings())

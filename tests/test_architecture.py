@@ -27,6 +27,7 @@ TORCH = {
     "adapters/second_phase.py",
     "adapters/tuned.py",
     "adapters/tuning.py",
+    "adapters/vocabulary.py",
     "adapters/worker.py",
 }
 BANNED = re.compile(r"(^|_)(manager|handler|engine|utils?|helpers?|common|misc)(_|$)")

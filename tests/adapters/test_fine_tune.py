@@ -25,6 +25,7 @@ from adapters.learner import HeadLayer, Lesson, Model, Score, class_weights, emb
 from adapters.samples import Images, Samples, Tensors, Texts, batches, samples_of, seeded
 from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress, SecondPhase
 from adapters.tuned import Tuned, check_parity, finish
+from adapters.vocabulary import narrowed
 from models.backbone import Backbone
 from models.export import write
 from models.network import ExportRefused, Network, load_network
@@ -173,6 +174,15 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
         assert torch.equal(value, before[name]) == statistic, name
 
 
+def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
+    model, learned = Model(network(), head()), lesson()
+    embeddings = embed(model, learned.samples, range(len(learned.labels)))
+    train_head(model, embeddings, torch.from_numpy(learned.labels), 0.1)
+    assert model.head.weight.grad is not None
+    SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
+    assert all(one.grad is None for one in model.parameters())
+
+
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rare labels weigh more, so the pieces of a batch do not all weigh the same."""
     whole = lesson()
@@ -245,6 +255,7 @@ class Recorded:
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
         self.size = samples.size
+        self.vocabulary = samples.vocabulary
         self.phase = 2
         self.trained: dict[int, list[int]] = {2: [], 3: []}
 
@@ -362,7 +373,7 @@ def test_the_token_that_hides_words_is_the_tokenizers_own(folders: Path, tmp_pat
 
 
 def test_texts_train_beside_others_of_their_length() -> None:
-    texts = Texts([np.zeros(length, np.int64) for length in (40, 3, 200, 5, 60, 4)], pad_id=0, mask_id=None)
+    texts = Texts([np.zeros(length, np.int64) for length in (40, 3, 200, 5, 45, 4)], pad_id=0, mask_id=None)
     assert texts.pieces(range(6), 0) == [[1, 5, 3], [0, 4], [2]]
     assert texts.pieces([4, 0, 1], 0) == [[1, 0], [4]]
 
@@ -418,7 +429,19 @@ def test_networks_of_both_libraries_are_tuned_and_exported(folders: Path, tmp_pa
     )
     model = Model(whole.forward, blank)
     learned = Lesson(samples, labels, np.arange(60) % 4 == 3)
-    outcome = fine_tune(model, learned, 0.1, replace(CONFIG, epochs=2, pixels=32))
+    table, vocabulary = whole.words, samples.vocabulary
+    assert (table is None) == (vocabulary is None) == (library == "timm")
+    before = None if table is None else table.weight.detach().clone()
+    with narrowed(table, vocabulary):
+        if vocabulary is not None:
+            assert len(table.weight) == len(vocabulary)
+        outcome = fine_tune(model, learned, 0.1, replace(CONFIG, epochs=2, pixels=32))
+    if vocabulary is not None:
+        assert before is not None
+        assert len(vocabulary) < len(before)
+        moved = torch.nonzero((table.weight != before).any(dim=1)).flatten().tolist()
+        assert bool(moved) == (outcome.measured.mix > 0.0)
+        assert set(moved) <= set(vocabulary.tolist())
     made = finish(whole, model, learned, NAMES, outcome, 0.95)
     assert made.report["export"]["largest_difference"] <= 1e-3
     assert made.spec.fingerprint != whole.spec.fingerprint
