@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.example import folds
 from adapters.fine_tune import fine_tune
+from adapters.gaps import gaps
 from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
 from adapters.linear_probe import Dataset, ProbeConfig, fit
@@ -50,7 +51,7 @@ from adapters.vocabulary import narrowed
 from models.network import Network, load_network
 from models.preprocess import InputLimits
 from models.spec import FLOAT32, TOKENIZER_FILE
-from models.yielding import gaps, step_aside
+from models.yielding import step_aside
 
 logger = logging.getLogger("topwork")
 

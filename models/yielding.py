@@ -6,19 +6,9 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 NICENESS = 10
 """Of whatever gives way to predictions."""
-_GAP_SECONDS = 5e-5
-# Between looks at another process that is at work, and how long they go on.
-_LOOK_SECONDS = 2e-4
-_LONGEST_GAP = 0.02
-# Of the time since the last gap.
-_GAP_SHARE = 2.0
-# Of a core's time since the last gap: more of it is work, less is housekeeping.
-_BUSY = 0.1
 # CPUCLOCK_SCHED of <linux/posix-timers.h>: what clock_getcpuclockid(3) puts beside a process's number.
 _PROCESS_CLOCK = 2
 
@@ -54,43 +44,3 @@ class Other:
             return time.clock_gettime(self._clock)
         except OSError:
             return 0.0
-
-
-@contextlib.contextmanager
-def gaps(network: Any, first: int | None = None) -> Iterator[None]:
-    """While it lasts, the network leaves its core for a moment after each layer, forwards and backwards.
-
-    Linux hands a core what waits at another one when it falls idle; for one that never does, only at the next
-    tick of the clock, milliseconds later. network: a torch module, all of which learns from here on. first: a
-    process that goes first: while it is at work, a gap lasts until it rests, or twice as long as the layer
-    took, for with a core for each the two would still share cache and memory.
-    """
-    other = None if first is None else Other(first)
-    since, used = time.perf_counter(), 0.0 if other is None else other.seconds()
-
-    def pause(*_: object) -> None:
-        nonlocal since, used
-        time.sleep(_GAP_SECONDS)
-        if other is None:
-            return
-        now, seconds = time.perf_counter(), other.seconds()
-        end = now + min(_GAP_SHARE * (now - since), _LONGEST_GAP)
-        busy = seconds - used > _BUSY * (now - since)
-        while busy and time.perf_counter() < end:
-            time.sleep(_LOOK_SECONDS)
-            before, seconds = seconds, other.seconds()
-            busy = seconds > before
-        since, used = time.perf_counter(), seconds
-
-    network.requires_grad_(True)
-    hooks = []
-    for module in network.modules():
-        matrices = [own for own in module.parameters(recurse=False) if own.ndim > 1]
-        hooks += [own.register_post_accumulate_grad_hook(pause) for own in matrices]
-        if matrices:
-            hooks.append(module.register_forward_hook(pause))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

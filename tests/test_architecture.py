@@ -22,6 +22,7 @@ TORCH = {
     "models/quantize.py",
     "adapters/checkpoint.py",
     "adapters/fine_tune.py",
+    "adapters/gaps.py",
     "adapters/learner.py",
     "adapters/samples.py",
     "adapters/second_phase.py",
