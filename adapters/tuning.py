@@ -153,13 +153,11 @@ class Tuning:
             lease.report(progress.share, _told(progress))
 
         resume = load_checkpoint(path, about)
-        # A GPU's work waits for no core. What goes first is the service, where it has started this process.
-        with (
-            narrowed(network.words, lesson.samples.vocabulary),
-            gaps(network.forward, os.getppid() or None)
-            if self._device == "cpu"
-            else contextlib.nullcontext(),
-        ):
+        with contextlib.ExitStack() as meanwhile:
+            meanwhile.enter_context(narrowed(network.words, lesson.samples.vocabulary))
+            if self._device == "cpu":
+                # A GPU's work waits for no core. The service goes first, where it has started this process.
+                meanwhile.enter_context(gaps(network.forward, os.getppid() or None))
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
         return finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters import samples
+from adapters import samples, second_phase
 from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.features import Scaling
 from adapters.fine_tune import fine_tune, train_head
@@ -183,6 +183,35 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
     assert all(one.grad is None for one in model.parameters())
 
 
+def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
+    model, other, learned = Model(network(), head()), Model(network(), head()), lesson()
+    assert same(state(model), state(other))
+    phase = SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
+    assert len(phase._optimizers) == 3
+    unfreeze(other.network)
+    parts = [(other.head, CONFIG.head_rate), (other.network, CONFIG.backbone_rate)]
+    reference = torch.optim.AdamW(
+        [
+            {"params": [one], "lr": 0.3 * rate, "weight_decay": 0.01 if one.ndim > 1 else 0.0}
+            for part, rate in parts
+            for one in part.parameters()
+        ],
+        fused=True,
+    )
+    for _ in range(3):
+        for one in (model, other):
+            inputs = learned.samples.plain(learned.training[:8])
+            (10.0 * one(*inputs)).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        assert norm > 1.0
+        reference.step()
+        reference.zero_grad()
+        phase._step(0.3)
+        assert same(state(model), state(other))
+        assert all(one.grad is None for one in model.parameters())
+
+
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rare labels weigh more, so the pieces of a batch do not all weigh the same."""
     whole = lesson()
@@ -311,7 +340,11 @@ def checkpoint_of(phase: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize("phase", [2, 3])
-def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path, phase: int) -> None:
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: int
+) -> None:
+    # Several optimizers, as a larger network has.
+    monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
     whole = Model(network(), head())
     expected = fine_tune(whole, lesson(), 0.1, CONFIG)
     assert expected.refit_epochs > 1
