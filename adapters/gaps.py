@@ -31,9 +31,9 @@ def gaps(network: Any, first: int | None = None) -> Iterator[None]:
     tick of the clock, milliseconds later. At a tick, a thread that is behind all others may also be given a
     core of theirs, and has it to the next gap or tick.
 
-    network: a torch module, all of which learns from here on. first: a process that goes first: while it is
-    at work, a gap lasts until it rests, or three times as long as what was done since the last one, for with
-    a core for each the two would still share cache and memory.
+    network: a torch module. first: a process that goes first: while it is at work, a gap lasts until it
+    rests, or three times as long as what was done since the last one, for with a core for each the two would
+    still share cache and memory.
     """
     other = None if first is None else Other(first)
     since, used = time.perf_counter(), 0.0 if other is None else other.seconds()
@@ -61,7 +61,6 @@ def gaps(network: Any, first: int | None = None) -> Iterator[None]:
             # On the way back, before the layer itself.
             output.register_hook(pause)
 
-    network.requires_grad_(True)
     layers = [module for module in network.modules() if not any(module.children())]
     hooks = [layer.register_forward_hook(after) for layer in layers]
     hooks.append(register_optimizer_step_post_hook(pause))

@@ -38,4 +38,4 @@ def narrowed(table: Any, ids: torch.Tensor | None) -> Iterator[None]:
         hook.remove()
         with torch.no_grad():
             whole[ids] = table.weight.detach().to(whole.device)
-        table.weight, table.padding_idx = whole, padding
+        table.weight, table.padding_idx = whole.requires_grad_(table.weight.requires_grad), padding

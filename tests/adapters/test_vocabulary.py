@@ -54,6 +54,13 @@ def test_what_is_learned_stays_and_the_rest_is_as_it_was() -> None:
     assert (own.padding_idx, len(own._forward_pre_hooks)) == (0, 0)
 
 
+def test_a_table_that_was_frozen_meanwhile_stays_frozen() -> None:
+    own = table()
+    with narrowed(own, IDS):
+        own.requires_grad_(False)
+    assert not own.weight.requires_grad
+
+
 def test_a_table_whose_padding_never_comes_up() -> None:
     own = table(padding=9)
     with narrowed(own, IDS):
