@@ -110,7 +110,7 @@ class SecondPhase:
     """Training epoch by epoch, from the start or from where another attempt was.
 
     refit: what was measured and the network that it was measured on. Then as many epochs as were best are
-    trained, and none is measured.
+    trained, the rates falling within them, and none is measured.
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class SecondPhase:
         self._model, self._lesson, self._config = model, lesson, config
         self.first = self._best = first
         self._measured = None if refit is None else refit[0]
+        # The rates fall to nothing in so many epochs: the best of more would be one in mid-fall.
+        self._last = config.epochs if refit is None else refit[0].best_epoch
         self._weights = class_weights(torch.from_numpy(lesson.labels[lesson.training]), len(model.head.bias))
         self.start = state_of(model)
         self.best_state = self.start if refit is None else refit[1]
@@ -143,8 +145,7 @@ class SecondPhase:
         Only epochs at the backbone's own size are measured: after others, which prepare for these, it looks
         worse at that size than where it began.
         """
-        last = self._config.epochs if self._measured is None else self._measured.best_epoch
-        while self.epoch < last and self._stale < self._config.patience:
+        while self.epoch < self._last and self._stale < self._config.patience:
             size = self._size
             loss = self._train_once(size)
             self.epoch += 1
@@ -156,13 +157,13 @@ class SecondPhase:
                 # Before, the rate is still high: a network that looks worse then gets better as it falls.
                 self._stale += 1
             phase = 2 if self._measured is None else 3
-            yield Progress(phase, self.epoch, last, loss, score, self._share(last)), self._checkpoint()
+            yield Progress(phase, self.epoch, self._last, loss, score, self._share()), self._checkpoint()
 
-    def _share(self, epochs: int) -> float:
+    def _share(self) -> float:
         """Of the whole work, as far as it is known by now."""
         begin = 0.1 if self._measured is None else _SHARE_MEASURED
         end = _SHARE_MEASURED if self._measured is None and self._config.refit else 1.0
-        return begin + (end - begin) * self.epoch / epochs
+        return begin + (end - begin) * self.epoch / self._last
 
     @property
     def _size(self) -> int:
@@ -223,7 +224,7 @@ class SecondPhase:
 
     def _rate_at(self, step: int) -> float:
         """Up to the full rate in the first tenth, then down a half cosine to nothing."""
-        steps = self._steps_per_epoch * self._config.epochs
+        steps = self._steps_per_epoch * self._last
         done = step / steps
         if done < _WARM_UP:
             return (step + 1) / (_WARM_UP * steps + 1)

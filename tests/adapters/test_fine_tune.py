@@ -23,7 +23,7 @@ from adapters.fine_tune import fine_tune, train_head
 from adapters.head import Head
 from adapters.learner import HeadLayer, Lesson, Model, Score, class_weights, embed, evaluate, freeze, unfreeze
 from adapters.samples import Images, Samples, Tensors, Texts, batches, samples_of, seeded
-from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Progress, SecondPhase
+from adapters.second_phase import Checkpoint, Diverged, FineTuneConfig, Measured, Progress, SecondPhase
 from adapters.tuned import Tuned, check_parity, finish
 from adapters.vocabulary import narrowed
 from models.backbone import Backbone
@@ -181,6 +181,19 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
     assert model.head.weight.grad is not None
     SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
     assert all(one.grad is None for one in model.parameters())
+
+
+def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
+    model, learned = Model(network(), head()), lesson()
+    score = Score(1.0, 0.5)
+    measured = Measured(score, score, 1.0, 3, 2)
+    whole = SecondPhase(model, learned, CONFIG, score)
+    refit = SecondPhase(model, learned, CONFIG, score, refit=(measured, whole.start))
+    steps = -(-len(learned.training) // CONFIG.batch)
+    assert whole._rate_at(2 * steps - 1) > 0.2
+    assert refit._rate_at(2 * steps - 1) < 0.05
+    assert max(refit._rate_at(step) for step in range(2 * steps)) > 0.9
+    assert [progress.epochs for progress, _ in refit.epochs()] == [2, 2]
 
 
 def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
