@@ -23,10 +23,10 @@ _CROP = (0.5, 1.0)
 _HIDDEN = 0.1
 # What stands for a hidden one: in BERT's vocabularies, and in RoBERTa's.
 _MASKS = ("[MASK]", "<mask>")
-# What goes through a network together on a CPU, forwards and backwards, one thread. EfficientNet-Lite0 at 224
-# pixels: 105 ms an image in batches of 32, whose activations leave the cache, 65 in batches of 4, 64 of 2, 74
-# alone. MiniLM-L6: 16 ms a question of TREC with 192 word pieces, as with 96; 18 with 64, 24 with 32. The
-# smaller, the shorter a layer is on a core that a prediction may want.
+# What goes through a network together on a CPU, forwards and backwards, for each thread. EfficientNet-Lite0
+# at 224 pixels, one thread: 105 ms an image in batches of 32, whose activations leave the cache, 65 of 4, 64
+# of 2, 74 alone. MiniLM-L6, one thread: 16 ms a question of TREC with 192 word pieces, as with 96; 18 with
+# 64, 24 with 32. The smaller, the shorter a layer is on a core that a prediction may want.
 _PIXELS_AT_ONCE = 2 * 224 * 224
 _TOKENS_AT_ONCE = 96
 
@@ -120,7 +120,8 @@ class Images:
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
         """See Samples.pieces. A few images each."""
-        return list(batches(rows, max(1, _PIXELS_AT_ONCE // (size or self.size) ** 2)))
+        most = torch.get_num_threads() * _PIXELS_AT_ONCE // (size or self.size) ** 2
+        return list(batches(rows, max(1, most)))
 
 
 def _training_transform(transform: ImageTransform) -> Any:
@@ -161,18 +162,19 @@ class Texts:
         """See Samples.augmented. A tenth of the word pieces are hidden, never the first or the last."""
         ids, mask = self.plain(rows)
         if self._mask_id is not None:
-            inner = mask.bool()
-            inner[:, 0] = False
-            inner[torch.arange(len(ids)), mask.sum(dim=1) - 1] = False
-            ids = torch.where(inner & (torch.rand(ids.shape) < _HIDDEN), self._mask_id, ids)
+            # Text by text: what is hidden does not depend on what it is padded to.
+            for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True):
+                inner = row[1 : length - 1]
+                inner[torch.rand(inner.shape) < _HIDDEN] = self._mask_id
         return ids, mask
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
         """See Samples.pieces. Texts of about the same length, which pad each other little."""
         parts: list[list[int]] = []
+        most = torch.get_num_threads() * _TOKENS_AT_ONCE
         for row in sorted(rows, key=lambda row: len(self._texts[row])):
             # The longest so far, to which the others of its part are padded.
-            if parts and (len(parts[-1]) + 1) * len(self._texts[row]) <= _TOKENS_AT_ONCE:
+            if parts and (len(parts[-1]) + 1) * len(self._texts[row]) <= most:
                 parts[-1].append(row)
             else:
                 parts.append([row])

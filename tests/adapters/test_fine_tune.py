@@ -424,6 +424,27 @@ def test_texts_train_beside_others_of_their_length() -> None:
     assert texts.pieces([4, 0, 1], 0) == [[1, 0], [4]]
 
 
+def test_what_is_hidden_does_not_depend_on_what_trains_together() -> None:
+    texts = Texts([np.arange(10, 10 + length) for length in (30, 40, 5)], pad_id=0, mask_id=99)
+    seeded(2)
+    together = texts.augmented([2, 0, 1], 0)[0]
+    seeded(2)
+    alone = [texts.augmented([row], 0)[0][0] for row in (2, 0, 1)]
+    assert (together == 99).any()
+    for row, own in zip(together, alone, strict=True):
+        assert row[: len(own)].tolist() == own.tolist()
+    assert texts.plain([0, 1, 2])[0].max() == 49
+
+
+def test_more_threads_train_more_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts([np.zeros(40, np.int64)] * 4, pad_id=0, mask_id=None)
+    assert isinstance(SPEC.transform, ImageTransform)
+    images = Images(SPEC.transform, [b""] * 4)
+    assert [len(texts.pieces(range(4), 0)), len(images.pieces(range(4), 224))] == [2, 2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert [len(texts.pieces(range(4), 0)), len(images.pieces(range(4), 224))] == [1, 1]
+
+
 def test_batches_cover_every_row_once() -> None:
     rows = [5, 7, 9, 11, 13]
     assert list(batches(rows, 2)) == [[5, 7], [9, 11], [13]]
