@@ -109,7 +109,8 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
     top = max(logits)
     chances = [math.exp(logit - top) for logit in logits]
     total = sum(chances)
-    chances = [chance / total for chance in chances]
+    kept, spread = (1.0 - head.smoothing) / total, head.smoothing / len(chances)
+    chances = [chance * kept + spread for chance in chances]
     energy = top + math.log(total)
     score = _evidence((head.doubt.energy_mean - energy) / head.doubt.energy_deviation)
     far = False
@@ -121,7 +122,7 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
     confidence = chances[order[0]]
     return Prediction(
         confidence=confidence,
-        abstained=far or confidence < head.threshold,
+        abstained=far or confidence < head.threshold or not head.measured,
         abstention_score=score,
         label=head.labels[order[0]],
         probabilities=tuple((head.labels[place], chances[place]) for place in order),

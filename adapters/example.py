@@ -106,10 +106,11 @@ def input_digest(value: bytes | str) -> str:
 def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[np.int64]:
     """Stratified folds, int64 (n,), in 0..k-1; -1 for what must always be trained on.
 
-    Equal inputs (by digest) share a fold, so no copy of a held-out input is trained on. Every label's
-    inputs are dealt over the folds as evenly as they go, and so are all inputs; numbers are dealt in order
-    of size. The only input of a label is never held out (-1): without it the label could not be predicted.
-    The result depends on the (digest, target) pairs only, not on their order. k >= 2.
+    digests: of the inputs, or the keys of groups of them (see copies.together). Those with one share a fold,
+    so no copy of a held-out input is trained on. Every label's inputs are dealt over the folds as evenly as
+    they go, and so are all inputs; numbers are dealt in order of size. The only input of a label is never
+    held out (-1): without it the label could not be predicted. The result depends on the (digest, target)
+    pairs only, not on their order. k >= 2.
     """
     rows_of: dict[str, list[int]] = {}
     for row, digest in enumerate(digests):

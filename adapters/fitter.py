@@ -173,6 +173,8 @@ class Fitter:
             "fingerprint": dataset.fingerprint,
             "targets": list(dataset.targets),
             "digests": list(dataset.digests),
+            "groups": list(dataset.groups),
+            "sampled": list(dataset.sampled),
             "config": asdict(config),
         }
         embeddings = np.ascontiguousarray(dataset.embeddings, dtype=np.float32)
@@ -360,7 +362,15 @@ def _answer(
 ) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     """What the process says to a request."""
     targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
-    dataset = Dataset(embeddings, targets, header["digests"], header["task"], header["fingerprint"])
+    dataset = Dataset(
+        embeddings=embeddings,
+        targets=targets,
+        digests=header["digests"],
+        task=header["task"],
+        fingerprint=header["fingerprint"],
+        groups=header["groups"],
+        sampled=header["sampled"],
+    )
     try:
         fitted = fit(dataset, ProbeConfig(**header["config"]))
     except OneLabel as error:

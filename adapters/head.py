@@ -20,7 +20,8 @@ from adapters.region import Region
 
 Floats = NDArray[np.float32]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+_READ: Final = (1, 2)
 # Heads up to this size keep their weights in single precision, larger ones in half: at 20 labels and 1,280
 # dimensions that is the difference between 120 and 70 kB, and moves a probability by less than 0.001.
 _SINGLE_PRECISION_BYTES = 32 << 10
@@ -43,8 +44,9 @@ class Predictions:
     top label; the least certain label's decision for multilabel; 1 for regression). distance: float32 (n,),
     distance from the training embeddings over the distance accepted: above 1 is another world; 0 where too
     few examples were there to tell. abstention_score: float32 (n,), grows with the doubt that the input
-    belongs to what was taught. abstained: bool (n,). assigned: bool (n, labels) for multilabel, else None.
-    values: float32 (n,) for regression, else None.
+    belongs to what was taught. abstained: bool (n,). assigned, uncertain: bool (n, labels) for multilabel,
+    else None: which labels are given, and which of these decisions had better not be relied on. values:
+    float64 (n,) for regression, else None.
     """
 
     probabilities: Floats
@@ -53,7 +55,8 @@ class Predictions:
     abstention_score: Floats
     abstained: NDArray[np.bool_]
     assigned: NDArray[np.bool_] | None = None
-    values: Floats | None = None
+    uncertain: NDArray[np.bool_] | None = None
+    values: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,10 @@ class Head:
     bias: float32 (labels or 1,). decisions: float32 (labels,), the probability from which a multilabel
     label is assigned, else (0,). value_mean and value_scale turn the output of a regression into the
     target's unit. residual_deviation: standard deviation of what was left unexplained, same unit,
-    leave-one-out.
+    leave-one-out. smoothing: the share of the probability that is spread evenly over the labels (for
+    multilabel: over yes and no), so that no confidence is higher than the examples can support. certain: the
+    confidence from which a multilabel decision can be relied on, of labels given and of labels not given.
+    measured: False where too few examples were held out to say how good it is; then it always abstains.
     """
 
     task: Task
@@ -99,6 +105,9 @@ class Head:
     value_mean: float = 0.0
     value_scale: float = 1.0
     residual_deviation: float = 0.0
+    smoothing: float = 0.0
+    certain: tuple[float, float] = (0.0, 0.0)
+    measured: bool = True
 
     @property
     def dim(self) -> int:
@@ -119,19 +128,26 @@ class Head:
         """Predictions for embeddings, float32 (n, dim) made by the backbone with this head's fingerprint."""
         logits = self.logits(embeddings)
         n = len(logits)
-        assigned, values = None, None
+        assigned, uncertain, values = None, None, None
         if self.task == "regression":
             probabilities = np.zeros((n, 0), dtype=np.float32)
             confidence = np.ones(n, dtype=np.float32)
-            values = (logits[:, 0].astype(np.float64) * self.value_scale + self.value_mean).astype(np.float32)
+            # In double precision: points in time keep their differences.
+            values = logits[:, 0].astype(np.float64) * self.value_scale + self.value_mean
         elif self.task == "multilabel":
-            probabilities = sigmoid(logits)
+            probabilities = smoothed(sigmoid(logits), self.smoothing, 2)
             assigned = probabilities >= self.decisions
-            confidence = decision_confidence(probabilities, self.decisions)
+            certainty = np.where(assigned, probabilities, 1.0 - probabilities)
+            uncertain = certainty < np.where(assigned, *map(np.float32, self.certain))
+            confidence = certainty.min(axis=1, initial=1.0)
         else:
-            probabilities = softmax(logits)
+            probabilities = smoothed(softmax(logits), self.smoothing, len(self.labels))
             confidence = probabilities.max(axis=1)
-        return self._with_doubt(embeddings, logits, probabilities, confidence, assigned, values)
+        distance, score = self._strangeness(embeddings, logits)
+        abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
+        if not self.measured:
+            abstained[:] = True
+        return Predictions(probabilities, confidence, distance, score, abstained, assigned, uncertain, values)
 
     def logits(self, embeddings: Floats) -> Floats:
         """Logits (n, labels or 1), temperature included, of embeddings (n, dim)."""
@@ -139,15 +155,8 @@ class Head:
         logits: Floats = (features @ self.weight.T + self.bias) / np.float32(self.temperature)
         return logits
 
-    def _with_doubt(
-        self,
-        embeddings: Floats,
-        logits: Floats,
-        probabilities: Floats,
-        confidence: Floats,
-        assigned: NDArray[np.bool_] | None,
-        values: Floats | None,
-    ) -> Predictions:
+    def _strangeness(self, embeddings: Floats, logits: Floats) -> tuple[Floats, Floats]:
+        """distance and abstention_score of Predictions."""
         distance = np.zeros(len(embeddings), dtype=np.float32)
         # Two kinds of evidence, added where they say "strange" and all but ignored where they say
         # "familiar": a confident answer does not make a distant input any nearer.
@@ -158,8 +167,7 @@ class Head:
             score += _evidence(self.region.surprise(squared))
         if self.task != "regression":
             score += _evidence(self.doubt.surprise(energy(logits, self.task)))
-        abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
-        return Predictions(probabilities, confidence, distance, score, abstained, assigned, values)
+        return distance, score
 
     def to_bytes(self) -> bytes:
         """The head as safetensors, with all but arrays as JSON in the metadata. Equal heads, equal bytes."""
@@ -198,6 +206,9 @@ class Head:
             "value_mean": self.value_mean,
             "value_scale": self.value_scale,
             "residual_deviation": self.residual_deviation,
+            "smoothing": self.smoothing,
+            "certain": self.certain,
+            "measured": self.measured,
         }
         if self.region is not None:
             region = self.region
@@ -211,8 +222,10 @@ class Head:
             arrays = {name: _array(info) for name, info in deserialize(data)}  # type: ignore[no-untyped-call]
             (length,) = struct.unpack("<Q", data[:8])
             facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["head"])
-            if facts["format"] != FORMAT:
-                raise CorruptHead(f"The head has format {facts['format']}, this version reads {FORMAT}.")
+            if facts["format"] not in _READ:
+                raise CorruptHead(
+                    f"The head has format {facts['format']}, this version reads up to {FORMAT}."
+                )
             return cls._assembled(arrays, facts)
         except (SafetensorError, struct.error, KeyError, ValueError, TypeError) as error:
             raise CorruptHead(f"The bytes are not a head: {error}") from error
@@ -247,6 +260,10 @@ class Head:
             value_mean=float(facts["value_mean"]),
             value_scale=float(facts["value_scale"]),
             residual_deviation=float(facts["residual_deviation"]),
+            # Heads of the first format have neither.
+            smoothing=float(facts.get("smoothing", 0.0)),
+            certain=(float(facts.get("certain", (0.0, 0.0))[0]), float(facts.get("certain", (0.0, 0.0))[1])),
+            measured=bool(facts.get("measured", True)),
         )
         outputs = 1 if head.task == "regression" else len(head.labels)
         if head.weight.shape != (outputs, len(head.scaling.mean)) or head.bias.shape != (outputs,):
@@ -281,11 +298,12 @@ def sigmoid(logits: Floats) -> Floats:
     return result
 
 
-def decision_confidence(probabilities: Floats, decisions: Floats) -> Floats:
-    """The probability that the least certain label's decision is right, (n,) of (n, labels)."""
-    assigned = probabilities >= decisions
-    result: Floats = np.where(assigned, probabilities, 1.0 - probabilities).min(axis=1, initial=1.0)
-    return result
+def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
+    """Probabilities of which a share is spread evenly over all outcomes; they may be overwritten."""
+    if share:
+        probabilities *= np.float32(1.0 - share)
+        probabilities += np.float32(share / outcomes)
+    return probabilities
 
 
 def doubt_of(threshold: float, logits: Floats, task: Task) -> Doubt:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.classification import fit_classification
+from adapters.copies import together
 from adapters.cost import Plan, plan, predicted_seconds
 from adapters.example import Target, Task, folds, labels_of
 from adapters.head import Head
@@ -56,7 +57,10 @@ class Dataset:
     """Examples ready to be fitted: one row per example, in any order.
 
     embeddings: float32 (n, dim), finite. targets: n, normalised. digests: n, of the inputs. fingerprint: of
-    the backbone that made the embeddings.
+    the backbone that made the embeddings. groups: n, the tenant's name for what belongs together (a customer,
+    a video), "" for none; examples of one group never judge each other. sampled: n, False for what was
+    chosen for being wrong or hard: it is learned from and not measured on. Both may be empty: no groups, all
+    sampled.
     """
 
     embeddings: Floats
@@ -64,17 +68,21 @@ class Dataset:
     digests: Sequence[str]
     task: Task
     fingerprint: str
+    groups: Sequence[str] = ()
+    sampled: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeConfig:
     """How to fit.
 
-    answer_accuracy: wanted of what is not abstained on. memory_bytes: bound above the inputs.
-    limit_seconds: fits that are predicted to take longer are refused.
+    answer_accuracy: wanted of what is not abstained on. balanced: labels count as equally frequent, whatever
+    the examples say. memory_bytes: bound above the inputs. limit_seconds: fits that are predicted to take
+    longer are refused.
     """
 
     answer_accuracy: float = 0.95
+    balanced: bool = False
     memory_bytes: int = 512 << 20
     limit_seconds: float = 30.0
 
@@ -107,21 +115,32 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
     embeddings = np.ascontiguousarray(data.embeddings[order], dtype=np.float32)
     targets = [data.targets[row] for row in order]
     digests = [data.digests[row] for row in order]
-    groups = np.unique(np.array(digests), return_inverse=True)[1]
+    tenant_groups = [data.groups[row] for row in order] if data.groups else ()
+    sampled = np.array([data.sampled[row] for row in order] if data.sampled else np.ones(n), dtype=np.bool_)
+    belonging = together(embeddings, digests, tenant_groups)
+    groups = np.unique(np.array(belonging.keys), return_inverse=True)[1]
     course = plan(n, dim, len(names), int(groups.max()) + 1)
-    dealt = folds(digests, targets, course.folds)
+    dealt = folds(belonging.keys, targets, course.folds)
     used = np.unique(dealt[dealt >= 0])
     # One fold alone measures nothing.
     dealt = (
         np.where(dealt < 0, -1, np.searchsorted(used, dealt)) if len(used) > 1 else np.full_like(dealt, -1)
     )
+    prepared = Prepared(
+        embeddings=embeddings,
+        folds=dealt,
+        groups=groups,
+        sampled=sampled,
+        plan=course,
+        fingerprint=data.fingerprint,
+        answer_accuracy=config.answer_accuracy,
+        balanced=config.balanced,
+        memory_bytes=config.memory_bytes - embeddings.nbytes,
+    )
+    more = {"near_copies": belonging.near_copies}
     if data.task == "regression":
-        head, report, scores = fit_ridge(
-            embeddings, np.array(targets, dtype=np.float64), groups, dealt, data.fingerprint
-        )
-        return _in_order(order, head, {**report, "method": "leave-one-out"}, scores)
-    memory_bytes = config.memory_bytes - embeddings.nbytes
-    prepared = Prepared(embeddings, dealt, course, data.fingerprint, config.answer_accuracy, memory_bytes)
+        head, report, scores = fit_ridge(prepared, np.array(targets, dtype=np.float64))
+        return _in_order(order, head, {**report, **more, "method": "leave-one-out"}, scores)
     place = {name: index for index, name in enumerate(names)}
     if data.task == "classification":
         labels = np.array([place[str(target)] for target in targets], dtype=np.int64)
@@ -131,7 +150,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
         for row, target in enumerate(targets):
             assigned[row, [place[label] for label in labels_of(target)]] = True
         head, report, scores = fit_multilabel(prepared, assigned, names)
-    return _in_order(order, head, {**report, "method": _method(len(used), course)}, scores)
+    return _in_order(order, head, {**report, **more, "method": _method(len(used), course)}, scores)
 
 
 def _method(folds: int, course: Plan) -> str:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from adapters import calibration
 from adapters.features import basis_of, scaling_of
-from adapters.head import Head, decision_confidence, directions_for, doubt_of, sigmoid, storable
+from adapters.head import Head, directions_for, doubt_of, sigmoid, storable
 from adapters.logistic import Sigmoid
 from adapters.region import fit_region
 from adapters.selection import CrossValidation, Prepared
@@ -56,7 +56,9 @@ def fit_multilabel(
         assigned[there] = probabilities[there] >= _decisions(probabilities[~there], own[~there])
     decisions = _decisions(probabilities, own)
     right = (assigned == own).all(axis=1)
-    confidence = decision_confidence(probabilities, decisions)
+    confidence = np.where(probabilities >= decisions, probabilities, 1.0 - probabilities).min(
+        axis=1, initial=1.0
+    )
     threshold = calibration.answer_threshold(confidence, right, data.answer_accuracy)
     weight, bias = basis.weights(chosen.weights)
     head = Head(

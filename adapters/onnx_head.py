@@ -79,10 +79,19 @@ def _head_nodes(head: Head) -> Iterator[bytes]:
         yield _node("Reshape", [logits, f"{_PREFIX}shape"], VALUES)
         yield _output(VALUES, None)
         return
-    if head.task == "multilabel":
-        yield _node("Sigmoid", [logits], PROBABILITIES)
+    multilabel = head.task == "multilabel"
+    sharp = f"{_PREFIX}sharp" if head.smoothing else PROBABILITIES
+    if multilabel:
+        yield _node("Sigmoid", [logits], sharp)
     else:
-        yield _node("Softmax", [logits], PROBABILITIES, axis=-1)
+        yield _node("Softmax", [logits], sharp, axis=-1)
+    if head.smoothing:
+        outcomes = 2 if multilabel else len(head.labels)
+        kept, spread = f"{_PREFIX}kept", f"{_PREFIX}spread"
+        yield _tensor(kept, np.array(1.0 - head.smoothing, dtype=np.float32))
+        yield _tensor(spread, np.array(head.smoothing / outcomes, dtype=np.float32))
+        yield _node("Mul", [sharp, kept], f"{_PREFIX}scaled")
+        yield _node("Add", [f"{_PREFIX}scaled", spread], PROBABILITIES)
     yield _output(PROBABILITIES, len(head.labels))
 
 

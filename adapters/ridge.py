@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from adapters.features import basis_of, scaling_of
 from adapters.head import Head, directions_for
 from adapters.region import fit_region
+from adapters.selection import Prepared
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -22,17 +23,15 @@ _RESAMPLES = 500
 _FEWEST = 3
 
 
-def fit_ridge(
-    embeddings: Floats, values: Doubles, groups: NDArray[np.int64], folds: NDArray[np.int64], fingerprint: str
-) -> tuple[Head, dict[str, Any], Floats]:
+def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for rows in canonical order; see linear_probe.fit.
 
-    embeddings are overwritten. groups: (n,) the same number for equal inputs, which are left out together.
-    folds: for the distances only. The strength is the one with the lowest leave-one-out error, which has a
-    closed form (Golub, Heath, Wahba 1979).
+    Groups are left out together. Folds are for the distances only. The strength is the one with the lowest
+    leave-one-out error, which has a closed form (Golub, Heath, Wahba 1979).
     """
+    embeddings, groups = data.embeddings, data.groups
     together = np.zeros(len(embeddings), dtype=np.int64)
-    region = fit_region(embeddings, together, folds, directions_for(1, embeddings.shape[1]))
+    region = fit_region(embeddings, together, data.folds, directions_for(1, embeddings.shape[1]))
     scaling = scaling_of(embeddings)
     features = scaling.apply(embeddings, into=embeddings)
     basis = basis_of(features, full=True)
@@ -49,7 +48,7 @@ def fit_ridge(
     measured = len(np.unique(groups)) >= _FEWEST
     head = Head(
         task="regression",
-        fingerprint=fingerprint,
+        fingerprint=data.fingerprint,
         labels=(),
         scaling=scaling,
         weight=weight,

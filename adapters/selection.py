@@ -35,14 +35,19 @@ class Prepared:
     """What fitting labels starts from.
 
     embeddings: float32 (n, dim) in canonical order; they are overwritten. folds: (n,) in 0..k-1, or -1 for
-    what is never held out. memory_bytes: for everything but the embeddings.
+    what is never held out. groups: (n,), the same number for examples that never judge each other. sampled:
+    bool (n,), what is measured on; the others are only learned from. balanced: see ProbeConfig.
+    memory_bytes: for everything but the embeddings.
     """
 
     embeddings: Floats
     folds: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    sampled: NDArray[np.bool_]
     plan: Plan
     fingerprint: str
     answer_accuracy: float
+    balanced: bool
     memory_bytes: int
 
 

