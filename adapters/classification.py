@@ -11,13 +11,16 @@ from adapters import calibration
 from adapters.cost import Plan
 from adapters.discriminant import Discriminant
 from adapters.features import basis_of, scaling_of
-from adapters.head import Head, directions_for, doubt_of, softmax, storable
+from adapters.head import Head, directions_for, doubt_of, smoothed, softmax, storable
 from adapters.logistic import Softmax
 from adapters.region import fit_region
-from adapters.selection import CrossValidation, Prepared
+from adapters.selection import CrossValidation, Prepared, strength_penalty
 
 Floats = NDArray[np.float32]
 
+# Of each label, as if they had been seen too: two examples of one label beside one of another are no evidence
+# that it is twice as frequent.
+_PRIOR_EXAMPLES = 20.0
 _MOST_SUSPECTS = 50
 _MOST_CONFUSIONS = 500
 
@@ -37,25 +40,46 @@ def fit_classification(
     measured_folds = range(_held_out(data.plan, data.folds))
     others = np.zeros((count, len(labels)), dtype=np.float32)
     others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
-    training = _training(labels, data.folds, sizes)
+    # How frequent labels were in training is taken out of the logits, and what is known of it put in.
+    trained = np.log(sizes / sizes.sum()).astype(np.float32)
+    priors = _priors(labels[data.sampled], count, data.balanced)
+    measured = data.sampled & (data.folds >= 0)
+    tellable = len(np.unique(labels[measured])) > 1
+    per_label = len(labels) / count
+
+    def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:
+        some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
+        return calibration.blend(
+            logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], per_label
+        )
 
     def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:
-        slope, _, value = calibration.blend(logits, others[:, rows], labels[rows], strength)
-        return value, slope / calibration.usual_slope(strength)
+        found = blend(logits, rows)
+        return found.loss + strength_penalty(strength, len(rows)), found.stretch
 
     chosen = CrossValidation(
-        basis.design, Softmax(labels), count, data.folds, training, data.memory_bytes
+        basis.design,
+        Softmax(labels),
+        count,
+        data.folds,
+        _training(labels, data.folds, sizes),
+        data.memory_bytes,
     ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
-    own = labels[chosen.rows]
-    slope, other_slope, _ = calibration.blend(chosen.logits, others[:, chosen.rows], own, chosen.strength)
-    logits = np.ascontiguousarray(slope * chosen.logits.T + other_slope * others[:, chosen.rows].T)
-    probabilities = softmax(logits)
+    found = blend(chosen.logits, chosen.rows)
+    kept = data.sampled[chosen.rows]
+    held, own = chosen.rows[kept], labels[chosen.rows[kept]]
+    logits = found.slope * (chosen.logits[:, kept] - trained[:, None]) + found.other * others[:, held]
+    logits = np.ascontiguousarray((logits + priors[:, None]).T)
+    smoothing = calibration.smoothing(len(held))
+    probabilities = smoothed(softmax(logits), smoothing, count)
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
     threshold = calibration.answer_threshold(confidence, right, data.answer_accuracy)
-    solved = slope * chosen.weights
-    if other_slope:
-        solved += other_slope * discriminant.weights()
+    solved = found.slope * chosen.weights
+    solved[:, -1] -= found.slope * trained
+    if found.other:
+        solved += found.other * discriminant.weights()
+    solved[:, -1] += priors
     weight, bias = basis.weights(solved)
     head = Head(
         task="classification",
@@ -66,13 +90,15 @@ def fit_classification(
         bias=bias,
         doubt=doubt_of(threshold, logits, "classification"),
         region=region,
+        smoothing=smoothing,
+        measured=tellable,
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
-    scores[chosen.rows] = right
-    report = report_of(probabilities, chosen.rows, own, sizes, names) | {
+    scores[held] = right
+    report = report_of(probabilities, held, own, sizes, names) | {
         "strength": chosen.strength,
-        "temperature": 1.0 / slope if slope else None,
-        "discriminant": other_slope,
+        "temperature": 1.0 / found.slope,
+        "discriminant": found.other,
         "threshold": threshold,
     }
     return head, report, scores
@@ -100,6 +126,15 @@ def report_of(
         "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
         "suspects": _suspects(probabilities, rows, own, names),
     }
+
+
+def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
+    """Log frequencies (count,) of labels (m,), as if there were a few more examples of each."""
+    sizes = np.bincount(labels, minlength=count) + _PRIOR_EXAMPLES
+    if balanced:
+        sizes[:] = 1.0
+    result: Floats = np.log(sizes / sizes.sum()).astype(np.float32)
+    return result
 
 
 def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:

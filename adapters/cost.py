@@ -52,14 +52,22 @@ class Plan:
     seconds: float
 
 
-def fold_count(examples: int) -> int:
-    """Folds for so many distinct inputs: many where every example that is held out is missed."""
-    return max(2, min(_FOLDS_OF_FEW if examples < FEW_EXAMPLES else _FOLDS, examples))
+def fold_count(examples: int, per_label: int | None = None) -> int:
+    """Folds for so many distinct inputs: many where every example that is held out is missed.
+
+    Not more than a label usually has examples, so that every label misses as much in each fold: what has one
+    example left would lose to what still has two.
+    """
+    most = _FOLDS_OF_FEW if examples < FEW_EXAMPLES else _FOLDS
+    return max(2, min(most, examples, most if per_label is None else per_label))
 
 
-def plan(n: int, dim: int, labels: int, distinct: int | None = None) -> Plan:
-    """How to fit n examples (distinct of them different) with so many columns and labels."""
-    folds = fold_count(n if distinct is None else distinct)
+def plan(n: int, dim: int, labels: int, distinct: int | None = None, per_label: int | None = None) -> Plan:
+    """How to fit n examples (distinct of them different) with so many columns and labels.
+
+    per_label: distinct examples that a label usually has.
+    """
+    folds = fold_count(n if distinct is None else distinct, per_label)
     columns = min(n, dim)
     searched = folds if folds * labels * n * columns < _CHEAP_STEP else 2
     step = _step_seconds(n, columns, labels)

@@ -102,7 +102,7 @@ class Discriminant:
         # The means are among what is taken away, which leaves their rows of the inverse only.
         weight: Floats = np.linalg.inv(inner)[:, largest:] @ scaled
         weight /= roots
-        return weight, self._biases(weight, sums / (roots * roots))
+        return weight, _biases(weight, sums / (roots * roots))
 
     def _solved(self, moments: Floats, sums: Floats, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Weights (k, labels, p) and biases (k, labels) of k problems; moments (k, p, p) are overwritten."""
@@ -115,13 +115,13 @@ class Discriminant:
         moments[:, diagonal, diagonal] += (self._shrinkage * levels).astype(np.float32)[:, None]
         solved = np.linalg.solve(moments, means.transpose(0, 2, 1))
         weight: Floats = np.ascontiguousarray(solved.transpose(0, 2, 1))
-        return weight, self._biases(weight, means)
+        return weight, _biases(weight, means)
 
-    def _biases(self, weight: Floats, means: Floats) -> Floats:
-        # How frequent a label is does not depend on what is held out.
-        priors = np.log(self._sizes / self._sizes.sum()).astype(np.float32)
-        biases: Floats = priors - np.float32(0.5) * np.einsum("kcp,kcp->kc", weight, means)
-        return biases
+
+def _biases(weight: Floats, means: Floats) -> Floats:
+    """Of labels that are equally frequent."""
+    biases: Floats = np.float32(-0.5) * np.einsum("kcp,kcp->kc", weight, means)
+    return biases
 
 
 def _label_sums(rows: Floats, labels: NDArray[np.int64], count: int) -> Floats:

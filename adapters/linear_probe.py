@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,8 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
     sampled = np.array([data.sampled[row] for row in order] if data.sampled else np.ones(n), dtype=np.bool_)
     belonging = together(embeddings, digests, tenant_groups)
     groups = np.unique(np.array(belonging.keys), return_inverse=True)[1]
-    course = plan(n, dim, len(names), int(groups.max()) + 1)
+    per_label = _per_label(belonging.keys, targets) if data.task == "classification" else None
+    course = plan(n, dim, len(names), int(groups.max()) + 1, per_label)
     dealt = folds(belonging.keys, targets, course.folds)
     used = np.unique(dealt[dealt >= 0])
     # One fold alone measures nothing.
@@ -174,6 +176,14 @@ def _names(data: Dataset) -> tuple[str, ...]:
     if data.task == "multilabel":
         return tuple(sorted({label for target in data.targets for label in labels_of(target)}))
     return ()
+
+
+def _per_label(keys: Sequence[str], targets: Sequence[Target]) -> int | None:
+    """How many groups an example's label usually has, of labels that have two or more; None without any."""
+    sizes = Counter(target for _, target in set(zip(keys, targets, strict=True)))
+    many = sorted(size for size in sizes.values() if size > 1)
+    half = sum(many) / 2.0
+    return next((size for size, there in zip(many, accumulate(many), strict=True) if there >= half), None)
 
 
 def _canonical_order(data: Dataset) -> list[int]:
