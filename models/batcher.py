@@ -355,7 +355,7 @@ class Batcher:
     def _prepare(
         self, taken: list[_Taken], turn: Turn
     ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]], list[_Taken]]:
-        """What can be run, the seconds or the error of each input, and the texts of which nothing is known."""
+        """What can be run; seconds and error of each input; texts of which the backbone knows no token."""
         good: list[tuple[_Taken, Prepared]] = []
         unknown: list[_Taken] = []
         spent: list[tuple[_Taken, float, InputError | None]] = []
