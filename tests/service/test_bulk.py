@@ -220,7 +220,7 @@ def test_what_is_no_upload_is_refused_at_once(
 
 
 def test_an_upload_may_be_larger_than_a_body_but_not_than_its_own_limit(teacher: Caller) -> None:
-    text = "x" * 30_000
+    text = "word " * 6_000
     fits = [{"text": f"{text}{row}", "label": f"{row % 2}"} for row in range(MAX_BODY // 30_000 + 1)]
     assert upload(teacher, "adapter=a", lines(fits), NDJSON)["state"] == "succeeded"
     assert teacher.code("POST", "/predict", 413, content=lines(fits), headers=NDJSON) == "body_too_large"
