@@ -203,10 +203,12 @@ class Backbone:
         An input that cannot be prepared is not among them.
         """
         found: set[int] = set()
-        for index, item in enumerate(inputs):
-            with suppress(InputError):
-                if isinstance(item, str) and self.knows_nothing(item, self.preprocess(item)):
-                    found.add(index)
+        preprocessor = self._preprocessor
+        if isinstance(preprocessor, TextPreprocessor):
+            for index, item in enumerate(inputs):
+                with suppress(InputError):
+                    if isinstance(item, str) and preprocessor.is_unknown(item):
+                        found.add(index)
         return frozenset(found)
 
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:

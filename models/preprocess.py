@@ -86,6 +86,9 @@ _BLANK_PIECE = "\u2581"
 # Unigram models name their unknown piece by its number, which the library does not tell.
 _UNIGRAM_UNKNOWN = re.compile(rb'"unk_id"\s*:\s*(\d+)')
 
+# Of a text's beginning, which tells of most texts that something of them is known.
+_FIRST_CHARACTERS = 64
+
 # Source pixels on either side that the widest of them, Lanczos, looks at.
 _SUPPORT = 3
 
@@ -372,6 +375,15 @@ class TextPreprocessor:
         if not self._idle or not self._idle_in_front.issuperset(tokens):
             return False
         return not self.transform.prompt or self._idle.issuperset(self._encode(text))
+
+    def is_unknown(self, text: str) -> bool:
+        """As knows_nothing, of a text that is not prepared. Raises InputError."""
+        if len(text) > _FIRST_CHARACTERS:
+            # Without its last word, which may be cut off.
+            words = text[:_FIRST_CHARACTERS].rsplit(maxsplit=1)
+            if len(words) == 2 and not self.knows_nothing(words[0], self(words[0])):
+                return False
+        return self.knows_nothing(text, self(text))
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text, looking at no more of a long one than is kept.

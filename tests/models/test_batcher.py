@@ -477,6 +477,8 @@ async def test_texts_without_a_known_token_are_told_from_others(texts: Backbone,
     inputs = ["unheard", "ba", " ", "👋", "ba unheard"]
     assert texts.embed(inputs).unknown == {0, 3}
     assert texts.unknown(inputs) == {0, 3}
+    long = ["x " * 40 + "ba", "ba " * 40, "x" * 100 + " ba", "y " * 500, " " * 100 + "x", "x" * 100]
+    assert texts.unknown(long) == {3, 4, 5} == texts.embed(long).unknown
     async with running(texts, workers=2) as batcher:
         found = await batcher.embed(inputs)
         assert found.unknown == {0, 3}
