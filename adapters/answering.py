@@ -22,7 +22,7 @@ Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_co
 
 # Of a probability that is answered: more digits would say more than is known, and nothing is certain.
 _DIGITS = 6
-_LEAST = 10.0**-_DIGITS
+_LEAST, _MOST = 0.000001, 0.999999
 # Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
 _WEIGHTS_ON_LOOP = 1 << 16
 # With more, arrays are faster.
@@ -136,8 +136,7 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
     order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:top_k]
     reason = _reason(head, far=far, doubtful=chances[order[0]] < head.threshold)
     shown = tuple(
-        (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), 1.0 - _LEAST))
-        for place in order
+        (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), _MOST)) for place in order
     )
     return Prediction(
         confidence=shown[0][1],
@@ -213,4 +212,4 @@ def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -
 
 def _shown(chances: Floats) -> NDArray[np.float64]:
     """Probabilities as they are answered."""
-    return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, 1.0 - _LEAST)
+    return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)
