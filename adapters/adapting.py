@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.admission import Admitted, Posted, Rejected, admit, common_kind
-from adapters.example import Task
+from adapters.example import Task, Weights
 from adapters.gathering import Subject
 from adapters.keeping import Ahead, State
 from adapters.placing import plan_change
@@ -24,6 +25,7 @@ from adapters.replies import Reply
 from adapters.revising import Edit, NothingToFit, Revised, Revising
 from adapters.segments import encode_inputs
 from models.batcher import Batcher
+from models.preprocess import InputError
 from models.spec import BackboneSpec, UnknownBackbone
 
 Floats = NDArray[np.float32]
@@ -58,6 +60,15 @@ class ContractChanged(ValueError):
         self.code = code
 
 
+class WeightsNotForTask(ValueError):
+    """Labels are to count the same where an example has none, or several."""
+
+    code = "weights_not_for_task"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
+
+
 class FingerprintMismatch(RuntimeError):
     """What the adapter was taught with is not the backbone that is served under its name now."""
 
@@ -75,7 +86,7 @@ class AdaptCommand:
     """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
 
     fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
-    Submitting. uploaded: see Edit. began: see Creation.
+    Submitting. uploaded: see Edit. answer_accuracy, weights: see ProbeConfig. began: see Creation.
     """
 
     adapter: str
@@ -90,6 +101,8 @@ class AdaptCommand:
     fine_tune: Mapping[str, Any] | None = None
     callback: str | None = None
     uploaded: AbstractSet[str] | None = None
+    answer_accuracy: float | None = None
+    weights: Weights | None = None
     began: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -126,8 +139,9 @@ class Adapting:
 
         reply: recorded with what was learned; to it, only the time that was spent by then is known.
 
-        Raises ExamplesRejected, MixedInputs, ContractChanged, FingerprintMismatch, UnknownBackbone, and what
-        Batcher.embed and Revising.revise raise. When cancelled, either nothing is recorded or all of it.
+        Raises ExamplesRejected, MixedInputs, ContractChanged, WeightsNotForTask, FingerprintMismatch,
+        UnknownBackbone, and what Batcher.embed and Revising.revise raise. When cancelled, either nothing is
+        recorded or all of it.
         """
         outcome = "cancelled"
         try:
@@ -147,28 +161,37 @@ class Adapting:
     ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
         """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage.
 
-        What another adapter of the tenant has embedded is not embedded again.
+        What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
+        knows no token has failed too, although it has an embedding.
         """
         # In an order of their own: a batch's neighbours move the last digits of an embedding.
         ordered = sorted(admitted, key=lambda one: one.digest)
         new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
-        elsewhere = await self.revising.keeping.known(tenant, terms.fingerprint, new)
-        for digest in elsewhere:
-            del new[digest]
-        if not new:
-            return elsewhere, [], {}
+        vectors = await self.revising.keeping.known(tenant, terms.fingerprint, new)
+        found = {digest: new.pop(digest) for digest in vectors}
         batcher = self.batchers[terms.backbone]
-        embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
-        errors = {digest: embedded.errors.get(index) for index, digest in enumerate(new)}
-        vectors = elsewhere | {
-            digest: embedded.embeddings[index] for index, digest in enumerate(new) if errors[digest] is None
-        }
-        rejected = []
-        for one in admitted:
-            error = errors.get(one.digest)
-            if error is not None and one.index is not None:
-                rejected.append(Rejected(one.index, one.id, error.code, error.detail, terms.kind))
-        return vectors, rejected, dict(embedded.timings)
+        unknown = no_known_tokens(terms.backbone)
+        errors: dict[str, InputError] = {}
+        if found and terms.kind == "text":
+            places = await asyncio.to_thread(batcher.backbone.unknown, list(found.values()))
+            errors = {digest: unknown for place, digest in enumerate(found) if place in places}
+        timings: dict[str, float] = {}
+        if new:
+            embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
+            timings = dict(embedded.timings)
+            for place, digest in enumerate(new):
+                if place in embedded.errors:
+                    errors[digest] = embedded.errors[place]
+                    continue
+                vectors[digest] = embedded.embeddings[place]
+                if place in embedded.unknown:
+                    errors[digest] = unknown
+        rejected = [
+            Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
+            for one in admitted
+            if one.index is not None and one.digest in errors
+        ]
+        return vectors, rejected, timings
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
@@ -237,14 +260,12 @@ class Adapting:
     def terms(self, command: AdaptCommand, state: State | None) -> Creation:
         """What holds for the adapter: what was fixed at its creation, or what the command creates.
 
-        Raises ContractChanged, FingerprintMismatch, UnknownBackbone, MixedInputs, UnknownAdapter.
+        Raises ContractChanged, WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs,
+        UnknownAdapter.
         """
         if state is None:
             return self._new_terms(command)
-        adapter = state.adapter
-        terms = Creation(
-            adapter.backbone, adapter.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs
-        )
+        terms = wanted(terms_of(state.adapter), command.answer_accuracy, command.weights)
         if command.backbone not in (None, terms.backbone):
             self.spec(command.backbone or "")
             raise ContractChanged(
@@ -263,7 +284,7 @@ class Adapting:
             raise UnknownAdapter(command.adapter)
         name = command.backbone or self._default(common_kind(one.input for one in command.posted))
         spec = self.spec(name)
-        return Creation(
+        terms = Creation(
             backbone=name,
             fingerprint=spec.fingerprint,
             kind=spec.kind,
@@ -271,6 +292,7 @@ class Adapting:
             keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
             began=command.began,
         )
+        return wanted(terms, command.answer_accuracy, command.weights)
 
     def _default(self, kind: Kind | None) -> str:
         for name, batcher in self.batchers.items():
@@ -280,8 +302,36 @@ class Adapting:
 
 
 def terms_of(adapter: AdapterRecord) -> Creation:
-    """What was fixed when the adapter was created, or rebased."""
-    return Creation(adapter.backbone, adapter.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs)
+    """What holds for the adapter."""
+    return Creation(
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        kind=adapter.kind,
+        task=adapter.task,
+        keep_inputs=adapter.keep_inputs,
+        answer_accuracy=adapter.answer_accuracy,
+        weights=adapter.weights,
+    )
+
+
+def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
+    """The terms with what is asked for in their place; None leaves them. Raises WeightsNotForTask."""
+    if weights == "balanced" and terms.task != "classification":
+        raise WeightsNotForTask(terms.task)
+    return replace(
+        terms,
+        answer_accuracy=terms.answer_accuracy if answer_accuracy is None else answer_accuracy,
+        weights=weights or terms.weights,
+    )
+
+
+def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
+    """The error for a text of which the backbone's tokenizer knows no token."""
+    return InputError(
+        "no_known_tokens",
+        f"The backbone {backbone!r} knows no word of {text}, so its embedding says nothing. "
+        "Leave the text out, or use a backbone for its language.",
+    )
 
 
 def pointer(index: int, part: str) -> str:

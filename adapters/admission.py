@@ -12,7 +12,7 @@ from adapters.promotion import labels_of
 from adapters.records import Kind
 from models.preprocess import InputError
 
-MAX_ID_CHARACTERS = 256
+MAX_NAME_CHARACTERS = 256  # of an id or a group
 _TARGET_FIELDS = {"classification": "label", "multilabel": "labels", "regression": "target"}
 
 
@@ -21,19 +21,21 @@ class Posted:
     """One example as it was posted; its place in the request is its index.
 
     input: encoded image bytes, a text, or why there is none. target: of any type, not checked yet, or an
-    ExampleError that says why there is none.
+    ExampleError that says why there is none. group, sampled: see Dataset.
     """
 
     input: bytes | str | InputError
     target: object = None
     id: str | None = None
+    group: str | None = None
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A posted example that is not used.
 
-    field: the part of it to blame: id, image, text, label, labels, target, or "" for all.
+    field: the part of it to blame: id, image, text, label, labels, target, group, or "" for all.
     """
 
     index: int
@@ -55,6 +57,8 @@ class Admitted:
     target: Target
     input: bytes | str | None
     index: int | None = None
+    group: str | None = None
+    sampled: bool = True
 
 
 class MixedInputs(ValueError):
@@ -90,9 +94,10 @@ def admit(
 ) -> tuple[list[Admitted], list[Rejected]]:
     """The examples to keep, distinct by id, and the rejected ones, both in the posted order.
 
-    An example without an id is named by the digest of its input. One id with two targets, or with two inputs,
-    is rejected wherever it stands, for either could be meant. A label that equals another one only after
-    Unicode compatibility normalisation is rejected: the adapter's spelling holds, else the first one posted.
+    An example without an id is named by the digest of its input. One id with two targets, two inputs or two
+    groups is rejected wherever it stands, for either could be meant. A label that equals another one only
+    after Unicode compatibility normalisation is rejected: the adapter's spelling holds, else the first one
+    posted.
     """
     admitted: list[Admitted] = []
     rejected: list[Rejected] = []
@@ -120,20 +125,40 @@ def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Re
         field = "id"
         if example.id is not None:
             check_id(example.id)
+        field = "group"
+        if example.group is not None:
+            check_group(example.group)
         field = _TARGET_FIELDS[task]
         target = normalise_target(task, example.target)
     except (InputError, ExampleError) as error:
         return Rejected(index, example.id, error.code, error.detail, field)
     digest = input_digest(example.input)
-    return Admitted(digest if example.id is None else example.id, digest, target, example.input, index)
+    return Admitted(
+        id=digest if example.id is None else example.id,
+        digest=digest,
+        target=target,
+        input=example.input,
+        index=index,
+        group=example.group,
+        sampled=example.sampled,
+    )
 
 
 def check_id(example_id: str) -> None:
     """Raises ExampleError (id_invalid) unless the id is 1 to 256 characters without control characters."""
-    if not 1 <= len(example_id) <= MAX_ID_CHARACTERS:
-        raise ExampleError("id_invalid", f"An id has 1 to {MAX_ID_CHARACTERS} characters.")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in example_id):
-        raise ExampleError("id_invalid", "An id must not contain control characters.")
+    _check_name(example_id, "id_invalid", "An id")
+
+
+def check_group(group: str) -> None:
+    """Raises ExampleError (group_invalid) unless the group's name is one that an id may have."""
+    _check_name(group, "group_invalid", "A group")
+
+
+def _check_name(name: str, code: str, what: str) -> None:
+    if not 1 <= len(name) <= MAX_NAME_CHARACTERS:
+        raise ExampleError(code, f"{what} has 1 to {MAX_NAME_CHARACTERS} characters.")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise ExampleError(code, f"{what} must not contain control characters.")
 
 
 def _drop_conflicts(admitted: Sequence[Admitted], field: str) -> tuple[list[Admitted], list[Rejected]]:
@@ -150,6 +175,9 @@ def _drop_conflicts(admitted: Sequence[Admitted], field: str) -> tuple[list[Admi
         elif len({example.digest for example in same}) > 1:
             text = "The request gives this id more than one input; give each example its own id."
             rejected += [_reject(example, "conflicting_inputs", text, "id") for example in same]
+        elif len({(example.group, example.sampled) for example in same}) > 1:
+            text = "The request gives this id more than one `group` or `sampled`; send the right one only."
+            rejected += [_reject(example, "conflicting_groups", text, "group") for example in same]
         else:
             kept.append(same[0])
     return kept, rejected

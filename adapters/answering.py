@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,12 @@ from adapters.head import Head, Predictions
 
 Floats = NDArray[np.float32]
 
+Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
+"""Why an answer had better not be relied on; of several reasons, the first of these."""
+
+# Of a probability that is answered: more digits would say more than is known, and nothing is certain.
+_DIGITS = 6
+_LEAST, _MOST = 0.000001, 0.999999
 # Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
 _WEIGHTS_ON_LOOP = 1 << 16
 # With more, arrays are faster.
@@ -26,18 +33,26 @@ _LABELS_OF_A_SINGLE = 64
 class Prediction:
     """What is answered for one input; see head.Predictions.
 
-    label: of a classification. labels: those assigned of a multilabel adapter. value: of a regression.
-    probabilities: the top_k labels with the highest first.
+    confidence and probabilities: rounded to six digits, above 0 and below 1. label: of a classification.
+    labels: those assigned of a multilabel adapter. uncertain: of those and of the labels in probabilities,
+    the ones whose decision had better not be relied on. value: of a regression. probabilities: the top_k
+    labels with the highest first.
     """
 
     confidence: float
-    abstained: bool
     abstention_score: float
+    abstention_reason: Reason | None = None
     label: str | None = None
     labels: tuple[str, ...] | None = None
+    uncertain: tuple[str, ...] | None = None
     value: float | None = None
     probabilities: tuple[tuple[str, float], ...] = ()
     nearest: tuple[Neighbour, ...] | None = None
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the answer had better not be relied on."""
+        return self.abstention_reason is not None
 
 
 # Embeddings that wait, and who waits for their predictions.
@@ -119,14 +134,26 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
         far = squared > region.limit
         score += _evidence((math.log(max(squared, 1e-30)) - region.log_mean) / region.log_deviation)
     order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:top_k]
-    confidence = chances[order[0]]
-    return Prediction(
-        confidence=confidence,
-        abstained=far or confidence < head.threshold or not head.measured,
-        abstention_score=score,
-        label=head.labels[order[0]],
-        probabilities=tuple((head.labels[place], chances[place]) for place in order),
+    reason = _reason(head, far=far, doubtful=chances[order[0]] < head.threshold)
+    shown = tuple(
+        (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), _MOST)) for place in order
     )
+    return Prediction(
+        confidence=shown[0][1],
+        abstention_score=score,
+        abstention_reason=reason,
+        label=shown[0][0],
+        probabilities=shown,
+    )
+
+
+def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
+    """Why to abstain from an answer for an embedding."""
+    if not head.measured:
+        return "not_measured"
+    if far:
+        return "far_from_examples"
+    return "low_confidence" if doubtful else None
 
 
 def _evidence(surprise: float) -> float:
@@ -138,15 +165,16 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
     """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
     count = min(top_k, len(head.labels))
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
-    chances = found.probabilities[np.arange(len(order))[:, None], order].tolist()
+    chances = _shown(found.probabilities[np.arange(len(order))[:, None], order]).tolist()
     values = None if found.values is None else found.values.tolist()
     single = head.task == "classification"
     answers = []
-    for row, (places, confidence, abstained, score) in enumerate(
+    for row, (places, confidence, abstained, distance, score) in enumerate(
         zip(
             order.tolist(),
-            found.confidence.tolist(),
+            _shown(found.confidence).tolist(),
             found.abstained.tolist(),
+            found.distance.tolist(),
             found.abstention_score.tolist(),
             strict=True,
         )
@@ -155,10 +183,11 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
         answers.append(
             Prediction(
                 confidence=confidence,
-                abstained=abstained,
                 abstention_score=score,
+                abstention_reason=_reason(head, far=distance > 1.0, doubtful=True) if abstained else None,
                 label=ranked[0] if single else None,
                 labels=_assigned(head, found, row),
+                uncertain=_uncertain(head, found, row, places),
                 value=None if values is None else values[row],
                 probabilities=tuple(zip(ranked, chances[row], strict=True)),
             )
@@ -170,3 +199,17 @@ def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | Non
     if found.assigned is None:
         return None
     return tuple(head.labels[int(place)] for place in np.flatnonzero(found.assigned[row]))
+
+
+def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -> tuple[str, ...] | None:
+    """Those of the labels in the answer whose decision is uncertain. shown: places of its probabilities."""
+    if found.assigned is None or found.uncertain is None:
+        return None
+    answered = found.assigned[row].copy()
+    answered[list(shown)] = True
+    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.uncertain[row] & answered))
+
+
+def _shown(chances: Floats) -> NDArray[np.float64]:
+    """Probabilities as they are answered."""
+    return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)

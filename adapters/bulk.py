@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, TypeVar, cast
 
-from adapters.adapting import AdaptCommand, Adapting, ExamplesRejected, terms_of
+from adapters.adapting import AdaptCommand, Adapting, ExamplesRejected, terms_of, wanted
 from adapters.admission import Admitted, Posted, Rejected, admit
 from adapters.aliases import Aliases
 from adapters.cache import Cache
@@ -56,6 +56,10 @@ _CONFLICTING_LABELS = ExampleError(
 _CONFLICTING_INPUTS = ExampleError(
     "conflicting_inputs", "The upload gives this id more than one input; give each example its own id."
 )
+_CONFLICTING_GROUPS = ExampleError(
+    "conflicting_groups",
+    "The upload gives this id more than one `group` or `sampled`; send the right one only.",
+)
 
 
 class Bulk:
@@ -82,7 +86,8 @@ class Bulk:
     def run(self, lease: Lease) -> None:
         """Does the job, and records its success.
 
-        The job's request: {"form", "upload", "update", "promote", "fit"}. What was stored stays when it ends
+        The job's request: {"form", "upload", "update", "promote", "fit", "answer_accuracy", "weights"}, of
+        which those of an older release have no more than the first five. What was stored stays when it ends
         early, and is not embedded again by another attempt. Raises BadUpload, OneLabel, NothingToFit,
         AdapterFull, InputError, StoreError, RegistryError, and what Lease.check raises.
         """
@@ -163,12 +168,15 @@ class _Work:
             if state is None:
                 raise UnknownAdapter(self._job.adapter)
             stale = self._replaces and any(example.id not in self._ids for example in state.examples)
-            if not fit and not stale:
+            before = terms_of(state.adapter)
+            asked = self._request
+            terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
+            if not fit and not stale and terms == before:
                 return None
             edit = Edit(fit=fit, promote=self._request["promote"])
             if stale:
                 edit = replace(edit, clear=True, uploaded=self._ids)
-            subject = Subject.of(self._job.tenant, self._job.adapter, terms_of(state.adapter), state)
+            subject = Subject.of(self._job.tenant, self._job.adapter, terms, state)
             return await self._adapting.revising.revise(subject, edit, {})
 
         revising = self._adapting.revising
@@ -185,7 +193,7 @@ class _Work:
             yield part
 
     def _conflicts(self, parts: Iterator[list[Record]]) -> Mapping[str, ExampleError]:
-        """Why ids cannot be used that the upload gives two targets or two inputs, wherever they stand.
+        """Why ids cannot be used that the upload gives two targets, inputs or groups, wherever they stand.
 
         Every attempt reads the upload for it, for what an earlier one stored does not tell.
         """
@@ -193,13 +201,15 @@ class _Work:
         conflicts: dict[str, ExampleError] = {}
         for record in (record for part in parts for record in part):
             for one in self._usable(record.posted):
-                target = hashlib.sha256(repr(one.target).encode("utf-8", "surrogatepass")).digest()[:16]
-                both = target + bytes.fromhex(one.digest)[:16]
-                before = seen.setdefault(one.id, both)
+                target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
+                whole = target + source + _digest((one.group, one.sampled))
+                before = seen.setdefault(one.id, whole)
                 if before[:16] != target:
                     conflicts[one.id] = _CONFLICTING_LABELS
-                elif before != both:
+                elif before[16:32] != source:
                     conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
+                elif before != whole:
+                    conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
         return conflicts
 
     def _usable(self, posted: Posted) -> Sequence[Admitted]:
@@ -267,6 +277,11 @@ class _Work:
         if self._batcher.alive and (why := self._standstill.look(passed)) is not None:
             logger.error("the backbone of the job %s is given up: %s", self._job.id, why)
             self._batcher.abandon()
+
+
+def _digest(value: object) -> bytes:
+    """Sixteen bytes that tell values apart."""
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def _some(found: Iterator[Record]) -> list[Record]:

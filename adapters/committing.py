@@ -57,7 +57,8 @@ def commit(connection: Connection, change: Change) -> Committed:
     _check(change)
     adapter = _create(connection, change) if change.create else _locked(connection, change)
     now = current_time(connection)
-    touches = bool(change.clear_first or change.upserts or change.removals or change.repoints)
+    wanted = _wanted(change, adapter)
+    touches = bool(change.clear_first or change.upserts or change.removals or change.repoints or wanted)
     revision = adapter.revision + touches
     previous = _previous(connection, change)
     numbers = _artifact_numbers(connection, adapter.uid, _artifacts_of(change))
@@ -80,7 +81,7 @@ def commit(connection: Connection, change: Change) -> Committed:
         total, removed = len(change.upserts), len(previous.first_revision) - (len(change.upserts) - added)
     else:
         total, removed = adapter.examples + added - len(change.removals), len(change.removals)
-    values: dict[str, Any] = {"revision": revision, "live": live, "examples": total}
+    values: dict[str, Any] = {"revision": revision, "live": live, "examples": total, **wanted}
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
     after = _finish(connection, adapter, values, gone=erasure is not None)
@@ -215,6 +216,8 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
         "kind": created.kind,
         "task": created.task,
         "keep_inputs": created.keep_inputs,
+        "answer_accuracy": created.answer_accuracy,
+        "weights": created.weights,
         "revision": 0,
         "next_version": 1,
         "epoch": 0,
@@ -236,6 +239,14 @@ def _locked(connection: Connection, change: Change) -> AdapterRecord:
     if adapter.uid != change.uid or adapter.revision != change.revision:
         raise RevisionMoved(f"The examples of {change.name!r} changed meanwhile; send the request again.")
     return adapter
+
+
+def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
+    """What the change makes another of what is wanted of the adapter's versions."""
+    asked = {"answer_accuracy": change.answer_accuracy, "weights": change.weights}
+    return {
+        name: value for name, value in asked.items() if value is not None and value != getattr(adapter, name)
+    }
 
 
 def _placed(change: Change) -> tuple[ExampleWrite | Repoint, ...]:
@@ -333,6 +344,8 @@ def _write_examples(
                 "inputs_id": None if example.inputs is None else numbers[example.inputs],
                 "first_revision": previous.first_revision.get(example.id, revision),
                 "created_at": now,
+                "group": example.group,
+                "sampled": example.sampled,
             }
             for example in change.upserts
         ]

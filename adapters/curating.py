@@ -10,16 +10,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adapting import Adapting, terms_of
+from adapters.adapting import Adapting, no_known_tokens, terms_of
 from adapters.admission import Admitted, Posted, Rejected, admit, drop_collisions
-from adapters.example import ExampleError, normalise_target
+from adapters.example import ExampleError, Target, normalise_target
 from adapters.gathering import Subject
 from adapters.keeping import Keeping, State
 from adapters.placing import Row
 from adapters.promotion import Promote, labels_of
 from adapters.records import (
     Change,
-    Creation,
     ExampleRecord,
     Rebase,
     Repoint,
@@ -43,13 +42,18 @@ class InputsNotKept(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """The right target of an input, or of the kept example of that id."""
+    """The right target of an input, or of the kept example of that id.
+
+    group, sampled: of a new example, see Dataset. What is corrected keeps its own.
+    """
 
     target: object
     input: bytes | str | InputError | None = None
     id: str | None = None
     promote: Promote = "if_better"
     fit: bool = True
+    group: str | None = None
+    sampled: bool = False
 
 
 class Curating:
@@ -133,9 +137,9 @@ class Curating:
             raise InputsNotKept(
                 "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
             )
-        terms = Creation(backbone, spec.fingerprint, adapter.kind, adapter.task, adapter.keep_inputs)
+        terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
         segments = await self._embed_again(state, backbone)
-        rows = [Row(one.id, one.digest, one.target, one) for one in state.examples]
+        rows = [Row.of(one, one) for one in state.examples]
         embeddings = np.stack([segments[one.segment][one.row] for one in state.examples])
         timings: dict[str, float] = {}
         fit = await self._revising.fit(adapter, terms, rows, embeddings, promote, timings)
@@ -161,7 +165,10 @@ class Curating:
         return Revised(committed, fit.decision, timings)
 
     async def _embed_again(self, state: State, backbone: str) -> dict[Artifact, Floats]:
-        """The embeddings of every kept segment by the other backbone, its rows where they were."""
+        """The embeddings of every kept segment by the other backbone, its rows where they were.
+
+        Raises InputError for an example that the other backbone cannot take, or knows no token of.
+        """
         rows: dict[Artifact, set[int]] = defaultdict(set)
         inputs: dict[Artifact, Artifact] = {}
         for one in state.examples:
@@ -175,6 +182,11 @@ class Curating:
             embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
             for row in rows[segment] & embedded.errors.keys():
                 raise embedded.errors[row]
+            if rows[segment] & embedded.unknown:
+                unknown = next(
+                    one.id for one in state.examples if one.segment == segment and one.row in embedded.unknown
+                )
+                raise no_known_tokens(backbone, f"the example {unknown!r}")
             segments[segment] = embedded.embeddings
         return segments
 
@@ -188,19 +200,22 @@ def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
         if record is None:
             raise UnknownExample(feedback.id)
         target = normalise_target(task, feedback.target)
-        admitted, rejected = drop_collisions(
-            [Admitted(record.id, record.digest, target, None, 0)], task, labels
-        )
+        admitted, rejected = drop_collisions([_corrected(record, target)], task, labels)
     else:
         assert feedback.input is not None
-        posted = Posted(feedback.input, feedback.target)
+        posted = Posted(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
         admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
     _raise_first(rejected)
     (example,) = admitted
-    same = [one.id for one in state.examples if one.digest == example.digest]
+    same = [one for one in state.examples if one.digest == example.digest]
     if feedback.id is None and same:
-        return [replace(example, id=known, input=None) for known in same]
+        return [_corrected(one, example.target) for one in same]
     return [example]
+
+
+def _corrected(record: ExampleRecord, target: Target) -> Admitted:
+    """The kept example with another target."""
+    return Admitted(record.id, record.digest, target, None, 0, record.group, record.sampled)
 
 
 def _raise_first(rejected: Sequence[Rejected]) -> None:

@@ -17,6 +17,11 @@ Task = Literal["classification", "multilabel", "regression"]
 Target = str | tuple[str, ...] | float
 """A label, the sorted labels of a multilabel example (maybe none), or a number."""
 
+Weights = Literal["none", "balanced"]
+"""How labels count: as often as they come up in the examples, or all the same."""
+
+ANSWER_ACCURACY = 0.95
+"""Share of right answers wanted of what is not abstained on, where a tenant asks for nothing else."""
 MAX_LABEL_CHARACTERS = 256
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 

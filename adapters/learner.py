@@ -94,13 +94,14 @@ class Lesson:
     """What is learned from: rows of samples, their labels (n,), and which of them are held out (n,).
 
     embeddings: of all rows by the network as it came, float32 (n, dim), where they are known; else the first
-    phase computes them.
+    phase computes them. sampled: bool (n,), which of those held out are measured on; all by default.
     """
 
     samples: Samples
     labels: NDArray[np.int64]
     held_out: NDArray[np.bool_]
     embeddings: Floats | None = None
+    sampled: NDArray[np.bool_] | None = None
 
     @property
     def training(self) -> list[int]:
@@ -115,7 +116,8 @@ class Lesson:
     @property
     def testing(self) -> list[int]:
         """Rows to measure on."""
-        return [int(row) for row in np.flatnonzero(self.held_out)]
+        measured = self.held_out if self.sampled is None else self.held_out & self.sampled
+        return [int(row) for row in np.flatnonzero(measured)]
 
 
 @dataclass(frozen=True, slots=True)

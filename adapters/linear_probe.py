@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from adapters.classification import fit_classification
 from adapters.copies import together
 from adapters.cost import Plan, plan, predicted_seconds
-from adapters.example import Target, Task, folds, labels_of
+from adapters.example import ANSWER_ACCURACY, Target, Task, folds, labels_of
 from adapters.head import Head
 from adapters.multilabel import fit_multilabel
 from adapters.ridge import fit_ridge
@@ -82,7 +82,7 @@ class ProbeConfig:
     longer are refused.
     """
 
-    answer_accuracy: float = 0.95
+    answer_accuracy: float = ANSWER_ACCURACY
     balanced: bool = False
     memory_bytes: int = 512 << 20
     limit_seconds: float = 30.0

@@ -41,7 +41,14 @@ class Row:
     id: str
     digest: str
     target: Target
+    group: str | None
+    sampled: bool
     source: Stored | int
+
+    @classmethod
+    def of(cls, example: ExampleRecord | Admitted, source: Stored | int) -> Row:
+        """The example, lying there."""
+        return cls(example.id, example.digest, example.target, example.group, example.sampled, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +87,12 @@ def plan_change(
     for one in kept:
         (leaving if clear or one.id in written or one.id in removals else staying).append(one)
     fresh: dict[str, tuple[int, Admitted]] = {}
-    rows = [Row(one.id, one.digest, one.target, one) for one in staying]
+    rows = [Row.of(one, one) for one in staying]
     for example in upserts:
         source: Stored | int | None = places.get(example.digest)
         if source is None:
             source = fresh.setdefault(example.digest, (len(fresh), example))[0]
-        rows.append(Row(example.id, example.digest, example.target, source))
+        rows.append(Row.of(example, source))
     used = [row.source for row in rows if not isinstance(row.source, int)]
     return Plan(
         rows=tuple(sorted(rows, key=lambda row: row.id)),
@@ -116,7 +123,16 @@ def locate(
             place = moved.get(_key(row.source), row.source)
         if row.id in plan.upserted:
             writes.append(
-                ExampleWrite(row.id, row.digest, row.target, place.segment, place.row, place.inputs)
+                ExampleWrite(
+                    id=row.id,
+                    digest=row.digest,
+                    target=row.target,
+                    segment=place.segment,
+                    row=place.row,
+                    inputs=place.inputs,
+                    group=row.group,
+                    sampled=row.sampled,
+                )
             )
         elif place is not row.source:
             repoints.append(Repoint(row.id, place.segment, place.row, place.inputs))

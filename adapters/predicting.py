@@ -126,6 +126,11 @@ class Predicting:
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
         vectors = embedded.embeddings[good] if embedded.errors else embedded.embeddings
         answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
+        if embedded.unknown:
+            answers = [
+                _without_words(one) if index in embedded.unknown else one
+                for index, one in zip(good, answers, strict=True)
+            ]
         if query.explain and good:
             if loaded.alias.network is not None:
                 # What is kept of examples is the backbone's.
@@ -226,4 +231,12 @@ async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embed
     embeddings[list(good)] = embedded.embeddings
     places = list(good)
     errors |= {places[index]: error for index, error in embedded.errors.items()}
-    return Embedded(embeddings, errors, embedded.timings, embedded.callers)
+    unknown = frozenset(places[index] for index in embedded.unknown)
+    return Embedded(embeddings, errors, embedded.timings, embedded.callers, unknown)
+
+
+def _without_words(one: Prediction) -> Prediction:
+    """The answer for a text of which the backbone knows no token: it would be the same for any other."""
+    if one.abstention_reason == "not_measured":
+        return one
+    return replace(one, abstention_reason="no_known_tokens")

@@ -42,6 +42,8 @@ _ADAPTER = (
     adapters.c.epoch,
     adapters.c.examples,
     adapters.c.created_at,
+    adapters.c.answer_accuracy,
+    adapters.c.weights,
 )
 _head = artifacts.alias("head")
 _evidence = artifacts.alias("evidence")
@@ -108,6 +110,8 @@ def example_records(
             examples.c.row,
             examples.c.inputs_id,
             examples.c.created_at,
+            examples.c.group,
+            examples.c.sampled,
         )
         .where(examples.c.adapter_uid == uid)
         .order_by(examples.c.id)
@@ -115,8 +119,8 @@ def example_records(
     rows = connection.execute(query).all()
     stored = _artifacts_of({number for row in rows for number in (row[3], row[5])}, connection, uid)
     return [
-        ExampleRecord(name, digest, _target(target), stored[segment], place, stored.get(inputs), created_at)
-        for name, digest, target, segment, place, inputs, created_at in rows
+        ExampleRecord(name, digest, _target(target), stored[segment], place, stored.get(inputs), *more)
+        for name, digest, target, segment, place, inputs, *more in rows
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from adapters.example import Target, Task
+from adapters.example import ANSWER_ACCURACY, Target, Task, Weights
 from adapters.store import Artifact
 
 Kind = Literal["image", "text"]
@@ -125,6 +125,7 @@ class AdapterRecord:
 
     `revision` moves with every change of its examples; `epoch` grows with every commit, over all adapters;
     `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
+    `answer_accuracy` and `weights` are what its next version is fitted for, see ProbeConfig.
     """
 
     uid: str
@@ -140,6 +141,8 @@ class AdapterRecord:
     epoch: int
     examples: int
     created_at: datetime
+    answer_accuracy: float = ANSWER_ACCURACY
+    weights: Weights = "none"
 
     @property
     def etag(self) -> str:
@@ -149,7 +152,11 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExampleRecord:
-    """One kept example. `row` is its place both among the embeddings of `segment` and among `inputs`."""
+    """One kept example. `row` is its place both among the embeddings of `segment` and among `inputs`.
+
+    `group` is the tenant's name for what belongs together; `sampled` is False for what was chosen for being
+    wrong or hard. See Dataset.
+    """
 
     id: str
     digest: str
@@ -158,6 +165,8 @@ class ExampleRecord:
     row: int
     inputs: Artifact | None
     created_at: datetime
+    group: str | None = None
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +229,8 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What is fixed when an adapter is created (a rebase moves the backbone).
+    """What is decided when an adapter is created: answer_accuracy and weights may change with any fit, a
+    rebase moves the backbone, and the rest is fixed.
 
     began: by time.monotonic(), when its request had been read. What was erased since then is not created.
     """
@@ -230,6 +240,8 @@ class Creation:
     kind: Kind
     task: Task
     keep_inputs: bool
+    answer_accuracy: float = ANSWER_ACCURACY
+    weights: Weights = "none"
     began: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -251,6 +263,8 @@ class ExampleWrite:
     segment: Artifact
     row: int
     inputs: Artifact | None = None
+    group: str | None = None
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +304,8 @@ class Change:
         examples lie in the same segment, `repoints` (or `upserts`) must move them all to rewritten ones, so
         that the erased bytes go with the old files.
     version, promote: a version fitted on the examples as they are after this change; make it live.
+    answer_accuracy, weights: of the adapter from now on; None leaves them. What changes one of them moves the
+    revision, for what others fit meanwhile is fitted for what was wanted before.
     """
 
     tenant: str
@@ -304,6 +320,8 @@ class Change:
     repoints: tuple[Repoint, ...] = ()
     version: NewVersion | None = None
     promote: bool = False
+    answer_accuracy: float | None = None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True)

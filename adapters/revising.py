@@ -254,9 +254,22 @@ class Revising:
             raise NothingToFit("The adapter has no examples; send some.")
         targets = [row.target for row in rows]
         digests = [row.digest for row in rows]
-        dataset = Dataset(embeddings, targets, digests, terms.task, terms.fingerprint)
+        dataset = Dataset(
+            embeddings=embeddings,
+            targets=targets,
+            digests=digests,
+            task=terms.task,
+            fingerprint=terms.fingerprint,
+            groups=[row.group or "" for row in rows],
+            sampled=[row.sampled for row in rows],
+        )
+        config = replace(
+            self.limits.probe,
+            answer_accuracy=terms.answer_accuracy,
+            balanced=terms.weights == "balanced",
+        )
         with _timed(timings, "fit", self._observe):
-            fitted = await self._fitter.fit(dataset, self.limits.probe)
+            fitted = await self._fitter.fit(dataset, config)
         ids = tuple(row.id for row in rows)
         evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores)
         live = None if adapter is None else await self.keeping.evidence(adapter, adapter.live)
@@ -338,6 +351,8 @@ def _change(
         repoints=repoints,
         version=None if fit is None else new_version(fit, *left),
         promote=fit is not None and fit.decision.promote,
+        answer_accuracy=subject.terms.answer_accuracy,
+        weights=subject.terms.weights,
     )
 
 

@@ -25,12 +25,13 @@ from sqlalchemy import (
     UniqueConstraint,
     false,
     text,
+    true,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from adapters.example import Target
+from adapters.example import ANSWER_ACCURACY, Target
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -132,6 +133,8 @@ adapters = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("examples", Integer, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("answer_accuracy", Float, nullable=False, server_default=text(str(ANSWER_ACCURACY))),
+    Column("weights", String(16), nullable=False, server_default="none"),
     UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
 )
 
@@ -181,6 +184,10 @@ examples = Table(
     # The first revision that held the id: versions fitted since then may have learned from it.
     Column("first_revision", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    # What belongs together; NULL where the tenant names no group.
+    Column("group", Text),
+    # False: chosen for being wrong or hard, so that it is learned from and not measured on.
+    Column("sampled", Boolean, nullable=False, server_default=true()),
     PrimaryKeyConstraint("adapter_uid", "id", name="examples_key"),
     ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
     Index("examples_by_segment", "segment_id"),

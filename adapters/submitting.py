@@ -14,13 +14,13 @@ from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome
 from adapters.admission import Posted
 from adapters.calling_back import check_callback
 from adapters.curating import InputsNotKept
-from adapters.example import Target
 from adapters.jobs import upload_of, upload_request
 from adapters.keeping import Keeping
 from adapters.records import (
     AdapterExists,
     AdapterRecord,
     Change,
+    ExampleRecord,
     JobKind,
     JobRecord,
     Kind,
@@ -58,18 +58,23 @@ class TooFewExamples(CannotTune):
     """There is too little to learn from and to measure on."""
 
 
-def check_tunable(adapter: AdapterRecord, targets: Sequence[Target]) -> None:
-    """Raises InputsNotKept, CannotTune or TooFewExamples unless a network can learn from the adapter."""
+def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
+    """Raises InputsNotKept, CannotTune or TooFewExamples unless a network can learn from the adapter.
+
+    What is not measured on does not count: there would be nothing to hold out.
+    """
     if not adapter.keep_inputs:
         raise InputsNotKept("The adapter keeps no inputs, and a network learns from them.")
     if adapter.task != "classification":
         raise CannotTune("task_not_tunable", f"Adapters of {adapter.task} cannot be fine-tuned yet.")
-    sizes = Counter(targets)
-    if len(targets) < FEWEST_EXAMPLES or len(sizes) < 2 or min(sizes.values()) < FEWEST_OF_A_LABEL:
+    sizes = Counter({example.target: 0 for example in examples})
+    sizes.update(example.target for example in examples if example.sampled)
+    if sizes.total() < FEWEST_EXAMPLES or len(sizes) < 2 or min(sizes.values()) < FEWEST_OF_A_LABEL:
         raise TooFewExamples(
             "too_few_examples",
             f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
-            f"{FEWEST_OF_A_LABEL} of each; a linear probe needs two. Send more.",
+            f"{FEWEST_OF_A_LABEL} of each, besides those that are not `sampled`; a linear probe needs two. "
+            "Send more.",
         )
 
 
@@ -110,13 +115,20 @@ class Submitting:
         self._check_callback(command.callback)
         stored = None
         if command.posted:
-            stored = await self._adapting.adapt(tenant, replace(command, fit=False))
+            # What is wanted of answers changes with the version that answers so.
+            keep = replace(command, fit=False, answer_accuracy=None, weights=None)
+            stored = await self._adapting.adapt(tenant, keep)
         state = await self._keeping.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
-        check_tunable(state.adapter, [example.target for example in state.examples])
+        check_tunable(state.adapter, state.examples)
         self._adapting.check_served(state.adapter)
-        request = {"promote": command.promote, "config": dict(command.fine_tune or {})}
+        request = {
+            "promote": command.promote,
+            "config": dict(command.fine_tune or {}),
+            "answer_accuracy": command.answer_accuracy,
+            "weights": command.weights,
+        }
 
         def submitted(job: JobRecord) -> Submitted:
             return job, stored
@@ -180,6 +192,8 @@ class Submitting:
             "update": command.update,
             "promote": command.promote,
             "fit": command.fit,
+            "answer_accuracy": command.answer_accuracy,
+            "weights": command.weights,
         }
         try:
             return await self._submit(tenant, command, BULK, request, reply)

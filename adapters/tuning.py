@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.adapting import terms_of, wanted
 from adapters.checkpoint import load_checkpoint, save_checkpoint
+from adapters.copies import together
 from adapters.example import folds
 from adapters.fine_tune import fine_tune
 from adapters.gaps import gaps
@@ -28,6 +30,7 @@ from adapters.records import (
     AdapterRecord,
     Change,
     Committed,
+    Creation,
     ExampleRecord,
     NewVersion,
     RegistryUnavailable,
@@ -57,16 +60,19 @@ logger = logging.getLogger("topwork")
 
 # One example in so many is held out.
 _HELD_OUT = 5
-_ANSWER_ACCURACY = 0.95
 # Of what a checkpoint holds: an older one is of no use to what trains now.
 _CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An adapter as it was read: its examples with their embeddings and inputs, in the order of ids."""
+    """An adapter as it was read: its examples with their embeddings and inputs, in the order of ids.
+
+    terms: the adapter's, with what the job asks for in their place.
+    """
 
     adapter: AdapterRecord
+    terms: Creation
     examples: Sequence[ExampleRecord]
     embeddings: NDArray[np.float32]
     inputs: Sequence[bytes | str]
@@ -120,16 +126,17 @@ class Tuning:
     def run(self, lease: Lease) -> Committed:
         """Does the job and records its version and its success together; nothing is published before.
 
-        The job's request: {"promote": …, "config": {…}} of FineTuneConfig. Raises CannotTune, Diverged,
+        The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, with the config
+        of a FineTuneConfig; an older release's has no more than the first two. Raises CannotTune, Diverged,
         ExportRefused, InputError, StoreError, RegistryError, and what Lease.check raises.
         """
         job = lease.claim.job
-        kept = self._read(job.tenant, job.adapter)
+        kept = self._read(job.tenant, job.adapter, job.request)
         config = FineTuneConfig(**job.request.get("config", {}))
         # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
         with ThreadPoolExecutor(1, "training", step_aside) as training:
             tuned = training.submit(self._train, kept, config, lease).result()
-        committed = self._commit(kept, tuned, job.request.get("promote", "if_better"), lease)
+        committed = self._commit(kept, tuned, job.request, lease)
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
@@ -159,14 +166,14 @@ class Tuning:
                 # A GPU's work waits for no core. The service goes first, where it has started this process.
                 meanwhile.enter_context(gaps(network.forward, os.getppid() or None))
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
-        return finish(network, model, lesson, names, outcome, _ANSWER_ACCURACY)
+        return finish(network, model, lesson, names, outcome, kept.terms.answer_accuracy)
 
-    def _read(self, tenant: str, name: str) -> _Kept:
+    def _read(self, tenant: str, name: str, request: Mapping[str, Any]) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
         _, every = self._registry.all_examples(adapter.uid)
         # The inputs of some may be lost.
         examples = [example for example in every if example.inputs is not None]
-        check_tunable(adapter, [example.target for example in examples])
+        check_tunable(adapter, examples)
         files = {example.segment for example in examples} | {
             example.inputs for example in examples if example.inputs is not None
         }
@@ -177,6 +184,7 @@ class Tuning:
         }
         return _Kept(
             adapter,
+            wanted(terms_of(adapter), request.get("answer_accuracy"), request.get("weights")),
             examples,
             np.stack([rows[example.segment][example.row] for example in examples]),
             [inputs[example.inputs][example.row] for example in examples if example.inputs is not None],
@@ -187,7 +195,10 @@ class Tuning:
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
         labels = np.array([place[target] for target in targets], dtype=np.int64)
-        held_out = folds([example.digest for example in kept.examples], targets, _HELD_OUT) == 0
+        digests = [example.digest for example in kept.examples]
+        belonging = together(kept.embeddings, digests, [example.group or "" for example in kept.examples])
+        held_out = folds(belonging.keys, targets, _HELD_OUT) == 0
+        sampled = np.array([example.sampled for example in kept.examples])
         with tempfile.TemporaryDirectory(prefix="topwork-tokenizer-") as folder:
             tokenizer = None
             if network.tokenizer is not None:
@@ -196,14 +207,15 @@ class Tuning:
             samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
         # What is trained is in single precision, whatever the backbone is served in.
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
-        return names, Lesson(_Watched(samples, lease), labels, held_out, own)
+        return names, Lesson(_Watched(samples, lease), labels, held_out, own, sampled)
 
-    def _commit(self, kept: _Kept, tuned: Tuned, promote: Promote, lease: Lease) -> Committed:
+    def _commit(self, kept: _Kept, tuned: Tuned, request: Mapping[str, Any], lease: Lease) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.
 
         What was learned must still be there: an example that was removed meanwhile takes the network with it.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
+        promote: Promote = request.get("promote", "if_better")
         evidence = Evidence(
             tuple(example.id for example in kept.examples),
             tuple(example.digest for example in kept.examples),
@@ -228,7 +240,14 @@ class Tuning:
                     graph,
                 )
                 change = Change(
-                    tenant, adapter.name, now.uid, now.revision, version=version, promote=decision.promote
+                    tenant=tenant,
+                    name=adapter.name,
+                    uid=now.uid,
+                    revision=now.revision,
+                    version=version,
+                    promote=decision.promote,
+                    answer_accuracy=request.get("answer_accuracy"),
+                    weights=request.get("weights"),
                 )
                 # Others may change the adapter at any time; what was trained is not lost to them.
                 with contextlib.suppress(RevisionMoved):
@@ -274,13 +293,20 @@ def _probe(kept: _Kept, lesson: Lesson) -> Any:
     rows = lesson.training
     examples = [kept.examples[row] for row in rows]
     data = Dataset(
-        kept.embeddings[rows],
-        [example.target for example in examples],
-        [example.digest for example in examples],
-        "classification",
-        kept.adapter.fingerprint,
+        embeddings=kept.embeddings[rows],
+        targets=[example.target for example in examples],
+        digests=[example.digest for example in examples],
+        task="classification",
+        fingerprint=kept.adapter.fingerprint,
+        groups=[example.group or "" for example in examples],
+        sampled=[example.sampled for example in examples],
     )
-    return fit(data, ProbeConfig(limit_seconds=float("inf")))
+    config = ProbeConfig(
+        answer_accuracy=kept.terms.answer_accuracy,
+        balanced=kept.terms.weights == "balanced",
+        limit_seconds=float("inf"),
+    )
+    return fit(data, config)
 
 
 def _told(progress: Progress) -> Mapping[str, Any]:
@@ -299,4 +325,5 @@ def _about(kept: _Kept, lesson: Lesson, config: FineTuneConfig) -> str:
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
     digest.update(lesson.held_out.tobytes())
+    digest.update(repr((lesson.testing, kept.terms.weights)).encode())
     return digest.hexdigest()

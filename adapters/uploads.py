@@ -20,7 +20,9 @@ from models.preprocess import InputError, InputLimits
 
 Form = Literal["ndjson", "csv", "zip"]
 
-_FIELDS = frozenset({"id", "image", "text", "label", "labels", "target"})
+_FIELDS = frozenset({"id", "image", "text", "label", "labels", "target", "group", "sampled"})
+_COLUMNS = frozenset({"id", "text", "label", "target", "group", "sampled"})
+_TRUTHS = {"": True, "true": True, "1": True, "false": False, "0": False}
 _KINDS: tuple[Kind, ...] = ("image", "text")
 _TARGETS = ("label", "labels", "target")
 # Of a line besides its input: id, label and punctuation.
@@ -99,11 +101,17 @@ def _of_line(line: bytes, limits: InputLimits) -> Posted:
     example_id = fields.get("id")
     if example_id is not None and not isinstance(example_id, str):
         return Posted(InputError("id_invalid", "An id is text."))
+    group = fields.get("group")
+    if group is not None and not isinstance(group, str):
+        return Posted(InputError("group_invalid", "A group is text."), id=example_id)
+    sampled = True if fields.get("sampled") is None else fields["sampled"]
+    if not isinstance(sampled, bool):
+        return Posted(InputError("sampled_invalid", "`sampled` is true or false."), id=example_id)
     given = [name for name in _TARGETS if fields.get(name) is not None]
     target: object = fields[given[0]] if given else None
     if len(given) > 1:
         target = ExampleError("label_invalid", "Give only one of label, labels and target.")
-    return Posted(_input_of(fields, limits), target, example_id)
+    return Posted(_input_of(fields, limits), target, example_id, group, sampled)
 
 
 def _input_of(fields: Mapping[str, Any], limits: InputLimits) -> bytes | str | InputError:
@@ -132,10 +140,10 @@ def _columns(header: list[str]) -> dict[str, int]:
     """Where each column is. Raises BadUpload unless texts and their targets are there."""
     columns = {name.strip().lower(): place for place, name in enumerate(header)}
     target = len(columns.keys() & {"label", "target"})
-    if "text" not in columns or target != 1 or columns.keys() - {"id", "text", "label", "target"}:
+    if "text" not in columns or target != 1 or columns.keys() - _COLUMNS:
         raise BadUpload(
             "invalid_csv",
-            "The first line names the columns: text, label (or target), and id if there are.",
+            "The first line names the columns: text, label (or target), and maybe id, group and sampled.",
         )
     return columns
 
@@ -190,7 +198,12 @@ def _of_row(row: list[str], columns: Mapping[str, int], limits: InputLimits) -> 
         "".join(row).encode()
     except UnicodeEncodeError:
         return Posted(InputError("invalid_text", "The row is not UTF-8."))
-    example_id = row[columns["id"]] if "id" in columns else None
+    example_id = row[columns["id"]] if "id" in columns else ""
+    group = row[columns["group"]] if "group" in columns else ""
+    sampled = _TRUTHS.get(row[columns["sampled"]].strip().lower() if "sampled" in columns else "")
+    if sampled is None:
+        text = "`sampled` is true, false, 1, 0, or empty for true."
+        return Posted(InputError("sampled_invalid", text), id=example_id or None)
     target: object
     if "label" in columns:
         target = row[columns["label"]]
@@ -199,4 +212,4 @@ def _of_row(row: list[str], columns: Mapping[str, int], limits: InputLimits) -> 
             target = float(row[columns["target"]])
         except ValueError:
             target = ExampleError("target_invalid", "The target of a regression example is a number.")
-    return Posted(bounded(row[columns["text"]], limits), target, example_id or None)
+    return Posted(bounded(row[columns["text"]], limits), target, example_id or None, group or None, sampled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,15 @@ class Embedded:
     embeddings: float32 (n, dim), in the order of the inputs; the row of an input that failed is zero. errors:
     by position. timings: seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these
     inputs, "queue" is the wait until the first of them was taken up. callers: how many get their answer
-    together.
+    together. unknown: positions of texts without a token that the backbone knows; their embeddings say
+    nothing.
     """
 
     embeddings: Floats
     errors: dict[int, InputError] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     callers: int = 1
+    unknown: frozenset[int] = frozenset()
 
 
 class Backbone:
@@ -189,6 +191,26 @@ class Backbone:
             return self._preprocessor(item)
         raise InputError("wrong_kind", f"The backbone {self.spec.name} takes {self.spec.kind} inputs.")
 
+    def knows_nothing(self, item: bytes | str, prepared: Prepared) -> bool:
+        """Whether a prepared text has no token that the backbone knows; False for images."""
+        if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
+            return self._preprocessor.knows_nothing(item, prepared)
+        return False
+
+    def unknown(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
+        """Positions of texts without a token that the backbone knows, without embedding them.
+
+        An input that cannot be prepared is not among them.
+        """
+        found: set[int] = set()
+        preprocessor = self._preprocessor
+        if isinstance(preprocessor, TextPreprocessor):
+            for index, item in enumerate(inputs):
+                with suppress(InputError):
+                    if isinstance(item, str) and preprocessor.is_unknown(item):
+                        found.add(index)
+        return frozenset(found)
+
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
         """Embeddings, float32 (n, dim), of n prepared inputs, in bounded memory whatever n is.
 
@@ -210,6 +232,7 @@ class Backbone:
         """preprocess and run, in this thread. For a service, put a Batcher in front."""
         embeddings = np.zeros((len(inputs), self.spec.dim), np.float32)
         errors: dict[int, InputError] = {}
+        unknown: set[int] = set()
         timings = {self.preprocess_stage: 0.0, "queue": 0.0, "embed": 0.0}
         for start in range(0, len(inputs), self.batch):
             begin = time.perf_counter()
@@ -219,11 +242,14 @@ class Backbone:
                     prepared[index] = self.preprocess(inputs[index])
                 except InputError as error:
                     errors[index] = error
+                    continue
+                if self.knows_nothing(inputs[index], prepared[index]):
+                    unknown.add(index)
             middle = time.perf_counter()
             embeddings[list(prepared)] = self.run(list(prepared.values()))
             timings[self.preprocess_stage] += middle - begin
             timings["embed"] += time.perf_counter() - middle
-        return Embedded(embeddings, errors, timings)
+        return Embedded(embeddings, errors, timings, unknown=frozenset(unknown))
 
     def close(self) -> None:
         """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""

@@ -300,7 +300,7 @@ class Batcher:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         try:
             begin = time.perf_counter()
-            good, spent = self._prepare(taken, turn)
+            good, spent, unknown = self._prepare(taken, turn)
             middle = time.perf_counter()
             beside = lane is self._bulk or self._others(lane)
             size = sum(prepared.size for _, prepared in good)
@@ -328,6 +328,8 @@ class Batcher:
             for ((request, index), _), embedding in zip(good, embeddings, strict=True):
                 request.embeddings[index] = embedding
                 request.timings["embed"] += (end - middle) / len(good)
+            for request, index in unknown:
+                request.unknown.add(index)
             for request, _ in taken:
                 request.pending -= 1
                 if not request.pending:
@@ -352,20 +354,25 @@ class Batcher:
 
     def _prepare(
         self, taken: list[_Taken], turn: Turn
-    ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]]]:
+    ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]], list[_Taken]]:
+        """What can be run; seconds and error of each input; texts of which the backbone knows no token."""
         good: list[tuple[_Taken, Prepared]] = []
+        unknown: list[_Taken] = []
         spent: list[tuple[_Taken, float, InputError | None]] = []
         for one in taken:
             request, index = one
             begin = time.perf_counter()
             refusal: InputError | None = None
             try:
-                good.append((one, self.backbone.preprocess(request.inputs[index])))
+                prepared = self.backbone.preprocess(request.inputs[index])
+                good.append((one, prepared))
+                if self.backbone.knows_nothing(request.inputs[index], prepared):
+                    unknown.append(one)
             except InputError as error:
                 refusal = error
             turn.steps += 1
             spent.append((one, time.perf_counter() - begin, refusal))
-        return good, spent
+        return good, spent, unknown
 
     def _fail(self, requests: set[Request], error: Exception) -> None:
         self._forget(requests)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from models.spec import ImageTransform, TextTransform
 
@@ -79,6 +81,14 @@ _INTERPOLATIONS = {
 # More than any language takes on the average: a start of so many characters for each token kept has enough.
 _CHARACTERS_PER_TOKEN = 16
 
+# What SentencePiece makes of white space; a text's first piece may be nothing else.
+_BLANK_PIECE = "\u2581"
+# Unigram models name their unknown piece by its number, which the library does not tell.
+_UNIGRAM_UNKNOWN = re.compile(rb'"unk_id"\s*:\s*(\d+)')
+
+# Of a text's beginning, which tells of most texts that something of them is known.
+_FIRST_CHARACTERS = 64
+
 # Source pixels on either side that the widest of them, Lanczos, looks at.
 _SUPPORT = 3
 
@@ -87,7 +97,7 @@ class InputError(ValueError):
     """One input that cannot be used; its neighbours can.
 
     code is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
-    empty_text, text_too_long, invalid_text, wrong_kind. detail says what to do.
+    empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. detail says what to do.
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -327,6 +337,14 @@ class TextPreprocessor:
         self._tokenizer = Tokenizer.from_buffer(serialised)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(transform.max_tokens)
+        unknown = _unknown_id(self._tokenizer, serialised)
+        # Tokens that say nothing of a text: the unknown one, and those that every text has.
+        self._idle: frozenset[int] = frozenset()
+        if unknown is not None:
+            blank = self._tokenizer.token_to_id(_BLANK_PIECE)
+            besides = [unknown] if blank is None else [unknown, blank]
+            self._idle = frozenset([*self._encode(""), *besides])
+        self._idle_in_front = self._idle.union(self._encode(transform.prompt)) if self._idle else self._idle
 
     def __call__(self, text: str) -> Prepared:
         """Raises InputError."""
@@ -347,6 +365,26 @@ class TextPreprocessor:
             ) from None
         return np.array(self._encode(self.transform.prompt + text), dtype=np.int64)
 
+    def knows_nothing(self, text: str, tokens: Prepared) -> bool:
+        """Whether no token of the text is a known one: an embedding of such a text says nothing.
+
+        tokens: of the text, as they were prepared. What surrounds every text, special tokens and the prompt,
+        does not count. False for every text where the tokenizer has no unknown token.
+        """
+        # Not converted to a list: the first word of most texts is known, and the others are not looked at.
+        if not self._idle or not self._idle_in_front.issuperset(tokens):
+            return False
+        return not self.transform.prompt or self._idle.issuperset(self._encode(text))
+
+    def is_unknown(self, text: str) -> bool:
+        """As knows_nothing, of a text that is not prepared. Raises InputError."""
+        if len(text) > _FIRST_CHARACTERS:
+            # Without its last word, which may be cut off.
+            words = text[:_FIRST_CHARACTERS].rsplit(maxsplit=1)
+            if len(words) == 2 and not self.knows_nothing(words[0], self(words[0])):
+                return False
+        return self.knows_nothing(text, self(text))
+
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text, looking at no more of a long one than is kept.
 
@@ -359,3 +397,16 @@ class TextPreprocessor:
             if len(encoding.overflowing) >= 2:
                 return list(encoding.ids)
         return list(self._tokenizer.encode(text).ids)
+
+
+def _unknown_id(tokenizer: Tokenizer, serialised: bytes) -> int | None:
+    """The id of the token for what the vocabulary lacks, None if there is none.
+
+    serialised: the tokenizer as JSON.
+    """
+    if isinstance(tokenizer.model, Unigram):
+        found = _UNIGRAM_UNKNOWN.search(serialised)
+        return None if found is None else int(found[1])
+    token: str | None = getattr(tokenizer.model, "unk_token", None)
+    known: int | None = None if token is None else tokenizer.token_to_id(token)
+    return known

@@ -58,6 +58,7 @@ class Request:
         "pending",
         "source",
         "timings",
+        "unknown",
     )
 
     def __init__(
@@ -70,6 +71,7 @@ class Request:
         self.arrived = time.perf_counter()
         self.embeddings = np.zeros((len(inputs), dim), np.float32)
         self.errors: dict[int, InputError] = {}
+        self.unknown: set[int] = set()
         self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
         self.next = 0
         self.pending = len(inputs)
@@ -107,7 +109,13 @@ def settle(
             if request.future.done():
                 continue
             if failure is None:
-                embedded = Embedded(request.embeddings, request.errors, request.timings, len(requests))
+                embedded = Embedded(
+                    request.embeddings,
+                    request.errors,
+                    request.timings,
+                    len(requests),
+                    frozenset(request.unknown),
+                )
                 request.future.set_result(embedded)
             else:
                 request.future.set_exception(failure())

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from adapters.example import Task
+from adapters.answering import Reason
+from adapters.example import Task, Weights
 from models.spec import Kind
 from service.schemas import (
     Timings,
@@ -117,14 +118,27 @@ class NearestOut(BaseModel):
 
 
 class PredictionOut(BaseModel):
-    """An answer. label: classification; labels: multilabel; value: regression."""
+    """An answer. label: classification; labels, uncertain: multilabel; value: regression.
+
+    Confidence and probabilities have six digits and are never 0 or 1.
+    """
 
     label: str | None = None
     labels: list[str] | None = None
+    uncertain: list[str] | None = Field(
+        default=None,
+        description="Labels, given or not, whose decision had better not be relied on: of those in `labels` "
+        "and in `probabilities`.",
+    )
     value: float | None = None
     confidence: float | None = None
     abstained: bool = Field(
         description="Better not rely on it: too little confidence, or an input of another world."
+    )
+    abstention_reason: Reason | None = Field(
+        description="Why; of several reasons, the first in this order. not_measured: there are too few "
+        "examples to say how good the adapter is. no_known_tokens: the backbone knows no word of the text. "
+        "far_from_examples: the input is of another world. low_confidence: too little of it."
     )
     abstention_score: float = Field(
         description="Grows with the doubt that the input belongs to what was taught."
@@ -210,6 +224,8 @@ class AdapterOut(BaseModel):
     kind: Kind
     task: Task
     keep_inputs: bool
+    answer_accuracy: float = Field(description="Wanted of what is not abstained on.")
+    weights: Weights
     examples: int
     live: int | None = Field(description="The version that /predict uses.")
     revision: int
@@ -254,6 +270,8 @@ class KeptExampleOut(BaseModel):
     label: str | None = None
     labels: list[str] | None = None
     target: float | None = None
+    group: str | None
+    sampled: bool = Field(description="Whether it is measured on, and not only learned from.")
     digest: str = Field(description="sha256 of the input.")
     created_at: datetime
 

@@ -178,6 +178,8 @@ def adapter(record: AdapterRecord) -> Json:
         "kind": record.kind,
         "task": record.task,
         "keep_inputs": record.keep_inputs,
+        "answer_accuracy": record.answer_accuracy,
+        "weights": record.weights,
         "examples": record.examples,
         "live": record.live,
         "revision": record.revision,
@@ -236,6 +238,8 @@ def example(record: ExampleRecord) -> Json:
     return {
         "id": record.id,
         **_target(record.target),
+        "group": record.group,
+        "sampled": record.sampled,
         "digest": record.digest,
         "created_at": record.created_at,
     }
@@ -309,7 +313,13 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
                 {"label": label, "probability": chance} for label, chance in item.probabilities
             ],
         }
-    found |= {"abstained": item.abstained, "abstention_score": item.abstention_score}
+        if item.uncertain is not None:
+            found["uncertain"] = item.uncertain
+    found |= {
+        "abstained": item.abstained,
+        "abstention_reason": item.abstention_reason,
+        "abstention_score": item.abstention_score,
+    }
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
     return found

@@ -205,10 +205,24 @@ class Bodies:
         if isinstance(target, ExampleError):
             raise target
         value = None if body.id is not None else self._input(body, lifted)
-        return Feedback(target, value, body.id, body.promote, body.fit)
+        return Feedback(
+            target=target,
+            input=value,
+            id=body.id,
+            promote=body.promote,
+            fit=body.fit,
+            group=body.group,
+            sampled=body.sampled,
+        )
 
     def _posted(self, example: ExampleIn, lifted: Lifted) -> Posted:
-        return Posted(self._input(example, lifted), _target(example), example.id)
+        return Posted(
+            input=self._input(example, lifted),
+            target=_target(example),
+            id=example.id,
+            group=example.group,
+            sampled=example.sampled,
+        )
 
     def _input(self, one: InputIn, lifted: Lifted) -> Input:
         if (one.image is None) == (one.text is None):
@@ -321,6 +335,8 @@ def _command(body: AdaptRequest, posted: Sequence[Posted], *, job: bool = False)
         fit=body.fit,
         strict=body.strict,
         keep_inputs=body.keep_inputs,
+        answer_accuracy=body.answer_accuracy,
+        weights=body.weights,
         callback=body.callback,
         fine_tune=(body.fine_tune.model_dump() if body.fine_tune else {}) if tunes else None,
     )

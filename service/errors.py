@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch
+from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch, WeightsNotForTask
 from adapters.admission import MixedInputs
 from adapters.calling_back import CallbackNotAllowed
 from adapters.curating import InputsNotKept
@@ -63,6 +63,7 @@ STATUSES: dict[type[Exception], int] = {
     TooFewExamples: 422,
     BadUpload: 422,
     CallbackNotAllowed: 422,
+    WeightsNotForTask: 422,
     UnknownBackbone: 422,
     UnknownAdapter: 404,
     UnknownVersion: 404,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapters.example import Task
+from adapters.example import Task, Weights
 from adapters.promotion import Promote
 
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -53,11 +53,26 @@ class TargetIn(Request):
     target: float | None = Field(default=None, description="Of a regression: a finite number.")
 
 
-class ExampleIn(InputIn, TargetIn):
+class GroupIn(Request):
+    """What an example belongs to."""
+
+    group: str | None = Field(
+        default=None,
+        description="1 to 256 characters: a customer, a video, a thread. Examples of one group never judge "
+        "each other.",
+        examples=["customer 17"],
+    )
+
+
+class ExampleIn(InputIn, TargetIn, GroupIn):
     """One example. Without an id it is named by the sha256 of its input."""
 
     id: str | None = Field(
         default=None, description="1 to 256 characters. A known id replaces that example.", examples=["a1"]
+    )
+    sampled: bool = Field(
+        default=True,
+        description="false: chosen for being wrong or hard. It is learned from and not measured on.",
     )
 
 
@@ -140,6 +155,18 @@ class AdaptRequest(Request):
     keep_inputs: bool | None = Field(
         default=None, description="Whether inputs are kept beside embeddings (true at creation); fixed after."
     )
+    answer_accuracy: float | None = Field(
+        default=None,
+        ge=0.5,
+        le=0.999,
+        description="Share of right answers wanted of what is not abstained on (0.95 at creation); given for "
+        "a known adapter, from this fit on.",
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Of a classification: balanced, and all labels count as equally frequent (none at "
+        "creation); given for a known adapter, from this fit on.",
+    )
     examples: list[ExampleIn] = Field(default_factory=list)
 
 
@@ -193,12 +220,20 @@ class PromoteRequest(Request):
     version: VersionNumber = Field(examples=[3])
 
 
-class FeedbackRequest(InputIn, TargetIn):
-    """An input, or the id of a kept example, with the right label."""
+class FeedbackRequest(InputIn, TargetIn, GroupIn):
+    """An input, or the id of a kept example, with the right label.
+
+    A kept example, also one of the same input, keeps its own group, and is sampled as before.
+    """
 
     model_config = ConfigDict(json_schema_extra={"example": {"text": "Free lunch today", "label": "ham"}})
 
     id: str | None = Field(default=None, description="Of a kept example, instead of an input.")
+    sampled: bool = Field(
+        default=False,
+        description="true where you send the right label of every k-th answer, right or wrong. false: it is "
+        "learned from and not measured on, for corrections alone are a sample of mistakes.",
+    )
     promote: Promote = "if_better"
     fit: bool = Field(default=True, description="false only stores it, for a later fit.")
 

@@ -106,3 +106,23 @@ def test_the_kind_of_mixed_inputs_cannot_be_told() -> None:
     assert common_kind([]) is None
     with pytest.raises(MixedInputs):
         common_kind(["a", b"b"])
+
+
+@pytest.mark.parametrize("group", ["", "x" * 257, "a\0b", "a\nb", "\ud83d"])
+def test_a_group_that_is_no_name_is_rejected(group: str) -> None:
+    assert codes([Posted("x", "a", group=group), Posted("y", "b", group="customer 1")]) == [
+        "group_invalid",
+        "",
+    ]
+
+
+def test_group_and_sampled_come_along() -> None:
+    posted = [Posted("x", "a", group="g", sampled=False), Posted("y", "b")]
+    admitted, _ = admit(posted, task="classification", kind="text", known_labels=())
+    assert [(one.group, one.sampled) for one in admitted] == [("g", False), (None, True)]
+
+
+def test_one_id_with_two_groups_is_rejected() -> None:
+    assert codes([Posted("x", "a", group="1"), Posted("x", "a", group="2")]) == ["conflicting_groups"] * 2
+    assert codes([Posted("x", "a", sampled=False), Posted("x", "a")]) == ["conflicting_groups"] * 2
+    assert codes([Posted("x", "a", group="1"), Posted("x", "a", group="1")]) == ["", "merged"]

@@ -80,10 +80,10 @@ class Place:
         uploads = UploadLimits()
         Bulk(self.registry, self.store, device="cpu", threads=1, uploads=uploads, limits=limits).run(lease)
 
-    def queue(self, content: bytes, form: Form = "ndjson", update: str = "append") -> JobRecord:
+    def queue(self, content: bytes, form: Form = "ndjson", update: str = "append", **more: Any) -> JobRecord:
         parts = self.store.publish_all("acme", self.uid, [content[:1_000], content[1_000:]])
         request: dict[str, Any] = {"form": form, "upload": upload_request(parts), "update": update}
-        request |= {"promote": "always", "fit": True}
+        request |= {"promote": "always", "fit": True, **more}
         return self.registry.jobs.submit(
             "acme", "notes", "bulk_adapt", request, deadline_seconds=600, max_open=3
         )
@@ -122,7 +122,7 @@ def told(ids: Sequence[str], labels: Sequence[str] = ("0", "1"), about: str = ""
     ]
 
 
-def lines(examples: Sequence[Mapping[str, str]]) -> bytes:
+def lines(examples: Sequence[Mapping[str, Any]]) -> bytes:
     return "\n".join(map(json.dumps, examples)).encode()
 
 
@@ -409,3 +409,35 @@ async def test_one_job_too_many_is_refused_before_it_is_sent(tmp_path: Path) -> 
         with pytest.raises(TooManyJobs):
             await submitting.bulk(TENANT, "ndjson", command, body)
         assert await anext(body), "nobody has asked for it yet"
+
+
+def test_groups_and_what_is_wanted_of_answers_come_with_an_upload(place: Place) -> None:
+    place.do()
+    adapter = place.registry.adapter("acme", "notes")
+    assert (adapter.answer_accuracy, adapter.weights) == (0.95, "none"), "the job asked for neither"
+    notes: list[dict[str, Any]] = [
+        {**one, "group": f"day {row // 5}", "sampled": row % 5 > 0}
+        for row, one in enumerate(told(NAMES, about="Again "))
+    ]
+    place.do(place.queue(lines(notes), update="replace", answer_accuracy=0.9, weights="balanced"))
+    kept = {one.id: (one.group, one.sampled) for one in place.registry.all_examples(place.uid)[1]}
+    assert kept == {one["id"]: (one["group"], one["sampled"]) for one in notes}
+    adapter = place.registry.adapter("acme", "notes")
+    assert (adapter.answer_accuracy, adapter.weights) == (0.9, "balanced")
+    place.do(place.queue(lines(notes), fit=False, answer_accuracy=0.8))
+    adapter = place.registry.adapter("acme", "notes")
+    assert (adapter.answer_accuracy, adapter.weights) == (0.8, "balanced")
+    assert [one.number for one in place.registry.versions(place.uid)] == [2, 1]
+
+
+def test_an_upload_is_told_of_groups_that_differ_and_of_texts_without_a_known_token(place: Place) -> None:
+    place.do()
+    first, second, third = told(["m00", "m01", "m02"], about="Again ")
+    content = [{**first, "group": "a"}, second, {**third, "text": "สวัสดี"}, {**first, "group": "b"}]
+    _, progress = place.do(place.queue(lines(content)))
+    assert [(one["place"], one["code"]) for one in progress["errors"]] == [
+        ("line 1", "conflicting_groups"),
+        ("line 3", "no_known_tokens"),
+        ("line 4", "conflicting_groups"),
+    ]
+    assert {"m00", "m01", "m02"} & place.texts().keys() == {"m01"}

@@ -149,6 +149,53 @@ def test_jobs_of_the_release_before_are_kept_and_its_processes_go_on_submitting(
     registry.close()
 
 
+def test_examples_of_the_release_before_are_sampled_and_its_processes_go_on_adding(
+    registry_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.database.HEAD", "0006")
+        registry.migrate()
+    at = "0" if registry_url.startswith("sqlite") else "now()"
+    database = Database(registry_url)
+
+    def insert(*names: str) -> None:
+        with database.writing() as connection:
+            for name in names:
+                connection.exec_driver_sql(
+                    "INSERT INTO examples (adapter_uid, id, digest, target, segment_id, row, inputs_id, "
+                    f"first_revision, created_at) VALUES ('u', '{name}', 'd', '5.0', 7, 0, NULL, 1, {at})"
+                )
+
+    def create(uid: str) -> None:
+        with database.writing() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO adapters (uid, tenant, name, backbone, fingerprint, kind, task, keep_inputs, "
+                "revision, next_version, live, epoch, examples, created_at) VALUES "
+                f"('{uid}', 'acme', 'pets {uid}', 'lite0', 'f', 'image', 'regression', true, 1, 1, NULL, 1, "
+                f"2, {at})"
+            )
+
+    create("u")
+    with database.writing() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO artifacts (id, adapter_uid, sha256, nonce, length) VALUES (7, 'u', 'a', 'b', 3)"
+        )
+    insert("a", "b")
+    registry.migrate()
+    insert("c")
+    create("v")
+    database.close()
+    for uid in ("u", "v"):
+        adapter = registry.adapter("acme", f"pets {uid}")
+        assert (adapter.answer_accuracy, adapter.weights) == (0.95, "none")
+    found = registry.examples("u")
+    assert [(one.id, one.target, one.group, one.sampled) for one in found] == [
+        (name, 5.0, None, True) for name in "abc"
+    ]
+    registry.close()
+
+
 def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry_url: str) -> None:
     database = Database(registry_url)
     with database.writing() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from hypothesis import given, settings
@@ -129,3 +130,16 @@ def test_every_example_finds_its_input_and_nothing_else_is_left(
     in_use = {one.segment for one in kept}
     left = {(segment, row) for segment in in_use for row in range(len(files[segment]))}
     assert left == {(one.segment, one.row) for one in kept}
+
+
+def test_group_and_sampled_go_with_their_example() -> None:
+    kept = [replace(one, group="g", sampled=False) for one in KEPT]
+    upserts = [replace(posted("a", None, input_digest("A")), group="h"), posted("x", "X")]
+    plan = plan_change(kept, upserts, removals=["c"])
+    assert {row.id: (row.group, row.sampled) for row in plan.rows} == {
+        "a": ("h", True),
+        "b": ("g", False),
+        "x": (None, True),
+    }
+    writes, _ = locate(plan, Place(artifact("9"), 0, None), [])
+    assert {one.id: (one.group, one.sampled) for one in writes} == {"a": ("h", True), "x": (None, True)}

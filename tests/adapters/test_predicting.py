@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from adapters.admission import Posted
 from adapters.answering import Prediction, shape
 from adapters.head import Head
+from adapters.predicting import Loaded
 from adapters.records import UnknownAdapter, UnknownVersion
 from adapters.store import CorruptArtifact
 from models.preprocess import InputError
@@ -130,3 +133,34 @@ async def test_equal_probabilities_come_in_the_order_of_the_labels(tmp_path: Pat
     found.probabilities[:] = 0.5
     (one,) = shape(head, found, top_k=10)
     assert [label for label, _ in one.probabilities] == list(head.labels)
+
+
+async def test_a_text_without_a_known_token_is_abstained_from(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(8))
+        inputs: list[bytes | str] = [says("one", 70), "", "สวัสดี", picture(1), "👋", says("two", 71)]
+        items = (await here.predict(inputs)).items
+        reasons = [one.abstention_reason if isinstance(one, Prediction) else one.code for one in items]
+        assert reasons[1:5] == ["empty_text", "no_known_tokens", "wrong_kind", "no_known_tokens"]
+        assert "no_known_tokens" not in (reasons[0], reasons[5])
+        unknown = items[2]
+        assert isinstance(unknown, Prediction)
+        assert unknown.abstained
+        assert unknown.label in ("one", "two")
+
+
+async def test_an_adapter_that_is_not_measured_says_so_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(8))
+        load = here.predicting.load
+
+        async def unmeasured(*arguments: Any) -> Loaded:
+            loaded = await load(*arguments)
+            return replace(loaded, head=replace(loaded.head, measured=False))
+
+        monkeypatch.setattr(here.predicting, "load", unmeasured)
+        items = (await here.predict(["สวัสดี", says("one", 70)])).items
+        reasons = [one.abstention_reason for one in items if isinstance(one, Prediction)]
+        assert reasons == ["not_measured", "not_measured"]

@@ -825,3 +825,40 @@ def limit_pages(registry: Registry) -> None:
     @event.listens_for(registry._database._engine, "begin")
     def limit(connection: object) -> None:
         connection.exec_driver_sql("PRAGMA max_page_count = 60")  # type: ignore[attr-defined]
+
+
+def test_groups_and_sampling_read_back_as_they_were_written(registry: Registry) -> None:
+    segment = artifact("segment")
+    wanted = {"a": (None, True), "b": ("customer 1", False), "c": ("ünï 🐱", True)}
+    upserts = tuple(
+        replace(example(name, segment, row), group=group, sampled=sampled)
+        for row, (name, (group, sampled)) in enumerate(wanted.items())
+    )
+    uid = new_uid()
+    registry.commit(Change("acme", "pets", uid, 0, create=TEXTS, upserts=upserts))
+    assert {one.id: (one.group, one.sampled) for one in registry.examples(uid)} == wanted
+    moved = (Repoint("b", artifact("other"), 0),)
+    corrected = (replace(upserts[2], group=None, sampled=False),)
+    registry.commit(Change("acme", "pets", uid, 1, upserts=corrected, repoints=moved))
+    assert {one.id: (one.group, one.sampled) for one in registry.examples(uid)} == {
+        **wanted,
+        "c": (None, False),
+    }
+
+
+def test_what_is_wanted_of_answers_changes_with_a_commit_and_moves_the_revision(registry: Registry) -> None:
+    first = create(registry).adapter
+    assert (first.answer_accuracy, first.weights) == (0.95, "none")
+    change = Change("acme", "pets", first.uid, first.revision, answer_accuracy=0.9, weights="balanced")
+    second = registry.commit(change).adapter
+    assert (second.answer_accuracy, second.weights, second.revision) == (0.9, "balanced", first.revision + 1)
+    # A fit for what was wanted before comes too late.
+    with pytest.raises(RevisionMoved):
+        registry.commit(Change("acme", "pets", first.uid, first.revision, version=version(), promote=True))
+    same = replace(change, revision=second.revision)
+    assert registry.commit(same).adapter.revision == second.revision
+    kept = registry.commit(Change("acme", "pets", first.uid, second.revision, version=version())).adapter
+    assert (kept.answer_accuracy, kept.weights) == (0.9, "balanced")
+    strict = replace(TEXTS, answer_accuracy=0.999, weights="balanced")
+    made = registry.commit(Change("acme", "strict", new_uid(), 0, create=strict)).adapter
+    assert (made.answer_accuracy, made.weights, made.revision) == (0.999, "balanced", 0)

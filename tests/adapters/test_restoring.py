@@ -87,7 +87,8 @@ async def test_what_is_restored_is_what_was_backed_up(
     async with place.world() as world:
         await world.adapt(taught())
         await world.adapt([*taught(6)], promote="always")
-        await world.adapt(taught(3), "others")
+        others = [replace(one, group="g", sampled=False) for one in taught(3)]
+        await world.adapt(others, "others", answer_accuracy=0.9, weights="balanced")
         world.registry.tenants.create_key(TENANT, ["predict"], note="a key")
         expected = await answers(world)
     path = saved(place, tmp_path)
@@ -224,6 +225,10 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
         "DROP TABLE erasures",
         "DROP TABLE replies",
         "ALTER TABLE changes DROP COLUMN gone",
+        'ALTER TABLE examples DROP COLUMN "group"',
+        "ALTER TABLE examples DROP COLUMN sampled",
+        "ALTER TABLE adapters DROP COLUMN answer_accuracy",
+        "ALTER TABLE adapters DROP COLUMN weights",
     )
     whole = sha256_of(path / REGISTRY)
     assert restore(path, target.database, target.store).adapters == 1

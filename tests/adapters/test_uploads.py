@@ -67,6 +67,9 @@ def test_lines_are_read_with_their_numbers_and_blank_ones_skipped() -> None:
         (b"[1]", "invalid_line"),
         (b'{"txt": "a"}', "invalid_line"),
         (b'{"text": "a", "id": 3}', "id_invalid"),
+        (b'{"text": "a", "label": "x", "group": 3}', "group_invalid"),
+        (b'{"text": "a", "label": "x", "sampled": 1}', "sampled_invalid"),
+        (b'{"text": "a", "label": "x", "sampled": "false"}', "sampled_invalid"),
         (b'{"text": "a", "image": "b"}', "input_missing"),
         (b'{"label": "a"}', "input_missing"),
         (b'{"text": 3}', "input_missing"),
@@ -325,3 +328,31 @@ def test_a_large_beginning_takes_little(form: Form, data: bytes) -> None:
 def test_a_beginning_of_something_else_is_refused(form: Form, data: bytes) -> None:
     with pytest.raises(BadUpload):
         kind_of_upload(form, data)
+
+
+def test_lines_and_rows_say_what_belongs_together_and_what_is_measured_on() -> None:
+    data = lines(
+        {"text": "a", "label": "x", "group": "g", "sampled": False},
+        {"text": "b", "label": "x", "group": None, "sampled": None},
+    )
+    expected = [Posted("a", "x", None, "g", False), Posted("b", "x")]
+    assert [posted for _, posted in read("ndjson", data)] == expected
+    table = b"group,text,label,Sampled\ng,a,x,false\n,b,x,\n"
+    assert [posted for _, posted in read("csv", table)] == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "sampled"),
+    [("true", True), ("TRUE", True), ("1", True), (" ", True), ("False", False), ("0", False)],
+)
+def test_a_table_says_true_and_false_in_these_words(word: str, sampled: bool) -> None:
+    assert read("csv", f"text,label,sampled\na,x,{word}\n".encode())[0][1] == Posted(
+        "a", "x", sampled=sampled
+    )
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "2", "falsch"])
+def test_another_word_is_an_error_of_its_row(word: str) -> None:
+    (_, bad), (_, good) = read("csv", f"id,text,label,sampled\n7,a,x,{word}\n8,b,x,0\n".encode())
+    assert (code(bad), bad.id) == ("sampled_invalid", "7")
+    assert good == Posted("b", "x", "8", sampled=False)

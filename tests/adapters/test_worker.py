@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from adapters.samples import samples_of
 from adapters.second_phase import Checkpoint, FineTuneConfig
 from adapters.segments import Evidence, decode_evidence, encode_embeddings, encode_evidence, encode_inputs
 from adapters.store import Artifact, MissingArtifact, Store, open_store
-from adapters.submitting import CannotTune
+from adapters.submitting import CannotTune, TooFewExamples
 from adapters.supervising import WorkerConfig
 from adapters.tuned import finish
 from adapters.tuning import Tuning
@@ -750,3 +750,49 @@ def test_a_fine_tune_that_is_no_better_leaves_the_head_live(
     assert committed.version is not None
     assert committed.version.report["promotion"]["reason"] == "not_better"
     assert committed.adapter.live == 2
+
+
+def test_a_fine_tune_keeps_groups_together_and_measures_on_what_is_sampled(place: Place) -> None:
+    groups = {one.id: f"g{row // 5}" for row, one in enumerate(place.registry.all_examples(place.uid)[1])}
+    learned = {name for row, name in enumerate(groups) if row % 7 == 0}
+    _write_groups(place, groups, learned)
+    request = {"config": CONFIG, "answer_accuracy": 0.6, "weights": "balanced"}
+    place.registry.jobs.submit("acme", "shades", "fine_tune", request, deadline_seconds=600, max_open=3)
+    with place.lease() as lease:
+        committed = place.tuning.run(lease)
+    assert (committed.adapter.answer_accuracy, committed.adapter.weights) == (0.6, "balanced")
+    assert committed.version is not None
+    assert committed.version.evidence is not None
+    evidence = decode_evidence(place.store.read("acme", place.uid, committed.version.evidence))
+    measured = {name for name, score in zip(evidence.ids, evidence.scores, strict=True) if score == score}
+    assert measured
+    assert not measured & learned
+    held_out = {groups[name] for name in measured}
+    assert {name for name in groups if groups[name] in held_out} - learned == measured
+
+
+def test_what_is_not_measured_on_is_too_little_to_tune_on(place: Place) -> None:
+    names = [one.id for one in place.registry.all_examples(place.uid)[1]]
+    _write_groups(place, dict.fromkeys(names), set(names[:30]))
+    place.submit()
+    with place.lease() as lease, pytest.raises(TooFewExamples):
+        place.tuning.run(lease)
+
+
+def _write_groups(place: Place, groups: Mapping[str, str | None], learned: Container[str]) -> None:
+    """Give the examples these groups; those learned are not measured on."""
+    place.change(
+        upserts=tuple(
+            ExampleWrite(
+                one.id,
+                one.digest,
+                one.target,
+                one.segment,
+                one.row,
+                one.inputs,
+                groups[one.id],
+                one.id not in learned,
+            )
+            for one in place.registry.all_examples(place.uid)[1]
+        )
+    )

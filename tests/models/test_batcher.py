@@ -21,7 +21,7 @@ from models.cores import Cores
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess import Prepared
 from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
-from models.spec import TOKENIZER_FILE, TextTransform
+from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
 from tests import tiny
 
 pytestmark = pytest.mark.anyio
@@ -471,3 +471,20 @@ async def test_a_loop_that_ended_does_not_kill_the_worker(images: Backbone) -> N
         await asyncio.to_thread(abandon)
         assert (await batcher.embed([tiny.picture(2)])).errors == {}
         assert batcher.alive
+
+
+async def test_texts_without_a_known_token_are_told_from_others(texts: Backbone, images: Backbone) -> None:
+    inputs = ["unheard", "ba", " ", "👋", "ba unheard"]
+    assert texts.embed(inputs).unknown == {0, 3}
+    assert texts.unknown(inputs) == {0, 3}
+    long = ["x " * 40 + "ba", "ba " * 40, "x" * 100 + " ba", "y " * 500, " " * 100 + "x", "x" * 100]
+    assert texts.unknown(long) == {3, 4, 5} == texts.embed(long).unknown
+    async with running(texts, workers=2) as batcher:
+        found = await batcher.embed(inputs)
+        assert found.unknown == {0, 3}
+        assert found.errors.keys() == {2}
+        np.testing.assert_allclose(found.embeddings, texts.embed(inputs).embeddings, atol=1e-5)
+    tuned = texts.with_network((texts.path / GRAPH_FILE).read_bytes())
+    assert tuned.embed(inputs).unknown == {0, 3}
+    tuned.close()
+    assert images.embed([tiny.picture(1), b"no image"]).unknown == frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from models.preprocess import ImagePreprocessor, InputError, InputLimits, TextPreprocessor
 from models.spec import ImageTransform, TextTransform
@@ -479,3 +480,48 @@ def test_what_takes_twice_the_memory_counts_twice() -> None:
     assert refusal(encoded(inks, "JPEG", progressive=True), limits) == "image_too_large"
     ImagePreprocessor(PLAIN, limits)(encoded(inks, "JPEG"))
     ImagePreprocessor(PLAIN, limits)(encoded(above, "JPEG", progressive=True))
+
+
+def preprocessor(made: Tokenizer, folder: Path, *, prompt: str = "", max_tokens: int = 8) -> TextPreprocessor:
+    """In front of a backbone with this tokenizer."""
+    file = folder / "tokenizer.json"
+    file.write_text(made.to_str())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return TextPreprocessor(TextTransform(max_tokens, digest, prompt=prompt), file)
+
+
+def knows_nothing(prepare: TextPreprocessor, text: str) -> bool:
+    return prepare.knows_nothing(text, prepare(text))
+
+
+def test_a_text_of_which_no_token_is_known(tokenizer: tuple[TextTransform, Path]) -> None:
+    prepare = TextPreprocessor(*tokenizer)
+    unheard = ["unheard", "สวัสดี 👋", "x " * 500, "x " * 500 + "ba"]
+    assert [knows_nothing(prepare, text) for text in unheard] == [True] * 4
+    assert [knows_nothing(prepare, text) for text in ("ba", "unheard ba", "x " * 40 + "ba")] == [False] * 3
+
+
+def sentence_pieces(folder: Path, *, prompt: str = "") -> TextPreprocessor:
+    """Pieces as SentencePiece makes them: white space is a piece, and a special token stands at the end."""
+    pieces = [("<pad>", 0.0), ("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -1.0), ("\u2581query", -1.0)]
+    pieces += [(":", -1.0), ("\u2581ba", -1.0), ("ba", -1.0)]
+    made = Tokenizer(models.Unigram(pieces, unk_id=1))
+    made.normalizer = normalizers.Replace("ban", "")
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return preprocessor(made, folder, prompt=prompt)
+
+
+@pytest.mark.parametrize("prompt", ["", "query: "])
+def test_neither_white_space_nor_the_prompt_is_something_known_of_a_text(tmp_path: Path, prompt: str) -> None:
+    prepare = sentence_pieces(tmp_path, prompt=prompt)
+    texts = ["สวัสดี", "👋 👋", "ban", "ba", "👋 ba", "query", "query: 👋"]
+    assert [knows_nothing(prepare, text) for text in texts] == [True] * 3 + [False] * 4
+
+
+def test_a_tokenizer_without_an_unknown_token_knows_every_text(tmp_path: Path) -> None:
+    vocabulary = {piece: place for place, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    prepare = preprocessor(made, tmp_path, max_tokens=64)
+    assert not any(knows_nothing(prepare, text) for text in ("a", "สวัสดี", "👋"))

@@ -261,3 +261,66 @@ def test_a_caller_that_hangs_up_leaves_all_or_nothing(caller: Caller) -> None:
     for adapter in found:
         assert adapter["live"] == 1
         assert caller.predict(adapter["adapter"], [image(UNSEEN["cow"])])["version"] == 1
+
+
+def test_examples_have_groups_and_say_whether_they_are_measured_on(caller: Caller) -> None:
+    told = [{**one, "group": f"critic {row // 4}"} for row, one in enumerate(reviews())]
+    told[-1] |= {"group": None, "sampled": False}
+    caller.adapt("films", told)
+    page = caller.call("GET", "/adapters/films/examples")["examples"]
+    found = {one["id"]: (one["group"], one["sampled"]) for one in page}
+    assert found == {one["id"]: (one["group"], one.get("sampled", True)) for one in told}
+    one = caller.call("GET", "/adapters/films/examples/bad5")
+    assert (one["group"], one["sampled"]) == (None, False)
+
+
+def test_a_group_that_is_no_name_is_an_error_of_its_example(caller: Caller) -> None:
+    told = [{**one, "group": "g"} for one in reviews()] + [
+        {"text": "Fine", "label": "good", "group": "x" * 257}
+    ]
+    rejected = caller.adapt("films", told)["examples"]["rejected"]
+    assert [(one["index"], one["code"]) for one in rejected] == [(12, "group_invalid")]
+    found = caller.adapt("films", told[-1:], 422)
+    assert [(one["pointer"], one["code"]) for one in found["errors"]] == [
+        ("/examples/0/group", "group_invalid")
+    ]
+    for field, value in (("group", 3), ("sampled", "no"), ("sampled", 1)):
+        body = {"adapter": "films", "examples": [{"text": "Fine", "label": "good", field: value}]}
+        assert caller.code("POST", "/adapt", 422, json=body) == "invalid_request"
+
+
+def test_what_is_wanted_of_answers_is_the_adapters_until_it_is_changed(caller: Caller) -> None:
+    caller.adapt("films", reviews())
+    made = caller.call("GET", "/adapters/films")
+    assert (made["answer_accuracy"], made["weights"]) == (0.95, "none")
+    caller.adapt("films", [], answer_accuracy=0.8, weights="balanced")
+    changed = caller.call("GET", "/adapters/films")
+    assert (changed["answer_accuracy"], changed["weights"]) == (0.8, "balanced")
+    files = {"x": ("good/1.txt", "Splendid", "text/plain")}
+    caller.call("POST", "/adapt", data={"adapter": "films", "answer_accuracy": "0.9"}, files=files)
+    changed = caller.call("GET", "/adapters")["adapters"][0]
+    assert (changed["answer_accuracy"], changed["weights"]) == (0.9, "balanced")
+
+
+def test_what_cannot_be_wanted_of_answers(caller: Caller) -> None:
+    for field, value in [("answer_accuracy", 0.4), ("answer_accuracy", 1), ("answer_accuracy", float("nan"))]:
+        found = caller.adapt("films", reviews(), 422, **{field: value})
+        assert found["type"] in ("urn:topwork:invalid_request", "urn:topwork:invalid_json")
+    assert caller.adapt("films", reviews(), 422, weights="some")["type"] == "urn:topwork:invalid_request"
+    numbers = [{"text": text, "target": float(row)} for row, text in enumerate(PRAISE)]
+    found = caller.adapt("stars", numbers, 422, task="regression", weights="balanced")
+    assert found["type"] == "urn:topwork:weights_not_for_task"
+    assert caller.call("GET", "/adapters")["adapters"] == []
+
+
+def test_texts_of_which_no_word_is_known_teach_nothing(caller: Caller) -> None:
+    told = [*reviews(), {"text": "สวัสดี", "label": "good"}, {"text": "👋", "label": "bad"}]
+    rejected = caller.adapt("films", told)["examples"]["rejected"]
+    assert [(one["index"], one["code"]) for one in rejected] == [
+        (12, "no_known_tokens"),
+        (13, "no_known_tokens"),
+    ]
+    assert all("minilm-l6-v2" in one["detail"] for one in rejected)
+    body = {"text": "สวัสดีครับ", "label": "good"}
+    assert caller.code("POST", "/adapters/films/feedback", 422, json=body) == "no_known_tokens"
+    assert caller.call("GET", "/adapters/films")["examples"] == 12

@@ -220,7 +220,7 @@ def test_what_is_no_upload_is_refused_at_once(
 
 
 def test_an_upload_may_be_larger_than_a_body_but_not_than_its_own_limit(teacher: Caller) -> None:
-    text = "x" * 30_000
+    text = "word " * 6_000
     fits = [{"text": f"{text}{row}", "label": f"{row % 2}"} for row in range(MAX_BODY // 30_000 + 1)]
     assert upload(teacher, "adapter=a", lines(fits), NDJSON)["state"] == "succeeded"
     assert teacher.code("POST", "/predict", 413, content=lines(fits), headers=NDJSON) == "body_too_large"
@@ -258,3 +258,31 @@ def test_a_queued_upload_is_cancelled_with_its_file(teacher: Caller, home: Path)
     uid = [path.name for path in (home / "artifacts" / teacher.tenant).iterdir() if not any(path.iterdir())]
     assert len(uid) == 1
     teacher.http.post(f"/jobs/{first['id']}/cancel")
+
+
+def test_columns_and_the_query_say_what_belongs_together_and_what_is_wanted(teacher: Caller) -> None:
+    rows = [
+        f'"{one["text"]}",{one["label"]},critic {row // 3},{row % 2}' for row, one in enumerate(reviews())
+    ]
+    content = "\n".join(["text,label,group,sampled", *rows, "สวัสดี,good,,", "Fine,good,,maybe"]).encode()
+    job = upload(teacher, "adapter=films&answer_accuracy=0.9&weights=balanced", content, CSV)
+    assert (job["state"], job["progress"]["stored"]) == ("succeeded", 12)
+    assert [(one["place"], one["code"]) for one in job["progress"]["errors"]] == [
+        ("line 14", "no_known_tokens"),
+        ("line 15", "sampled_invalid"),
+    ]
+    page = teacher.call("GET", "/adapters/films/examples")["examples"]
+    assert sorted((one["group"], one["sampled"]) for one in page) == sorted(
+        (f"critic {row // 3}", bool(row % 2)) for row in range(12)
+    )
+    upload(teacher, "adapter=films&answer_accuracy=0.8", lines(reviews()), NDJSON)
+    adapter = teacher.call("GET", "/adapters/films")
+    assert (adapter["answer_accuracy"], adapter["weights"]) == (0.8, "balanced")
+
+
+def test_weights_are_refused_before_an_upload_is_kept(teacher: Caller) -> None:
+    query = "/adapt?adapter=a&task=multilabel&weights=balanced"
+    assert (
+        teacher.code("POST", query, 422, content=lines(reviews()), headers=NDJSON) == "weights_not_for_task"
+    )
+    assert teacher.call("GET", "/adapters")["adapters"] == []

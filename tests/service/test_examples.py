@@ -20,7 +20,7 @@ def test_examples_are_listed_page_by_page(caller: Caller) -> None:
             break
         query = f"?limit=5&cursor={page['next']}"
     assert listed == sorted(one["id"] for one in reviews())
-    assert page["examples"][0].keys() == {"id", "label", "digest", "created_at"}
+    assert page["examples"][0].keys() == {"id", "label", "group", "sampled", "digest", "created_at"}
     for cursor in ("%ff", "abc*", "Pz8_" * 600, "gICA"):
         caller.call("GET", f"/adapters/films/examples?cursor={cursor}", 422)
     caller.call("GET", "/adapters/films/examples?limit=0", 422)
@@ -198,3 +198,19 @@ def test_many_corrections_one_at_a_time_leave_few_files_to_read(caller: Caller) 
         "nearest"
     ][0]
     assert nearest["similarity"] == pytest.approx(1, abs=1e-4)
+
+
+def test_feedback_is_not_measured_on_unless_it_says_so(caller: Caller) -> None:
+    caller.adapt("films", [{**one, "group": "first"} for one in reviews()])
+    path = "/adapters/films/feedback"
+    caller.call("POST", path, json={"text": "Slow and grey", "label": "bad", "group": "critic 7"})
+    caller.call("POST", path, json={"text": "Light and quick", "label": "good", "sampled": True})
+    caller.call("POST", path, json={"text": PRAISE[1], "label": "bad", "group": "another"})
+    caller.call("POST", path, json={"id": "good0", "label": "bad"})
+    page = caller.call("GET", "/adapters/films/examples")["examples"]
+    found = {one["id"]: (one["label"], one["group"], one["sampled"]) for one in page}
+    assert (found["good0"], found["good1"]) == (("bad", "first", True), ("bad", "first", True))
+    added = [value for name, value in found.items() if len(name) == 64]
+    assert sorted(added, key=str) == [("bad", "critic 7", False), ("good", None, True)]
+    body = {"text": "Odd", "label": "bad", "group": ""}
+    assert caller.code("POST", path, 422, json=body) == "group_invalid"

@@ -225,3 +225,39 @@ def test_backbones_say_what_they_are(taught: Caller) -> None:
     one = found["minilm-l6-v2"]
     assert (one["kind"], one["dim"], one["licence"], one["device"]) == ("text", 384, "Apache-2.0", "cpu")
     assert len(one["fingerprint"]) == 64
+
+
+def test_texts_of_which_no_word_is_known_are_abstained_from(taught: Caller) -> None:
+    texts = [{"text": text} for text in ("สวัสดี", "😡😡😡", PRAISE[0], "ok สวัสดี")]
+    found = taught.predict("films", texts)["predictions"]
+    assert [one["abstained"] for one in found[:2]] == [True, True]
+    reasons = [one["abstention_reason"] for one in found]
+    # Twelve examples may be too few to measure, which comes first.
+    assert set(reasons[:2]) <= {"no_known_tokens", "not_measured"}
+    assert "no_known_tokens" not in reasons[2:]
+    assert {one["label"] for one in found} <= {"good", "bad"}
+    embedded = taught.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": texts[:1]})
+    assert len(embedded["embeddings"][0]["embedding"]) == 384
+
+
+def test_probabilities_have_six_digits_and_an_answer_says_why_it_is_abstained(taught: Caller) -> None:
+    reasons = {None, "not_measured", "far_from_examples", "low_confidence"}
+    for adapter, inputs in [
+        ("things", [image(data) for data in UNSEEN.values()]),
+        ("films", [{"text": "Good"}]),
+    ]:
+        for one in taught.predict(adapter, inputs, top_k=10)["predictions"]:
+            chances = [one["confidence"], *(part["probability"] for part in one["probabilities"])]
+            assert all(0 < chance < 1 and chance == round(chance, 6) for chance in chances)
+            assert one["abstention_reason"] in reasons
+            assert one["abstained"] == (one["abstention_reason"] is not None)
+
+
+def test_an_answer_of_several_labels_names_those_that_are_uncertain(caller: Caller) -> None:
+    told = [{"text": text, "labels": ["film", "good"]} for text in PRAISE]
+    told += [{"text": text, "labels": ["film", "bad"]} for text in BLAME]
+    caller.adapt("tags", told, task="multilabel")
+    for top_k in (1, 3):
+        (one,) = caller.predict("tags", [{"text": PRAISE[0]}], top_k=top_k)["predictions"]
+        shown = {*one["labels"], *(part["label"] for part in one["probabilities"])}
+        assert set(one["uncertain"]) <= shown
