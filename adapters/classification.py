@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ Floats = NDArray[np.float32]
 _PRIOR_EXAMPLES = 20.0
 _MOST_SUSPECTS = 50
 _MOST_CONFUSIONS = 500
+# A label that is recognised less often than this is worth a warning, which names so many.
+_LOW_RECALL = 0.5
+_MOST_NAMED = 5
 
 
 def fit_classification(
@@ -95,7 +100,14 @@ def fit_classification(
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
     scores[held] = right
-    report = report_of(probabilities, held, own, sizes, names) | {
+    unmeasured = data.sampled & (data.folds < 0)
+    report = report_of(
+        Measured(probabilities, held, own),
+        sizes,
+        names,
+        unmeasured=labels[unmeasured],
+        trained_share=1.0 - 1.0 / data.plan.folds,
+    ) | {
         "strength": chosen.strength,
         "temperature": 1.0 / found.slope,
         "discriminant": found.other,
@@ -104,28 +116,85 @@ def fit_classification(
     return head, report, scores
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was held out: probabilities (m, labels), which rows they are of (m,), and their labels (m,)."""
+
+    probabilities: Floats
+    rows: NDArray[np.int64]
+    own: NDArray[np.int64]
+
+
 def report_of(
-    probabilities: Floats,
-    rows: NDArray[np.int64],
-    own: NDArray[np.int64],
+    held_out: Measured,
     sizes: NDArray[np.int64],
     names: tuple[str, ...],
+    *,
+    unmeasured: NDArray[np.int64] | None = None,
+    trained_share: float = 1.0,
 ) -> dict[str, Any]:
-    """What probabilities (m, labels) of examples held out say; own: their labels (m,), rows: which they are.
+    """What examples held out say of labels, numbers of names.
 
-    sizes: how many examples each label has in all.
+    sizes: how many examples each label has in all. unmeasured: labels (u,) of examples to be measured that
+    could not be held out, for each is the only one of its label: what cannot be predicted when it is held
+    out was predicted wrongly. trained_share: see calibration.accuracy_interval.
     """
+    probabilities, own = held_out.probabilities, held_out.own
+    alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
-    measured = len(right) > 0
-    return {
-        "accuracy": float(right.mean()) if measured else None,
-        "accuracy_interval": calibration.accuracy_interval(right) if measured else None,
+    # Two labels have to be told apart.
+    measured = len(np.unique(own)) > 1
+    wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
+    hits = np.bincount(own[right], minlength=len(names))
+    doubtful = calibration.suspects(probabilities, own)
+    report: dict[str, Any] = {
+        "accuracy": float(right.sum() / (len(own) + len(alone))) if measured else None,
+        "accuracy_interval": calibration.accuracy_interval(right, len(alone), trained_share)
+        if measured
+        else None,
+        "balanced_accuracy": float(np.mean((hits / np.maximum(wanted, 1))[wanted > 0])) if measured else None,
+        "majority_share": float(wanted.max() / wanted.sum()) if wanted.sum() else None,
+        "labels_not_measured": int((np.bincount(own, minlength=len(names)) == 0).sum()),
         "per_label": _per_label(own, answers, sizes, names),
         "confusion": _confusion(own, answers, names),
         "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
-        "suspects": _suspects(probabilities, rows, own, names),
+        "suspects": _suspects(held_out, doubtful[:_MOST_SUSPECTS], names),
+        "suspects_total": len(doubtful),
     }
+    return report | {"warnings": _warnings(report)}
+
+
+def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a person should know who reads the accuracy alone."""
+    if report["accuracy"] is None:
+        detail = "Nothing could be measured, so it abstains on everything; send two examples of each label."
+        return [{"code": "not_measured", "detail": detail}]
+    found = []
+    if report["labels_not_measured"]:
+        detail = (
+            f"{report['labels_not_measured']} labels have too few examples to be measured; where they should "
+            "be answered counts as wrong. Send two examples of each label, or more."
+        )
+        found.append({"code": "labels_not_measured", "detail": detail})
+    if report["accuracy_interval"][0] <= report["majority_share"]:
+        detail = (
+            f"The most frequent label is right in {100 * report['majority_share']:.0f} % of the examples, "
+            "and these are too few, or too hard, to show that the adapter does better."
+        )
+        found.append({"code": "no_better_than_majority", "detail": detail})
+    missed = [name for name, one in report["per_label"].items() if (one["recall"] or 0.0) < _LOW_RECALL]
+    missed = [name for name in missed if report["per_label"][name]["recall"] is not None]
+    if missed:
+        shown = ", ".join(repr(name) for name in missed[:_MOST_NAMED]) + (
+            " and others" if len(missed) > _MOST_NAMED else ""
+        )
+        detail = (
+            f"Less than half is recognised of {shown}. Send more examples of them, or, if they are rare and "
+            'matter as much as others, use "weights": "balanced".'
+        )
+        found.append({"code": "low_recall", "detail": detail})
+    return found
 
 
 def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
@@ -198,15 +267,15 @@ def _confusion(
 
 
 def _suspects(
-    probabilities: Floats, rows: NDArray[np.int64], own: NDArray[np.int64], names: tuple[str, ...]
+    held_out: Measured, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Doubtful labels by row, with the probability of what the example looks like."""
     return [
         {
-            "index": int(rows[place]),
-            "label": names[own[place]],
+            "index": int(held_out.rows[place]),
+            "label": names[held_out.own[place]],
             "looks_like": names[other],
-            "confidence": float(probabilities[place, other]),
+            "confidence": float(held_out.probabilities[place, other]),
         }
-        for place, other in calibration.suspects(probabilities, own, _MOST_SUSPECTS)
+        for place, other in doubtful
     ]

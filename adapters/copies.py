@@ -24,7 +24,7 @@ _EQUAL = 1e-3
 # The neighbourhood of a row is measured on so many others, the pivots. Up to so many rows all pairs are
 # compared, of more only those that have one of their two nearest pivots in common.
 _PIVOTS = 256
-_MOST_COMPARED = 2048
+_MOST_COMPARED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,7 @@ def _near_among(squared: Floats, names: Rows, reach: Floats, equal: float) -> It
     if n < 2:
         return
     np.fill_diagonal(squared, np.inf)
-    scaled = np.float32(_NEAR * _NEAR) * reach
-    near = squared <= np.maximum(scaled[:, None] * reach, np.float32(equal * equal))
+    near = squared <= np.maximum(np.float32(_NEAR**2) * reach[:, None] * reach, np.float32(equal**2))
     for one, other in np.argwhere(near).tolist():
         yield int(names[one]), int(names[other])
     if n < 3:
@@ -130,7 +129,7 @@ def _near_among(squared: Floats, names: Rows, reach: Floats, equal: float) -> It
     first = squared[every, nearest]
     squared[every, nearest] = np.inf
     second = squared.min(axis=1)
-    clearly = first < _CLEARLY_NEARER * _CLEARLY_NEARER * np.minimum(second, second[nearest])
+    clearly = first < _CLEARLY_NEARER**2 * np.minimum(second, second[nearest])
     for one in np.flatnonzero(clearly & (nearest[nearest] == every)).tolist():
         yield int(names[one]), int(names[nearest[one]])
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import calibration
-from adapters.classification import report_of
+from adapters.classification import Measured, report_of
 from adapters.features import Scaling
 from adapters.fine_tune import FineTuned
-from adapters.head import Head, directions_for, doubt_of, softmax, storable
+from adapters.head import Head, directions_for, doubt_of, smoothed, softmax, storable
 from adapters.learner import Lesson, Model
 from adapters.region import fit_region
 from adapters.samples import Tensors, batches, seeded
@@ -116,7 +116,8 @@ def _measured(
     own = lesson.labels[lesson.testing]
     temperature, _ = calibration.temperature(logits, own)
     logits = logits / np.float32(temperature)
-    probabilities = softmax(logits)
+    smoothing = calibration.smoothing(len(own))
+    probabilities = smoothed(softmax(logits), smoothing, len(names))
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
     threshold = calibration.answer_threshold(confidence, right, wanted)
@@ -130,9 +131,10 @@ def _measured(
         bias=layer.bias.detach().numpy() / np.float32(temperature),
         doubt=doubt_of(threshold, logits, "classification"),
         region=fit_region(rows, lesson.labels, held, directions_for(len(names), rows.shape[1])),
+        smoothing=smoothing,
     )
     sizes = np.bincount(lesson.labels, minlength=len(names))
-    report = report_of(probabilities, np.array(lesson.testing), own, sizes, names)
+    report = report_of(Measured(probabilities, np.array(lesson.testing), own), sizes, names)
     scores = np.full(len(lesson.labels), np.nan, np.float32)
     scores[lesson.testing] = right
     return head, report | {"temperature": temperature, "threshold": threshold}, scores
