@@ -109,22 +109,26 @@ def usual_slope(strength: float) -> float:
     return float((strength / _USUAL_STRENGTH) ** _STRENGTH_POWER)
 
 
-def sigmoid_temperature(logits: Floats, targets: Floats, strength: float) -> tuple[float, float]:
-    """The same for labels that are each yes or no, (labels, n) both. The loss is per example."""
+def sigmoid_temperature(
+    logits: Floats, targets: Floats, strength: float, base: Floats
+) -> tuple[float, float]:
+    """The same for labels that are each yes or no; the loss is per example.
+
+    logits, targets, base: (labels, n). base is added undivided: what is known without an input, as an
+    intercept is, must not grow with what inputs say.
+    """
     if not logits.shape[1]:
         return _temperature(lambda slope: (0.0, 0.0, 0.0), 0, strength)
-    step = max(1, logits.size // _MOST_LOGITS)
-    some, own = logits[:, ::step].astype(np.float32), targets[:, ::step]
 
     def measure(slope: float) -> tuple[float, float, float]:
-        scaled = some * np.float32(slope)
+        scaled = logits * np.float32(slope) + base
         chances = np.reciprocal(1.0 + np.exp(-np.clip(scaled, -80.0, 80.0)))
-        loss = np.logaddexp(np.float32(0.0), scaled) - own * scaled
-        first = ((chances - own) * some).sum(dtype=float)
-        second = (chances * (1.0 - chances) * some * some).sum(dtype=float)
+        loss = np.logaddexp(np.float32(0.0), scaled) - targets * scaled
+        first = ((chances - targets) * logits).sum(dtype=float)
+        second = (chances * (1.0 - chances) * logits * logits).sum(dtype=float)
         return float(loss.sum(dtype=float)), float(first), float(second)
 
-    return _temperature(measure, some.shape[1], strength)
+    return _temperature(measure, logits.shape[1], strength)
 
 
 def _temperature(
@@ -160,10 +164,13 @@ def accuracy_interval(right: Bools) -> list[float]:
     Wilson's interval for the true accuracy would hold the accuracy of an equally large test in 83 % of
     cases only. The difference of two samples varies as if there were n m / (n + m) examples.
     """
-    n = len(right)
+    return share_interval(float(right.mean()), len(right), len(right))
+
+
+def share_interval(share: float, worth: float, n: int) -> list[float]:
+    """The same for a share measured on n examples that are worth so many independent answers."""
     test = max(min(n, 100), n / 2.0)
-    known = n * test / (n + test)
-    share = float(right.mean())
+    known = worth * test / (n + test)
     square = _NORMAL_95**2
     centre = (share + square / (2.0 * known)) / (1.0 + square / known)
     spread = math.sqrt(share * (1.0 - share) / known + square / (4.0 * known * known))
