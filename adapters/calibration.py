@@ -179,22 +179,26 @@ def usual_slope(strength: float) -> float:
     return float((strength / _USUAL_STRENGTH) ** _STRENGTH_POWER)
 
 
-def sigmoid_temperature(logits: Floats, targets: Floats, strength: float) -> tuple[float, float]:
-    """The same for labels that are each yes or no, (labels, n) both. The loss is per example."""
+def sigmoid_temperature(
+    logits: Floats, targets: Floats, strength: float, base: Floats
+) -> tuple[float, float]:
+    """The same for labels that are each yes or no; the loss is per example.
+
+    logits, targets, base: (labels, n). base is added undivided: what is known without an input, as an
+    intercept is, must not grow with what inputs say.
+    """
     if not logits.shape[1]:
         return _temperature(lambda slope: (0.0, 0.0, 0.0), 0, strength)
-    step = max(1, logits.size // _MOST_LOGITS)
-    some, own = logits[:, ::step].astype(np.float32), targets[:, ::step]
 
     def measure(slope: float) -> tuple[float, float, float]:
-        scaled = some * np.float32(slope)
+        scaled = logits * np.float32(slope) + base
         chances = np.reciprocal(1.0 + np.exp(-np.clip(scaled, -80.0, 80.0)))
-        loss = np.logaddexp(np.float32(0.0), scaled) - own * scaled
-        first = ((chances - own) * some).sum(dtype=float)
-        second = (chances * (1.0 - chances) * some * some).sum(dtype=float)
+        loss = np.logaddexp(np.float32(0.0), scaled) - targets * scaled
+        first = ((chances - targets) * logits).sum(dtype=float)
+        second = (chances * (1.0 - chances) * logits * logits).sum(dtype=float)
         return float(loss.sum(dtype=float)), float(first), float(second)
 
-    return _temperature(measure, some.shape[1], strength)
+    return _temperature(measure, logits.shape[1], strength)
 
 
 def _temperature(
@@ -232,33 +236,38 @@ def calibration_error(confidence: Floats, right: Bools) -> float:
     return float(np.abs(gaps).sum() / max(len(confidence), 1))
 
 
-def accuracy_interval(right: Bools, unmeasured: int = 0, trained_share: float = 1.0) -> list[float]:
+def accuracy_interval(
+    right: Bools, *, groups: int | None = None, unmeasured: int = 0, trained_share: float = 1.0
+) -> list[float]:
     """Where, with 95 % confidence, the accuracy on a test will lie that has half as many examples.
 
     Of a hundred examples or fewer as many, of two hundred or fewer a hundred. A test is a sample too:
     Wilson's interval for the true accuracy would hold the accuracy of an equally large test in 83 % of
     cases only. The difference of two samples varies as if there were n m / (n + m) examples.
 
-    right: (m,), m > 0, of examples held out. unmeasured: further examples that could not be held out, each
-    the only one of its label: they may be as easy as the others, or all be wrong. trained_share: how much of
-    the examples was there when one was held out; with all of them errors are fewer by the power law of
-    learning curves (Hestness et al. 2017), at most as steep as on the measured sets.
+    right: (m,), m > 0, of examples held out. groups: of how many groups they are, for copies say nothing
+    new. unmeasured: further examples that could not be held out, each the only one of its label: they may be
+    as easy as the others, or all be wrong. trained_share: how much of the examples was there when one was
+    held out; with all of them errors are fewer by the power law of learning curves (Hestness et al. 2017),
+    at most as steep as on the measured sets.
     """
-    lower, _ = _interval(float(right.sum()) / (len(right) + unmeasured), len(right) + unmeasured)
-    _, upper = _interval(float(right.mean()), len(right))
+    n = len(right)
+    known = n if groups is None else groups
+    lower, _ = share_interval(float(right.sum()) / (n + unmeasured), known + unmeasured, known + unmeasured)
+    _, upper = share_interval(float(right.mean()), known, known)
     return [lower, 1.0 - (1.0 - upper) * trained_share**_LEARNING_POWER]
 
 
-def _interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's interval as if the share had been seen in n examples and another test."""
+def share_interval(share: float, worth: float, n: int) -> list[float]:
+    """The same for a share measured on n examples that are worth so many independent answers."""
     test = max(min(n, 100), n / 2.0)
-    known = n * test / (n + test)
+    known = worth * test / (n + test)
     square = _NORMAL_95**2
     centre = (share + square / (2.0 * known)) / (1.0 + square / known)
     spread = math.sqrt(share * (1.0 - share) / known + square / (4.0 * known * known))
     reach = _NORMAL_95 / (1.0 + square / known) * spread
     # Rounding must not leave the share itself outside.
-    return max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))
+    return [max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))]
 
 
 def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:

@@ -105,6 +105,7 @@ def fit_classification(
         Measured(probabilities, held, own),
         sizes,
         names,
+        groups=len(np.unique(data.groups[held])),
         unmeasured=labels[unmeasured],
         trained_share=1.0 - 1.0 / data.plan.folds,
     ) | {
@@ -130,6 +131,7 @@ def report_of(
     sizes: NDArray[np.int64],
     names: tuple[str, ...],
     *,
+    groups: int | None = None,
     unmeasured: NDArray[np.int64] | None = None,
     trained_share: float = 1.0,
 ) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def report_of(
 
     sizes: how many examples each label has in all. unmeasured: labels (u,) of examples to be measured that
     could not be held out, for each is the only one of its label: what cannot be predicted when it is held
-    out was predicted wrongly. trained_share: see calibration.accuracy_interval.
+    out was predicted wrongly. groups, trained_share: see calibration.accuracy_interval.
     """
     probabilities, own = held_out.probabilities, held_out.own
     alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
@@ -150,7 +152,9 @@ def report_of(
     doubtful = calibration.suspects(probabilities, own)
     report: dict[str, Any] = {
         "accuracy": float(right.sum() / (len(own) + len(alone))) if measured else None,
-        "accuracy_interval": calibration.accuracy_interval(right, len(alone), trained_share)
+        "accuracy_interval": calibration.accuracy_interval(
+            right, groups=groups, unmeasured=len(alone), trained_share=trained_share
+        )
         if measured
         else None,
         "balanced_accuracy": float(np.mean((hits / np.maximum(wanted, 1))[wanted > 0])) if measured else None,

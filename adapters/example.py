@@ -113,9 +113,9 @@ def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[
 
     digests: of the inputs, or the keys of groups of them (see copies.together). Those with one share a fold,
     so no copy of a held-out input is trained on. Every label's inputs are dealt over the folds as evenly as
-    they go, and so are all inputs; numbers are dealt in order of size. The only input of a label is never
-    held out (-1): without it the label could not be predicted. The result depends on the (digest, target)
-    pairs only, not on their order. k >= 2.
+    they go, and so are all inputs; numbers are dealt in order of size. Where inputs have one label each, the
+    only input of a label is never held out (-1): without it the label could not be predicted. The result
+    depends on the (digest, target) pairs only, not on their order. k >= 2.
     """
     rows_of: dict[str, list[int]] = {}
     for row, digest in enumerate(digests):
@@ -129,7 +129,7 @@ def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[
             digest: {label for row in rows for label in labels_of(targets[row])}
             for digest, rows in rows_of.items()
         }
-        dealt = _by_label(labels)
+        dealt = _by_label(labels, alone=any(isinstance(target, tuple) for target in targets))
     result = np.full(len(digests), -1, dtype=np.int64)
     for place, digest in enumerate(dealt):
         result[rows_of[digest]] = place % k
@@ -143,8 +143,8 @@ def labels_of(target: Target) -> tuple[str, ...]:
     return target if isinstance(target, tuple) else ()
 
 
-def _by_label(labels: Mapping[str, Set[str]]) -> list[str]:
-    """Digests label by label, the rarest label of each counting; without the only holders of a label."""
+def _by_label(labels: Mapping[str, Set[str]], *, alone: bool) -> list[str]:
+    """Digests label by label, the rarest label of each counting; alone: also the only holders of a label."""
     holders = Counter(label for own in labels.values() for label in own)
     # An example without labels is a stratum of its own.
     rarest = {
@@ -152,7 +152,8 @@ def _by_label(labels: Mapping[str, Set[str]]) -> list[str]:
         for digest, own in labels.items()
     }
     return sorted(
-        (digest for digest, (count, _) in rarest.items() if count > 1), key=lambda d: (rarest[d][1], d)
+        (digest for digest, (count, _) in rarest.items() if alone or count > 1),
+        key=lambda d: (rarest[d][1], d),
     )
 
 

@@ -45,8 +45,9 @@ class Predictions:
     distance from the training embeddings over the distance accepted: above 1 is another world; 0 where too
     few examples were there to tell. abstention_score: float32 (n,), grows with the doubt that the input
     belongs to what was taught. abstained: bool (n,). assigned, uncertain: bool (n, labels) for multilabel,
-    else None: which labels are given, and which of these decisions had better not be relied on. values:
-    float64 (n,) for regression, else None.
+    else None: which labels are given, and which of these decisions had better not be relied on; all of them
+    where it abstains, and it abstains where it is all of them. values: float64 (n,) for regression, else
+    None.
     """
 
     probabilities: Floats
@@ -147,6 +148,9 @@ class Head:
         abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
         if not self.measured:
             abstained[:] = True
+        if uncertain is not None:
+            uncertain |= abstained[:, None]
+            abstained |= uncertain.all(axis=1)
         return Predictions(probabilities, confidence, distance, score, abstained, assigned, uncertain, values)
 
     def logits(self, embeddings: Floats) -> Floats:

@@ -38,8 +38,9 @@ def append_head(backbone_onnx: bytes, head: Head, metadata: Mapping[str, str]) -
     """The backbone's model with the head behind it, from the backbone's inputs to probabilities.
 
     The output is PROBABILITIES float32 (batch, labels), or VALUES float32 (batch,) for regression. metadata
-    is added to the model's metadata_props, with the labels as JSON under "labels". Abstention is not part
-    of it. Raises InvalidGraph.
+    is added to the model's metadata_props, with the labels as JSON under "labels", and how the service makes
+    answers of the outputs; see _decisions_of. The distance from the examples is not part of it. Raises
+    InvalidGraph.
     """
     fields = list(_fields(backbone_onnx))
     graphs = [content for number, _, content in fields if number == _MODEL_GRAPH]
@@ -49,7 +50,7 @@ def append_head(backbone_onnx: bytes, head: Head, metadata: Mapping[str, str]) -
         )
     kept = [whole for number, whole, _ in _fields(graphs[0]) if number != _GRAPH_OUTPUT]
     rest = [whole for number, whole, _ in fields if number != _MODEL_GRAPH]
-    entries = {**metadata, "labels": json.dumps(head.labels, ensure_ascii=False)}
+    entries = {**metadata, "labels": json.dumps(head.labels, ensure_ascii=False), **_decisions_of(head)}
     return b"".join(
         [
             *rest,
@@ -60,6 +61,23 @@ def append_head(backbone_onnx: bytes, head: Head, metadata: Mapping[str, str]) -
             ),
         ]
     )
+
+
+def _decisions_of(head: Head) -> dict[str, str]:
+    """How Head.predict decides, as JSON by key.
+
+    measured: false abstains always. threshold: the probability of the top label of a classification under
+    which it abstains. decisions: the probability from which each label of a multilabel head is given.
+    certain: the confidence from which these decisions can be relied on, the probability of labels given, one
+    minus it for those not given.
+    """
+    facts: dict[str, object] = {"measured": head.measured}
+    if head.task == "classification":
+        facts["threshold"] = head.threshold
+    elif head.task == "multilabel":
+        facts["decisions"] = head.decisions.tolist()
+        facts["certain"] = dict(zip(("given", "not_given"), head.certain, strict=True))
+    return {key: json.dumps(value) for key, value in facts.items()}
 
 
 def _head_nodes(head: Head) -> Iterator[bytes]:

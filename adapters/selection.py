@@ -78,10 +78,13 @@ class CrossValidation:
     training: Floats
     memory_bytes: int
 
-    def choose(self, plan: Plan, share: NDArray[np.int64], loss: Loss) -> Chosen:
+    def choose(
+        self, plan: Plan, share: NDArray[np.int64], loss: Loss, intercepts: Floats | None = None
+    ) -> Chosen:
         """Seeks the strength as planned, solves the folds to hold out, then all rows.
 
-        share: the ascending rows that take part in the search. Without folds the middle strength is taken.
+        share: the ascending rows that take part in the search. intercepts: (labels, folds), to begin with.
+        Without folds the middle strength is taken.
         """
         count = len(self.training)
         if not count:
@@ -98,13 +101,15 @@ class CrossValidation:
                 self.memory_bytes,
             )
             strength, weights, _ = part._search(
-                min(plan.searched, count), lambda logits, rows, strength: loss(logits, share[rows], strength)
+                min(plan.searched, count),
+                lambda logits, rows, strength: loss(logits, share[rows], strength),
+                intercepts,
             )
             solved = 0
             rows, logits = np.zeros(0, dtype=np.int64), np.zeros((self.labels, 0), dtype=np.float32)
         else:
             solved = min(plan.searched, count)
-            strength, weights, logits = self._search(solved, loss)
+            strength, weights, logits = self._search(solved, loss, intercepts)
             rows = self._rows(range(solved))
         others = range(solved, min(plan.held_out, count))
         if others:
@@ -119,7 +124,7 @@ class CrossValidation:
             strength, rows, logits, self.final(strength, weights.mean(axis=1, keepdims=True), plan.tolerance)
         )
 
-    def _search(self, count: int, loss: Loss) -> tuple[float, Floats, Floats]:
+    def _search(self, count: int, loss: Loss, intercepts: Floats | None) -> tuple[float, Floats, Floats]:
         """Climbs down the loss of the first folds over strengths: the best one, its weights and logits."""
         folds = range(count)
         rows = self._rows(folds)
@@ -133,7 +138,11 @@ class CrossValidation:
                 found[place] = value, weights, logits
             return found[place][0]
 
-        visit(0, None)
+        start = None
+        if intercepts is not None:
+            start = np.zeros((self.labels, count, self.design.rows.shape[1]), dtype=np.float32)
+            start[:, :, -1] = intercepts[:, :count]
+        visit(0, start)
         best = 0
         # Which side to look on first. On seven sets the best was beyond the middle nearly always where logits
         # wanted to be larger than usual there; elsewhere it was on either side, and weaker solves sooner.

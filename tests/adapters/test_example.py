@@ -98,3 +98,11 @@ def test_folds_are_stratified() -> None:
     for label, size in Counter(targets).items():
         own = dealt[[target == label for target in targets]]
         assert np.bincount(own, minlength=5).tolist() == [size // 5] * 5
+
+
+def test_the_only_holder_of_a_label_is_held_out_for_its_other_labels() -> None:
+    targets = [("a",), ("a", "b"), ("a",), (), ("c",), ("a",)]
+    digests = [f"{row:04x}" for row in range(6)]
+    assert sorted(folds(digests, targets, 3).tolist()) == [0, 0, 1, 1, 2, 2]
+    single = ["a", "b", "a", "a", "c", "a"]
+    assert (folds(digests, single, 3) == -1).tolist() == [label in "bc" for label in single]

@@ -123,6 +123,44 @@ def test_the_onnx_file_answers_like_the_head(task: str, kind: str, tmp_path: Pat
     expected = wanted.values if task == "regression" else wanted.probabilities
     assert expected is not None
     assert np.abs(found - expected).max() <= 1e-4 * max(1.0, float(np.abs(expected).max()))
+    assert json.loads(facts["measured"]) is head.measured
+    if task == "classification":
+        assert json.loads(facts["threshold"]) == head.threshold
+
+
+def test_labels_decided_by_the_metadata_of_an_onnx_file_are_those_of_the_head(tmp_path: Path) -> None:
+    backbone = tiny.text_backbone(tmp_path)
+    inputs = [tiny.sentence(seed) for seed in range(120)]
+    embeddings = backbone.embed(inputs).embeddings
+    # Labels that embeddings tell something of, each more frequent than the next.
+    along = embeddings - embeddings.mean(axis=0)
+    targets = [
+        tuple("abc"[label] for label in range(3) if row[label] > 0.5 * label * row.std()) for row in along
+    ]
+    head = fit(dataset(embeddings[:80], targets[:80], "multilabel")).head  # type: ignore[arg-type]
+    data = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {})
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    labels = json.loads(facts["labels"])
+    decisions = np.array(json.loads(facts["decisions"]), dtype=np.float32)
+    certain = json.loads(facts["certain"])
+    probabilities = np.concatenate([session.run(None, _feed(backbone, one))[0] for one in inputs])
+    assigned = probabilities >= decisions
+    expected = head.predict(embeddings)
+    assert expected.assigned is not None
+    assert expected.uncertain is not None
+    assert (decisions != 0.5).any()
+    clear = (np.abs(expected.probabilities - decisions) > 1e-5).all(axis=1)
+    assert clear.mean() > 0.9
+    for row in np.flatnonzero(clear):
+        given = [label for label, there in zip(labels, assigned[row], strict=True) if there]
+        assert given == [
+            label for label, there in zip(head.labels, expected.assigned[row], strict=True) if there
+        ]
+    near = clear & (expected.distance <= 1.0)
+    confidence = np.where(assigned, probabilities, 1.0 - probabilities)
+    uncertain = confidence < np.where(assigned, certain["given"], certain["not_given"])
+    assert (uncertain == expected.uncertain)[near].mean() > 0.99
 
 
 def test_what_is_no_graph_is_refused(head: Head) -> None:
