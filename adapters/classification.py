@@ -50,7 +50,9 @@ def fit_classification(
     priors = _priors(labels[data.sampled], count, data.balanced)
     measured = data.sampled & (data.folds >= 0)
     tellable = len(np.unique(labels[measured])) > 1
-    per_label = len(labels) / count
+    # Each example held out was missing with the others of its fold.
+    trained_share = 1.0 - 1.0 / data.plan.folds if tellable else 1.0
+    per_label = trained_share * len(labels) / count
 
     def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:
         some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
@@ -70,12 +72,13 @@ def fit_classification(
         _training(labels, data.folds, sizes),
         data.memory_bytes,
     ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
-    found = blend(chosen.logits, chosen.rows)
+    found = calibration.grown(blend(chosen.logits, chosen.rows), trained_share)
     kept = data.sampled[chosen.rows]
     held, own = chosen.rows[kept], labels[chosen.rows[kept]]
     logits = found.slope * (chosen.logits[:, kept] - trained[:, None]) + found.other * others[:, held]
     logits = np.ascontiguousarray((logits + priors[:, None]).T)
-    smoothing = calibration.smoothing(len(held))
+    groups = len(np.unique(data.groups[held]))
+    smoothing = calibration.smoothing(groups)
     probabilities = smoothed(softmax(logits), smoothing, count)
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
@@ -105,9 +108,9 @@ def fit_classification(
         Measured(probabilities, held, own),
         sizes,
         names,
-        groups=len(np.unique(data.groups[held])),
+        groups=groups,
         unmeasured=labels[unmeasured],
-        trained_share=1.0 - 1.0 / data.plan.folds,
+        trained_share=trained_share,
     ) | {
         "strength": chosen.strength,
         "temperature": 1.0 / found.slope,

@@ -82,7 +82,7 @@ def fit_multilabel(
     logits = np.ascontiguousarray((np.float32(slope) * beyond + frequencies.base[:, folds]).T)
     del beyond
     # Laplace's rule of succession: after m right decisions the next is wrong with a chance of 1 in m + 2.
-    smoothing = 1.0 / (len(np.unique(data.groups[rows])) + 2.0)
+    smoothing = calibration.smoothing(len(np.unique(data.groups[rows])))
     held = _HeldOut(
         probabilities=smoothed(sigmoid(logits), smoothing, 2),
         own=targets[rows],
