@@ -1,0 +1,256 @@
+"""Ridge regressions of many strengths on the same rows, and their errors on groups of rows left out.
+
+With M = strength * C, C being what belongs to the examples in the inverse of the kernel matrix bordered by the
+intercept, the errors on a group left out are M_GG^-1 (M y)_G, intercept refitted (Cawley and Talbot 2003). Of
+few rows M is a sum over all directions, none of them negative, so that nothing cancels where a row is nearly
+reproduced; of many it is one minus the hat matrix. Everything is in double precision: 64-bit eigenvectors cost
+what 32-bit ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+_BLOCK_ROWS = 2048
+# What the groups' own systems may cost in multiplications, however small the rest is.
+_CHEAP_BLOCKS = 1e9
+# One minus a leverage is never zero but for rounding.
+_LEAST = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Eigenvectors of the rows, centred, with which all strengths are solved.
+
+    features: float32 (n, dim). centre: (dim,), their mean. moments: (r,), squared lengths along the
+    eigenvectors. vectors: eigenvectors of the second moments (dim, r) where rows are more than columns (tall),
+    else of the kernel (n, n - 1), those without a moment included and the constant one left out.
+    """
+
+    features: Floats
+    centre: Doubles
+    moments: Doubles
+    vectors: Doubles
+    tall: bool
+
+    def shrinkage(self, strengths: Doubles) -> Doubles:
+        """What is left of each direction after shrinking, (r, strengths), between 0 and 1."""
+        result: Doubles = self.moments[:, None] / (self.moments[:, None] + strengths)
+        return result
+
+    def weights(self, targets: Doubles, strengths: Doubles) -> tuple[Doubles, Doubles]:
+        """Weights (dim, strengths) and intercepts (strengths,) for targets (n,)."""
+        mean = targets.mean()
+        along = self.project((targets - mean)[:, None]) / (self.moments[:, None] + strengths)
+        if self.tall:
+            weights = self.vectors @ along
+        else:
+            alpha = self.vectors @ along
+            weights = np.zeros((self.features.shape[1], len(strengths)))
+            for block in _blocks(len(alpha)):
+                weights += (self.features[block] - self.centre).T @ alpha[block]
+        return weights, mean - self.centre @ weights
+
+    def rows(self, which: Integers) -> Doubles:
+        """Coordinates (m, r) of these rows: along the eigenvectors, and of length one together if not tall."""
+        return (self.features[which] - self.centre) @ self.vectors if self.tall else self.vectors[which]
+
+    def project(self, columns: Doubles) -> Doubles:
+        """The coordinates' transpose times columns (n, k): (r, k)."""
+        if not self.tall:
+            return self.vectors.T @ columns
+        total = np.zeros((self.features.shape[1], columns.shape[1]))
+        for block in _blocks(len(columns)):
+            total += (self.features[block] - self.centre).T @ columns[block]
+        return self.vectors.T @ total
+
+    def expand(self, coefficients: Doubles) -> Doubles:
+        """The coordinates times coefficients (r, k): (n, k)."""
+        if not self.tall:
+            return self.vectors @ coefficients
+        turned = self.vectors @ coefficients
+        return np.concatenate(
+            [(self.features[block] - self.centre) @ turned for block in _blocks(len(self.features))]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Errors of all strengths on rows whose group was left out.
+
+    errors: (n, strengths). changes: (n, strengths); summed over a group it is by how much the squared errors on
+    the other sampled rows, and its own, would differ in sum if that group did not exist. variance: (strengths,),
+    of a prediction on a new row, as far as it comes from the noise of the targets, in units of that noise.
+    folds: how many were left out in turn, or 0 where each group was left out by itself.
+    """
+
+    errors: Doubles
+    changes: Doubles
+    variance: Doubles
+    folds: int
+
+
+def spectrum_of(features: Floats) -> Spectrum:
+    """The spectrum of features, float32 (n, dim); n >= 2."""
+    n, dim = features.shape
+    centre = features.mean(axis=0, dtype=np.float64)
+    if n > dim:
+        moments = np.zeros((dim, dim))
+        for block in _blocks(n):
+            rows = features[block] - centre
+            moments += rows.T @ rows
+        return _tall(features, centre, moments)
+    rows = features - centre
+    kernel = rows @ rows.T
+    # Moves the constant vector, of which the kernel has nothing, from among the others to the first place.
+    kernel -= (np.trace(kernel) + 1.0) / n
+    values, vectors = np.linalg.eigh(kernel)
+    return Spectrum(features, centre, np.maximum(values[1:], 0.0), vectors[:, 1:], False)
+
+
+def left_out(
+    spectrum: Spectrum,
+    targets: Doubles,
+    strengths: Doubles,
+    groups: Integers,
+    sampled: NDArray[np.bool_],
+    folds: Integers,
+) -> LeftOut:
+    """Errors on every row of targets (n,), had its group, (n,), not been there.
+
+    sampled: (n,), the rows whose errors count in `changes` and `variance`. folds: (n,), of whole groups; they
+    are left out instead of groups where groups are so large that each by itself would cost more than the rest.
+    """
+    n, dim = spectrum.features.shape
+    sizes = np.bincount(groups).astype(np.float64)
+    sizes = sizes[sizes > 1]
+    columns = min(n, dim)
+    blocks = len(strengths) * float((sizes**2 * (2.0 * columns + 4.0 * sizes)).sum())
+    if blocks > max(_CHEAP_BLOCKS, 4.0 * n * dim * columns):
+        return _folds_left_out(spectrum, targets, strengths, sampled, folds)
+    return _groups_left_out(spectrum, targets, strengths, groups, sampled)
+
+
+def _groups_left_out(
+    spectrum: Spectrum, targets: Doubles, strengths: Doubles, groups: Integers, sampled: NDArray[np.bool_]
+) -> LeftOut:
+    n = len(targets)
+    plain = 1.0 if spectrum.tall else 0.0
+    kept = spectrum.shrinkage(strengths)
+    # M and its square are plain times what centres, and these along the coordinates.
+    if spectrum.tall:
+        inverse = 1.0 / (spectrum.moments[:, None] + strengths)
+        first, second = -inverse, inverse * (kept - 2.0)
+    else:
+        first = 1.0 - kept
+        second = first**2
+    centred = targets - targets.mean()
+    residuals = plain * centred[:, None] + spectrum.expand(first * spectrum.project(centred[:, None]))
+    errors, pulls, variances = (np.empty((n, len(strengths))) for _ in range(3))
+    for which, sizes in _chunks(groups):
+        rows = spectrum.rows(which)
+        own = plain * (1.0 - 1.0 / n)
+        squares = rows**2
+        room = np.maximum(own + squares @ first, _LEAST)
+        error = residuals[which] / room
+        pull, variance = error * sampled[which, None] / room, (own + squares @ second) / room**2
+        for size in np.unique(sizes[sizes > 1]):
+            starts = (np.cumsum(sizes) - sizes)[sizes == size]
+            members = starts[:, None] + np.arange(size)
+            several, left = rows[members], residuals[which[members]]
+            centring = plain * (np.eye(size) - 1.0 / n)
+            counted = sampled[which[members]]
+            for place in range(len(strengths)):
+                turned = np.swapaxes(several, 1, 2)
+                inverses = np.linalg.inv(centring + several * first[:, place] @ turned)
+                found = (inverses @ left[:, :, place, None])[:, :, 0]
+                error[members, place] = found
+                pull[members, place] = (inverses @ (found * counted)[:, :, None])[:, :, 0]
+                product = inverses @ (centring + several * second[:, place] @ turned)
+                variance[members, place] = (product * inverses).sum(axis=2)
+        errors[which], pulls[which], variances[which] = error, pull, variance
+    variances -= 1.0
+    counted = sampled[:, None] * errors
+    pulled = plain * (pulls - pulls.mean(axis=0)) + spectrum.expand(first * spectrum.project(pulls))
+    squared = counted**2
+    # To the second order in what two groups have to do with each other.
+    changes = squared - 2.0 * errors * pulled + (errors**2 + 2.0 * squared.sum(axis=0) / n) * variances
+    return LeftOut(errors, changes, variances[sampled].mean(axis=0) if sampled.any() else np.zeros(1), 0)
+
+
+def _folds_left_out(
+    spectrum: Spectrum, targets: Doubles, strengths: Doubles, sampled: NDArray[np.bool_], folds: Integers
+) -> LeftOut:
+    features = spectrum.features
+    n = len(features)
+    errors = np.empty((n, len(strengths)))
+    whole = spectrum.vectors * spectrum.moments @ spectrum.vectors.T if spectrum.tall else None
+    count = int(folds.max()) + 1
+    for fold in range(count):
+        out, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        if whole is None:
+            weights, biases = spectrum_of(features[rest]).weights(targets[rest], strengths)
+        else:
+            weights, biases = _without(spectrum, whole, targets, strengths, out)
+        for block in _blocks(len(out)):
+            some = out[block]
+            errors[some] = targets[some, None] - (features[some] @ weights + biases)
+    variance = (1.0 + (spectrum.shrinkage(strengths) ** 2).sum(axis=0)) / n
+    return LeftOut(errors, -(errors**2) * sampled[:, None], variance, count)
+
+
+def _without(
+    spectrum: Spectrum, whole: Doubles, targets: Doubles, strengths: Doubles, out: Integers
+) -> tuple[Doubles, Doubles]:
+    """Weights and intercepts from all rows but these; whole: the second moments of all."""
+    n, left = len(targets), len(targets) - len(out)
+    mean = targets.mean()
+    products = spectrum.vectors @ spectrum.project((targets - mean)[:, None])[:, 0]
+    moments = whole.copy()
+    total = np.zeros(len(whole))
+    for block in _blocks(len(out)):
+        some = out[block]
+        rows = spectrum.features[some] - spectrum.centre
+        moments -= rows.T @ rows
+        products -= rows.T @ (targets[some] - mean)
+        total += rows.sum(axis=0)
+    # From the centre of all rows to that of the rest.
+    shift, lower = -total / left, -float((targets[out] - mean).sum()) / left
+    moments -= left * np.outer(shift, shift)
+    products -= left * lower * shift
+    part = _tall(spectrum.features[:0], spectrum.centre + shift, moments)
+    along = (part.vectors.T @ products)[:, None] / (part.moments[:, None] + strengths)
+    weights = part.vectors @ along
+    return weights, mean + lower - part.centre @ weights
+
+
+def _tall(features: Floats, centre: Doubles, moments: Doubles) -> Spectrum:
+    values, vectors = np.linalg.eigh(moments)
+    return Spectrum(features, centre, np.maximum(values, 0.0), vectors, True)
+
+
+def _chunks(groups: Integers) -> Iterator[tuple[Integers, Integers]]:
+    """Rows of whole groups, one group after the other, with the sizes of the groups; some 2,048 at a time."""
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    sizes = sizes[sizes > 0]
+    ends = np.cumsum(sizes)
+    begin = 0
+    while begin < len(sizes):
+        start = int(ends[begin] - sizes[begin])
+        end = max(begin + 1, int(np.searchsorted(ends, start + _BLOCK_ROWS, side="right")))
+        yield order[start : ends[end - 1]], sizes[begin:end]
+        begin = end
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for begin in range(0, n, _BLOCK_ROWS):
+        yield slice(begin, min(n, begin + _BLOCK_ROWS))
