@@ -10,7 +10,7 @@ what 32-bit ones do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,15 +31,16 @@ class Spectrum:
     """Eigenvectors of the rows, centred, with which all strengths are solved.
 
     features: float32 (n, dim). centre: (dim,), their mean. moments: (r,), squared lengths along the
-    eigenvectors. vectors: eigenvectors of the second moments (dim, r) where rows are more than columns (tall),
-    else of the kernel (n, n - 1), those without a moment included and the constant one left out.
+    eigenvectors. directions: eigenvectors (dim, r) of the second moments where rows are more than columns, else
+    None. coordinates: (n, r), the centred rows along the directions, or None where they are too large to keep;
+    without directions the eigenvectors of the kernel, those without a moment too, but not the constant one.
     """
 
     features: Floats
     centre: Doubles
     moments: Doubles
-    vectors: Doubles
-    tall: bool
+    directions: Doubles | None
+    coordinates: Doubles | None
 
     def shrinkage(self, strengths: Doubles) -> Doubles:
         """What is left of each direction after shrinking, (r, strengths), between 0 and 1."""
@@ -50,33 +51,31 @@ class Spectrum:
         """Weights (dim, strengths) and intercepts (strengths,) for targets (n,)."""
         mean = targets.mean()
         along = self.project((targets - mean)[:, None]) / (self.moments[:, None] + strengths)
-        if self.tall:
-            weights = self.vectors @ along
+        if self.directions is not None:
+            weights = self.directions @ along
         else:
-            alpha = self.vectors @ along
-            weights = np.zeros((self.features.shape[1], len(strengths)))
-            for block in _blocks(len(alpha)):
-                weights += (self.features[block] - self.centre).T @ alpha[block]
+            weights = _products(self.features, self.centre, self.expand(along))
         return weights, mean - self.centre @ weights
 
     def rows(self, which: Integers) -> Doubles:
-        """Coordinates (m, r) of these rows: along the eigenvectors, and of length one together if not tall."""
-        return (self.features[which] - self.centre) @ self.vectors if self.tall else self.vectors[which]
+        """The coordinates (m, r) of these rows."""
+        if self.coordinates is not None:
+            return self.coordinates[which]
+        return (self.features[which] - self.centre) @ self.directions
 
     def project(self, columns: Doubles) -> Doubles:
         """The coordinates' transpose times columns (n, k): (r, k)."""
-        if not self.tall:
-            return self.vectors.T @ columns
-        total = np.zeros((self.features.shape[1], columns.shape[1]))
-        for block in _blocks(len(columns)):
-            total += (self.features[block] - self.centre).T @ columns[block]
-        return self.vectors.T @ total
+        if self.coordinates is not None:
+            return self.coordinates.T @ columns
+        assert self.directions is not None
+        return self.directions.T @ _products(self.features, self.centre, columns)
 
     def expand(self, coefficients: Doubles) -> Doubles:
         """The coordinates times coefficients (r, k): (n, k)."""
-        if not self.tall:
-            return self.vectors @ coefficients
-        turned = self.vectors @ coefficients
+        if self.coordinates is not None:
+            return self.coordinates @ coefficients
+        assert self.directions is not None
+        turned = self.directions @ coefficients
         return np.concatenate(
             [(self.features[block] - self.centre) @ turned for block in _blocks(len(self.features))]
         )
@@ -98,8 +97,8 @@ class LeftOut:
     folds: int
 
 
-def spectrum_of(features: Floats) -> Spectrum:
-    """The spectrum of features, float32 (n, dim); n >= 2."""
+def spectrum_of(features: Floats, memory_bytes: int = 128 << 20) -> Spectrum:
+    """The spectrum of features, float32 (n, dim); n >= 2. memory_bytes: that coordinates may take."""
     n, dim = features.shape
     centre = features.mean(axis=0, dtype=np.float64)
     if n > dim:
@@ -107,13 +106,16 @@ def spectrum_of(features: Floats) -> Spectrum:
         for block in _blocks(n):
             rows = features[block] - centre
             moments += rows.T @ rows
-        return _tall(features, centre, moments)
+        values, directions = _eigen(moments)
+        bare = Spectrum(features, centre, values, directions, None)
+        kept = n * dim * 8 <= memory_bytes
+        return replace(bare, coordinates=bare.rows(np.arange(n))) if kept else bare
     rows = features - centre
     kernel = rows @ rows.T
     # Moves the constant vector, of which the kernel has nothing, from among the others to the first place.
     kernel -= (np.trace(kernel) + 1.0) / n
-    values, vectors = np.linalg.eigh(kernel)
-    return Spectrum(features, centre, np.maximum(values[1:], 0.0), vectors[:, 1:], False)
+    values, vectors = _eigen(kernel)
+    return Spectrum(features, centre, values[1:], None, np.ascontiguousarray(vectors[:, 1:]))
 
 
 def left_out(
@@ -143,10 +145,10 @@ def _groups_left_out(
     spectrum: Spectrum, targets: Doubles, strengths: Doubles, groups: Integers, sampled: NDArray[np.bool_]
 ) -> LeftOut:
     n = len(targets)
-    plain = 1.0 if spectrum.tall else 0.0
+    plain = 0.0 if spectrum.directions is None else 1.0
     kept = spectrum.shrinkage(strengths)
     # M and its square are plain times what centres, and these along the coordinates.
-    if spectrum.tall:
+    if spectrum.directions is not None:
         inverse = 1.0 / (spectrum.moments[:, None] + strengths)
         first, second = -inverse, inverse * (kept - 2.0)
     else:
@@ -192,14 +194,15 @@ def _folds_left_out(
     features = spectrum.features
     n = len(features)
     errors = np.empty((n, len(strengths)))
-    whole = spectrum.vectors * spectrum.moments @ spectrum.vectors.T if spectrum.tall else None
+    axes = spectrum.directions
+    whole = None if axes is None else axes * spectrum.moments @ axes.T
     count = int(folds.max()) + 1
     for fold in range(count):
         out, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        if whole is None:
+        if axes is None or whole is None:
             weights, biases = spectrum_of(features[rest]).weights(targets[rest], strengths)
         else:
-            weights, biases = _without(spectrum, whole, targets, strengths, out)
+            weights, biases = _without(spectrum, axes, whole, targets, strengths, out)
         for block in _blocks(len(out)):
             some = out[block]
             errors[some] = targets[some, None] - (features[some] @ weights + biases)
@@ -208,12 +211,17 @@ def _folds_left_out(
 
 
 def _without(
-    spectrum: Spectrum, whole: Doubles, targets: Doubles, strengths: Doubles, out: Integers
+    spectrum: Spectrum,
+    axes: Doubles,
+    whole: Doubles,
+    targets: Doubles,
+    strengths: Doubles,
+    out: Integers,
 ) -> tuple[Doubles, Doubles]:
-    """Weights and intercepts from all rows but these; whole: the second moments of all."""
+    """Weights and intercepts from all rows but these. axes, whole: directions, and second moments of all."""
     n, left = len(targets), len(targets) - len(out)
     mean = targets.mean()
-    products = spectrum.vectors @ spectrum.project((targets - mean)[:, None])[:, 0]
+    products = axes @ spectrum.project((targets - mean)[:, None])[:, 0]
     moments = whole.copy()
     total = np.zeros(len(whole))
     for block in _blocks(len(out)):
@@ -226,15 +234,22 @@ def _without(
     shift, lower = -total / left, -float((targets[out] - mean).sum()) / left
     moments -= left * np.outer(shift, shift)
     products -= left * lower * shift
-    part = _tall(spectrum.features[:0], spectrum.centre + shift, moments)
-    along = (part.vectors.T @ products)[:, None] / (part.moments[:, None] + strengths)
-    weights = part.vectors @ along
-    return weights, mean + lower - part.centre @ weights
+    values, vectors = _eigen(moments)
+    weights = vectors @ ((vectors.T @ products)[:, None] / (values[:, None] + strengths))
+    return weights, mean + lower - (spectrum.centre + shift) @ weights
 
 
-def _tall(features: Floats, centre: Doubles, moments: Doubles) -> Spectrum:
+def _eigen(moments: Doubles) -> tuple[Doubles, Doubles]:
     values, vectors = np.linalg.eigh(moments)
-    return Spectrum(features, centre, np.maximum(values, 0.0), vectors, True)
+    return np.maximum(values, 0.0), vectors
+
+
+def _products(features: Floats, centre: Doubles, columns: Doubles) -> Doubles:
+    """The centred features' transpose times columns (n, k): (dim, k)."""
+    total = np.zeros((features.shape[1], columns.shape[1]))
+    for block in _blocks(len(features)):
+        total += (features[block] - centre).T @ columns[block]
+    return total
 
 
 def _chunks(groups: Integers) -> Iterator[tuple[Integers, Integers]]:

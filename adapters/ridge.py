@@ -63,7 +63,7 @@ def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Fl
     features = scaling.apply(embeddings, into=embeddings)
     mean, scale = float(values.mean()), float(values.std()) or 1.0
     standard = (values - mean) / scale
-    spectrum = spectrum_of(features)
+    spectrum = spectrum_of(features, data.memory_bytes // 4)
     groups = np.unique(data.groups[data.sampled])
     found = None
     if len(groups) >= _FEWEST:
@@ -139,7 +139,9 @@ def _measure(
     excess = left.variance[best] / (1.0 + left.variance[best]) * math.sqrt(2.0 / freedom)
     deviation = math.hypot(max(deviations), 2.0 * excess)
     reach = min(_t_95(count - 1) * deviation, 20.0)
-    interval = [1.0 - ratio * math.exp(reach), 1.0 - ratio * math.exp(-reach)]
+    # A little too good, where the other is too bad: the strength was chosen on the same errors.
+    luckier = min(ratio, ratio * float(squared[best]) / total)
+    interval = [1.0 - ratio * math.exp(reach), 1.0 - luckier * math.exp(-reach)]
     return _Measured(best, errors, 1.0 - ratio, interval)
 
 
