@@ -21,16 +21,21 @@ Integers = NDArray[np.int64]
 
 # On rows of mean square length one and a target of unit variance.
 _STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 0.5)
-# Of a strength below 1, before examples are seen: 1 says that half of the targets' variance is noise.
-_LOG_PRIOR = -0.5 * np.minimum(np.log10(_STRENGTHS), 0.0) ** 2
+# Before examples are seen: strengths below 0.1 say that there is next to no noise, which few examples only
+# seem to show. One tenth of them is one standard deviation less likely.
+_LOG_PRIOR = -0.5 * np.minimum(np.log10(_STRENGTHS) + 1.0, 0.0) ** 2
 _MIDDLE = int(np.argmin(np.abs(np.log10(_STRENGTHS))))
 # Errors of fewer groups say nothing.
 _FEWEST = 3
 # Relative to the targets' deviation: weights in single precision predict no closer.
 _CLOSEST = 1e-7
+# By so much is the jackknife's deviation larger than what errors out of folds alone show of it.
+_FOLDS_HIDE = 1.5
 _MOST_SUSPECTS = 50
 # Robust standard deviations from the median error, of many examples; more of few.
 _SUSPECT_DEVIATIONS = 4.0
+# Of their root mean square: errors of which half are within this of each other say nothing of the others.
+_ALIKE = 1e-4
 _NORMAL_95 = 1.959964
 _T_95 = {2: 4.302653, 3: 3.182446, 4: 2.776445, 5: 2.570582}
 
@@ -85,7 +90,7 @@ def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Fl
         scores[data.sampled] = -np.minimum(errors[data.sampled] ** 2, worst)
         report |= {"r2": found.r2, "r2_interval": found.interval, "rmse": deviation}
         report |= {"method": _method(left, data.groups), "warnings": _warnings(found.interval)}
-        report |= _suspects(found.errors, values, scale, np.flatnonzero(data.sampled))
+        report |= _suspects(left.errors[:, place], values, scale, np.flatnonzero(data.sampled))
     head = Head(
         task="regression",
         fingerprint=data.fingerprint,
@@ -136,8 +141,11 @@ def _measure(
     ]
     kept = shrinkage[:, best] ** 2
     freedom = (1.0 + kept.sum()) ** 2 / (1.0 + (kept**2).sum())
-    excess = left.variance[best] / (1.0 + left.variance[best]) * math.sqrt(2.0 / freedom)
-    deviation = math.hypot(max(deviations), 2.0 * excess)
+    # As if there were so many times fewer examples: errors of a group are alike.
+    alike = float((np.bincount(own, weights=errors[rows]) ** 2).sum()) / total
+    variance = left.variance[best] * (max(1.0, alike) if left.folds else 1.0)
+    excess = variance / (1.0 + variance) * math.sqrt(2.0 / freedom)
+    deviation = math.hypot((_FOLDS_HIDE if left.folds else 1.0) * max(deviations), 2.0 * excess)
     reach = min(_t_95(count - 1) * deviation, 20.0)
     # A little too good, where the other is too bad: the strength was chosen on the same errors.
     luckier = min(ratio, ratio * float(squared[best]) / total)
@@ -185,9 +193,10 @@ def _suspects(errors: Doubles, values: Doubles, scale: float, rows: Integers) ->
     """
     apart = np.abs(errors[rows] - np.median(errors[rows]))
     unit = 1.4826 * float(np.median(apart))
-    if unit < _CLOSEST * 10.0:
-        unit = max(1.2533 * float(apart.mean()), _CLOSEST * 10.0)
-    deviations = apart / unit
+    if unit < _ALIKE * float(np.sqrt(np.mean(apart**2))):
+        unit = 1.2533 * float(apart.mean())
+    # Errors of single precision are nobody's mistake.
+    deviations = apart / max(unit, 10.0 * _CLOSEST)
     out = np.flatnonzero(deviations > _SUSPECT_DEVIATIONS * (1.0 + 5.0 / len(rows)))
     out = out[np.argsort(-deviations[out], kind="stable")]
     suspects = [
