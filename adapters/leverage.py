@@ -1,10 +1,10 @@
 """Ridge regressions of many strengths on the same rows, and their errors on groups of rows left out.
 
-With M = strength * C, C being what belongs to the examples in the inverse of the kernel matrix bordered by the
-intercept, the errors on a group left out are M_GG^-1 (M y)_G, intercept refitted (Cawley and Talbot 2003). Of
-few rows M is a sum over all directions, none of them negative, so that nothing cancels where a row is nearly
-reproduced; of many it is one minus the hat matrix. Everything is in double precision: 64-bit eigenvectors cost
-what 32-bit ones do.
+C is the examples' part of the inverse of the kernel matrix, bordered by the intercept, and M is the strength
+times C. The errors on a group G that is left out, intercept refitted, are M_GG^-1 (M y)_G (Cawley and Talbot,
+Pattern Recognition 36, 2003). Where rows are no more than columns, M is a sum of positive terms over all
+directions, so nothing cancels where a row is nearly reproduced; elsewhere M is one minus the hat matrix.
+Everything is in double precision, whose eigenvectors take no longer than those in single precision.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _BLOCK_ROWS = 2048
-# What the groups' own systems may cost in multiplications, however small the rest is.
-_CHEAP_BLOCKS = 1e9
-# One minus a leverage is never zero but for rounding.
-_LEAST = 1e-12
+_CHEAP_SYSTEMS = 1e9  # multiplications; up to here groups have systems of their own in any case
+_LEAST = 1e-12  # of M's diagonal, which is zero by rounding only
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """Eigenvectors of the rows, centred, with which all strengths are solved.
 
-    features: float32 (n, dim). centre: (dim,), their mean. moments: (r,), squared lengths along the
-    eigenvectors. directions: eigenvectors (dim, r) of the second moments where rows are more than columns, else
-    None. coordinates: (n, r), the centred rows along the directions, or None where they are too large to keep;
-    without directions the eigenvectors of the kernel, those without a moment too, but not the constant one.
+    features: float32 (n, dim). centre: (dim,), their mean. moments: (r,), eigenvalues. directions: (dim, r),
+    eigenvectors of the second moments where rows are more than columns, else None. coordinates: (n, r), the
+    centred rows along the directions, or None where they are too large to keep. Without directions,
+    coordinates are the eigenvectors of the kernel: all n - 1 that are orthogonal to the constant one.
     """
 
     features: Floats
@@ -61,7 +59,9 @@ class Spectrum:
         """The coordinates (m, r) of these rows."""
         if self.coordinates is not None:
             return self.coordinates[which]
-        return (self.features[which] - self.centre) @ self.directions
+        assert self.directions is not None
+        rows: Doubles = (self.features[which] - self.centre) @ self.directions
+        return rows
 
     def project(self, columns: Doubles) -> Doubles:
         """The coordinates' transpose times columns (n, k): (r, k)."""
@@ -85,10 +85,9 @@ class Spectrum:
 class LeftOut:
     """Errors of all strengths on rows whose group was left out.
 
-    errors: (n, strengths). changes: (n, strengths); summed over a group it is by how much the squared errors on
-    the other sampled rows, and its own, would differ in sum if that group did not exist. variance: (strengths,),
-    of a prediction on a new row, as far as it comes from the noise of the targets, in units of that noise.
-    folds: how many were left out in turn, or 0 where each group was left out by itself.
+    errors: (n, strengths). changes: (n, strengths); their sum over a group is what the sum of squared errors
+    on sampled rows gains if that group does not exist. variance: (strengths,), of predictions on new rows for
+    unit noise in the targets. folds: how many were left out in turn, or 0 where each group was by itself.
     """
 
     errors: Doubles
@@ -112,7 +111,7 @@ def spectrum_of(features: Floats, memory_bytes: int = 128 << 20) -> Spectrum:
         return replace(bare, coordinates=bare.rows(np.arange(n))) if kept else bare
     rows = features - centre
     kernel = rows @ rows.T
-    # Moves the constant vector, of which the kernel has nothing, from among the others to the first place.
+    # The constant vector has the eigenvalue zero, as others may; a negative one puts it in the first place.
     kernel -= (np.trace(kernel) + 1.0) / n
     values, vectors = _eigen(kernel)
     return Spectrum(features, centre, values[1:], None, np.ascontiguousarray(vectors[:, 1:]))
@@ -128,15 +127,15 @@ def left_out(
 ) -> LeftOut:
     """Errors on every row of targets (n,), had its group, (n,), not been there.
 
-    sampled: (n,), the rows whose errors count in `changes` and `variance`. folds: (n,), of whole groups; they
-    are left out instead of groups where groups are so large that each by itself would cost more than the rest.
+    sampled: (n,), the rows whose errors count in `changes` and `variance`. folds: (n,), of whole groups;
+    they are left out instead where groups are so large that their own systems would cost more than the rest.
     """
     n, dim = spectrum.features.shape
     sizes = np.bincount(groups).astype(np.float64)
     sizes = sizes[sizes > 1]
     columns = min(n, dim)
     blocks = len(strengths) * float((sizes**2 * (2.0 * columns + 4.0 * sizes)).sum())
-    if blocks > max(_CHEAP_BLOCKS, 4.0 * n * dim * columns):
+    if blocks > max(_CHEAP_SYSTEMS, 4.0 * n * dim * columns):
         return _folds_left_out(spectrum, targets, strengths, sampled, folds)
     return _groups_left_out(spectrum, targets, strengths, groups, sampled)
 
@@ -147,7 +146,7 @@ def _groups_left_out(
     n = len(targets)
     plain = 0.0 if spectrum.directions is None else 1.0
     kept = spectrum.shrinkage(strengths)
-    # M and its square are plain times what centres, and these along the coordinates.
+    # M and its square: plain times the centring matrix, plus these factors along the coordinates.
     if spectrum.directions is not None:
         inverse = 1.0 / (spectrum.moments[:, None] + strengths)
         first, second = -inverse, inverse * (kept - 2.0)
@@ -183,7 +182,7 @@ def _groups_left_out(
     counted = sampled[:, None] * errors
     pulled = plain * (pulls - pulls.mean(axis=0)) + spectrum.expand(first * spectrum.project(pulls))
     squared = counted**2
-    # To the second order in what two groups have to do with each other.
+    # Up to the second order in the entries of M that join two groups.
     changes = squared - 2.0 * errors * pulled + (errors**2 + 2.0 * squared.sum(axis=0) / n) * variances
     return LeftOut(errors, changes, variances[sampled].mean(axis=0) if sampled.any() else np.zeros(1), 0)
 
@@ -219,7 +218,7 @@ def _without(
     out: Integers,
 ) -> tuple[Doubles, Doubles]:
     """Weights and intercepts from all rows but these. axes, whole: directions, and second moments of all."""
-    n, left = len(targets), len(targets) - len(out)
+    left = len(targets) - len(out)
     mean = targets.mean()
     products = axes @ spectrum.project((targets - mean)[:, None])[:, 0]
     moments = whole.copy()
@@ -230,7 +229,7 @@ def _without(
         moments -= rows.T @ rows
         products -= rows.T @ (targets[some] - mean)
         total += rows.sum(axis=0)
-    # From the centre of all rows to that of the rest.
+    # The rest has another mean.
     shift, lower = -total / left, -float((targets[out] - mean).sum()) / left
     moments -= left * np.outer(shift, shift)
     products -= left * lower * shift

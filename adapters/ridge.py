@@ -19,47 +19,44 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# On rows of mean square length one and a target of unit variance.
+# For rows of mean square length one and targets of variance one.
 _STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 0.5)
-# Before examples are seen: strengths below 0.1 say that there is next to no noise, which few examples only
-# seem to show. One tenth of them is one standard deviation less likely.
+# Strengths below 0.1 mean next to no noise, and few examples seem to show that by chance: every factor of ten
+# below is one standard deviation of a normal prior.
 _LOG_PRIOR = -0.5 * np.minimum(np.log10(_STRENGTHS) + 1.0, 0.0) ** 2
 _MIDDLE = int(np.argmin(np.abs(np.log10(_STRENGTHS))))
-# Errors of fewer groups say nothing.
-_FEWEST = 3
-# Relative to the targets' deviation: weights in single precision predict no closer.
-_CLOSEST = 1e-7
-# By so much is the jackknife's deviation larger than what errors out of folds alone show of it.
-_FOLDS_HIDE = 1.5
+_FEWEST = 3  # groups; errors on fewer say nothing
+_CLOSEST = 1e-7  # standard deviations of the targets; weights in single precision predict no closer
+_FOLDS_HIDE = 1.5  # about the jackknife's deviation over the delta method's, where folds are left out
+_FARTHEST = 20.0  # of the interval's ends in the log of the ratio, so that they stay finite
 _MOST_SUSPECTS = 50
-# Robust standard deviations from the median error, of many examples; more of few.
-_SUSPECT_DEVIATIONS = 4.0
-# Of their root mean square: errors of which half are within this of each other say nothing of the others.
-_ALIKE = 1e-4
+_SUSPECT_DEVIATIONS = 4.0  # robust standard deviations, with many examples
+_ALIKE = 1e-4  # median deviation over the root mean square; below, most errors are alike
 _NORMAL_95 = 1.959964
 _T_95 = {2: 4.302653, 3: 3.182446, 4: 2.776445, 5: 2.570582}
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """What the examples say of every strength, and of the one that is chosen.
+class _Chosen:
+    """The strength, and what speaks for and against it.
 
-    strength: its place. errors: (n,), of every row, at the strength that is best without its group. r2 and
-    interval: None where all targets are alike.
+    strength: its place. errors: (n,), each at the strength that is best without the row's group. squared: sum
+    of squared errors on sampled rows at the strength. without: (groups,), the same sum if the group did not
+    exist, at the strength that is best then.
     """
 
     strength: int
     errors: Doubles
-    r2: float | None
-    interval: list[float] | None
+    squared: float
+    without: Doubles
 
 
 def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for rows in canonical order; see linear_probe.fit.
 
-    Everything is measured on groups left out, exactly, of whose rows only those sampled count. The strength is
-    the one with the lowest squared error there; what is reported of an example comes from the strength that
-    would have been chosen without its group.
+    Errors are those on groups left out, exactly; only sampled rows count. The strength is the one with the
+    lowest. The errors that are reported are not at that strength, because the lowest of many is too low: each
+    is at the strength that is best without the row's own group.
     """
     embeddings = data.embeddings
     together = np.zeros(len(embeddings), dtype=np.int64)
@@ -69,28 +66,22 @@ def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Fl
     mean, scale = float(values.mean()), float(values.std()) or 1.0
     standard = (values - mean) / scale
     spectrum = spectrum_of(features, data.memory_bytes // 4)
-    groups = np.unique(data.groups[data.sampled])
-    found = None
-    if len(groups) >= _FEWEST:
-        left = left_out(spectrum, standard, _STRENGTHS, data.groups, data.sampled, data.folds)
-        found = _measure(left, spectrum.shrinkage(_STRENGTHS), standard, data.groups, data.sampled)
-    place = _MIDDLE if found is None else found.strength
-    weights, biases = spectrum.weights(standard, _STRENGTHS[place : place + 1])
+    place = _MIDDLE
+    report: dict[str, Any] = {"r2": None, "r2_interval": None, "rmse": None, "method": "not measured"}
+    report |= {"suspects": [], "suspects_total": 0, "warnings": []}
     scores = np.full(len(values), np.nan, dtype=np.float32)
-    report: dict[str, Any] = {"strength": float(_STRENGTHS[place])}
-    deviation = 0.0
-    if found is None:
-        report |= {"r2": None, "r2_interval": None, "rmse": None, "method": "not measured"}
-        report |= {"suspects": [], "suspects_total": 0, "warnings": []}
-    else:
-        errors = found.errors * scale
-        deviation = float(np.sqrt(np.mean(found.errors[data.sampled] ** 2))) * scale
-        # A squared error beyond single precision is as bad as can be said.
-        worst = float(np.finfo(np.float32).max)
-        scores[data.sampled] = -np.minimum(errors[data.sampled] ** 2, worst)
-        report |= {"r2": found.r2, "r2_interval": found.interval, "rmse": deviation}
-        report |= {"method": _method(left, data.groups), "warnings": _warnings(found.interval)}
+    measured = len(np.unique(data.groups[data.sampled])) >= _FEWEST
+    if measured:
+        left = left_out(spectrum, standard, _STRENGTHS, data.groups, data.sampled, data.folds)
+        chosen = _choose(left, data.groups, data.sampled)
+        place = chosen.strength
+        errors = chosen.errors[data.sampled]
+        report |= _explained(chosen, left, spectrum.shrinkage(_STRENGTHS)[:, place], standard, data)
+        report |= {"rmse": float(np.sqrt(np.mean(errors**2))) * scale, "method": _method(left, data.groups)}
         report |= _suspects(left.errors[:, place], values, scale, np.flatnonzero(data.sampled))
+        # A squared error beyond single precision is as bad as can be said.
+        scores[data.sampled] = -np.minimum((errors * scale) ** 2, float(np.finfo(np.float32).max))
+    weights, biases = spectrum.weights(standard, _STRENGTHS[place : place + 1])
     head = Head(
         task="regression",
         fingerprint=data.fingerprint,
@@ -101,56 +92,68 @@ def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Fl
         region=region,
         value_mean=mean,
         value_scale=scale,
-        residual_deviation=deviation,
-        measured=found is not None,
+        residual_deviation=report["rmse"] or 0.0,
+        measured=measured,
     )
-    return head, report, scores
+    return head, {**report, "strength": float(_STRENGTHS[place])}, scores
 
 
-def _measure(
-    left: LeftOut, shrinkage: Doubles, standard: Doubles, groups: Integers, sampled: NDArray[np.bool_]
-) -> _Measured:
-    own = np.unique(groups[sampled], return_inverse=True)[1]
-    count = int(own.max()) + 1
-    rows = np.flatnonzero(sampled)
-    squared = np.maximum((left.errors[rows] ** 2).sum(axis=0), len(rows) * _CLOSEST**2)
-    best = int((-0.5 * count * np.log(squared) + _LOG_PRIOR).argmax())
-    # Squared errors (groups, strengths) in sum, had the group not been there.
-    members = np.searchsorted(np.unique(groups[sampled]), groups)
-    belongs = np.isin(groups, groups[sampled])
-    changes = _sums(members[belongs], left.changes[belongs], count)
-    without = np.maximum(squared + changes, 1e-9 * squared)
-    chosen = (-0.5 * (count - 1) * np.log(without) + _LOG_PRIOR).argmax(axis=1)
+def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Chosen:
+    own = np.unique(groups[sampled])
+    # Groups without a sampled row are learned from and judge nothing.
+    judging = np.isin(groups, own)
+    members = np.searchsorted(own, groups[judging])
+    rows = int(sampled.sum())
+    squared = np.maximum((left.errors[sampled] ** 2).sum(axis=0), rows * _CLOSEST**2)
+    without = np.maximum(squared + _sums(members, left.changes[judging], len(own)), _CLOSEST * squared)
+    best = int((_LOG_PRIOR - 0.5 * len(own) * np.log(squared)).argmax())
+    others = (_LOG_PRIOR - 0.5 * (len(own) - 1) * np.log(without)).argmax(axis=1)
     errors = left.errors[:, best].copy()
-    errors[belongs] = left.errors[belongs, chosen[members[belongs]]]
-    own_targets = standard[rows] - standard[rows].mean()
-    spread = float((own_targets**2).sum())
-    if spread <= len(rows) * _CLOSEST**2:
-        return _Measured(best, errors, None, None)
-    total = max(float((errors[rows] ** 2).sum()), len(rows) * _CLOSEST**2)
-    ratio = total / len(rows) / (spread / (len(rows) - 1))
-    influence = _sums(own, (errors[rows] ** 2 / total - own_targets**2 / spread)[:, None], count)[:, 0]
-    # What a group takes with it of the sum of squares about the mean.
-    sizes, sums = np.bincount(own), np.bincount(own, weights=own_targets)
-    others = np.maximum(len(rows) - sizes, 1)
-    taken = np.bincount(own, weights=own_targets**2) + sums**2 / others
-    jackknife = (without[np.arange(count), chosen] - squared[best]) / squared[best] + taken / spread
-    deviations = [
-        math.sqrt(count / (count - 1) * float(((influence - influence.mean()) ** 2).sum())),
-        math.sqrt((count - 1) / count * float(((jackknife - jackknife.mean()) ** 2).sum())),
-    ]
-    kept = shrinkage[:, best] ** 2
-    freedom = (1.0 + kept.sum()) ** 2 / (1.0 + (kept**2).sum())
-    # As if there were so many times fewer examples: errors of a group are alike.
-    alike = float((np.bincount(own, weights=errors[rows]) ** 2).sum()) / total
-    variance = left.variance[best] * (max(1.0, alike) if left.folds else 1.0)
-    excess = variance / (1.0 + variance) * math.sqrt(2.0 / freedom)
-    deviation = math.hypot((_FOLDS_HIDE if left.folds else 1.0) * max(deviations), 2.0 * excess)
-    reach = min(_t_95(count - 1) * deviation, 20.0)
-    # A little too good, where the other is too bad: the strength was chosen on the same errors.
-    luckier = min(ratio, ratio * float(squared[best]) / total)
-    interval = [1.0 - ratio * math.exp(reach), 1.0 - luckier * math.exp(-reach)]
-    return _Measured(best, errors, 1.0 - ratio, interval)
+    errors[judging] = left.errors[judging, others[members]]
+    return _Chosen(best, errors, float(squared[best]), without[np.arange(len(own)), others])
+
+
+def _explained(
+    chosen: _Chosen, left: LeftOut, shrinkage: Doubles, standard: Doubles, data: Prepared
+) -> dict[str, Any]:
+    """R² and where, with 95 % confidence, that of the head lies; None if the sampled targets are all alike.
+
+    The interval is symmetric in the log of the ratio of mean squared error to variance. Its deviation is the
+    larger of two: the delta method's, which ignores that errors share examples, and the jackknife's over
+    groups, which errs on the large side (Efron and Stein, Annals of Statistics 9, 1981). Student's quantiles
+    have one degree of freedom less than there are groups. Left-out errors are those of heads like this one,
+    on average. This one was lucky or unlucky with the noise of its targets, and then the errors deviate the
+    other way: so twice the deviation of that luck is added in square.
+    """
+    members = np.unique(data.groups[data.sampled], return_inverse=True)[1]
+    count, rows = len(chosen.without), len(members)
+    errors, targets = chosen.errors[data.sampled], standard[data.sampled]
+    targets = targets - targets.mean()
+    spread = float((targets**2).sum())
+    if spread <= rows * _CLOSEST**2:
+        return {}
+    total = max(float((errors**2).sum()), rows * _CLOSEST**2)
+    ratio = total / rows / (spread / (rows - 1))
+    terms = np.bincount(members, weights=errors**2 / total - targets**2 / spread)
+    # With a group goes its share of the sum of squares about the mean.
+    sizes, sums = np.bincount(members), np.bincount(members, weights=targets)
+    gone = np.bincount(members, weights=targets**2) + sums**2 / (rows - sizes)
+    others = chosen.without / chosen.squared + gone / spread
+    delta = math.sqrt(count * float(terms.var()) * count / (count - 1))
+    jackknife = math.sqrt((count - 1) * float(others.var()))
+    known = max(delta, jackknife)
+    variance = float(left.variance[chosen.strength])
+    if left.folds:
+        known *= _FOLDS_HIDE
+        # Errors of one group are alike, as if there were fewer examples by this factor.
+        variance *= max(1.0, float((np.bincount(members, weights=errors) ** 2).sum()) / total)
+    freedom = (1.0 + (shrinkage**2).sum()) ** 2 / (1.0 + (shrinkage**4).sum())
+    luck = variance / (1.0 + variance) * math.sqrt(2.0 / freedom)
+    reach = min(_t_95(count - 1) * math.hypot(known, 2.0 * luck), _FARTHEST)
+    # Errors at one strength are a little too low, and those at a strength for each group a little too high.
+    better = ratio * min(1.0, chosen.squared / total)
+    interval = [1.0 - ratio * math.exp(reach), 1.0 - better * math.exp(-reach)]
+    return {"r2": 1.0 - ratio, "r2_interval": interval, "warnings": _warnings(interval)}
 
 
 def _sums(groups: Integers, columns: Doubles, count: int) -> Doubles:
@@ -175,8 +178,8 @@ def _method(left: LeftOut, groups: Integers) -> str:
     return "leave-one-out" if int(np.bincount(groups).max()) == 1 else "leave-one-group-out"
 
 
-def _warnings(interval: list[float] | None) -> list[dict[str, str]]:
-    if interval is None or interval[0] > 0.0:
+def _warnings(interval: list[float]) -> list[dict[str, str]]:
+    if interval[0] > 0.0:
         return []
     detail = (
         "These examples do not show that the predictions are better than always answering the mean of the "
@@ -186,16 +189,17 @@ def _warnings(interval: list[float] | None) -> list[dict[str, str]]:
 
 
 def _suspects(errors: Doubles, values: Doubles, scale: float, rows: Integers) -> dict[str, Any]:
-    """Rows whose error is out of line with the others', the most first: likely their target is wrong.
+    """Rows whose error is out of line, the most extreme first: their targets are likely to be wrong.
 
-    Deviations are from the median, in units of 1.4826 median absolute deviations, or 1.2533 mean ones where
-    most errors are alike (Iglewicz and Hoaglin 1993). Of few examples that unit is uncertain, and more is asked.
+    Deviations are from the median error, in units of 1.4826 median absolute deviations, or of 1.2533 mean
+    ones where most errors are alike (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993). Few
+    examples leave that unit uncertain, so they need more of it.
     """
     apart = np.abs(errors[rows] - np.median(errors[rows]))
     unit = 1.4826 * float(np.median(apart))
     if unit < _ALIKE * float(np.sqrt(np.mean(apart**2))):
         unit = 1.2533 * float(apart.mean())
-    # Errors of single precision are nobody's mistake.
+    # Rounding to single precision is no mistake in a target.
     deviations = apart / max(unit, 10.0 * _CLOSEST)
     out = np.flatnonzero(deviations > _SUSPECT_DEVIATIONS * (1.0 + 5.0 / len(rows)))
     out = out[np.argsort(-deviations[out], kind="stable")]
