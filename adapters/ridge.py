@@ -107,7 +107,10 @@ def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Cho
     squared = np.maximum((left.errors[sampled] ** 2).sum(axis=0), rows * _CLOSEST**2)
     without = np.maximum(squared + _sums(members, left.changes[judging], len(own)), _CLOSEST * squared)
     best = int((_LOG_PRIOR - 0.5 * len(own) * np.log(squared)).argmax())
-    others = (_LOG_PRIOR - 0.5 * (len(own) - 1) * np.log(without)).argmax(axis=1)
+    # Predictions that vary more than the noise itself are beyond what changes to second order can tell.
+    told = (left.variance <= 1.0) | (np.arange(len(squared)) == best)
+    prior = np.where(told, _LOG_PRIOR, -np.inf)
+    others = (prior - 0.5 * (len(own) - 1) * np.log(without)).argmax(axis=1)
     errors = left.errors[:, best].copy()
     errors[judging] = left.errors[judging, others[members]]
     return _Chosen(best, errors, float(squared[best]), without[np.arange(len(own)), others])
