@@ -87,19 +87,18 @@ class Basis:
         return (own if self.lift is None else own @ self.lift), solved[:, -1].copy()
 
 
-def basis_of(features: Floats, columns: int | None = None, *, full: bool = False) -> Basis:
+def basis_of(features: Floats, columns: int | None = None) -> Basis:
     """The cheapest basis for features (n, dim): span of few rows, eigenbasis of few columns, else as is.
 
-    columns: how many leading directions to keep; None for all. full: an eigenbasis in any case, for what is
-    solved in closed form.
+    columns: how many leading directions to keep; None for all.
     """
     n, dim = features.shape
     if columns is not None and columns < min(n, dim):
         leading, directions = leading_directions(features, columns)
         return _along(features, leading, directions)
-    if n <= dim and (full or n <= _FULL_BASIS):
+    if n <= dim and n <= _FULL_BASIS:
         return _span(features)
-    if full or dim <= _FULL_BASIS:
+    if dim <= _FULL_BASIS:
         return _rotated(features)
     leading, directions = leading_directions(features, _LEADING)
     rows = _with_ones(features)

@@ -142,7 +142,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
     more = {"near_copies": belonging.near_copies}
     if data.task == "regression":
         head, report, scores = fit_ridge(prepared, np.array(targets, dtype=np.float64))
-        return _in_order(order, head, {**report, **more, "method": "leave-one-out"}, scores)
+        return _in_order(order, head, {**report, **more}, scores)
     place = {name: index for index, name in enumerate(names)}
     if data.task == "classification":
         labels = np.array([place[str(target)] for target in targets], dtype=np.int64)

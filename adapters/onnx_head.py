@@ -24,7 +24,7 @@ _PREFIX = "topwork_head_"
 _MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FLOAT, _INT64 = 1, 7
+_FLOAT, _INT64, _DOUBLE = 1, 7, 11
 _ATTRIBUTE_INT = 2
 
 
@@ -37,7 +37,7 @@ class InvalidGraph(ValueError):
 def append_head(backbone_onnx: bytes, head: Head, metadata: Mapping[str, str]) -> bytes:
     """The backbone's model with the head behind it, from the backbone's inputs to probabilities.
 
-    The output is PROBABILITIES float32 (batch, labels), or VALUES float32 (batch,) for regression. metadata
+    The output is PROBABILITIES float32 (batch, labels), or VALUES float64 (batch,) for regression. metadata
     is added to the model's metadata_props, with the labels as JSON under "labels", and how the service makes
     answers of the outputs; see _decisions_of. The distance from the examples is not part of it. Raises
     InvalidGraph.
@@ -94,8 +94,14 @@ def _head_nodes(head: Head) -> Iterator[bytes]:
     yield _node("Gemm", [source, f"{_PREFIX}weight", f"{_PREFIX}bias"], logits, transB=1)
     if head.task == "regression":
         yield _tensor(f"{_PREFIX}shape", np.array([-1], dtype=np.int64))
-        yield _node("Reshape", [logits, f"{_PREFIX}shape"], VALUES)
-        yield _output(VALUES, None)
+        yield _node("Reshape", [logits, f"{_PREFIX}shape"], f"{_PREFIX}flat")
+        # In double precision: targets far from zero keep their differences.
+        yield _node("Cast", [f"{_PREFIX}flat"], f"{_PREFIX}double", to=_DOUBLE)
+        yield _tensor(f"{_PREFIX}unit", np.array(head.value_scale))
+        yield _tensor(f"{_PREFIX}origin", np.array(head.value_mean))
+        yield _node("Mul", [f"{_PREFIX}double", f"{_PREFIX}unit"], f"{_PREFIX}scaled")
+        yield _node("Add", [f"{_PREFIX}scaled", f"{_PREFIX}origin"], VALUES)
+        yield _output(VALUES, None, _DOUBLE)
         return
     multilabel = head.task == "multilabel"
     sharp = f"{_PREFIX}sharp" if head.smoothing else PROBABILITIES
@@ -114,12 +120,10 @@ def _head_nodes(head: Head) -> Iterator[bytes]:
 
 
 def _folded(head: Head) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias with scaling, temperature and the target's unit in them."""
-    unit = head.value_scale if head.task == "regression" else 1.0 / head.temperature
+    """Weight and bias with scaling and temperature in them."""
+    unit = 1.0 / head.temperature
     weight = head.weight.astype(np.float64) * (unit / head.scaling.scale)
-    bias = (
-        head.bias.astype(np.float64) * unit - weight @ head.scaling.mean.astype(np.float64) + head.value_mean
-    )
+    bias = head.bias.astype(np.float64) * unit - weight @ head.scaling.mean.astype(np.float64)
     return weight.astype(np.float32), bias.astype(np.float32)
 
 
@@ -137,8 +141,8 @@ def _node(operator: str, inputs: list[str], output: str, **attributes: int) -> b
     )
 
 
-def _tensor(name: str, values: NDArray[np.float32] | NDArray[np.int64]) -> bytes:
-    kind = _INT64 if values.dtype == np.int64 else _FLOAT
+def _tensor(name: str, values: NDArray[np.float32] | NDArray[np.float64] | NDArray[np.int64]) -> bytes:
+    kind = {"f4": _FLOAT, "f8": _DOUBLE, "i8": _INT64}[values.dtype.str[1:]]
     little = values.astype(values.dtype.newbyteorder("<"))
     return _message(
         _GRAPH_INITIALIZER,
@@ -149,10 +153,10 @@ def _tensor(name: str, values: NDArray[np.float32] | NDArray[np.int64]) -> bytes
     )
 
 
-def _output(name: str, columns: int | None) -> bytes:
-    """A ValueInfoProto: float32 (batch,) or (batch, columns)."""
+def _output(name: str, columns: int | None, kind: int = _FLOAT) -> bytes:
+    """A ValueInfoProto: (batch,) or (batch, columns) of that kind of number."""
     shape = _message(1, _text(2, "batch")) + (b"" if columns is None else _message(1, _number(1, columns)))
-    tensor = _number(1, _FLOAT) + _message(2, shape)
+    tensor = _number(1, kind) + _message(2, shape)
     return _message(_GRAPH_OUTPUT, _text(1, name), _message(2, _message(1, tensor)))
 
 

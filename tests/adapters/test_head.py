@@ -163,6 +163,25 @@ def test_labels_decided_by_the_metadata_of_an_onnx_file_are_those_of_the_head(tm
     assert (uncertain == expected.uncertain)[near].mean() > 0.99
 
 
+@pytest.mark.parametrize(("origin", "unit"), [(1.7e9, 1.0), (1e9, 1e-3), (0.0, 1e28), (0.0, 1e-30)])
+def test_exported_values_keep_the_differences_of_targets(origin: float, unit: float, tmp_path: Path) -> None:
+    """Seconds since 1970, small differences of large amounts, and both ends of what a target may be."""
+    backbone = tiny.text_backbone(tmp_path)
+    inputs = [tiny.sentence(seed) for seed in range(30)]
+    embeddings = backbone.embed(inputs).embeddings
+    targets = [origin + unit * row for row in range(30)]
+    head = fit(dataset(embeddings, targets, "regression")).head  # type: ignore[arg-type]
+    data = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {})
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (output,) = session.get_outputs()
+    assert (output.name, output.type) == (VALUES, "tensor(double)")
+    found = np.concatenate([session.run([VALUES], _feed(backbone, one))[0] for one in inputs])
+    expected = head.predict(embeddings).values
+    assert expected is not None
+    assert np.abs(found - expected).max() <= 1e-4 * head.value_scale
+    assert np.ptp(found) > 0.0
+
+
 def test_what_is_no_graph_is_refused(head: Head) -> None:
     with pytest.raises(InvalidGraph):
         append_head(b"no protobuf at all", head, {})
