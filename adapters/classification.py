@@ -51,7 +51,7 @@ def fit_classification(
     measured = data.sampled & (data.folds >= 0)
     tellable = len(np.unique(labels[measured])) > 1
     # Each example held out was missing with the others of its fold.
-    trained_share = 1.0 - 1.0 / data.plan.folds if tellable else 1.0
+    trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
     per_label = trained_share * len(labels) / count
 
     def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:

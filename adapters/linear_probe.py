@@ -152,12 +152,11 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
         for row, target in enumerate(targets):
             assigned[row, [place[label] for label in labels_of(target)]] = True
         head, report, scores = fit_multilabel(prepared, assigned, names)
-    return _in_order(order, head, {**report, **more, "method": _method(len(used), course)}, scores)
+    method = _method(len(used), course) if head.measured else "not measured"
+    return _in_order(order, head, {**report, **more, "method": method}, scores)
 
 
 def _method(folds: int, course: Plan) -> str:
-    if folds < 2:
-        return "not measured"
     measured = max(course.held_out, 0 if course.share > 1 else course.searched)
     if measured < folds:
         return f"{measured} of {folds} folds held out"
