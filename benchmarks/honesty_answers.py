@@ -71,22 +71,21 @@ def shots(folder: Path) -> list[Shots]:
 
 
 def answers(case: Shots, seeds: Sequence[int], folder: Path) -> list[Answers]:
-    """The answers of one head for each seed; test inputs of every label together weigh the same."""
+    """The answers of one head for each seed."""
     known = sets.classified(case.set, folder)
-    found = []
-    for seed in seeds:
-        learned, test = case.split(known, seed)
-        head = fit(known.dataset(learned)).head
-        predictions = head.predict(known.rows[test])
-        found.append(
-            Answers(
-                predictions.confidence.astype(np.float64),
-                right_answers(known, head, predictions, test),
-                ~predictions.abstained,
-                even_weights(known.targets[test]),
-            )
-        )
-    return found
+    return [answered(known, *case.split(known, seed)) for seed in seeds]
+
+
+def answered(known: Known, learned: Rows, test: Rows) -> Answers:
+    """What a head of some rows answers to others; test inputs of every label together weigh the same."""
+    head = fit(known.dataset(learned)).head
+    predictions = head.predict(known.rows[test])
+    return Answers(
+        predictions.confidence.astype(np.float64),
+        right_answers(known, head, predictions, test),
+        ~predictions.abstained,
+        even_weights(known.targets[test]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,31 +138,35 @@ TAGGED = tuple(Tagged(name, n) for name in (sets.ALL_TAGS, sets.THREE_TAGS) for 
 
 
 def decisions(case: Tagged, seeds: Sequence[int], folder: Path) -> list[Decisions]:
-    """The decisions of one head for each seed, on the tags it has been taught."""
+    """The decisions of one head for each seed."""
     known = sets.tagged(case.set, folder)
     found = []
     for seed in seeds:
         order = np.random.default_rng((seed, case.n)).permutation(len(known.rows))
-        test = order[case.n :][:_TESTED]
-        head = fit(known.dataset(order[: case.n])).head
-        predictions = head.predict(known.rows[test])
-        assigned, uncertain = predictions.assigned, predictions.uncertain
-        assert assigned is not None
-        assert uncertain is not None
-        certainty = np.where(assigned, predictions.probabilities, 1.0 - predictions.probabilities)
-        right = assigned == own_labels(known, head, test)
-        certain = ~uncertain & ~predictions.abstained[:, None]
-        given, withheld = (
-            Answers(
-                certainty[these].astype(np.float64),
-                right[these],
-                certain[these],
-                np.full(int(these.sum()), 1.0 / assigned.size),
-            )
-            for these in (assigned, ~assigned)
-        )
-        found.append(Decisions(given, withheld))
+        found.append(decided(known, order[: case.n], order[case.n :][:_TESTED]))
     return found
+
+
+def decided(known: Known, learned: Rows, test: Rows) -> Decisions:
+    """What a head of some rows decides on others, on the tags it has been taught."""
+    head = fit(known.dataset(learned)).head
+    predictions = head.predict(known.rows[test])
+    assigned, uncertain = predictions.assigned, predictions.uncertain
+    assert assigned is not None
+    assert uncertain is not None
+    certainty = np.where(assigned, predictions.probabilities, 1.0 - predictions.probabilities)
+    right = assigned == own_labels(known, head, test)
+    certain = ~uncertain & ~predictions.abstained[:, None]
+    given, withheld = (
+        Answers(
+            certainty[these].astype(np.float64),
+            right[these],
+            certain[these],
+            np.full(int(these.sum()), 1.0 / assigned.size),
+        )
+        for these in (assigned, ~assigned)
+    )
+    return Decisions(given, withheld)
 
 
 def tell_shots(bench: Bench) -> None:

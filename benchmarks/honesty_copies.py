@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters.example import Task
 from adapters.linear_probe import fit
 from benchmarks import honesty_sets as sets
 from benchmarks.honesty_bench import OPTIMISM, TASKS, Bench, show_claims
-from benchmarks.honesty_scores import Claim, Claims, chance_score, claim, true_score
+from benchmarks.honesty_scores import (
+    Claim,
+    Claims,
+    Floats,
+    Known,
+    Rows,
+    chance_score,
+    claim,
+    true_score,
+)
 
 _TESTED = 2_000
-_POOL = 1_000  # inputs to answer where targets are drawn
+_COIN = ("heads", "tails")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +45,16 @@ class Copied:
 
 
 _EXAMPLES = 100
+# Of more labels a hundred examples, half of them copies, are too few: their cross-validation is pessimistic.
+_LABELS = 5
 
 
 def copied_cases() -> list[Copied]:
     """Every set and share, with real and with drawn targets."""
     tasks: dict[Task, tuple[str, ...]] = {
-        "classification": sets.COPIED,
+        "classification": ("opinions-products", "trec-coarse", "tux-paint"),
         "multilabel": (sets.TOPICS,),
-        "regression": sets.COPIED[:1],
+        "regression": ("opinions-products",),
     }
     return [
         Copied(task, name, share, flipped)
@@ -54,48 +66,63 @@ def copied_cases() -> list[Copied]:
 
 
 def copied(case: Copied, seeds: Sequence[int], folder: Path) -> list[Claim]:
-    """A claim for every seed. A copy has the target of its original, and a digest of its own."""
-    planted = sets.copies(case.set, folder)
+    """A claim for every seed."""
     known = sets.known(case.task, sets.THREE_TAGS if case.task == "multilabel" else case.set, folder)
-    pool = planted.rows.shape[1]
-    claims = []
-    for seed in seeds:
-        generator = np.random.default_rng((seed, round(100 * case.share)))
-        if case.flipped:
-            known = replace(known, **_coins(known.task, len(known.rows), generator))
-        copies = round(_EXAMPLES * case.share)
-        originals = generator.permutation(pool)[: _EXAMPLES - copies]
-        doubled = originals[:copies]
-        kinds = generator.integers(0, len(planted.kinds), copies)
-        # Copies are appended to the set as inputs like any other.
-        whole = replace(
-            known,
-            rows=np.concatenate([known.rows, planted.rows[kinds, doubled]]),
-            targets=np.concatenate([known.targets, known.targets[doubled]]),
-        )
-        learned = np.concatenate([originals, len(known.rows) + np.arange(copies)])
-        fitted = fit(whole.dataset(learned))
-        if case.flipped:
-            true = chance_score(
-                fitted.head, known.rows[pool:][:_POOL], dict.fromkeys(whole.names, 0.5), 0.0, 1.0
-            )
-        else:
-            rest = np.setdiff1d(np.arange(len(known.rows)), originals)[-_TESTED:]
-            if case.task == "classification":
-                rest = rest[np.isin(known.targets[rest], known.targets[originals])]
-            true = true_score(known, fitted.head, rest)
-        claims.append(claim(fitted, case.task, true))
-    return claims
+    copies = sets.copies(case.set, folder).rows
+    return [planted(known, copies, case.share, case.flipped, seed) for seed in seeds]
 
 
-def _coins(task: Task, n: int, generator: np.random.Generator) -> dict[str, Any]:
-    """Fields of Known: two labels, two tags, or normal numbers, drawn for n inputs."""
-    names = ("heads", "tails")
-    if task == "regression":
-        return {"targets": generator.standard_normal(n)}
-    if task == "multilabel":
-        return {"targets": generator.random((n, 2)) < 0.5, "names": names}
-    return {"targets": np.array(names)[generator.integers(0, 2, n)], "names": names}
+def planted(known: Known, copies: Floats, share: float, flipped: bool, seed: int) -> Claim:
+    """What is claimed of examples among which this share are copies of others.
+
+    copies: float32 (kinds, m, dim), of the first m inputs. A copy has the target of its original, and a
+    digest of its own. flipped: targets are drawn without a look at the inputs.
+    """
+    generator = np.random.default_rng((seed, round(100 * share)))
+    own = _flipped(known, generator) if flipped else _common(known)
+    m = copies.shape[1]
+    count = round(_EXAMPLES * share)
+    originals = generator.permutation(own.usable[own.usable < m])[: _EXAMPLES - count]
+    doubled = originals[:count]
+    kinds = generator.integers(0, len(copies), count)
+    examples = replace(
+        own.known,
+        rows=np.concatenate([known.rows[originals], copies[kinds, doubled]]),
+        targets=np.concatenate([own.known.targets[originals], own.known.targets[doubled]]),
+    )
+    fitted = fit(examples.dataset(np.arange(_EXAMPLES)))
+    rest = np.setdiff1d(own.usable, originals)[-_TESTED:]
+    if flipped:
+        true = chance_score(fitted.head, known.rows[rest], dict.fromkeys(_COIN, 0.5), 0.0, 1.0)
+    else:
+        true = true_score(known, fitted.head, rest)
+    return claim(fitted, known.task, true)
+
+
+@dataclass(frozen=True, slots=True)
+class _Usable:
+    known: Known
+    usable: Rows
+
+
+def _common(known: Known) -> _Usable:
+    """The inputs of the most frequent labels, as they are."""
+    rows = np.arange(len(known.rows))
+    if known.task == "classification":
+        names, counts = np.unique(known.targets, return_counts=True)
+        rows = rows[np.isin(known.targets, names[np.argsort(-counts, kind="stable")][:_LABELS])]
+    return _Usable(known, rows)
+
+
+def _flipped(known: Known, generator: np.random.Generator) -> _Usable:
+    """Two labels, two tags, or normal numbers."""
+    n = len(known.rows)
+    targets: NDArray[Any] = generator.standard_normal(n)
+    if known.task == "multilabel":
+        targets = generator.random((n, len(_COIN))) < 0.5
+    elif known.task == "classification":
+        targets = np.array(_COIN)[generator.integers(0, len(_COIN), n)]
+    return _Usable(replace(known, targets=targets, names=_COIN), np.arange(n))
 
 
 def tell_copies(bench: Bench) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeCV
 
+from adapters.head import Predictions
 from adapters.linear_probe import fit
 from benchmarks import honesty_sets as sets
 from benchmarks.honesty_answers import Shots
 from benchmarks.honesty_bench import SURE, Bench, expect_sure
-from benchmarks.honesty_scores import Doubles, even_weights, mean, right_answers, true_score
+from benchmarks.honesty_scores import Doubles, Known, Rows, even_weights, mean, right_answers, true_score
 
 Labels = NDArray[np.str_]
 
@@ -61,31 +62,38 @@ class Growth:
 
 
 def growth(case: Growing, seeds: Sequence[int], folder: Path) -> list[Growth]:
-    """A curve for each seed: other labels, other examples, another order."""
+    """A curve for each seed."""
     known = sets.classified(case.set, folder)
+    return [grown(known, case.labels, _GROWN, seed) for seed in seeds]
+
+
+def grown(known: Known, labels: int, examples: int, seed: int) -> Growth:
+    """One curve, to so many examples; every seed has other labels, other examples and another order."""
     names, counts = np.unique(known.targets, return_counts=True)
-    found = []
-    for seed in seeds:
-        generator = np.random.default_rng((seed, case.labels))
-        some = generator.choice(names[counts >= _COMMON], case.labels, replace=False)
-        order = generator.permutation(np.flatnonzero(np.isin(known.targets, some)))
-        first = [int(order[known.targets[order] == name][0]) for name in some]
-        rest = order[~np.isin(order, first)]
-        more = _GROWN - case.labels
-        learned, test = np.concatenate([first, rest[:more]]), rest[more:][:_TESTED_WHILE_GROWING]
-        weights = even_weights(known.targets[test])
-        steps, sure, sure_wrong, constant = [], 0, 0, 0
-        for n in range(case.labels, _GROWN + 1):
-            head = fit(known.dataset(learned[:n])).head
-            predictions = head.predict(known.rows[test])
-            right = right_answers(known, head, predictions, test)
-            certain = predictions.confidence > SURE
-            sure, sure_wrong = sure + int(certain.sum()), sure_wrong + int((certain & ~right).sum())
-            constant += int(len(np.unique(predictions.probabilities.argmax(axis=1))) == 1)
-            steps.append((right @ weights, right.mean(), predictions.confidence.mean()))
-        balanced, accuracy, confidence = np.array(steps).T
-        found.append(Growth(balanced, accuracy, confidence, sure, sure_wrong, constant))
-    return found
+    generator = np.random.default_rng((seed, labels))
+    some = generator.choice(names[counts >= _COMMON], labels, replace=False)
+    order = generator.permutation(np.flatnonzero(np.isin(known.targets, some)))
+    first = [int(order[known.targets[order] == name][0]) for name in some]
+    rest = order[~np.isin(order, first)]
+    more = examples - labels
+    learned, test = np.concatenate([first, rest[:more]]), rest[more:][:_TESTED_WHILE_GROWING]
+    weights = even_weights(known.targets[test])
+    steps, sure, sure_wrong, constant = [], 0, 0, 0
+    for n in range(labels, examples + 1):
+        head = fit(known.dataset(learned[:n])).head
+        predictions = head.predict(known.rows[test])
+        right = right_answers(known, head, predictions, test)
+        certain = predictions.confidence > SURE
+        sure, sure_wrong = sure + int(certain.sum()), sure_wrong + int((certain & ~right).sum())
+        constant += is_constant(predictions)
+        steps.append((right @ weights, right.mean(), predictions.confidence.mean()))
+    balanced, accuracy, confidence = np.array(steps).T
+    return Growth(balanced, accuracy, confidence, sure, sure_wrong, constant)
+
+
+def is_constant(predictions: Predictions) -> bool:
+    """Whether every input gets the same label."""
+    return len(np.unique(predictions.probabilities.argmax(axis=1))) == 1
 
 
 FEW = tuple(
@@ -116,48 +124,46 @@ class Beside:
 def beside(case: Shots, seeds: Sequence[int], folder: Path) -> list[Beside]:
     """One comparison for each seed."""
     known = sets.classified(case.set, folder)
-    found = []
-    for seed in seeds:
-        learned, test = case.split(known, seed)
-        weights = even_weights(known.targets[test])
-        rows, own = known.rows[learned], known.targets[learned]
-        head = fit(known.dataset(learned)).head
-        predictions = head.predict(known.rows[test])
-        probabilities = predictions.probabilities.astype(np.float64)
-        right = right_answers(known, head, predictions, test)
-        sure = predictions.confidence > SURE
-        with warnings.catch_warnings():
-            # Few steps more would not change an answer.
-            warnings.simplefilter("ignore")
-            plain = LogisticRegression(C=1.0, max_iter=1_000).fit(rows, own)
-            their_accuracy = their_loss = math.nan
-            if case.examples > 1:
-                other = LogisticRegressionCV(
-                    Cs=10,
-                    cv=min(5, case.examples),
-                    max_iter=300,
-                    l1_ratios=(0.0,),
-                    scoring="neg_log_loss",
-                    use_legacy_attributes=False,
-                ).fit(rows, own)
-                theirs = other.predict_proba(known.rows[test])
-                their_accuracy = float(
-                    (other.classes_[theirs.argmax(axis=1)] == known.targets[test]) @ weights
-                )
-                their_loss = _log_loss(theirs, other.classes_, known.targets[test], weights)
-        found.append(
-            Beside(
-                accuracy=float(right @ weights),
-                loss=_log_loss(probabilities, np.array(head.labels), known.targets[test], weights),
-                plain_accuracy=float((plain.predict(known.rows[test]) == known.targets[test]) @ weights),
-                cross_validated_accuracy=their_accuracy,
-                cross_validated_loss=their_loss,
-                constant=len(np.unique(probabilities.argmax(axis=1))) == 1,
-                sure=int(sure.sum()),
-                sure_wrong=int((sure & ~right).sum()),
-            )
-        )
-    return found
+    return [compared(known, *case.split(known, seed)) for seed in seeds]
+
+
+def compared(known: Known, learned: Rows, test: Rows) -> Beside:
+    """A head of some rows beside scikit-learn on the same, asked about others; labels weigh the same."""
+    weights = even_weights(known.targets[test])
+    rows, own = known.rows[learned], known.targets[learned]
+    head = fit(known.dataset(learned)).head
+    predictions = head.predict(known.rows[test])
+    right = right_answers(known, head, predictions, test)
+    sure = predictions.confidence > SURE
+    their_accuracy = their_loss = math.nan
+    folds = min(5, int(np.unique(own, return_counts=True)[1].min()))
+    with warnings.catch_warnings():
+        # A few steps more would not change an answer.
+        warnings.simplefilter("ignore")
+        plain = LogisticRegression(C=1.0, max_iter=1_000).fit(rows, own)
+        if folds > 1:
+            other = LogisticRegressionCV(
+                Cs=10,
+                cv=folds,
+                max_iter=300,
+                l1_ratios=(0.0,),
+                scoring="neg_log_loss",
+                use_legacy_attributes=False,
+            ).fit(rows, own)
+            theirs = other.predict_proba(known.rows[test])
+            their_accuracy = float((other.predict(known.rows[test]) == known.targets[test]) @ weights)
+            their_loss = _log_loss(theirs, other.classes_, known.targets[test], weights)
+    probabilities = predictions.probabilities.astype(np.float64)
+    return Beside(
+        accuracy=float(right @ weights),
+        loss=_log_loss(probabilities, np.array(head.labels), known.targets[test], weights),
+        plain_accuracy=float((plain.predict(known.rows[test]) == known.targets[test]) @ weights),
+        cross_validated_accuracy=their_accuracy,
+        cross_validated_loss=their_loss,
+        constant=is_constant(predictions),
+        sure=int(sure.sum()),
+        sure_wrong=int((sure & ~right).sum()),
+    )
 
 
 def _log_loss(probabilities: Doubles, labels: Labels, own: Labels, weights: Doubles) -> float:
@@ -251,11 +257,11 @@ def tell_few(bench: Bench) -> None:
     worst = min(ours, key=ours.__getitem__)
     name = f"few: accuracy over LogisticRegression's, least (at {worst} a label)"
     expect(name, ours[worst], ">=", -_BEHIND)
-    compared = {examples: mean(each) for examples, each in losses.items() if examples > 1}
-    worst = max(compared, key=compared.__getitem__)
+    theirs_ahead = {examples: mean(each) for examples, each in losses.items() if examples > 1}
+    worst = max(theirs_ahead, key=theirs_ahead.__getitem__)
     name = f"few: log loss over LogisticRegressionCV's, most (at {worst} a label)"
-    expect(name, compared[worst], "<=", _LOSS_BEHIND)
-    expect("few: log loss over LogisticRegressionCV's, mean", mean(list(compared.values())), "<=", 0.0)
+    expect(name, theirs_ahead[worst], "<=", _LOSS_BEHIND)
+    expect("few: log loss over LogisticRegressionCV's, mean", mean(list(theirs_ahead.values())), "<=", 0.0)
     two = [one for case, each in found.items() if case.labels == 2 and case.examples > 1 for one in each]
     expect("few: constant heads of two labels", sum(one.constant for one in two), "<=", 0)
     every = [one for each in found.values() for one in each]

@@ -136,25 +136,24 @@ def corrected(case: Drawn, seeds: Sequence[int], folder: Path) -> list[Corrected
         if case.labels:
             some = generator.choice(np.unique(known.targets), case.labels, replace=False)
             order = order[np.isin(known.targets[order], some)]
-        test = order[case.n + _ROUNDS * _ASKED :][:_TESTED]
-        learned, sampled = order[: case.n], [True] * case.n
-        fitted = fit(known.dataset(learned, sampled))
-        before = true_score(known, fitted.head, test)
-        for turn in range(_ROUNDS):
-            asked = order[case.n + turn * _ASKED :][:_ASKED]
-            wrong = asked[_mistaken(known, fitted.head, asked)]
-            learned, sampled = np.concatenate([learned, wrong]), sampled + [False] * len(wrong)
-            fitted = fit(known.dataset(learned, sampled))
-        abstained = fitted.head.predict(known.rows[test]).abstained
-        found.append(
-            Corrected(
-                claim(fitted, case.task, true_score(known, fitted.head, test)),
-                before,
-                float(1.0 - abstained.mean()),
-                len(learned),
-            )
-        )
+        found.append(after_corrections(known, order, case.n, _ROUNDS, _ASKED))
     return found
+
+
+def after_corrections(known: Known, order: Rows, start: int, rounds: int, asked: int) -> Corrected:
+    """The first rows of the order are learned, the next ones asked by rounds, and the last ones tested on."""
+    test = order[start + rounds * asked :][:_TESTED]
+    learned, sampled = order[:start], [True] * start
+    fitted = fit(known.dataset(learned, sampled))
+    before = true_score(known, fitted.head, test)
+    for turn in range(rounds):
+        these = order[start + turn * asked :][:asked]
+        wrong = these[_mistaken(known, fitted.head, these)]
+        learned, sampled = np.concatenate([learned, wrong]), sampled + [False] * len(wrong)
+        fitted = fit(known.dataset(learned, sampled))
+    abstained = fitted.head.predict(known.rows[test]).abstained
+    true = true_score(known, fitted.head, test)
+    return Corrected(claim(fitted, known.task, true), before, float(1.0 - abstained.mean()), len(learned))
 
 
 def _mistaken(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
