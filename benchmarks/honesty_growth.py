@@ -178,17 +178,21 @@ _RIDGE_STRENGTHS = np.logspace(-3, 3, 13)
 
 
 def rated(case: tuple[str, int], seeds: Sequence[int], folder: Path) -> list[tuple[float, float]]:
-    """R² on unseen inputs for each seed, and that of RidgeCV."""
+    """R² for each seed, and that of RidgeCV."""
     name, n = case
     known = sets.rated(name, folder)
     found = []
     for seed in seeds:
         order = np.random.default_rng((seed, n)).permutation(len(known.rows))
-        learned, test = order[:n], order[n:][:_TESTED]
-        other = RidgeCV(_RIDGE_STRENGTHS).fit(known.rows[learned], known.targets[learned])
-        theirs = float(other.score(known.rows[test], known.targets[test]))
-        found.append((true_score(known, fit(known.dataset(learned)).head, test), theirs))
+        found.append(rated_beside(known, order[:n], order[n:][:_TESTED]))
     return found
+
+
+def rated_beside(known: Known, learned: Rows, test: Rows) -> tuple[float, float]:
+    """R² of a head of some rows on others, and that of RidgeCV."""
+    other = RidgeCV(_RIDGE_STRENGTHS).fit(known.rows[learned], known.targets[learned])
+    theirs = float(other.score(known.rows[test], known.targets[test]))
+    return true_score(known, fit(known.dataset(learned)).head, test), theirs
 
 
 def tell_growth(bench: Bench) -> None:

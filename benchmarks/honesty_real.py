@@ -90,20 +90,22 @@ RARE = {"2 labels x 10, 12 x 1": (10, 10, *[1] * 12), "14 labels x 1 or 2": (1, 
 
 
 def rare(case: str, seeds: Sequence[int], folder: Path) -> list[Claim]:
-    """Claims about topics; the truth is that at the examples' own proportions of labels."""
+    """Claims about topics, one for each seed."""
     known = sets.classified(sets.TOPICS, folder)
-    claims = []
-    for seed in seeds:
-        generator = np.random.default_rng(seed)
-        names = generator.permutation(np.unique(known.targets))[: len(RARE[case])]
-        sizes = dict(zip(names.tolist(), RARE[case], strict=True))
-        order = generator.permutation(np.flatnonzero(np.isin(known.targets, names)))
-        first = np.concatenate([order[known.targets[order] == name][:size] for name, size in sizes.items()])
-        rest = order[~np.isin(order, first)][:_TESTED]
-        fitted = fit(known.dataset(first))
-        weights = even_weights(known.targets[rest], {name: float(size) for name, size in sizes.items()})
-        claims.append(claim(fitted, known.task, true_score(known, fitted.head, rest, weights)))
-    return claims
+    return [with_rare_labels(known, RARE[case], seed) for seed in seeds]
+
+
+def with_rare_labels(known: Known, examples: Sequence[int], seed: int) -> Claim:
+    """The claim with so many examples of labels at random; true at the examples' own shares of labels."""
+    generator = np.random.default_rng(seed)
+    names = generator.permutation(np.unique(known.targets))[: len(examples)]
+    sizes = dict(zip(names.tolist(), examples, strict=True))
+    order = generator.permutation(np.flatnonzero(np.isin(known.targets, names)))
+    learned = np.concatenate([order[known.targets[order] == name][:size] for name, size in sizes.items()])
+    rest = order[~np.isin(order, learned)][:_TESTED]
+    fitted = fit(known.dataset(learned))
+    weights = even_weights(known.targets[rest], {name: float(size) for name, size in sizes.items()})
+    return claim(fitted, known.task, true_score(known, fitted.head, rest, weights))
 
 
 @dataclass(frozen=True, slots=True)
