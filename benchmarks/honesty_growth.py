@@ -177,18 +177,18 @@ RATED = tuple((name, n) for name in sets.OPINIONS for n in (20, 50, 200, 600))
 _RIDGE_STRENGTHS = np.logspace(-3, 3, 13)
 
 
-def rated(case: tuple[str, int], seeds: Sequence[int], folder: Path) -> list[tuple[float, float]]:
+def predicted(case: tuple[str, int], seeds: Sequence[int], folder: Path) -> list[tuple[float, float]]:
     """R² for each seed, and that of RidgeCV."""
     name, n = case
     known = sets.rated(name, folder)
     found = []
     for seed in seeds:
         order = np.random.default_rng((seed, n)).permutation(len(known.rows))
-        found.append(rated_beside(known, order[:n], order[n:][:_TESTED]))
+        found.append(predicted_beside(known, order[:n], order[n:][:_TESTED]))
     return found
 
 
-def rated_beside(known: Known, learned: Rows, test: Rows) -> tuple[float, float]:
+def predicted_beside(known: Known, learned: Rows, test: Rows) -> tuple[float, float]:
     """R² of a head of some rows on others, and that of RidgeCV."""
     other = RidgeCV(_RIDGE_STRENGTHS).fit(known.rows[learned], known.targets[learned])
     theirs = float(other.score(known.rows[test], known.targets[test]))
@@ -274,7 +274,7 @@ def tell_few(bench: Bench) -> None:
 
 def tell_ratings(bench: Bench) -> None:
     """Tables and targets of ratings."""
-    found = bench.over(bench.on_sets(rated), RATED, 40)
+    found = bench.over(bench.on_sets(predicted), RATED, 40)
     rows: list[list[str | float]] = []
     behind = []
     for (name, n), each in found.items():
