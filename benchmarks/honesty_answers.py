@@ -11,7 +11,7 @@ import numpy as np
 
 from adapters.linear_probe import fit
 from benchmarks import honesty_sets as sets
-from benchmarks.honesty_bench import WANTED_ACCURACY, Bench
+from benchmarks.honesty_bench import WANTED_ACCURACY, Bench, splits_of
 from benchmarks.honesty_scores import (
     Answers,
     Known,
@@ -192,9 +192,8 @@ def tell_shots(bench: Bench) -> None:
         for case, one in joined.items()
     ]
     head = ["set", "a label", "accuracy", "answered", "right of these", "answered in hindsight"]
-    bench.show(
-        "shots", "What is answered, and how sure", [*head, "ECE of all splits", "ECE of a split"], rows
-    )
+    head += ["ECE of all splits", "ECE of a split"]
+    bench.show("shots", f"What is answered, and how sure; {splits_of(found)} splits", head, rows)
     told = [one.accuracy_answered for one in joined.values() if one.coverage >= _FEWEST_ANSWERED]
     expect = bench.report.expect
     expect("answered: share that is right, mean", mean(told), ">=", _ANSWERED_ACCURACY)
@@ -234,7 +233,7 @@ def tell_tags(bench: Bench) -> None:
         )
     head = ["set", "examples", "certain", "right of these", "certain in hindsight"]
     head += ["certain of tags given", "right of these tags", "certain of them in hindsight"]
-    bench.show("tags", "Decisions on tags", head, rows)
+    bench.show("tags", f"Decisions on tags; {splits_of(found)} splits", head, rows)
     expect = bench.report.expect
     expect("tags: share of certain decisions that is right, least", min(right), ">=", _ANSWERED_ACCURACY)
     share = mean(certain) / mean(hindsight)

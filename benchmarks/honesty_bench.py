@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,11 @@ class Bench:
             {name: None if value != value else value for name, value in zip(head, row, strict=True)}
             for row in rows
         ]
+
+
+def splits_of(found: Mapping[Case, Sequence[Found]]) -> int:
+    """How many splits each case has."""
+    return len(next(iter(found.values())))
 
 
 def _text(column: str, value: str | float) -> str:

@@ -16,7 +16,7 @@ from adapters.head import Predictions
 from adapters.linear_probe import fit
 from benchmarks import honesty_sets as sets
 from benchmarks.honesty_answers import Shots
-from benchmarks.honesty_bench import SURE, Bench, expect_sure
+from benchmarks.honesty_bench import SURE, Bench, expect_sure, splits_of
 from benchmarks.honesty_scores import Doubles, Known, Rows, even_weights, mean, right_answers, true_score
 
 Labels = NDArray[np.str_]
@@ -221,7 +221,8 @@ def tell_growth(bench: Bench) -> None:
         )
     head = ["set", "labels", "balanced accuracy after 0, 1, 2, 4, 8, 16, 32 and all more", "deepest drop"]
     head += ["most overconfident", f"above {SURE}", "wrong of these", "constant heads"]
-    bench.show("growth", "Growth from one example a label to 60 examples, one at a time", head, rows)
+    heading = f"Growth from one example a label to 60 examples, one at a time; {splits_of(found)} orders"
+    bench.show("growth", heading, head, rows)
     every = [one for each in found.values() for one in each]
     bench.report.expect("growth: balanced accuracy under its highest so far", max(drops), "<=", _DROP)
     bench.report.expect("growth: confidence over accuracy", max(excesses), "<=", _OVERCONFIDENCE)
@@ -255,7 +256,8 @@ def tell_few(bench: Bench) -> None:
         )
     head = ["set", "a label", "accuracy", "LogisticRegression", "LogisticRegressionCV", "log loss"]
     head += ["LogisticRegressionCV's", "constant heads", f"above {SURE}", "wrong of these"]
-    bench.show("few", "A few examples a label, beside scikit-learn", head, rows)
+    heading = f"A few examples a label, beside scikit-learn; {splits_of(found)} splits"
+    bench.show("few", heading, head, rows)
     expect = bench.report.expect
     ours = {examples: mean(each) for examples, each in ahead.items()}
     worst = min(ours, key=ours.__getitem__)
@@ -281,5 +283,6 @@ def tell_ratings(bench: Bench) -> None:
         ours, theirs = mean([one for one, _ in each]), mean([other for _, other in each])
         behind.append(theirs - ours)
         rows.append([name, n, ours, theirs])
-    bench.show("ratings", "Ratings, beside RidgeCV", ["set", "examples", "R²", "RidgeCV's"], rows)
+    heading = f"Ratings, beside RidgeCV; {splits_of(found)} splits"
+    bench.show("ratings", heading, ["set", "examples", "R²", "RidgeCV's"], rows)
     bench.report.expect("ratings: R² behind RidgeCV, most", max(behind), "<=", _R2_BEHIND)

@@ -13,7 +13,7 @@ from adapters.example import Task
 from adapters.head import Head
 from adapters.linear_probe import OneLabel, fit
 from benchmarks import honesty_sets as sets
-from benchmarks.honesty_bench import COVERAGE, TASKS, Bench, expect_claims, show_claims
+from benchmarks.honesty_bench import COVERAGE, TASKS, Bench, expect_claims, show_claims, splits_of
 from benchmarks.honesty_scores import (
     Claim,
     Claims,
@@ -159,7 +159,7 @@ def after_corrections(known: Known, order: Rows, start: int, rounds: int, asked:
 
 
 def _mistaken(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
-    """Which answers somebody would correct."""
+    """Which answers a user would correct, bool (m,)."""
     predictions = head.predict(known.rows[rows])
     if predictions.values is not None:
         far: NDArray[np.bool_] = (
@@ -167,10 +167,10 @@ def _mistaken(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
         )
         return far
     if predictions.assigned is not None:
-        # Whoever corrects an input gives all of its tags, also those that the head has never heard of.
+        # A correction gives all tags of an input, also those that the head was never taught.
         own = own_labels(known, head, rows)
-        unheard = known.targets[rows].sum(axis=1) > own.sum(axis=1)
-        wrong: NDArray[np.bool_] = (own != predictions.assigned).any(axis=1) | unheard
+        untaught = known.targets[rows].sum(axis=1) > own.sum(axis=1)
+        wrong: NDArray[np.bool_] = (own != predictions.assigned).any(axis=1) | untaught
         return wrong
     return ~right_answers(known, head, predictions, rows)
 
@@ -220,4 +220,5 @@ def tell_corrections(bench: Bench) -> None:
         bench.report.expect(name, claims.coverage, ">=", COVERAGE)
     head = ["task", "set", "examples", "corrections", "reported", "true before", "true"]
     head += ["intervals that hold", "answered"]
-    bench.show("corrections", "Only mistakes sent back, for six rounds of 100 inputs", head, rows)
+    heading = f"Only mistakes sent back, for six rounds of 100 inputs; {splits_of(found)} splits"
+    bench.show("corrections", heading, head, rows)

@@ -36,6 +36,8 @@ CLASSIFIED = (*OPINIONS, "sms-spam", "trec-coarse", "trec-fine", TOPICS, *IMAGES
 """Every set with one label for each input."""
 COPIED = ("opinions-products", "trec-coarse", TOPICS, "tux-paint")
 """Sets of which near copies are made."""
+ALL_TAGS, THREE_TAGS = "topics, all words", "topics, three words"
+"""TOPICS with the words of their names (rec, sport, hockey) as tags: all of them, or a few."""
 _THREE_TAGS = ("comp", "politics", "religion")
 
 
@@ -119,15 +121,12 @@ def classified(name: str, folder: Path) -> Known:
 
 @functools.cache
 def tagged(name: str, folder: Path) -> Known:
-    """Topics with the words of their names ("rec", "sport", "hockey"): all of them, or for "three" a few."""
+    """ALL_TAGS or THREE_TAGS."""
     kept = _kept(TOPICS, folder, "set")
     words = [set(label.split(".")) for label in kept["labels"].tolist()]
     names = _THREE_TAGS if name == THREE_TAGS else tuple(sorted(set().union(*words)))
     targets = np.array([[one in own for one in names] for own in words])
     return Known(name, "multilabel", kept["rows"], targets, names)
-
-
-ALL_TAGS, THREE_TAGS = "topics, all words", "topics, three words"
 
 
 @functools.cache
