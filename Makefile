@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -39,7 +39,7 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: bench-speed bench-neighbours bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality  ## Every benchmark that needs no GPU
+bench: bench-speed bench-neighbours bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
 	$(RUN) benchmarks.speed
@@ -55,6 +55,9 @@ bench-tenants: .venv/dev.stamp  ## Memory, descriptors and threads while a thous
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
 	$(RUN) benchmarks.quality
+
+bench-honesty: .venv/dev.stamp  ## What is reported beside what is true
+	$(RUN) benchmarks.honesty
 
 bench-fit: .venv/dev.stamp  ## Fitting a head beside LogisticRegressionCV
 	$(RUN) benchmarks.fit
