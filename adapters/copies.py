@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.example import Target
+
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 # Two inputs are near copies if they lie this much nearer to each other than to their square-root-of-n-th
 # neighbours, or if each is the other's nearest and clearly nearer than the next (measured on texts with
@@ -59,6 +62,43 @@ def together(embeddings: Floats, digests: Sequence[str], groups: Sequence[str] =
         own = forest.root(row)
         smallest[own] = min(digest, smallest.get(own, digest))
     return Together(tuple(smallest[forest.root(row)] for row in range(len(digests))), near_copies)
+
+
+def with_misled(
+    keys: Sequence[str], embeddings: Floats, targets: Sequence[Target], sampled: Bools
+) -> list[str]:
+    """The keys of groups, where an example that was chosen for being wrong is in the group that misled it.
+
+    embeddings: float32 (n, dim). sampled: (n,), False for what was chosen for being wrong: what misled it is
+    the nearest sampled example with another target, for numbers one that is a standard deviation away. It
+    would not be there without that one, and must not stay when that one is held out: else what is learned
+    from corrections alone is reported 5 to 17 points too low.
+    """
+    found = list(keys)
+    judged, chosen = np.flatnonzero(sampled), np.flatnonzero(~sampled)
+    if not len(judged) or not len(chosen):
+        return found
+    centre = embeddings[judged].mean(axis=0)
+    there = embeddings[judged] - centre
+    numbers, apart = _as_numbers(targets)
+    for begin in range(0, len(chosen), _MOST_COMPARED):
+        some = chosen[begin : begin + _MOST_COMPARED]
+        squared = _squared_distances(embeddings[some] - centre, there)
+        alike = np.abs(numbers[some][:, None] - numbers[judged]) < apart
+        # Where all are alike, the nearest of all has to do.
+        squared[alike & ~alike.all(axis=1, keepdims=True)] = np.inf
+        for row, place in zip(some.tolist(), squared.argmin(axis=1).tolist(), strict=True):
+            found[row] = keys[judged[place]]
+    return found
+
+
+def _as_numbers(targets: Sequence[Target]) -> tuple[NDArray[np.float64], float]:
+    """Targets as numbers (n,), and the difference from which on two are different."""
+    if isinstance(targets[0], float):
+        values = np.array(targets, dtype=np.float64)
+        return values, float(values.std())
+    places = {target: place for place, target in enumerate(dict.fromkeys(targets))}
+    return np.array([places[target] for target in targets], dtype=np.float64), 1.0
 
 
 class _Forest:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.classification import fit_classification
-from adapters.copies import together
+from adapters.copies import together, with_misled
 from adapters.cost import Plan, plan, predicted_seconds
 from adapters.example import ANSWER_ACCURACY, Target, Task, folds, labels_of
 from adapters.head import Head
@@ -119,10 +119,11 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
     tenant_groups = [data.groups[row] for row in order] if data.groups else ()
     sampled = np.array([data.sampled[row] for row in order] if data.sampled else np.ones(n), dtype=np.bool_)
     belonging = together(embeddings, digests, tenant_groups)
-    groups = np.unique(np.array(belonging.keys), return_inverse=True)[1]
-    per_label = _per_label(belonging.keys, targets) if data.task == "classification" else None
+    keys = with_misled(belonging.keys, embeddings, targets, sampled)
+    groups = np.unique(np.array(keys), return_inverse=True)[1]
+    per_label = _per_label(keys, targets) if data.task == "classification" else None
     course = plan(n, dim, len(names), int(groups.max()) + 1, per_label)
-    dealt = folds(belonging.keys, targets, course.folds)
+    dealt = folds(keys, targets, course.folds)
     used = np.unique(dealt[dealt >= 0])
     # One fold alone measures nothing.
     dealt = (
