@@ -20,8 +20,7 @@ from adapters.selection import CrossValidation, Prepared, strength_penalty
 
 Floats = NDArray[np.float32]
 
-# Of each label, as if they had been seen too: two examples of one label beside one of another are no evidence
-# that it is twice as frequent.
+# Of each label, as if they had been seen too.
 _PRIOR_EXAMPLES = 20.0
 _MOST_SUSPECTS = 50
 _MOST_CONFUSIONS = 500
@@ -205,12 +204,17 @@ def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
-    """Log frequencies (count,) of labels (m,), as if there were a few more examples of each."""
-    sizes = np.bincount(labels, minlength=count) + _PRIOR_EXAMPLES
-    if balanced:
-        sizes[:] = 1.0
-    result: Floats = np.log(sizes / sizes.sum()).astype(np.float32)
-    return result
+    """Log frequencies (count,) of labels (m,), drawn to equal ones as far as chance would explain the rest.
+
+    James and Stein's estimate (1961), positive part: what the counts differ by more than they would if all
+    labels were equally frequent. A few more examples of each label are counted, too.
+    """
+    sizes = np.bincount(labels, minlength=count).astype(np.float64)
+    equal = max(sizes.sum(), 1.0) / count
+    differing = float(((sizes - equal) ** 2).sum() / equal)
+    share = 0.0 if balanced or not differing else max(0.0, 1.0 - (count - 1) / differing)
+    result: Floats = np.log(equal + share * (sizes - equal) + _PRIOR_EXAMPLES).astype(np.float32)
+    return result - np.float32(np.log(np.exp(result).sum()))
 
 
 def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:
