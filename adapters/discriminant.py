@@ -6,12 +6,15 @@ regression (Efron 1975). What is held out decides how much it counts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
 
+_PROBES = 8
 # Numbers in the second moments of folds that are solved together.
 _MOST_SUMS = 1 << 22
 
@@ -99,10 +102,15 @@ class Discriminant:
         inner = scaled @ (-share * taken).transpose(0, 2, 1)
         diagonal = np.arange(inner.shape[1])
         inner[:, diagonal, diagonal] += 1.0
+        inverse = np.linalg.inv(inner)
         # The means are among what is taken away, which leaves their rows of the inverse only.
-        weight: Floats = np.linalg.inv(inner)[:, largest:] @ scaled
+        weight: Floats = inverse[:, largest:] @ scaled
         weight /= roots
-        return weight, _biases(weight, sums / (roots * roots))
+        traces = (1.0 / base).sum(axis=1, dtype=np.float64) + share[:, 0, 0] * np.einsum(
+            "krs,ksp,krp->k", inverse, scaled, scaled, optimize=True
+        )
+        noise = self._noise(self._shrinkage * levels * traces, examples)
+        return weight, _biases(weight, sums / (roots * roots), noise[:, None] / np.maximum(sizes, 1))
 
     def _solved(self, moments: Floats, sums: Floats, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Weights (k, labels, p) and biases (k, labels) of k problems; moments (k, p, p) are overwritten."""
@@ -113,14 +121,40 @@ class Discriminant:
         moments *= np.float32(1.0 - self._shrinkage)
         diagonal = np.arange(moments.shape[1])
         moments[:, diagonal, diagonal] += (self._shrinkage * levels).astype(np.float32)[:, None]
-        solved = np.linalg.solve(moments, means.transpose(0, 2, 1))
-        weight: Floats = np.ascontiguousarray(solved.transpose(0, 2, 1))
-        return weight, _biases(weight, means)
+        probes = _probes(moments.shape[1])
+        asked = np.concatenate(
+            [means.transpose(0, 2, 1), np.broadcast_to(probes, (len(means), *probes.shape))], 2
+        )
+        solved = np.linalg.solve(moments, asked)
+        weight: Floats = np.ascontiguousarray(solved[:, :, : means.shape[1]].transpose(0, 2, 1))
+        # The trace of the inverse, as Hutchinson (1990) estimates it.
+        traces = np.einsum("kpm,pm->k", solved[:, :, means.shape[1] :], probes) / probes.shape[1]
+        noise = self._noise(self._shrinkage * levels * traces, sizes.sum(axis=1))
+        return weight, _biases(weight, means, noise[:, None] / np.maximum(sizes, 1))
+
+    def _noise(self, shrunk: NDArray[np.float64], examples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How long the mean of a label with one example is (k,) for being the mean of so few.
+
+        That is the trace of the inverse of the shrunk covariance times the covariance; shrunk: of the inverse
+        times what it is shrunk to.
+        """
+        columns, labels = self._sums.shape[1], len(self._sizes)
+        free = examples / np.maximum(examples - labels, 1)
+        noise: NDArray[np.float64] = free * np.maximum(columns - shrunk, 0.0) / (1.0 - self._shrinkage)
+        return noise
 
 
-def _biases(weight: Floats, means: Floats) -> Floats:
-    """Of labels that are equally frequent."""
-    biases: Floats = np.float32(-0.5) * np.einsum("kcp,kcp->kc", weight, means)
+@lru_cache(maxsize=8)
+def _probes(columns: int) -> Floats:
+    """Random signs (columns, some), the same ones always. Not to be written to."""
+    signs = np.random.default_rng(0).integers(0, 2, (columns, _PROBES))
+    return (2.0 * signs - 1.0).astype(np.float32)
+
+
+def _biases(weight: Floats, means: Floats, noise: NDArray[np.float64]) -> Floats:
+    """Of labels that are equally frequent: half of each mean's length, without what noise made of it."""
+    lengths = np.einsum("kcp,kcp->kc", weight, means)
+    biases: Floats = np.float32(-0.5) * (lengths - noise.astype(np.float32))
     return biases
 
 
