@@ -65,7 +65,7 @@ def test_a_small_fold_of_rows_in_their_eigenbasis_too(rows: Floats) -> None:
         Discriminant(columns.astype(np.float32), LABELLED, LABELS, dealt, 42).held_out(range(3))
         for columns in (turned, wide)
     )
-    # How much noise there is in the means is estimated in one of the two, and adds about the same to all labels.
+    # How noisy the means are is estimated in one of the two, and adds about the same to all labels.
     np.testing.assert_allclose(updated, solved, rtol=1e-3, atol=0.15)
 
 
