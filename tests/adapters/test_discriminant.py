@@ -74,7 +74,7 @@ def test_a_label_with_few_examples_is_no_further_away_for_that() -> None:
     recalls = []
     for seed in range(4):
         generator = np.random.default_rng(seed)
-        centres = 0.7 * generator.standard_normal((6, 200))
+        centres = 0.5 * generator.standard_normal((6, 200))
         labels = np.repeat(np.arange(6), [2, 2, 2, 30, 30, 30])
         rows = centres[labels] + generator.standard_normal((len(labels), 200))
         middle = rows.mean(axis=0)
@@ -85,7 +85,7 @@ def test_a_label_with_few_examples_is_no_further_away_for_that() -> None:
         answers = (unseen @ weights[:, :-1].T + weights[:, -1]).argmax(axis=1)
         recalls.append([(answers[asked == label] == label).mean() for label in range(6)])
     recall = np.mean(recalls, axis=0)
-    assert recall[:3].mean() > 0.85
+    assert recall[:3].mean() > 0.7
     assert recall[3:].mean() > 0.95
 
 
