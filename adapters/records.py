@@ -290,6 +290,7 @@ class Change:
         examples lie in the same segment, `repoints` (or `upserts`) must move them all to rewritten ones, so
         that the erased bytes go with the old files.
     version, promote: a version fitted on the examples as they are after this change; make it live.
+    fallback: the version to make live instead, where `version` is not promoted; it must stay.
     """
 
     tenant: str
@@ -304,6 +305,7 @@ class Change:
     repoints: tuple[Repoint, ...] = ()
     version: NewVersion | None = None
     promote: bool = False
+    fallback: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
