@@ -53,9 +53,10 @@ def ask(
 ) -> Agreement | None:
     """What the version with this head and evidence says of examples with embeddings float32 (m, dim).
 
-    Its claim is what it was out of fold, less one standard error. For classification it is its confidence in
-    the input, moved by as much as the label's recall differs from the accuracy: hard inputs, or examples of a
-    hard label alone, are no reason for alarm. None where it was not measured, for then it claims nothing.
+    Its claim is what it was out of fold, less one standard error. For classification that is its confidence
+    in the input, moved by as much as the label's recall differs from the accuracy: hard inputs, or examples
+    of a hard label alone, are no reason for alarm. For multilabel it is the share of exact matches: of single
+    decisions nearly all are right whatever is posted. None where it was not measured and claims nothing.
     """
     scores = evidence.scores[evidence.measured].astype(np.float64)
     if not head.measured or not len(scores):
@@ -71,10 +72,9 @@ def ask(
         assert predictions.assigned is not None
         answers = [tuple(head.labels[label] for label in np.flatnonzero(row)) for row in predictions.assigned]
         agreed = np.array([answer == target for answer, target in zip(answers, targets, strict=True)])
-        claim = _logit(_share(scores.sum(), len(scores), 0.5))
+        claim = _logit(_share(scores.sum(), len(scores), 0.0))
         lowered = _sigmoid(claim - _standard_error(len(scores) + _PRIOR_EXAMPLES, claim))
-        # The least certain decision's confidence bounds that of all being right.
-        expected = np.minimum(lowered, predictions.confidence)
+        expected = np.full(len(agreed), lowered)
     else:
         answer = np.array(head.labels, object)[predictions.probabilities.argmax(axis=1)]
         agreed = answer == np.array(targets, object)
@@ -99,7 +99,7 @@ def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple
     later = np.arange(1.0, len(times))
     parts = np.append(_AT_ONCE, (1.0 - _AT_ONCE) / (later * (later + 1.0)))
     grown = np.exp(np.minimum(since, 700.0)).mean(axis=0)
-    return float(grown @ parts + 1.0 - parts.sum()), int(times[(grown * parts).argmax()])
+    return float(grown @ parts + 1.0 - parts.sum()), int(times[grown.argmax()])
 
 
 def _shift(evidence: Evidence, scores: Doubles, targets: Sequence[Target]) -> Doubles:

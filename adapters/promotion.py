@@ -22,6 +22,8 @@ Pairs = Sequence[tuple[int, int]]
 # examples is ever withheld; docs/decisions.md, "Promotion", has what was measured.
 _LEVEL = 0.0004
 _MOST_DOUBT = 25.0
+# Of a regression's mean squared error: one strength moves all errors together, so many small losses are one.
+_LARGER_ERROR = 1.25
 # Of one look at a fine-tune, which has one.
 SIGNIFICANCE = 0.05
 
@@ -44,7 +46,8 @@ class Comparison:
         """Whether the new version is worse, by its mean too: few large wins may outweigh many losses."""
         if self.score is None or self.other is None or self.p_value is None:
             return False
-        return self.p_value < level and self.score < self.other
+        allowed = self.other * (_LARGER_ERROR if self.other < 0.0 else 1.0)
+        return self.p_value < level and self.score < allowed
 
 
 @dataclass(frozen=True, slots=True)

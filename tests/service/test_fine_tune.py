@@ -30,7 +30,7 @@ from service.settings import Settings
 from tests.service.caller import Caller, Json, image, pictures, reviews, same
 
 NAMES = ("blue", "green", "red")
-QUICK = {"epochs": 2, "full_size_epochs": 1, "pixels": 32, "batch": 16}
+QUICK = {"epochs": 2, "full_size_epochs": 2, "pixels": 32, "batch": 16}
 LONG = {"epochs": 100, "full_size_epochs": 0, "pixels": 32, "batch": 16, "patience": 100}
 
 
