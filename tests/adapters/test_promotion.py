@@ -96,7 +96,7 @@ def test_no_change_lets_through_what_is_worse_on_the_rest(targets: Sequence[Targ
 
 
 def test_a_rare_label_that_sinks_is_seen() -> None:
-    targets: list[Target] = ["rare"] * 20 + ["common"] * 400
+    targets = ["rare"] * 20 + ["common"] * 400
     live = evidence([1.0] * 16 + [0.0] * 4 + [1.0] * 300 + [0.0] * 100, targets)
     # Sixteen of the rare ones are lost, and as many of the common ones won.
     new = evidence([0.0] * 20 + [1.0] * 320 + [0.0] * 80, targets)

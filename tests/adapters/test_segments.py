@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from adapters.example import Target
@@ -50,7 +52,7 @@ def test_evidence_comes_back(targets: tuple[Target, ...]) -> None:
 
 def test_evidence_comes_back_with_its_history() -> None:
     numbers = np.array([1.0, np.nan], np.float32)
-    history = History(numbers, numbers / 2, np.array([7, 0]), 3, numbers)
+    history = History(numbers, numbers * np.float32(0.5), np.array([7, 0]), 3, numbers)
     evidence = Evidence(("a", "b"), ("0" * 64, "1" * 64), ("x", "y"), numbers, (True, False), history)
     found = decode_evidence(encode_evidence(evidence))
     assert found.sampled == (True, False)
@@ -64,7 +66,7 @@ def test_evidence_comes_back_with_its_history() -> None:
 
 def test_evidence_of_the_first_releases_has_no_history() -> None:
     listed = json.dumps({"ids": ["a"], "targets": ["x"]}).encode()
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "listed": np.frombuffer(listed, np.uint8),
         "digests": np.zeros(32, np.uint8),
         "scores": np.ones(1, np.float32),

@@ -66,7 +66,7 @@ mkdir "$1.small" && mount -t tmpfs -o size="$2" tmpfs "$1.small" && cp -a "$1/."
 mount --bind "$1.small" "$1" && exec "$0" -m adapters.worker
 """
 KINDS: tuple[JobKind, ...] = ("fine_tune",)
-CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=2, pixels=32, batch=16))
+CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=2, pixels=32, batch=16, refit=False))
 LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
 
 
