@@ -232,7 +232,7 @@ def test_a_worker_does_a_job_and_ends_with_its_parent(place: Place) -> None:
 
 
 def test_a_killed_workers_job_goes_on_where_it_was(place: Place) -> None:
-    job = place.submit({**CONFIG, "epochs": 6, "patience": 6})
+    job = place.submit({**CONFIG, "epochs": 6, "full_size_epochs": 6, "patience": 6})
     with worker(place.config) as process:
         until(place.checkpoint(job).exists)
         process.kill()
@@ -270,7 +270,7 @@ def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
 
 
 def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place) -> None:
-    job = place.submit({**CONFIG, "epochs": 4, "patience": 4})
+    job = place.submit({**CONFIG, "epochs": 4, "full_size_epochs": 4, "patience": 4})
     with worker(place.config) as stopped:
         until(place.checkpoint(job).exists)
         stopped.send_signal(signal.SIGSTOP)
@@ -295,7 +295,7 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
 
 def test_an_outage_of_the_store_costs_no_attempts(place: Place) -> None:
     artifacts, away = place.folder / "artifacts", place.folder / "away"
-    job = place.submit({**CONFIG, "epochs": 6, "patience": 6})
+    job = place.submit({**CONFIG, "epochs": 6, "full_size_epochs": 6, "patience": 6})
     with worker(replace(place.config, lease_seconds=2.0)):
         until(place.checkpoint(job).exists)
         artifacts.rename(away)
