@@ -65,6 +65,8 @@ def commit(connection: Connection, change: Change) -> Committed:
     added = _write_examples(connection, change, previous, numbers, revision, now)
     gone, released = drop_fitted_on(connection, adapter.uid, change.removals, previous)
     live = None if adapter.live in gone else adapter.live
+    if change.fallback is not None:
+        live = _staying(connection, adapter, change.fallback)
 
     number: int | None = None
     if change.version is not None:
@@ -202,6 +204,8 @@ def _check(change: Change) -> None:
         raise ValueError("clear_first leaves no examples to remove or to repoint")
     if change.promote and change.version is None:
         raise ValueError("there is no version to promote")
+    if change.promote and change.fallback is not None:
+        raise ValueError("two versions cannot be live")
 
 
 def _create(connection: Connection, change: Change) -> AdapterRecord:
@@ -247,6 +251,14 @@ def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
     return {
         name: value for name, value in asked.items() if value is not None and value != getattr(adapter, name)
     }
+
+
+def _staying(connection: Connection, adapter: AdapterRecord, number: int) -> int:
+    """The number, if that version is still there."""
+    query = select(versions.c.number).where(versions.c.adapter_uid == adapter.uid)
+    if connection.execute(query.where(versions.c.number == number)).first() is None:
+        raise RevisionMoved(f"Version {number} of {adapter.name!r} went meanwhile; send the request again.")
+    return number
 
 
 def _placed(change: Change) -> tuple[ExampleWrite | Repoint, ...]:

@@ -185,11 +185,15 @@ class Jobs:
             held(connection, claim)
             end(connection, claim, "failed", error_code=code, error_detail=detail)
 
-    def succeed(self, claim: Claim) -> None:
-        """End the job that made no version: it did what was asked. Raises LeaseLost."""
+    def succeed(self, claim: Claim, progress: Mapping[str, Any] | None = None) -> None:
+        """End the job that made no version: it did what was asked. Raises LeaseLost.
+
+        progress: replaces what was reported before.
+        """
+        told = {} if progress is None else {"progress": json.dumps(progress, allow_nan=False)}
         with self._database.writing() as connection:
             held(connection, claim)
-            end(connection, claim, "succeeded")
+            end(connection, claim, "succeeded", **told)
 
     def cancelled(self, claim: Claim) -> None:
         """End the job as its tenant requested. Raises LeaseLost."""

@@ -25,6 +25,7 @@ from adapters.records import (
     RegistryUnavailable,
     UnknownAdapter,
     UnknownVersion,
+    VersionRecord,
 )
 from adapters.registry import Registry
 from adapters.replies import Reply
@@ -163,6 +164,26 @@ class Keeping:
     async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
         """All inputs of a segment."""
         return await self.read(adapter.tenant, adapter.uid, inputs, decode_inputs)
+
+    async def rival(self, adapter: AdapterRecord, removals: Collection[str]) -> VersionRecord | None:
+        """The version that a new one is compared with: the live one, if it stays without these examples.
+
+        Else the newest that stays and was promoted. None if there is none, or nothing is live.
+        """
+
+        def read() -> VersionRecord | None:
+            if adapter.live is None:
+                return None
+            if not removals:
+                with suppress(UnknownVersion):
+                    return self.registry.version(adapter.uid, adapter.live)
+                return None
+            staying = self.registry.versions_without(adapter.uid, removals)
+            live = [version for version in staying if version.number == adapter.live]
+            promoted = (one for one in staying if one.report.get("promotion", {}).get("promoted"))
+            return live[0] if live else next(promoted, None)
+
+        return await asyncio.to_thread(read)
 
     async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
         """The evidence of a version; None if there is no such version, or its evidence is lost."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -187,6 +187,19 @@ def version_records(connection: Connection, uid: str, number: int | None = None)
     if number is not None:
         query = query.where(versions.c.number == number)
     return [_version_record(row) for row in connection.execute(query)]
+
+
+def versions_without(connection: Connection, uid: str, ids: Collection[str]) -> list[VersionRecord]:
+    """The versions, newest first, that were recorded before any of these examples came."""
+    found = [
+        row.first_revision
+        for chunk in chunks(ids)
+        for row in connection.execute(
+            select(examples.c.first_revision).where(examples.c.adapter_uid == uid, examples.c.id.in_(chunk))
+        )
+    ]
+    every = version_records(connection, uid)
+    return [version for version in every if version.revision < min(found)] if found else every
 
 
 def version_record(connection: Connection, uid: str, number: int) -> VersionRecord:

@@ -306,6 +306,7 @@ class Change:
     version, promote: a version fitted on the examples as they are after this change; make it live.
     answer_accuracy, weights: of the adapter from now on; None leaves them. What changes one of them moves the
     revision, for what others fit meanwhile is fitted for what was wanted before.
+    fallback: the version to make live instead, where `version` is not promoted; it must stay.
     """
 
     tenant: str
@@ -322,6 +323,7 @@ class Change:
     promote: bool = False
     answer_accuracy: float | None = None
     weights: Weights | None = None
+    fallback: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ from adapters.reading import (
     select_adapter,
     version_record,
     version_records,
+    versions_without,
 )
 from adapters.records import (
     AdapterExists,
@@ -192,6 +193,11 @@ class Registry:
         """The versions that are kept, newest first."""
         with self._database.reading() as connection:
             return version_records(connection, uid)
+
+    def versions_without(self, uid: str, ids: Collection[str]) -> list[VersionRecord]:
+        """The versions that stay when these examples are removed, newest first."""
+        with self._database.reading() as connection:
+            return versions_without(connection, uid, ids)
 
     def version(self, uid: str, number: int) -> VersionRecord:
         """One version. Raises UnknownVersion."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.admission import Admitted
+from adapters.agreement import Agreement, ask
 from adapters.cache import Cache
 from adapters.fitter import Fitter
 from adapters.gathering import Subject, complete, encoders, gather, starts
-from adapters.head import Head
+from adapters.head import CorruptHead, Head
 from adapters.keeping import Ahead, Keeping, State
 from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig
 from adapters.placing import Plan, Row, locate, plan_change
-from adapters.promotion import Decision, Promote, decide, labels_of
+from adapters.promotion import Decision, Promote, best_of, decide, labels_of, remember, unlearned
 from adapters.records import (
     AdapterRecord,
     Change,
@@ -30,14 +32,17 @@ from adapters.records import (
     Creation,
     NewVersion,
     RevisionMoved,
+    UnknownVersion,
     VersionRecord,
 )
 from adapters.replies import Reply
 from adapters.segments import Evidence, encode_evidence
-from adapters.store import Artifact, MissingArtifact
+from adapters.store import Artifact, CorruptArtifact, MissingArtifact
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+
+logger = logging.getLogger("topwork")
 
 LINEAR_PROBE = "linear_probe"
 ATTEMPTS = 5
@@ -248,8 +253,12 @@ class Revising:
         embeddings: Floats,
         promote: Promote,
         timings: dict[str, float],
+        removals: Collection[str] = (),
     ) -> Fit:
-        """A head for the rows, with its report and the decision whether it may be live."""
+        """A head for the rows, with its report and the decision whether it may be live.
+
+        removals: examples that are erased together with the versions that learned from them.
+        """
         if not rows:
             raise NothingToFit("The adapter has no examples; send some.")
         targets = [row.target for row in rows]
@@ -271,10 +280,81 @@ class Revising:
         with _timed(timings, "fit", self._observe):
             fitted = await self._fitter.fit(dataset, config)
         ids = tuple(row.id for row in rows)
-        evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores)
-        live = None if adapter is None else await self.keeping.evidence(adapter, adapter.live)
-        decision = await asyncio.to_thread(decide, promote, terms.task, evidence, live)
+        evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores, tuple(dataset.sampled))
+        evidence, decision = await self._decided(adapter, dataset, evidence, promote, removals)
         return Fit(fitted.head, evidence, _report(fitted, ids, decision), decision)
+
+    async def _decided(
+        self,
+        adapter: AdapterRecord | None,
+        dataset: Dataset,
+        evidence: Evidence,
+        promote: Promote,
+        removals: Collection[str],
+    ) -> tuple[Evidence, Decision]:
+        """The decision on a fit with this evidence, and the evidence with the history to keep."""
+        task = dataset.task
+        rival = None if adapter is None else await self.keeping.rival(adapter, removals)
+        if adapter is None or rival is None:
+            decision = decide(promote, task, evidence, None)
+            erased = adapter is not None and adapter.live is not None and promote == "if_better"
+            return evidence, replace(decision, reason="example_removed") if erased else decision
+        live = await self.keeping.evidence(adapter, rival.number)
+        if live is not None:
+            said = await self._ask(adapter, rival, live, dataset, evidence)
+            evidence = await asyncio.to_thread(remember, evidence, live, rival.number, *said)
+        decision = await asyncio.to_thread(decide, promote, task, evidence, live)
+        fallback = None
+        if decision.fallback is not None and decision.fallback != rival.number:
+            older = await asyncio.to_thread(self._kept, adapter, decision.fallback)
+            # One of another backbone may not be served any more.
+            if older is not None and older.fingerprint == dataset.fingerprint:
+                fallback = older.number
+        if rival.number != adapter.live:
+            # The live version is erased: this one follows it, or the one that it was compared with.
+            if decision.promote:
+                decision = replace(decision, reason="example_removed")
+            else:
+                fallback = fallback or rival.number
+        decision = replace(decision, fallback=fallback)
+        return evidence if decision.proved else replace(evidence, history=None), decision
+
+    async def _ask(
+        self, adapter: AdapterRecord, rival: VersionRecord, live: Evidence, dataset: Dataset, new: Evidence
+    ) -> tuple[Sequence[int], Agreement | None]:
+        """The rows that the rival has not learned, and what the best version so far says of them.
+
+        A fine-tuned version, or one of another backbone, is not asked: these are not its embeddings.
+        """
+        number, known = best_of(live, rival.number)
+        asked = rival
+        if number != rival.number:
+            best = await asyncio.to_thread(self._kept, adapter, number)
+            asked, known = (rival, live) if best is None else (best, known)
+        if asked.network is not None or asked.fingerprint != dataset.fingerprint:
+            return (), None
+        rows = await asyncio.to_thread(unlearned, dataset.task, new, known)
+        if not rows:
+            return (), None
+
+        async def read() -> Head:
+            return await self.keeping.read(adapter.tenant, adapter.uid, asked.artifact, Head.from_bytes)
+
+        try:
+            head = await self._heads.get(asked.artifact.sha256, read, (adapter.tenant, adapter.name))
+        except (MissingArtifact, CorruptArtifact, CorruptHead) as error:
+            # A question that cannot be asked must not keep a tenant from adapting.
+            logger.warning("version %d is not asked about new examples: %s", asked.number, error)
+            return (), None
+        embeddings, targets = dataset.embeddings[rows], [new.targets[row] for row in rows]
+        said = await asyncio.to_thread(ask, dataset.task, head, known, embeddings, targets)
+        return rows, said
+
+    def _kept(self, adapter: AdapterRecord, number: int) -> VersionRecord | None:
+        try:
+            return self.keeping.registry.version(adapter.uid, number)
+        except UnknownVersion:
+            return None
 
     async def warm(self, committed: Committed, fit: Fit | None) -> None:
         """Keeps a committed head in memory, for its adapter will be asked."""
@@ -316,7 +396,13 @@ class Revising:
         try:
             embeddings = await gather(self.keeping, subject, plan, fresh)
             return await self.fit(
-                subject.adapter, subject.terms, plan.rows, embeddings, edit.promote, timings
+                subject.adapter,
+                subject.terms,
+                plan.rows,
+                embeddings,
+                edit.promote,
+                timings,
+                edit.removals,
             )
         except (OneLabel, NothingToFit):
             if edit.required:
@@ -353,6 +439,7 @@ def _change(
         promote=fit is not None and fit.decision.promote,
         answer_accuracy=subject.terms.answer_accuracy,
         weights=subject.terms.weights,
+        fallback=None if fit is None else fit.decision.fallback,
     )
 
 

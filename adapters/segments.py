@@ -22,10 +22,29 @@ EVIDENCE = "topwork.evidence/1"
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """What earlier versions said of a version's examples; n of each, in the order of the evidence.
+
+    agreed, expected: float32 (n,), whether a version agreed with the example before it was learned, and what
+    it claimed, as in agreement.Agreement; NaN where none was asked. asked: int64 (n,), the number of the
+    version that was live then, or 0. best: the number of the best version when this one was fitted;
+    best_scores: float32 (n,), its scores, NaN where it has none.
+    """
+
+    agreed: Floats
+    expected: Floats
+    asked: NDArray[np.int64]
+    best: int
+    best_scores: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What a version was fitted on, and how well each example was predicted by a head that had not seen it.
 
     One entry per example, in the same order everywhere. scores: float32 (n,), as in linear_probe.Fitted.
+    sampled: n, False for what was chosen for being wrong or hard; empty if all were sampled. history: None
+    where no comparison made the version live, but a person, or that it was the first.
     Where an example's embedding lies is not said: it moves when its neighbours in a segment are erased.
     """
 
@@ -33,6 +52,14 @@ class Evidence:
     digests: tuple[str, ...]
     targets: tuple[Target, ...]
     scores: Floats
+    sampled: tuple[bool, ...] = ()
+    history: History | None = None
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """bool (n,): the examples that it was measured on."""
+        scored: NDArray[np.bool_] = np.isfinite(self.scores)
+        return scored & np.array(self.sampled, np.bool_) if self.sampled else scored
 
 
 def encode_embeddings(embeddings: Floats, fingerprint: str) -> bytes:
@@ -91,6 +118,16 @@ def encode_evidence(evidence: Evidence) -> bytes:
         "digests": np.frombuffer(bytes.fromhex("".join(evidence.digests)), np.uint8),
         "scores": evidence.scores.astype(np.float32, copy=False),
     }
+    if evidence.sampled:
+        tensors["sampled"] = np.array(evidence.sampled, np.uint8)
+    if (history := evidence.history) is not None:
+        tensors |= {
+            "history.agreed": history.agreed,
+            "history.expected": history.expected,
+            "history.asked": history.asked,
+            "history.best": np.array([history.best], np.int64),
+            "history.best_scores": history.best_scores,
+        }
     return save(tensors, _about(EVIDENCE))
 
 
@@ -104,6 +141,19 @@ def decode_evidence(data: bytes) -> Evidence:
         digests=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),
         targets=tuple(tuple(target) if isinstance(target, list) else target for target in listed["targets"]),
         scores=tensors["scores"],
+        # Files of the first releases have neither.
+        sampled=tuple(tensors["sampled"].astype(bool).tolist()) if "sampled" in tensors else (),
+        history=_history(tensors) if "history.best" in tensors else None,
+    )
+
+
+def _history(tensors: Mapping[str, NDArray[Any]]) -> History:
+    return History(
+        agreed=tensors["history.agreed"],
+        expected=tensors["history.expected"],
+        asked=tensors["history.asked"],
+        best=int(tensors["history.best"][0]),
+        best_scores=tensors["history.best_scores"],
     )
 
 

@@ -58,6 +58,9 @@ from models.yielding import step_aside
 
 logger = logging.getLogger("topwork")
 
+NO_BETTER = "no_better"
+"""The outcome of a fine-tune that found nothing better than the backbone as it is."""
+
 # One example in so many is held out.
 _HELD_OUT = 5
 # Of what a checkpoint holds: an older one is of no use to what trains now.
@@ -123,8 +126,11 @@ class Tuning:
         self._limits = limits
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def run(self, lease: Lease) -> Committed:
+    def run(self, lease: Lease) -> Committed | None:
         """Does the job and records its version and its success together; nothing is published before.
+
+        None where training found nothing better than the backbone: the job has succeeded without a version,
+        and its progress says so.
 
         The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, with the config
         of a FineTuneConfig; an older release's has no more than the first two. Raises CannotTune, Diverged,
@@ -136,11 +142,15 @@ class Tuning:
         # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
         with ThreadPoolExecutor(1, "training", step_aside) as training:
             tuned = training.submit(self._train, kept, config, lease).result()
-        committed = self._commit(kept, tuned, job.request, lease)
+        if tuned is None:
+            committed = None
+            self._registry.jobs.succeed(lease.claim, {"share": 1.0, "outcome": NO_BETTER})
+        else:
+            committed = self._commit(kept, tuned, job.request, lease)
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
-    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> Tuned:
+    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> Tuned | None:
         network = load_network(kept.adapter.backbone)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
@@ -166,6 +176,9 @@ class Tuning:
                 # A GPU's work waits for no core. The service goes first, where it has started this process.
                 meanwhile.enter_context(gaps(network.forward, os.getppid() or None))
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
+        if outcome.measured.mix == 0.0:
+            # The network would be the backbone's copy, with a head of fewer examples than the probe's.
+            return None
         return finish(network, model, lesson, names, outcome, kept.terms.answer_accuracy)
 
     def _read(self, tenant: str, name: str, request: Mapping[str, Any]) -> _Kept:
@@ -221,6 +234,7 @@ class Tuning:
             tuple(example.digest for example in kept.examples),
             tuple(example.target for example in kept.examples),
             tuned.scores,
+            tuple(example.sampled for example in kept.examples),
         )
         blobs = [tuned.head.to_bytes(), encode_evidence(evidence), tuned.onnx]
         published = self._store.publish_all(tenant, adapter.uid, blobs)

@@ -305,6 +305,65 @@ async def test_without_a_live_version_there_is_no_answer(tmp_path: Path) -> None
             await here.predict(["x"])
 
 
+def wrong(first: int, count: int) -> list[Posted]:
+    """Examples of two classes, each with the other's label."""
+    return [
+        Posted(says(label, seed), other, f"wrong-{label}{seed}")
+        for seed in range(first, first + count)
+        for label, other in (("one", "two"), ("two", "one"))
+    ]
+
+
+async def test_examples_that_disagree_are_withheld_until_they_are_corrected(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(20))
+        agrees = await here.adapt([Posted(says("one", 900), "one", "right")])
+        assert agrees.revised.live
+        done = await here.adapt(wrong(100, 10))
+        assert done.revised.decision is not None
+        assert (done.revised.live, done.revised.decision.reason) == (False, "disagrees")
+        assert done.revised.adapter.live == 2
+        assert done.revised.version is not None
+        told = done.revised.version.report["promotion"]["agreement"]
+        assert (told["examples"], told["agreed"] < 0.2 < told["expected"]) == (21, True)
+        # They stay with the adapter, and in the way, until they are corrected.
+        assert not (await here.adapt([Posted(says("two", 901), "two", "more")])).revised.live
+        corrected = [
+            Posted(one.input, "one" if one.target == "two" else "two", one.id) for one in wrong(100, 10)
+        ]
+        assert (await here.adapt(corrected)).revised.live
+
+
+async def test_whoever_insists_is_not_asked_again(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(20))
+        assert not (await here.adapt(wrong(100, 10))).revised.live
+        assert (await here.adapt([], promote="always")).revised.live
+        assert (await here.adapt([Posted(says("one", 900), "one", "right")])).revised.live
+    async with world(tmp_path / "by-hand") as there:
+        await there.adapt(taught(20))
+        assert not (await there.adapt(wrong(100, 10))).revised.live
+        there.registry.promote(there.registry.adapter(TENANT, "words").uid, 2)
+        assert (await there.adapt([Posted(says("one", 900), "one", "right")])).revised.live
+
+
+async def test_after_a_removal_what_is_worse_does_not_follow_the_live_version(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(20))
+        await here.adapt([*wrong(100, 20), Posted(says("one", 900), "one", "leaves")], promote="always")
+        done = await here.curating.remove(TENANT, "words", ["leaves"])
+        assert done.decision is not None
+        assert (done.live, done.decision.reason) == (False, "disagrees")
+        assert done.adapter.live == 1
+        assert (await here.predict(["ba be"])).version == 1
+        ids = [str(one.id) for one in wrong(100, 20)]
+        assert (await here.curating.remove(TENANT, "words", ids)).live
+        # Nothing is left that had not learned from this one.
+        last = await here.curating.remove(TENANT, "words", ["one0"])
+        assert last.decision is not None
+        assert (last.live, last.decision.reason) == (True, "example_removed")
+
+
 async def test_lost_evidence_does_not_keep_from_adapting(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         done = await here.adapt(taught())

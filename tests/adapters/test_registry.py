@@ -304,6 +304,23 @@ def test_a_versions_network_is_kept_as_long_as_the_version(registry: Registry) -
     assert registry.referenced(uid) == set()
 
 
+def test_where_the_live_version_goes_and_the_new_one_is_withheld_another_follows(registry: Registry) -> None:
+    first = create(registry, ids=("a",))
+    second = append(registry, first.adapter, "b")
+    third = append(registry, second.adapter, "c")
+    uid = third.adapter.uid
+    staying = registry.versions_without(uid, ["c", "b"])
+    assert [one.number for one in staying] == [1]
+    assert [one.number for one in registry.versions_without(uid, ["c"])] == [2, 1]
+    moved = replace(change(third.adapter), removals=("b", "c"), version=version())
+    with pytest.raises(RevisionMoved):
+        registry.commit(replace(moved, fallback=2))
+    with pytest.raises(ValueError, match="two versions"):
+        registry.commit(replace(moved, fallback=1, promote=True))
+    done = registry.commit(replace(moved, fallback=1))
+    assert (done.adapter.live, done.alias.version, done.gone) == (1, 1, (2, 3))
+
+
 def test_a_removal_with_nothing_left_to_fit_leaves_nothing_live(registry: Registry) -> None:
     first = create(registry, ids=("a",))
     committed = registry.commit(replace(change(first.adapter), removals=("a",)))

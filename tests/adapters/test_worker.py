@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.checkpoint import load_checkpoint, save_checkpoint
 from adapters.curating import InputsNotKept
+from adapters.fine_tune import FineTuned, fine_tune
 from adapters.head import Head
 from adapters.jobs import MAX_ATTEMPTS, upload_request
 from adapters.learner import Score
@@ -65,7 +66,7 @@ mkdir "$1.small" && mount -t tmpfs -o size="$2" tmpfs "$1.small" && cp -a "$1/."
 mount --bind "$1.small" "$1" && exec "$0" -m adapters.worker
 """
 KINDS: tuple[JobKind, ...] = ("fine_tune",)
-CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=1, pixels=32, batch=16))
+CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=2, pixels=32, batch=16, refit=False))
 LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
 
 
@@ -231,7 +232,7 @@ def test_a_worker_does_a_job_and_ends_with_its_parent(place: Place) -> None:
 
 
 def test_a_killed_workers_job_goes_on_where_it_was(place: Place) -> None:
-    job = place.submit({**CONFIG, "epochs": 6, "patience": 6})
+    job = place.submit({**CONFIG, "epochs": 6, "full_size_epochs": 6, "patience": 6})
     with worker(place.config) as process:
         until(place.checkpoint(job).exists)
         process.kill()
@@ -269,7 +270,7 @@ def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
 
 
 def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place) -> None:
-    job = place.submit({**CONFIG, "epochs": 4, "patience": 4})
+    job = place.submit({**CONFIG, "epochs": 4, "full_size_epochs": 4, "patience": 4})
     with worker(place.config) as stopped:
         until(place.checkpoint(job).exists)
         stopped.send_signal(signal.SIGSTOP)
@@ -294,7 +295,7 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
 
 def test_an_outage_of_the_store_costs_no_attempts(place: Place) -> None:
     artifacts, away = place.folder / "artifacts", place.folder / "away"
-    job = place.submit({**CONFIG, "epochs": 6, "patience": 6})
+    job = place.submit({**CONFIG, "epochs": 6, "full_size_epochs": 6, "patience": 6})
     with worker(replace(place.config, lease_seconds=2.0)):
         until(place.checkpoint(job).exists)
         artifacts.rename(away)
@@ -513,6 +514,7 @@ def test_examples_added_meanwhile_do_no_harm(place: Place, monkeypatch: pytest.M
     place.submit()
     with place.lease() as lease:
         committed = place.tuning.run(lease)
+    assert committed is not None
     assert committed.version is not None
     assert committed.adapter.examples == 76
 
@@ -747,6 +749,7 @@ def test_a_fine_tune_that_is_no_better_leaves_the_head_live(
     place.submit()
     with place.lease() as lease:
         committed = place.tuning.run(lease)
+    assert committed is not None
     assert committed.version is not None
     assert committed.version.report["promotion"]["reason"] == "not_better"
     assert committed.adapter.live == 2
@@ -760,6 +763,7 @@ def test_a_fine_tune_keeps_groups_together_and_measures_on_what_is_sampled(place
     place.registry.jobs.submit("acme", "shades", "fine_tune", request, deadline_seconds=600, max_open=3)
     with place.lease() as lease:
         committed = place.tuning.run(lease)
+    assert committed is not None
     assert (committed.adapter.answer_accuracy, committed.adapter.weights) == (0.6, "balanced")
     assert committed.version is not None
     assert committed.version.evidence is not None
@@ -796,3 +800,24 @@ def _write_groups(place: Place, groups: Mapping[str, str | None], learned: Conta
             for one in place.registry.all_examples(place.uid)[1]
         )
     )
+
+
+def test_a_fine_tune_that_finds_nothing_makes_no_version(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its network would be a copy of the backbone, whatever the request says of promotion."""
+
+    def nothing_found(*arguments: Any, **options: Any) -> FineTuned:
+        outcome = fine_tune(*arguments, **options)
+        return replace(outcome, measured=replace(outcome.measured, mix=0.0))
+
+    monkeypatch.setattr("adapters.tuning.fine_tune", nothing_found)
+    before, job = place.objects(), place.submit()
+    with place.lease() as lease:
+        assert place.tuning.run(lease) is None
+    ended = place.job(job.id)
+    assert (ended.state, ended.version) == ("succeeded", None)
+    assert ended.progress == {"share": 1.0, "outcome": "no_better"}
+    assert place.objects() == before
+    assert [version.number for version in place.registry.versions(place.uid)] == [1]
+    assert not place.checkpoint(job).exists()

@@ -30,7 +30,7 @@ from service.settings import Settings
 from tests.service.caller import Caller, Json, image, pictures, reviews, same
 
 NAMES = ("blue", "green", "red")
-QUICK = {"epochs": 2, "full_size_epochs": 1, "pixels": 32, "batch": 16}
+QUICK = {"epochs": 3, "full_size_epochs": 3, "pixels": 32, "batch": 16, "refit": False}
 LONG = {"epochs": 100, "full_size_epochs": 0, "pixels": 32, "batch": 16, "patience": 100}
 
 
@@ -61,7 +61,7 @@ def tuner(serving: Serving) -> Iterator[Caller]:
 
 def shade(label: int, rng: np.random.Generator) -> bytes:
     pixels = rng.integers(0, 200, (40, 40, 3))
-    pixels[:, :, 2 - label] += 20
+    pixels[:, :, 2 - label] += 8
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
