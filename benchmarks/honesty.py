@@ -1,4 +1,4 @@
-"""What is reported beside what is true: scores, intervals, confidence, abstention.
+"""What is reported beside what is true: scores, intervals, confidence, abstention, promotion.
 
 python -m benchmarks.honesty [part ...]     # all parts by default
 
@@ -23,6 +23,7 @@ from benchmarks.honesty_answers import tell_shots, tell_tags
 from benchmarks.honesty_bench import Bench
 from benchmarks.honesty_copies import tell_copies
 from benchmarks.honesty_growth import tell_few, tell_growth, tell_ratings
+from benchmarks.honesty_live import tell_promotion
 from benchmarks.honesty_noise import tell_noise
 from benchmarks.honesty_real import tell_corrections, tell_rare, tell_real
 from benchmarks.report import Report
@@ -42,6 +43,7 @@ PARTS: Mapping[str, Callable[[Bench], None]] = {
     "growth": tell_growth,
     "few": tell_few,
     "ratings": tell_ratings,
+    "promotion": tell_promotion,
 }
 
 
