@@ -22,7 +22,7 @@ from adapters.fitter import Fitter
 from adapters.gathering import Subject, complete, encoders, gather, starts
 from adapters.head import CorruptHead, Head
 from adapters.keeping import Ahead, Keeping, State
-from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig
+from adapters.linear_probe import Dataset, OneLabel, ProbeConfig
 from adapters.placing import Plan, Row, locate, plan_change
 from adapters.promotion import Decision, Promote, best_of, decide, labels_of, remember, unlearned
 from adapters.records import (
@@ -282,7 +282,9 @@ class Revising:
         ids = tuple(row.id for row in rows)
         evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores, tuple(dataset.sampled))
         evidence, decision = await self._decided(adapter, dataset, evidence, promote, removals)
-        return Fit(fitted.head, evidence, _report(fitted, ids, decision), decision)
+        return Fit(
+            fitted.head, evidence, with_ids(fitted.report, ids) | {"promotion": decision.to_json()}, decision
+        )
 
     async def _decided(
         self,
@@ -448,13 +450,13 @@ def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
     return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))
 
 
-def _report(fitted: Fitted, ids: Sequence[str], decision: Decision) -> dict[str, Any]:
-    """The fit's report, with examples named by their ids instead of their rows."""
+def with_ids(report: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """A fit's report with suspects named by their ids instead of their rows."""
     suspects = [
         {"id": ids[suspect["index"]], **{key: value for key, value in suspect.items() if key != "index"}}
-        for suspect in fitted.report.get("suspects", ())
+        for suspect in report.get("suspects", ())
     ]
-    return {**fitted.report, "suspects": suspects, "promotion": decision.to_json()}
+    return {**report, "suspects": suspects}
 
 
 @contextmanager

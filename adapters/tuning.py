@@ -24,7 +24,7 @@ from adapters.fine_tune import fine_tune
 from adapters.gaps import gaps
 from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
-from adapters.linear_probe import Dataset, ProbeConfig, fit
+from adapters.linear_probe import Dataset, Fitted, ProbeConfig, fit
 from adapters.promotion import Promote, decide_late
 from adapters.records import (
     AdapterRecord,
@@ -38,6 +38,7 @@ from adapters.records import (
     UnknownVersion,
 )
 from adapters.registry import Registry
+from adapters.revising import LINEAR_PROBE, with_ids
 from adapters.samples import Samples, Tensors, samples_of
 from adapters.second_phase import Checkpoint, FineTuneConfig, Progress
 from adapters.segments import (
@@ -129,8 +130,9 @@ class Tuning:
     def run(self, lease: Lease) -> Committed | None:
         """Does the job and records its version and its success together; nothing is published before.
 
-        None where training found nothing better than the backbone: the job has succeeded without a version,
-        and its progress says so.
+        Where training found nothing better than the backbone, no network is published: the job succeeds
+        without a version (None), and its progress says so. Where nothing is live yet, it makes a version of
+        the head of all examples instead.
 
         The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, with the config
         of a FineTuneConfig; an older release's has no more than the first two. Raises CannotTune, Diverged,
@@ -141,12 +143,15 @@ class Tuning:
         config = FineTuneConfig(**job.request.get("config", {}))
         # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
         with ThreadPoolExecutor(1, "training", step_aside) as training:
-            tuned = training.submit(self._train, kept, config, lease).result()
-        if tuned is None:
+            found: Tuned | Fitted | None = training.submit(self._train, kept, config, lease).result()
+            if found is None and kept.adapter.live is None:
+                # There would be nothing to answer from.
+                found = training.submit(_probe, kept, range(len(kept.examples))).result()
+        if found is None:
             committed = None
             self._registry.jobs.succeed(lease.claim, {"share": 1.0, "outcome": NO_BETTER})
         else:
-            committed = self._commit(kept, tuned, job.request, lease)
+            committed = self._commit(kept, found, job.request, lease)
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
@@ -158,7 +163,7 @@ class Tuning:
                 "The backbone's weights are not those that the adapter was taught with.",
             )
         names, lesson = self._lesson(kept, network, lease)
-        probe = _probe(kept, lesson)
+        probe = _probe(kept, lesson.training)
         model = Model(network.forward, probe.head).to(self._device)
         path = checkpoint_path(self._scratch, lease.claim.job.id)
         about = _about(kept, lesson, config)
@@ -222,7 +227,9 @@ class Tuning:
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
         return names, Lesson(_Watched(samples, lease), labels, held_out, own, sampled)
 
-    def _commit(self, kept: _Kept, tuned: Tuned, request: Mapping[str, Any], lease: Lease) -> Committed:
+    def _commit(
+        self, kept: _Kept, found: Tuned | Fitted, request: Mapping[str, Any], lease: Lease
+    ) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.
 
         What was learned must still be there: an example that was removed meanwhile takes the network with it.
@@ -233,10 +240,12 @@ class Tuning:
             tuple(example.id for example in kept.examples),
             tuple(example.digest for example in kept.examples),
             tuple(example.target for example in kept.examples),
-            tuned.scores,
+            found.scores,
             tuple(example.sampled for example in kept.examples),
         )
-        blobs = [tuned.head.to_bytes(), encode_evidence(evidence), tuned.onnx]
+        blobs = [found.head.to_bytes(), encode_evidence(evidence)]
+        if isinstance(found, Tuned):
+            blobs.append(found.onnx)
         published = self._store.publish_all(tenant, adapter.uid, blobs)
         try:
             while True:
@@ -244,14 +253,14 @@ class Tuning:
                 now = self._registry.adapter(tenant, adapter.name)
                 self._check_kept(kept, now)
                 decision = decide_late(promote, adapter.task, evidence, self._live(now))
-                head, kept_evidence, graph = published
+                head, kept_evidence, *graph = published
                 version = NewVersion(
-                    FINE_TUNE,
+                    FINE_TUNE if graph else LINEAR_PROBE,
                     head,
                     kept_evidence,
-                    {**tuned.report, "promotion": decision.to_json()},
-                    len(tuned.head.labels),
-                    graph,
+                    with_ids(found.report, evidence.ids) | {"promotion": decision.to_json()},
+                    len(found.head.labels),
+                    graph[0] if graph else None,
                 )
                 change = Change(
                     tenant=tenant,
@@ -302,12 +311,11 @@ class Tuning:
             logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
 
 
-def _probe(kept: _Kept, lesson: Lesson) -> Any:
-    """The linear probe of the rows trained on: what the first phase begins with."""
-    rows = lesson.training
+def _probe(kept: _Kept, rows: Sequence[int]) -> Fitted:
+    """The linear probe of these examples: of those trained on it is what the first phase begins with."""
     examples = [kept.examples[row] for row in rows]
     data = Dataset(
-        embeddings=kept.embeddings[rows],
+        embeddings=kept.embeddings[list(rows)],
         targets=[example.target for example in examples],
         digests=[example.digest for example in examples],
         task="classification",

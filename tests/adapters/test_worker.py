@@ -127,8 +127,10 @@ class Place:
         return self.registry.commit(Change("acme", "shades", adapter.uid, adapter.revision, **values))
 
 
-def make(folder: Path, backbone: str, labels: list[int], *, keep_inputs: bool = True) -> Place:
-    """An adapter as /adapt leaves it: examples with embeddings and inputs, and a live linear probe."""
+def make(
+    folder: Path, backbone: str, labels: list[int], *, keep_inputs: bool = True, fitted: bool = True
+) -> Place:
+    """An adapter as /adapt leaves it: examples with embeddings and inputs, and a live linear probe if fitted."""
     registry, store = Registry(f"sqlite:///{folder / 'registry.db'}"), open_store(str(folder / "artifacts"))
     registry.migrate()
     network = load_network(backbone)
@@ -144,11 +146,11 @@ def make(folder: Path, backbone: str, labels: list[int], *, keep_inputs: bool = 
     digests = [f"{row:064x}" for row in range(len(labels))]
     targets = [NAMES[label] for label in labels]
     version = None
-    if len(set(labels)) > 1:
-        fitted = fit(Dataset(rows.copy(), targets, digests, "classification", network.spec.fingerprint))
-        evidence = Evidence(tuple(ids), tuple(digests), tuple(targets), fitted.scores)
-        head, kept = store.publish_all("acme", uid, [fitted.head.to_bytes(), encode_evidence(evidence)])
-        version = NewVersion("linear_probe", head, kept, fitted.report, len(fitted.head.labels))
+    if fitted and len(set(labels)) > 1:
+        found = fit(Dataset(rows.copy(), targets, digests, "classification", network.spec.fingerprint))
+        evidence = Evidence(tuple(ids), tuple(digests), tuple(targets), found.scores)
+        head, kept = store.publish_all("acme", uid, [found.head.to_bytes(), encode_evidence(evidence)])
+        version = NewVersion("linear_probe", head, kept, found.report, len(found.head.labels))
     registry.commit(
         Change(
             "acme",
@@ -802,16 +804,16 @@ def _write_groups(place: Place, groups: Mapping[str, str | None], learned: Conta
     )
 
 
+def _nothing_found(*arguments: Any, **options: Any) -> FineTuned:
+    outcome = fine_tune(*arguments, **options)
+    return replace(outcome, measured=replace(outcome.measured, mix=0.0))
+
+
 def test_a_fine_tune_that_finds_nothing_makes_no_version(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its network would be a copy of the backbone, whatever the request says of promotion."""
-
-    def nothing_found(*arguments: Any, **options: Any) -> FineTuned:
-        outcome = fine_tune(*arguments, **options)
-        return replace(outcome, measured=replace(outcome.measured, mix=0.0))
-
-    monkeypatch.setattr("adapters.tuning.fine_tune", nothing_found)
+    monkeypatch.setattr("adapters.tuning.fine_tune", _nothing_found)
     before, job = place.objects(), place.submit()
     with place.lease() as lease:
         assert place.tuning.run(lease) is None
@@ -821,3 +823,20 @@ def test_a_fine_tune_that_finds_nothing_makes_no_version(
     assert place.objects() == before
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
     assert not place.checkpoint(job).exists()
+
+
+def test_a_fine_tune_that_finds_nothing_makes_a_head_where_nothing_is_live(
+    tmp_path: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.tuning.fine_tune", _nothing_found)
+    place = make(tmp_path, backbone, [row % 3 for row in range(75)], fitted=False)
+    job = place.submit()
+    with place.lease() as lease:
+        committed = place.tuning.run(lease)
+    assert committed is not None
+    assert committed.version is not None
+    assert (committed.version.number, committed.version.method) == (1, "linear_probe")
+    assert (committed.version.network, committed.adapter.live) == (None, 1)
+    assert committed.version.report["method"] == "10-fold out-of-fold"
+    assert place.job(job.id).state == "succeeded"
+    place.registry.close()

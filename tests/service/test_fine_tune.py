@@ -293,7 +293,7 @@ def test_a_job_is_cancelled_within_seconds_and_only_by_its_tenant(tuner: Caller,
 
 
 def test_a_killed_worker_is_replaced_and_its_job_goes_on(tuner: Caller, serving: Serving) -> None:
-    job = tuner.adapt("killed", shades(), 202, method="fine_tune", fine_tune={**LONG, "epochs": 12})
+    job = tuner.adapt("killed", shades(), 202, method="fine_tune", fine_tune={**LONG, "epochs": 40})
     end = time.monotonic() + 60.0
     while tuner.call("GET", f"/jobs/{job['id']}")["progress"] is None:
         assert time.monotonic() < end
