@@ -130,7 +130,7 @@ class Place:
 def make(
     folder: Path, backbone: str, labels: list[int], *, keep_inputs: bool = True, fitted: bool = True
 ) -> Place:
-    """An adapter as /adapt leaves it: examples with embeddings and inputs, and a live linear probe if fitted."""
+    """An adapter as /adapt leaves it: examples, embeddings and inputs, and a live linear probe if fitted."""
     registry, store = Registry(f"sqlite:///{folder / 'registry.db'}"), open_store(str(folder / "artifacts"))
     registry.migrate()
     network = load_network(backbone)
