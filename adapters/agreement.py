@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +29,17 @@ _AT_ONCE = 0.8
 _PRIOR_EXAMPLES = 2.0
 # Bounds of a claim: none is so high that one mistake decides.
 _LOWEST, _HIGHEST = 0.02, 0.97
-# An error's rank among those left out, uniform in 0..1 while nothing changes, is raised to this power: small
-# ranks tell most. The mean and the deviation of a rank so raised follow.
-_RANK_POWER = 0.25
-_RANK_MEAN = 1.0 / (1.0 + _RANK_POWER)
-_RANK_DEVIATION = (1.0 / (1.0 + 2.0 * _RANK_POWER) - _RANK_MEAN**2) ** 0.5
+# Of a regression: how many times likelier an error may be for a wrong target, at most.
+_MOST_LIKELY = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """What a version says of m examples that it has not learned.
 
-    agreed: float32 (m,), 1 or 0 for right or wrong (all labels right, for multilabel); for regression the
-    rank of its error, see _RANK_POWER. expected: float32 (m,), the least mean of that which it claims.
+    agreed: float32 (m,), 1 or 0 for right or wrong; for multilabel the F1 of the labels given; for regression
+    1 less half of how many times likelier the error would be if the target were another example's.
+    expected: float32 (m,), the least mean of that which it claims.
     """
 
     agreed: Floats
@@ -55,8 +53,7 @@ def ask(
 
     Its claim is what it was out of fold, less one standard error. For classification that is its confidence
     in the input, moved by as much as the label's recall differs from the accuracy: hard inputs, or examples
-    of a hard label alone, are no reason for alarm. For multilabel it is the share of exact matches: of single
-    decisions nearly all are right whatever is posted. None where it was not measured and claims nothing.
+    of a hard label alone, are no reason for alarm. None where it was not measured and claims nothing.
     """
     scores = evidence.scores[evidence.measured].astype(np.float64)
     if not head.measured or not len(scores):
@@ -64,17 +61,18 @@ def ask(
     predictions = head.predict(embeddings)
     if task == "regression":
         assert predictions.values is not None
-        errors = np.abs(predictions.values - np.array(targets, np.float64))
-        larger = len(scores) - np.searchsorted(np.sort(np.sqrt(-scores)), errors)
-        agreed = ((larger + 1.0) / (len(scores) + 1.0)) ** _RANK_POWER
-        expected = np.full(len(agreed), _RANK_MEAN - _RANK_DEVIATION / np.sqrt(len(scores)))
+        errors = (predictions.values - np.array(targets, np.float64)) ** 2
+        own = np.array([evidence.targets[row] for row in np.flatnonzero(evidence.measured)], np.float64)
+        usual = _likelier(-scores, -scores, own)
+        agreed = 1.0 - _likelier(errors, -scores, own) / (2.0 * usual.mean())
+        error = usual.std() / (usual.mean() * np.sqrt(len(usual)))
+        expected = np.full(len(agreed), 0.5 * (1.0 - error))
     elif task == "multilabel":
         assert predictions.assigned is not None
-        answers = [tuple(head.labels[label] for label in np.flatnonzero(row)) for row in predictions.assigned]
-        agreed = np.array([answer == target for answer, target in zip(answers, targets, strict=True)])
-        claim = _logit(_share(scores.sum(), len(scores), 0.0))
-        lowered = _sigmoid(claim - _standard_error(len(scores) + _PRIOR_EXAMPLES, claim))
-        expected = np.full(len(agreed), lowered)
+        answers = [{head.labels[label] for label in np.flatnonzero(row)} for row in predictions.assigned]
+        agreed = np.array([_overlap(answer, target) for answer, target in zip(answers, targets, strict=True)])
+        error = scores.std() / np.sqrt(len(scores))
+        expected = np.full(len(agreed), scores.mean() - error)
     else:
         answer = np.array(head.labels, object)[predictions.probabilities.argmax(axis=1)]
         agreed = answer == np.array(targets, object)
@@ -100,6 +98,26 @@ def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple
     parts = np.append(_AT_ONCE, (1.0 - _AT_ONCE) / (later * (later + 1.0)))
     grown = np.exp(np.minimum(since, 700.0)).mean(axis=0)
     return float(grown @ parts + 1.0 - parts.sum()), int(times[grown.argmax()])
+
+
+def _likelier(errors: Doubles, usual: Doubles, targets: Doubles) -> Doubles:
+    """How many times likelier squared errors are if the targets are another example's than if they are right.
+
+    usual: squared errors left out, whose mean is the variance of right targets' errors. That of wrong ones is
+    the variance of the targets more than that of the predictions. Both are taken as normal; bounded, so that
+    no single error decides.
+    """
+    right = max(float(usual.mean()), 1e-300)
+    wrong = max(2.0 * float(targets.var()) - right, 1.05 * right)
+    growth = 0.5 * (errors / right - errors / wrong + np.log(right / wrong))
+    likelier: Doubles = np.exp(np.minimum(growth, np.log(_MOST_LIKELY)))
+    return likelier
+
+
+def _overlap(answer: set[str], target: Target) -> float:
+    """F1 of the labels given; 1 where none is given and none is there."""
+    own = set(cast("tuple[str, ...]", target))
+    return 2.0 * len(answer & own) / (len(answer) + len(own)) if answer or own else 1.0
 
 
 def _shift(evidence: Evidence, scores: Doubles, targets: Sequence[Target]) -> Doubles:

@@ -93,7 +93,7 @@ class Fitted:
     """A head with what is known of it.
 
     report: JSON-able; suspects name rows of the dataset by "index". scores: float32 (n,), out of fold: 1 or
-    0 for right or wrong (all labels right, for multilabel), minus the squared error for regression; NaN for
+    0 for right or wrong (F1 of its labels, for multilabel), minus the squared error for regression; NaN for
     examples that were never held out.
     """
 

@@ -111,7 +111,10 @@ def fit_multilabel(
     )
     scores = np.full(len(targets), np.nan, dtype=np.float32)
     if head.measured:
-        scores[rows] = (assigned == held.own).all(axis=1)
+        answers = assigned.sum(axis=1) + held.own.sum(axis=1)
+        scores[rows] = np.where(
+            answers, 2.0 * (assigned & held.own).sum(axis=1) / np.maximum(answers, 1), 1.0
+        )
     report = held.report(assigned) | {
         "per_label": held.per_label(assigned, targets.sum(axis=0), decisions, names),
         **held.suspects(rows, names),

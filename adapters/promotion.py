@@ -33,8 +33,8 @@ class Comparison:
     """Two versions on the examples that both were measured on, unchanged.
 
     compared: how many. score and other: means over them of the new version's scores and of the other's:
-    accuracy, exact matches for multilabel, minus the mean squared error for regression; None where nothing
-    was compared. p_value: chance of so many losses if the new version were as good.
+    accuracy, the F1 of an example's labels for multilabel, minus the mean squared error for regression; None
+    where nothing was compared. p_value: chance of so many losses if the new version were as good.
     """
 
     compared: int = 0
