@@ -51,18 +51,15 @@ class Blend:
     stretch: float = 1.0
 
 
-def blend(
-    logits: Floats, others: Floats, priors: Floats, labels: NDArray[np.int64], per_label: float
-) -> Blend:
+def blend(logits: Floats, others: Floats, priors: Floats, labels: NDArray[np.int64], usual: float) -> Blend:
     """The slopes by which to multiply two classifiers' logits before adding them to the log priors.
 
     logits, others: (labels, m) of the same examples held out, as if labels were equally frequent. priors:
-    (labels,). labels: (m,). per_label: examples of a label that the classifiers were fitted on, on average.
-    The slopes are for them; see grown.
+    (labels,). labels: (m,). usual: the spread of logits that are right about how sure to be.
+    The slopes are for classifiers fitted on as few; see grown.
     Stacking (Wolpert 1992) with two numbers, by Newton's method. The first slope is never zero: its log is
     drawn to what is usual, and so is the other towards zero, which matters for few examples only.
     """
-    usual = usual_spread(len(priors), per_label)
     if not len(labels):
         return Blend(usual / _SPREAD_UNSEEN, 0.0, 0.0)
     step = max(1, logits.size // _MOST_LOGITS)
@@ -123,11 +120,33 @@ def grown(found: Blend, trained_share: float) -> Blend:
 
 
 def temperature(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """The temperature of one classifier's logits (n, labels), and the mean loss at it (Guo et al. 2017)."""
-    columns = np.ascontiguousarray(logits.T)
-    flat = np.zeros(len(columns), dtype=np.float32)
-    found = blend(columns, np.zeros_like(columns), flat, labels, len(labels) / max(len(columns), 1))
-    return 1.0 / found.slope, found.loss
+    """The temperature of one classifier's logits (n, labels), and the mean loss at it (Guo et al. 2017).
+
+    A network's logits are trained to be right about how sure to be: the slope, one over the temperature, is
+    drawn to one, which matters for few examples only. Newton's method.
+    """
+    step = max(1, logits.size // _MOST_LOGITS)
+    columns, own = np.ascontiguousarray(logits[::step].T), labels[::step]
+    if not len(own):
+        return 1.0, 0.0
+    nothing, flat = np.zeros_like(columns), np.zeros(len(columns), dtype=np.float32)
+    right = np.stack([columns[own, np.arange(len(own))], np.zeros(len(own), dtype=np.float32)])
+    tight = 1.0 / _SLOPE_DEVIATION**2
+    slope = best = 1.0
+    value = loss = math.inf
+    for _ in range(20):
+        found, (one, _), (aa, _, _) = _blended(columns, nothing, flat, right, 0.0, (slope, 0.0))
+        objective = found + 0.5 * tight * (slope - 1.0) ** 2
+        if objective > value + 1e-9:
+            # Too far: half way back to the best so far.
+            slope = 0.5 * (slope + best)
+            continue
+        drop, best, value, loss = value - objective, slope, objective, found
+        gradient, curvature = one + tight * (slope - 1.0), aa + tight
+        if min(drop, 0.5 * gradient**2 / curvature) < 1e-4 * len(own):
+            break
+        slope = max(slope - gradient / curvature, 1e-3)
+    return 1.0 / best, loss / len(own)
 
 
 _Curvature = tuple[float, float, float]

@@ -51,12 +51,12 @@ def fit_classification(
     tellable = len(np.unique(labels[measured])) > 1
     # Each example held out was missing with the others of its fold.
     trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
-    per_label = trained_share * len(labels) / count
+    usual = calibration.usual_spread(count, trained_share * len(labels) / count)
 
     def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:
         some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
         return calibration.blend(
-            logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], per_label
+            logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], usual
         )
 
     def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:

@@ -112,7 +112,7 @@ FLAT = np.zeros(LABELS, np.float32)
 def test_two_that_know_different_things_are_better_together() -> None:
     labels = np.random.default_rng(1).integers(0, LABELS, 2_000)
     first, second = logits_of(labels, 1.5, 2), logits_of(labels, 1.0, 3)
-    found = calibration.blend(first, second, FLAT, labels, 100.0)
+    found = calibration.blend(first, second, FLAT, labels, 1.0)
     assert found.slope > found.other > 0.0
     assert found.loss == pytest.approx(loss_of(found.slope * first + found.other * second, labels), abs=1e-4)
     assert found.loss < min(loss_of(first * factor, labels) for factor in (0.5, 1.0, 1.5)) - 0.05
@@ -125,8 +125,8 @@ def test_two_that_know_different_things_are_better_together() -> None:
 def test_one_that_knows_nothing_or_the_opposite_does_not_count() -> None:
     labels = np.random.default_rng(4).integers(0, LABELS, 2_000)
     first = logits_of(labels, 1.5, 5)
-    assert calibration.blend(first, logits_of(labels, 0.0, 6), FLAT, labels, 100.0).other < 0.05
-    found = calibration.blend(first, -logits_of(labels, 1.0, 7), FLAT, labels, 100.0)
+    assert calibration.blend(first, logits_of(labels, 0.0, 6), FLAT, labels, 1.0).other < 0.05
+    found = calibration.blend(first, -logits_of(labels, 1.0, 7), FLAT, labels, 1.0)
     assert (found.slope > 0.0, found.other) == (True, 0.0)
 
 
@@ -134,21 +134,21 @@ def test_logits_that_know_the_opposite_keep_the_order_of_labels() -> None:
     """Whatever few examples say, the slope is small and not zero, so that no head is a constant."""
     labels = np.random.default_rng(8).integers(0, LABELS, 30)
     first = -logits_of(labels, 2.0, 9)
-    found = calibration.blend(first, np.zeros_like(first), FLAT, labels, 5.0)
+    found = calibration.blend(first, np.zeros_like(first), FLAT, labels, 0.4)
     assert 0.0 < found.slope < 0.2
 
 
 def test_the_scale_of_logits_does_not_matter() -> None:
     labels = np.random.default_rng(10).integers(0, LABELS, 40)
     first, second = logits_of(labels, 1.0, 11), logits_of(labels, 1.0, 12)
-    one = calibration.blend(first, second, FLAT, labels, 8.0)
-    other = calibration.blend(50.0 * first, 0.02 * second, FLAT, labels, 8.0)
+    one = calibration.blend(first, second, FLAT, labels, 0.5)
+    other = calibration.blend(50.0 * first, 0.02 * second, FLAT, labels, 0.5)
     assert 50.0 * other.slope == pytest.approx(one.slope, rel=1e-3)
     assert 0.02 * other.other == pytest.approx(one.other, rel=1e-2, abs=1e-4)
 
 
 def test_without_examples_the_usual_slope_is_taken() -> None:
     nothing = np.zeros((LABELS, 0), np.float32)
-    found = calibration.blend(nothing, nothing, FLAT, np.zeros(0, np.int64), 1.0)
+    found = calibration.blend(nothing, nothing, FLAT, np.zeros(0, np.int64), 0.3)
     assert found.slope > 0.5
     assert (found.other, found.loss) == (0.0, 0.0)
