@@ -20,6 +20,7 @@ from tests.faults import mutants, times
 from tests.service.caller import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
 
 CODES = {
+    "no_known_tokens",
     "undecodable_image",
     "truncated_image",
     "image_too_large",
