@@ -33,6 +33,13 @@ __all__ = [
 ]
 
 
+_NOT_MEASURED = {
+    "code": "not_measured",
+    "detail": "There are too few examples to say how good it is, so it abstains on everything. Send two "
+    "distinct examples of each label, or three numbers.",
+}
+
+
 class OneLabel(ValueError):
     """There is nothing to tell apart: all examples have one label."""
 
@@ -199,7 +206,9 @@ def _canonical_order(data: Dataset) -> list[int]:
 
 
 def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> Fitted:
-    """Back from canonical rows to the caller's."""
+    """Back from canonical rows to the caller's, and told what was not measured."""
+    if not head.measured:
+        report["warnings"] = [*report["warnings"], dict(_NOT_MEASURED)]
     back = np.empty(len(order), dtype=np.float32)
     back[order] = scores
     for suspect in report.get("suspects", ()):

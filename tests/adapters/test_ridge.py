@@ -245,6 +245,7 @@ def test_odd_examples_are_reported_finitely(case: str) -> None:
     if case in ("constant rows", "zero rows"):
         # All inputs are copies of one, and copies do not judge each other.
         assert (report["r2"], report["r2_interval"], fitted.head.measured) == (None, None, False)
+        assert [warning["code"] for warning in report["warnings"]] == ["not_measured"]
         return
     low, high = report["r2_interval"]
     assert low <= report["r2"] <= high
