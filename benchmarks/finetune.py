@@ -171,10 +171,11 @@ def run(server: client.Server, name: str, seed: int, folder: Path) -> Run:
     service, adapter = client.Client(server, "bench-finetune"), f"{name}-{seed}"
     probe = service.adapt(adapter, train)
     job, seconds = tune(service, adapter)
-    number, before = job["version"], probe["version"]
+    # Where nothing better was found there is no version, and the head goes on.
+    number, before = job["version"] or probe["version"], probe["version"]
     version = service.request("GET", f"/adapters/{adapter}/versions/{number}").json()
     report = version["report"]
-    tuned = report["fine_tune"]
+    tuned = report.get("fine_tune", {"epochs": 1, "refit_epochs": 0})
     trained = tuned["epochs"] * (1.0 - HELD_OUT) * count + tuned["refit_epochs"] * count
     found = Run(
         head=accuracy(service, adapter, test, before),

@@ -386,7 +386,8 @@ def _look_over_http(
 
 def _judge(job: Json, found: Outcomes) -> None:
     state, made, code = job["state"], job["version"] is not None, (job["error"] or {}).get("code")
-    whole = {"succeeded": made and not code, "failed": code and not made, "cancelled": not (made or code)}
+    no_better = (job["progress"] or {}).get("outcome") == "no_better"
+    whole = {"succeeded": (made or no_better) and not code, "failed": code and not made, "cancelled": not (made or code)}
     if not whole.get(state, False):
         found.without_one_outcome.append(str(job))
     if state == "failed" and code != "attempts_exhausted":
