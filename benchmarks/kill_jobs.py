@@ -386,8 +386,9 @@ def _look_over_http(
 
 def _judge(job: Json, found: Outcomes) -> None:
     state, made, code = job["state"], job["version"] is not None, (job["error"] or {}).get("code")
-    no_better = (job["progress"] or {}).get("outcome") == "no_better"
-    whole = {"succeeded": (made or no_better) and not code, "failed": code and not made, "cancelled": not (made or code)}
+    # A fine-tune that found nothing better has made no version.
+    done = made or (job["progress"] or {}).get("outcome") == "no_better"
+    whole = {"succeeded": done and not code, "failed": code and not made, "cancelled": not (made or code)}
     if not whole.get(state, False):
         found.without_one_outcome.append(str(job))
     if state == "failed" and code != "attempts_exhausted":
