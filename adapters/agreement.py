@@ -23,13 +23,13 @@ Doubles = NDArray[np.float64]
 
 # Shares of wrong labels that are bet on, each with the same part of the stake.
 _WRONG_SHARES = np.array([0.2, 0.4, 0.7])
-# Of the stake, bet at once. The rest waits: what begins late is found in spite of much agreement before.
+# This share of the stake is bet at once. The rest is bet later, to find wrong examples that begin late.
 _AT_ONCE = 0.8
 # The accuracy over all labels counts as so many examples of each.
 _PRIOR_EXAMPLES = 2.0
 # Bounds of a claim: none is so high that one mistake decides.
 _LOWEST, _HIGHEST = 0.02, 0.97
-# Of a regression: how many times likelier an error may be for a wrong target, at most.
+# For a regression, the largest likelihood ratio that a single error may have.
 _MOST_LIKELY = 4.0
 
 
@@ -93,7 +93,7 @@ def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple
     times, place = np.unique(asked, return_inverse=True)
     steps = np.stack([np.bincount(place, weights=row, minlength=len(times)) for row in growth])
     since = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
-    # What is bet from each time on: of the part that waits 1 / (1 2), 1 / (2 3), …
+    # The bet that starts at each time: the waiting part is split as 1 / (1 2), 1 / (2 3), …
     later = np.arange(1.0, len(times))
     parts = np.append(_AT_ONCE, (1.0 - _AT_ONCE) / (later * (later + 1.0)))
     grown = np.exp(np.minimum(since, 700.0)).mean(axis=0)

@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
 """Why an answer had better not be relied on; of several reasons, the first of these."""
 
-# Of a probability that is answered: more digits would say more than is known, and nothing is certain.
+# Probabilities are answered with six digits, because more are not known. They are never 0 or 1.
 _DIGITS = 6
 _LEAST, _MOST = 0.000001, 0.999999
 # Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.

@@ -26,9 +26,9 @@ _LARGEST_USUAL_SPREAD = 2.5
 _SPREAD_DEVIATION = 0.8
 # How slopes grow with the examples that a classifier was fitted on.
 _SLOPE_POWER = 0.25
-# Of the logits of unseen inputs at the usual strength, where there is one example of each label.
+# The spread of logits of unseen inputs, with one example of each label and the usual strength.
 _SPREAD_UNSEEN = 0.2
-# Of many yes or no questions: the weaker the regularisation, the larger the logits.
+# For multilabel heads, the usual slope grows with the strength of regularisation.
 _USUAL_STRENGTH = 0.03
 _STRENGTH_POWER = 0.3
 _SLOPE_DEVIATION = 0.7
@@ -309,7 +309,7 @@ def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:
     is wanted, above the highest confidence seen.
     """
     if not len(right):
-        return 0.0
+        return wanted
     order = np.argsort(-confidence, kind="stable")
     sorted_confidence = confidence[order]
     answered = np.arange(1, len(order) + 1)

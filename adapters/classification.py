@@ -20,7 +20,7 @@ from adapters.selection import CrossValidation, Prepared, strength_penalty
 
 Floats = NDArray[np.float32]
 
-# Of each label, as if they had been seen too.
+# Pseudo-examples that are added to each label's count.
 _PRIOR_EXAMPLES = 20.0
 _MOST_SUSPECTS = 50
 _MOST_CONFUSIONS = 500

@@ -264,7 +264,7 @@ class Head:
             value_mean=float(facts["value_mean"]),
             value_scale=float(facts["value_scale"]),
             residual_deviation=float(facts["residual_deviation"]),
-            # Heads of the first format have neither.
+            # Heads of the first format have none of these.
             smoothing=float(facts.get("smoothing", 0.0)),
             certain=(float(facts.get("certain", (0.0, 0.0))[0]), float(facts.get("certain", (0.0, 0.0))[1])),
             measured=bool(facts.get("measured", True)),

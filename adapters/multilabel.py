@@ -26,8 +26,6 @@ _GRID = np.concatenate([np.arange(1, 5) / 100.0, np.arange(1, 20) / 20.0]).astyp
 _PRIOR_EXAMPLES = 10.0
 # Examples with a label, and without it, as if seen beforehand: few examples do not make a label rare.
 _PRIOR_COUNT = 0.5
-# So many decisions are counted before counts weigh more than the confidence in them.
-_BELIEVED = 50.0
 _MOST_SUSPECTS = 50
 # Decisions of as many examples as give about so many: more move no temperature and no threshold.
 _MOST_DECISIONS = 1 << 21
@@ -81,7 +79,6 @@ def fit_multilabel(
     beyond = frequencies.beyond(chosen.logits[:, sampled], folds)
     logits = np.ascontiguousarray((np.float32(slope) * beyond + frequencies.base[:, folds]).T)
     del beyond
-    # Laplace's rule of succession: after m right decisions the next is wrong with a chance of 1 in m + 2.
     smoothing = calibration.smoothing(len(np.unique(data.groups[rows])))
     held = _HeldOut(
         probabilities=smoothed(sigmoid(logits), smoothing, 2),
@@ -209,8 +206,8 @@ class _HeldOut:
         right = answer == self.own[some]
         given, absent = answer & known, ~answer & known
         return (
-            _reliable_from(probabilities[given], right[given], wanted),
-            _reliable_from(1.0 - probabilities[absent], right[absent], wanted),
+            calibration.answer_threshold(probabilities[given], right[given], wanted),
+            calibration.answer_threshold(1.0 - probabilities[absent], right[absent], wanted),
         )
 
     def report(self, assigned: Bools) -> dict[str, Any]:
@@ -281,7 +278,7 @@ class _HeldOut:
         likely as it usually is where it is given, and the one given a quarter as likely as usual.
         """
         there, absent = self.own & self.known, ~self.own & self.known
-        # What the given answer usually has, where the label is there, and where it is not.
+        # The mean probability of the right answer, where the label is there and where it is not.
         yes = np.sum(self.probabilities, axis=0, where=there) / np.maximum(there.sum(axis=0), 1)
         no = 1.0 - np.sum(self.probabilities, axis=0, where=absent) / np.maximum(absent.sum(axis=0), 1)
         removed = np.minimum(np.minimum(_SUSPECT_SHARE * yes, 1.0 - no), 0.5)
@@ -342,23 +339,3 @@ def _best_thresholds(counts: Doubles) -> Floats:
     best = (smooth + 1e-6 * common[:, None] - 1e-9 * distance[:, None]).argmax(axis=0)
     result: Floats = _GRID[best]
     return result
-
-
-def _reliable_from(confidence: Floats, right: Bools, wanted: float) -> float:
-    """The lowest confidence from which the wanted share of decisions (n,) is right; 0 if all may be made.
-
-    Of the decisions from there on, those right are counted as if some more had fared as their mean confidence
-    says. Where no share is that good: above the highest confidence seen, and the wanted share at least.
-    """
-    order = np.argsort(-confidence, kind="stable")
-    highest_first = confidence[order]
-    number = np.arange(1, len(order) + 1)
-    mean = np.cumsum(highest_first, dtype=np.float64) / number
-    share = (np.cumsum(right[order]) + _BELIEVED * mean) / (number + _BELIEVED)
-    # A threshold lies between two different confidences.
-    ends = np.append(highest_first[:-1] > highest_first[1:], True)[: len(order)]
-    good = np.flatnonzero((share >= wanted) & ends)
-    if len(good):
-        return 0.0 if good[-1] == len(order) - 1 else float(highest_first[good[-1]])
-    above = float(np.nextafter(highest_first[0], np.float32(2.0))) if len(order) else 0.0
-    return max(above, wanted)

@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[int, int]]
 # examples is ever withheld; docs/decisions.md, "Promotion", has what was measured.
 _LEVEL = 0.0004
 _MOST_DOUBT = 25.0
-# Of a regression's mean squared error: one strength moves all errors together, so many small losses are one.
+# A regression is worse only if its mean squared error is this many times larger: errors move together.
 _LARGER_ERROR = 1.25
 # Of one look at a fine-tune, which has one.
 SIGNIFICANCE = 0.05
