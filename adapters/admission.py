@@ -13,7 +13,12 @@ from adapters.records import Kind
 from models.preprocess import InputError
 
 MAX_NAME_CHARACTERS = 256  # of an id or a group
-_TARGET_FIELDS = {"classification": "label", "multilabel": "labels", "regression": "target"}
+TARGET_FIELDS: Mapping[Task, str] = {
+    "classification": "label",
+    "multilabel": "labels",
+    "regression": "target",
+}
+"""The field of an example that says what is right, by task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ def admit(
             admitted.append(verdict)
         else:
             rejected.append(verdict)
-    admitted, conflicting = _drop_conflicts(admitted, _TARGET_FIELDS[task])
+    admitted, conflicting = _drop_conflicts(admitted, TARGET_FIELDS[task])
     admitted, colliding = drop_collisions(admitted, task, known_labels)
     return admitted, sorted(rejected + conflicting + colliding, key=lambda one: one.index)
 
@@ -128,7 +133,7 @@ def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Re
         field = "group"
         if example.group is not None:
             check_group(example.group)
-        field = _TARGET_FIELDS[task]
+        field = TARGET_FIELDS[task]
         target = normalise_target(task, example.target)
     except (InputError, ExampleError) as error:
         return Rejected(index, example.id, error.code, error.detail, field)
@@ -198,7 +203,7 @@ def drop_collisions(
             spelling.update((_skeleton(label), label) for label in labels)
         else:
             text = f"The label {clash[0]!r} looks like {clash[1]!r} but is written with other characters."
-            rejected.append(_reject(example, "label_collision", text, _TARGET_FIELDS[task]))
+            rejected.append(_reject(example, "label_collision", text, TARGET_FIELDS[task]))
     return kept, rejected
 
 
