@@ -115,6 +115,10 @@ class Bulk:
                     file.write(self._store.read(job.tenant, adapter.uid, part))
                 await work.store(cast(BinaryIO, file))
             await work.finish()
+        except ValueError:
+            # The upload's own fault, of which its sender hears all that is known.
+            await asyncio.to_thread(lease.tell)
+            raise
         finally:
             keeping.close()
             await batcher.close()
@@ -151,7 +155,8 @@ class _Work:
         """Embeds and stores the upload's examples, part by part, once all of it has been read."""
         size = file.tell()
         conflicts = await self._read(file)
-        for part in self._parts(file, Found()):
+        read = self._records(file, Found())
+        while part := _some(read):
             without = [_without(record, conflicts) for record in part]
             await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
             self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
@@ -198,45 +203,42 @@ class _Work:
         seen: dict[str, bytes] = {}
         conflicts: dict[str, ExampleError] = {}
         try:
-            for part in self._parts(file, self._found):
-                self._look_for_conflicts(part, seen, conflicts)
+            for record in self._records(file, self._found):
+                self._look_for_conflicts(record, seen, conflicts)
         except BadUpload:
             self._report("store", 0.0)
-            await asyncio.to_thread(self._lease.tell)
             raise
         # They are counted as they are stored.
         self._rejected, self._errors = 0, []
         return conflicts
 
-    def _parts(self, file: BinaryIO, found: Found) -> Iterator[list[Record]]:
-        """The records as many at a time as are embedded and stored together, while nothing says to stop."""
+    def _records(self, file: BinaryIO, found: Found) -> Iterator[Record]:
+        """The upload's records, while nothing says to stop."""
         file.seek(0)
         form, columns = cast(Form, self._request["form"]), self._request.get("columns") or {}
-        read = records(form, file, self._limits, columns, found)
-        while part := _some(read):
+        for record in records(form, file, self._limits, columns, found):
             self._lease.check()
-            yield part
+            yield record
 
     def _look_for_conflicts(
-        self, part: Sequence[Record], seen: dict[str, bytes], conflicts: dict[str, ExampleError]
+        self, record: Record, seen: dict[str, bytes], conflicts: dict[str, ExampleError]
     ) -> None:
         """Adds why ids cannot be used to which the upload gives two targets, inputs or groups.
 
         Every attempt reads the upload for it, for what an earlier one stored does not tell.
         """
-        for record in part:
-            usable, rejected = self._checked(record.posted)
-            self._reject([(record.place, one) for one in rejected])
-            for one in usable:
-                target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
-                whole = target + source + _digest((one.group, one.sampled))
-                before = seen.setdefault(one.id, whole)
-                if before[:16] != target:
-                    conflicts[one.id] = _CONFLICTING_LABELS
-                elif before[16:32] != source:
-                    conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
-                elif before != whole:
-                    conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
+        usable, rejected = self._checked(record.posted)
+        self._reject([(record.place, one) for one in rejected])
+        for one in usable:
+            target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
+            whole = target + source + _digest((one.group, one.sampled))
+            before = seen.setdefault(one.id, whole)
+            if before[:16] != target:
+                conflicts[one.id] = _CONFLICTING_LABELS
+            elif before[16:32] != source:
+                conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
+            elif before != whole:
+                conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
 
     def _checked(self, posted: Posted) -> tuple[Sequence[Admitted], Sequence[Rejected]]:
         """The example, if it is one, or why not; its input may still turn out to be none."""

@@ -17,8 +17,8 @@ _MARK = "\ufeff"
 _ASCII = bytes(range(128))
 # Characters of several bytes in UTF-8.
 _SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# What texts in Windows-1252 do not have: most capitals and signs within a word, several bytes beyond ASCII in a
-# row, a rare letter, and bytes that mean nothing there.
+# What texts in Windows-1252 do not have: most capitals and signs within a word, three bytes beyond ASCII in a
+# row, one rare letter, and bytes that mean nothing there.
 _NO_WORD = re.compile(
     rb"(?<=[A-Za-z])[\x80-\x84\x86-\x91\x93\x94\x98\x99\x9b\x9d\xa1-\xac\xae-\xb3\xb5\xb6\xb8-\xde](?=[a-z])"
     rb"|[\x80-\xff]{3}|[\x81\x8d\x8f\x90\x9d\x9f]"
