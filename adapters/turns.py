@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -15,8 +15,9 @@ class Turns(Generic[T]):
     """What waits. Tenants take turns, and what one of them has comes in its order. For one event loop."""
 
     def __init__(self) -> None:
-        # In the order of their turns.
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        self._waiting: dict[str, deque[T]] = {}
+        # When each had its last turn, of those who had one since nothing waited.
+        self._served: dict[str, int] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -26,15 +27,29 @@ class Turns(Generic[T]):
         self._waiting.setdefault(tenant, deque()).append(one)
 
     def take(self) -> T:
-        """What comes next; its tenant's turn comes again after all others'. Raises LookupError."""
-        tenant, own = next(iter(self._waiting.items()), ("", None))
-        if own is None:
+        """What comes next: of the tenant whose last turn is the longest ago. Raises LookupError."""
+        if not self._waiting:
             raise LookupError("Nothing waits.")
+        tenant = min(self._waiting, key=lambda one: self._served.get(one, 0))
+        own = self._waiting[tenant]
         one = own.popleft()
-        self._waiting.move_to_end(tenant)
         if not own:
             del self._waiting[tenant]
+        last = max(self._served.values(), default=0) + 1
+        self._served = {**self._served, tenant: last} if self._waiting else {tenant: last}
         return one
+
+    def remove(self, tenant: str, one: T) -> None:
+        """It waits no longer, if it did."""
+        own = self._waiting.get(tenant, deque())
+        with suppress(ValueError):
+            own.remove(one)
+            if not own:
+                del self._waiting[tenant]
+
+    def counts(self) -> Counter[str]:
+        """How many each tenant has."""
+        return Counter({tenant: len(own) for tenant, own in self._waiting.items()})
 
 
 class Gate:
