@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,9 +36,15 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
+def pid_of(fitter: Fitter, line: int) -> int | None:
+    process = fitter._lines[line].process
+    return None if process is None else process.pid
+
+
 def child_of(fitter: Fitter) -> int:
-    assert fitter._lines[0].process is not None
-    return fitter._lines[0].process.pid
+    pid = pid_of(fitter, 0)
+    assert pid is not None
+    return pid
 
 
 async def test_fits_as_the_function_does_in_a_niced_process(fitter: Fitter) -> None:
@@ -213,16 +220,15 @@ async def test_long_fits_of_one_tenant_do_not_hold_the_short_ones_of_another(lin
 
 async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None:
     data = classification(2_000, 384, 60)
-    pids: set[int] = set()
+    ended: set[int] = set()
     for _ in range(2):
-        assert lines._lines[1].process is None
         await lines.fit(data)
-        process = lines._lines[1].process
-        assert process is not None
-        pids.add(process.pid)
-        await until(lambda process=process: not process.running)  # type: ignore[misc]
-        await until(lambda: lines._lines[1].process is None)
-    assert len(pids) == 2
+        pid = pid_of(lines, 1)
+        assert pid is not None
+        await until(lambda: pid_of(lines, 1) is None)
+        await until(lambda gone=pid: not Path(f"/proc/{gone}").exists())  # type: ignore[misc]
+        ended.add(pid)
+    assert len(ended) == 2
     assert lines.alive
     assert lines.replaced == 0
 
@@ -230,9 +236,9 @@ async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None
 async def test_a_long_fit_whose_process_is_killed_is_repeated(lines: Fitter) -> None:
     running = asyncio.create_task(lines.fit(classification(2_000, 384, 60)))
     await until(lambda: not lines._lines[1].broken)
-    process = lines._lines[1].process
-    assert process is not None
-    process.kill()
+    pid = pid_of(lines, 1)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     assert len((await running).head.labels) == 60
     assert lines.replaced == 1
 
