@@ -301,8 +301,8 @@ class JobErrorOut(BaseModel):
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
-    the job is asked for alone, errors.
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, skipped,
+    format, and, where the job is asked for alone, errors.
     """
 
     id: str

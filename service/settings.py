@@ -84,7 +84,9 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that a prediction may expect to wait for its backbone; beyond it, 429.",
     )
-    max_fit_queue: int = Field(default=32, gt=0, description="Fits waiting for the fitter; beyond it, 429.")
+    max_fit_queue: int = Field(
+        default=32, gt=0, description="Fits of a tenant that is alone; beyond it, or its share, 429."
+    )
     max_fit_seconds: float = Field(
         default=30.0, gt=0, description="A fit predicted to take longer is refused."
     )
