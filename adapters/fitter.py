@@ -138,10 +138,8 @@ class Fitter:
         """linear_probe.fit in another process.
 
         Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
-        leaves the queue; a fit that runs by then is finished for nobody.
+        leaves the queue; a fit that already runs goes on to its end.
         """
-        if not self._lines[0].open:
-            raise FitterUnavailable("The fitter is closed.")
         if len(dataset.targets) > _MANY_EXAMPLES:
             seconds = await asyncio.to_thread(expected_seconds, dataset, config)
         else:
@@ -208,6 +206,8 @@ class _Line:
 
     async def fit(self, tenant: str, dataset: Dataset, config: ProbeConfig) -> Fitted:
         """See Fitter.fit."""
+        if not self.open:
+            raise FitterUnavailable("The fitter is closed.")
         request = _Request(tenant, dataset, config, asyncio.get_running_loop().create_future())
         self._waiting.add(tenant, request)
         self._wanted.set()

@@ -148,7 +148,7 @@ class Submitting:
         """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
 
         The command's own examples are none. Parts of uploads are published in turns by tenant, and what comes
-        slowly keeps nobody waiting. reply: recorded with the job. Raises BadUpload, TooManyJobs,
+        slowly delays no other upload. reply: recorded with the job. Raises BadUpload, TooManyJobs,
         CallbackNotAllowed, AlreadyAnswered, what Adapting.terms raises, and what the store and the registry
         raise. The upload is deleted then, or swept later.
         """

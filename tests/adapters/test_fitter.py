@@ -141,7 +141,7 @@ async def test_a_large_dataset_passes_while_the_event_loop_goes_on(fitter: Fitte
     assert len((await running).head.labels) == 2
 
 
-async def test_what_is_refused_waits_for_nobody(fitter: Fitter) -> None:
+async def test_what_is_refused_does_not_wait(fitter: Fitter) -> None:
     os.kill(child_of(fitter), signal.SIGSTOP)
     with pytest.raises(TooCostly):
         await fitter.fit(classification(400, 64, 4), ProbeConfig(limit_seconds=1e-3))

@@ -1,4 +1,4 @@
-"""Turns by tenant: in order, each tenant's in its own, and nobody's place is lost."""
+"""Turns by tenant: in order, each tenant's in its own, and no place is lost."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gc
 import io
 import json
@@ -13,7 +14,9 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -118,6 +121,36 @@ def test_a_row_that_cannot_be_used_is_an_error_in_its_place(row: bytes, wanted: 
     assert first == ("line 2", Posted("ä", "x"))
     assert (place, code(bad)) == ("line 3", wanted)
     assert [posted for _, posted in others] == [Posted('5" a', "x"), Posted('b\n"c"', "x")]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_what_a_program_writes_is_read_as_it_was(delimiter: str) -> None:
+    """Whatever the fields hold, in any encoding that has it."""
+    random = Random(1)
+    for round_ in range(200):
+        texts = [
+            "".join(random.choices([*'ab ",;\t\n"', "é "], k=random.randint(1, 12))) + "." for _ in range(8)
+        ]
+        file = io.StringIO(newline="")
+        writer = csv.writer(file, delimiter=delimiter, lineterminator=random.choice(["\n", "\r\n"]))
+        if round_ % 2:
+            writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+        writer.writerows([["label", "text"], *(["x", text] for text in texts)])
+        for encoding in ("utf-8", "utf-16", "cp1252"):
+            data = file.getvalue().encode(encoding)
+            assert [posted.input for _, posted in read("csv", data, WIDE)] == texts, data
+
+
+def test_no_table_ends_in_anything_but_examples_and_errors() -> None:
+    random = Random(2)
+    for _ in range(2_000):
+        rows = "".join(random.choices(['"', ",", "\n", "a", '""', ";", "\r", "\0", "é", "\t"], k=40))
+        data = ("text,label\n" + rows).encode(random.choice(["utf-8", "utf-16", "cp1252"]))
+        data = data[: len(data) - random.randint(0, 2)]
+        with suppress(BadUpload):
+            for place, posted in read("csv", data, WIDE):
+                assert place.startswith("line ")
+                assert isinstance(posted.input, str | InputError)
 
 
 def test_an_open_quote_is_an_error_of_its_row_alone() -> None:

@@ -180,7 +180,7 @@ def test_a_tenant_cannot_hold_every_place_for_uploads(caller: Caller, server: st
     until("invalid_csv")
 
 
-def test_slow_uploads_of_others_keep_nobody_waiting(caller: Caller, server: str) -> None:
+def test_slow_uploads_do_not_delay_those_of_others(caller: Caller, server: str) -> None:
     """Two of each of two tenants, as slowly as is allowed, each beyond what is held of an upload."""
     slow = [begin_upload(server, f"slow-{tenant}", 1 << 30) for tenant in (1, 2) for _ in range(2)]
     over = threading.Event()
