@@ -68,14 +68,20 @@ def test_the_streams_of_a_tenant_are_bounded_and_closed_ones_do_not_count(idle: 
 
 
 def test_the_streams_of_all_tenants_are_bounded(idle: Serving) -> None:
-    callers = [Caller(idle.url) for _ in range(OF_ALL // OF_A_TENANT + 1)]
+    """Half of them are for all who ask, and of the other half every tenant gets one."""
+    callers = [Caller(idle.url) for _ in range(3 + OF_ALL // 2 + 1)]
     with ExitStack() as streams:
         for caller in callers:
             streams.enter_context(caller.http)
         jobs = [queue(caller) for caller in callers]
-        for caller, job in zip(callers[:-1], jobs[:-1], strict=True):
-            for _ in range(OF_A_TENANT):
+        few = zip(callers, jobs, (OF_A_TENANT, OF_A_TENANT, OF_ALL // 2 - 2 * OF_A_TENANT), strict=False)
+        for caller, job, count in few:
+            for _ in range(count):
                 until_open(caller, job, streams)
+        assert open_stream(callers[2], jobs[2], streams).status_code == 429
+        for caller, job in zip(callers[3:-1], jobs[3:-1], strict=True):
+            until_open(caller, job, streams)
+        assert open_stream(callers[3], jobs[3], streams).status_code == 429
         assert open_stream(callers[-1], jobs[-1], streams).status_code == 429
         assert callers[-1].call("GET", f"/jobs/{jobs[-1]['id']}")["state"] == "queued"
 
