@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.store import (
+    ASIDE,
+    IDENTITY,
     PARTIAL,
     Artifact,
     Buffer,
@@ -106,22 +108,25 @@ class LocalStore:
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
         """See Store.delete_adapter."""
-        folder = self._root / adapter_key(tenant, adapter_uid)
+        key = adapter_key(tenant, adapter_uid)
         with _translated():
-            _remove(folder)
-            # The last one takes the tenant's name along.
-            with suppress(OSError):
-                folder.parent.rmdir()
+            for folder in (self._root / key, self._root / ASIDE / key):
+                _remove(folder)
+                # The last one takes the tenant's name along.
+                with suppress(OSError):
+                    folder.parent.rmdir()
 
     def delete_tenant(self, tenant: str) -> None:
         """See Store.delete_tenant."""
+        key = tenant_key(tenant)
         with _translated():
-            _remove(self._root / tenant_key(tenant))
+            for folder in (self._root / key, self._root / ASIDE / key):
+                _remove(folder)
 
-    def objects(self) -> Iterator[StoredObject]:
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         """See Store.objects."""
         now = time.time()
-        for folder in _folders(self._root):
+        for folder in _folders(self._base(aside)):
             for inner in _folders(folder):
                 for file in _entries(inner):
                     parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
@@ -129,15 +134,65 @@ class LocalStore:
                         with suppress(FileNotFoundError):
                             yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
 
-    def discard(self, objects: Collection[StoredObject]) -> None:
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         """See Store.discard."""
+        base = self._base(aside)
         with _translated():
             for found in objects:
-                path = self._root / object_key(found.tenant, found.adapter_uid, found.name)
-                path.unlink(missing_ok=True)
-            for folder in {self._root / adapter_key(found.tenant, found.adapter_uid) for found in objects}:
-                with suppress(OSError):
-                    folder.rmdir()
+                (base / _key(found)).unlink(missing_ok=True)
+        _remove_empty(base, objects)
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_aside."""
+        self._move(objects, self._base(False), self._base(True))
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_back."""
+        self._move(objects, self._base(True), self._base(False))
+
+    @property
+    def location(self) -> str:
+        """See Store.location."""
+        return str(self._root)
+
+    def identity(self) -> str | None:
+        """See Store.identity."""
+        with _translated():
+            try:
+                return (self._root / IDENTITY).read_text().strip()
+            except FileNotFoundError:
+                return None
+
+    def claim(self, identity: str) -> None:
+        """See Store.claim."""
+        path = self._root / IDENTITY
+        partial = path.with_name(f"{IDENTITY}-{identity}{PARTIAL}")
+        with _translated():
+            partial.unlink(missing_ok=True)
+            try:
+                _write_synced(partial, identity.encode() + b"\n")
+                # A link, unlike a rename, replaces nothing.
+                with suppress(FileExistsError):
+                    os.link(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            _sync_folder(self._root)
+
+    def _base(self, aside: bool) -> Path:
+        return self._root / ASIDE if aside else self._root
+
+    def _move(self, objects: Collection[StoredObject], source: Path, target: Path) -> None:
+        with _translated():
+            for found in objects:
+                path, goal = source / _key(found), target / _key(found)
+                goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    # Its age begins again. A move forth and back must not look like an old orphan.
+                    os.utime(path)
+                    path.rename(goal)
+            for folder in {(target / _key(found)).parent for found in objects}:
+                _sync_folder(folder)
+        _remove_empty(source, objects)
 
     def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
         folder = self._root / adapter_key(tenant, adapter_uid)
@@ -169,6 +224,17 @@ class LocalStore:
                 with suppress(OSError):
                     path.unlink()
             raise
+
+
+def _key(found: StoredObject) -> str:
+    return object_key(found.tenant, found.adapter_uid, found.name)
+
+
+def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
+    for folder in {(base / _key(found)).parent for found in objects}:
+        for empty in (folder, folder.parent):
+            with suppress(OSError):
+                empty.rmdir()
 
 
 def _remove(folder: Path) -> None:

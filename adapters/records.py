@@ -113,6 +113,12 @@ class RegistryUnavailable(RegistryError):
     code = "registry_unavailable"
 
 
+class RegistryTooOld(RegistryError):
+    """The database has an earlier release's tables, or none."""
+
+    code = "registry_too_old"
+
+
 class RegistryTooNew(RegistryError):
     """The database was written by a newer release than this one."""
 

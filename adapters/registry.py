@@ -13,6 +13,7 @@ from adapters import committing
 from adapters.committing import CHANGES_KEPT
 from adapters.database import Database
 from adapters.erasing import Erasures, Receipt
+from adapters.identity import Identity
 from adapters.jobs import Jobs, uploads_of
 from adapters.reading import (
     adapter_by_name,
@@ -54,7 +55,7 @@ from adapters.records import (
     VersionRecord,
 )
 from adapters.replies import Replies, Reply, check_unanswered, keep
-from adapters.schema import adapters, changes, examples
+from adapters.schema import adapters, changes, erasures, examples
 from adapters.store import Artifact
 from adapters.tenants import Tenants
 
@@ -107,6 +108,7 @@ class Registry:
         self._tenants = Tenants(self._database)
         self._erasures = Erasures(self._database)
         self._replies = Replies(self._database)
+        self._identity = Identity(self._database)
 
     @property
     def jobs(self) -> Jobs:
@@ -127,6 +129,19 @@ class Registry:
     def replies(self) -> Replies:
         """What was answered to requests with an Idempotency-Key, in the same database."""
         return self._replies
+
+    @property
+    def identity(self) -> Identity:
+        """What tells whether a store is this database's."""
+        return self._identity
+
+    def check_pages(self) -> None:
+        """See Database.check_pages."""
+        self._database.check_pages()
+
+    def require_current(self) -> None:
+        """See Database.require_current."""
+        self._database.require_current()
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.
@@ -267,6 +282,13 @@ class Registry:
         """How many adapters have a live version."""
         with self._database.reading() as connection:
             return connection.execute(select(func.count(adapters.c.live))).scalar_one()
+
+    def erased_ago(self, uid: str) -> float | None:
+        """Seconds since the adapter, or an example of it, was last erased; None if nothing was."""
+        query = select(func.max(erasures.c.at)).where(erasures.c.adapter_uid == uid)
+        with self._database.reading() as connection:
+            at = connection.execute(query).scalar_one()
+            return None if at is None else (current_time(connection) - at).total_seconds()
 
     def referenced(self, uid: str) -> set[Artifact]:
         """The artifacts that rows of the adapter refer to; none if there is no such adapter."""

@@ -17,10 +17,11 @@ from typing import Any
 from sqlalchemy import Connection, Table, delete, insert, select, text
 
 from adapters.backup import ARTIFACTS, REGISTRY, BadBackup, Manifest, Reference, read_manifest, sha256_of
-from adapters.copying import TABLES, Row, copy_rows, counters, raise_counters, references
+from adapters.copying import KEPT, TABLES, Row, copy_rows, counters, raise_counters, references
 from adapters.database import Database
 from adapters.erasing import ERASURES_KEPT
 from adapters.folder import LocalStore
+from adapters.identity import Identity
 from adapters.reading import current_time
 from adapters.replaying import Replayed, erasures_of, replay
 from adapters.schema import adapters, changes, erasures, jobs, keys, tenants
@@ -70,7 +71,8 @@ def restore(
     """Put the backup in the place of what is there; services may run, and notice within a second.
 
     Everything is verified, and what was erased since is erased, in a copy, before anything changes. Raises
-    BadBackup, BackupTooOld unless `old`, TargetInUse, RegistryTooNew, and what database and store raise.
+    BadBackup, BackupTooOld unless `old`, TargetInUse, WrongStore, RegistryTooNew, and
+    what database and store raise.
     """
     manifest = read_manifest(backup)
     if not old and datetime.now(UTC) - _time(manifest) > ERASURES_KEPT:
@@ -83,6 +85,7 @@ def restore(
         later = _erased_later(backup, manifest)
         database.migrate()
         _refuse_if_used(database, replace)
+        _pair(copy, database, store)
         replayed = Replayed()
         while True:
             known = erasures_of(copy)
@@ -194,6 +197,14 @@ def _time(manifest: Manifest) -> datetime:
     return datetime.fromisoformat(manifest.created_at)
 
 
+def _pair(copy: Database, database: Database, store: Store) -> None:
+    """A new database in the place of a lost one takes its name, and so its store. Raises WrongStore."""
+    theirs, mine = Identity(copy), Identity(database)
+    if store.identity() == theirs.name:
+        mine.take_over(theirs.name)
+    mine.check(store)
+
+
 def _refuse_if_used(database: Database, replace: bool) -> None:
     with database.reading() as connection:
         _refuse(connection, replace)
@@ -302,11 +313,10 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
     theirs = counters(source)
     highest = {name: max(number, theirs[name]) for name, number in counters(target).items()}
     arriving = _Arriving(before, highest[changes.name])
-    # The changes stay: services that run look there for what is new.
-    kept = [table for table in TABLES if table is not changes]
-    for table in reversed(kept):
+    replaced = [table for table in TABLES if table not in KEPT]
+    for table in reversed(replaced):
         target.execute(delete(table))
-    for table in kept:
+    for table in replaced:
         copy_rows(source, target, table, arriving.alter(table))
     tenants_gone = before.tenants - set(target.scalars(select(tenants.c.name)))
     _announce(target, arriving, tenants_gone)

@@ -272,6 +272,14 @@ replies = Table(
     Index("replies_by_time", "at"),
 )
 
+# One row. The store holds the same id, see adapters/identity.py.
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("created_at", UtcTime, nullable=False),
+)
+
 
 def encode_target(target: Target) -> str:
     """A target as JSON: a string, a list of strings, or a number that reads back to the same float."""

@@ -114,7 +114,7 @@ class Supervised:
                     str(beating),
                     stdin=asyncio.subprocess.PIPE,
                     pass_fds=(beating,),
-                    env=environment(),
+                    env=environment(clouds=True),
                 )
             finally:
                 os.close(beating)

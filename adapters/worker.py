@@ -67,6 +67,7 @@ class Worker:
         self._stopping = stopping
         self._registry = Registry(config.database)
         self._store = open_store(config.store, config.store_options)
+        self._registry.identity.check(self._store)
 
     def run(self) -> None:
         """Returns once it is to stop and nothing runs any more."""

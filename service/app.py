@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import threading
 from typing import Any, NoReturn
@@ -117,6 +118,8 @@ class Topwork:
         from service.direct import Direct
         from service.routes import build_api
 
+        # `topwork serve` has done it; a bento under another server has not.
+        os.umask(0o077)
         configure_logging()
         give_back_memory()
         connections.bound(raise_descriptor_limit())

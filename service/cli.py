@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
+    # What a command writes, its user alone may read.
+    os.umask(0o077)
     parser = argparse.ArgumentParser(prog="topwork", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until interrupted")
@@ -99,7 +101,7 @@ def _work() -> int:
 
     configure_logging()
     settings = Settings()
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.make_home()
     stopping = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stopping.set())
     work(settings.worker, stopping)

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from adapters.predicting import Predicting
 from adapters.records import Alias
 from adapters.registry import Registry, RegistryError
 from adapters.revising import AdapterLimits, Revising
-from adapters.store import Store, StoreError, open_store, sweep
+from adapters.store import Store, StoreError, open_store
 from adapters.submitting import Submitting
 from adapters.supervising import Supervised
+from adapters.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone, planned
 from models.batcher import Batcher
 from models.cores import Cores
@@ -282,24 +283,41 @@ async def _export_missing(names: Sequence[str]) -> None:
 
 
 def _storage(settings: Settings) -> tuple[Registry, Store]:
-    if settings.database_url is None or settings.store_url is None:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.make_home()
     store = open_store(settings.store, settings.store_options)
     registry = Registry(settings.database)
-    registry.migrate()
+    try:
+        registry.check_pages()
+        registry.migrate()
+        registry.identity.check(store)
+    except BaseException:
+        registry.close()
+        raise
     return registry, store
 
 
 def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Removes what a killed process published and never recorded, now and every hour."""
+    """Puts aside what a killed process published and never recorded, now and every hour."""
     while not closing.is_set():
         try:
-            removed = sweep(store, registry.referenced)
+            # A database that is as young as the leftovers may be an empty one by mistake.
+            swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
         except (RegistryError, StoreError) as error:
             logger.warning("sweep put off: %s", error)
         else:
-            if removed:
-                logger.info("swept %d artifacts that no adapter refers to", removed)
+            if any(asdict(swept).values()):
+                logger.info(
+                    "artifacts without a row: %d put aside, %d deleted after a week; %d have a row again",
+                    swept.aside,
+                    swept.deleted,
+                    swept.brought_back,
+                )
+            if swept.spared:
+                logger.warning(
+                    "%d more artifacts without a row wait for the next sweeps. Unless killed uploads explain "
+                    "that, compare TOPWORK_DATABASE_URL and TOPWORK_STORE_URL",
+                    swept.spared,
+                )
         closing.wait(_SWEEP_SECONDS)
 
 

@@ -154,6 +154,17 @@ class Settings(BaseSettings):
             raise ValueError("use at least 16 ASCII characters, e.g. of `openssl rand -hex 32`")
         return key
 
+    def make_home(self) -> None:
+        """Make the home folder, if anything is to be in it. Raises HomeUnusable."""
+        if self.database_url is not None and self.store_url is not None:
+            return
+        try:
+            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise HomeUnusable(
+                f"The folder {self.home} cannot be made ({error.strerror}). Set TOPWORK_HOME to one that can."
+            ) from error
+
     @property
     def database(self) -> str:
         """SQLAlchemy URL of the registry."""
@@ -189,6 +200,12 @@ class Settings(BaseSettings):
     def usable_threads(self) -> int:
         """Threads of one backbone run: as set, else the cores this process may run on."""
         return self.threads or len(os.sched_getaffinity(0))
+
+
+class HomeUnusable(RuntimeError):
+    """The home folder cannot be made."""
+
+    code = "home_unusable"
 
 
 class BadPort(ValueError):

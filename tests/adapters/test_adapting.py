@@ -14,7 +14,8 @@ from adapters.linear_probe import OneLabel
 from adapters.predicting import HeadMismatch, NoLiveVersion
 from adapters.records import UnknownAdapter
 from adapters.revising import AdapterFull, AdapterLimits
-from adapters.store import open_store, sweep
+from adapters.store import open_store
+from adapters.sweeper import sweep
 from models.preprocess import InputError
 from models.spec import UnknownBackbone
 from tests.adapters.world import TENANT, World, other_text_export, says, taught, world
@@ -215,7 +216,7 @@ async def test_a_cancelled_adapt_is_all_or_nothing(tmp_path: Path, steps: int) -
         adapter = here.registry.adapter(TENANT, "words")
         assert (adapter.examples, adapter.live) in ((8, 1), (9, 2))
         assert (await here.predict(["x"])).version == adapter.live
-        sweep(here.store, here.registry.referenced, older_than=-1.0)
+        sweep(here.store, here.registry, older_than=-1.0)
         here.check()
         assert (await here.adapt([Posted(says("two", 998), "two", "newer")])).revised.live
         assert len(here.revising._turns) == 0

@@ -37,8 +37,9 @@ from adapters.registry import Registry, new_uid
 from adapters.replies import Reply
 from adapters.revising import AdapterFull, AdapterLimits
 from adapters.segments import decode_inputs, encode_embeddings, encode_inputs
-from adapters.store import Artifact, Buffer, Store, open_store, sweep
+from adapters.store import Artifact, Buffer, Store, open_store
 from adapters.submitting import Submitting
+from adapters.sweeper import Swept, sweep
 from adapters.uploaded import UploadLimits
 from adapters.uploads import Form
 from benchmarks.serving import Serving
@@ -207,9 +208,9 @@ def test_an_attempt_that_was_overtaken_stores_nothing(place: Place) -> None:
 
 
 def test_an_upload_is_swept_only_once_its_job_has_ended(place: Place) -> None:
-    assert sweep(place.store, place.registry.referenced, older_than=-1.0) == 0
+    assert sweep(place.store, place.registry, older_than=-1.0) == Swept()
     place.registry.jobs.request_cancel("acme", place.job.id)
-    assert sweep(place.store, place.registry.referenced, older_than=-1.0) == 2
+    assert sweep(place.store, place.registry, older_than=-1.0) == Swept(aside=2)
 
 
 def test_what_is_replaced_counts_for_nothing_while_its_replacement_comes(place: Place) -> None:

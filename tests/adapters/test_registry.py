@@ -752,9 +752,9 @@ def test_a_kill_inside_the_transaction_undoes_it(registry: Registry, registry_ur
 
 
 def test_sqlite_is_set_up_to_be_durable_and_to_forget(tmp_path: Path) -> None:
-    registry = Registry(f"sqlite:///{tmp_path / 'new' / 'topwork.db'}")
+    registry = Registry(f"sqlite:///{tmp_path / 'topwork.db'}")
     registry.migrate()
-    database = Database(f"sqlite:///{tmp_path / 'new' / 'topwork.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'topwork.db'}")
     with database.reading() as connection:
 
         def pragma(name: str) -> object:

@@ -20,8 +20,8 @@ from adapters.store import (
     StoreFull,
     StoreUnavailable,
     open_store,
-    sweep,
 )
+from adapters.sweeper import sweep
 
 TENANT = "acme"
 UID = "0" * 31 + "1"
@@ -30,6 +30,16 @@ OTHER = "0" * 31 + "2"
 
 def files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+class NoRows:
+    """A database that refers to nothing."""
+
+    def referenced(self, uid: str) -> set[Artifact]:
+        return set()
+
+    def erased_ago(self, uid: str) -> float | None:
+        return None
 
 
 def names(store: Store) -> set[str]:
@@ -157,21 +167,6 @@ def test_a_put_mends_a_damaged_file_and_what_a_kill_left_of_one(tmp_path: Path) 
     assert path.stat().st_mode & 0o077 == 0
 
 
-def test_sweep_removes_old_orphans_only(store: Store) -> None:
-    kept, orphan = store.publish_all(TENANT, UID, [b"kept", b"orphan"])
-    lost = store.publish(TENANT, OTHER, b"of no adapter")
-    rows = {UID: {kept}}
-
-    def referenced(uid: str) -> set[Artifact]:
-        return rows.get(uid, set())
-
-    assert sweep(store, referenced, older_than=60.0) == 0
-    assert names(store) == {kept.name, orphan.name, lost.name}
-    assert sweep(store, referenced, older_than=-60.0) == 2
-    assert names(store) == {kept.name}
-    assert store.read(TENANT, UID, kept) == b"kept"
-
-
 def test_many_threads_publish_and_delete_in_one_adapter(store: Store) -> None:
     def work(number: int) -> tuple[Artifact, bytes]:
         data = os.urandom(100) + bytes([number])
@@ -259,7 +254,8 @@ def test_a_kill_while_publishing_leaves_only_what_a_sweep_removes(
     assert done.returncode == -9
     assert files(tmp_path)
     store = LocalStore(tmp_path)
-    sweep(store, lambda uid: set(), older_than=-1.0)
+    sweep(store, NoRows(), older_than=-1.0)
+    sweep(store, NoRows(), kept_aside=-1.0)
     assert files(tmp_path) == []
     assert store.read(TENANT, UID, store.publish(TENANT, UID, b"x")) == b"x"
 
