@@ -83,6 +83,12 @@ def test_a_commit_that_is_promoted_lifts_it(registry: Registry) -> None:
     assert refit(registry, held).adapter.standing == (4, None)
 
 
+def test_what_moves_back_by_itself_holds_nothing(registry: Registry) -> None:
+    adapter = three_versions(registry)
+    moved = registry.commit(replace(change(adapter), version=version(), fallback=1))
+    assert moved.adapter.standing == (1, None)
+
+
 def test_a_rollback_that_was_not_seen_sends_a_commit_back(registry: Registry) -> None:
     seen = three_versions(registry)
     held = registry.promote(seen.uid, 1).adapter
