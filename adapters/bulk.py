@@ -23,7 +23,7 @@ from adapters.head import Head
 from adapters.jobs import upload_of
 from adapters.keeping import Keeping, State
 from adapters.lease import Lease
-from adapters.promotion import asked_before
+from adapters.promotion import as_asked
 from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
@@ -174,8 +174,7 @@ class _Work:
             terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
             if not fit and not stale and terms == before:
                 return None
-            rolled_back_at = state.adapter.rolled_back_at
-            promote = asked_before(asked["promote"], self._job.created_at, rolled_back_at)
+            promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
             edit = Edit(fit=fit, promote=promote)
             if stale:
                 edit = replace(edit, clear=True, uploaded=self._ids)

@@ -69,7 +69,6 @@ def commit(connection: Connection, change: Change) -> Committed:
     live = None if adapter.live in gone else adapter.live
     if change.fallback is not None:
         live = _staying(connection, adapter, change.fallback)
-    lifted = change.promote or change.lift
 
     number: int | None = None
     if change.version is not None:
@@ -87,7 +86,10 @@ def commit(connection: Connection, change: Change) -> Committed:
     else:
         total, removed = adapter.examples + added - len(change.removals), len(change.removals)
     values: dict[str, Any] = {"revision": revision, "live": live, "examples": total, **wanted}
-    values["rolled_back_at"] = None if lifted or live is None else adapter.rolled_back_at
+    if change.promote or change.restores or live is None:
+        values["rolled_back_at"] = None
+    if change.restores:
+        values["restored_at"] = now
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
     after = _finish(connection, adapter, values, gone=erasure is not None)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.agreement import Agreement, against
 from adapters.example import Target, Task
+from adapters.records import AdapterRecord
 from adapters.segments import Evidence, Floats, History
 
 Promote = Literal["if_better", "always", "never"]
@@ -125,10 +126,11 @@ class Decision:
         }
 
 
-def asked_before(wanted: Promote, asked: datetime, rolled_back_at: datetime | None) -> Promote:
-    """What a job may promote: an `always` from before a rollback by hand gives way to that."""
-    late = rolled_back_at is not None and asked <= rolled_back_at
-    return "if_better" if late and wanted == "always" else wanted
+def as_asked(wanted: Promote, asked: datetime, adapter: AdapterRecord) -> Promote:
+    """What a job of that time may promote: an `always` from before a person went back gives way to that."""
+    went_back = (adapter.rolled_back_at, adapter.restored_at)
+    overtaken = any(at is not None and asked <= at for at in went_back)
+    return "if_better" if overtaken and wanted == "always" else wanted
 
 
 def decide(

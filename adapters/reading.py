@@ -45,6 +45,7 @@ _ADAPTER = (
     adapters.c.answer_accuracy,
     adapters.c.weights,
     adapters.c.rolled_back_at,
+    adapters.c.restored_at,
 )
 _head = artifacts.alias("head")
 _evidence = artifacts.alias("evidence")

@@ -131,7 +131,7 @@ class AdapterRecord:
     `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
     `answer_accuracy` and `weights` are what its next version is fitted for, see ProbeConfig.
     `rolled_back_at` is when a person made another version live than the newest; newer ones are withheld until
-    a person lifts that.
+    a person lifts that. `restored_at` is when a person last restored a version.
     """
 
     uid: str
@@ -150,6 +150,7 @@ class AdapterRecord:
     answer_accuracy: float = ANSWER_ACCURACY
     weights: Weights = "none"
     rolled_back_at: datetime | None = None
+    restored_at: datetime | None = None
 
     @property
     def standing(self) -> Standing:
@@ -325,7 +326,8 @@ class Change:
     answer_accuracy, weights: of the adapter from now on; None leaves them. What changes one of them moves the
     revision, for what others fit meanwhile is fitted for what was wanted before.
     fallback: the version to make live instead, where `version` is not promoted; it must stay.
-    lift: a person has decided, so that no rollback holds any more; `promote` says so too.
+    restores: a person makes `fallback` live with the examples that it learned from. Like `promote` it ends a
+    rollback that holds.
     standing: of the adapter when it was decided what is to be live; None where nothing was decided.
     """
 
@@ -344,7 +346,7 @@ class Change:
     answer_accuracy: float | None = None
     weights: Weights | None = None
     fallback: int | None = None
-    lift: bool = False
+    restores: bool = False
     standing: Standing | None = None
 
 

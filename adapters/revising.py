@@ -446,7 +446,7 @@ def _change(
         answer_accuracy=subject.terms.answer_accuracy,
         weights=subject.terms.weights,
         fallback=edit.live if fit is None else fit.decision.fallback,
-        lift=edit.live is not None,
+        restores=edit.live is not None,
         standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,
     )
 

@@ -87,7 +87,7 @@ class Restorer:
         """Makes the version live, and the adapter's examples those that it was fitted on.
 
         They have the targets again that they had then, and their groups of now. All others are set aside. No
-        version is made, and a rollback that holds is lifted: with what came later set aside, there is nothing
+        version is made, and a rollback that holds has ended: with what came later set aside, there is nothing
         left to withhold. if_match: an AdapterRecord.etag that must still hold. reply: recorded with it.
         Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and what Revising.revise raises.
         """
@@ -119,6 +119,8 @@ class Restorer:
         await self._keeping.aliases.prepare(alias)
         evidence = await self._keeping.evidence(adapter, number)
         if evidence is None:
+            # Unless the version has just gone, with what it learned from.
+            await asyncio.to_thread(self._keeping.registry.version, adapter.uid, number)
             raise CannotRestore(
                 "evidence_lost",
                 f"What version {number} was fitted on is lost. PUT aliases/live makes it live without that.",

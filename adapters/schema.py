@@ -137,6 +137,8 @@ adapters = Table(
     Column("weights", String(16), nullable=False, server_default="none"),
     # When a person made an older version live; newer ones are withheld until a person lifts that.
     Column("rolled_back_at", UtcTime),
+    # When a person last restored a version.
+    Column("restored_at", UtcTime),
     UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
 )
 

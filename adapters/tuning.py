@@ -25,7 +25,7 @@ from adapters.gaps import gaps
 from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
 from adapters.linear_probe import Dataset, Fitted, ProbeConfig, fit
-from adapters.promotion import Promote, asked_before, decide_late
+from adapters.promotion import Promote, as_asked, decide_late
 from adapters.records import (
     AdapterRecord,
     Change,
@@ -255,7 +255,7 @@ class Tuning:
                 lease.check()
                 now = self._registry.adapter(tenant, adapter.name)
                 set_aside = self._check_kept(kept, now)
-                promote = asked_before(asked, lease.claim.job.created_at, now.rolled_back_at)
+                promote = as_asked(asked, lease.claim.job.created_at, now)
                 held = now.rolled_back_at is not None
                 decision = decide_late(promote, adapter.task, evidence, self._live(now), held=held)
                 if set_aside and decision.promote:

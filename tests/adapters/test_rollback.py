@@ -17,7 +17,7 @@ from adapters.curating import Amendment, Feedback
 from adapters.database import Database
 from adapters.example import ExampleError, Target
 from adapters.linear_probe import OneLabel
-from adapters.promotion import asked_before
+from adapters.promotion import as_asked
 from adapters.records import (
     AdapterRecord,
     AliasMoved,
@@ -169,12 +169,17 @@ def test_what_was_learned_before_it_was_set_aside_goes_with_it(registry: Registr
     assert registry.commit(replace(change(late.adapter), removals=("b",))).erased == (2, 3, 4)
 
 
-def test_an_always_from_before_a_rollback_gives_way() -> None:
-    at = datetime.now(UTC)
-    assert asked_before("always", at, None) == "always"
-    assert asked_before("always", at - timedelta(seconds=1), at) == "if_better"
-    assert asked_before("always", at + timedelta(seconds=1), at) == "always"
-    assert asked_before("never", at - timedelta(seconds=1), at) == "never"
+def test_an_always_from_before_a_person_went_back_gives_way(registry: Registry) -> None:
+    adapter = three_versions(registry)
+    before, now = adapter.created_at, adapter.created_at + timedelta(hours=1)
+    assert as_asked("always", before, adapter) == "always"
+    held = registry.promote(adapter.uid, 1).adapter
+    restored = registry.commit(replace(change(held), fallback=2, restores=True)).adapter
+    assert restored.standing == (2, None)
+    for gone_back in (held, restored):
+        assert as_asked("always", before, gone_back) == "if_better"
+        assert as_asked("always", now, gone_back) == "always"
+        assert as_asked("never", before, gone_back) == "never"
 
 
 # What it takes to have a version's examples again.
@@ -320,9 +325,9 @@ async def test_rollbacks_beside_adapts_of_two_processes_hold(tmp_path: Path) -> 
         for number in range(4):
             adapts = [place.adapt([one(10 + 10 * number + at)]) for at, place in enumerate((here, there))]
             moving = there.browsing.promote(TENANT, "words", 1, None)
-            found = await asyncio.gather(*adapts, moving)
-            newest = max(version.number for version in here.registry.versions(found[-1].uid))
+            await asyncio.gather(*adapts, moving)
             now = here.registry.adapter(TENANT, "words")
+            newest = max(version.number for version in here.registry.versions(now.uid))
             assert (now.live, now.rolled_back_at is None) == (1, False)
             assert (await here.adapt([one(1_000 + number)])).revised.adapter.live == 1
             await here.browsing.promote(TENANT, "words", newest + 1, None)
@@ -378,6 +383,21 @@ async def test_a_restored_version_has_its_examples_and_later_ones_are_learned_be
         assert back.version is not None
         assert not here.registry.example(back.adapter.uid, "wrong0").excluded
         here.check()
+
+
+async def test_a_version_of_another_backbone_is_restored_too(tmp_path: Path) -> None:
+    exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
+    async with world(tmp_path, exports=exports) as here:
+        await here.adapt(taught())
+        await here.curating.rebase(TENANT, "words", "other-text", "always")
+        await here.adapt(WRONG, promote="always")
+        done = await Restorer(here.revising).restore(TENANT, "words", 1)
+        assert (done.adapter.live, done.adapter.backbone) == (1, "other-text")
+        texts = [str(posted.input) for posted in taught()]
+        assert await here.labels(texts) == [posted.target for posted in taught()]
+        later = await here.adapt([one()])
+        assert (later.revised.live, later.revised.adapter.live) == (True, 4)
+        assert await here.labels(texts) == [posted.target for posted in taught()]
 
 
 async def test_the_same_head_comes_of_restored_examples(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Examples that are set aside, and rollbacks by hand that hold."""
+"""Examples that are set aside, rollbacks by hand that hold, and when a version was restored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _time = sa.DateTime(timezone=True).with_variant(sa.BigInteger(), "sqlite")
 
 
 def upgrade() -> None:
-    """Add a column each to two tables; of what is there, nothing is set aside or held."""
+    """Add columns to two tables; of what is there, nothing is set aside or held."""
     op.add_column("examples", sa.Column("excluded_since", sa.BigInteger))
     op.add_column("adapters", sa.Column("rolled_back_at", _time))
+    op.add_column("adapters", sa.Column("restored_at", _time))
