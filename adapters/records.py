@@ -328,7 +328,7 @@ class Change:
     fallback: the version to make live instead, where `version` is not promoted; it must stay.
     restores: a person makes `fallback` live with the examples that it learned from. Like `promote` it ends a
     rollback that holds.
-    standing: of the adapter when it was decided what is to be live; None where nothing was decided.
+    standing: of the adapter when the next live version was decided on; None where none was.
     """
 
     tenant: str
