@@ -345,7 +345,7 @@ def _admit(
     """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
     if not command.posted and command.update == "replace":
         raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
-    before = () if state is None or command.update == "replace" else state.examples
+    before = () if state is None or command.update == "replace" else state.in_use
     if command.uploaded is not None:
         before = tuple(one for one in before if one.id in command.uploaded)
     known = labels_of(terms.task, [one.target for one in before])

@@ -49,7 +49,8 @@ class Rejected:
 class Admitted:
     """An example to keep.
 
-    input is None where the adapter has it already; index None where it was not posted.
+    input is None where the adapter has it already; index None where it was not posted. excluded: it is set
+    aside, see ExampleRecord.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Admitted:
     index: int | None = None
     group: str | None = None
     sampled: bool = True
+    excluded: bool = False
 
 
 class MixedInputs(ValueError):

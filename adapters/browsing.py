@@ -42,7 +42,10 @@ class Browsing:
         return adapter, await asyncio.to_thread(self._registry.version, adapter.uid, number)
 
     async def promote(self, tenant: str, name: str, number: int, if_match: str | None) -> AdapterRecord:
-        """Points `live` at a version. Raises UnknownAdapter, UnknownVersion, AliasMoved."""
+        """Points `live` at a version, see Registry.promote.
+
+        Raises UnknownAdapter, UnknownVersion, AliasMoved.
+        """
         adapter = await self.adapter(tenant, name)
         # Loaded before it is live anywhere, so that no prediction waits for it here.
         await self._keeping.aliases.prepare(
@@ -57,11 +60,11 @@ class Browsing:
         return await asyncio.shield(asyncio.ensure_future(move()))
 
     async def examples(
-        self, tenant: str, name: str, after: str | None, limit: int
+        self, tenant: str, name: str, after: str | None, limit: int, excluded: bool | None
     ) -> tuple[AdapterRecord, Sequence[ExampleRecord]]:
-        """An adapter and its examples in the order of their ids. Raises UnknownAdapter."""
+        """An adapter and its examples, see Registry.examples. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
-        read = partial(self._registry.examples, adapter.uid, after, limit)
+        read = partial(self._registry.examples, adapter.uid, after, limit, excluded)
         return adapter, await asyncio.to_thread(read)
 
     async def example(

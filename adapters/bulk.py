@@ -23,6 +23,7 @@ from adapters.head import Head
 from adapters.jobs import upload_of
 from adapters.keeping import Keeping, State
 from adapters.lease import Lease
+from adapters.promotion import as_asked
 from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
@@ -173,7 +174,8 @@ class _Work:
             terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
             if not fit and not stale and terms == before:
                 return None
-            edit = Edit(fit=fit, promote=self._request["promote"])
+            promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
+            edit = Edit(fit=fit, promote=promote)
             if stale:
                 edit = replace(edit, clear=True, uploaded=self._ids)
             subject = Subject.of(self._job.tenant, self._job.adapter, terms, state)

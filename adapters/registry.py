@@ -175,10 +175,18 @@ class Registry:
         with self._database.writing() as connection:
             return committing.delete_adapter(connection, tenant, name)
 
-    def examples(self, uid: str, after: str | None = None, limit: int = 100) -> list[ExampleRecord]:
-        """Examples in the order of their ids (by code point), those after `after`."""
+    def examples(
+        self, uid: str, after: str | None = None, limit: int = 100, excluded: bool | None = None
+    ) -> list[ExampleRecord]:
+        """Examples in the order of their ids (by code point), those after `after`.
+
+        excluded: only those that are set aside, or only the others.
+        """
 
         def narrow(query: Select[Any]) -> Select[Any]:
+            if excluded is not None:
+                aside = examples.c.excluded_since
+                query = query.where(aside.is_not(None) if excluded else aside.is_(None))
             return (query if after is None else query.where(examples.c.id > after)).limit(limit)
 
         with self._database.reading() as connection:
@@ -254,6 +262,8 @@ class Registry:
 
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
         """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.
+
+        Any but the newest version holds there: newer ones are withheld until a person lifts that.
 
         Raises UnknownAdapter, UnknownVersion, AliasMoved.
         """

@@ -135,6 +135,10 @@ adapters = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("answer_accuracy", Float, nullable=False, server_default=text(str(ANSWER_ACCURACY))),
     Column("weights", String(16), nullable=False, server_default="none"),
+    # When a person made an older version live; newer ones are withheld until a person lifts that.
+    Column("rolled_back_at", UtcTime),
+    # When a person last restored a version.
+    Column("restored_at", UtcTime),
     UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
 )
 
@@ -188,6 +192,8 @@ examples = Table(
     Column("group", Text),
     # False: chosen for being wrong or hard, so that it is learned from and not measured on.
     Column("sampled", Boolean, nullable=False, server_default=true()),
+    # The revision from which on it is set aside: versions fitted since then have not learned from it.
+    Column("excluded_since", BigInteger),
     PrimaryKeyConstraint("adapter_uid", "id", name="examples_key"),
     ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
     Index("examples_by_segment", "segment_id"),

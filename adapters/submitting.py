@@ -61,8 +61,9 @@ class TooFewExamples(CannotTune):
 def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
     """Raises InputsNotKept, CannotTune or TooFewExamples unless a network can learn from the adapter.
 
-    What is not measured on does not count: there would be nothing to hold out.
+    What is set aside does not count, nor what is not measured on: there would be nothing to hold out.
     """
+    examples = [example for example in examples if not example.excluded]
     if not adapter.keep_inputs:
         raise InputsNotKept("The adapter keeps no inputs, and a network learns from them.")
     if adapter.task != "classification":

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from adapters.answering import Reason
 from adapters.example import Task, Weights
+from adapters.rollback import Gone
 from models.spec import Kind
 from service.schemas import (
     Timings,
@@ -57,7 +58,7 @@ class RejectedOut(ItemError):
 class ExamplesOut(BaseModel):
     """What became of the examples."""
 
-    total: int = Field(description="Kept now.")
+    total: int = Field(description="Kept now, those included that are set aside.")
     added: int
     replaced: int
     removed: int = 0
@@ -82,6 +83,37 @@ class RemovalResponse(AdaptResponse):
 
     gone: list[int] = Field(description="Versions that were fitted on what was removed, and went with it.")
     erasure: str | None = Field(description="The number of its receipt; null where nothing was removed.")
+
+
+class MissingOut(BaseModel):
+    """An example of a version that cannot come back."""
+
+    id: str
+    reason: Gone = Field(
+        description="not_kept: a replacement has forgotten it. other_input: its id has another input now."
+    )
+
+
+class RestoredExamplesOut(BaseModel):
+    """What became of the examples when a version was restored."""
+
+    total: int = Field(description="Kept now, those included that are set aside.")
+    in_use: int = Field(description="The examples of the version, but for the missing ones.")
+    taken_back: int = Field(description="That were set aside before.")
+    relabelled: int = Field(description="That have again the target that they had in the version.")
+    set_aside: int = Field(description="That were used before, and are not the version's.")
+    missing_total: int
+    missing: list[MissingOut] = Field(description="The first thousand of those that cannot come back.")
+
+
+class RestoreResponse(BaseModel):
+    """A version that is live again, with its examples."""
+
+    adapter: str
+    version: int
+    live: bool
+    epoch: int = Field(description="Send it as min_epoch to another process to see at least this.")
+    examples: RestoredExamplesOut
 
 
 class ErasureOut(BaseModel):
@@ -226,8 +258,12 @@ class AdapterOut(BaseModel):
     keep_inputs: bool
     answer_accuracy: float = Field(description="Wanted of what is not abstained on.")
     weights: Weights
-    examples: int
+    examples: int = Field(description="Kept, those included that are set aside.")
     live: int | None = Field(description="The version that /predict uses.")
+    rolled_back_at: datetime | None = Field(
+        description="When a person made an older version live: newer ones are withheld (`rolled_back`) until "
+        "a person promotes one, restores a version or says `always`. null: nothing is held."
+    )
     revision: int
     epoch: int
     created_at: datetime
@@ -272,6 +308,7 @@ class KeptExampleOut(BaseModel):
     target: float | None = None
     group: str | None
     sampled: bool = Field(description="Whether it is measured on, and not only learned from.")
+    excluded: bool = Field(description="Whether it is set aside: kept, and not learned from.")
     digest: str = Field(description="sha256 of the input.")
     created_at: datetime
 

@@ -25,12 +25,14 @@ from adapters.predicting import PredictAnswer
 from adapters.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from adapters.replies import Answered
 from adapters.revising import Revised
+from adapters.rollback import Restored
 from adapters.submitting import Submitted
 from models.backbone import Embedded
 from models.batcher import Batcher
 from models.preprocess import InputError
 
 Json = dict[str, Any]
+_MOST_MISSING = 1_000
 
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
@@ -101,8 +103,30 @@ def jobs(records: Sequence[JobRecord], limit: int) -> Response:
 def removed(done: Revised) -> Response:
     """RemovalResponse."""
     committed = done.committed
-    more = {"gone": committed.gone, "erasure": committed.erasure}
+    more = {"gone": committed.erased, "erasure": committed.erasure}
     return answer(_revised(done, [], done.timings) | more)
+
+
+def restored(done: Restored) -> Response:
+    """RestoreResponse."""
+    rollback, missing = done.rollback, done.rollback.missing
+    return answer(
+        {
+            "adapter": done.adapter.name,
+            "version": done.version,
+            "live": True,
+            "epoch": done.adapter.epoch,
+            "examples": {
+                "total": done.adapter.examples,
+                "in_use": rollback.in_use,
+                "taken_back": rollback.taken_back,
+                "relabelled": rollback.relabelled,
+                "set_aside": rollback.set_aside,
+                "missing_total": len(missing),
+                "missing": [{"id": one.id, "reason": one.reason} for one in missing[:_MOST_MISSING]],
+            },
+        }
+    )
 
 
 def erased(receipt: Receipt) -> Response:
@@ -182,6 +206,7 @@ def adapter(record: AdapterRecord) -> Json:
         "weights": record.weights,
         "examples": record.examples,
         "live": record.live,
+        "rolled_back_at": record.rolled_back_at,
         "revision": record.revision,
         "epoch": record.epoch,
         "created_at": record.created_at,
@@ -240,6 +265,7 @@ def example(record: ExampleRecord) -> Json:
         **_target(record.target),
         "group": record.group,
         "sampled": record.sampled,
+        "excluded": record.excluded,
         "digest": record.digest,
         "created_at": record.created_at,
     }

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from adapters.adapting import AdaptCommand
 from adapters.admission import Posted
-from adapters.curating import Feedback
+from adapters.curating import Amendment, Feedback
 from adapters.example import ExampleError
 from adapters.predicting import Input, PredictQuery
 from adapters.submitting import FINE_TUNE
@@ -26,6 +26,7 @@ from service.errors import Problem
 from service.lifting import Lifted, NotJson, TooIntricate, parse
 from service.schemas import (
     AdaptRequest,
+    AmendRequest,
     EmbedRequest,
     ExampleIn,
     FeedbackRequest,
@@ -128,6 +129,32 @@ class Bodies:
         """An input or an example's id, with the right label."""
         _want_json(request)
         return await self._json(request, self._feedback)
+
+    async def amendment(self, request: Request) -> Amendment:
+        """What is another of a kept example."""
+        body = await self.model(request, AmendRequest)
+        target = _target(body)
+        given = any(value is not None for value in (body.label, body.labels, body.target))
+        if given and isinstance(target, ExampleError):
+            raise target
+        if not given and body.excluded is None and body.group is None:
+            raise Problem(
+                422,
+                "invalid_request",
+                "Send what is to change: `label`, `labels` or `target`, `excluded`, `group`.",
+            )
+        return Amendment(
+            target=target if given else None,
+            excluded=body.excluded,
+            group=body.group,
+            promote=body.promote,
+            fit=body.fit,
+        )
+
+    async def nothing(self, request: Request) -> None:
+        """No body, or an empty JSON object."""
+        if (await request.body()).strip() not in (b"", b"{}"):
+            raise Problem(422, "invalid_request", "This request takes no body; leave it out.")
 
     async def model(self, request: Request, model: type[M]) -> M:
         """A small JSON body."""

@@ -30,6 +30,7 @@ from adapters.predicting import Predicting
 from adapters.records import Alias
 from adapters.registry import Registry, RegistryError
 from adapters.revising import AdapterLimits, Revising
+from adapters.rollback import Restorer
 from adapters.store import Store, StoreError, open_store
 from adapters.submitting import Submitting
 from adapters.supervising import Supervised
@@ -77,6 +78,7 @@ class Components:
     adapting: Adapting
     browsing: Browsing
     curating: Curating
+    restorer: Restorer
     exporting: Exporting
     forgetting: Forgetting
     predicting: Predicting
@@ -205,6 +207,7 @@ async def compose(
             adapting=adapting,
             browsing=Browsing(keeping),
             curating=Curating(adapting),
+            restorer=Restorer(revising),
             exporting=Exporting(predicting),
             forgetting=forgetting,
             predicting=predicting,

@@ -39,6 +39,7 @@ from adapters.records import (
     UnknownVersion,
 )
 from adapters.revising import AdapterFull, NothingToFit
+from adapters.rollback import CannotRestore
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
 from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
@@ -83,6 +84,7 @@ STATUSES: dict[type[Exception], int] = {
     FingerprintMismatch: 409,
     HeadMismatch: 409,
     InputsNotKept: 409,
+    CannotRestore: 409,
     NoLiveVersion: 409,
     RevisionMoved: 409,
     AliasMoved: 412,

@@ -18,6 +18,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.OpenAIRequest,
     schemas.PromoteRequest,
     schemas.FeedbackRequest,
+    schemas.AmendRequest,
     schemas.RebaseRequest,
     tenant_schemas.TenantRequest,
     tenant_schemas.QuotasIn,
@@ -27,7 +28,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 # What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
 # or cannot be answered now, or in time.
 _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
-_METHODS = {"get", "put", "post", "delete"}
+_METHODS = {"get", "put", "post", "patch", "delete"}
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
 _UPLOAD = {"type": "string", "format": "binary", "description": "Its other fields are in the query string."}

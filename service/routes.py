@@ -82,7 +82,7 @@ def build_api(components: Components) -> FastAPI:
     keyed = Once(components.registry.replies)
     errors.install(api)
     add_flows(api, components, bodies, keyed)
-    add_adapters(api, components, bodies)
+    add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
     add_jobs(api, components)
     add_tenants(api, components.registry.tenants, components.forgetting, bodies)
@@ -175,10 +175,10 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
 
 
-def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
+def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
     """Adapters, their versions and their live alias."""
     browsing, curating, exporting = components.browsing, components.curating, components.exporting
-    forgetting = components.forgetting
+    forgetting, restorer = components.forgetting, components.restorer
 
     @api.get("/adapters", responses={200: {"model": answer_schemas.AdaptersOut}})
     async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
@@ -227,9 +227,26 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         responses={200: {"model": answer_schemas.AdapterOut}, **problems(404, 412, 415, 422)},
     )
     async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
-        """Promote a version, or roll back to it."""
+        """Promote a version, or roll back to it: then newer ones are withheld until a person lifts that."""
         wanted = await bodies.model(request, schemas.PromoteRequest)
         return answers.one_adapter(await browsing.promote(tenant, adapter, wanted.version, etag))
+
+    @api.post(
+        "/adapters/{adapter}/versions/{version}/restore",
+        openapi_extra=once({}, 200),
+        responses={200: {"model": answer_schemas.RestoreResponse}, **problems(400, 404, 409, 412)},
+    )
+    async def restore(
+        request: Request, tenant: Tenant, adapter: Adapter, version: Version, etag: Expected
+    ) -> Response:
+        """Make a version live, and the examples those that it was fitted on; the others are set aside."""
+
+        async def go_back(asked: Request, reply: Replying) -> Response:
+            await bodies.nothing(asked)
+            done = await restorer.restore(tenant, adapter, version, etag, reply(answers.restored))
+            return answers.restored(done)
+
+        return await keyed.answer(request, tenant, go_back)
 
     @api.post(
         "/adapters/{adapter}/rebase",
@@ -250,9 +267,12 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         "/adapters/{adapter}/examples",
         responses={200: {"model": answer_schemas.ExamplesPage}, **problems(404)},
     )
-    async def examples(tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100) -> Response:
-        """The examples in the order of their ids."""
-        return answers.examples(*await browsing.examples(tenant, adapter, cursor, limit + 1), limit)
+    async def examples(
+        tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100, excluded: bool | None = None
+    ) -> Response:
+        """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
+        found = await browsing.examples(tenant, adapter, cursor, limit + 1, excluded)
+        return answers.examples(*found, limit)
 
     @api.delete(
         "/adapters/{adapter}/examples",
@@ -264,7 +284,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         id: Annotated[list[str] | None, Query(max_length=1_000)] = None,
         all: bool = False,
     ) -> Response:
-        """Remove the examples named by `id` (repeat it), or all; then fit what is left."""
+        """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
         return answers.removed(await curating.remove(tenant, adapter, which(id, all)))
 
     @api.get(
@@ -280,8 +300,24 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 429)},
     )
     async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
-        """Remove one example, and the versions that were fitted on it; then fit what is left."""
+        """Erase one example, and the versions that were fitted on it; then fit what is left."""
         return answers.removed(await curating.remove(tenant, adapter, [example]))
+
+    @api.patch(
+        "/adapters/{adapter}/examples/{example:path}",
+        openapi_extra=once(body(schemas.AmendRequest), 200),
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
+    )
+    async def amend_example(request: Request, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Relabel one example, set it aside or take it back, or group it; then fit."""
+        return await keyed.answer(
+            request, tenant, lambda asked, reply: amend(asked, tenant, adapter, example, reply)
+        )
+
+    async def amend(request: Request, tenant: str, adapter: str, example: str, reply: Replying) -> Response:
+        wanted = await bodies.amendment(request)
+        done = await curating.amend(tenant, adapter, example, wanted, reply(answers.revised))
+        return answers.revised(done)
 
     @api.post(
         "/adapters/{adapter}/feedback",

@@ -238,6 +238,23 @@ class FeedbackRequest(InputIn, TargetIn, GroupIn):
     fit: bool = Field(default=True, description="false only stores it, for a later fit.")
 
 
+class AmendRequest(TargetIn):
+    """What is another of a kept example from now on: its label, whether it is used, its group, or several."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"excluded": True}})
+
+    excluded: bool | None = Field(
+        default=None,
+        description="true sets the example aside: it is kept, and neither learned from nor measured on. "
+        "false takes it back.",
+    )
+    group: str | None = Field(
+        default=None, description="Its new group; empty for none.", examples=["customer 17"]
+    )
+    promote: Promote = "if_better"
+    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+
+
 class RebaseRequest(Request):
     """The backbone to move to."""
 

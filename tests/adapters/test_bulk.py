@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 import zipfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -184,6 +185,24 @@ def test_another_attempt_goes_on_where_one_was_stopped(place: Place, monkeypatch
     # Not embedded again: what the first attempt stored lies where it lay.
     assert {example: after[example] for example in first} == first
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
+
+
+def test_a_job_from_before_a_rollback_gives_way_and_a_later_one_lifts_it(place: Place) -> None:
+    place.do()
+    place.do(place.queue(lines(told([f"m{row}" for row in range(4)], about="later "))))
+    assert place.registry.adapter("acme", "notes").live == 2
+    before = place.queue(lines(told([f"o{row}" for row in range(4)], about="before ")))
+    held = place.registry.promote(place.uid, 1).adapter
+    done, _ = place.do(before)
+    assert done.version == 3
+    assert place.registry.version(place.uid, 3).report["promotion"]["reason"] == "rolled_back"
+    assert place.registry.adapter("acme", "notes").standing == held.standing
+    time.sleep(0.01)
+    again = lines(told([f"p{row}" for row in range(4)], about="again "))
+    done, _ = place.do(place.queue(again, promote="if_better"))
+    assert place.registry.version(place.uid, 4).report["promotion"]["reason"] == "rolled_back"
+    done, _ = place.do(place.queue(again))
+    assert place.registry.adapter("acme", "notes").standing == (5, None)
 
 
 def test_what_was_stored_stays_when_a_job_is_cancelled(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

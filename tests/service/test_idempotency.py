@@ -321,7 +321,12 @@ def test_the_document_tells_of_the_header(teacher: Caller) -> None:
         if method != "parameters"
         and any(one["name"] == "Idempotency-Key" for one in operation.get("parameters", ()))
     }
-    assert named == {("post", "/adapt"), ("post", "/adapters/{adapter}/feedback")}
+    assert named == {
+        ("post", "/adapt"),
+        ("post", "/adapters/{adapter}/feedback"),
+        ("patch", "/adapters/{adapter}/examples/{example}"),
+        ("post", "/adapters/{adapter}/versions/{version}/restore"),
+    }
     for method, path in named:
         responses = document["paths"][path][method]["responses"]
         assert {"400", "409", "422"} <= responses.keys()

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0009"
-down_revision = "0007"
+down_revision = "0008"
 
 # Milliseconds since 1970 in SQLite, which has no type for times.
 _time = sa.DateTime(timezone=True).with_variant(sa.BigInteger(), "sqlite")
