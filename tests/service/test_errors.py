@@ -102,7 +102,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
-    edge.open(refusing, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(refusing, [], settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
     gc.collect()
     before = exchanges()
     gc.disable()
