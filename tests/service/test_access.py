@@ -52,6 +52,7 @@ def tricks(path: str) -> Iterator[str]:
     yield from (path + suffix for suffix in SUFFIXES)
     yield from (prefix + path for prefix in PREFIXES)
     yield f"/%{ord(path[1]):x}{path[2:]}" if len(path) > 1 else "/%2f"
+    yield "/%25" + path[1:]
     yield path.upper()
     yield path.replace("/", "%2f").replace("%2f", "/", 1)
     yield path.replace("/", "\\")
