@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, tuple_, update
@@ -52,6 +52,8 @@ from adapters.tenants import add_tenant, check_adapters, check_examples
 CHANGES_KEPT = 3600.0
 """Seconds for which the database remembers who changed."""
 _FORGOTTEN_AT_ONCE = 100
+_SINCE = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 def commit(connection: Connection, change: Change) -> Committed:
@@ -459,24 +461,33 @@ def _record_version(
 def _finish(
     connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
 ) -> AdapterRecord:
-    epoch = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    now = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    epoch = next_epoch(adapter.epoch, now)
     connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
     return adapter_by_uid(connection, adapter.uid)
 
 
-def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> int:
-    """Tell other processes, as late as can be: they look back only so far for what becomes visible late."""
-    values = {"tenant": tenant, "name": name, "at": database_now(), "gone": gone}
-    result = connection.execute(insert(changes).values(values))
+def next_epoch(last: int, now: datetime) -> int:
+    """The epoch of a change to an adapter whose last one was `last`: the time, in microseconds since 1970.
+
+    It grows with every change whatever the clock does, and tells nothing of other adapters.
+    """
+    return max(last + 1, (now - _SINCE) // _MICROSECOND)
+
+
+def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:
+    """Tell other processes, as late as can be: they look back only so far for what becomes visible late.
+
+    Returns the time.
+    """
+    now = current_time(connection)
+    connection.execute(insert(changes).values(tenant=tenant, name=name, at=now, gone=gone))
     old = (
         select(changes.c.epoch)
-        .where(changes.c.at < current_time(connection) - timedelta(seconds=CHANGES_KEPT))
+        .where(changes.c.at < now - timedelta(seconds=CHANGES_KEPT))
         .limit(_FORGOTTEN_AT_ONCE)
         # Two commits at once must not wait for each other over what both would forget.
         .with_for_update(skip_locked=True)
     )
     connection.execute(delete(changes).where(changes.c.epoch.in_(old)))
-    key = result.inserted_primary_key
-    assert key is not None
-    epoch: int = key[0]
-    return epoch
+    return now

@@ -47,8 +47,7 @@ def counters(connection: Connection) -> dict[str, int]:
             last = connection.scalar(query, {"name": column.table.name})
         highest = connection.scalar(select(func.max(column)))
         found[column.table.name] = max(last or 0, highest or 0)
-    epoch = connection.scalar(select(func.max(adapters.c.epoch))) or 0
-    return found | {changes.name: max(found[changes.name], epoch)}
+    return found
 
 
 def raise_counters(connection: Connection, least: Mapping[str, int]) -> None:

@@ -133,7 +133,7 @@ Standing = tuple[int | None, datetime | None]
 class AdapterRecord:
     """A tenant's named task. `uid` differs when an adapter is deleted and created again.
 
-    `revision` moves with every change of its examples; `epoch` grows with every commit, over all adapters;
+    `revision` moves with every change of its examples; `epoch` grows with every commit to it;
     `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
     `answer_accuracy` and `weights` are what its next version is fitted for, see ProbeConfig.
     `rolled_back_at` is when a person made another version live than the newest; newer ones are withheld until
@@ -238,13 +238,19 @@ class Alias:
 class Changed:
     """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale.
 
+    uid, epoch: of the adapter as it is now, None where there is none of that name.
     gone: something was erased. Then what is in memory of the adapter goes, and without a name of the tenant.
     """
 
     tenant: str
     name: str
-    epoch: int
+    uid: str | None
+    epoch: int | None
     gone: bool = False
+
+    def leaves_behind(self, alias: Alias) -> bool:
+        """Whether the alias is of an older state of the adapter."""
+        return self.uid != alias.uid or self.epoch is None or alias.epoch < self.epoch
 
 
 @dataclass(frozen=True, slots=True)

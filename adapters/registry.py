@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, case, func, select
+from sqlalchemy import Select, and_, case, func, select
 
 from adapters import committing
 from adapters.committing import CHANGES_KEPT
@@ -271,21 +271,23 @@ class Registry:
             return committing.promote(connection, uid, number, if_match)
 
     def changed(self, seconds: float) -> list[Changed]:
-        """The adapters committed to, promoted or deleted in the last `seconds`, each with its newest epoch.
+        """The adapters committed to, promoted or deleted in the last `seconds`, each as it is now.
 
         The database remembers them for CHANGES_KEPT seconds.
         """
         with self._database.reading() as connection:
             now = current_time(connection)
             gone = case((changes.c.gone, 1), else_=0)
+            changed = and_(adapters.c.tenant == changes.c.tenant, adapters.c.name == changes.c.name)
             query = (
-                select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch), func.max(gone))
+                select(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch, func.max(gone))
+                .outerjoin(adapters, changed)
                 .where(changes.c.at >= now - timedelta(seconds=seconds))
-                .group_by(changes.c.tenant, changes.c.name)
+                .group_by(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch)
             )
             return [
-                Changed(tenant, name, epoch, bool(gone))
-                for tenant, name, epoch, gone in connection.execute(query)
+                Changed(tenant, name, uid, epoch, bool(gone))
+                for tenant, name, uid, epoch, gone in connection.execute(query)
             ]
 
     def live_versions(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, delete, insert, select, text
 
 from adapters.backup import ARTIFACTS, REGISTRY, BadBackup, Manifest, Reference, read_manifest, sha256_of
+from adapters.committing import next_epoch
 from adapters.copying import KEPT, TABLES, Row, copy_rows, counters, raise_counters, references
 from adapters.database import Database
 from adapters.erasing import ERASURES_KEPT
@@ -224,12 +225,12 @@ def _refuse(connection: Connection, replace: bool) -> None:
 class _Before:
     """What the target holds that must not come again.
 
-    names: uid by tenant and name. adapters: revision and next version by uid. attempts: by job. keys: when
-    they were revoked and when they expire, by id.
+    names: uid by tenant and name. adapters: revision, next version and epoch by uid. attempts: by job. keys:
+    when they were revoked and when they expire, by id.
     """
 
     names: Mapping[tuple[str, str], str]
-    adapters: Mapping[str, tuple[int, int]]
+    adapters: Mapping[str, tuple[int, int, int]]
     attempts: Mapping[str, int]
     keys: Mapping[str, tuple[datetime | None, datetime | None]]
     tenants: frozenset[str]
@@ -238,10 +239,11 @@ class _Before:
     def read(cls, connection: Connection) -> _Before:
         """As it is in the transaction."""
         columns = (adapters.c.tenant, adapters.c.name, adapters.c.uid)
-        rows = connection.execute(select(*columns, adapters.c.revision, adapters.c.next_version)).all()
+        counted = (adapters.c.revision, adapters.c.next_version, adapters.c.epoch)
+        rows = connection.execute(select(*columns, *counted)).all()
         return cls(
             {(row[0], row[1]): row[2] for row in rows},
-            {row[2]: (row[3], row[4]) for row in rows},
+            {row[2]: (row[3], row[4], row[5]) for row in rows},
             {row[0]: row[1] for row in connection.execute(select(jobs.c.id, jobs.c.attempt))},
             {
                 row[0]: (row[1], row[2])
@@ -254,14 +256,14 @@ class _Before:
 class _Arriving:
     """What becomes of the backup's rows on their way into the target.
 
-    restored: the new epoch of each adapter, by tenant and name. gone: what the target had, and has no more.
+    restored: the adapters, by tenant and name. gone: what the target had, and has no more.
     """
 
-    def __init__(self, before: _Before, epoch: int) -> None:
-        self.restored: dict[tuple[str, str], int] = {}
+    def __init__(self, before: _Before, now: datetime) -> None:
+        self.restored: set[tuple[str, str]] = set()
         self.gone = set(before.names)
-        self.epoch = epoch
         self._before = before
+        self._now = now
 
     def alter(self, table: Table) -> Callable[[Row], Row]:
         """What to do with each row of the table."""
@@ -269,17 +271,16 @@ class _Arriving:
         return special.get(table.name, lambda row: row)
 
     def _adapter(self, row: Row) -> Row:
-        self.epoch += 1
         name = (row["tenant"], row["name"])
-        self.restored[name] = self.epoch
+        self.restored.add(name)
         if self._before.names.get(name) == row["uid"]:
             self.gone.discard(name)
-        revision, next_version = self._before.adapters.get(row["uid"], (0, 0))
+        revision, next_version, epoch = self._before.adapters.get(row["uid"], (0, 0, 0))
         return row | {
             # One more than either: whoever still has the examples of that revision in mind must read again.
             "revision": max(row["revision"], revision) + 1,
             "next_version": max(row["next_version"], next_version),
-            "epoch": self.epoch,
+            "epoch": next_epoch(max(row["epoch"], epoch), self._now),
         }
 
     def _job(self, row: Row) -> Row:
@@ -312,7 +313,7 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
     before = _Before.read(target)
     theirs = counters(source)
     highest = {name: max(number, theirs[name]) for name, number in counters(target).items()}
-    arriving = _Arriving(before, highest[changes.name])
+    arriving = _Arriving(before, current_time(target))
     replaced = [table for table in TABLES if table not in KEPT]
     for table in reversed(replaced):
         target.execute(delete(table))
@@ -326,16 +327,14 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
 
 def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterable[str]) -> None:
     """Tell running services, as late as can be: they look back only so far for what becomes visible late."""
-    told = [(*name, epoch, name in arriving.gone) for name, epoch in arriving.restored.items()]
-    lost = sorted(arriving.gone - arriving.restored.keys())
-    lost += [(tenant, "") for tenant in sorted(tenants_gone)]
-    told += [(*name, arriving.epoch + place, True) for place, name in enumerate(lost, 1)]
+    told = {name: name in arriving.gone for name in arriving.restored}
+    told |= dict.fromkeys(arriving.gone - arriving.restored, True)
+    told |= {(tenant, ""): True for tenant in tenants_gone}
     if not told:
         return
     now = current_time(connection)
     rows = [
-        {"tenant": tenant, "name": name, "epoch": epoch, "gone": gone, "at": now}
-        for tenant, name, epoch, gone in told
+        {"tenant": tenant, "name": name, "gone": gone, "at": now} for (tenant, name), gone in told.items()
     ]
     connection.execute(insert(changes), rows)
 

@@ -230,8 +230,8 @@ jobs = Table(
     Index("jobs_by_adapter", "adapter_uid"),
 )
 
-# One row for each commit, promotion and deletion of late; its number is the epoch. gone: something was
-# erased, so that what is in memory of the adapter must go; without a name, of the tenant.
+# One row for each commit, promotion and deletion of the last hour. `epoch` only numbers the rows; adapters
+# have their own. gone: what is in memory of the adapter must go, and without a name of the tenant.
 changes = Table(
     "changes",
     metadata,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from adapters.adapting import AdaptOutcome
@@ -34,6 +34,10 @@ from models.preprocess import InputError
 Json = dict[str, Any]
 _MOST_MISSING = 1_000
 
+REJECTED_KEPT = 100
+"""Of the examples that a request was told to be rejected, those that it is told again."""
+_SHORT = 4_096  # bytes: so many of them are in no shorter answer
+
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A JSON response."""
@@ -48,6 +52,18 @@ def adapted(outcome: AdaptOutcome) -> Response:
 def revised(done: Revised) -> Response:
     """AdaptResponse, of feedback or of a rebase."""
     return answer(_revised(done, [], done.timings))
+
+
+def kept(body: bytes) -> bytes:
+    """What is kept of an answer, to be given again: all of it, but for rejected examples beyond the first."""
+    if len(body) < _SHORT:
+        return body
+    value = from_json(body)
+    rejected = (value.get("examples") or {}).get("rejected", [])
+    if len(rejected) <= REJECTED_KEPT:
+        return body
+    del rejected[REJECTED_KEPT:]
+    return to_json(value)
 
 
 def repeated(found: Answered) -> Response:

@@ -19,7 +19,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from service.connections import connections
 from service.draining import Server
-from service.edge import ASKING, Edge
+from service.edge import Edge
 from service.protocol import Protocol
 from service.settings import Settings, serving_environment, tracing_wanted
 from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
@@ -137,7 +137,8 @@ class Topwork:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
         self.watching = asyncio.create_task(edge.watch())
-        edge.open(Direct(api, ASKING), settings=settings, guard=guard, metrics=self.components.metrics)
+        metrics = self.components.metrics
+        edge.open(Direct(api), api.routes, settings=settings, guard=guard, metrics=metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

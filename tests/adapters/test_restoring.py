@@ -149,6 +149,7 @@ async def test_running_services_notice_within_a_second(place: Place, tmp_path: P
         assert [one.label for one in await answers(world)] == ["two", "one"]
         assert await answers(world, "later")
         newest = max(row["epoch"] for row in place.rows()["changes"])
+        before = world.registry.adapter(TENANT, "words").epoch
         await asyncio.to_thread(restore, path, place.database, place.store, replace=True)
         until = time.monotonic() + 1
         while world.aliases.known(TENANT, "later") is not None:
@@ -157,11 +158,13 @@ async def test_running_services_notice_within_a_second(place: Place, tmp_path: P
         assert await answers(world) == was
         told = [row for row in place.rows()["changes"] if row["epoch"] > newest]
         assert {(row["name"], row["gone"]) for row in told} == {("words", False), ("later", True)}
+        restored = world.registry.adapter(TENANT, "words").epoch
+        assert restored > before
         # Version 2 was there: its number is not given again, and no epoch is.
         outcome = await world.adapt(taught(5), promote="always")
         assert outcome.revised.version is not None
         assert outcome.revised.version.number == 3
-        assert outcome.revised.adapter.epoch > max(row["epoch"] for row in told)
+        assert outcome.revised.adapter.epoch > restored
     assert place.examine() == []
 
 
@@ -230,6 +233,9 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
         "ALTER TABLE examples DROP COLUMN sampled",
         "ALTER TABLE adapters DROP COLUMN answer_accuracy",
         "ALTER TABLE adapters DROP COLUMN weights",
+        "ALTER TABLE examples DROP COLUMN excluded_since",
+        "ALTER TABLE adapters DROP COLUMN rolled_back_at",
+        "ALTER TABLE adapters DROP COLUMN restored_at",
     )
     whole = sha256_of(path / REGISTRY)
     assert restore(path, target.database, target.store).adapters == 1

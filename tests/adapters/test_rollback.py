@@ -31,7 +31,8 @@ from adapters.registry import Registry
 from adapters.revising import AdapterFull, AdapterLimits, Revising
 from adapters.rollback import CannotRestore, Missing, Restorer, plan_rollback
 from adapters.segments import Evidence
-from adapters.store import Artifact, open_store, sweep
+from adapters.store import Artifact, open_store
+from adapters.sweeper import orphans
 from tests.adapters.test_registry import append, change, create, example, refit, version
 from tests.adapters.world import TENANT, World, other_text_export, says, taught, world
 from tests.tiny import text_export
@@ -549,7 +550,7 @@ async def test_set_aside_examples_survive_a_rebase_and_are_erased_like_others(tm
         await here.curating.remove(TENANT, "words", None)
         assert here.registry.examples(uid) == []
         assert here.registry.referenced(uid) == set()
-    assert sweep(open_store(str(tmp_path / "artifacts")), lambda uid: set(), older_than=-60.0) == 0
+    assert list(orphans(open_store(str(tmp_path / "artifacts")).objects(), lambda uid: set(), -60.0)) == []
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])

@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import pkgutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.request import Overloaded
 from service.auth import Guard
 from service.edge import Edge
 from service.errors import STATUSES, Problem, pointer, respond
-from service.exchange import GONE, Exchange
+from service.exchange import GONE, Exchange, new_id
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.shell import Shell
@@ -102,7 +103,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
-    edge.open(refusing, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(refusing, [], settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
     gc.collect()
     before = exchanges()
     gc.disable()
@@ -340,3 +341,16 @@ def test_only_the_edge_knows_statuses() -> None:
                     assert not {name.split(".")[0] for name in names} & {"fastapi", "starlette", "uvicorn"}, (
                         path
                     )
+
+
+def test_ids_of_requests_tell_nothing_of_each_other() -> None:
+    """Nothing grows in them, nothing stays, and each bit is set in half of them."""
+    ids = [new_id() for _ in range(4_096)]
+    assert len(set(ids)) == len(ids)
+    assert {len(one) for one in ids} == {32}
+    numbers = [int(one, 16) for one in ids]
+    # Seven standard deviations of 32 are 224.
+    for bit in range(128):
+        assert abs(sum(number >> bit & 1 for number in numbers) - 2_048) < 224, bit
+        same = sum((one ^ other) >> bit & 1 for one, other in pairwise(numbers))
+        assert abs(same - 2_048) < 224, bit

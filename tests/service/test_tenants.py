@@ -276,8 +276,9 @@ def test_a_tenant_is_made_once(place: Place) -> None:
     assert found == sorted(set(found))
     assert name in found
     place.operator.call("GET", "/tenants/nobody-at-all", 404)
-    place.operator.call("GET", "/tenants/%00", 404)
-    place.operator.call("DELETE", f"/tenants/{name}/keys/%00", 404)
+    place.operator.call("GET", "/tenants/%00", 400)
+    place.operator.call("DELETE", f"/tenants/{name}/keys/%00", 400)
+    place.operator.call("DELETE", f"/tenants/{name}/keys/%F0", 404)
 
 
 def command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
