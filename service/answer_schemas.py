@@ -196,6 +196,38 @@ class OpenAIResponse(BaseModel):
     usage: OpenAIUsage
 
 
+class OpenAIModel(BaseModel):
+    """A backbone for texts, in OpenAI's form."""
+
+    id: str = Field(examples=["minilm-l6-v2"])
+    object: Literal["model"]
+    created: int = Field(description="When it was exported here, in seconds since 1970.")
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    """The backbones that /v1/embeddings takes."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="A JSON pointer to the first of `errors`.", examples=["/input/0"])
+    code: str = Field(examples=["model_not_found"])
+
+
+class OpenAIProblem(BaseModel):
+    """An error below /v1."""
+
+    error: OpenAIError
+    errors: list[ErrorAt] = Field(default_factory=list)
+
+
 class BackboneOut(BaseModel):
     """A backbone that can be adapted."""
 

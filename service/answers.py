@@ -150,6 +150,22 @@ def openai(model: str, embeddings: NDArray[np.float32], encoding: str, tokens: i
     return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
 
 
+def openai_models(batchers: Mapping[str, Batcher]) -> Response:
+    """OpenAIModels: of backbones for texts."""
+    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
+    return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
+
+
+def openai_model(name: str, batcher: Batcher) -> Response:
+    """OpenAIModel."""
+    return answer(_openai_model(name, batcher))
+
+
+def _openai_model(name: str, batcher: Batcher) -> Json:
+    exported = int(batcher.backbone.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
+
+
 def backbones(batchers: Mapping[str, Batcher]) -> Response:
     """BackbonesOut."""
     return answer({"backbones": [_backbone(name, batcher) for name, batcher in batchers.items()]})

@@ -114,6 +114,7 @@ class Topwork:
         """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
         from service.auth import Guard, listening_addresses
         from service.composition import compose
+        from service.contract import Contract
         from service.direct import Direct
         from service.routes import build_api
 
@@ -134,7 +135,8 @@ class Topwork:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
         self.watching = asyncio.create_task(edge.watch())
-        edge.open(Direct(api, ASKING), settings=settings, guard=guard, metrics=self.components.metrics)
+        front = Contract(Direct(api, ASKING), api.routes)
+        edge.open(front, settings=settings, guard=guard, metrics=self.components.metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

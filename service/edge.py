@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapters.store import is_tenant
 from service.accesslog import AccessLog, logged
-from service.errors import Problem, respond
+from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Edge:
             problem = Problem(
                 503, "not_ready", "The service is starting or stopping.", headers={"Retry-After": "1"}
             )
-            await respond(problem, new_id())(scope, receive, send)
+            await respond(problem, new_id(), openai=is_openai(scope["path"]))(scope, receive, send)
             return
         await self._inner(scope, receive, send)
 
@@ -200,11 +200,11 @@ class _Inner:
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
         bulk = scope["path"] == "/adapt" and media in BULK
         bodies = self._uploads if bulk else self._bodies
-        exchange = (Upload if bulk else Exchange)(receive, send, bodies, request_id)
+        exchange = (Upload if bulk else Exchange)(scope, receive, send, bodies, request_id)
         try:
             refusal = await self._refusal(scope, headers) or bodies.refuse_declared(headers)
             if refusal is not None:
-                await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
+                await exchange.respond(refusal)(scope, exchange.receive, exchange.send)
             else:
                 caller = scope["state"]["caller"]
                 about_tenants = scope["path"].startswith(_ABOUT_TENANTS)

@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     max_upload_examples: int = Field(default=100_000, gt=0, description="Examples in one bulk upload.")
     max_examples: int = Field(default=1_000, gt=0, description="Examples in one /adapt request.")
     max_inputs: int = Field(default=128, gt=0, description="Inputs in one /predict or /embed request.")
+    max_openai_inputs: int = Field(default=2_048, gt=0, description="Texts in one /v1/embeddings request.")
     max_adapter_examples: int = Field(default=100_000, gt=0, description="Examples kept by one adapter.")
     max_labels: int = Field(default=2_000, gt=1, description="Labels of one adapter.")
     max_image_bytes: int = Field(default=16 * MIB, gt=0, description="Bytes of one encoded image.")

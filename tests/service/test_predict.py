@@ -203,20 +203,103 @@ def test_openai_clients_get_what_they_expect(taught: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "code", "param"),
     [
-        ({"input": []}, "no_inputs"),
-        ({"input": ["fine", ""]}, "invalid_input"),
-        ({"input": [1, 2, 3]}, "invalid_request"),
-        ({"dimensions": 10}, "invalid_dimensions"),
-        ({"model": "text-embedding-3-small"}, "unknown_backbone"),
-        ({"model": "efficientnet-lite0"}, "invalid_input"),
-        ({"encoding_format": "int8"}, "invalid_request"),
+        ({"input": []}, "no_inputs", None),
+        ({"input": ["fine", ""]}, "invalid_input", "/input/1"),
+        ({"input": ["fine"] * 200 + [" "]}, "invalid_input", "/input/200"),
+        ({"input": 5}, "invalid_request", "/input"),
+        ({"input": ["fine", None]}, "invalid_request", "/input/1"),
+        ({"dimensions": 10}, "invalid_dimensions", "/dimensions"),
+        ({"model": "text-embedding-3-small"}, "model_not_found", None),
+        ({"model": "efficientnet-lite0"}, "model_not_found", None),
+        ({"encoding_format": "int8"}, "invalid_request", "/encoding_format"),
+        ({"enc": "float"}, "invalid_request", "/enc"),
     ],
 )
-def test_openai_clients_are_told_what_is_wrong(taught: Caller, change: dict[str, Any], code: str) -> None:
+def test_openai_clients_are_told_what_is_wrong(
+    taught: Caller, change: dict[str, Any], code: str, param: str | None
+) -> None:
     body = {"model": "minilm-l6-v2", "input": "hello", **change}
-    assert taught.code("POST", "/v1/embeddings", 422, json=body) == code
+    status = 404 if code == "model_not_found" else 422
+    error = taught.call("POST", "/v1/embeddings", status, json=body)["error"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("ids", [[15339, 1917], [[15339, 1917], [5]], list(range(5_000))])
+def test_token_ids_are_refused_with_what_to_send(taught: Caller, ids: Any) -> None:
+    problem = taught.call("POST", "/v1/embeddings", 422, json={"model": "minilm-l6-v2", "input": ids})
+    assert problem["errors"][0] == {
+        "pointer": "/input/0",
+        "code": "token_ids",
+        "detail": "Token ids are not taken; send text.",
+    }
+    assert problem["error"]["message"].endswith("Token ids are not taken; send text.")
+    assert len(problem["errors"]) <= 100
+
+
+def test_as_many_texts_as_openai_takes_are_embedded_in_their_order(taught: Caller) -> None:
+    texts = [f"text number {number}" for number in range(2_048)]
+    body = {"model": "minilm-l6-v2", "input": texts, "encoding_format": "base64"}
+    found = taught.call("POST", "/v1/embeddings", json=body)
+    assert [one["index"] for one in found["data"]] == list(range(2_048))
+    some = [0, 31, 32, 1_000, 2_047]
+    alone = taught.call("POST", "/v1/embeddings", json={**body, "input": [texts[place] for place in some]})
+    for place, other in zip(some, alone["data"], strict=True):
+        first, second = (
+            np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in (found["data"][place], other)
+        )
+        assert np.allclose(first, second, atol=1e-5)
+    more = {**body, "input": [*texts, "one more"]}
+    assert taught.code("POST", "/v1/embeddings", 413, json=more) == "too_many_items"
+
+
+def test_models_are_listed_as_openai_lists_them(taught: Caller) -> None:
+    found = taught.call("GET", "/v1/models")
+    assert found["object"] == "list"
+    # Only what /v1/embeddings takes.
+    assert [one["id"] for one in found["data"]] == ["minilm-l6-v2"]
+    one = taught.call("GET", "/v1/models/minilm-l6-v2")
+    assert one == found["data"][0]
+    assert one.keys() == {"id", "object", "created", "owned_by"}
+    assert one["created"] > 1_600_000_000
+
+
+def test_texts_may_be_sent_as_they_are(taught: Caller) -> None:
+    texts = ["Lovely", "x" * 2_000]
+    plain = [{"text": text} for text in texts]
+    assert taught.predict("films", texts)["predictions"] == taught.predict("films", plain)["predictions"]  # type: ignore[arg-type]
+    for inputs in (texts, [texts[0], plain[1]]):
+        body = {"backbone": "minilm-l6-v2", "inputs": inputs}
+        assert len(taught.call("POST", "/embed", json=body)["embeddings"]) == 2
+
+
+def test_an_input_of_another_form_is_an_error_in_its_place(taught: Caller) -> None:
+    inputs: list[Any] = [
+        {"text": "Lovely"},
+        {"text": 5},
+        {"image": 5},
+        5,
+        None,
+        ["Lovely"],
+        {"txt": "Lovely"},
+        {"text": "Awful"},
+    ]
+    found = taught.predict("films", inputs)["predictions"]
+    codes = [one["error"]["code"] if "error" in one else None for one in found]
+    assert codes == [
+        None,
+        "invalid_text",
+        "invalid_base64",
+        "not_an_object",
+        "not_an_object",
+        "not_an_object",
+        "unknown_field",
+        None,
+    ]
+    body = {"backbone": "minilm-l6-v2", "inputs": inputs}
+    embedded = taught.call("POST", "/embed", json=body)["embeddings"]
+    assert [one["error"]["code"] if "error" in one else None for one in embedded] == codes
 
 
 def test_backbones_say_what_they_are(taught: Caller) -> None:
