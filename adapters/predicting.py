@@ -228,7 +228,9 @@ class Predicting:
             raise UnknownBackbone(
                 f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
             )
-        return await embed(self.batchers[backbone], inputs, tenant)
+        started = time.perf_counter()
+        found = await embed(self.batchers[backbone], inputs, tenant)
+        return replace(found, timings={**found.timings, "total": time.perf_counter() - started})
 
 
 async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embedded:

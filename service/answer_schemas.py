@@ -141,7 +141,14 @@ class PredictionOut(BaseModel):
         "far_from_examples: the input is of another world. low_confidence: too little of it."
     )
     abstention_score: float = Field(
-        description="Grows with the doubt that the input belongs to what was taught."
+        ge=0,
+        description="Grows with the doubt that the input belongs to what was taught. To rank inputs by: "
+        "nothing is decided by it, and it has no limit.",
+    )
+    distance: float | None = Field(
+        ge=0,
+        description="From the examples, over the distance accepted: larger is farther, and above 1 the "
+        "reason is far_from_examples. null where too few examples were there to tell.",
     )
     probabilities: list[LabelProbability] | None = None
     nearest: list[NearestOut] | None = None
@@ -332,6 +339,9 @@ class JobErrorOut(BaseModel):
 
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
+
+    Of a job that has succeeded the share is 1 and nothing is left; of one that failed or was cancelled the
+    share is what it had reached, and `seconds_left` is null.
 
     fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
     the job is asked for alone, errors.

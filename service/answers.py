@@ -32,6 +32,8 @@ from models.preprocess import InputError
 
 Json = dict[str, Any]
 
+_THREADED = frozenset({"decode", "tokenize", "embed"})
+
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A JSON response."""
@@ -335,6 +337,7 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
         "abstained": item.abstained,
         "abstention_reason": item.abstention_reason,
         "abstention_score": item.abstention_score,
+        "distance": item.distance,
     }
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
@@ -363,4 +366,17 @@ def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
 
 
 def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
-    return {stage: round(seconds * 1e3, 3) for stage, seconds in timings.items()}
+    """Stages that add up to the total, with `other` for what is none of them.
+
+    Of what several threads did at once, each stage gets its share of the time that passed.
+    """
+    stages = {stage: seconds for stage, seconds in timings.items() if stage != "total"}
+    total = timings.get("total", sum(stages.values()))
+    work = sum(seconds for stage, seconds in stages.items() if stage in _THREADED)
+    passed = total - (sum(stages.values()) - work)
+    if work > passed:
+        share = max(passed, 0.0) / work
+        stages = {stage: one * share if stage in _THREADED else one for stage, one in stages.items()}
+    found = {stage: round(seconds * 1e3, 3) for stage, seconds in stages.items()}
+    whole = round(total * 1e3, 3)
+    return {**found, "other": max(0.0, round(whole - sum(found.values()), 3)), "total": whole}

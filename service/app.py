@@ -20,7 +20,7 @@ from service.connections import connections
 from service.draining import Server
 from service.edge import ASKING, Edge
 from service.protocol import Protocol
-from service.settings import Settings, serving_environment, tracing_wanted
+from service.settings import Settings, serving_environment, tracing_wanted, warn_of_unknown_settings
 from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
@@ -126,6 +126,7 @@ class Topwork:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
+            warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
             # First, for without a key nothing need be started.
             Guard(settings.admin_key, listening_addresses())

@@ -181,9 +181,12 @@ def respond(error: Exception, request_id: str, *, openai: bool = False) -> Respo
 def _openai_body(refusal: _Refusal) -> dict[str, Any]:
     first = refusal.errors[0] if refusal.errors else None
     kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+    message = refusal.detail
+    if first is not None and first["detail"] != message:
+        message = first["detail"] if message == INVALID else f"{message} {first['detail']}"
     return {
         "error": {
-            "message": refusal.detail if first is None else f"{refusal.detail} {first['detail']}",
+            "message": message,
             "type": "rate_limit_error" if refusal.status == 429 else kind,
             "param": None if first is None else first["pointer"],
             "code": refusal.code,

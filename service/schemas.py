@@ -24,8 +24,9 @@ BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["eff
 Timings = Annotated[
     dict[str, float],
     Field(
-        description="Milliseconds by stage. decode, tokenize and embed add up the work on all inputs, which "
-        "runs on several threads; queue is the wait until it began; total is what the caller waited."
+        description="Milliseconds by stage, which add up to total, what the caller waited. queue is the wait "
+        "until the work on the inputs began; other is what is none of the stages. Of what several threads "
+        "did at once, decode, tokenize and embed have their shares of the time that passed."
     ),
 ]
 

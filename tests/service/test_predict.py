@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
 
@@ -344,3 +346,49 @@ def test_an_answer_of_several_labels_names_those_that_are_uncertain(caller: Call
         (one,) = caller.predict("tags", [{"text": PRAISE[0]}], top_k=top_k)["predictions"]
         shown = {*one["labels"], *(part["label"] for part in one["probabilities"])}
         assert set(one["uncertain"]) <= shown
+
+
+def test_the_distance_has_a_limit_of_one(caller: Caller) -> None:
+    caller.adapt("things", pictures(), task="classification")
+    tagged = [{**image(data), "labels": [label]} for label, data in PICTURES]
+    caller.adapt("tags", tagged, task="multilabel")
+    caller.adapt("sizes", [{**image(data), "target": len(data)} for _, data in PICTURES], task="regression")
+    caller.adapt("few", pictures(2))
+    noise = Image.effect_noise((64, 64), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    inputs = [*(image(data) for data in UNSEEN.values()), image(PICTURES[0][1]), image(buffer.getvalue())]
+    for adapter in ("things", "tags", "sizes"):
+        answers = caller.predict(adapter, inputs)["predictions"]
+        alone = [caller.predict(adapter, [one])["predictions"][0] for one in inputs]
+        for one, other in zip(answers, alone, strict=True):
+            assert one["distance"] == pytest.approx(other["distance"], abs=1e-4)
+            assert one["distance"] > 0
+            assert one["abstention_score"] >= 0
+            assert (one["abstention_reason"] == "far_from_examples") == (one["distance"] > 1)
+        # An example is near to itself, and noise to nothing.
+        assert answers[-2]["distance"] < answers[-1]["distance"]
+        assert answers[-1]["distance"] > 1
+    assert caller.predict("few", inputs)["predictions"][0]["distance"] is None
+
+
+def test_the_stages_add_up_to_the_total(caller: Caller) -> None:
+    """Also where several threads work on the inputs of one request at once."""
+    many = [image(data + bytes([place])) for place in range(4) for _, data in PICTURES]
+    body = {"backbone": "efficientnet-lite0", "inputs": many}
+    found = [
+        caller.adapt("things", pictures()),
+        caller.adapt("films", reviews()),
+        caller.predict("things", many),
+        caller.predict("films", ["Lovely"]),  # type: ignore[list-item]
+        caller.call("POST", "/embed", json=body),
+        caller.call("POST", "/adapters/films/feedback", json={"text": "Fine", "label": "good"}),
+        caller.call("POST", "/adapters/films/rebase", json={"backbone": "minilm-l6-v2"}),
+        caller.call("DELETE", "/adapters/films/examples/good1"),
+    ]
+    for one in found:
+        timing = one["timing_ms"]
+        assert timing["total"] > 0
+        assert min(timing.values()) >= 0
+        stages = sum(value for stage, value in timing.items() if stage != "total")
+        assert stages == pytest.approx(timing["total"], abs=0.01), timing
