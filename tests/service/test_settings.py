@@ -70,5 +70,5 @@ def test_every_command_says_it_in_one_line(tmp_path: Path, command: tuple[str, .
 def test_no_number_is_without_bounds(tmp_path: Path, name: str) -> None:
     for value in (10**23, -(10**23), math.inf, math.nan):
         with pytest.raises(ValidationError, match=name):
-            Settings(home=tmp_path, **{name: value})
+            Settings.model_validate({"home": tmp_path, name: value})
     assert len(NUMBERS) > 20
