@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -46,10 +46,30 @@ class ExamplesRejected(ValueError):
         reason = "The request is strict, and" if strict else "None can be used:"
         super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
         self.rejected = tuple(rejected)
-        self.errors = [
-            {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
-            for one in rejected[:100]
-        ]
+        self.errors = _blamed(rejected)
+
+
+@contextmanager
+def telling_rejected(rejected: Sequence[Rejected]) -> Iterator[None]:
+    """Puts the rejected examples into an error of the block, for they may be its cause.
+
+    They are its `errors`, as those of ExamplesRejected, and its `detail` says how many there are.
+    """
+    try:
+        yield
+    except Exception as error:
+        detail = getattr(error, "detail", None) or str(error)
+        if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
+            also = f"{len(rejected)} of the examples were rejected before that; `errors` says why."
+            vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
+        raise
+
+
+def _blamed(rejected: Sequence[Rejected]) -> list[dict[str, str]]:
+    return [
+        {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
+        for one in rejected[:100]
+    ]
 
 
 class ContractChanged(ValueError):
@@ -243,7 +263,8 @@ class Adapting:
                 now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
                 return await self.revising.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
 
-            return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
+            with telling_rejected(rejected):
+                return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
 
     @asynccontextmanager
     async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:

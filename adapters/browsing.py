@@ -11,6 +11,7 @@ from functools import partial
 
 from adapters.keeping import Keeping
 from adapters.records import AdapterRecord, ExampleRecord, VersionRecord
+from adapters.store import MissingArtifact
 
 
 class Browsing:
@@ -74,8 +75,18 @@ class Browsing:
 
         Raises UnknownAdapter, UnknownExample.
         """
-        adapter = await self.adapter(tenant, name)
-        record = await asyncio.to_thread(self._registry.example, adapter.uid, example_id)
+        adapter, record = await self._example(tenant, name, example_id)
         if record.inputs is None:
             return adapter, record, None
-        return adapter, record, (await self._keeping.inputs(adapter, record.inputs))[record.row]
+        try:
+            return adapter, record, (await self._keeping.inputs(adapter, record.inputs))[record.row]
+        except MissingArtifact:
+            # The example may have gone a moment ago, or been moved to another file.
+            adapter, now = await self._example(tenant, name, example_id)
+            if now.inputs in (None, record.inputs):
+                raise
+            return adapter, now, (await self._keeping.inputs(adapter, now.inputs))[now.row]
+
+    async def _example(self, tenant: str, name: str, example_id: str) -> tuple[AdapterRecord, ExampleRecord]:
+        adapter = await self.adapter(tenant, name)
+        return adapter, await asyncio.to_thread(self._registry.example, adapter.uid, example_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +87,11 @@ class Curating:
         reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
         Revising.revise raises.
         """
+        started = time.perf_counter()
         vectors: dict[str, Floats] = {}
+
+        def timed(revised: Revised) -> Revised:
+            return _timed(revised, started)
 
         async def step(state: State | None) -> Revised:
             if state is None:
@@ -100,9 +105,9 @@ class Curating:
             vectors.update(found)
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
             subject = Subject.of(tenant, name, terms, state)
-            return await self._revising.revise(subject, edit, vectors, reply=reply)
+            return await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(timed))
 
-        return await self._revising.in_turn(tenant, name, step)
+        return timed(await self._revising.in_turn(tenant, name, step))
 
     async def amend(
         self,
@@ -133,6 +138,7 @@ class Curating:
         If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
         Raises UnknownAdapter, UnknownExample, and what Revising.revise raises.
         """
+        started = time.perf_counter()
 
         async def step(state: State | None) -> Revised:
             if state is None:
@@ -147,7 +153,7 @@ class Curating:
                 Subject.of(tenant, name, terms_of(state.adapter), state), edit, {}
             )
 
-        return await self._revising.in_turn(tenant, name, step)
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
 
     async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> Revised:
         """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
@@ -155,13 +161,14 @@ class Curating:
         Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
         Batcher.embed and Revising.fit raise.
         """
+        started = time.perf_counter()
 
         async def step(state: State | None) -> Revised:
             if state is None:
                 raise UnknownAdapter(name)
             return await self._rebase(state, backbone, promote)
 
-        return await self._revising.in_turn(tenant, name, step)
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
 
     async def _rebase(self, state: State, backbone: str, promote: Promote) -> Revised:
         spec = self._adapting.spec(backbone)
@@ -227,6 +234,11 @@ class Curating:
                 raise no_known_tokens(backbone, f"the example {unknown!r}")
             segments[segment] = embedded.embeddings
         return segments
+
+
+def _timed(done: Revised, started: float) -> Revised:
+    """With the seconds since `started` as the total."""
+    return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
 
 
 def _corrections(state: State, feedback: Feedback) -> list[Admitted]:

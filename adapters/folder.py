@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,8 +30,12 @@ from adapters.store import (
 )
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ATTEMPTS = 5
+# Each deletion of the folder can cost a publication one attempt.
+_ATTEMPTS = 20
+_PAUSE = 0.005  # seconds, times the attempts so far
 _DELETIONS = 100
+# Where folders go that are being deleted. No tenant has such a name.
+_DELETED = ".deleted"
 _REMEMBERED_FOLDERS = 10_000
 
 
@@ -53,16 +58,12 @@ class LocalStore:
         """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
         artifacts = tuple(Artifact.describe(data) for data in blobs)
         keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
-        with _translated():
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    folder = self._make_folder(tenant, adapter_uid)
-                    self._write(folder, [self._root / key for key in keys], blobs)
-                    break
-                except FileNotFoundError:
-                    # A deletion of the adapter removed the folder between two steps; its commit then fails.
-                    if attempt == _ATTEMPTS:
-                        raise
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            self._write(folder, [self._root / key for key in keys], blobs)
+
+        _persist(write)
         return artifacts
 
     def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
@@ -70,23 +71,19 @@ class LocalStore:
         check(artifact, data)
         path = self._root / object_key(tenant, adapter_uid, artifact.name)
         partial = path.with_name(path.name + PARTIAL)
-        with _translated():
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    folder = self._make_folder(tenant, adapter_uid)
-                    partial.unlink(missing_ok=True)
-                    try:
-                        _write_synced(partial, data)
-                        partial.rename(path)
-                    except BaseException:
-                        partial.unlink(missing_ok=True)
-                        raise
-                    _sync_folder(folder)
-                    return
-                except FileNotFoundError:
-                    # As in publish_all.
-                    if attempt == _ATTEMPTS:
-                        raise
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            partial.unlink(missing_ok=True)
+            try:
+                _write_synced(partial, data)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            _sync_folder(folder)
+
+        _persist(write)
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
         """See Store.read."""
@@ -111,7 +108,7 @@ class LocalStore:
         key = adapter_key(tenant, adapter_uid)
         with _translated():
             for folder in (self._root / key, self._root / ASIDE / key):
-                _remove(folder)
+                self._delete_folder(folder)
                 # The last one takes the tenant's name along.
                 with suppress(OSError):
                     folder.parent.rmdir()
@@ -121,7 +118,7 @@ class LocalStore:
         key = tenant_key(tenant)
         with _translated():
             for folder in (self._root / key, self._root / ASIDE / key):
-                _remove(folder)
+                self._delete_folder(folder)
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         """See Store.objects."""
@@ -194,6 +191,25 @@ class LocalStore:
                 _sync_folder(folder)
         _remove_empty(source, objects)
 
+    def _delete_folder(self, folder: Path) -> None:
+        """Deletes a folder, and what an interrupted deletion left of others.
+
+        It is moved aside first: emptied in its place, it would take file after file from publications.
+        """
+        deleted = self._root / _DELETED
+        deleted.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.rename(deleted / secrets.token_hex(8))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # An overlay of two file systems cannot move a folder of the lower one.
+            _remove(folder)
+        for left in _folders(deleted):
+            _remove(left)
+
     def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
         folder = self._root / adapter_key(tenant, adapter_uid)
         for path in (folder.parent, folder):
@@ -237,6 +253,22 @@ def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
                 empty.rmdir()
 
 
+def _persist(write: Callable[[], None]) -> None:
+    """Writes, and writes again where a deletion took the folder away between two steps.
+
+    The commit of what was erased meanwhile is refused then.
+    """
+    with _translated():
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                write()
+                break
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS:
+                    raise
+            time.sleep(_PAUSE * attempt)
+
+
 def _remove(folder: Path) -> None:
     """Removes the folder with all that is in it, if it is there."""
     for attempt in range(1, _DELETIONS + 1):
@@ -246,8 +278,8 @@ def _remove(folder: Path) -> None:
         except OSError as error:
             if not folder.exists():
                 return
-            # Publications renamed a file, or put one there, while the others were removed.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _DELETIONS:
+            # A publication, or another deletion, changed the folder while its files were removed.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _DELETIONS:
                 raise
 
 

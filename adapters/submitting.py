@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome
+from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome, telling_rejected
 from adapters.admission import Posted
 from adapters.calling_back import check_callback
 from adapters.curating import InputsNotKept
@@ -122,7 +122,8 @@ class Submitting:
         state = await self._keeping.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
-        check_tunable(state.adapter, state.examples)
+        with telling_rejected(() if stored is None else stored.rejected):
+            check_tunable(state.adapter, state.examples)
         self._adapting.check_served(state.adapter)
         request = {
             "promote": command.promote,

@@ -173,7 +173,14 @@ class PredictionOut(BaseModel):
         "far_from_examples: the input is of another world. low_confidence: too little of it."
     )
     abstention_score: float = Field(
-        description="Grows with the doubt that the input belongs to what was taught."
+        ge=0,
+        description="Grows with the doubt that the input belongs to what was taught. To rank inputs by: "
+        "nothing is decided by it, and it has no limit.",
+    )
+    distance: float | None = Field(
+        ge=0,
+        description="From the examples, over the distance accepted: larger is farther, and above 1 the "
+        "reason is far_from_examples. null where too few examples were there to tell.",
     )
     probabilities: list[LabelProbability] | None = None
     nearest: list[NearestOut] | None = None
@@ -226,6 +233,38 @@ class OpenAIResponse(BaseModel):
     data: list[OpenAIEmbedding]
     model: str
     usage: OpenAIUsage
+
+
+class OpenAIModel(BaseModel):
+    """A backbone for texts, in OpenAI's form."""
+
+    id: str = Field(examples=["minilm-l6-v2"])
+    object: Literal["model"]
+    created: int = Field(description="When it was exported here, in seconds since 1970.")
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    """The backbones that /v1/embeddings takes."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="A JSON pointer to the first of `errors`.", examples=["/input/0"])
+    code: str = Field(examples=["model_not_found"])
+
+
+class OpenAIProblem(BaseModel):
+    """An error below /v1."""
+
+    error: OpenAIError
+    errors: list[ErrorAt] = Field(default_factory=list)
 
 
 class BackboneOut(BaseModel):
@@ -337,6 +376,9 @@ class JobErrorOut(BaseModel):
 
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
+
+    Of a job that has succeeded the share is 1 and nothing is left; of one that failed or was cancelled the
+    share is what it had reached, and `seconds_left` is null.
 
     fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
     the job is asked for alone, errors.

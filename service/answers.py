@@ -38,6 +38,8 @@ REJECTED_KEPT = 100
 """Of the examples that a request was told to be rejected, those that it is told again."""
 _SHORT = 4_096  # bytes: so many of them are in no shorter answer
 
+_THREADED = frozenset({"decode", "tokenize", "embed"})
+
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A JSON response."""
@@ -188,6 +190,22 @@ def openai(model: str, embeddings: NDArray[np.float32], encoding: str, tokens: i
     ]
     tail = to_json({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
     return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def openai_models(batchers: Mapping[str, Batcher]) -> Response:
+    """OpenAIModels: of backbones for texts."""
+    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
+    return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
+
+
+def openai_model(name: str, batcher: Batcher) -> Response:
+    """OpenAIModel."""
+    return answer(_openai_model(name, batcher))
+
+
+def _openai_model(name: str, batcher: Batcher) -> Json:
+    exported = int(batcher.backbone.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
 
 
 def backbones(batchers: Mapping[str, Batcher]) -> Response:
@@ -361,6 +379,7 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
         "abstained": item.abstained,
         "abstention_reason": item.abstention_reason,
         "abstention_score": item.abstention_score,
+        "distance": item.distance,
     }
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
@@ -389,4 +408,17 @@ def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
 
 
 def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
-    return {stage: round(seconds * 1e3, 3) for stage, seconds in timings.items()}
+    """Stages that add up to the total, with `other` for what is none of them.
+
+    Of what several threads did at once, each stage gets its share of the time that passed.
+    """
+    stages = {stage: seconds for stage, seconds in timings.items() if stage != "total"}
+    total = timings.get("total", sum(stages.values()))
+    work = sum(seconds for stage, seconds in stages.items() if stage in _THREADED)
+    passed = total - (sum(stages.values()) - work)
+    if work > passed:
+        share = max(passed, 0.0) / work
+        stages = {stage: one * share if stage in _THREADED else one for stage, one in stages.items()}
+    found = {stage: round(seconds * 1e3, 3) for stage, seconds in stages.items()}
+    whole = round(total * 1e3, 3)
+    return {**found, "other": max(0.0, round(whole - sum(found.values()), 3)), "total": whole}

@@ -21,7 +21,7 @@ from service.connections import connections
 from service.draining import Server
 from service.edge import Edge
 from service.protocol import Protocol
-from service.settings import Settings, serving_environment, tracing_wanted
+from service.settings import Settings, serving_environment, tracing_wanted, warn_of_unknown_settings
 from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
@@ -115,6 +115,7 @@ class Topwork:
         """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
         from service.auth import Guard, listening_addresses
         from service.composition import compose
+        from service.contract import Contract
         from service.direct import Direct
         from service.routes import build_api
 
@@ -128,6 +129,7 @@ class Topwork:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
+            warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
             # First, for without a key nothing need be started.
             Guard(settings.admin_key, listening_addresses())
@@ -138,7 +140,8 @@ class Topwork:
         api = build_api(self.components)
         self.watching = asyncio.create_task(edge.watch())
         metrics = self.components.metrics
-        edge.open(Direct(api), api.routes, settings=settings, guard=guard, metrics=metrics)
+        front = Contract(Direct(api), api.routes)
+        edge.open(front, api.routes, settings=settings, guard=guard, metrics=metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

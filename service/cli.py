@@ -89,7 +89,7 @@ def _serve(host: str, port: int | None) -> int:
 
 def _work() -> int:
     from models.yielding import NICENESS
-    from service.settings import Settings, serving_environment
+    from service.settings import Settings, serving_environment, warn_of_unknown_settings
 
     # Before numpy comes, whose threads are as many as it reads here, and keep the priority they begin with.
     for name, value in serving_environment().items():
@@ -101,6 +101,7 @@ def _work() -> int:
 
     configure_logging()
     settings = Settings()
+    warn_of_unknown_settings()
     settings.make_home()
     stopping = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stopping.set())

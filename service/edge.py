@@ -15,7 +15,7 @@ from service.access import Access, Doors
 from service.accesslog import AccessLog
 from service.audit import Audit
 from service.auth import STRANGER, Admission
-from service.errors import Problem, respond
+from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Edge:
             problem = Problem(
                 503, "not_ready", "The service is starting or stopping.", headers={"Retry-After": "1"}
             )
-            await respond(problem, new_id())(scope, receive, send)
+            await respond(problem, new_id(), openai=is_openai(scope["path"]))(scope, receive, send)
             return
         await self._inner(scope, receive, send)
 
@@ -214,14 +214,14 @@ class _Inner:
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
         bulk = access.bulk and media in BULK
         bodies = self._uploads if bulk else self._bodies
-        exchange = (Upload if bulk else Exchange)(receive, send, bodies, request_id)
+        exchange = (Upload if bulk else Exchange)(scope, receive, send, bodies, request_id)
         caller, refusal = STRANGER, None
         try:
             admission = await self._admit(scope, access, headers)
             caller = admission.caller
             refusal = _bad_path(scope) or admission.refusal or bodies.refuse_declared(headers)
             if refusal is not None:
-                await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
+                await exchange.respond(refusal)(scope, exchange.receive, exchange.send)
             else:
                 scope["state"]["caller"] = caller
                 whose = None if access.is_about_tenants else (_tenant(caller, headers), caller)

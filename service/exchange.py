@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from service.errors import Problem, respond
+from service.errors import Problem, is_openai, respond
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -51,10 +51,12 @@ class Exchange:
 
     TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
-    def __init__(self, receive: Receive, send: Send, bodies: Bodies, request_id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, request_id: str) -> None:
         self.status: int | None = None
         self.ended: Exception | None = None
         self.request_id = request_id
+        self._openai = is_openai(scope["path"])
+        self._head = scope["method"] == "HEAD"
         self._receive = receive
         self._send = send
         self._bodies = bodies
@@ -73,7 +75,11 @@ class Exchange:
 
     def refusal(self, error: Exception) -> Response | None:
         """What to answer instead of what failed; None where an answer has begun."""
-        return respond(error, self.request_id) if self.status is None else None
+        return self.respond(error) if self.status is None else None
+
+    def respond(self, error: Exception) -> Response:
+        """The response for any exception, in the form that the path has."""
+        return respond(error, self.request_id, openai=self._openai)
 
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
         """Runs the application, for at most so many seconds if somebody looks at `until`; cancels it once the
@@ -144,6 +150,8 @@ class Exchange:
                 **message,
                 "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())],
             }
+        elif self._head:
+            message = {**message, "body": b""}
         await self._send(message)
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
 from service.edge import BULK
-from service.embeddings import openai_embeddings
+from service.embeddings import add_openai
 from service.errors import Problem
 from service.events import brief
 from service.idempotency import Once, Replying
@@ -87,10 +87,13 @@ def build_api(components: Components) -> FastAPI:
         redirect_slashes=False,
     )
     settings = components.settings
-    bodies = Bodies(settings.max_examples, settings.max_inputs, settings.max_text_chars)
+    bodies = Bodies(
+        settings.max_examples, settings.max_inputs, settings.max_openai_inputs, settings.max_text_chars
+    )
     keyed = Once(components.registry.replies)
     errors.install(api)
     add_flows(api, components, bodies, keyed)
+    add_openai(api, components.predicting, bodies)
     add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
     add_jobs(api, components)
@@ -163,19 +166,6 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         found = await predicting.embed(tenant, name, inputs)
         content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
-
-    @api.post(
-        "/v1/embeddings",
-        openapi_extra=body(schemas.OpenAIRequest),
-        responses={200: {"model": answer_schemas.OpenAIResponse}, **problems(413, 415, 422, 429)},
-    )
-    @needs("predict", direct=True)
-    async def embeddings(request: Request) -> Response:
-        """The embeddings of texts, as OpenAI's clients ask for them."""
-        tenant = await tenant_of(request)
-        asked = await bodies.openai(request)
-        caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
-        return await openai_embeddings(tenant, predicting, asked)
 
     @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
     @needs("key")

@@ -228,6 +228,37 @@ def test_a_deletion_in_the_middle_of_publishing_is_survived(tmp_path: Path) -> N
     assert store.read(TENANT, UID, store.publish(TENANT, UID, b"y")) == b"y"
 
 
+def test_deletions_of_a_tenant_do_not_fail_its_publications(tmp_path: Path) -> None:
+    """Twelve threads publish while the tenant is deleted again and again, as when a busy tenant is erased."""
+    store = LocalStore(tmp_path)
+
+    def publish(number: int) -> None:
+        for _ in range(20):
+            store.publish_all(TENANT, f"{number:032x}", [b"x" * 1000, b"y"])
+
+    def delete() -> None:
+        for _ in range(20):
+            store.delete_tenant(TENANT)
+
+    with ThreadPoolExecutor(13) as pool:
+        running = [pool.submit(publish, number) for number in range(12)] + [pool.submit(delete)]
+        for one in running:
+            one.result()
+    store.delete_tenant(TENANT)
+    assert files(tmp_path) == []
+
+
+def test_a_deletion_finishes_what_an_interrupted_one_left(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.publish(TENANT, UID, b"x")
+    store.publish("other", UID, b"y")
+    (tmp_path / ".deleted").mkdir()
+    (tmp_path / TENANT).rename(tmp_path / ".deleted" / "0123456789abcdef")
+    assert [found.tenant for found in store.objects()] == ["other"]
+    store.delete_adapter(TENANT, UID)
+    assert [path.read_bytes() for path in files(tmp_path)] == [b"y"]
+
+
 KILLED = """
 import os, signal, sys
 from adapters import folder

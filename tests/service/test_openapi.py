@@ -15,6 +15,8 @@ ROUTES = {
     ("post", "/predict"),
     ("post", "/embed"),
     ("post", "/v1/embeddings"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
     ("get", "/backbones"),
     ("get", "/metrics"),
     ("get", "/adapters"),

@@ -122,8 +122,7 @@ def test_a_key_opens_what_its_scopes_say_and_no_more(place: Place) -> None:
     for needed, method, path, request in requests:
         for scope, caller in callers.items():
             if scope != needed:
-                problem = caller.call(method, path, 403, **request)
-                assert problem["type"] == "urn:topwork:scope_missing", path
+                assert caller.code(method, path, 403, **request) == "scope_missing", path
         answer = callers[needed].http.request(method, path, **request)
         assert answer.status_code < 300, (path, answer.text)
     for caller in callers.values():
