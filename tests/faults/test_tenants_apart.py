@@ -162,6 +162,8 @@ class Apart(RuleBasedStateMachine):
         self.ask(tenant, "POST", "/embed", json={"backbone": tiny.TEXT_NAME, "inputs": [{"text": "ba"}]})
         self.ask(tenant, "POST", "/v1/embeddings", json={"model": tiny.TEXT_NAME, "input": "ba"})
         self.ask(tenant, "GET", "/backbones")
+        self.ask(tenant, "GET", "/v1/models")
+        self.ask(tenant, "GET", f"/v1/models/{tiny.TEXT_NAME}")
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def look(self, tenant: int, adapter: str) -> None:
