@@ -33,7 +33,7 @@ PROCESSES: Final = 2
 """That decode at a time: each takes up to MEMORY_BYTES."""
 
 _BASE_SECONDS: Final = 1.0  # of CPU time for an image of no pixels
-_SECONDS_PER_PIXEL: Final = 60e-9  # several times what the slowest format takes
+_SECONDS_PER_PIXEL: Final = 100e-9  # a progressive JPEG takes up to 50 on a machine of 2024
 _WALL_SECONDS: Final = 30.0  # the process is niced, and the machine may be busy
 _START_SECONDS: Final = 30.0
 _PIPE_BYTES: Final = 1 << 20
@@ -56,6 +56,9 @@ REQUEST: Final = struct.Struct("<QQ")
 ANSWER: Final = struct.Struct("<QQ")
 READY: Final = b"\1"
 
+_CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_OUT_OF_TIME: Final = (signal.SIGPROF, signal.SIGXCPU)
+
 Waiting = Callable[[bool], None]
 
 
@@ -66,11 +69,24 @@ class DecoderUnavailable(RuntimeError):
 
 
 class _Ended(Exception):
-    """The process ended before it answered. status: its exit status, negative where a signal ended it."""
+    """The process ended before it answered. status: its exit status, negative where a signal ended it. late:
+    it was ended, for no time was left.
+    """
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, late: bool) -> None:
         super().__init__(str(status))
         self.status = status
+        self.late = late
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the image's decoder failed as a program does."""
+        return -self.status in _CRASHES
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the image may have no part in it: an operator, or a machine without memory, ended it."""
+        return not self.late and not self.crashed and -self.status not in _OUT_OF_TIME
 
 
 def wait_unseen(waits: bool) -> None:
@@ -119,23 +135,40 @@ class Decoder:
         waiting(True)
         try:
             with self._room:
-                process = self._take()
                 try:
-                    square = process.decode(file, transform, limits, self._seconds(file))
-                except InputError:
-                    self._keep(process)
-                    raise
+                    return self._decode(file, transform, limits)
                 except _Ended as ended:
-                    with self._lock:
-                        self.ended += 1
-                    raise _refusal(ended.status) from None
-                except BaseException:
-                    process.end()
-                    raise
-                self._keep(process)
-                return square
+                    if not ended.by_chance:
+                        raise
+                    return self._decode(file, transform, limits)
+        except _Ended as ended:
+            if ended.crashed:
+                raise InputError("undecodable_image", NOT_AN_IMAGE) from None
+            raise InputError(
+                "input_too_costly",
+                "Decoding the image takes more time or memory than its size allows; save it anew or smaller.",
+            ) from None
         finally:
             waiting(False)
+
+    def _decode(self, file: ImageFile, transform: ImageTransform, limits: InputLimits) -> Image.Image:
+        """Raises InputError, DecoderUnavailable and _Ended."""
+        process = self._take()
+        seconds = self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
+        try:
+            square = process.decode(file, transform, limits, seconds)
+        except InputError:
+            self._keep(process)
+            raise
+        except _Ended:
+            with self._lock:
+                self.ended += 1
+            raise
+        except BaseException:
+            process.end()
+            raise
+        self._keep(process)
+        return square
 
     def close(self) -> None:
         """Ends the processes that are idle."""
@@ -158,24 +191,13 @@ class Decoder:
         with self._lock:
             self._idle.append(process)
 
-    def _seconds(self, file: ImageFile) -> float:
-        return self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
-
-
-def _refusal(status: int) -> InputError:
-    if status in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL):
-        return InputError("undecodable_image", NOT_AN_IMAGE)
-    return InputError(
-        "input_too_costly",
-        "Decoding the image takes more time or memory than its size allows; save it anew or smaller.",
-    )
-
 
 class _Process:
     """One process, ready to decode. For one thread at a time."""
 
     def __init__(self, memory_bytes: int) -> None:
         """Raises DecoderUnavailable."""
+        self._late = False
         path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         # Libraries for linear algebra reserve memory for each thread that they might use.
@@ -249,7 +271,11 @@ class _Process:
 
     @contextlib.contextmanager
     def _ended_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self._process.kill)
+        def end() -> None:
+            self._late = True
+            self._process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
         try:
@@ -263,7 +289,7 @@ class _Process:
             while view:
                 view = view[os.write(self._input.fileno(), view) :]
         except BrokenPipeError:
-            raise _Ended(self._wait()) from None
+            raise self._ended() from None
 
     def _read(self, size: int) -> bytes:
         found = bytearray()
@@ -271,9 +297,12 @@ class _Process:
             part = os.read(self._output.fileno(), size - len(found))
             if not part:
                 self._process.kill()
-                raise _Ended(self._wait())
+                raise self._ended()
             found += part
         return bytes(found)
+
+    def _ended(self) -> _Ended:
+        return _Ended(self._wait(), self._late)
 
     def _wait(self) -> int:
         for pipe in (self._input, self._output):

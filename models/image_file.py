@@ -24,14 +24,17 @@ NOT_AN_IMAGE = f"This is not a readable image; {READABLE} are read."
 LARGE_PIXELS = 4_000_000
 _LARGE_BYTES = 4 << 20
 
+_LEAST_BYTES = 26  # of any image: what is shorter only begins like one
 _MOST_SCANS = 50  # encoders write at most 18
 _MOST_SCANNED = 1_500_000_000  # pixels, each scan counted
 _USUAL_SCANS = 10
 _MOST_SEGMENTS = 4_000  # of a JPEG outside of its scans: 255 of a profile, some hundred of extended XMP
-_MOST_CHUNKS = 100_000
+_MOST_CHUNKS = 20_000  # of a PNG or WebP; 16 MB in the smallest chunks that encoders write are 4,000
 _MOST_BLOCKS = 100_000  # of a GIF before its first frame: of at most 255 bytes each
+_MOST_RUN_BYTES = 4 << 20  # of a BMP, which Pillow unpacks in Python, a run at a time
 _MOST_TAGS = 4_096
 _MOST_STRIPS = 100_000
+_USUAL_STRIPS = 256  # Pillow begins anew for each
 _MOST_BOXES = 1_000
 _MOST_XMP = 1 << 20  # unpacked
 _MOST_EXIF = 1 << 18  # unpacked
@@ -60,6 +63,7 @@ _TIFF_KEPT = frozenset(
      332, 338, 339, 347, *range(512, 522), *range(529, 533), 700)
 )  # fmt: skip
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_COMPRESSION, _TIFF_TILE = 256, 257, 259, (322, 323)
+_TIFF_OFFSETS = frozenset((273, 324))
 _UNCOMPRESSED = 1
 _SHORT, _LONG, _LONG8 = 3, 4, 16
 
@@ -114,6 +118,8 @@ def read_image_file(data: bytes) -> ImageFile:
     try:
         file = reader(data)
     except (struct.error, IndexError):
+        if len(data) < _LEAST_BYTES:
+            raise InputError("undecodable_image", NOT_AN_IMAGE) from None
         raise InputError("truncated_image", "The image ends before its last pixel; send all of it.") from None
     if not file.width or not file.height:
         raise InputError("empty_image", "The image is zero pixels wide or high.")
@@ -137,7 +143,7 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
         file = None if reader is None else reader(data)
     except (struct.error, IndexError, InputError):
         return None
-    return None if file is None else (file.width, file.height)
+    return None if file is None or not file.work else (file.width, file.height)
 
 
 def _reader(data: bytes) -> Callable[[bytes], ImageFile] | None:
@@ -205,7 +211,7 @@ def _jpeg(data: bytes) -> ImageFile:
         height,
         b"".join(kept),
         turned or told or 1,
-        work=pixels * max(1, scans // _USUAL_SCANS),
+        work=pixels * max(_USUAL_SCANS, scans) // _USUAL_SCANS,
     )
 
 
@@ -384,8 +390,10 @@ def _bmp(data: bytes) -> ImageFile:
         return ImageFile("BMP", width, height, data, work=width * height)
     width, height, _, _, compression = struct.unpack_from("<iiHHI", data, 18)
     width, height = abs(width), abs(height)
-    # Pillow unpacks run lengths in Python, a run at a time.
-    return ImageFile("BMP", width, height, data, work=width * height, doubtful=compression in (1, 2))
+    runs = compression in (1, 2)
+    if runs and len(data) > _MOST_RUN_BYTES:
+        raise _odd(f"more than {_MOST_RUN_BYTES:,} bytes of run lengths")
+    return ImageFile("BMP", width, height, data, work=width * height, doubtful=runs)
 
 
 def _tiff(data: bytes) -> ImageFile:
@@ -394,12 +402,16 @@ def _tiff(data: bytes) -> ImageFile:
     (start,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
     entries = dict(_entries(data, start, order, big))
     form = f"{order}HH{'QQ' if big else 'II'}"
+    if _TIFF_WIDTH not in entries or _TIFF_HEIGHT not in entries:
+        raise InputError("undecodable_image", NOT_AN_IMAGE)
     kept: list[bytes] = []
+    strips = 0
     for tag in sorted(_TIFF_KEPT & entries.keys()):
         entry = entries[tag]
         (count,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", entry, 4)
         if count > _MOST_STRIPS and tag != 700:
             raise _odd(f"more than {_MOST_STRIPS:,} values of the tag {tag}")
+        strips = max(strips, count if tag in _TIFF_OFFSETS else 0)
         kept.append(entry)
 
     def value(tag: int, default: int = 0) -> int:
@@ -420,7 +432,7 @@ def _tiff(data: bytes) -> ImageFile:
     after = 8 if big else 4
     body = body[:after] + head + body[after + len(head) :]
     tail = struct.pack(f"{order}{'Q' if big else 'H'}", len(kept)) + b"".join(kept) + bytes(after)
-    doubtful = value(_TIFF_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED
+    doubtful = strips > _USUAL_STRIPS or value(_TIFF_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED
     return ImageFile("TIFF", width, height, body + tail, work=width * height, doubtful=doubtful)
 
 

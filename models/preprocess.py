@@ -219,8 +219,10 @@ def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
             _check_size(image, limits)
-            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter.
-            image.decodermaxblock = max(image.decodermaxblock, len(file.data))
+            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter. Each
+            # strip of a TIFF would read all of the file.
+            if len(image.tile) == 1:
+                image.decodermaxblock = max(image.decodermaxblock, len(file.data))
             yield image
     except InputError:
         raise
