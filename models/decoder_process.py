@@ -26,9 +26,12 @@ def main() -> None:
     os.nice(NICENESS)
     # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What a library prints goes to the log, and not among the answers.
+    # Libraries print what they find in a damaged image: not among the answers, and not into the log.
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     _bound_memory(int(sys.argv[1]))
     answers.write(READY)
     answers.flush()
