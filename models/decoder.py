@@ -34,7 +34,9 @@ PROCESSES: Final = 2
 
 _BASE_SECONDS: Final = 1.0  # of CPU time for an image of no pixels
 _SECONDS_PER_PIXEL: Final = 100e-9  # a progressive JPEG takes up to 50 on a machine of 2024
-_WALL_SECONDS: Final = 30.0  # the process is niced, and the machine may be busy
+_WALL_SECONDS: Final = (
+    120.0  # the process is niced, and the machine may be busy: only what hangs takes so long
+)
 _START_SECONDS: Final = 30.0
 _PIPE_BYTES: Final = 1 << 20
 _ROOT: Final = str(Path(__file__).resolve().parent.parent)
@@ -199,7 +201,7 @@ class _Process:
         """Raises DecoderUnavailable."""
         self._late = False
         path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
         # Libraries for linear algebra reserve memory for each thread that they might use.
         environment |= {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:

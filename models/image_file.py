@@ -39,6 +39,9 @@ _MOST_BOXES = 1_000
 _MOST_XMP = 1 << 20  # unpacked
 _MOST_EXIF = 1 << 18  # unpacked
 
+# What reading beyond the end, or far beyond it, raises.
+_DAMAGED = (struct.error, IndexError, OverflowError)
+
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
@@ -117,7 +120,7 @@ def read_image_file(data: bytes) -> ImageFile:
         raise _unread(data)
     try:
         file = reader(data)
-    except (struct.error, IndexError):
+    except _DAMAGED:
         if len(data) < _LEAST_BYTES:
             raise InputError("undecodable_image", NOT_AN_IMAGE) from None
         raise InputError("truncated_image", "The image ends before its last pixel; send all of it.") from None
@@ -141,7 +144,7 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
             return width, height
         reader = _reader(data)
         file = None if reader is None else reader(data)
-    except (struct.error, IndexError, InputError):
+    except (*_DAMAGED, InputError):
         return None
     return None if file is None or not file.work else (file.width, file.height)
 
@@ -459,7 +462,7 @@ def _exif_orientation(exif: bytes) -> int:
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         found = dict(_entries(exif, start, order)).get(_ORIENTATION)
         value: int = 0 if found is None else struct.unpack_from(f"{order}H", found, 8)[0]
-    except (struct.error, InputError):
+    except (*_DAMAGED, InputError):
         return 0
     return value if 1 <= value <= 8 else 0
 

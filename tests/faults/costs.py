@@ -161,7 +161,7 @@ def _concatenated(data: bytes, rng: random.Random) -> bytes:
     other = rng.choice(seeds())
     place = rng.choice((0, len(data), rng.randrange(len(data))))
     whole = data[:place] + other * rng.choice((1, 1, 20)) + data[place:]
-    return data * rng.choice((2, 50)) if rng.random() < 0.2 else whole
+    return data * min(rng.choice((2, 50)), _MOST_BYTES // len(data)) if rng.random() < 0.2 else whole
 
 
 def _resized(data: bytes, rng: random.Random) -> bytes:

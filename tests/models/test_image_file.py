@@ -16,7 +16,7 @@ from PIL import Image
 from models.decoder import Decoder
 from models.image_file import declared_size, read_image_file
 from models.inputs import InputError
-from models.preprocess import ImagePreprocessor
+from models.preprocess import ImagePreprocessor, rgb
 from models.spec import ImageTransform
 from tests.faults import bombs
 from tests.models.test_preprocess import drawing, encoded, levels, refusal
@@ -190,14 +190,30 @@ def test_sizes_are_declared_by_the_first_bytes(fmt: str) -> None:
 
 
 def test_heic_is_read_or_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    pillow_heif.from_pillow(drawing((128, 64))).save(buffer, quality=95)
-    data = buffer.getvalue()
+    data = heic(drawing((128, 64)))
     assert declared_size(data) == (128, 64)
     np.testing.assert_allclose(levels(data), levels(encoded(drawing((128, 64)), "PNG")), atol=40)
     monkeypatch.setattr("models.image_file.heic_is_read", lambda: False)
     with pytest.raises(InputError, match=r"^unsupported_image: HEIC .*topwork\[heic\]"):
         ImagePreprocessor(PLAIN)(data)
+
+
+def heic(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=95)
+    return buffer.getvalue()
+
+
+def test_training_sees_the_same_pictures() -> None:
+    """Decoded whole, in the process that trains, which may be ended."""
+    upright = drawing((128, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (heic(upright), encoded(upright, "AVIF", quality=95), encoded(upright, "TIFF")):
+        found = np.asarray(rgb(data), np.int16)
+        np.testing.assert_allclose(found, np.asarray(upright, np.int16), atol=50)
+    tilted = encoded(upright.transpose(Image.Transpose.ROTATE_90), "AVIF", quality=95, exif=exif)
+    np.testing.assert_allclose(np.asarray(rgb(tilted), np.int16), np.asarray(upright, np.int16), atol=50)
 
 
 def test_ten_bits_in_sixteen() -> None:
