@@ -30,8 +30,9 @@ from models.spec import ImageTransform
 MEMORY_BYTES: Final = 512 << 20
 """What one image may take while it is decoded."""
 PROCESSES: Final = 2
-"""That decode at a time: each takes up to MEMORY_BYTES."""
+"""That decode at a time, besides one for small images: each takes up to MEMORY_BYTES."""
 
+_SMALL: Final = 1_200_000  # pixels and bytes together
 _BASE_SECONDS: Final = 1.0  # of CPU time for an image of no pixels
 _SECONDS_PER_PIXEL: Final = 100e-9  # a progressive JPEG takes up to 50 on a machine of 2024
 _WALL_SECONDS: Final = (
@@ -98,6 +99,8 @@ def wait_unseen(waits: bool) -> None:
 class Decoder:
     """At most `processes` processes, started when an image comes and kept for the next. Thread-safe.
 
+    One more is for small images, which would wait for seconds behind large ones.
+
     ended: how many were ended, or ended by themselves, over an image.
     """
 
@@ -113,6 +116,7 @@ class Decoder:
         self._base_seconds = base_seconds
         self._memory_bytes = memory_bytes
         self._room = threading.BoundedSemaphore(processes)
+        self._room_for_small = threading.BoundedSemaphore(1)
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
 
@@ -134,9 +138,10 @@ class Decoder:
 
         Raises InputError, also where the process had to be ended over the image, and DecoderUnavailable.
         """
+        small = file.width * file.height + len(file.data) <= _SMALL
         waiting(True)
         try:
-            with self._room:
+            with self._room_for_small if small else self._room:
                 try:
                     return self._decode(file, transform, limits)
                 except _Ended as ended:

@@ -20,7 +20,7 @@ from PIL import Image
 from models.decoder import Decoder, DecoderUnavailable
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
-from models.yielding import NICENESS
+from models.yielding import HEAVY_NICENESS
 from tests.faults import bombs
 from tests.models.test_image_file import PLAIN
 from tests.models.test_preprocess import drawing, encoded
@@ -119,6 +119,19 @@ def test_there_are_no_more_than_allowed(decoder: Decoder) -> None:
     assert 1 <= len(children()) <= 2
 
 
+def test_small_images_do_not_wait_for_large_ones(decoder: Decoder) -> None:
+    prepare = ImagePreprocessor(PLAIN, decoder=decoder)
+    prepare(SMALL)
+    with ThreadPoolExecutor(4) as threads:
+        large = [threads.submit(refusal, decoder, RUNS) for _ in range(4)]
+        done = 0
+        while not all(one.done() for one in large):
+            prepare(SMALL)
+            done += 1
+    assert done > 5
+    assert len(children()) == 3
+
+
 def test_it_knows_no_secret_loads_no_network_and_gives_way(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +149,7 @@ def test_it_knows_no_secret_loads_no_network_and_gives_way(
     mapped = Path(f"/proc/{child}/maps").read_text()
     assert "torch" not in mapped
     assert "onnxruntime" not in mapped
-    assert os.getpriority(os.PRIO_PROCESS, child) >= NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, child) >= HEAVY_NICENESS
 
 
 def test_it_ends_with_its_parent() -> None:
