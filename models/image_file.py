@@ -31,7 +31,9 @@ _USUAL_SCANS = 10
 _MOST_SEGMENTS = 4_000  # of a JPEG outside of its scans: 255 of a profile, some hundred of extended XMP
 _MOST_CHUNKS = 20_000  # of a PNG or WebP; 16 MB in the smallest chunks that encoders write are 4,000
 _MOST_BLOCKS = 100_000  # of a GIF before its first frame: of at most 255 bytes each
-_MOST_RUN_BYTES = 4 << 20  # of a BMP, which Pillow unpacks in Python, a run at a time
+# Of a BMP, whose run lengths Pillow unpacks in Python, a run and a pixel at a time.
+_MOST_RUN_BYTES = 2 << 20
+_MOST_RUN_PIXELS = 4_000_000
 _MOST_TAGS = 4_096
 _MOST_STRIPS = 100_000
 _USUAL_STRIPS = 256  # Pillow begins anew for each
@@ -394,8 +396,8 @@ def _bmp(data: bytes) -> ImageFile:
     width, height, _, _, compression = struct.unpack_from("<iiHHI", data, 18)
     width, height = abs(width), abs(height)
     runs = compression in (1, 2)
-    if runs and len(data) > _MOST_RUN_BYTES:
-        raise _odd(f"more than {_MOST_RUN_BYTES:,} bytes of run lengths")
+    if runs and (len(data) > _MOST_RUN_BYTES or width * height > _MOST_RUN_PIXELS):
+        raise _odd(f"more than {_MOST_RUN_BYTES:,} bytes or {_MOST_RUN_PIXELS:,} pixels of run lengths")
     return ImageFile("BMP", width, height, data, work=width * height, doubtful=runs)
 
 

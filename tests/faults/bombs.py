@@ -78,7 +78,7 @@ def _runs(size: int) -> bytes:
     palette = bytes(1024)
     offset = 54 + len(palette)
     head = struct.pack("<2sIHHI", b"BM", offset + size, 0, 0, offset)
-    head += struct.pack("<IiiHHIIiiII", 40, 4_000, 4_000, 1, 8, 1, size, 0, 0, 256, 0)
+    head += struct.pack("<IiiHHIIiiII", 40, 1_000, 1_000, 1, 8, 1, size, 0, 0, 256, 0)
     return head + palette + b"\0\2\0\0" * (size // 4)
 
 

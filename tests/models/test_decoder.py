@@ -27,8 +27,8 @@ from tests.models.test_preprocess import drawing, encoded
 
 SMALL = encoded(drawing(), "AVIF")
 LARGE = encoded(drawing((3_000, 2_000)), "JPEG")
-# Seconds of CPU time for who trusts it.
-RUNS = bombs.BOMBS["BMP of runs"](4_000_000)
+# Tenths of a second of CPU time.
+RUNS = bombs.BOMBS["BMP of runs"](2_000_000)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_what_another_process_decodes_is_what_this_one_does(decoder: Decoder) ->
 
 
 def test_what_takes_too_much_time_is_ended_and_harms_no_other(decoder: Decoder) -> None:
-    strict = Decoder(base_seconds=-1.5)
+    strict = Decoder(base_seconds=-0.05)
     assert refusal(strict, RUNS) == "input_too_costly"
     assert strict.ended == 1
     with ThreadPoolExecutor(2) as threads:
@@ -103,7 +103,7 @@ def test_a_process_that_dies_is_replaced(decoder: Decoder) -> None:
     (second,) = children()
     assert second != first
     # By chance, and not for its image, which is tried again.
-    threading.Timer(0.1, os.kill, (second, signal.SIGKILL)).start()
+    threading.Timer(0.05, os.kill, (second, signal.SIGKILL)).start()
     assert refusal(decoder, RUNS) == "undecodable_image"
     np.testing.assert_array_equal(prepare(SMALL), expected)
     (third,) = children()
