@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoder import Waiting, wait_unseen
 from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
 from models.plan import BATCHES, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
@@ -183,10 +184,13 @@ class Backbone:
         """What preprocessing is called in timings and metrics: decode or tokenize."""
         return "decode" if self.spec.kind == "image" else "tokenize"
 
-    def preprocess(self, item: bytes | str) -> Prepared:
-        """One input as the network takes it. Raises InputError, also for an input of the other kind."""
+    def preprocess(self, item: bytes | str, waiting: Waiting = wait_unseen) -> Prepared:
+        """One input as the network takes it. Raises InputError, also for an input of the other kind.
+
+        waiting(True) is called where another process begins to prepare it, waiting(False) once it is done.
+        """
         if isinstance(item, bytes) and isinstance(self._preprocessor, ImagePreprocessor):
-            return self._preprocessor(item)
+            return self._preprocessor(item, waiting)
         if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
             return self._preprocessor(item)
         raise InputError("wrong_kind", f"The backbone {self.spec.name} takes {self.spec.kind} inputs.")

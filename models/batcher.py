@@ -33,8 +33,17 @@ _SLACK = 10.0
 # When it closes: a thread that does nothing for so long is left to itself.
 _CLOSING_SECONDS = 5
 
+# Threads that are left to the inputs that they do not get done with, each of which may keep a core.
+_MOST_LEFT = 3
+# For the lock, which a thread that is stuck may hold.
+_LOCK_SECONDS = 0.1
+
 # An input that was taken: whose it is, and its position there.
 _Taken = tuple[Request, int]
+
+
+class _Left(BaseException):
+    """The turn of the thread that raises it is another's now."""
 
 
 class Batcher:
@@ -79,7 +88,9 @@ class Batcher:
         # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
         self._pace = backbone.pace
         self.turns: list[Turn] = []
+        self._places: list[tuple[Lane[Request], Turn]] = []
         self._threads: list[threading.Thread] = []
+        self._left: list[threading.Thread] = []
         self._open = False
         self._predicts_until = 0.0
 
@@ -101,7 +112,7 @@ class Batcher:
     @property
     def threads_left(self) -> int:
         """Worker threads that have not ended."""
-        return sum(thread.is_alive() for thread in self._threads)
+        return sum(thread.is_alive() for thread in (*self._threads, *self._left))
 
     async def start(self) -> None:
         """Starts the threads. Once."""
@@ -112,13 +123,48 @@ class Batcher:
         for kind, lane in (("predict", self._predicts), ("bulk", self._bulk)):
             for _ in range(self._workers):
                 turn = Turn(bulk=lane is self._bulk)
-                name = f"{self.backbone.spec.name}-{kind}"
+                self._places.append((lane, turn))
                 self.turns.append(turn)
-                self._threads.append(
-                    threading.Thread(target=self._work, args=(lane, turn), name=name, daemon=True)
-                )
+                self._threads.append(self._hire(f"{self.backbone.spec.name}-{kind}", (lane, turn)))
         for thread in self._threads:
             thread.start()
+
+    def _hire(self, name: str, place: tuple[Lane[Request], Turn]) -> threading.Thread:
+        thread = threading.Thread(target=self._work, args=place, name=name, daemon=True)
+        place[-1].thread = thread
+        return thread
+
+    def refuse(self, turn: Turn) -> bool:
+        """Refuses the input that a thread prepares and does not get done with, and has another thread go on
+        with the rest; the first one ends once it can. The network is not touched.
+
+        False where the thread prepares nothing, or too many are left to their inputs already.
+        """
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            return False
+        try:
+            suspect, old = turn.input, turn.thread
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            if suspect is None or old is None or len(self._left) == _MOST_LEFT:
+                return False
+            turn.refused[suspect] = InputError(
+                "input_too_costly", "Preparing the input takes longer than any may; send a simpler one."
+            )
+            place = next(place for place in self._places if place[-1] is turn)
+            thread = self._hire(old.name, place)
+            self._threads[self._threads.index(old)] = thread
+            self._left.append(old)
+            turn.input, turn.clock, turn.waits = None, None, False
+            turn.steps += 1
+        finally:
+            self._lock.release()
+        thread.start()
+        logger.error(
+            "an input of %d bytes is refused by the backbone %s: preparing it does not end",
+            len(suspect[0].inputs[suspect[1]]),
+            self.backbone.spec.name,
+        )
+        return True
 
     async def close(self) -> None:
         """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open.
@@ -211,13 +257,17 @@ class Batcher:
             turn.clock = time.pthread_getcpuclockid(threading.get_ident())
             if lane is self._bulk:
                 give_way()
-            while taken := self._take(lane, turn):
+            # What a thread was refused an input of is gone on with.
+            while taken := turn.taken or self._take(lane, turn):
                 self._answer(taken, lane, turn)
                 with self._lock:
-                    turn.busy = False
+                    turn.taken, turn.busy = [], False
+                    turn.refused.clear()
                     lane.running -= 1
                     if lane is self._bulk and lane.depth:
                         lane.ready.notify()
+        except _Left:
+            return
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
             self._give_up("A worker of this backbone died; try again in a few seconds.")
@@ -266,6 +316,7 @@ class Batcher:
             for request in begun:
                 request.timings["queue"] = now - request.arrived
             lane.running += 1
+            turn.taken = taken
             turn.allowed = 0.0
             turn.busy = True
             turn.steps += 1
@@ -306,7 +357,10 @@ class Batcher:
             size = sum(prepared.size for _, prepared in good)
             turn.steps += 1
             turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * size * self._pace))
-            embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
+            try:
+                embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
+            finally:
+                turn.allowed = 0.0
             end = time.perf_counter()
             turn.steps += 1
         except Exception as error:
@@ -315,8 +369,6 @@ class Batcher:
             )
             self._fail({request for request, _ in taken}, error)
             return
-        finally:
-            turn.allowed = 0.0
         finished: list[Request] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
@@ -362,17 +414,32 @@ class Batcher:
         for one in taken:
             request, index = one
             begin = time.perf_counter()
-            refusal: InputError | None = None
+            refusal = self._turn_to(one, turn)
+            if refusal is not None:
+                spent.append((one, 0.0, refusal))
+                continue
             try:
-                prepared = self.backbone.preprocess(request.inputs[index])
+                prepared = self.backbone.preprocess(request.inputs[index], turn.wait)
                 good.append((one, prepared))
                 if self.backbone.knows_nothing(request.inputs[index], prepared):
                     unknown.append(one)
             except InputError as error:
                 refusal = error
-            turn.steps += 1
             spent.append((one, time.perf_counter() - begin, refusal))
+            self._turn_to(None, turn)
+            turn.steps += 1
         return good, spent, unknown
+
+    def _turn_to(self, one: _Taken | None, turn: Turn) -> InputError | None:
+        """Notes which input is prepared next, None after each; why it is refused, if it is.
+
+        Raises _Left where the thread was too late.
+        """
+        with self._lock:
+            if turn.thread is not threading.current_thread():
+                raise _Left
+            turn.input = one
+            return None if one is None else turn.refused.get(one)
 
     def _fail(self, requests: set[Request], error: Exception) -> None:
         self._forget(requests)

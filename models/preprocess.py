@@ -7,17 +7,17 @@ import hashlib
 import io
 import math
 import re
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -31,32 +31,48 @@ from PIL import (
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
+from models.decoder import Decoder, Waiting, wait_unseen
+from models.image_file import LARGE_PIXELS, NOT_AN_IMAGE, ImageFile, read_image_file
+from models.inputs import InputError as InputError
+from models.inputs import InputLimits as InputLimits
 from models.spec import ImageTransform, TextTransform
 
 # One input as the network takes it. Image: float32 (3, size, size). Text: int64 (tokens,).
 Prepared = NDArray[Any]
 
-# Where a JPEG says that it is to be turned.
-_TURNED = {"exif", "xmp"}
-
-# Named through their plugins: with only these loaded, Image.open does not import the forty others to look
-# further.
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-        TiffImagePlugin.TiffImageFile,
-    )
+# With its plugins loaded, Image.open does not import the forty others to look further.
+_PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
 )
+# Decoders that would take threads for themselves.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# How to undo what a camera did, by the number that EXIF has for it.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What 16 bits hold that were filled from an analogue converter: 10, 12 and 14 bits, or 8.
+_DEPTHS = (8, 10, 12, 14, 16)
+# A picture of 16 bits a channel whose brightest one has 12 or fewer is nearly black: it was not scaled.
+_UNSCALED = 1 << 4
+
 # A PNG of one pixel.
 TINY_IMAGE = base64.b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNoaGgAAAMEAYFL09IQAAAAAElFTkSuQmCC"
 )
-_NOT_AN_IMAGE = "This is not a readable JPEG, PNG, WebP, BMP, GIF or TIFF image."
 
 # ImagePreprocessor checks its own limit on the header before anything is decoded. Pillow's is a second one
 # for the whole process, which warns at 89 million pixels whatever the operator allowed.
@@ -65,11 +81,6 @@ Image.MAX_IMAGE_PIXELS = None
 # Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
 # would grow without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-# Above this, an image is decoded while no other such image is, and what is made of it is made in strips of
-# about so many pixels: 50 million of them take up to 500 MB while they are decoded.
-_LARGE_PIXELS = 4_000_000
-_large = threading.Lock()
 
 _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -93,56 +104,49 @@ _FIRST_CHARACTERS = 64
 _SUPPORT = 3
 
 
-class InputError(ValueError):
-    """One input that cannot be used; its neighbours can.
-
-    code is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
-    empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. detail says what to do.
-    """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class InputLimits:
-    """Refused above: bytes of an encoded image, pixels in its header, characters of a text."""
-
-    max_image_bytes: int = 16 << 20
-    max_pixels: int = 50_000_000
-    max_text_chars: int = 100_000
-
-
 class ImagePreprocessor:
     """Encoded image → float32 (3, size, size), as timm's evaluation transform gives it. Thread-safe.
 
     Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit grey scaled
-    to 8, CMYK and grey made RGB, the first frame taken of an animation.
+    to 8, CMYK and grey made RGB, the first frame taken of an animation. Colour profiles are not applied.
+    Large images, and those whose cost is in doubt, are decoded in another process.
     """
 
-    def __init__(self, transform: ImageTransform, limits: InputLimits = InputLimits()) -> None:
-        """Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
+    def __init__(
+        self, transform: ImageTransform, limits: InputLimits = InputLimits(), decoder: Decoder | None = None
+    ) -> None:
+        """decoder: the one that all preprocessors of this process share by default.
+
+        Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
         if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in ("center", "squash"):
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
         self.transform = transform
         self.limits = limits
+        self._decoder = decoder or Decoder.shared()
         self._resampling = _INTERPOLATIONS[transform.interpolation]
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (transform.mean, transform.std))
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._shift = (mean / std).astype(np.float32)
 
-    def __call__(self, data: bytes) -> Prepared:
-        """Raises InputError."""
-        with _open(data, self.limits) as image:
-            large = image.width * image.height > _LARGE_PIXELS
-            with _large if large else nullcontext():
-                square = self._square(_as_rgb(image))
+    def __call__(self, data: bytes, waiting: Waiting = wait_unseen) -> Prepared:
+        """waiting(True) is called where another process begins to decode, waiting(False) once it is done.
+
+        Raises InputError.
+        """
+        file = _checked(data, self.limits)
+        if file.large:
+            square = self._decoder.decode(file, self.transform, self.limits, waiting)
+        else:
+            square = self.square(file)
         pixels = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
         pixels *= self._scale
         pixels -= self._shift
         return pixels
+
+    def square(self, file: ImageFile) -> Image.Image:
+        """What the network sees, in RGB, decoded in this thread however large it is. Raises InputError."""
+        with _open(file, self.limits) as image:
+            return self._square(_as_rgb(image, file))
 
     def _square(self, image: Image.Image) -> Image.Image:
         """torchvision's Resize and CenterCrop, computing only the pixels that stay.
@@ -180,8 +184,9 @@ class ImagePreprocessor:
 
 def rgb(data: bytes, limits: InputLimits = InputLimits()) -> Image.Image:
     """The upright first frame in RGB, as ImagePreprocessor resizes it. Raises InputError."""
-    with _open(data, limits) as image:
-        decoded = _as_rgb(image)
+    file = _checked(data, limits)
+    with _open(file, limits) as image:
+        decoded = _as_rgb(image, file)
         # The file is closed at the end, and an image that needed no conversion is the file's own.
         return decoded.copy() if decoded is image else decoded
 
@@ -192,9 +197,8 @@ def _span(length: int, scaled: int, size: int) -> tuple[float, float]:
     return start * length / scaled, min((start + size) * length / scaled, length)
 
 
-@contextmanager
-def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
-    """An image of which only the header was read. Whatever decoding it raises becomes an InputError."""
+def _checked(data: bytes, limits: InputLimits) -> ImageFile:
+    """The file, within the limits on what it says of itself. Raises InputError."""
     if not data:
         raise InputError("empty_image", "The image has no bytes.")
     if len(data) > limits.max_image_bytes:
@@ -202,18 +206,28 @@ def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
             "image_too_large",
             f"The image has {len(data)} bytes; at most {limits.max_image_bytes} are accepted.",
         )
+    file = read_image_file(data)
+    _check_pixels(file.width * file.height, limits.max_pixels)
+    return file
+
+
+@contextmanager
+def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
+    """An image of which only the header was read. Whatever decoding it raises becomes an InputError."""
+    if file.format == "HEIF":
+        _open_heic()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
             _check_size(image, limits)
-            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter.
-            image.decodermaxblock = max(image.decodermaxblock, len(data))
+            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter. Each
+            # strip of a TIFF would read all of the file.
+            if len(image.tile) == 1:
+                image.decodermaxblock = max(image.decodermaxblock, len(file.data))
             yield image
     except InputError:
         raise
     except UnidentifiedImageError:
-        if _declares_no_pixels(data):
-            raise InputError("empty_image", "The image is zero pixels wide or high.") from None
-        raise InputError("undecodable_image", _NOT_AN_IMAGE) from None
+        raise InputError("undecodable_image", NOT_AN_IMAGE) from None
     except MemoryError:
         raise
     except Exception as error:
@@ -223,17 +237,23 @@ def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
             raise InputError(
                 "truncated_image", "The image ends before its last pixel; send all of it."
             ) from error
-        raise InputError("undecodable_image", _NOT_AN_IMAGE) from error
+        raise InputError("undecodable_image", NOT_AN_IMAGE) from error
+
+
+@cache
+def _open_heic() -> None:
+    """Has Pillow read HEIC, in one thread and without what lies beside the picture."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 
 
 def _check_size(image: Image.Image, limits: InputLimits) -> None:
-    pixels = image.width * image.height
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tile may claim to be larger than the picture, and libtiff unpacks whole tiles.
-        tags = image.tag_v2
-        tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
-        pixels = max(pixels, tile)
     most = limits.max_pixels // 2 if _takes_twice(image) else limits.max_pixels
+    _check_pixels(image.width * image.height, most)
+
+
+def _check_pixels(pixels: int, most: int) -> None:
     if pixels > most:
         raise InputError(
             "image_too_large", f"The image has {pixels} pixels; at most {most} are accepted of its kind."
@@ -248,29 +268,19 @@ def _takes_twice(image: Image.Image) -> bool:
     return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 
 
-def _declares_no_pixels(data: bytes) -> bool:
-    """Pillow does not tell an image without pixels from one of no known format: look at the header again."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = data[16:20], data[20:24]
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        width, height = data[6:8], data[8:10]
-    elif data.startswith(b"BM"):
-        width, height = data[18:22], data[22:26]
-    else:
-        return False
-    return bool(width and height) and not (any(width) and any(height))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
     """The upright first frame in RGB."""
-    image.load()
-    image = _upright(image)
-    if image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    if image.mode in ("I", "F"):
-        raise InputError(
-            "unsupported_image", "Images of 32 bits a channel have no agreed white; convert to 8 or 16 bits."
+    if image.mode in ("I", "F", "LAB"):
+        detail = (
+            f"Images of the mode {image.mode} have no agreed white; convert to RGB or grey of 8 or 16 bits."
         )
+        raise InputError("unsupported_image", detail)
+    image.load()
+    image = _upright(image, file)
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(image, file.significant_bits)
+    elif _has_16_bits(image, file):
+        _check_scaled(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         white = Image.new("RGB", image.size, "white")
         for top, bottom in _strips(image.size):
@@ -282,37 +292,62 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    if image.format == "JPEG" and not _TURNED & image.info.keys():
+def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
+    if file.format == "AVIF":
+        # Pillow tells there how the file turns its picture.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
         return image
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:
-        # Half of the damaged EXIF blocks in the wild belong to pictures that are fine, and were never turned.
-        return image
+    if file.orientation in _UPRIGHT:
+        info, image = image.info, image.transpose(_UPRIGHT[file.orientation])
+        image.info = info
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, significant: int | None) -> Image.Image:
     """16-bit grey in 8 bits, scaled, what is transparent white.
 
-    Pillow's own conversion clips at 255, and nearly everything is white.
+    significant: bits of each sample, where the file says so. Values that need fewer than 16 are those of a
+    camera or a scanner of 8 to 14 bits, written as they came. Pillow's own conversion clips at 255, and
+    nearly everything is white.
     """
     wide = np.asarray(image)
+    needed = int(wide.max()).bit_length()
+    depths = _DEPTHS if significant is None else (max(1, min(significant, 16)), 16)
+    bits = next(depth for depth in depths if depth >= needed)
+    most = (1 << bits) - 1
     grey = np.empty(wide.shape, np.uint8)
     transparent = image.info.get("transparency")
     for top, bottom in _strips(image.size):
         strip = wide[top:bottom]
-        grey[top:bottom] = (strip.astype(np.uint32) + 128) // 257
+        grey[top:bottom] = (strip.astype(np.uint32) * 255 + most // 2) // most
         if isinstance(transparent, int):
             grey[top:bottom][strip == transparent] = 255
     return Image.fromarray(grey)
 
 
+def _has_16_bits(image: Image.Image, file: ImageFile) -> bool:
+    """Whether the file has 16 bits a channel, of which Pillow keeps the upper 8."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        depths = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        return 16 in (depths if isinstance(depths, tuple) else (depths,))
+    # The depth stands behind the sizes of a PNG's header.
+    return file.format == "PNG" and file.data[24] == 16
+
+
+def _check_scaled(image: Image.Image) -> None:
+    colours = [image.getchannel(name) for name in image.getbands() if name != "A"]
+    if not any(any(colour.histogram()[_UNSCALED:]) for colour in colours):
+        raise InputError(
+            "unsupported_image",
+            "The image has 16 bits a channel and uses 12 or fewer: it is black. Scale it to all 16.",
+        )
+
+
 def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """The first row of each strip, and the one behind its last."""
     width, height = size
-    rows = max(1, _LARGE_PIXELS // width)
+    rows = max(1, LARGE_PIXELS // width)
     for top in range(0, height, rows):
         yield top, min(top + rows, height)
 

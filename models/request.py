@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
@@ -81,17 +82,41 @@ class Turn:
     """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
 
     steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
-    it prepares inputs. clock: of its CPU time, for time.clock_gettime; None until the thread has begun.
+    it prepares inputs. waits: another process prepares its input, for a time that is bounded there. clock: of
+    its CPU time, for time.clock_gettime; None until the thread has begun.
+
+    Guarded by the batcher's lock: thread, the one whose turn it is; taken, what it has, and input, that of it
+    which is being prepared; refused, what of it is not to be prepared, and why.
     """
 
-    __slots__ = ("allowed", "bulk", "busy", "clock", "steps")
+    __slots__ = (
+        "allowed",
+        "bulk",
+        "busy",
+        "clock",
+        "input",
+        "refused",
+        "steps",
+        "taken",
+        "thread",
+        "waits",
+    )
 
     def __init__(self, *, bulk: bool) -> None:
         self.bulk = bulk
+        self.thread: threading.Thread | None = None
+        self.taken: list[tuple[Request, int]] = []
+        self.input: tuple[Request, int] | None = None
+        self.refused: dict[tuple[Request, int], InputError] = {}
+        self.waits = False
         self.steps = 0
         self.busy = False
         self.allowed = 0.0
         self.clock: int | None = None
+
+    def wait(self, waits: bool) -> None:
+        """Another process begins to prepare an input, or is done."""
+        self.waits = waits
 
 
 def settle(

@@ -50,7 +50,7 @@ class InputIn(Request):
 
     image: str | None = Field(
         default=None,
-        description="An encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF) in base64, or a data: URI.",
+        description="An encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF) in base64, or a data: URI.",
     )
     text: str | None = Field(default=None, examples=["Win a free cruise now!"])
 

@@ -270,9 +270,25 @@ def test_a_truncated_image_is_called_truncated(fmt: str) -> None:
     assert refusal(data[: len(data) // 2]) == "truncated_image"
 
 
-@pytest.mark.parametrize("fmt", ["ICO", "PPM", "TGA", "JPEG2000", "PCX", "DDS"])
+@pytest.mark.parametrize("fmt", ["PPM", "TGA", "PCX"])
 def test_other_formats_are_not_opened(fmt: str) -> None:
     assert refusal(encoded(drawing(), fmt)) == "undecodable_image"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (encoded(drawing(), "ICO"), "ICO"),
+        (encoded(drawing(), "JPEG2000"), "JPEG 2000"),
+        (encoded(drawing(), "DDS"), "DDS"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+        (b"<svg xmlns='x'/>", "SVG"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_formats_that_are_known_and_not_read_are_refused_by_name(data: bytes, name: str) -> None:
+    with pytest.raises(InputError, match=f"^unsupported_image: {name} is not read; JPEG, PNG, .* are"):
+        ImagePreprocessor(PLAIN)(data)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +296,6 @@ def test_other_formats_are_not_opened(fmt: str) -> None:
     [
         b"hello",
         b"\0" * 100,
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        b"<svg xmlns='x'/>",
         b"\xff\xd8\xff",
     ],
 )
@@ -466,7 +480,7 @@ def test_what_is_made_in_strips_is_what_is_made_at_once(monkeypatch: pytest.Monk
         encoded(Image.fromarray(wide), "PNG", **transparent),
     ]
     at_once = [levels(data) for data in some]
-    monkeypatch.setattr("models.preprocess._LARGE_PIXELS", 500)
+    monkeypatch.setattr("models.preprocess.LARGE_PIXELS", 500)
     for data, before in zip(some, at_once, strict=True):
         np.testing.assert_array_equal(levels(data), before)
 
