@@ -106,7 +106,8 @@ class AdaptCommand:
     """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
 
     fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
-    Submitting. uploaded: see Edit. answer_accuracy, weights: see ProbeConfig. began: see Creation.
+    Submitting. uploaded: see Edit. answer_accuracy, weights: see ProbeConfig. columns: of an upload's table,
+    see layout_of. began: see Creation.
     """
 
     adapter: str
@@ -123,6 +124,7 @@ class AdaptCommand:
     uploaded: AbstractSet[str] | None = None
     answer_accuracy: float | None = None
     weights: Weights | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic, compare=False)
 
 

@@ -13,6 +13,12 @@ from adapters.records import Kind
 from models.preprocess import InputError
 
 MAX_NAME_CHARACTERS = 256  # of an id or a group
+TARGET_FIELDS: Mapping[Task, str] = {
+    "classification": "label",
+    "multilabel": "labels",
+    "regression": "target",
+}
+"""The field of an example that says what is right, by task."""
 
 
 @dataclass(frozen=True, slots=True)

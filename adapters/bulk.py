@@ -23,12 +23,13 @@ from adapters.head import Head
 from adapters.jobs import upload_of
 from adapters.keeping import Keeping, State
 from adapters.lease import Lease
+from adapters.linear_probe import OneLabel
 from adapters.promotion import as_asked
 from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
 from adapters.store import Store
-from adapters.uploaded import BadUpload, Record, UploadLimits
+from adapters.uploaded import BadUpload, Found, Record, UploadLimits, cut
 from adapters.uploads import Form, records
 from models.backbone import Backbone
 from models.batcher import Batcher
@@ -44,9 +45,7 @@ T = TypeVar("T")
 # Examples, and bytes of their inputs, that are embedded and stored together.
 _EXAMPLES = 1_000
 _BYTES = 16 << 20
-# Of an error's place and detail: a file's name may have 65,535 characters.
 _MOST_ERRORS = 1_000
-_MOST_CHARACTERS = 200
 _CHECK_SECONDS = 0.5
 _PAUSE_SECONDS = 0.2
 # Of the whole work: reading, embedding and storing. The rest is the fit.
@@ -87,10 +86,10 @@ class Bulk:
     def run(self, lease: Lease) -> None:
         """Does the job, and records its success.
 
-        The job's request: {"form", "upload", "update", "promote", "fit", "answer_accuracy", "weights"}, of
-        which those of an older release have no more than the first five. What was stored stays when it ends
-        early, and is not embedded again by another attempt. Raises BadUpload, OneLabel, NothingToFit,
-        AdapterFull, InputError, StoreError, RegistryError, and what Lease.check raises.
+        The job's request: {"form", "upload", "update", "promote", "fit", "answer_accuracy", "weights",
+        "columns"}, of which those of an older release have no more than the first five. What was stored stays
+        when it ends early, and is not embedded again by another attempt. Raises BadUpload, OneLabel,
+        NothingToFit, AdapterFull, InputError, StoreError, RegistryError, and what Lease.check raises.
         """
         asyncio.run(self._run(lease))
 
@@ -117,6 +116,10 @@ class Bulk:
                     file.write(self._store.read(job.tenant, adapter.uid, part))
                 await work.store(cast(BinaryIO, file))
             await work.finish()
+        except ValueError:
+            # The upload's own fault, of which its sender hears all that is known.
+            await asyncio.to_thread(lease.tell)
+            raise
         finally:
             keeping.close()
             await batcher.close()
@@ -145,14 +148,16 @@ class _Work:
         self._limits = limits
         self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
+        self._found = Found()
         self._rejected = 0
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
         """Embeds and stores the upload's examples, part by part, once all of it has been read."""
         size = file.tell()
-        conflicts = self._conflicts(self._parts(file))
-        for part in self._parts(file):
+        conflicts = await self._read(file)
+        read = self._records(file, Found())
+        while part := _some(read):
             without = [_without(record, conflicts) for record in part]
             await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
             self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
@@ -162,7 +167,7 @@ class _Work:
         """Forgets what is replaced, fits, and ends the job."""
         await asyncio.to_thread(self._lease.tell)
         if not self._ids:
-            raise BadUpload("no_examples", "None of the examples can be used; `errors` says why.")
+            raise BadUpload("no_examples", "None of the examples can be used; `progress.errors` says why.")
         fit = self._request["fit"]
 
         async def step(state: State | None) -> Revised | None:
@@ -182,42 +187,65 @@ class _Work:
             return await self._adapting.revising.revise(subject, edit, {})
 
         revising = self._adapting.revising
-        await self._persist(lambda: revising.in_turn(self._job.tenant, self._job.adapter, step))
+        try:
+            await self._persist(lambda: revising.in_turn(self._job.tenant, self._job.adapter, step))
+        except OneLabel as error:
+            if not self._rejected:
+                raise
+            text = f"{error} {self._rejected:,} were rejected; `progress.errors` says why."
+            raise OneLabel(text) from error
         if not fit:
             await asyncio.to_thread(revising.keeping.registry.jobs.succeed, self._lease.claim)
 
-    def _parts(self, file: BinaryIO) -> Iterator[list[Record]]:
-        """The records as many at a time as are embedded and stored together, while nothing says to stop."""
-        file.seek(0)
-        found = records(cast(Form, self._request["form"]), file, self._limits)
-        while part := _some(found):
-            self._lease.check()
-            yield part
+    async def _read(self, file: BinaryIO) -> Mapping[str, ExampleError]:
+        """Reads all of the upload, and says why ids cannot be used, see _conflicts.
 
-    def _conflicts(self, parts: Iterator[list[Record]]) -> Mapping[str, ExampleError]:
-        """Why ids cannot be used that the upload gives two targets, inputs or groups, wherever they stand.
-
-        Every attempt reads the upload for it, for what an earlier one stored does not tell.
+        Where it cannot be read to its end, what was wrong up to there is told.
         """
         seen: dict[str, bytes] = {}
         conflicts: dict[str, ExampleError] = {}
-        for record in (record for part in parts for record in part):
-            for one in self._usable(record.posted):
-                target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
-                whole = target + source + _digest((one.group, one.sampled))
-                before = seen.setdefault(one.id, whole)
-                if before[:16] != target:
-                    conflicts[one.id] = _CONFLICTING_LABELS
-                elif before[16:32] != source:
-                    conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
-                elif before != whole:
-                    conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
+        try:
+            for record in self._records(file, self._found):
+                self._look_for_conflicts(record, seen, conflicts)
+        except BadUpload:
+            self._report("store", 0.0)
+            raise
+        # They are counted as they are stored.
+        self._rejected, self._errors = 0, []
         return conflicts
 
-    def _usable(self, posted: Posted) -> Sequence[Admitted]:
-        """The example, if it is one; its input may still turn out to be none."""
+    def _records(self, file: BinaryIO, found: Found) -> Iterator[Record]:
+        """The upload's records, while nothing says to stop."""
+        file.seek(0)
+        form, columns = cast(Form, self._request["form"]), self._request.get("columns") or {}
+        for record in records(form, file, self._limits, columns, found):
+            self._lease.check()
+            yield record
+
+    def _look_for_conflicts(
+        self, record: Record, seen: dict[str, bytes], conflicts: dict[str, ExampleError]
+    ) -> None:
+        """Adds why ids cannot be used to which the upload gives two targets, inputs or groups.
+
+        Every attempt reads the upload for it, for what an earlier one stored does not tell.
+        """
+        usable, rejected = self._checked(record.posted)
+        self._reject([(record.place, one) for one in rejected])
+        for one in usable:
+            target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
+            whole = target + source + _digest((one.group, one.sampled))
+            before = seen.setdefault(one.id, whole)
+            if before[:16] != target:
+                conflicts[one.id] = _CONFLICTING_LABELS
+            elif before[16:32] != source:
+                conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
+            elif before != whole:
+                conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
+
+    def _checked(self, posted: Posted) -> tuple[Sequence[Admitted], Sequence[Rejected]]:
+        """The example, if it is one, or why not; its input may still turn out to be none."""
         adapter = self._adapter
-        return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())[0]
+        return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())
 
     async def _store(self, part: Sequence[Record]) -> None:
         command = AdaptCommand(
@@ -233,11 +261,15 @@ class _Work:
             rejected = error.rejected
         bad = {one.index for one in rejected}
         self._ids |= {_id_of(record.posted) for index, record in enumerate(part) if index not in bad}
-        self._rejected += len(bad)
+        self._reject([(part[one.index].place, one) for one in rejected])
+
+    def _reject(self, rejected: Sequence[tuple[str, Rejected]]) -> None:
+        """Counts what is not used, by the place where it stands, and remembers why of the first ones."""
+        self._rejected += len(rejected)
         room = _MOST_ERRORS - len(self._errors)
         self._errors += [
-            {"place": _cut(part[one.index].place), "code": one.code, "detail": _cut(one.detail)}
-            for one in rejected[:room]
+            {"place": cut(place), "code": one.code, "detail": cut(one.detail)}
+            for place, one in rejected[:room]
         ]
 
     def _report(self, phase: str, share: float) -> None:
@@ -247,6 +279,8 @@ class _Work:
                 "phase": phase,
                 "stored": len(self._ids),
                 "rejected": self._rejected,
+                "skipped": self._found.skipped,
+                "format": self._found.format(),
                 "errors": list(self._errors),
             },
         )
@@ -311,7 +345,3 @@ def _without(record: Record, conflicts: Mapping[str, ExampleError]) -> Record:
         return record
     error = conflicts.get(_id_of(posted))
     return record if error is None else Record(record.place, replace(posted, target=error))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

@@ -186,7 +186,9 @@ class Curating:
         rows = [Row.of(one, one) for one in state.in_use]
         embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
         timings: dict[str, float] = {}
-        fit = await self._revising.fit(adapter, terms, rows, embeddings, promote, timings)
+        fit = await self._revising.fit(
+            adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
+        )
         encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
         published = await self._keeping.publish(
             adapter.tenant,

@@ -1,6 +1,6 @@
-"""Fits in a niced process of its own, so that training never starves serving.
+"""Fits in niced processes of their own, so that training never starves serving.
 
-The process speaks over its standard input and output: a frame is a length, a JSON header, and raw arrays.
+A process speaks over its standard input and output: a frame is a length, a JSON header, and raw arrays.
 It ends when its input does, which is also when its parent is killed.
 """
 
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,7 +32,16 @@ from numpy.typing import NDArray
 from adapters.beating import LOOK_SECONDS, Headway, Pulse, beat
 from adapters.children import environment
 from adapters.head import Head
-from adapters.linear_probe import Dataset, Fitted, OneLabel, ProbeConfig, TooCostly, fit
+from adapters.linear_probe import (
+    Dataset,
+    Fitted,
+    OneLabel,
+    ProbeConfig,
+    TooCostly,
+    expected_seconds,
+    fit,
+)
+from adapters.turns import Turns
 from models.yielding import NICENESS
 
 # One thread for linear algebra: the other cores are for serving.
@@ -39,6 +50,8 @@ _START_SECONDS: Final = 30.0
 # A fit is predicted, not bounded: beyond this many times its limit the process hangs.
 _PATIENCE: Final = 10.0
 _ATTEMPTS: Final = 2
+# Beyond these, even to count their labels is work for a thread.
+_MANY_EXAMPLES: Final = 5_000
 # After a process that did not start, before another is tried for nobody.
 _PAUSE_SECONDS: Final = 5.0
 _FRAME: Final = struct.Struct("<QQ")
@@ -55,12 +68,12 @@ class FitterUnavailable(RuntimeError):
 
 
 class FitterOverloaded(RuntimeError):
-    """Too many fits are waiting."""
+    """The tenant has too many fits waiting."""
 
     code = "overloaded"
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("Too many fits are waiting; try again later.")
+        super().__init__("Too many of your fits are waiting; try again later.")
         self.retry_after = retry_after
 
 
@@ -74,27 +87,98 @@ class _Died(Exception):
     """The process ended, or was ended, before it answered."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Request:
+    tenant: str
     dataset: Dataset
     config: ProbeConfig
     answer: asyncio.Future[Fitted]
 
 
 class Fitter:
-    """A bounded queue in front of one fitting process. Use from one event loop.
+    """Bounded queues in front of fitting processes, in which tenants take turns. Use from one event loop.
 
-    replaced: processes that were started after one that died, or was killed because it was silent.
+    Fits wait in lines by the seconds that they are predicted to take, so that long ones never hold short
+    ones. The first line's process stays; that of another one is started for its first fit, at a lower
+    priority, and ends when it has been idle.
     """
 
-    def __init__(self, max_queue: int = 16) -> None:
-        self.replaced = 0
+    def __init__(
+        self, max_queue: int = 16, bounds: Sequence[float] = (math.inf,), idle_seconds: float = 600.0
+    ) -> None:
+        """max_queue: fits of a tenant that is alone. bounds: seconds of each line, the last one infinite."""
         self._max_queue = max_queue
-        self._requests: asyncio.Queue[_Request] = asyncio.Queue()
+        self._bounds = tuple(bounds)
+        self._lines = [
+            _Line(NICENESS + 2 * place, None if place == 0 else idle_seconds) for place in range(len(bounds))
+        ]
+
+    @property
+    def alive(self) -> bool:
+        """Whether fits can be had: the first process runs, or will be started again by the next fit."""
+        return not self._lines[0].broken and all(line.open for line in self._lines)
+
+    @property
+    def queued(self) -> int:
+        """Fits waiting or running."""
+        return self._tenants().total()
+
+    @property
+    def replaced(self) -> int:
+        """Processes that were started after one that died, or was killed because it was silent."""
+        return sum(line.replaced for line in self._lines)
+
+    async def start(self) -> None:
+        """Starts the first process and waits until it is ready. Raises FitterUnavailable."""
+        await self._lines[0].running()
+        for line in self._lines:
+            line.start()
+
+    async def fit(self, dataset: Dataset, config: ProbeConfig = ProbeConfig(), *, tenant: str = "") -> Fitted:
+        """linear_probe.fit in another process.
+
+        Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
+        leaves the queue; a fit that already runs goes on to its end.
+        """
+        if len(dataset.targets) > _MANY_EXAMPLES:
+            seconds = await asyncio.to_thread(expected_seconds, dataset, config)
+        else:
+            seconds = expected_seconds(dataset, config)
+        line = next(line for line, bound in zip(self._lines, self._bounds, strict=True) if seconds <= bound)
+        if not self._has_share(tenant):
+            raise FitterOverloaded(max(1.0, line.usual_seconds * line.queued))
+        return await line.fit(tenant, dataset, config)
+
+    async def close(self) -> None:
+        """Stops the processes; what waits gets FitterUnavailable."""
+        await asyncio.gather(*(line.close() for line in self._lines))
+
+    def _tenants(self) -> Counter[str]:
+        """How many fits of each tenant wait or run."""
+        return sum((line.tenants() for line in self._lines), Counter[str]())
+
+    def _has_share(self, tenant: str) -> bool:
+        """Whether one fit more of the tenant is within its share of the queue, or is its first."""
+        found = self._tenants()
+        own, tenants = found[tenant], len(found.keys() | {tenant})
+        if own == 0:
+            return tenants <= self._max_queue
+        return own < self._max_queue / tenants and found.total() < 2 * self._max_queue
+
+
+class _Line:
+    """The fits of one process, one after the other, tenants in turns. idle_seconds: after which it ends."""
+
+    def __init__(self, niceness: int, idle_seconds: float | None) -> None:
+        self.replaced = 0
+        self.usual_seconds = 1.0
+        self.broken = True
+        self.process: _Process | None = None
+        self._niceness = niceness
+        self._idle_seconds = idle_seconds
+        self._waiting: Turns[_Request] = Turns()
+        self._wanted = asyncio.Event()
         self._current: _Request | None = None
-        self._usual_seconds = 1.0
-        self._broken = True
-        self._process: _Process | None = None
         self._starting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -102,48 +186,48 @@ class Fitter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitter")
 
     @property
-    def alive(self) -> bool:
-        """Whether fits can be had: the process runs, or will be started again by the next one."""
-        return self._serving is not None and not self._serving.done() and not self._broken
+    def open(self) -> bool:
+        """Whether it takes fits."""
+        return self._serving is not None and not self._serving.done()
 
     @property
     def queued(self) -> int:
         """Fits waiting or running."""
-        return self._requests.qsize() + (self._current is not None)
+        return len(self._waiting) + (self._current is not None)
 
-    async def start(self) -> None:
-        """Starts the process and waits until it is ready. Raises FitterUnavailable."""
-        await self._running()
+    def tenants(self) -> Counter[str]:
+        """How many of them each tenant has."""
+        return self._waiting.counts() + Counter([self._current.tenant] if self._current else [])
+
+    def start(self) -> None:
+        """Takes fits from now on."""
         self._serving = asyncio.create_task(self._serve())
         self._watching = asyncio.create_task(self._watch())
 
-    async def fit(self, dataset: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
-        """linear_probe.fit in the other process.
-
-        Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
-        leaves the queue; a fit that runs by then is finished for nobody.
-        """
-        if self._serving is None or self._serving.done():
+    async def fit(self, tenant: str, dataset: Dataset, config: ProbeConfig) -> Fitted:
+        """See Fitter.fit."""
+        if not self.open:
             raise FitterUnavailable("The fitter is closed.")
-        if self.queued >= self._max_queue:
-            raise FitterOverloaded(max(1.0, self._usual_seconds * self.queued))
-        request = _Request(dataset, config, asyncio.get_running_loop().create_future())
-        self._requests.put_nowait(request)
-        return await request.answer
+        request = _Request(tenant, dataset, config, asyncio.get_running_loop().create_future())
+        self._waiting.add(tenant, request)
+        self._wanted.set()
+        try:
+            return await request.answer
+        finally:
+            self._waiting.remove(tenant, request)
 
     async def close(self) -> None:
-        """Stops the process; what waits gets FitterUnavailable."""
         for task in filter(None, (self._watching, self._serving)):
             task.cancel()
             await asyncio.wait([task])
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
         await asyncio.to_thread(self._thread.shutdown)
-        if self._process is not None:
-            await asyncio.to_thread(self._process.end)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.end)
         left = [] if self._current is None else [self._current]
-        while not self._requests.empty():
-            left.append(self._requests.get_nowait())
+        while len(self._waiting):
+            left.append(self._waiting.take())
         for request in left:
             if not request.answer.done():
                 request.answer.set_exception(FitterUnavailable("The fitter is closed."))
@@ -151,10 +235,26 @@ class Fitter:
 
     async def _serve(self) -> None:
         while True:
-            request = self._current = await self._requests.get()
+            request = self._current = await self._next()
             if not request.answer.done():
                 await self._answer(request)
             self._current = None
+
+    async def _next(self) -> _Request:
+        while not len(self._waiting):
+            self._wanted.clear()
+            try:
+                async with asyncio.timeout(self._idle_seconds):
+                    await self._wanted.wait()
+            except TimeoutError:
+                await self._rest()
+        return self._waiting.take()
+
+    async def _rest(self) -> None:
+        async with self._starting:
+            process, self.process = self.process, None
+            if process is not None:
+                await asyncio.to_thread(process.end)
 
     async def _answer(self, request: _Request) -> None:
         try:
@@ -179,7 +279,7 @@ class Fitter:
         }
         embeddings = np.ascontiguousarray(dataset.embeddings, dtype=np.float32)
         for _ in range(_ATTEMPTS):
-            process = await self._running()
+            process = await self.running()
             if request.answer.done():
                 break
             started = time.monotonic()
@@ -192,37 +292,38 @@ class Fitter:
                 fitted = await self._in_thread(
                     process, ask, _START_SECONDS + _PATIENCE * config.limit_seconds
                 )
-                self._usual_seconds += 0.2 * (time.monotonic() - started - self._usual_seconds)
+                self.usual_seconds += 0.2 * (time.monotonic() - started - self.usual_seconds)
                 return fitted
         raise FitterUnavailable("The fitting process died twice on this request; try again later.")
 
-    async def _running(self) -> _Process:
-        """The process, started if there is none."""
+    async def running(self) -> _Process:
+        """The process, started if there is none. Raises FitterUnavailable."""
         async with self._starting:
-            if self._process is None or not self._process.running:
-                self._broken = True
-                if self._process is not None:
-                    await asyncio.to_thread(self._process.end)
+            if self.process is None or not self.process.running:
+                self.broken = True
+                if self.process is not None:
+                    await asyncio.to_thread(self.process.end)
                     self.replaced += 1
-                process = self._process = await asyncio.to_thread(_Process)
+                process = self.process = await asyncio.to_thread(_Process, self._niceness)
                 try:
                     await self._in_thread(process, process.read, _START_SECONDS)
                 except _Died as error:
                     message = "The fitting process does not start; its standard error says why."
                     raise FitterUnavailable(message) from error
                 process.ready = True
-                self._broken = False
-            return self._process
+                self.broken = False
+            return self.process
 
     async def _watch(self) -> None:
-        """Kills the process once it gives no sign of life, and starts another before anybody needs it."""
+        """Kills the process once it gives no sign of life. One that stays is started again at once."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            process = self._process
+            process = self.process
             if process is None or self._starting.locked():
                 continue
             if not process.running:
-                await self._replace()
+                if self._idle_seconds is None:
+                    await self._replace()
             elif process.ready and (silent := process.pulse.look()) is not None:
                 logger.warning("the fitting process was silent for %.1f s, and is replaced", silent)
                 process.kill()
@@ -231,7 +332,7 @@ class Fitter:
         # With a fit under way whoever waits for it does so, as often as he may.
         if self._current is None:
             try:
-                await self._running()
+                await self.running()
             except FitterUnavailable as error:
                 logger.warning("%s", error)
                 await asyncio.sleep(_PAUSE_SECONDS)
@@ -249,10 +350,10 @@ class Fitter:
 class _Process:
     """The fitting process and its two pipes, blocking. ready: it has said so, and beats from then on."""
 
-    def __init__(self) -> None:
+    def __init__(self, niceness: int) -> None:
         self.ready = False
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "adapters.fitter"],
+            [sys.executable, "-m", "adapters.fitter", str(niceness)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment() | _ONE_THREAD,
@@ -393,8 +494,8 @@ def _warm() -> None:
 
 
 def main() -> None:
-    """Serves fits on the standard pipes until the input ends."""
-    os.nice(NICENESS)
+    """Serves fits on the standard pipes until the input ends. The first argument may say how nice it is."""
+    os.nice(int(sys.argv[1]) if len(sys.argv) > 1 else NICENESS)
     # Ctrl-C in a terminal reaches every process, and BentoML's supervisor tells all to end at once: the
     # parent decides when this one does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -131,10 +131,11 @@ class Jobs:
     def claim(
         self, lease_seconds: float, *, kinds: Collection[JobKind], max_running_per_tenant: int
     ) -> Claim | None:
-        """Begin the next attempt of the oldest job that may run; None if there is none.
+        """Begin the next attempt of a job that may run, the oldest of its tenant; None if there is none.
 
-        Queued jobs may run, and those whose lease ran out, unless `settle` ends them; not those of a tenant
-        that has max_running_per_tenant under a lease, or as many as its quota says.
+        Tenants take turns: the one whose last job began the longest ago comes first. Queued jobs may run, and
+        those whose lease ran out, unless `settle` ends them; not those of a tenant that has
+        max_running_per_tenant under a lease, or as many as its quota says.
         """
         with self._database.reading() as connection:
             # Asked every second by every worker: where nothing waits, nobody's write waits for it.
@@ -330,6 +331,9 @@ def _next(
     quota = select(tenants.c.max_running_jobs).where(tenants.c.name == jobs.c.tenant)
     most = func.coalesce(quota.correlate(jobs).scalar_subquery(), max_running)
     busy = leased.group_by(jobs.c.tenant).having(func.count() >= most)
+    others = jobs.alias()
+    its_others = and_(others.c.tenant == jobs.c.tenant, others.c.id != jobs.c.id)
+    last_turn = select(func.max(others.c.started_at)).where(its_others).correlate(jobs).scalar_subquery()
     query = (
         select(jobs)
         .where(
@@ -341,7 +345,7 @@ def _next(
             jobs.c.tenant.not_in(select(tenants.c.name).where(tenants.c.max_running_jobs == 0)),
             _may_run(now),
         )
-        .order_by(jobs.c.id)
+        .order_by(last_turn.nulls_first(), jobs.c.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )

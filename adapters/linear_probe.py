@@ -28,6 +28,7 @@ __all__ = [
     "OneLabel",
     "ProbeConfig",
     "TooCostly",
+    "expected_seconds",
     "fit",
     "predicted_seconds",
 ]
@@ -114,11 +115,9 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
 
     Deterministic: the same examples in any order give the same bytes. Raises OneLabel, TooCostly.
     """
+    expected_seconds(data, config)
     names = _names(data)
     n, dim = data.embeddings.shape
-    predicted = predicted_seconds(n, dim, len(names), data.task)
-    if predicted > config.limit_seconds:
-        raise TooCostly(predicted, config.limit_seconds)
     order = _canonical_order(data)
     embeddings = np.ascontiguousarray(data.embeddings[order], dtype=np.float32)
     targets = [data.targets[row] for row in order]
@@ -162,6 +161,15 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
         head, report, scores = fit_multilabel(prepared, assigned, names)
     method = _method(len(used), course) if head.measured else "not measured"
     return _in_order(order, head, {**report, **more, "method": method}, scores)
+
+
+def expected_seconds(data: Dataset, config: ProbeConfig = ProbeConfig()) -> float:
+    """Seconds that `fit` is expected to take. Raises OneLabel and TooCostly, as it does."""
+    n, dim = data.embeddings.shape
+    predicted = predicted_seconds(n, dim, len(_names(data)), data.task)
+    if predicted > config.limit_seconds:
+        raise TooCostly(predicted, config.limit_seconds)
+    return predicted
 
 
 def _method(folds: int, course: Plan) -> str:

@@ -256,10 +256,13 @@ class Revising:
         promote: Promote,
         timings: dict[str, float],
         removals: Collection[str] = (),
+        *,
+        tenant: str,
     ) -> Fit:
         """A head for the rows, with its report and the decision whether it may be live.
 
-        removals: examples that are erased together with the versions that learned from them.
+        removals: examples that are erased together with the versions that learned from them. tenant: who
+        waits for it, and takes turns with others.
         """
         if not rows:
             raise NothingToFit("The adapter has no examples in use; send some, or take some back.")
@@ -280,7 +283,7 @@ class Revising:
             balanced=terms.weights == "balanced",
         )
         with _timed(timings, "fit", self._observe):
-            fitted = await self._fitter.fit(dataset, config)
+            fitted = await self._fitter.fit(dataset, config, tenant=tenant)
         ids = tuple(row.id for row in rows)
         evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores, tuple(dataset.sampled))
         evidence, decision = await self._decided(adapter, dataset, evidence, promote, removals)
@@ -409,6 +412,7 @@ class Revising:
                 edit.promote,
                 timings,
                 edit.removals,
+                tenant=subject.tenant,
             )
         except (OneLabel, NothingToFit):
             if edit.required:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome, telling_rejected
-from adapters.admission import Posted
+from adapters.admission import TARGET_FIELDS, Posted
 from adapters.calling_back import check_callback
 from adapters.curating import InputsNotKept
 from adapters.jobs import upload_of, upload_request
@@ -23,7 +23,6 @@ from adapters.records import (
     ExampleRecord,
     JobKind,
     JobRecord,
-    Kind,
     RegistryUnavailable,
     TooManyJobs,
     UnknownAdapter,
@@ -31,8 +30,9 @@ from adapters.records import (
 from adapters.registry import new_uid
 from adapters.replies import Reply
 from adapters.store import Artifact, StoreError
+from adapters.turns import Gate
 from adapters.uploaded import BadUpload
-from adapters.uploads import Form, kind_of_upload
+from adapters.uploads import Beginning, Form, look_at
 
 FINE_TUNE: Final = "fine_tune"
 BULK: Final = "bulk_adapt"
@@ -41,9 +41,9 @@ FEWEST_EXAMPLES = 50
 FEWEST_OF_A_LABEL = 5
 Submitted = tuple[JobRecord, AdaptOutcome | None]
 """A job, and what became of the examples that were sent with it."""
-# Uploads received at once, each with a part or two in memory.
-_UPLOADS = 4
-_PART_BYTES = 16 << 20
+# Parts of uploads that are written at once, and their size: every open upload has one in memory.
+_PUBLISHED_AT_ONCE = 4
+_PART_BYTES = 4 << 20
 
 
 class CannotTune(RuntimeError):
@@ -96,7 +96,7 @@ class Submitting:
     ) -> None:
         self._adapting = adapting
         self._callback_urls = callback_urls
-        self._uploading = asyncio.Semaphore(_UPLOADS)
+        self._publishing = Gate(_PUBLISHED_AT_ONCE)
         self._keeping: Keeping = adapting.revising.keeping
         self._jobs = self._keeping.registry.jobs
         self._max_open = max_open
@@ -149,34 +149,32 @@ class Submitting:
     ) -> JobRecord:
         """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
 
-        The command's own examples are none. Few uploads are received at once; others wait, and send nothing
-        meanwhile. reply: recorded with the job. Raises BadUpload, TooManyJobs, CallbackNotAllowed,
-        AlreadyAnswered, what Adapting.terms raises, and what the store and the registry raise. The upload is
-        deleted then, or swept later.
+        The command's own examples are none. Parts of uploads are published in turns by tenant, and what comes
+        slowly delays no other upload. reply: recorded with the job. Raises BadUpload, TooManyJobs,
+        CallbackNotAllowed, AlreadyAnswered, what Adapting.terms raises, and what the store and the registry
+        raise. The upload is deleted then, or swept later.
         """
         self._check_callback(command.callback)
         await self._check_open(tenant)
-        async with self._uploading:
-            parts = _parts(body)
-            first = await anext(parts, b"")
-            if not first:
-                raise BadUpload("no_examples", "The upload is empty.")
-            adapter = await self._adapter(tenant, command, kind_of_upload(form, first))
-            publishing: list[asyncio.Future[tuple[Artifact, ...]]] = []
-            try:
-                part = first
-                while part:
+        parts = _parts(body)
+        part = await anext(parts, b"")
+        if not part:
+            raise BadUpload("no_examples", "The upload is empty.")
+        adapter = await self._adapter(tenant, command, look_at(form, part, command.columns))
+        publishing: list[asyncio.Future[tuple[Artifact, ...]]] = []
+        try:
+            while part:
+                async with self._publishing.passed(tenant):
                     publication = self._keeping.publish(tenant, adapter.uid, [partial(bytes, part)])
                     publishing.append(asyncio.ensure_future(publication))
                     await asyncio.shield(publishing[-1])
-                    part = await anext(parts, b"")
-            except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, adapter.uid, publishing)))
-                raise
-            kept = [artifact for published in publishing for artifact in published.result()]
-            return await asyncio.shield(
-                asyncio.ensure_future(self._queue(tenant, adapter.uid, form, command, kept, reply))
-            )
+                part = await anext(parts, b"")
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, adapter.uid, publishing)))
+            raise
+        kept = [artifact for published in publishing for artifact in published.result()]
+        queueing = self._queue(tenant, adapter.uid, form, command, kept, reply)
+        return await asyncio.shield(asyncio.ensure_future(queueing))
 
     async def _queue(
         self,
@@ -196,6 +194,7 @@ class Submitting:
             "fit": command.fit,
             "answer_accuracy": command.answer_accuracy,
             "weights": command.weights,
+            "columns": dict(command.columns),
         }
         try:
             return await self._submit(tenant, command, BULK, request, reply)
@@ -215,18 +214,26 @@ class Submitting:
             with suppress(StoreError):
                 await self._keeping.drop(tenant, uid, await publication)
 
-    async def _adapter(self, tenant: str, command: AdaptCommand, kind: Kind) -> AdapterRecord:
+    async def _adapter(self, tenant: str, command: AdaptCommand, beginning: Beginning) -> AdapterRecord:
         """The adapter, created without examples if there is none; an upload that fails leaves it."""
         state = await self._keeping.state(tenant, command.adapter)
         # Something of that kind, which names the backbone where the command does not.
-        terms = self._adapting.terms(replace(command, posted=(Posted("" if kind == "text" else b""),)), state)
+        something = Posted("" if beginning.kind == "text" else b"")
+        terms = self._adapting.terms(replace(command, posted=(something,)), state)
+        wanted = TARGET_FIELDS[terms.task]
+        if beginning.target not in (None, wanted):
+            raise BadUpload(
+                "invalid_csv",
+                f"The task {terms.task} needs the column {wanted!r}, and not {beginning.target!r}. "
+                f"If it has another name, say which one it is: {wanted}_column=…",
+            )
         if state is not None:
             return state.adapter
         change = Change(tenant, command.adapter, new_uid(), 0, create=terms)
         try:
             return (await self._keeping.commit(change, ())).adapter
         except AdapterExists:
-            return await self._adapter(tenant, command, kind)
+            return await self._adapter(tenant, command, beginning)
 
     async def _submit(
         self,

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import io
+import stat
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from adapters.admission import Posted
+from adapters.charset import decoded, encoding_of
 from adapters.records import Kind
-from adapters.uploaded import BadUpload, Record, UploadLimits, bounded
+from adapters.uploaded import BadUpload, Found, Record, UploadLimits, bounded, cut, too_long
 from models.preprocess import InputError, InputLimits
 
-# How much more than its own bytes a zip may hold, and how much of it is inflated at a time.
-_INFLATION = 4
+# How many times its own bytes a zip may hold that holds much, and what is inflated at a time.
+_INFLATION = 10
 _SLICE = 1 << 16
 # What a zip's directory may take for each file, and files and folders besides the examples: macOS gives every
 # file a twin.
 _DIRECTORY_ENTRY = 1 << 8
 _ENTRIES_BESIDES = 1_000
+# Left behind by systems, in any case of letters; so are names that begin with a dot.
+_LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"})
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+_UNICODE_PATH = 0x7075
 _LOCAL_HEADER = b"PK\x03\x04"
 _UNKNOWN_SIZE = 0xFFFFFFFF
 _ZIP64_END = b"PK\x06\x06"
@@ -66,26 +73,63 @@ def _path(name: str) -> list[str]:
     """The folders and the file of a name in a zip; empty for a folder, and for what systems leave behind."""
     parts = name.replace("\\", "/").split("/")
     path = [part for part in parts if part not in ("", ".")]
-    left_behind = any(part == "__MACOSX" or part.startswith(".") for part in path)
+    left_behind = any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in path)
     return [] if left_behind or not parts[-1] else path
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """The name as it was meant, in Unicode NFC. Raises InputError (invalid_name).
+
+    Without the flag for UTF-8, ZipFile reads names as CP437, in which every byte is a character. Most
+    programs mean UTF-8 all the same, or say so in a field of its own (APPNOTE.TXT, 4.6.9). No other code page
+    is guessed.
+    """
+    name = info.orig_filename
+    if not info.flag_bits & _UTF8:
+        raw = name.encode("cp437")
+        told = _unicode_path(info.extra, zlib.crc32(raw))
+        try:
+            name = (told or raw).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                "invalid_name", "The name of the file is not UTF-8. Pack the folder with names in UTF-8."
+            ) from error
+    return unicodedata.normalize("NFC", name.split("\0")[0])
+
+
+def _unicode_path(extra: bytes, checksum: int) -> bytes | None:
+    """The name in an entry's extra field, if it is of the name beside it."""
+    place = 0
+    while place + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, place)
+        field = extra[place + 4 : place + 4 + size]
+        if kind == _UNICODE_PATH and len(field) > 5 and struct.unpack_from("<BL", field) == (1, checksum):
+            return field[5:]
+        place += 4 + size
+    return None
 
 
 class _Room:
     """What the files of a zip may still hold."""
 
-    def __init__(self, size: int) -> None:
-        self._left = _INFLATION * size
+    def __init__(self, size: int, always: int) -> None:
+        self._always = always
+        self._left = max(always, _INFLATION * size)
 
     def take(self, count: int) -> None:
         """So much was inflated, whether or not it can be used. Raises BadUpload."""
         self._left -= count
         if self._left < 0:
-            raise BadUpload("invalid_zip", f"The zip file holds more than {_INFLATION} times its bytes.")
+            raise BadUpload(
+                "invalid_zip",
+                f"The zip file holds more than {self._always:,} bytes, and {_INFLATION} times its own. "
+                "Send it in several parts.",
+            )
 
 
-def files(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
+def files(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Record]:
     """The files of a zip with a folder each for their labels. file: seekable. Raises BadUpload."""
-    room = _Room(file.seek(0, io.SEEK_END))
+    room = _Room(file.seek(0, io.SEEK_END), limits.zip_bytes)
     try:
         _check_directory(file, 2 * limits.max_examples + _ENTRIES_BESIDES)
         archive = zipfile.ZipFile(file)
@@ -95,10 +139,19 @@ def files(file: BinaryIO, limits: UploadLimits) -> Iterator[Record]:
         raise BadUpload("invalid_zip", f"The zip file cannot be read: {error}.") from error
     with archive:
         for info in archive.infolist():
-            path = _path(info.filename)
+            try:
+                name = _name(info)
+            except InputError as error:
+                raw = info.orig_filename.encode("cp437")
+                yield Record(raw.decode(errors="backslashreplace"), Posted(error))
+                continue
+            path = _path(name)
             if path:
                 label = path[-2] if len(path) > 1 else None
-                yield Record(info.filename, Posted(_content(archive, info, limits.inputs, room), label))
+                content = _content(archive, info, limits.inputs, room, found)
+                yield Record(name, Posted(content, label))
+            elif not name.endswith(("/", "\\")):
+                found.skipped += 1
 
 
 def _check_directory(file: BinaryIO, most: int) -> None:
@@ -118,20 +171,33 @@ def _check_directory(file: BinaryIO, most: int) -> None:
     directory = file.read(size)
     place = count = 0
     while place + 46 <= len(directory):
-        place += 46 + sum(struct.unpack_from("<HHH", directory, place + 28))
+        (flags,) = struct.unpack_from("<H", directory, place + 8)
+        sizes = struct.unpack_from("<HHH", directory, place + 28)
+        if flags & _UTF8:
+            _check_name(directory[place + 46 : place + 46 + sizes[0]])
+        place += 46 + sum(sizes)
         count += 1
         if count > most:
             raise too_many
 
 
+def _check_name(name: bytes) -> None:
+    """Raises BadUpload for a name that is said to be UTF-8 and is not, at which ZipFile would fail."""
+    try:
+        name.decode()
+    except UnicodeDecodeError as error:
+        shown = cut(name.decode(errors="backslashreplace"))
+        raise BadUpload("invalid_zip", f"The name {shown} is marked as UTF-8 and is not.") from error
+
+
 def _content(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: InputLimits, room: _Room
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: InputLimits, room: _Room, found: Found
 ) -> bytes | str | InputError:
     is_text = info.filename.lower().endswith(".txt")
     most = 4 * limits.max_text_chars if is_text else limits.max_image_bytes
-    # A few bytes of another method may inflate to gigabytes in one read.
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return InputError("invalid_zip", "The file is neither stored nor deflated; pack it so.")
+    refusal = _refusal(info)
+    if refusal is not None:
+        return InputError("invalid_zip", refusal)
     content = bytearray()
     try:
         with archive.open(info) as member:
@@ -143,11 +209,28 @@ def _content(
         raise
     except _BROKEN as error:
         return InputError("invalid_zip", f"The file cannot be read: {error}.")
+    if len(content) > most:
+        too_large = InputError("image_too_large", f"An image has at most {most:,} bytes.")
+        return too_long(limits) if is_text else too_large
     if not is_text:
-        if len(content) > most:
-            return InputError("image_too_large", f"An image has at most {most:,} bytes.")
         return bytes(content)
+    encoding = encoding_of(io.BytesIO(content))
     try:
-        return bounded(content.decode("utf-8-sig"), limits)
-    except UnicodeDecodeError as error:
-        return InputError("invalid_text", f"The text is not UTF-8: {error.reason} at byte {error.start}.")
+        text = decoded(bytes(content), encoding)
+    except InputError as error:
+        return error
+    found.encodings[encoding] += 1
+    return bounded(text, limits)
+
+
+def _refusal(info: zipfile.ZipInfo) -> str | None:
+    """Why a file is not even opened."""
+    if info.flag_bits & _ENCRYPTED:
+        return "The file is encrypted. Pack it without a password."
+    # A few bytes of another method may inflate to gigabytes in one read.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")  # type: ignore[attr-defined]
+        return f"The file is packed by {method}. Pack it by deflate, or store it."
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "The file is a link. Pack what it leads to."
+    return None

@@ -380,8 +380,8 @@ class JobOut(BaseModel):
     Of a job that has succeeded the share is 1 and nothing is left; of one that failed or was cancelled the
     share is what it had reached, and `seconds_left` is null.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
-    the job is asked for alone, errors.
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, skipped,
+    format, and, where the job is asked for alone, errors.
     """
 
     id: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from service.schemas import (
     OpenAIRequest,
     PredictRequest,
     TargetIn,
+    UploadRequest,
 )
 from service.validation import Fault, apart, lax, refuse_parameters, strict
 
@@ -87,12 +88,16 @@ class Bodies:
 
     def bulk(self, request: Request, form: Form) -> tuple[AdaptCommand, AsyncIterator[bytes]]:
         """An upload: what to do with it, which is in the query string, and its bytes as they come."""
-        body = lax(AdaptRequest, dict(request.query_params))
+        body = lax(UploadRequest, dict(request.query_params))
+        columns = body.columns()
+        if columns and form != "csv":
+            named = ", ".join(f"`{field}_column`" for field in columns)
+            raise Problem(422, "invalid_request", f"Only a CSV table has columns; leave out {named}.")
         if body.method == FINE_TUNE or body.strict:
             raise Problem(
                 422, "invalid_request", f"A bulk upload ({form}) is fitted by linear_probe, and not strict."
             )
-        return _command(body, (), job=True), request.stream()
+        return replace(_command(body, (), job=True), columns=columns), request.stream()
 
     def adapter(self, request: Request) -> str | None:
         """Of a raw input, the adapter that is to predict: known before the input is read."""

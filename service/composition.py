@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,8 @@ logger = logging.getLogger("topwork")
 
 _SWEEP_SECONDS = 3_600.0
 _CLEAR_SECONDS = 1.5
+# Fits that are predicted to take no longer share a process, and wait for no longer ones.
+_FIT_SECONDS = (0.25, 2.0, math.inf)
 # From the signal on; supervisors kill after thirty.
 _END_SECONDS = 29.0
 
@@ -114,7 +117,7 @@ async def compose(
     metrics = Metrics()
     plans = await _plans(settings)
     async with AsyncExitStack() as stack:
-        fitter = Fitter(settings.max_fit_queue)
+        fitter = Fitter(settings.max_fit_queue, _FIT_SECONDS)
         stack.push_async_callback(fitter.close)
         # The slow parts wait for files, other processes and ONNX Runtime, so they come up beside each other.
         backbones, (registry, store), _ = await asyncio.gather(

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from service.access import Access, Doors
@@ -19,7 +19,7 @@ from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -41,9 +41,10 @@ BULK: Mapping[str, Form] = {
 }
 """The form of a bulk upload by its media type."""
 
-# Of those that are open, adapters/submitting.py receives four; the others wait, and send nothing meanwhile.
-UPLOADS = 16
+# Each has one part of adapters/submitting.py in memory, whatever its pace.
+UPLOADS = 48
 UPLOADS_OF_A_TENANT = 2
+UPLOAD_PATIENCE = 3.0  # seconds that an upload waits for a place
 # Between looks for keys of requests under way that are in use no more.
 _LOOK_SECONDS = 1.0
 # Between looks for requests past their deadlines, which end so much late: a share of what each may take, and
@@ -76,18 +77,22 @@ _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
 class Slots:
-    """What may be open at once, of all tenants and of one. For one event loop."""
+    """What may be open at once, of all tenants and of one. For one event loop.
+
+    Once half of all are taken, a tenant that has one gets no more.
+    """
 
     def __init__(self, what: str, most: int, most_of_a_tenant: int) -> None:
         self._what = what
         self._most = most
         self._most_of_a_tenant = most_of_a_tenant
         self._open: Counter[str] = Counter()
+        self._freed = asyncio.Event()
 
     @contextmanager
     def take(self, tenant: str) -> Iterator[None]:
         """Holds one meanwhile. Raises a 429 Problem where there is none left."""
-        if self._open[tenant] >= self._most_of_a_tenant or self._open.total() >= self._most:
+        if not self._has_room(tenant):
             raise Problem(
                 429,
                 f"too_many_{self._what}",
@@ -101,6 +106,23 @@ class Slots:
         finally:
             self._open[tenant] -= 1
             self._open = +self._open
+            self._freed.set()
+
+    @asynccontextmanager
+    async def wait(self, tenant: str, seconds: float) -> AsyncIterator[None]:
+        """Holds one meanwhile, once there is one. Raises a 429 Problem if there is none in that time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._has_room(tenant):
+                    self._freed.clear()
+                    await self._freed.wait()
+        with self.take(tenant):
+            yield
+
+    def _has_room(self, tenant: str) -> bool:
+        own, of_all = self._open[tenant], self._open.total()
+        share = self._most if own == 0 else self._most / 2
+        return own < self._most_of_a_tenant and of_all < share
 
 
 class Edge:

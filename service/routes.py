@@ -20,7 +20,7 @@ from service.auth import Tenant, caller_of, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
-from service.edge import BULK
+from service.edge import BULK, UPLOAD_PATIENCE
 from service.embeddings import add_openai
 from service.errors import Problem
 from service.events import brief
@@ -125,7 +125,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
 
     async def upload(request: Request, tenant: str, reply: Replying) -> Response:
         form = BULK[media_type(request)]
-        with uploads.take(tenant):
+        async with uploads.wait(tenant, UPLOAD_PATIENCE):
             command, content = bodies.bulk(request, form)
             job = await submitting.bulk(tenant, form, command, content, reply(answers.submitted))
         return answers.submitted(job)

@@ -20,6 +20,10 @@ AdapterName = Annotated[
     str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
 ]
 VersionNumber = Annotated[int, Field(ge=1, le=BIGGEST)]
+ColumnName = Annotated[
+    str | None,
+    Field(min_length=1, max_length=256, description="Of a CSV table, where the column has another name."),
+]
 BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["efficientnet-lite0"])]
 Timings = Annotated[
     dict[str, float],
@@ -188,6 +192,23 @@ class AdaptRequest(Request):
         "creation); given for a known adapter, from this fit on.",
     )
     examples: list[ExampleIn] = Field(default_factory=list)
+
+
+class UploadRequest(AdaptRequest):
+    """What is done with a bulk upload; in the query string."""
+
+    text_column: ColumnName = None
+    label_column: ColumnName = None
+    labels_column: ColumnName = None
+    target_column: ColumnName = None
+    id_column: ColumnName = None
+    group_column: ColumnName = None
+
+    def columns(self) -> dict[str, str]:
+        """The names of a table's columns that are given, by field."""
+        fields = ("text", "label", "labels", "target", "id", "group")
+        given = {field: getattr(self, f"{field}_column") for field in fields}
+        return {field: name for field, name in given.items() if name is not None}
 
 
 class PredictRequest(Request):

@@ -113,7 +113,9 @@ class Settings(BaseSettings):
         default=2.0,
         description="Seconds that a prediction may expect to wait for its backbone; beyond it, 429.",
     )
-    max_fit_queue: Count = Field(default=32, description="Fits waiting for the fitter; beyond it, 429.")
+    max_fit_queue: Count = Field(
+        default=32, description="Fits of a tenant that is alone; beyond it, or its share, 429."
+    )
     max_fit_seconds: Seconds = Field(default=30.0, description="A fit predicted to take longer is refused.")
     max_fit_bytes: Bytes = Field(default=512 * MIB, description="Memory of the blocks of one fit.")
     workers: int = Field(

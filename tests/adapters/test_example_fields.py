@@ -29,9 +29,9 @@ def watched(here: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple
     fitter, seen = here.revising._fitter, []
     fit = fitter.fit
 
-    async def fitting(dataset: Dataset, config: ProbeConfig) -> Fitted:
+    async def fitting(dataset: Dataset, config: ProbeConfig, *, tenant: str) -> Fitted:
         seen.append((dataset, config))
-        return await fit(dataset, config)
+        return await fit(dataset, config, tenant=tenant)
 
     with monkeypatch.context() as patch:
         patch.setattr(fitter, "fit", fitting)

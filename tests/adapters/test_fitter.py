@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adapters.fitter import Fitter, FitterOverloaded, FitterUnavailable
-from adapters.linear_probe import OneLabel, ProbeConfig, TooCostly, fit
+from adapters.linear_probe import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
 from tests.adapters.clouds import classification, clouds, dataset
 
 pytestmark = pytest.mark.anyio
@@ -26,9 +29,22 @@ async def fitter() -> AsyncIterator[Fitter]:
     await fitter.close()
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not holds():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def pid_of(fitter: Fitter, line: int) -> int | None:
+    process = fitter._lines[line].process
+    return None if process is None else process.pid
+
+
 def child_of(fitter: Fitter) -> int:
-    assert fitter._process is not None
-    return fitter._process.pid
+    pid = pid_of(fitter, 0)
+    assert pid is not None
+    return pid
 
 
 async def test_fits_as_the_function_does_in_a_niced_process(fitter: Fitter) -> None:
@@ -69,7 +85,7 @@ async def test_a_fit_that_kills_twice_is_given_up_and_the_next_one_works(fitter:
     killed: set[int] = set()
     while not running.done():
         await asyncio.sleep(0.05)
-        process = fitter._process
+        process = fitter._lines[0].process
         if process is not None and process.pid not in killed and fitter.alive:
             await asyncio.sleep(0.1)
             if not running.done():
@@ -115,16 +131,116 @@ async def test_what_waits_when_it_closes_is_told() -> None:
 
 async def test_a_large_dataset_passes_while_the_event_loop_goes_on(fitter: Fitter) -> None:
     rows = np.random.default_rng(0).standard_normal((20_000, 512)).astype(np.float32)
-    running = asyncio.create_task(
-        fitter.fit(dataset(rows, ["a", "b"] * 10_000), ProbeConfig(limit_seconds=0.01))
-    )
+    os.kill(child_of(fitter), signal.SIGSTOP)
+    running = asyncio.create_task(fitter.fit(dataset(rows, ["a", "b"] * 10_000)))
     turns = 0
-    while not running.done():
-        await asyncio.sleep(0.001)
+    while turns < 50:
+        await asyncio.sleep(0.01)
         turns += 1
+    os.kill(child_of(fitter), signal.SIGCONT)
+    assert len((await running).head.labels) == 2
+
+
+async def test_what_is_refused_does_not_wait(fitter: Fitter) -> None:
+    os.kill(child_of(fitter), signal.SIGSTOP)
     with pytest.raises(TooCostly):
-        await running
-    assert turns > 5
+        await fitter.fit(classification(400, 64, 4), ProbeConfig(limit_seconds=1e-3))
+    with pytest.raises(OneLabel):
+        await fitter.fit(dataset(clouds(10_000, 8, 2)[0], ["a"] * 10_000))
+    os.kill(child_of(fitter), signal.SIGCONT)
+
+
+async def test_tenants_take_turns(fitter: Fitter) -> None:
+    ended: list[str] = []
+
+    async def ask(tenant: str) -> None:
+        await fitter.fit(classification(200, 24, 4), tenant=tenant)
+        ended.append(tenant)
+
+    os.kill(child_of(fitter), signal.SIGSTOP)
+    asked = [asyncio.create_task(ask("many")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    asked.append(asyncio.create_task(ask("one")))
+    await asyncio.sleep(0.1)
+    os.kill(child_of(fitter), signal.SIGCONT)
+    await asyncio.gather(*asked)
+    assert ended == ["many", "one", "many", "many"]
+
+
+async def test_a_tenant_that_fills_the_queue_is_refused_itself(fitter: Fitter) -> None:
+    data = classification(200, 24, 4)
+    os.kill(child_of(fitter), signal.SIGSTOP)
+    asked = [asyncio.create_task(fitter.fit(data, tenant="many")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    asked += [asyncio.create_task(fitter.fit(data, tenant=tenant)) for tenant in ("one", "other")]
+    await asyncio.sleep(0.1)
+    for tenant in ("many", "one", "yet another"):
+        with pytest.raises(FitterOverloaded):
+            await fitter.fit(data, tenant=tenant)
+    assert fitter.queued == 5
+    os.kill(child_of(fitter), signal.SIGCONT)
+    assert len(await asyncio.gather(*asked)) == 5
+    assert fitter.queued == 0
+
+
+@pytest.fixture
+async def lines() -> AsyncIterator[Fitter]:
+    fitter = Fitter(8, (0.25, 2.0, math.inf), idle_seconds=1.0)
+    await fitter.start()
+    yield fitter
+    await fitter.close()
+
+
+async def test_long_fits_of_one_tenant_do_not_hold_the_short_ones_of_another(lines: Fitter) -> None:
+    long, middle, short = (
+        classification(1_000, 384, 400),
+        classification(2_000, 384, 60),
+        classification(60, 24, 3),
+    )
+    assert [expected_seconds(one) > bound for one, bound in ((long, 2.0), (middle, 0.25))] == [True, True]
+    assert expected_seconds(middle) < 2.0
+    asked = [asyncio.create_task(lines.fit(long, tenant="many")) for _ in range(5)]
+    await asyncio.sleep(0)
+    for _ in range(10):
+        fitted = await lines.fit(short, tenant="one")
+    assert not any(task.done() for task in asked[1:])
+    assert fitted.head.to_bytes() == fit(short).head.to_bytes()
+    fitted = await lines.fit(middle, tenant="one")
+    assert not all(task.done() for task in asked)
+    priorities = [os.getpriority(os.PRIO_PROCESS, line.process.pid) for line in lines._lines if line.process]
+    assert priorities == sorted(set(priorities))
+    for task in asked:
+        task.cancel()
+    # As one process fits all of them.
+    alone = Fitter()
+    await alone.start()
+    assert (await alone.fit(middle)).head.to_bytes() == fitted.head.to_bytes()
+    await alone.close()
+
+
+async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None:
+    data = classification(2_000, 384, 60)
+    ended: set[int] = set()
+    for _ in range(2):
+        await lines.fit(data)
+        pid = pid_of(lines, 1)
+        assert pid is not None
+        await until(lambda: pid_of(lines, 1) is None)
+        await until(lambda gone=pid: not Path(f"/proc/{gone}").exists())  # type: ignore[misc]
+        ended.add(pid)
+    assert len(ended) == 2
+    assert lines.alive
+    assert lines.replaced == 0
+
+
+async def test_a_long_fit_whose_process_is_killed_is_repeated(lines: Fitter) -> None:
+    running = asyncio.create_task(lines.fit(classification(2_000, 384, 60)))
+    await until(lambda: not lines._lines[1].broken)
+    pid = pid_of(lines, 1)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert len((await running).head.labels) == 60
+    assert lines.replaced == 1
 
 
 async def test_the_process_ends_when_its_input_does() -> None:

@@ -352,6 +352,33 @@ def test_submissions_at_once_do_not_pass_the_limit(registry: Registry) -> None:
     assert all(isinstance(error, TooManyJobs) for error in errors if error is not None)
 
 
+def test_tenants_take_turns(registry: Registry) -> None:
+    """A tenant with many jobs does not hold those of others, nor does one that always has another one."""
+    for tenant in ("acme", "other", "third"):
+        create(registry, tenant=tenant)
+    many = [submit(registry).id for _ in range(3)]
+    one, third = (submit(registry, tenant=tenant).id for tenant in ("other", "third"))
+
+    def turn() -> Claim:
+        time.sleep(0.01)
+        return begin(registry)
+
+    begun = []
+    for _ in range(4):
+        claimed = turn()
+        begun.append(claimed.job.id)
+        registry.jobs.fail(claimed, "diverged", "It did.")
+    assert begun == [many[0], one, third, many[1]]
+    again = submit(registry, tenant="other").id
+    assert turn().job.id == again
+    last = turn()
+    assert last.job.id == many[2]
+    # What was let go comes before the tenant's newer ones.
+    submit(registry)
+    registry.jobs.release(last)
+    assert turn().job.id == many[2]
+
+
 def test_the_oldest_job_of_the_kinds_is_claimed_first(registry: Registry) -> None:
     create(registry)
     kinds: list[JobKind] = ["bulk_adapt", "fine_tune", "bulk_adapt", "fine_tune"]

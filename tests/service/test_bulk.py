@@ -207,6 +207,12 @@ def test_what_cannot_be_learned_from_fails_with_its_reason(
         ("", b"text,label\n", CSV, "invalid_request"),
         ("adapter=a&method=fine_tune", b"text,label\n", CSV, "invalid_request"),
         ("adapter=a&strict=true", b"text,label\n", CSV, "invalid_request"),
+        ("adapter=a&text_column=body", b"text,label\n", CSV, "invalid_csv"),
+        ("adapter=a&text_column=", b"text,label\n", CSV, "invalid_request"),
+        ("adapter=a&text_column=body", b'{"text": "a"}\n', NDJSON, "invalid_request"),
+        ("adapter=a&task=multilabel", b"text,label\n", CSV, "invalid_csv"),
+        ("adapter=a&task=regression&label_column=text", b"text,target\n", CSV, "invalid_csv"),
+        ("adapter=a", b"text,target\n", CSV, "invalid_csv"),
         ("adapter=a&backbone=none", b"text,label\n", CSV, "unknown_backbone"),
         ("adapter=a&callback=http://127.0.0.1:1/", b"text,label\n", CSV, "callback_not_allowed"),
     ],
@@ -286,3 +292,66 @@ def test_weights_are_refused_before_an_upload_is_kept(teacher: Caller) -> None:
         teacher.code("POST", query, 422, content=lines(reviews()), headers=NDJSON) == "weights_not_for_task"
     )
     assert teacher.call("GET", "/adapters")["adapters"] == []
+
+
+def test_a_table_of_a_spreadsheet_teaches_and_tells_how_it_was_read(teacher: Caller) -> None:
+    rows = [f"{number};{one['text']} – schön;{one['label']}\r\n" for number, one in enumerate(reviews())]
+    content = ("Nr;Text;Süß\r\n" + "".join(rows) + '12;"offen;good\r\n;;\r\n').encode("cp1252")
+    job = upload(teacher, "adapter=films&label_column=süß", content, CSV)
+    progress = job["progress"]
+    assert (job["state"], progress["stored"], progress["rejected"]) == ("succeeded", 12, 1)
+    assert progress["format"] == {
+        "encoding": "windows-1252",
+        "delimiter": ";",
+        "columns": {"text": "Text", "label": "Süß"},
+        "ignored_columns": ["Nr"],
+    }
+    assert progress["errors"][0]["place"] == "line 14"
+    assert progress["errors"][0]["code"] == "stray_quote"
+    page = teacher.call("GET", "/adapters/films/examples")["examples"]
+    assert teacher.call("GET", f"/adapters/films/examples/{page[0]['id']}")["text"].endswith(" – schön")
+
+
+def test_tables_teach_every_task(teacher: Caller) -> None:
+    many = "text;labels\n" + "".join(f"{one['text']};{one['label']}|film\n" for one in reviews())
+    job = upload(teacher, "adapter=many&task=multilabel", many.encode("utf-16"), CSV)
+    assert (job["state"], job["progress"]["format"]["encoding"]) == ("succeeded", "utf-16-le")
+    version = teacher.call("GET", "/adapters/many/versions/1")
+    assert set(version["report"]["per_label"]) == {"bad", "film", "good"}
+    stars = {"good": "4,5", "bad": "0,5"}
+    rated = "text\tStars\n" + "".join(f"{one['text']}\t{stars[one['label']]}\n" for one in reviews())
+    rated += "What is it worth?\t1,234\n"
+    job = upload(teacher, "adapter=rated&task=regression&target_column=stars", rated.encode(), CSV)
+    assert (job["state"], job["progress"]["format"]["delimiter"]) == ("succeeded", "\t")
+    assert "1.234 or 1234" in job["progress"]["errors"][0]["detail"]
+    assert 2.5 < teacher.predict("rated", [{"text": PRAISE[0]}])["predictions"][0]["value"] < 5.0
+
+
+def test_a_zip_counts_what_it_skips_and_names_what_it_refuses(teacher: Caller) -> None:
+    files = {f"{one['label']}/{one['id']}.txt": one["text"].encode() for one in reviews()}
+    files |= {"good/Thumbs.db": b"x", "good/xxxx.txt": b"never read"}
+    content = archive(files).replace(b"xxxx", b"\xe4\xf6\xfc\xdf")
+    progress = upload(teacher, "adapter=films", content, ZIP)["progress"]
+    assert (progress["stored"], progress["rejected"], progress["skipped"]) == (12, 1, 1)
+    assert progress["format"] == {"encodings": {"utf-8": 12}}
+    assert progress["errors"][0]["code"] == "invalid_name"
+    assert progress["errors"][0]["place"] == "good/\\xe4\\xf6\\xfc\\xdf.txt"
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "places"),
+    [
+        (b"text,label\na b,x\nc d,x\n e,\nf g\n", "one_label", ["line 4", "line 5"]),
+        (b"text,label\na b\nc d\n", "no_examples", ["line 2", "line 3"]),
+        (b"text,label\na b\n" + b"a b,x\n" * 41, "too_many_examples", ["line 2"]),
+    ],
+)
+def test_what_was_rejected_is_listed_when_the_job_fails(
+    teacher: Caller, content: bytes, code: str, places: list[str]
+) -> None:
+    job = upload(teacher, "adapter=odd", content, CSV)
+    assert (job["state"], job["error"]["code"]) == ("failed", code)
+    assert [one["place"] for one in job["progress"]["errors"]] == places
+    assert job["progress"]["rejected"] == len(places)
+    assert job["progress"]["format"]["delimiter"] == ","
+    assert code == "too_many_examples" or "progress.errors" in job["error"]["detail"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,11 +109,47 @@ def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
         pass
 
 
-def begin_upload(url: str, tenant: str) -> http.client.HTTPConnection:
+def test_a_second_place_is_given_only_while_half_of_all_are_free() -> None:
+    slots = Slots("uploads", 6, 2)
+    with ExitStack() as held:
+        for tenant in ("one", "one", "two", "three"):
+            held.enter_context(slots.take(tenant))
+        with pytest.raises(Problem):
+            slots.take("two").__enter__()
+        for tenant in ("four", "five"):
+            held.enter_context(slots.take(tenant))
+        with pytest.raises(Problem):
+            slots.take("six").__enter__()
+
+
+@pytest.mark.anyio
+async def test_a_place_is_waited_for_but_not_for_long() -> None:
+    slots = Slots("uploads", 1, 1)
+
+    async def hold(tenant: str, until: asyncio.Event) -> None:
+        async with slots.wait(tenant, 60.0):
+            await until.wait()
+
+    first, second = asyncio.Event(), asyncio.Event()
+    holding = asyncio.create_task(hold("one", first))
+    waiting = asyncio.create_task(hold("two", second))
+    await asyncio.sleep(0.05)
+    with pytest.raises(Problem) as refused:
+        await slots.wait("three", 0.1).__aenter__()
+    assert (refused.value.status_code, refused.value.code) == (429, "too_many_uploads")
+    first.set()
+    await holding
+    second.set()
+    await asyncio.wait_for(waiting, 5.0)
+    async with slots.wait("three", 0.1):
+        pass
+
+
+def begin_upload(url: str, tenant: str, length: int = 1_000) -> http.client.HTTPConnection:
     """An upload that has sent its first line, and announced more."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.putrequest("POST", "/adapt?adapter=a")
-    for name, value in {**CSV, "X-Tenant": tenant, "Content-Length": "1000"}.items():
+    for name, value in {**CSV, "X-Tenant": tenant, "Content-Length": str(length)}.items():
         connection.putheader(name, value)
     connection.endheaders()
     connection.send(b"text,label\n")
@@ -142,6 +180,37 @@ def test_a_tenant_cannot_hold_every_place_for_uploads(caller: Caller, server: st
         for connection in held:
             connection.close()
     until("invalid_csv")
+
+
+def test_slow_uploads_do_not_delay_those_of_others(caller: Caller, server: str) -> None:
+    """Two of each of two tenants, as slowly as is allowed, each beyond what is held of an upload."""
+    slow = [begin_upload(server, f"slow-{tenant}", 1 << 30) for tenant in (1, 2) for _ in range(2)]
+    over = threading.Event()
+
+    def trickle(connection: http.client.HTTPConnection) -> None:
+        connection.send(b"a text that is long,x\n" * 200_000)
+        with suppress(OSError):
+            while not over.wait(0.5):
+                connection.send(b"a text that is long,x\n" * 1_600)
+
+    threads = [threading.Thread(target=trickle, args=(one,), daemon=True) for one in slow]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(2.0)
+        lines = "".join(f"text {row},{'xy'[row % 2]}\n" for row in range(10))
+        begun = time.monotonic()
+        answer = caller.http.post(
+            "/adapt?adapter=a", content="text,label\n" + lines, headers=CSV, timeout=30.0
+        )
+        assert answer.status_code == 202, answer.text
+        assert time.monotonic() - begun < 10.0
+    finally:
+        over.set()
+        for connection in slow:
+            connection.close()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.anyio

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+
 from benchmarks.serving import Serving
+from tests.service.caller import Caller
 from tests.service.test_startup import get, post, texts
 
 BODY = b"a holiday"
@@ -39,3 +44,55 @@ def test_a_prediction_that_would_wait_too_long_is_refused_before_its_body_comes(
             connection.send(BODY)
             connection.request("POST", PATH, BODY, HEADERS)
             assert connection.getresponse().status == 200
+
+
+def test_long_fits_of_one_tenant_do_not_hold_the_adapts_of_another(tmp_path: Path) -> None:
+    """Six connections with a thousand examples of four hundred labels each: seconds for a fit."""
+    many = [
+        {"text": f"note {row} on matter {row % 400}", "label": f"matter {row % 400}"} for row in range(1_000)
+    ]
+    few = [{"text": f"{word} and more {row}", "label": word} for row in range(3) for word in ("sun", "rain")]
+    answers: set[int] = set()
+    over = threading.Event()
+
+    def attack(url: str, number: int) -> None:
+        tenant = Caller(url, "many")
+        # It may be under way when the service ends.
+        with tenant.http, suppress(httpx.HTTPError):
+            while not over.is_set():
+                body = {"adapter": f"a{number}", "examples": many}
+                status = tenant.http.post("/adapt", json=body).status_code
+                if not over.is_set():
+                    answers.add(status)
+
+    with Serving(tmp_path, environment={"TOPWORK_BACKBONES": "minilm-l6-v2"}) as service:
+        caller, seed = Caller(service.url, "few"), Caller(service.url, "many")
+
+        def median(count: int) -> float:
+            seconds = []
+            for number in range(count):
+                begun = time.monotonic()
+                caller.adapt(f"b{number}", few)
+                seconds.append(time.monotonic() - begun)
+            return statistics.median(seconds)
+
+        with caller.http, seed.http:
+            seed.adapt("a0", many, fit=False)
+            median(1)
+            alone = median(5)
+            threads = [threading.Thread(target=attack, args=(service.url, number)) for number in range(6)]
+            for thread in threads:
+                thread.start()
+            try:
+                while b"topwork_fits_queued 0.0" in get(f"{service.url}/metrics")[1]:
+                    time.sleep(0.01)
+                beside = median(9)
+                assert get(f"{service.url}/readyz")[0] == 200
+            finally:
+                over.set()
+                service.kill()
+    for thread in threads:
+        thread.join()
+    print(f"an adapt takes {alone:.3f} s alone, and {beside:.3f} s beside the long fits")
+    assert answers <= {200, 429}
+    assert beside < 8 * alone + 0.2
