@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = session.get_modelmeta().custom_metadata_map
 task, labels, how = about["task"], json.loads(about["labels"]), json.loads(about["preprocessing"])
+tokenizer = Tokenizer.from_str(about["tokenizer"]) if "tokenizer" in about else None
 
 
 def tokens(path):
     with open(path, encoding="utf-8", newline="") as file:
-        text = Tokenizer.from_str(about["tokenizer"]).encode(how["prompt"] + file.read())
+        text = tokenizer.encode(how["prompt"] + file.read())
     return {"ids": np.array([text.ids]), "mask": np.array([text.attention_mask])}
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(elsewhere: Path, model: bytes, inputs: list[str] | list[bytes]) -> list[Json]:
+def run(elsewhere: Path, model: bytes, inputs: Sequence[str | bytes]) -> list[Json]:
     """What the program says of the inputs, in a process that can import nothing of Topwork."""
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     (elsewhere / "model.onnx").write_bytes(model)
@@ -73,13 +73,13 @@ def run(elsewhere: Path, model: bytes, inputs: list[str] | list[bytes]) -> list[
         env={"PYTHONPATH": "packages", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "0", "LC_ALL": "C"},
         capture_output=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def ask(teacher: Caller, adapter: str, inputs: list[str] | list[bytes]) -> list[Json]:
+def ask(teacher: Caller, adapter: str, inputs: Sequence[str | bytes]) -> list[Json]:
     """What the service says of them, with every label."""
     items = [{"text": one} if isinstance(one, str) else image(one) for one in inputs]
     found: list[Json] = []
@@ -89,7 +89,7 @@ def ask(teacher: Caller, adapter: str, inputs: list[str] | list[bytes]) -> list[
 
 
 def compare(
-    teacher: Caller, elsewhere: Path, adapter: str, inputs: list[str] | list[bytes], version: int = 1
+    teacher: Caller, elsewhere: Path, adapter: str, inputs: Sequence[str | bytes], version: int = 1
 ) -> list[Json]:
     """Asserts that both say the same of all; the service's answers."""
     response = teacher.http.get(f"/adapters/{adapter}/versions/{version}/export")
