@@ -69,6 +69,7 @@ def test_outputs_are_predict_s(
     np.testing.assert_allclose(found["distance"], wanted.distance, rtol=1e-4)
     assert set(wanted.abstained.tolist()) == ({True, False} if measured else {True})
     if task == "regression":
+        assert wanted.values is not None
         np.testing.assert_allclose(found["values"], wanted.values, rtol=1e-9)
     else:
         np.testing.assert_allclose(found["probabilities"], wanted.probabilities, atol=1e-6)
