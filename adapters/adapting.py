@@ -96,8 +96,9 @@ class FingerprintMismatch(RuntimeError):
 
     def __init__(self, backbone: str) -> None:
         super().__init__(
-            f"The backbone {backbone!r} served here is not the one that this adapter was taught with. "
-            "POST rebase to move the adapter."
+            f"The backbone {backbone!r} served here is not the one that this adapter was taught with, for "
+            "example of an earlier release. POST /adapters/{adapter}/rebase with "
+            f'{{"backbone": "{backbone}"}} moves the adapter to it.'
         )
 
 
@@ -292,7 +293,8 @@ class Adapting:
         if command.backbone not in (None, terms.backbone):
             self.spec(command.backbone or "")
             raise ContractChanged(
-                "backbone_changed", f"The adapter is on {terms.backbone!r}. POST rebase to move it."
+                "backbone_changed",
+                f"The adapter is on {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it.",
             )
         if command.task not in (None, terms.task):
             raise ContractChanged("task_changed", f"The adapter's task is {terms.task}; use another adapter.")

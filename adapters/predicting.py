@@ -128,7 +128,7 @@ class Predicting:
         answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
         if embedded.unknown:
             answers = [
-                _without_words(one) if index in embedded.unknown else one
+                _without_words(one, loaded.head) if index in embedded.unknown else one
                 for index, one in zip(good, answers, strict=True)
             ]
         if query.explain and good:
@@ -196,7 +196,9 @@ class Predicting:
         if batcher is None or batcher.backbone.fingerprint != wanted:
             raise HeadMismatch(
                 f"Version {alias.version} was fitted on another backbone than the {alias.backbone!r} served "
-                "here. POST rebase to move the adapter, or serve the backbone that it was fitted on."
+                "here, for example of an earlier release. POST /adapters/{adapter}/rebase with "
+                f'{{"backbone": "{alias.backbone}"}} moves the adapter to it; or serve the backbone that it '
+                "was fitted on."
             )
         return Loaded(alias, alias.version, head, batcher)
 
@@ -258,8 +260,12 @@ async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embed
     return Embedded(embeddings, errors, embedded.timings, embedded.callers, unknown)
 
 
-def _without_words(one: Prediction) -> Prediction:
+def _without_words(one: Prediction, head: Head) -> Prediction:
     """The answer for a text of which the backbone knows no token: it would be the same for any other."""
     if one.abstention_reason == "not_measured":
         return one
-    return replace(one, abstention_reason="no_known_tokens")
+    uncertain = one.uncertain
+    if one.labels is not None:
+        answered = {*one.labels, *(label for label, _ in one.probabilities)}
+        uncertain = tuple(label for label in head.labels if label in answered)
+    return replace(one, abstention_reason="no_known_tokens", uncertain=uncertain)

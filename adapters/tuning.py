@@ -162,7 +162,8 @@ class Tuning:
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
                 "fingerprint_mismatch",
-                "The backbone's weights are not those that the adapter was taught with.",
+                "The backbone is not the one that the adapter was taught with. "
+                "POST /adapters/{adapter}/rebase moves the adapter to it.",
             )
         names, lesson = self._lesson(kept, network, lease)
         probe = _probe(kept, lesson.training)

@@ -22,6 +22,7 @@ from models.preprocess import (
     InputError,
     InputLimits,
     Prepared,
+    Silence,
     TextPreprocessor,
 )
 from models.session import Device, DeviceUnavailable, open_session, open_table
@@ -200,6 +201,11 @@ class Backbone:
         if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
             return self._preprocessor.knows_nothing(item, prepared)
         return False
+
+    @property
+    def silence(self) -> Silence | None:
+        """How to see that a text's tokens say nothing; None for images."""
+        return self._preprocessor.silence if isinstance(self._preprocessor, TextPreprocessor) else None
 
     def unknown(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
         """Positions of texts without a token that the backbone knows, without embedding them.

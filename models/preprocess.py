@@ -8,9 +8,11 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from models.decoder import Decoder, Waiting, wait_unseen
 from models.image_file import LARGE_PIXELS, NOT_AN_IMAGE, ImageFile, read_image_file
 from models.inputs import InputError as InputError
 from models.inputs import InputLimits as InputLimits
-from models.spec import ImageTransform, TextTransform
+from models.spec import CROP_MODES, FAR_FROM_SQUARE, ImageTransform, TextTransform
 
 # One input as the network takes it. Image: float32 (3, size, size). Text: int64 (tokens,).
 Prepared = NDArray[Any]
@@ -105,11 +107,11 @@ _SUPPORT = 3
 
 
 class ImagePreprocessor:
-    """Encoded image → float32 (3, size, size), as timm's evaluation transform gives it. Thread-safe.
+    """Encoded image → float32 (3, size, size), near squares as timm's evaluation transform gives it.
 
-    Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit grey scaled
-    to 8, CMYK and grey made RGB, the first frame taken of an animation. Colour profiles are not applied.
-    Large images, and those whose cost is in doubt, are decoded in another process.
+    Thread-safe. Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit
+    grey scaled to 8, CMYK and grey made RGB, the first frame taken of an animation. Colour profiles are not
+    applied. Large images, and those whose cost is in doubt, are decoded in another process.
     """
 
     def __init__(
@@ -118,12 +120,11 @@ class ImagePreprocessor:
         """decoder: the one that all preprocessors of this process share by default.
 
         Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
-        if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in ("center", "squash"):
+        if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in CROP_MODES:
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
         self.transform = transform
         self.limits = limits
         self._decoder = decoder or Decoder.shared()
-        self._resampling = _INTERPOLATIONS[transform.interpolation]
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (transform.mean, transform.std))
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._shift = (mean / std).astype(np.float32)
@@ -146,40 +147,66 @@ class ImagePreprocessor:
     def square(self, file: ImageFile) -> Image.Image:
         """What the network sees, in RGB, decoded in this thread however large it is. Raises InputError."""
         with _open(file, self.limits) as image:
-            return self._square(_as_rgb(image, file))
+            return to_square(_as_rgb(image, file), self.transform)
 
-    def _square(self, image: Image.Image) -> Image.Image:
-        """torchvision's Resize and CenterCrop, computing only the pixels that stay.
 
-        Pillow rounds to 8 bits between the passes along the rows and along the columns, so the answer is the
-        reference's only with the passes in the order in which Pillow resizes the whole. Going straight to the
-        crop takes a third of the time, and a picture of one by a million pixels does not become one of 256 by
-        256 million on the way.
-        """
-        size = self.transform.size
-        scaled = int(size / self.transform.crop)
-        if self.transform.crop_mode == "squash":
-            margin = round((scaled - size) / 2)
-            whole = image.resize((scaled, scaled), self._resampling)
-            return whole.crop((margin, margin, margin + size, margin + size))
-        width, height = image.size
-        shorter = min(width, height)
-        new_width, new_height = int(scaled * width / shorter), int(scaled * height / shorter)
-        left, right = _span(width, new_width, size)
-        top, bottom = _span(height, new_height, size)
-        if height <= width:
-            # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
-            return image.resize((size, size), self._resampling, box=(left, top, right, bottom))
-        first, last = 0, height
-        if height > 2 * width:
-            if new_height < height:
-                flat = image.resize((width, size), self._resampling, box=(0, top, width, bottom))
-                return flat.resize((size, size), self._resampling, box=(left, 0, right, size))
-            first = max(0, math.floor(top) - _SUPPORT - 1)
-            last = min(height, math.ceil(bottom) + _SUPPORT + 1)
-            image = image.crop((0, first, width, last))
-        narrow = image.resize((size, last - first), self._resampling, box=(left, 0, right, last - first))
-        return narrow.resize((size, size), self._resampling, box=(0, top - first, size, bottom - first))
+def to_square(image: Image.Image, transform: ImageTransform) -> Image.Image:
+    """What the network sees of an upright RGB image, size × size pixels. See ImageTransform.crop_mode."""
+    size, resampling = transform.size, _INTERPOLATIONS[transform.interpolation]
+    if transform.crop_mode == "squash":
+        scaled = int(size / transform.crop)
+        margin = round((scaled - size) / 2)
+        whole = image.resize((scaled, scaled), resampling)
+        return whole.crop((margin, margin, margin + size, margin + size))
+    if transform.crop_mode == "fold" and max(image.size) >= FAR_FROM_SQUARE * min(image.size):
+        return _folded(image, size, resampling)
+    return _centre(image, size, int(size / transform.crop), resampling)
+
+
+def _folded(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """All of a long picture: cut into equal parts that lie one below the other, of a tall one side by side.
+
+    As many parts as make about a square, squeezed or stretched to fill it. At most one a pixel, so the strip
+    that is cut has about as many pixels as the square, whatever the picture's shape.
+    """
+    wide = image.width >= image.height
+    parts = min(size, round(math.sqrt(max(image.size) / min(image.size))))
+    length, across = size * parts, -(-size // parts)
+    strip = image.resize((length, across) if wide else (across, length), resampling)
+    square = Image.new("RGB", (size, size))
+    for part in range(parts):
+        # What begins left of the square or above it, or ends beyond it, is left out.
+        along, aside = -size * part, size * part // parts
+        square.paste(strip, (along, aside) if wide else (aside, along))
+    return square
+
+
+def _centre(image: Image.Image, size: int, scaled: int, resampling: Image.Resampling) -> Image.Image:
+    """torchvision's Resize and CenterCrop, computing only the pixels that stay.
+
+    Pillow rounds to 8 bits between the passes along the rows and along the columns, so the answer is the
+    reference's only with the passes in the order in which Pillow resizes the whole. Going straight to the
+    crop takes a third of the time, and a picture of one by a million pixels does not become one of 256 by
+    256 million on the way.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    new_width, new_height = int(scaled * width / shorter), int(scaled * height / shorter)
+    left, right = _span(width, new_width, size)
+    top, bottom = _span(height, new_height, size)
+    if height <= width:
+        # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
+        return image.resize((size, size), resampling, box=(left, top, right, bottom))
+    first, last = 0, height
+    if height > 2 * width:
+        if new_height < height:
+            flat = image.resize((width, size), resampling, box=(0, top, width, bottom))
+            return flat.resize((size, size), resampling, box=(left, 0, right, size))
+        first = max(0, math.floor(top) - _SUPPORT - 1)
+        last = min(height, math.ceil(bottom) + _SUPPORT + 1)
+        image = image.crop((0, first, width, last))
+    narrow = image.resize((size, last - first), resampling, box=(left, 0, right, last - first))
+    return narrow.resize((size, size), resampling, box=(0, top - first, size, bottom - first))
 
 
 def rgb(data: bytes, limits: InputLimits = InputLimits()) -> Image.Image:
@@ -352,6 +379,18 @@ def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """How to see that a text's tokens say nothing: beyond the first `skipped` ones all are of `tokens`.
+
+    tokens: the unknown token and those that every text has, sorted; empty where nothing is ever unknown.
+    skipped: tokens in front of the text's own, with the prompt; 0 without a prompt.
+    """
+
+    tokens: tuple[int, ...]
+    skipped: int
+
+
 class TextPreprocessor:
     """Text → int64 (tokens,), as the model's own tokenizer gives them, truncated to max_tokens. Thread-safe.
 
@@ -411,6 +450,15 @@ class TextPreprocessor:
             return False
         return not self.transform.prompt or self._idle.issuperset(self._encode(text))
 
+    @property
+    def silence(self) -> Silence:
+        """knows_nothing as data, for programs that have the tokens alone."""
+        prompt, skipped = self.transform.prompt, 0
+        if prompt:
+            first, second, alone = (self._encode(text) for text in (f"{prompt}a", f"{prompt}b", "a"))
+            skipped = min(_common(first, second), len(first) - _common(first[::-1], alone[::-1]))
+        return Silence(tuple(sorted(self._idle)), skipped)
+
     def is_unknown(self, text: str) -> bool:
         """As knows_nothing, of a text that is not prepared. Raises InputError."""
         if len(text) > _FIRST_CHARACTERS:
@@ -432,6 +480,12 @@ class TextPreprocessor:
             if len(encoding.overflowing) >= 2:
                 return list(encoding.ids)
         return list(self._tokenizer.encode(text).ids)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first tokens are the same."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _unknown_id(tokenizer: Tokenizer, serialised: bytes) -> int | None:
