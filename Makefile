@@ -5,6 +5,11 @@ UV := 0.13.9
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
+# Of the tests, the benchmarks and BentoML's commands: no library reports to its maker.
+export ORT_DISABLE_TELEMETRY := 1
+export BENTOML_DO_NOT_TRACK := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
 
@@ -79,7 +84,7 @@ bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 
 bento: .venv/serve.stamp  ## Build the bento, exported backbones included
 	$(RUN) models.export
-	BENTOML_DO_NOT_TRACK=true $(BIN)/bentoml build
+	$(BIN)/bentoml build
 
 lock: .venv/bin/uv  ## Resolve the dependencies again
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
