@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tes
 
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
+
+test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB
+	$(RUN) models.export
+	$(RUN) tests.image.trial $(ARGS)
 
 full/%: .venv/dev.stamp
 	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)

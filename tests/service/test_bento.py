@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bentoml
 import pytest
 import yaml
 
 from benchmarks.serving import ROOT, Serving
 from models.exported import find_tag
+from tests import bentos
 from tests.service.caller import Caller
 from tests.service.dockerfile import Container, read
 from tests.service.seclusion import REPORTED_BY, Seclusion
@@ -90,7 +89,7 @@ class Image:
         return subprocess.Popen(
             [self.here(part) for part in command],
             cwd=self.here(self.container.folder),
-            env={name: self.here(value) for name, value in environment.items()} | given,
+            env={**{name: self.here(value) for name, value in environment.items()}, **given},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -102,25 +101,18 @@ class Image:
 def home(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BentoML home of its own, with the exports that the running service uses."""
     folder = tmp_path_factory.mktemp("bentoml")
-    for name in ("efficientnet-lite0", "minilm-l6-v2"):
-        tag = find_tag(name)
-        assert tag is not None
-        exported = Path(bentoml.models.get(tag).path)
-        shutil.copytree(exported, folder / "models" / Path(*exported.parts[-2:]))
+    bentos.copy_exports(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true"}
+    return bentos.environment(home)
 
 
 @pytest.fixture(scope="module")
-def bento(home: Path, environment: dict[str, str]) -> Path:
-    subprocess.run(
-        [sys.executable, "-m", "bentoml", "build"], cwd=ROOT, env=environment, check=True, capture_output=True
-    )
-    return home / "bentos" / "topwork" / (home / "bentos" / "topwork" / "latest").read_text().strip()
+def bento(home: Path) -> Path:
+    return bentos.build(home)
 
 
 def test_the_models_named_are_the_backbones_specs() -> None:
