@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.supervising import WorkerConfig
+from models import SILENT
 
 MIB = 1 << 20
 
@@ -227,12 +228,7 @@ def serving_environment() -> dict[str, str]:
     full collections over them stall requests for hundreds of milliseconds. One BLAS thread: heads are small,
     and spinning threads take cores from backbones.
     """
-    wanted = {
-        "BENTOML_DO_NOT_TRACK": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    wanted = {**SILENT, "OPENBLAS_NUM_THREADS": "1"}
     if not tracing_wanted():
         wanted["OTEL_SDK_DISABLED"] = "true"
     return wanted

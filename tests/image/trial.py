@@ -107,6 +107,8 @@ def use_image(engine: Engine, scratch: Path) -> None:
         step("A first container: without a key, then with one"),
         engine.container(IMAGE, volume) as container,
     ):
+        # Where packages come from on this machine stays here.
+        assert container.run("sh", "-c", "cat /etc/pip.conf /etc/uv/uv.toml 2>/dev/null || true") == ""
         refused_without_a_key(container, scratch / "refused.log")
         with serving(container, first) as (caller, port):
             container.run(*check, PORT=port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -39,11 +40,13 @@ def test_the_seclusion_sees_names_and_addresses(seclusion: Seclusion) -> None:
 
 
 def test_a_service_from_its_first_start_on_reports_to_nobody(bare: Path, seclusion: Seclusion) -> None:
-    """With an export, an adapt, a predict and an upload, which a worker embeds; and a program of somebody
-    who uses a part of it alone.
+    """Nor does the program that exports. With an adapt, a predict and an upload, which a worker embeds; and
+    beside it a program that uses a part alone.
     """
 
     def use() -> None:
+        export = [sys.executable, "-m", "models.export", "minilm-l6-v2"]
+        subprocess.run(export, check=True, env={**os.environ, **environment})
         with (
             subprocess.Popen(
                 [sys.executable, "-c", "import models.session, sys; sys.stdin.read()"], stdin=PIPE
