@@ -5,8 +5,13 @@ UV := 0.13.9
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
+# Of the tests, the benchmarks and BentoML's commands: no library reports to its maker.
+export ORT_DISABLE_TELEMETRY := 1
+export BENTOML_DO_NOT_TRACK := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,6 +34,10 @@ FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tes
 
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
+
+test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB
+	$(RUN) models.export
+	$(RUN) tests.image.trial $(ARGS)
 
 full/%: .venv/dev.stamp
 	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)
@@ -82,7 +91,7 @@ bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 
 bento: .venv/serve.stamp  ## Build the bento, exported backbones included
 	$(RUN) models.export
-	BENTOML_DO_NOT_TRACK=true $(BIN)/bentoml build
+	$(BIN)/bentoml build
 
 lock: .venv/bin/uv  ## Resolve the dependencies again
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \

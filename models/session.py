@@ -12,6 +12,9 @@ import onnxruntime
 
 from models.crew import Crew, gathered
 
+# Told before its import, by models/__init__.py; this is for those who imported it earlier.
+onnxruntime.disable_telemetry_events()
+
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS: Final[dict[Device, list[Any]]] = {

@@ -20,8 +20,15 @@ from uvicorn.config import HTTP_PROTOCOLS
 from service.connections import connections
 from service.draining import Server
 from service.edge import Edge
+from service.image import image
 from service.protocol import Protocol
-from service.settings import Settings, serving_environment, tracing_wanted, warn_of_unknown_settings
+from service.settings import (
+    Settings,
+    serving_environment,
+    set_serving_environment,
+    tracing_wanted,
+    warn_of_unknown_settings,
+)
 from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
@@ -83,6 +90,7 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
 @bentoml.service(
     name="topwork",
     service_class=Shell,
+    image=image(),
     workers=1,
     envs=[{"name": name, "value": value} for name, value in serving_environment().items()],
     metrics={"enabled": False},
@@ -96,9 +104,13 @@ class Topwork:
         """In BentoML's supervising process, before any worker: refuses what can be refused at once."""
         import click
         from bentoml._internal.configuration.containers import BentoMLContainer
+        from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
         from service.auth import Guard
 
+        # BentoML has asked already whether it may report to its maker, and keeps the answer.
+        set_serving_environment()
+        do_not_track.cache_clear()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, _stop_supervising)
         context = click.get_current_context(silent=True)

@@ -181,6 +181,7 @@ async def compose(
         for worker in workers:
             await worker.start()
             stack.push_async_callback(worker.close)
+            stack.enter_context(told_to_end(worker.end))
         await watching.start()
         stack.push_async_callback(watching.close)
         closing = threading.Event()

@@ -17,6 +17,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.supervising import WorkerConfig
+from models import SILENT
 
 logger = logging.getLogger("topwork")
 
@@ -275,17 +276,24 @@ def warn_of_unknown_settings() -> None:
 
 
 class BadPort(ValueError):
-    """PORT is no port."""
+    """What should be a port is none."""
 
     code = "bad_port"
 
 
 def bind_port() -> int:
     """The port to bind unless the command line says another: PORT, else 3000. Raises BadPort."""
-    port = os.environ.get("PORT") or "3000"
-    if not port.isdecimal() or int(port) > 65535:
-        raise BadPort(f"PORT is {port!r}; it must be a number of 0 to 65535.")
-    return int(port)
+    try:
+        return parse_port(os.environ.get("PORT") or "3000")
+    except BadPort as error:
+        raise BadPort(f"PORT: {error}") from None
+
+
+def parse_port(value: str) -> int:
+    """The number of a port, 0 for a free one. Raises BadPort."""
+    if not (value.isascii() and value.isdecimal() and len(value) <= 5) or int(value) > 65535:
+        raise BadPort(f"{value!r} is not a port; use a number from 1 to 65535, or 0 for a free one")
+    return int(value)
 
 
 def tracing_wanted() -> bool:
@@ -299,11 +307,17 @@ def serving_environment() -> dict[str, str]:
     """Variables of other libraries that should be set before they are imported, unless the operator has set
     them.
 
-    Without an exporter OpenTelemetry's spans are made and thrown away, and full collections over them stall
-    requests for hundreds of milliseconds. One BLAS thread: heads are small, and spinning threads take cores
-    from backbones.
+    No library reports to its maker. Without an exporter OpenTelemetry's spans are made and thrown away, and
+    full collections over them stall requests for hundreds of milliseconds. One BLAS thread: heads are small,
+    and spinning threads take cores from backbones.
     """
-    wanted = {"BENTOML_DO_NOT_TRACK": "true", "OPENBLAS_NUM_THREADS": "1"}
+    wanted = {**SILENT, "OPENBLAS_NUM_THREADS": "1"}
     if not tracing_wanted():
         wanted["OTEL_SDK_DISABLED"] = "true"
     return wanted
+
+
+def set_serving_environment() -> None:
+    """Sets them in this process, and so in those that it starts."""
+    for name, value in serving_environment().items():
+        os.environ.setdefault(name, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -40,11 +39,8 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Does what was asked for; the exit status. Raises our own errors, which say what is wrong."""
-    from service.settings import Settings, serving_environment
+    from service.settings import Settings
 
-    # Before numpy is imported.
-    for name, value in serving_environment().items():
-        os.environ.setdefault(name, value)
     settings = Settings()
     match options.command:
         case "migrate":

@@ -288,7 +288,12 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
     job = place.submit(LONG)
     with worker(replace(place.config, lease_seconds=300.0)) as process:
         until(place.checkpoint(job).exists)
+        # A supervisor of the service may send it to every process: the service decides when its worker ends.
         process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
         assert process.wait(20) == 0
     claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
     assert claim is not None

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import ROOT, DidNotStart, Serving
+from tests.service import breaking
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -219,6 +220,24 @@ def test_children_know_no_secrets_and_files_are_the_users_alone(tmp_path: Path) 
     assert shared == []
 
 
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "abc", "", "1e3", "80 ", "9" * 5_000])
+def test_what_is_no_port_is_refused_in_one_line(port: str) -> None:
+    done = topwork("serve", "--port", port)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("topwork serve: argument --port: ")
+    assert "from 1 to 65535" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--prot", "80"], ["serv"], [], ["keys", "list"]])
+def test_arguments_that_cannot_be_used_are_named_in_one_line(arguments: list[str]) -> None:
+    done = topwork(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("topwork")
+    assert "--help" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -254,6 +273,17 @@ def test_a_signal_drains_and_leaves_nothing_behind(tmp_path: Path, sign: signal.
     assert running.process.wait(30) == 0
     caller.join()
     assert answers[0]["version"] == 1
+    assert running.group() == []
+
+
+def test_a_signal_to_every_process_starts_none_again(tmp_path: Path) -> None:
+    """As systemd sends it, and BentoML's supervisor."""
+    running = Serving(tmp_path / "home", environment=breaking.environment(tmp_path))
+    os.killpg(running.process.pid, signal.SIGTERM)
+    assert running.process.wait(30) == 0
+    log = running.log.read_text()
+    assert "again" not in log
+    assert "WARNING" not in log
     assert running.group() == []
 
 
