@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 REJECTED_KEPT = 100
 """Of the examples that a request was told to be rejected, those that it is told again."""
-_SHORT = 4_096  # bytes: so many of them are in no shorter answer
+_SHORT = 4_096  # bytes; a shorter answer has fewer rejected examples
 
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
