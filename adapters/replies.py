@@ -31,7 +31,7 @@ REPLIES_KEPT = 86_400.0
 MOST_BYTES = 64 << 20
 """What all replies of a tenant take in the database; the oldest go first. A MB or two more for a moment."""
 _FORGOTTEN_AT_ONCE = 100
-# To add up a tenant's replies reads them in SQLite, so that is done once for so many bytes on average.
+# SQLite reads a tenant's replies to add them up, so that is done about once for each megabyte written.
 _COUNTED_EVERY = 1 << 20
 _ROW_BYTES = 500  # of a row and its places in indexes, besides the body
 _PACKED = "zlib:"

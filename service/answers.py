@@ -36,7 +36,7 @@ _MOST_MISSING = 1_000
 
 REJECTED_KEPT = 100
 """Of the examples that a request was told to be rejected, those that it is told again."""
-_SHORT = 4_096  # bytes: so many of them are in no shorter answer
+_SHORT = 4_096  # bytes; a shorter answer has fewer rejected examples
 
 _THREADED = frozenset({"decode", "tokenize", "embed"})
 

@@ -255,7 +255,7 @@ class _Inner:
             exchange.close()
             caller.use("bytes", exchange.bytes)
             seconds = time.perf_counter() - started
-            template = getattr(scope.get("route"), "path", None)
+            template = getattr(scope.get("route"), "path", None) if refusal is None else None
             method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
             self._metrics.request(method, template, status, seconds)
             if self._settings.access_log:

@@ -333,7 +333,7 @@ def test_small_replies_are_bounded_too(registry: Registry) -> None:
     with registry._database.writing() as connection:
         connection.execute(insert(replies), rows)
     for number in range(400):
-        # About one in ten of these adds up; that none of so many does is as good as impossible.
+        # About one in ten of these adds up; that none of 400 does is as good as impossible.
         rng = random.Random(number)
         answered: Reply[Committed] = Reply(
             f"{number:064x}",
