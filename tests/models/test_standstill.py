@@ -202,12 +202,12 @@ async def test_who_is_not_counted_is_not_observed(backbone: Backbone) -> None:
         observe_batch=seen.append,
     )
     await batcher.start()
-    cost = batcher._predicts.cost
+    pace = batcher._predicts.light.pace
     found = await batcher.embed(["a"], counted=False)
     with suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), 0.1)
     assert seen == []
-    assert batcher._predicts.cost == cost
+    assert batcher._predicts.light.pace == pace
     assert batcher._predicts_until == 0.0
     np.testing.assert_allclose(found.embeddings[0], backbone.embed(["a"]).embeddings[0], atol=1e-5)
     await batcher.embed(["a"])
