@@ -115,6 +115,21 @@ class AdaptOutcome:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class New:
+    """What became of inputs that were not known. timings: seconds by stage.
+
+    vectors: embeddings by digest. rejected: examples whose input failed. truncated: digests of texts of which
+    the backbone reads only the start. embedded: digests of all that was embedded for it.
+    """
+
+    vectors: dict[str, Floats]
+    rejected: Sequence[Rejected]
+    timings: Mapping[str, float]
+    truncated: frozenset[str]
+    embedded: AbstractSet[str]
+
+
 class Adapting:
     """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
 
@@ -158,8 +173,8 @@ class Adapting:
 
     async def embed_new(
         self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
-    ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
-        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage.
+    ) -> New:
+        """What became of the inputs that are not known.
 
         What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
         knows no token has failed too, although it has an embedding.
@@ -176,6 +191,7 @@ class Adapting:
             places = await asyncio.to_thread(batcher.backbone.unknown, list(found.values()))
             errors = {digest: unknown for place, digest in enumerate(found) if place in places}
         timings: dict[str, float] = {}
+        truncated: set[str] = set()
         if new:
             embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
             timings = dict(embedded.timings)
@@ -186,12 +202,23 @@ class Adapting:
                 vectors[digest] = embedded.embeddings[place]
                 if place in embedded.unknown:
                     errors[digest] = unknown
+                elif place in embedded.truncated:
+                    truncated.add(digest)
         rejected = [
             Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
             for one in admitted
             if one.index is not None and one.digest in errors
         ]
-        return vectors, rejected, timings
+        return New(vectors, rejected, timings, frozenset(truncated), new.keys())
+
+    async def count_truncated(self, terms: Creation, usable: Sequence[Admitted], new: New) -> int:
+        """How many of some examples are texts of which the backbone reads only the start."""
+        known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
+        count = sum(one.digest in new.truncated for one in usable)
+        if known:
+            backbone = self.batchers[terms.backbone].backbone
+            count += len(await asyncio.to_thread(backbone.truncated, known))
+        return count
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
@@ -217,22 +244,25 @@ class Adapting:
         subject = Subject.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            vectors, unreadable, timings = await self.embed_new(tenant, terms, admitted, known)
-            rejected = sorted([*rejected, *unreadable], key=lambda one: one.index)
-            failed = {one.index for one in unreadable}
+            new = await self.embed_new(tenant, terms, admitted, known)
+            vectors, timings = new.vectors, new.timings
+            rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
+            failed = {one.index for one in new.rejected}
             usable = [one for one in admitted if one.index not in failed]
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
+            truncated = await self.count_truncated(terms, usable, new)
 
             def outcome(revised: Revised) -> AdaptOutcome:
                 total = time.perf_counter() - started
+                revised = replace(revised, truncated=truncated)
                 return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
             async def step(state: State | None) -> Revised:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embed_new(tenant, terms, usable, known))[0])
+                vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
                 edit = Edit(
                     usable,
                     clear=command.update == "replace",

@@ -145,6 +145,7 @@ class _Work:
         self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
         self._rejected = 0
+        self._truncated = 0
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
@@ -226,7 +227,9 @@ class _Work:
         )
         rejected: Sequence[Rejected]
         try:
-            rejected = (await self._adapting.adapt(self._job.tenant, command)).rejected
+            outcome = await self._adapting.adapt(self._job.tenant, command)
+            rejected = outcome.rejected
+            self._truncated += outcome.revised.truncated
         except ExamplesRejected as error:
             rejected = error.rejected
         bad = {one.index for one in rejected}
@@ -245,6 +248,7 @@ class _Work:
                 "phase": phase,
                 "stored": len(self._ids),
                 "rejected": self._rejected,
+                "truncated": self._truncated,
                 "errors": list(self._errors),
             },
         )

@@ -81,12 +81,18 @@ class Curating:
             self._adapting.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            found, rejected, _ = await self._adapting.embed_new(tenant, terms, upserts, known)
-            _raise_first(rejected)
-            vectors.update(found)
+            new = await self._adapting.embed_new(tenant, terms, upserts, known)
+            _raise_first(new.rejected)
+            vectors.update(new.vectors)
+            truncated = await self._adapting.count_truncated(terms, upserts, new)
+
+            def whole(revised: Revised) -> Revised:
+                return replace(revised, truncated=truncated)
+
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
             subject = Subject.of(tenant, name, terms, state)
-            return await self._revising.revise(subject, edit, vectors, reply=reply)
+            reply_of = reply and reply.of(whole)
+            return whole(await self._revising.revise(subject, edit, vectors, reply=reply_of))
 
         return await self._revising.in_turn(tenant, name, step)
 

@@ -249,6 +249,20 @@ class Backbone:
                         found.add(index)
         return frozenset(found)
 
+    def truncated(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
+        """Positions of texts of which the backbone reads only the start, without embedding them.
+
+        An input that cannot be prepared is not among them.
+        """
+        found: set[int] = set()
+        preprocessor = self._preprocessor
+        if isinstance(preprocessor, TextPreprocessor):
+            for index, item in enumerate(inputs):
+                with suppress(InputError):
+                    if isinstance(item, str) and preprocessor.is_truncated(item):
+                        found.add(index)
+        return frozenset(found)
+
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
         """Embeddings, float32 (n, dim), of n prepared inputs, in bounded memory whatever n is.
 

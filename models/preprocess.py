@@ -382,6 +382,12 @@ class TextPreprocessor:
             return False
         return not self.transform.prompt or self._idle.issuperset(self._encode(text)[0])
 
+    def is_truncated(self, text: str) -> bool:
+        """Whether a text has more tokens than are kept. Raises InputError."""
+        # No character becomes more than four tokens, and special ones are few.
+        most = 4 * (len(self.transform.prompt) + len(text) + 2)
+        return most > self.transform.max_tokens and self.cut(text)[1]
+
     def is_unknown(self, text: str) -> bool:
         """As knows_nothing, of a text that is not prepared. Raises InputError."""
         if len(text) > _FIRST_CHARACTERS:

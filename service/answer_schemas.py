@@ -14,6 +14,8 @@ from service.schemas import (
     Timings,
 )
 
+_TRUNCATED = "There where the text is longer than the backbone reads: only its start counted."
+
 
 class ErrorAt(BaseModel):
     """What is wrong where: a JSON pointer into the request."""
@@ -62,6 +64,9 @@ class ExamplesOut(BaseModel):
     replaced: int
     removed: int = 0
     rejected: list[RejectedOut] = Field(default_factory=list)
+    truncated: int = Field(
+        default=0, description="Texts among those sent of which the backbone reads only the start."
+    )
 
 
 class AdaptResponse(BaseModel):
@@ -144,6 +149,7 @@ class PredictionOut(BaseModel):
         description="Grows with the doubt that the input belongs to what was taught."
     )
     probabilities: list[LabelProbability] | None = None
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
     nearest: list[NearestOut] | None = None
 
 
@@ -160,6 +166,7 @@ class EmbeddingOut(BaseModel):
     """One input's embedding."""
 
     embedding: list[float]
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class EmbedResponse(BaseModel):
@@ -178,6 +185,7 @@ class OpenAIEmbedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class OpenAIUsage(BaseModel):
@@ -301,8 +309,8 @@ class JobErrorOut(BaseModel):
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, and, where
-    the job is asked for alone, errors.
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, truncated,
+    and, where the job is asked for alone, errors.
     """
 
     id: str

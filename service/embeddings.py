@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
-import numpy as np
 from fastapi import Response
 
 from adapters.predicting import Predicting
-from models.backbone import Backbone
 from service import answers
 from service.errors import Problem
 from service.schemas import OpenAIRequest
@@ -33,11 +30,6 @@ async def openai_embeddings(tenant: str, predicting: Predicting, body: OpenAIReq
         raise Problem(422, "invalid_input", "Some inputs cannot be embedded.", errors=blamed)
 
     def render() -> bytes:
-        embeddings = embedded.embeddings.astype(np.float32, copy=False)
-        return answers.openai(body.model, embeddings, body.encoding_format, _tokens(backbone, texts))
+        return answers.openai(body.model, embedded, body.encoding_format)
 
     return Response(await asyncio.to_thread(render), media_type="application/json")
-
-
-def _tokens(backbone: Backbone, texts: Sequence[str]) -> int:
-    return sum(len(backbone.preprocess(text)) for text in texts)
