@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from models.expense import HEAVY, image_expense, text_expense
 from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
-from models.plan import BATCHES, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
+from models.plan import (
+    BATCHES,
+    Embed,
+    Measured,
+    Plan,
+    Run,
+    is_quiet,
+    keep_plan,
+    measure,
+    measure_on_gpu,
+    read_plan,
+)
 from models.preprocess import (
     TINY_IMAGE,
     ImagePreprocessor,
@@ -342,21 +353,40 @@ class Backbone:
             yield rows
 
 
-def planned(export: Path, *, device: Device, threads: int) -> Plan:
-    """How the export runs best here with so many threads in all, measured now if it never was.
+def planned(export: Path, *, device: Device, threads: int) -> Measured:
+    """How the export runs best here with so many threads in all.
 
-    Raises CorruptExport, DeviceUnavailable.
+    Measured now if it never was, and again where that is in doubt and the machine is quiet. Raises
+    CorruptExport, DeviceUnavailable.
+    """
+    found = known_plan(export, device=device, threads=threads)
+    if found is None or (not found.confirmed and is_quiet()):
+        return survey(export, device=device, threads=threads)
+    return found
+
+
+def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
+    """What was measured here before, None if nothing was. Raises as planned does."""
+    spec = _spec_for(export, device, verify=False)
+    return read_plan(export, Plan.usual(spec.kind, device, threads), device)
+
+
+def survey(export: Path, *, device: Device, threads: int) -> Measured:
+    """Measures now; what is doubted less, this or what was known, is given and kept.
+
+    Of two that are confirmed, this. Raises as planned does.
     """
     spec = _spec_for(export, device, verify=False)
     usual = Plan.usual(spec.kind, device, threads)
-    plan = read_plan(export, usual, device)
-    if plan is None:
-        plan = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
-        keep_plan(export, usual, device, plan)
-    return plan
+    before = read_plan(export, usual, device)
+    found = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
+    if before is not None and not found.confirmed and before.doubt < found.doubt:
+        return before
+    keep_plan(export, usual, device, found)
+    return found
 
 
-def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     def open_run(count: int) -> Run:
         session = open_session(
             export / GRAPH_FILE, device="cpu", threads=count, one_shape=spec.kind == "image"
@@ -367,7 +397,7 @@ def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
     return measure(usual, BATCHES[spec.kind], open_run, lambda count: _feed(spec, [blank] * count))
 
 
-def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     @contextmanager
     def open_run(plan: Plan) -> Iterator[Embed]:
         # No bound of its own: every batch that is measured is one run.

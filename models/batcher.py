@@ -95,6 +95,8 @@ class Batcher:
         self.turns: list[Turn] = []
         self._crews: list[_Crew] = []
         self._threads: list[threading.Thread] = []
+        # Inputs so far, of those that are counted.
+        self.admitted = 0
         self._open = False
         self._predicts_until = 0.0
 
@@ -247,6 +249,8 @@ class Batcher:
             costs = sum(light.costs), sum(heavy.costs)
             self._check_room(priority, request.source, len(request.inputs), costs)
             self._unanswered.add(request)
+            if request.counted:
+                self.admitted += len(request.inputs)
             if priority is self._predicts and request.counted:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
             for lane, part in zip(priority.lanes, request.parts, strict=True):

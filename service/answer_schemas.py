@@ -204,6 +204,16 @@ class OpenAIResponse(BaseModel):
     usage: OpenAIUsage
 
 
+class PlanOut(BaseModel):
+    """How a backbone runs on this machine, as it was measured."""
+
+    threads_alone: int = Field(description="Threads of a run that has the machine to itself.")
+    runs_beside: int = Field(description="Runs beside each other where inputs wait.")
+    threads_beside: int = Field(description="Threads of each of those.")
+    batch: int = Field(description="Inputs of one run, at most.")
+    confirmed: bool = Field(description="Whether the machine was quiet when this was measured.")
+
+
 class BackboneOut(BaseModel):
     """A backbone that can be adapted."""
 
@@ -215,6 +225,7 @@ class BackboneOut(BaseModel):
     device: str
     precision: str
     source: str
+    plan: PlanOut
 
 
 class BackbonesOut(BaseModel):

@@ -28,6 +28,7 @@ from adapters.revising import Revised
 from adapters.submitting import Submitted
 from models.backbone import Embedded
 from models.batcher import Batcher
+from models.plan import Measured
 from models.preprocess import InputError
 
 Json = dict[str, Any]
@@ -163,13 +164,15 @@ def openai(model: str, found: Embedded, encoding: str) -> bytes:
     return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
 
 
-def backbones(batchers: Mapping[str, Batcher]) -> Response:
+def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
     """BackbonesOut."""
-    return answer({"backbones": [_backbone(name, batcher) for name, batcher in batchers.items()]})
+    return answer(
+        {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
+    )
 
 
-def _backbone(name: str, batcher: Batcher) -> Json:
-    spec = batcher.backbone.spec
+def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
+    spec, plan = batcher.backbone.spec, batcher.backbone.plan
     return {
         "name": name,
         "kind": spec.kind,
@@ -179,6 +182,13 @@ def _backbone(name: str, batcher: Batcher) -> Json:
         "device": batcher.backbone.device,
         "precision": batcher.backbone.precision,
         "source": spec.source,
+        "plan": {
+            "threads_alone": plan.alone,
+            "runs_beside": plan.workers,
+            "threads_beside": plan.beside,
+            "batch": plan.batch,
+            "confirmed": measured.confirmed,
+        },
     }
 
 

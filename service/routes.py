@@ -167,7 +167,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
     @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
     async def backbones() -> Response:
         """What can be adapted."""
-        return answers.backbones(batchers)
+        return answers.backbones(batchers, components.surveyor.measured)
 
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

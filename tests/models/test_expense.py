@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from models.expense import HEAVY, image_expense, text_expense
 
-FORMATS = [
+FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("PNG", {}),
     ("JPEG", {}),
     ("JPEG", {"progressive": True, "exif": b"Exif\0\0" + b"x" * 5_000}),
@@ -23,14 +24,14 @@ FORMATS = [
 ]
 
 
-def encoded(size: tuple[int, int], form: str, **options: object) -> bytes:
+def encoded(size: tuple[int, int], form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, "white").save(buffer, form, **options)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize(("form", "options"), FORMATS)
-def test_a_picture_costs_by_the_pixels_of_its_header(form: str, options: dict[str, object]) -> None:
+def test_a_picture_costs_by_the_pixels_of_its_header(form: str, options: dict[str, Any]) -> None:
     small, large = (encoded(size, form, **options) for size in ((400, 300), (3_000, 2_000)))
     assert 1.0 < image_expense(small) < HEAVY < image_expense(large)
     pixels = 400_000 * (image_expense(large) - 1.0) - len(large)
