@@ -144,7 +144,7 @@ class Curating:
                 "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
             )
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
-        segments = await self._embed_again(state, backbone)
+        segments, truncated = await self._embed_again(state, backbone)
         rows = [Row.of(one, one) for one in state.examples]
         embeddings = np.stack([segments[one.segment][one.row] for one in state.examples])
         timings: dict[str, float] = {}
@@ -168,10 +168,11 @@ class Curating:
         )
         committed = await self._keeping.commit(change, published)
         await self._revising.warm(committed, fit)
-        return Revised(committed, fit.decision, timings)
+        return Revised(committed, fit.decision, timings, truncated)
 
-    async def _embed_again(self, state: State, backbone: str) -> dict[Artifact, Floats]:
-        """The embeddings of every kept segment by the other backbone, its rows where they were.
+    async def _embed_again(self, state: State, backbone: str) -> tuple[dict[Artifact, Floats], int]:
+        """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
+        of the examples are texts of which it reads only the start.
 
         Raises InputError for an example that the other backbone cannot take, or knows no token of.
         """
@@ -182,6 +183,7 @@ class Curating:
             rows[one.segment].add(one.row)
             inputs[one.segment] = one.inputs
         segments: dict[Artifact, Floats] = {}
+        truncated = 0
         for segment, source in inputs.items():
             values = await self._keeping.inputs(state.adapter, source)
             batcher = self._adapting.batchers[backbone]
@@ -194,7 +196,8 @@ class Curating:
                 )
                 raise no_known_tokens(backbone, f"the example {unknown!r}")
             segments[segment] = embedded.embeddings
-        return segments
+            truncated += len(rows[segment] & embedded.truncated)
+        return segments, truncated
 
 
 def _corrections(state: State, feedback: Feedback) -> list[Admitted]:

@@ -11,7 +11,7 @@ HEAVY = 4.0
 _PIXELS = 400_000
 # Of a picture whose format does not say how large it is in its first bytes.
 _UNKNOWN_PIXELS = 4_000_000
-# Segments of a JPEG, or blocks of a GIF, that are looked at before the one with the size.
+# Segments of a JPEG, chunks of a PNG, or blocks of a GIF, that are looked at before the one with the size.
 _MOST_PARTS = 64
 # Bytes of text that take the network as long again as the shortest text.
 _BYTES = 128
@@ -47,9 +47,7 @@ def _pixels(data: bytes) -> int | None:
     if data.startswith((b"GIF87a", b"GIF89a")):
         return _gif_pixels(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = struct.unpack_from(">II", data, 16)
-        # A decoder takes the last of several headers.
-        return None if data.find(b"IHDR", 16) >= 0 else int(width * height)
+        return _png_pixels(data)
     if data.startswith(b"BM"):
         width, height = struct.unpack_from("<ii", data, 18)
         return abs(int(width * height))
@@ -69,6 +67,23 @@ def _jpeg_pixels(data: bytes) -> int | None:
             height, width = struct.unpack_from(">HH", data, place + 5)
             return int(width * height)
         place += 2 + length
+    return None
+
+
+def _png_pixels(data: bytes) -> int | None:
+    """Of the header before the picture, if there is but one: a decoder takes the last."""
+    pixels: int | None = None
+    place = 8
+    for _ in range(_MOST_PARTS):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind == b"IDAT":
+            return pixels
+        if kind == b"IHDR":
+            if pixels is not None:
+                return None
+            width, height = struct.unpack_from(">II", data, place + 8)
+            pixels = int(width * height)
+        place += 12 + length
     return None
 
 

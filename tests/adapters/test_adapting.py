@@ -257,10 +257,10 @@ async def test_a_rebase_moves_everything(tmp_path: Path) -> None:
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(taught())
-        await here.adapt([Posted(says("one", 999), "one", "more")])
+        await here.adapt([Posted(says("one", 999), "one", "more"), Posted("ba " * 90, "one", "long")])
         before = here.files()
         done = await here.curating.rebase(TENANT, "words", "other-text", "always")
-        assert (done.adapter.backbone, done.live) == ("other-text", True)
+        assert (done.adapter.backbone, done.live, done.truncated) == ("other-text", True, 1)
         assert done.version is not None
         assert done.version.backbone == "other-text"
         answer = await here.predict([says("one", 999)], explain=1)

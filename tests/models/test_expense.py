@@ -51,7 +51,9 @@ def test_a_second_header_or_a_frame_beyond_the_screen_hides_nothing() -> None:
     png = encoded((10, 10), "PNG")
     size = struct.pack(">II", 5_000, 5_000) + png[24:29]
     second = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
-    assert image_expense(png[:33] + second + png[33:]) > HEAVY
+    aside = struct.pack(">I", 8) + b"tEXtIDAT\0abc" + struct.pack(">I", zlib.crc32(b"tEXtIDAT\0abc"))
+    for before in (b"", aside):
+        assert image_expense(png[:33] + before + second + png[33:]) > HEAVY
     gif = bytearray(encoded((3_000, 3_000), "GIF"))
     gif[6:10] = struct.pack("<HH", 1, 1)
     with Image.open(io.BytesIO(gif)) as image:
