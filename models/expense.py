@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 HEAVY = 4.0
-"""An input above this would hold up small ones: a picture of more than a megapixel, a text of 400 letters."""
+"""An input above this would hold up small ones: a picture of two megapixels, a text of 400 letters."""
 
 # Pixels, and bytes, that take as long to decode as the network takes for the picture.
-_PIXELS = 400_000
+_PIXELS = 700_000
 # Of a picture whose format does not say how large it is in its first bytes.
 _UNKNOWN_PIXELS = 4_000_000
 # Segments of a JPEG, chunks of a PNG, or blocks of a GIF, that are looked at before the one with the size.

@@ -34,7 +34,7 @@ def encoded(size: tuple[int, int], form: str, **options: Any) -> bytes:
 def test_a_picture_costs_by_the_pixels_of_its_header(form: str, options: dict[str, Any]) -> None:
     small, large = (encoded(size, form, **options) for size in ((400, 300), (3_000, 2_000)))
     assert 1.0 < image_expense(small) < HEAVY < image_expense(large)
-    pixels = 400_000 * (image_expense(large) - 1.0) - len(large)
+    pixels = 700_000 * (image_expense(large) - 1.0) - len(large)
     assert pixels == pytest.approx(6_000_000, rel=1e-6)
 
 
