@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,10 +28,13 @@ from adapters.segments import encode_inputs
 from models.batcher import Batcher
 from models.preprocess import InputError
 from models.spec import BackboneSpec, UnknownBackbone
+from models.yielding import give_way
 
 Floats = NDArray[np.float32]
 # Bytes of inputs from which on their file is published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
+# Of texts whose embedding is known, and of which only tokens are looked at.
+_CHARACTERS_AT_ONCE = 50_000
 Update = Literal["append", "replace"]
 
 
@@ -146,6 +150,7 @@ class Adapting:
         self.revising = revising
         self.batchers = batchers
         self._count = count
+        self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
 
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
@@ -188,7 +193,7 @@ class Adapting:
         unknown = no_known_tokens(terms.backbone)
         errors: dict[str, InputError] = {}
         if found and terms.kind == "text":
-            places = await asyncio.to_thread(batcher.backbone.unknown, list(found.values()))
+            places = await self._look(batcher.backbone.unknown, list(found.values()))
             errors = {digest: unknown for place, digest in enumerate(found) if place in places}
         timings: dict[str, float] = {}
         truncated: set[str] = set()
@@ -217,8 +222,25 @@ class Adapting:
         count = sum(one.digest in new.truncated for one in usable)
         if known:
             backbone = self.batchers[terms.backbone].backbone
-            count += len(await asyncio.to_thread(backbone.truncated, known))
+            count += len(await self._look(backbone.truncated, known))
         return count
+
+    async def _look(
+        self, look: Callable[[Sequence[bytes | str]], AbstractSet[int]], texts: Sequence[bytes | str]
+    ) -> set[int]:
+        """The positions that `look` finds, in pieces: requests take turns on one thread that gives way."""
+        loop = asyncio.get_running_loop()
+        found: set[int] = set()
+        begin = 0
+        while begin < len(texts):
+            end, size = begin + 1, len(texts[begin])
+            while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
+                size += len(texts[end])
+                end += 1
+            places = await loop.run_in_executor(self._looking, look, texts[begin:end])
+            found |= {begin + place for place in places}
+            begin = end
+        return found
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
