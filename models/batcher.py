@@ -375,7 +375,6 @@ class Batcher:
     ) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
-        cost = sum(part.costs[place] for part, place in inputs)
         try:
             begin = time.perf_counter()
             good, spent = self._prepare(taken, turn)
@@ -398,6 +397,12 @@ class Batcher:
         finished: list[Request] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
+        # What cannot be read is refused at once, whatever it claims to be.
+        cost = sum(
+            part.costs[place]
+            for (part, place), (_, _, refusal) in zip(inputs, spent, strict=True)
+            if refusal is None
+        )
         with self._lock:
             for (request, index), seconds, refusal in spent:
                 request.timings[stage] += seconds
@@ -415,7 +420,7 @@ class Batcher:
                 request.pending -= 1
                 if not request.pending:
                     finished.append(request)
-            if counted or not good:
+            if counted:
                 lane.pace += _NEWEST * ((end - begin) / cost - lane.pace)
             if size:
                 self._pace += _NEWEST * ((end - middle) / size - self._pace)

@@ -554,6 +554,15 @@ async def test_sources_wait_for_what_the_others_inputs_cost(images: Backbone, ga
         await flood[0]
 
 
+async def test_what_cannot_be_read_makes_no_wait_look_short(images: Backbone) -> None:
+    """Data of no known format count as a large picture, and are refused in no time."""
+    async with running(images, workers=1) as batcher:
+        await batcher.embed([blank(4_000_000)])
+        pace = batcher._predicts.heavy.pace
+        await batcher.embed([b"no image at all"] * 50)
+        assert batcher._predicts.heavy.pace == pace
+
+
 async def test_long_texts_are_taken_one_by_one_and_short_ones_together(texts: Backbone, gate: Gate) -> None:
     sizes: list[int] = []
     async with running(texts, workers=1, observe=gate.observe, observe_batch=sizes.append) as batcher:
