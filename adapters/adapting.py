@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,10 +28,13 @@ from adapters.segments import encode_inputs
 from models.batcher import Batcher
 from models.preprocess import InputError
 from models.spec import BackboneSpec, UnknownBackbone
+from models.yielding import give_way
 
 Floats = NDArray[np.float32]
 # Bytes of inputs from which on their file is published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
+# Of texts whose embedding is known, and of which only tokens are looked at.
+_CHARACTERS_AT_ONCE = 50_000
 Update = Literal["append", "replace"]
 
 
@@ -138,6 +142,21 @@ class AdaptOutcome:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class New:
+    """What became of inputs that were not known. timings: seconds by stage.
+
+    vectors: embeddings by digest. rejected: examples whose input failed. truncated: digests of texts of which
+    the backbone reads only the start. embedded: digests of all that was embedded for it.
+    """
+
+    vectors: dict[str, Floats]
+    rejected: Sequence[Rejected]
+    timings: Mapping[str, float]
+    truncated: frozenset[str]
+    embedded: AbstractSet[str]
+
+
 class Adapting:
     """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
 
@@ -154,6 +173,7 @@ class Adapting:
         self.revising = revising
         self.batchers = batchers
         self._count = count
+        self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
 
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
@@ -181,8 +201,8 @@ class Adapting:
 
     async def embed_new(
         self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
-    ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
-        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage.
+    ) -> New:
+        """What became of the inputs that are not known.
 
         What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
         knows no token has failed too, although it has an embedding.
@@ -196,9 +216,10 @@ class Adapting:
         unknown = no_known_tokens(terms.backbone)
         errors: dict[str, InputError] = {}
         if found and terms.kind == "text":
-            places = await asyncio.to_thread(batcher.backbone.unknown, list(found.values()))
+            places = await self._look(batcher.backbone.unknown, list(found.values()))
             errors = {digest: unknown for place, digest in enumerate(found) if place in places}
         timings: dict[str, float] = {}
+        truncated: set[str] = set()
         if new:
             embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
             timings = dict(embedded.timings)
@@ -209,12 +230,40 @@ class Adapting:
                 vectors[digest] = embedded.embeddings[place]
                 if place in embedded.unknown:
                     errors[digest] = unknown
+                elif place in embedded.truncated:
+                    truncated.add(digest)
         rejected = [
             Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
             for one in admitted
             if one.index is not None and one.digest in errors
         ]
-        return vectors, rejected, timings
+        return New(vectors, rejected, timings, frozenset(truncated), new.keys())
+
+    async def count_truncated(self, terms: Creation, usable: Sequence[Admitted], new: New) -> int:
+        """How many of some examples are texts of which the backbone reads only the start."""
+        known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
+        count = sum(one.digest in new.truncated for one in usable)
+        if known:
+            backbone = self.batchers[terms.backbone].backbone
+            count += len(await self._look(backbone.truncated, known))
+        return count
+
+    async def _look(
+        self, look: Callable[[Sequence[bytes | str]], AbstractSet[int]], texts: Sequence[bytes | str]
+    ) -> set[int]:
+        """The positions that `look` finds, in pieces: requests take turns on one thread that gives way."""
+        loop = asyncio.get_running_loop()
+        found: set[int] = set()
+        begin = 0
+        while begin < len(texts):
+            end, size = begin + 1, len(texts[begin])
+            while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
+                size += len(texts[end])
+                end += 1
+            places = await loop.run_in_executor(self._looking, look, texts[begin:end])
+            found |= {begin + place for place in places}
+            begin = end
+        return found
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
@@ -240,22 +289,25 @@ class Adapting:
         subject = Subject.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            vectors, unreadable, timings = await self.embed_new(tenant, terms, admitted, known)
-            rejected = sorted([*rejected, *unreadable], key=lambda one: one.index)
-            failed = {one.index for one in unreadable}
+            new = await self.embed_new(tenant, terms, admitted, known)
+            vectors, timings = new.vectors, new.timings
+            rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
+            failed = {one.index for one in new.rejected}
             usable = [one for one in admitted if one.index not in failed]
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
+            truncated = await self.count_truncated(terms, usable, new)
 
             def outcome(revised: Revised) -> AdaptOutcome:
                 total = time.perf_counter() - started
+                revised = replace(revised, truncated=truncated)
                 return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
             async def step(state: State | None) -> Revised:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embed_new(tenant, terms, usable, known))[0])
+                vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
                 edit = Edit(
                     usable,
                     clear=command.update == "replace",

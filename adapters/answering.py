@@ -37,7 +37,7 @@ class Prediction:
     head.Predictions, six digits; None where too few examples were there to tell. label: of a classification.
     labels: those assigned of a multilabel adapter. uncertain: of those and of the labels in probabilities,
     the ones whose decision had better not be relied on. value: of a regression. probabilities: the top_k
-    labels with the highest first.
+    labels with the highest first. truncated: of the text, only the start was read.
     """
 
     confidence: float
@@ -50,6 +50,7 @@ class Prediction:
     value: float | None = None
     probabilities: tuple[tuple[str, float], ...] = ()
     nearest: tuple[Neighbour, ...] | None = None
+    truncated: bool = False
 
     @property
     def abstained(self) -> bool:

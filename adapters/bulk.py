@@ -150,6 +150,7 @@ class _Work:
         self._ids: set[str] = set()
         self._found = Found()
         self._rejected = 0
+        self._truncated = 0
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
@@ -256,7 +257,9 @@ class _Work:
         )
         rejected: Sequence[Rejected]
         try:
-            rejected = (await self._adapting.adapt(self._job.tenant, command)).rejected
+            outcome = await self._adapting.adapt(self._job.tenant, command)
+            rejected = outcome.rejected
+            self._truncated += outcome.revised.truncated
         except ExamplesRejected as error:
             rejected = error.rejected
         bad = {one.index for one in rejected}
@@ -281,6 +284,7 @@ class _Work:
                 "rejected": self._rejected,
                 "skipped": self._found.skipped,
                 "format": self._found.format(),
+                "truncated": self._truncated,
                 "errors": list(self._errors),
             },
         )

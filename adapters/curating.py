@@ -100,12 +100,21 @@ class Curating:
             self._adapting.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            found, rejected, _ = await self._adapting.embed_new(tenant, terms, upserts, known)
-            _raise_first(rejected)
-            vectors.update(found)
+            new = await self._adapting.embed_new(tenant, terms, upserts, known)
+            _raise_first(new.rejected)
+            vectors.update(new.vectors)
+            truncated = await self._adapting.count_truncated(terms, upserts, new)
+
+            def whole(revised: Revised) -> Revised:
+                return replace(revised, truncated=truncated)
+
+            def told(revised: Revised) -> Revised:
+                return timed(whole(revised))
+
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
             subject = Subject.of(tenant, name, terms, state)
-            return await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(timed))
+            revised = await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(told))
+            return whole(revised)
 
         return timed(await self._revising.in_turn(tenant, name, step))
 
@@ -182,7 +191,7 @@ class Curating:
                 "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
             )
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
-        segments = await self._embed_again(state, backbone)
+        segments, truncated = await self._embed_again(state, backbone)
         rows = [Row.of(one, one) for one in state.in_use]
         embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
         timings: dict[str, float] = {}
@@ -209,10 +218,11 @@ class Curating:
         )
         committed = await self._keeping.commit(change, published)
         await self._revising.warm(committed, fit)
-        return Revised(committed, fit.decision, timings)
+        return Revised(committed, fit.decision, timings, truncated)
 
-    async def _embed_again(self, state: State, backbone: str) -> dict[Artifact, Floats]:
-        """The embeddings of every kept segment by the other backbone, its rows where they were.
+    async def _embed_again(self, state: State, backbone: str) -> tuple[dict[Artifact, Floats], int]:
+        """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
+        of the examples are texts of which it reads only the start.
 
         Raises InputError for an example that the other backbone cannot take, or knows no token of.
         """
@@ -223,6 +233,7 @@ class Curating:
             rows[one.segment].add(one.row)
             inputs[one.segment] = one.inputs
         segments: dict[Artifact, Floats] = {}
+        truncated = 0
         for segment, source in inputs.items():
             values = await self._keeping.inputs(state.adapter, source)
             batcher = self._adapting.batchers[backbone]
@@ -235,7 +246,8 @@ class Curating:
                 )
                 raise no_known_tokens(backbone, f"the example {unknown!r}")
             segments[segment] = embedded.embeddings
-        return segments
+            truncated += len(rows[segment] & embedded.truncated)
+        return segments, truncated
 
 
 def _timed(done: Revised, started: float) -> Revised:

@@ -131,6 +131,11 @@ class Predicting:
                 _without_words(one, loaded.head) if index in embedded.unknown else one
                 for index, one in zip(good, answers, strict=True)
             ]
+        if embedded.truncated:
+            answers = [
+                replace(one, truncated=True) if index in embedded.truncated else one
+                for index, one in zip(good, answers, strict=True)
+            ]
         if query.explain and good:
             if loaded.alias.network is not None:
                 # What is kept of examples is the backbone's.
@@ -256,8 +261,13 @@ async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embed
     embeddings[list(good)] = embedded.embeddings
     places = list(good)
     errors |= {places[index]: error for index, error in embedded.errors.items()}
-    unknown = frozenset(places[index] for index in embedded.unknown)
-    return Embedded(embeddings, errors, embedded.timings, embedded.callers, unknown)
+    return replace(
+        embedded,
+        embeddings=embeddings,
+        errors=errors,
+        unknown=frozenset(places[index] for index in embedded.unknown),
+        truncated=frozenset(places[index] for index in embedded.truncated),
+    )
 
 
 def _without_words(one: Prediction, head: Head) -> Prediction:

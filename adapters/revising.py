@@ -95,12 +95,14 @@ class Edit:
 class Revised:
     """What an edit left behind.
 
-    version and decision are None where nothing was fitted. timings: seconds by stage.
+    version and decision are None where nothing was fitted. timings: seconds by stage. truncated: how many of
+    the examples that came with the edit are texts of which the backbone reads only the start.
     """
 
     committed: Committed
     decision: Decision | None
     timings: Mapping[str, float]
+    truncated: int = 0
 
     @property
     def adapter(self) -> AdapterRecord:

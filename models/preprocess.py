@@ -417,11 +417,16 @@ class TextPreprocessor:
         if unknown is not None:
             blank = self._tokenizer.token_to_id(_BLANK_PIECE)
             besides = [unknown] if blank is None else [unknown, blank]
-            self._idle = frozenset([*self._encode(""), *besides])
-        self._idle_in_front = self._idle.union(self._encode(transform.prompt)) if self._idle else self._idle
+            self._idle = frozenset([*self._encode("")[0], *besides])
+        in_front = self._encode(transform.prompt)[0] if self._idle else []
+        self._idle_in_front = self._idle.union(in_front)
 
     def __call__(self, text: str) -> Prepared:
         """Raises InputError."""
+        return self.cut(text)[0]
+
+    def cut(self, text: str) -> tuple[Prepared, bool]:
+        """The tokens of a text that are kept, and whether there were more. Raises InputError."""
         if len(text) > self.limits.max_text_chars:
             raise InputError(
                 "text_too_long",
@@ -437,7 +442,8 @@ class TextPreprocessor:
             raise InputError(
                 "invalid_text", "The text holds half of a surrogate pair; send valid Unicode."
             ) from None
-        return np.array(self._encode(self.transform.prompt + text), dtype=np.int64)
+        tokens, truncated = self._encode(self.transform.prompt + text)
+        return np.array(tokens, dtype=np.int64), truncated
 
     def knows_nothing(self, text: str, tokens: Prepared) -> bool:
         """Whether no token of the text is a known one: an embedding of such a text says nothing.
@@ -448,14 +454,20 @@ class TextPreprocessor:
         # Not converted to a list: the first word of most texts is known, and the others are not looked at.
         if not self._idle or not self._idle_in_front.issuperset(tokens):
             return False
-        return not self.transform.prompt or self._idle.issuperset(self._encode(text))
+        return not self.transform.prompt or self._idle.issuperset(self._encode(text)[0])
+
+    def is_truncated(self, text: str) -> bool:
+        """Whether a text has more tokens than are kept. Raises InputError."""
+        # No character becomes more than four tokens, and special ones are few.
+        most = 4 * (len(self.transform.prompt) + len(text) + 2)
+        return most > self.transform.max_tokens and self.cut(text)[1]
 
     @property
     def silence(self) -> Silence:
         """knows_nothing as data, for programs that have the tokens alone."""
         prompt, skipped = self.transform.prompt, 0
         if prompt:
-            first, second, alone = (self._encode(text) for text in (f"{prompt}a", f"{prompt}b", "a"))
+            first, second, alone = (self._encode(text)[0] for text in (f"{prompt}a", f"{prompt}b", "a"))
             skipped = min(_common(first, second), len(first) - _common(first[::-1], alone[::-1]))
         return Silence(tuple(sorted(self._idle)), skipped)
 
@@ -468,18 +480,24 @@ class TextPreprocessor:
                 return False
         return self.knows_nothing(text, self(text))
 
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a text, looking at no more of a long one than is kept.
+    def _encode(self, text: str) -> tuple[list[int], bool]:
+        """The tokens of a text that are kept, and whether there were more, looking at little of a long one.
 
         A tokenizer reads to the end, 0.1 s for 100,000 characters, to keep a few hundred tokens. A start that
-        gives more than twice what is kept gives the same: what is cut off touches the last words only.
+        gives more than twice what is kept gives the same: what is cut off touches the last words only. Where
+        it gives fewer, for a long word or white space, four times as much is tried.
         """
-        start = text[: _CHARACTERS_PER_TOKEN * self.transform.max_tokens]
-        if len(start) < len(text):
-            encoding = self._tokenizer.encode(start)
+        characters = _CHARACTERS_PER_TOKEN * self.transform.max_tokens
+        while characters < len(text):
+            encoding = self._tokenizer.encode(text[:characters])
             if len(encoding.overflowing) >= 2:
-                return list(encoding.ids)
-        return list(self._tokenizer.encode(text).ids)
+                return list(encoding.ids), True
+            characters *= 4
+            # Most of a text is not worth a try: the whole costs little more.
+            if 2 * characters > len(text):
+                break
+        encoding = self._tokenizer.encode(text)
+        return list(encoding.ids), bool(encoding.overflowing)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -48,7 +48,7 @@ class Standstill:
         for turn, seen in self._seen.items():
             moved |= turn.steps != seen.steps or turn.waits
             working |= self._update(turn, seen, passed)
-        waits = self._waits_for_nobody()
+        waits = self._batcher.neglected
         self._lost = 0.0 if moved or not waits else self._lost + passed
         busy = any(turn.busy for turn in self._seen)
         self.quiet = 0.0 if moved or not (busy or waits) else self.quiet + passed
@@ -81,13 +81,6 @@ class Standstill:
         if seen.still > PATIENCE or seen.age > LONGEST_RUN:
             return f"a thread has not got on for {seen.age:.1f} s"
         return None
-
-    def _waits_for_nobody(self) -> bool:
-        """Whether inputs wait although a thread is idle that is there for them."""
-        predicts, bulk = self._batcher.waiting
-        if predicts:
-            return not all(turn.busy for turn in self._seen if not turn.bulk)
-        return bool(bulk) and not any(turn.busy for turn in self._seen)
 
 
 def _cpu_seconds(clock: int) -> float:

@@ -15,11 +15,11 @@ HEAVY_NICENESS = 5
 _PROCESS_CLOCK = 2
 
 
-def give_way() -> None:
+def give_way(niceness: int = NICENESS) -> None:
     """Nices this thread alone: Linux nices threads, not only processes."""
     thread = threading.get_native_id()
     # Less than it has by now would need a privilege.
-    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), NICENESS)
+    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), niceness)
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 

@@ -15,6 +15,8 @@ from service.schemas import (
     Timings,
 )
 
+_TRUNCATED = "There where the text is longer than the backbone reads: only its start counted."
+
 
 class ErrorAt(BaseModel):
     """What is wrong where: a JSON pointer into the request."""
@@ -63,6 +65,9 @@ class ExamplesOut(BaseModel):
     replaced: int
     removed: int = 0
     rejected: list[RejectedOut] = Field(default_factory=list)
+    truncated: int = Field(
+        default=0, description="Texts among those sent of which the backbone reads only the start."
+    )
 
 
 class AdaptResponse(BaseModel):
@@ -183,6 +188,7 @@ class PredictionOut(BaseModel):
         "reason is far_from_examples. null where too few examples were there to tell.",
     )
     probabilities: list[LabelProbability] | None = None
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
     nearest: list[NearestOut] | None = None
 
 
@@ -199,6 +205,7 @@ class EmbeddingOut(BaseModel):
     """One input's embedding."""
 
     embedding: list[float]
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class EmbedResponse(BaseModel):
@@ -217,6 +224,7 @@ class OpenAIEmbedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class OpenAIUsage(BaseModel):
@@ -267,6 +275,16 @@ class OpenAIProblem(BaseModel):
     errors: list[ErrorAt] = Field(default_factory=list)
 
 
+class PlanOut(BaseModel):
+    """How a backbone runs on this machine, as it was measured."""
+
+    threads_alone: int = Field(description="Threads of a run that has the machine to itself.")
+    runs_beside: int = Field(description="Runs beside each other where inputs wait.")
+    threads_beside: int = Field(description="Threads of each of those.")
+    batch: int = Field(description="Inputs of one run, at most.")
+    confirmed: bool = Field(description="Whether the machine was quiet when this was measured.")
+
+
 class BackboneOut(BaseModel):
     """A backbone that can be adapted."""
 
@@ -278,6 +296,7 @@ class BackboneOut(BaseModel):
     device: str
     precision: str
     source: str
+    plan: PlanOut
 
 
 class BackbonesOut(BaseModel):
@@ -380,8 +399,8 @@ class JobOut(BaseModel):
     Of a job that has succeeded the share is 1 and nothing is left; of one that failed or was cancelled the
     share is what it had reached, and `seconds_left` is null.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, skipped,
-    format, and, where the job is asked for alone, errors.
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, truncated,
+    skipped, format, and, where the job is asked for alone, errors.
     """
 
     id: str

@@ -29,6 +29,7 @@ from adapters.rollback import Restored
 from adapters.submitting import Submitted
 from models.backbone import Embedded
 from models.batcher import Batcher
+from models.plan import Measured
 from models.preprocess import InputError
 
 Json = dict[str, Any]
@@ -175,20 +176,33 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
     head = {"backbone": name, "fingerprint": spec.fingerprint, "dim": spec.dim}
     # One by one, so that other threads get their turn in between.
     items = [
-        to_json(_failed(found.errors[index]) if index in found.errors else {"embedding": row.tolist()})
+        to_json(
+            _failed(found.errors[index])
+            if index in found.errors
+            else {"embedding": row.tolist(), **_cut(index in found.truncated)}
+        )
         for index, row in enumerate(found.embeddings)
     ]
     tail = to_json({"timing_ms": _milliseconds(found.timings)})
     return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
 
 
-def openai(model: str, embeddings: NDArray[np.float32], encoding: str, tokens: int) -> bytes:
+def openai(model: str, found: Embedded, encoding: str) -> bytes:
     """OpenAIResponse as JSON. Slow: for a thread."""
+    embeddings = found.embeddings.astype(np.float32, copy=False)
     items = [
-        to_json({"object": "embedding", "index": index, "embedding": _encoded(row, encoding)})
+        to_json(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(row, encoding),
+                **_cut(index in found.truncated),
+            }
+        )
         for index, row in enumerate(embeddings)
     ]
-    tail = to_json({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    tail = to_json({"model": model, "usage": usage})
     return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
 
 
@@ -208,13 +222,15 @@ def _openai_model(name: str, batcher: Batcher) -> Json:
     return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
 
 
-def backbones(batchers: Mapping[str, Batcher]) -> Response:
+def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
     """BackbonesOut."""
-    return answer({"backbones": [_backbone(name, batcher) for name, batcher in batchers.items()]})
+    return answer(
+        {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
+    )
 
 
-def _backbone(name: str, batcher: Batcher) -> Json:
-    spec = batcher.backbone.spec
+def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
+    spec, plan = batcher.backbone.spec, batcher.backbone.plan
     return {
         "name": name,
         "kind": spec.kind,
@@ -224,6 +240,13 @@ def _backbone(name: str, batcher: Batcher) -> Json:
         "device": batcher.backbone.device,
         "precision": batcher.backbone.precision,
         "source": spec.source,
+        "plan": {
+            "threads_alone": plan.alone,
+            "runs_beside": plan.workers,
+            "threads_beside": plan.beside,
+            "batch": plan.batch,
+            "confirmed": measured.confirmed,
+        },
     }
 
 
@@ -341,6 +364,7 @@ def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
         "rejected": [
             {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in rejected
         ],
+        **({"truncated": done.truncated} if done.truncated else {}),
     }
 
 
@@ -381,6 +405,7 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
         "abstention_score": item.abstention_score,
         "distance": item.distance,
     }
+    found |= _cut(item.truncated)
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
     return found
@@ -394,6 +419,11 @@ def _target(target: Target) -> Json:
     if isinstance(target, str):
         return {"label": target}
     return {"labels": target} if isinstance(target, tuple) else {"target": target}
+
+
+def _cut(truncated: bool) -> Json:
+    """What is said of a text of which only the start was read."""
+    return {"truncated": True} if truncated else {}
 
 
 def _failed(error: InputError) -> Json:

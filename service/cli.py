@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from service import storage_commands, tenant_commands
+from service import plan_commands, storage_commands, tenant_commands
 
 if TYPE_CHECKING:
     import uvicorn
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
     tenant_commands.add_commands(commands)
     storage_commands.add_commands(commands)
+    plan_commands.add_commands(commands)
     options = parser.parse_args(arguments)
 
     from service.settings import set_serving_environment
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _work()
             case name if name in storage_commands.COMMANDS:
                 return storage_commands.run(options)
+            case name if name in plan_commands.COMMANDS:
+                return plan_commands.run(options)
             case _:
                 return tenant_commands.run(options)
     except Exception as error:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
 
 from adapters.predicting import Predicting
-from models.backbone import Backbone
+from models.backbone import Embedded
 from models.batcher import Batcher
 from models.preprocess import InputError
 from models.request import Overloaded
@@ -83,22 +82,21 @@ async def openai_embeddings(tenant: str, predicting: Predicting, asked: schemas.
         )
         blamed = {"pointer": "/dimensions", "code": "invalid_dimensions", "detail": detail}
         raise Problem(422, "invalid_dimensions", detail, errors=[blamed])
-    embeddings = await _embed(tenant, predicting, asked.model, texts)
+    embedded = await _embed(tenant, predicting, asked.model, texts)
 
     def render() -> bytes:
-        return answers.openai(asked.model, embeddings, asked.encoding_format, _tokens(backbone, texts))
+        return answers.openai(asked.model, embedded, asked.encoding_format)
 
     return Response(await asyncio.to_thread(render), media_type="application/json")
 
 
-async def _embed(
-    tenant: str, predicting: Predicting, model: str, texts: Sequence[str]
-) -> NDArray[np.float32]:
-    """All embeddings, float32 (n, dim), part by part. Where there is no room, only the first part is refused;
-    the others wait for it, until the request has taken too long.
+async def _embed(tenant: str, predicting: Predicting, model: str, texts: Sequence[str]) -> Embedded:
+    """All texts, part by part. Where there is no room, only the first part is refused; the others wait for
+    it, until the request has taken too long.
     """
-    found: list[NDArray[np.float32]] = []
+    found: list[Embedded] = []
     errors: dict[int, InputError] = {}
+    truncated: set[int] = set()
     start = 0
     while start < len(texts):
         try:
@@ -108,8 +106,9 @@ async def _embed(
                 raise
             await asyncio.sleep(max(_SHORTEST_WAIT, error.retry_after))
             continue
-        found.append(part.embeddings.astype(np.float32, copy=False))
+        found.append(part)
         errors |= {start + index: error for index, error in part.errors.items()}
+        truncated |= {start + index for index in part.truncated}
         start += PART
     if errors:
         blamed = [
@@ -117,8 +116,8 @@ async def _embed(
             for index, error in sorted(errors.items())[:_MOST_ERRORS]
         ]
         raise Problem(422, "invalid_input", "Some inputs cannot be embedded.", errors=blamed)
-    return np.concatenate(found)
-
-
-def _tokens(backbone: Backbone, texts: Sequence[str]) -> int:
-    return sum(len(backbone.preprocess(text)) for text in texts)
+    return Embedded(
+        np.concatenate([part.embeddings for part in found]),
+        truncated=frozenset(truncated),
+        tokens=sum(part.tokens for part in found),
+    )

@@ -171,7 +171,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
     @needs("key")
     async def backbones() -> Response:
         """What can be adapted."""
-        return answers.backbones(batchers)
+        return answers.backbones(batchers, components.surveyor.measured)
 
     # Prometheus scrapes it, whose configuration should not hold a key.
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -136,16 +136,16 @@ class Unending:
     def __init__(self, backbone: Backbone, item: str) -> None:
         self.going = threading.Event()
         self.reached = threading.Semaphore(0)
-        self._preprocess = backbone.preprocess
+        self._prepare = backbone.prepare
         self._item = item
-        backbone.preprocess = self  # type: ignore[method-assign, assignment]
+        backbone.prepare = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, item: bytes | str, waiting: Callable[[bool], None]) -> Any:
         """As the backbone prepares it, the one input later."""
         if item == self._item:
             self.reached.release()
             assert self.going.wait(30)
-        return self._preprocess(item, waiting)
+        return self._prepare(item, waiting)
 
 
 async def test_an_input_whose_preparation_does_not_end_is_refused_alone(backbone: Backbone) -> None:
@@ -292,12 +292,12 @@ async def test_who_is_not_counted_is_not_observed(backbone: Backbone) -> None:
         observe_batch=seen.append,
     )
     await batcher.start()
-    cost = batcher._predicts.cost
+    pace = batcher._predicts.light.pace
     found = await batcher.embed(["a"], counted=False)
     with suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), 0.1)
     assert seen == []
-    assert batcher._predicts.cost == cost
+    assert batcher._predicts.light.pace == pace
     assert batcher._predicts_until == 0.0
     np.testing.assert_allclose(found.embeddings[0], backbone.embed(["a"]).embeddings[0], atol=1e-5)
     await batcher.embed(["a"])
