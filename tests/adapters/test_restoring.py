@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from adapters.backup import ARTIFACTS, MANIFEST, REGISTRY, BadBackup, backup, read_manifest, sha256_of
+from adapters.curating import Amendment
 from adapters.erasing import ERASURES_KEPT
 from adapters.jobs import upload_request
 from adapters.records import JobKind, RegistryTooNew
@@ -241,6 +242,42 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
     assert restore(path, target.database, target.store).adapters == 1
     assert sha256_of(path / REGISTRY) == whole
     assert target.examine() == []
+
+
+async def test_what_is_set_aside_or_held_is_so_again_and_what_was_erased_since_is_not(
+    place: Place, tmp_path: Path
+) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        for name in ("one0", "two0"):
+            await world.curating.amend(TENANT, "words", name, Amendment(excluded=True))
+        await world.browsing.promote(TENANT, "words", 1, None)
+        path = saved(place, tmp_path)
+        await world.curating.remove(TENANT, "words", ["two0"])
+    restore(path, place.database, place.store, replace=True)
+    async with place.world() as there:
+        adapter = there.registry.adapter(TENANT, "words")
+        assert [one.id for one in there.registry.examples(adapter.uid, excluded=True)] == ["one0"]
+        assert (adapter.examples, adapter.standing) == (7, (None, None))
+        # Both that had learned from what was erased are gone, and the one that had not is there.
+        assert [version.number for version in there.registry.versions(adapter.uid)] == [3]
+
+
+async def test_a_rollback_in_a_backup_holds_again(place: Place, make: Make, tmp_path: Path) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        await world.adapt([])
+        held = await world.browsing.promote(TENANT, "words", 1, None)
+    target = make("local", "target")
+    restore(saved(place, tmp_path), target.database, target.store)
+    async with target.world() as there:
+        now = there.registry.adapter(TENANT, "words")
+        assert held.rolled_back_at is not None
+        assert now.rolled_back_at is not None
+        assert (now.live, abs(now.rolled_back_at - held.rolled_back_at).total_seconds() < 0.01) == (1, True)
+        decision = (await there.adapt([])).revised.decision
+        assert decision is not None
+        assert decision.reason == "rolled_back"
 
 
 async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path: Path) -> None:
