@@ -856,7 +856,7 @@ def test_a_fine_tune_that_finds_nothing_makes_no_version(
         assert place.tuning.run(lease) is None
     ended = place.job(job.id)
     assert (ended.state, ended.version) == ("succeeded", None)
-    assert ended.progress == {"share": 1.0, "outcome": "no_better"}
+    assert ended.progress == {"share": 1.0, "seconds_left": 0.0, "outcome": "no_better"}
     assert place.objects() == before
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
     assert not place.checkpoint(job).exists()
