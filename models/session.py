@@ -12,7 +12,7 @@ import onnxruntime
 
 from models.crew import Crew, gathered
 
-# Told before its import, by models/__init__.py; this is for those who imported it earlier.
+# models/__init__.py has turned it off before this import; a program may have imported it earlier.
 onnxruntime.disable_telemetry_events()
 
 Device = Literal["cpu", "cuda"]

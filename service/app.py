@@ -108,7 +108,7 @@ class Topwork:
 
         from service.auth import Guard
 
-        # BentoML has asked already whether it may report to its maker, and keeps the answer.
+        # BentoML has read already whether it may report to its maker, and keeps what it read.
         set_serving_environment()
         do_not_track.cache_clear()
         if threading.current_thread() is threading.main_thread():

@@ -24,7 +24,7 @@ def caller(server: str) -> Iterator[Caller]:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home folder of a user who has told no library to be silent."""
+    """The home folder of a user who has turned off no telemetry."""
     for name in (*serving_environment(), "HF_HUB_OFFLINE", "DO_NOT_TRACK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""A network of its own, in which every address is this machine: who writes to others is seen."""
+"""A network of its own, in which every address is this machine; what is sent to other addresses is noted."""
 
 from __future__ import annotations
 
@@ -61,11 +61,7 @@ class Seclusion:
         if libc.unshare(_CLONE_NEWNET):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        for command in (
-            "link set lo up",
-            "route add local 0.0.0.0/0 dev lo",
-            "-6 route add local ::/0 dev lo",
-        ):
+        for command in _ROUTES:
             subprocess.run(["ip", *command.split()], check=True)
         self._packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_EVERY_PROTOCOL))
         self._packets.settimeout(_LOOK_SECONDS)

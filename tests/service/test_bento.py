@@ -62,7 +62,7 @@ class Image:
     def run(self, *command: str, **given: str) -> subprocess.CompletedProcess[str]:
         """`docker exec`, and what it writes."""
         process = self._start(command, given)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     @contextmanager
@@ -184,7 +184,7 @@ def test_the_image_does_not_start_without_a_key(image: Image, arguments: list[st
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     done = image.start(arguments, PORT=str(port))
-    _, log = done.communicate(timeout=60)
+    _, log = done.communicate(timeout=120)
     assert done.returncode == 1
     (line,) = [line for line in log.splitlines() if line.startswith("topwork: ")]
     assert "TOPWORK_ADMIN_KEY" in line
@@ -285,7 +285,7 @@ def test_the_bento_serves_from_another_folder(
         assert b'version="of-the-bento"' in get(f"{url}/metrics")[1]
 
 
-def test_the_bento_reports_to_nobody(bento: Path, home: Path, bare: Path, seclusion: Seclusion) -> None:
+def test_the_bento_reports_nothing(bento: Path, home: Path, bare: Path, seclusion: Seclusion) -> None:
     """Nor does BentoML's supervisor, whose environment is not ours to set."""
 
     def use() -> None:

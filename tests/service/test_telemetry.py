@@ -1,4 +1,4 @@
-"""Nothing that runs here writes to anybody but its callers: no library reports to its maker."""
+"""No telemetry leaves the machine: no library reports to its maker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.service.test_startup import texts
 
 
 def test_the_seclusion_sees_names_and_addresses(seclusion: Seclusion) -> None:
-    """Without this, that nothing is seen would show nothing."""
+    """So the tests below can fail."""
 
     def tell() -> None:
         with socket.create_server(("127.0.0.1", 0)) as here:
@@ -39,7 +39,7 @@ def test_the_seclusion_sees_names_and_addresses(seclusion: Seclusion) -> None:
     assert any(where.endswith("port 53 reports.example") for where in seclusion.sent)
 
 
-def test_a_service_from_its_first_start_on_reports_to_nobody(bare: Path, seclusion: Seclusion) -> None:
+def test_a_service_from_its_first_start_on_reports_nothing(bare: Path, seclusion: Seclusion) -> None:
     """Nor does the program that exports. With an adapt, a predict and an upload, which a worker embeds; and
     beside it a program that uses a part alone.
     """
