@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-turns bench-first-start bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -48,7 +48,7 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: bench-speed bench-neighbours bench-turns bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
+bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
 	$(RUN) benchmarks.speed
@@ -59,8 +59,8 @@ bench-eight-bits: .venv/dev.stamp  ## What the 8-bit backbones cost in accuracy
 bench-neighbours: .venv/dev.stamp  ## What a tenant far above its quota costs the others
 	$(RUN) benchmarks.neighbours
 
-bench-turns: .venv/dev.stamp  ## What giant pictures and long texts of one tenant cost the others
-	$(RUN) benchmarks.turns
+bench-attacks: .venv/dev.stamp  ## What attackers without quotas cost the others
+	$(RUN) benchmarks.attacks
 
 bench-first-start: .venv/dev.stamp  ## A first start on a busy machine that turns quiet; on a quiet machine
 	$(RUN) benchmarks.first_start

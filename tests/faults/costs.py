@@ -29,7 +29,8 @@ from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
 from models.spec import ImageTransform
 from models.yielding import Other
-from tests.faults import bombs, mutants
+from benchmarks import bombs
+from tests.faults import mutants
 
 TRANSFORM = ImageTransform(224, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
 _MOST_BYTES = 16 << 20

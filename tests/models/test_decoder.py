@@ -21,7 +21,7 @@ from models.decoder import Decoder, DecoderUnavailable
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
 from models.yielding import HEAVY_NICENESS
-from tests.faults import bombs
+from benchmarks import bombs
 from tests.models.test_image_file import PLAIN
 from tests.models.test_preprocess import drawing, encoded
 

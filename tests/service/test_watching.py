@@ -19,7 +19,8 @@ from PIL import Image
 from service.startup import STUCK
 from service.watching import Watchdog
 from tests import tiny
-from tests.faults import bombs, times
+from benchmarks import bombs
+from tests.faults import times
 from tests.service.breaking import KINDS, Breaking
 from tests.service.caller import Caller, image
 from tests.service.test_startup import get
