@@ -2,8 +2,8 @@
 
 python -m benchmarks.attacks [part ...]
 
-Tenants without quotas send what costs most. Others ask for single texts and pictures meanwhile, adapt a little,
-upload ten lines, and look at /readyz.
+Tenants without quotas send what costs most. Others ask for single texts and pictures meanwhile, adapt a
+little, upload ten lines, and look at /readyz.
 """
 
 from __future__ import annotations

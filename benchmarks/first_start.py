@@ -21,12 +21,12 @@ from typing import Any
 
 import httpx
 
+from benchmarks import client
 from benchmarks.asked import asked
 from benchmarks.caller import Line, Request
 from benchmarks.report import Report, Spread, table
-from benchmarks.scenes import text_scene
+from benchmarks.scenes import TENANT, text_scene
 from benchmarks.serving import Serving
-from benchmarks.turns import teach
 from models.exported import find
 
 BACKBONES = ("efficientnet-lite0", "minilm-l6-v2")
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             waited[name] = confirmed(service.url)
         last = {name: plans(url) for name, url in urls.items()}
         for url in urls.values():
-            teach(url, scene)
+            client.Client(client.Server(url), TENANT).adapt(scene.adapter, scene.taught, scene.backbone)
         lines = {name: Line(url) for name, url in urls.items()}
         for line in lines.values():
             lone_text(line, requests)

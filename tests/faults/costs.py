@@ -24,12 +24,12 @@ import numpy as np
 import pillow_heif
 from PIL import Image
 
+from benchmarks import bombs
 from models.decoder import Decoder
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
 from models.spec import ImageTransform
 from models.yielding import Other
-from benchmarks import bombs
 from tests.faults import mutants
 
 TRANSFORM = ImageTransform(224, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import bombs
 from models.decoder import Decoder, DecoderUnavailable
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
 from models.yielding import HEAVY_NICENESS
-from benchmarks import bombs
 from tests.models.test_image_file import PLAIN
 from tests.models.test_preprocess import drawing, encoded
 

@@ -13,12 +13,12 @@ import pillow_heif
 import pytest
 from PIL import Image
 
+from benchmarks import bombs
 from models.decoder import Decoder
 from models.image_file import declared_size, read_image_file
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor, rgb
 from models.spec import ImageTransform
-from benchmarks import bombs
 from tests.models.test_preprocess import drawing, encoded, levels, refusal
 
 PLAIN = ImageTransform(size=16, crop=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)

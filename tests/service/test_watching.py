@@ -16,10 +16,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from benchmarks import bombs
 from service.startup import STUCK
 from service.watching import Watchdog
 from tests import tiny
-from benchmarks import bombs
 from tests.faults import times
 from tests.service.breaking import KINDS, Breaking
 from tests.service.caller import Caller, image
