@@ -5,8 +5,13 @@ UV := 0.13.9
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
+# Of the tests, the benchmarks and BentoML's commands: no library reports to its maker.
+export ORT_DISABLE_TELEMETRY := 1
+export BENTOML_DO_NOT_TRACK := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-finetune bench-speed bench-eight-bits bench-neighbours bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -30,6 +35,10 @@ FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tes
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
 
+test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB
+	$(RUN) models.export
+	$(RUN) tests.image.trial $(ARGS)
+
 full/%: .venv/dev.stamp
 	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)
 
@@ -39,7 +48,7 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: bench-speed bench-neighbours bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
+bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
 	$(RUN) benchmarks.speed
@@ -49,6 +58,12 @@ bench-eight-bits: .venv/dev.stamp  ## What the 8-bit backbones cost in accuracy
 
 bench-neighbours: .venv/dev.stamp  ## What a tenant far above its quota costs the others
 	$(RUN) benchmarks.neighbours
+
+bench-attacks: .venv/dev.stamp  ## What attackers without quotas cost the others
+	$(RUN) benchmarks.attacks
+
+bench-first-start: .venv/dev.stamp  ## A first start on a busy machine that turns quiet; on a quiet machine
+	$(RUN) benchmarks.first_start
 
 bench-tenants: .venv/dev.stamp  ## Memory, descriptors and threads while a thousand tenants ask for twenty minutes
 	$(RUN) benchmarks.tenants
@@ -71,6 +86,9 @@ bench-footprint: .venv/dev.stamp  ## Start-up time and memory
 bench-parity: .venv/dev.stamp  ## Exported adapters, run by ONNX Runtime alone, beside the service's answers
 	$(RUN) benchmarks.onnx_parity
 
+bench-far-from-square: .venv/dev.stamp  ## Long images shown whole in several ways, beside their middle alone
+	$(RUN) benchmarks.far_from_square
+
 bench-finetune: .venv/dev.stamp  ## Fine-tunes beside the heads that they replace, and random weights; hours
 	$(RUN) benchmarks.finetune
 
@@ -79,7 +97,7 @@ bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 
 bento: .venv/serve.stamp  ## Build the bento, exported backbones included
 	$(RUN) models.export
-	BENTOML_DO_NOT_TRACK=true $(BIN)/bentoml build
+	$(BIN)/bentoml build
 
 lock: .venv/bin/uv  ## Resolve the dependencies again
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \

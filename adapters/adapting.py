@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -27,10 +28,13 @@ from adapters.segments import encode_inputs
 from models.batcher import Batcher
 from models.preprocess import InputError
 from models.spec import BackboneSpec, UnknownBackbone
+from models.yielding import give_way
 
 Floats = NDArray[np.float32]
 # Bytes of inputs from which on their file is published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
+# Of texts whose embedding is known, and of which only tokens are looked at.
+_CHARACTERS_AT_ONCE = 50_000
 Update = Literal["append", "replace"]
 
 
@@ -46,10 +50,30 @@ class ExamplesRejected(ValueError):
         reason = "The request is strict, and" if strict else "None can be used:"
         super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
         self.rejected = tuple(rejected)
-        self.errors = [
-            {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
-            for one in rejected[:100]
-        ]
+        self.errors = _blamed(rejected)
+
+
+@contextmanager
+def telling_rejected(rejected: Sequence[Rejected]) -> Iterator[None]:
+    """Puts the rejected examples into an error of the block, for they may be its cause.
+
+    They are its `errors`, as those of ExamplesRejected, and its `detail` says how many there are.
+    """
+    try:
+        yield
+    except Exception as error:
+        detail = getattr(error, "detail", None) or str(error)
+        if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
+            also = f"{len(rejected)} of the examples were rejected before that; `errors` says why."
+            vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
+        raise
+
+
+def _blamed(rejected: Sequence[Rejected]) -> list[dict[str, str]]:
+    return [
+        {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
+        for one in rejected[:100]
+    ]
 
 
 class ContractChanged(ValueError):
@@ -76,8 +100,9 @@ class FingerprintMismatch(RuntimeError):
 
     def __init__(self, backbone: str) -> None:
         super().__init__(
-            f"The backbone {backbone!r} served here is not the one that this adapter was taught with. "
-            "POST rebase to move the adapter."
+            f"The backbone {backbone!r} served here is not the one that this adapter was taught with, for "
+            "example of an earlier release. POST /adapters/{adapter}/rebase with "
+            f'{{"backbone": "{backbone}"}} moves the adapter to it.'
         )
 
 
@@ -117,6 +142,21 @@ class AdaptOutcome:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class New:
+    """What became of inputs that were not known. timings: seconds by stage.
+
+    vectors: embeddings by digest. rejected: examples whose input failed. truncated: digests of texts of which
+    the backbone reads only the start. embedded: digests of all that was embedded for it.
+    """
+
+    vectors: dict[str, Floats]
+    rejected: Sequence[Rejected]
+    timings: Mapping[str, float]
+    truncated: frozenset[str]
+    embedded: AbstractSet[str]
+
+
 class Adapting:
     """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
 
@@ -133,6 +173,7 @@ class Adapting:
         self.revising = revising
         self.batchers = batchers
         self._count = count
+        self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
 
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
@@ -160,8 +201,8 @@ class Adapting:
 
     async def embed_new(
         self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
-    ) -> tuple[dict[str, Floats], list[Rejected], dict[str, float]]:
-        """Embeddings by digest of the inputs not known, examples whose input failed, and seconds by stage.
+    ) -> New:
+        """What became of the inputs that are not known.
 
         What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
         knows no token has failed too, although it has an embedding.
@@ -175,9 +216,10 @@ class Adapting:
         unknown = no_known_tokens(terms.backbone)
         errors: dict[str, InputError] = {}
         if found and terms.kind == "text":
-            places = await asyncio.to_thread(batcher.backbone.unknown, list(found.values()))
+            places = await self._look(batcher.backbone.unknown, list(found.values()))
             errors = {digest: unknown for place, digest in enumerate(found) if place in places}
         timings: dict[str, float] = {}
+        truncated: set[str] = set()
         if new:
             embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
             timings = dict(embedded.timings)
@@ -188,12 +230,40 @@ class Adapting:
                 vectors[digest] = embedded.embeddings[place]
                 if place in embedded.unknown:
                     errors[digest] = unknown
+                elif place in embedded.truncated:
+                    truncated.add(digest)
         rejected = [
             Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
             for one in admitted
             if one.index is not None and one.digest in errors
         ]
-        return vectors, rejected, timings
+        return New(vectors, rejected, timings, frozenset(truncated), new.keys())
+
+    async def count_truncated(self, terms: Creation, usable: Sequence[Admitted], new: New) -> int:
+        """How many of some examples are texts of which the backbone reads only the start."""
+        known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
+        count = sum(one.digest in new.truncated for one in usable)
+        if known:
+            backbone = self.batchers[terms.backbone].backbone
+            count += len(await self._look(backbone.truncated, known))
+        return count
+
+    async def _look(
+        self, look: Callable[[Sequence[bytes | str]], AbstractSet[int]], texts: Sequence[bytes | str]
+    ) -> set[int]:
+        """The positions that `look` finds, in pieces: requests take turns on one thread that gives way."""
+        loop = asyncio.get_running_loop()
+        found: set[int] = set()
+        begin = 0
+        while begin < len(texts):
+            end, size = begin + 1, len(texts[begin])
+            while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
+                size += len(texts[end])
+                end += 1
+            places = await loop.run_in_executor(self._looking, look, texts[begin:end])
+            found |= {begin + place for place in places}
+            begin = end
+        return found
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
         """Raises FingerprintMismatch unless the adapter's own backbone is served."""
@@ -219,22 +289,25 @@ class Adapting:
         subject = Subject.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            vectors, unreadable, timings = await self.embed_new(tenant, terms, admitted, known)
-            rejected = sorted([*rejected, *unreadable], key=lambda one: one.index)
-            failed = {one.index for one in unreadable}
+            new = await self.embed_new(tenant, terms, admitted, known)
+            vectors, timings = new.vectors, new.timings
+            rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
+            failed = {one.index for one in new.rejected}
             usable = [one for one in admitted if one.index not in failed]
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
+            truncated = await self.count_truncated(terms, usable, new)
 
             def outcome(revised: Revised) -> AdaptOutcome:
                 total = time.perf_counter() - started
+                revised = replace(revised, truncated=truncated)
                 return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
             async def step(state: State | None) -> Revised:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embed_new(tenant, terms, usable, known))[0])
+                vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
                 edit = Edit(
                     usable,
                     clear=command.update == "replace",
@@ -245,7 +318,8 @@ class Adapting:
                 now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
                 return await self.revising.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
 
-            return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
+            with telling_rejected(rejected):
+                return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
 
     @asynccontextmanager
     async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:
@@ -271,7 +345,8 @@ class Adapting:
         if command.backbone not in (None, terms.backbone):
             self.spec(command.backbone or "")
             raise ContractChanged(
-                "backbone_changed", f"The adapter is on {terms.backbone!r}. POST rebase to move it."
+                "backbone_changed",
+                f"The adapter is on {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it.",
             )
         if command.task not in (None, terms.task):
             raise ContractChanged("task_changed", f"The adapter's task is {terms.task}; use another adapter.")
@@ -347,7 +422,7 @@ def _admit(
     """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
     if not command.posted and command.update == "replace":
         raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
-    before = () if state is None or command.update == "replace" else state.examples
+    before = () if state is None or command.update == "replace" else state.in_use
     if command.uploaded is not None:
         before = tuple(one for one in before if one.id in command.uploaded)
     known = labels_of(terms.task, [one.target for one in before])

@@ -25,8 +25,9 @@ TARGET_FIELDS: Mapping[Task, str] = {
 class Posted:
     """One example as it was posted; its place in the request is its index.
 
-    input: encoded image bytes, a text, or why there is none. target: of any type, not checked yet, or an
-    ExampleError that says why there is none. group, sampled: see Dataset.
+    input: encoded image bytes, a text, or why there is none, or why the example cannot be used. target: of
+    any type, not checked yet, or an ExampleError that says why there is none. group, sampled: see Dataset.
+    blamed: of an input that is an error, what it is about, as Rejected.field; None: the input.
     """
 
     input: bytes | str | InputError
@@ -34,13 +35,15 @@ class Posted:
     id: str | None = None
     group: str | None = None
     sampled: bool = True
+    blamed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A posted example that is not used.
 
-    field: the part of it to blame: id, image, text, label, labels, target, group, or "" for all.
+    field: the part of it to blame, as it was posted: id, image, text, label, labels, target, group, or a path
+    below one of them (labels/1); "" for all.
     """
 
     index: int
@@ -54,7 +57,8 @@ class Rejected:
 class Admitted:
     """An example to keep.
 
-    input is None where the adapter has it already; index None where it was not posted.
+    input is None where the adapter has it already; index None where it was not posted. excluded: it is set
+    aside, see ExampleRecord.
     """
 
     id: str
@@ -64,6 +68,7 @@ class Admitted:
     index: int | None = None
     group: str | None = None
     sampled: bool = True
+    excluded: bool = False
 
 
 class MixedInputs(ValueError):
@@ -112,16 +117,17 @@ def admit(
             admitted.append(verdict)
         else:
             rejected.append(verdict)
-    admitted, conflicting = _drop_conflicts(admitted, TARGET_FIELDS[task])
+    admitted, conflicting = _drop_conflicts(admitted)
     admitted, colliding = drop_collisions(admitted, task, known_labels)
     return admitted, sorted(rejected + conflicting + colliding, key=lambda one: one.index)
 
 
 def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Rejected:
-    field: str = kind
+    field: str = kind if example.blamed is None else example.blamed
     try:
         if isinstance(example.input, InputError):
             raise example.input
+        field = ""
         if isinstance(example.target, ExampleError):
             raise example.target
         if kind_of(example.input) != kind:
@@ -133,7 +139,7 @@ def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Re
         field = "group"
         if example.group is not None:
             check_group(example.group)
-        field = TARGET_FIELDS[task]
+        field = _sent_as(example.target)
         target = normalise_target(task, example.target)
     except (InputError, ExampleError) as error:
         return Rejected(index, example.id, error.code, error.detail, field)
@@ -166,7 +172,7 @@ def _check_name(name: str, code: str, what: str) -> None:
         raise ExampleError(code, f"{what} must not contain control characters.")
 
 
-def _drop_conflicts(admitted: Sequence[Admitted], field: str) -> tuple[list[Admitted], list[Rejected]]:
+def _drop_conflicts(admitted: Sequence[Admitted]) -> tuple[list[Admitted], list[Rejected]]:
     by_id: dict[str, list[Admitted]] = defaultdict(list)
     for example in admitted:
         by_id[example.id].append(example)
@@ -176,13 +182,21 @@ def _drop_conflicts(admitted: Sequence[Admitted], field: str) -> tuple[list[Admi
         targets = {example.target for example in same}
         if len(targets) > 1:
             text = "The request gives this id more than one label; send the right one only."
-            rejected += [_reject(example, "conflicting_labels", text, field) for example in same]
+            rejected += [
+                _reject(example, "conflicting_labels", text, _sent_as(example.target)) for example in same
+            ]
         elif len({example.digest for example in same}) > 1:
             text = "The request gives this id more than one input; give each example its own id."
-            rejected += [_reject(example, "conflicting_inputs", text, "id") for example in same]
+            rejected += [
+                _reject(example, "conflicting_inputs", text, "" if example.id == example.digest else "id")
+                for example in same
+            ]
         elif len({(example.group, example.sampled) for example in same}) > 1:
             text = "The request gives this id more than one `group` or `sampled`; send the right one only."
-            rejected += [_reject(example, "conflicting_groups", text, "group") for example in same]
+            rejected += [
+                _reject(example, "conflicting_groups", text, "" if example.group is None else "group")
+                for example in same
+            ]
         else:
             kept.append(same[0])
     return kept, rejected
@@ -203,7 +217,7 @@ def drop_collisions(
             spelling.update((_skeleton(label), label) for label in labels)
         else:
             text = f"The label {clash[0]!r} looks like {clash[1]!r} but is written with other characters."
-            rejected.append(_reject(example, "label_collision", text, TARGET_FIELDS[task]))
+            rejected.append(_reject(example, "label_collision", text, _sent_as(example.target)))
     return kept, rejected
 
 
@@ -224,6 +238,15 @@ def _skeleton(label: str) -> str:
     """
     visible = "".join(character for character in label if unicodedata.category(character) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", visible).split())
+
+
+def _sent_as(target: object) -> str:
+    """The field that such a target was sent as; "" where there is none."""
+    if target is None:
+        return ""
+    if isinstance(target, str):
+        return "label"
+    return "labels" if isinstance(target, Sequence) else "target"
 
 
 def _reject(example: Admitted, code: str, detail: str, field: str) -> Rejected:

@@ -203,7 +203,11 @@ class Aliases:
     def _take_over(self, key: tuple[str, str], alias: Alias) -> None:
         """Keep what was read: once its network is loaded, if there is something to answer until then."""
         entry = self._entries.get(key)
-        if entry is None or entry.live.uid != alias.uid or alias.network in (None, entry.live.network):
+        if entry is not None and entry.live.uid != alias.uid:
+            # Deleted and created again. Epochs of the two compare only as well as clocks do.
+            del self._entries[key]
+            entry = None
+        if entry is None or alias.network in (None, entry.live.network):
             self._keep(key, alias)
             return
         coming = entry.coming
@@ -276,7 +280,7 @@ class Aliases:
         for change in changes:
             key = (change.tenant, change.name)
             entry = self._entries.get(key)
-            if entry is not None and (entry.coming or entry).live.epoch < change.epoch:
+            if entry is not None and change.leaves_behind((entry.coming or entry).live):
                 # The adapter may be gone, which the load has then noted.
                 with suppress(UnknownAdapter):
                     await self._read(key)

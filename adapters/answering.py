@@ -33,14 +33,16 @@ _LABELS_OF_A_SINGLE = 64
 class Prediction:
     """What is answered for one input; see head.Predictions.
 
-    confidence and probabilities: rounded to six digits, above 0 and below 1. label: of a classification.
+    confidence and probabilities: rounded to six digits, above 0 and below 1. distance: see
+    head.Predictions, six digits; None where too few examples were there to tell. label: of a classification.
     labels: those assigned of a multilabel adapter. uncertain: of those and of the labels in probabilities,
     the ones whose decision had better not be relied on. value: of a regression. probabilities: the top_k
-    labels with the highest first.
+    labels with the highest first. truncated: of the text, only the start was read.
     """
 
     confidence: float
     abstention_score: float
+    distance: float | None = None
     abstention_reason: Reason | None = None
     label: str | None = None
     labels: tuple[str, ...] | None = None
@@ -48,6 +50,7 @@ class Prediction:
     value: float | None = None
     probabilities: tuple[tuple[str, float], ...] = ()
     nearest: tuple[Neighbour, ...] | None = None
+    truncated: bool = False
 
     @property
     def abstained(self) -> bool:
@@ -128,12 +131,13 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
     chances = [chance * kept + spread for chance in chances]
     energy = top + math.log(total)
     score = _evidence((head.doubt.energy_mean - energy) / head.doubt.energy_deviation)
-    far = False
+    distance = None
     if (region := head.region) is not None:
         squared = region.squared_distance_of(embedding)
-        far = squared > region.limit
+        distance = math.sqrt(squared / region.limit)
         score += _evidence((math.log(max(squared, 1e-30)) - region.log_mean) / region.log_deviation)
     order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:top_k]
+    far = distance is not None and distance > 1.0
     reason = _reason(head, far=far, doubtful=chances[order[0]] < head.threshold)
     shown = tuple(
         (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), _MOST)) for place in order
@@ -141,6 +145,7 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
     return Prediction(
         confidence=shown[0][1],
         abstention_score=score,
+        distance=None if distance is None else round(distance, _DIGITS),
         abstention_reason=reason,
         label=shown[0][0],
         probabilities=shown,
@@ -184,6 +189,7 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
             Prediction(
                 confidence=confidence,
                 abstention_score=score,
+                distance=None if head.region is None else round(distance, _DIGITS),
                 abstention_reason=_reason(head, far=distance > 1.0, doubtful=True) if abstained else None,
                 label=ranked[0] if single else None,
                 labels=_assigned(head, found, row),

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 
 from adapters.copying import TABLES, copy_rows, counters, raise_counters, references
 from adapters.database import Database
 from adapters.migrations import HEAD
+from adapters.schema import identity
 from adapters.store import Artifact, CorruptArtifact, MissingArtifact, Store, object_key
 
 FORM = "topwork.backup/1"
@@ -149,6 +150,7 @@ def _copy_state(database: Database, path: Path) -> None:
     try:
         copy.migrate()
         with database.reading() as source, copy.writing() as target:
+            target.execute(delete(identity))
             for table in TABLES:
                 copy_rows(source, target, table)
             raise_counters(target, counters(source))

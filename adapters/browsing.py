@@ -11,6 +11,7 @@ from functools import partial
 
 from adapters.keeping import Keeping
 from adapters.records import AdapterRecord, ExampleRecord, VersionRecord
+from adapters.store import MissingArtifact
 
 
 class Browsing:
@@ -42,7 +43,10 @@ class Browsing:
         return adapter, await asyncio.to_thread(self._registry.version, adapter.uid, number)
 
     async def promote(self, tenant: str, name: str, number: int, if_match: str | None) -> AdapterRecord:
-        """Points `live` at a version. Raises UnknownAdapter, UnknownVersion, AliasMoved."""
+        """Points `live` at a version, see Registry.promote.
+
+        Raises UnknownAdapter, UnknownVersion, AliasMoved.
+        """
         adapter = await self.adapter(tenant, name)
         # Loaded before it is live anywhere, so that no prediction waits for it here.
         await self._keeping.aliases.prepare(
@@ -57,11 +61,11 @@ class Browsing:
         return await asyncio.shield(asyncio.ensure_future(move()))
 
     async def examples(
-        self, tenant: str, name: str, after: str | None, limit: int
+        self, tenant: str, name: str, after: str | None, limit: int, excluded: bool | None
     ) -> tuple[AdapterRecord, Sequence[ExampleRecord]]:
-        """An adapter and its examples in the order of their ids. Raises UnknownAdapter."""
+        """An adapter and its examples, see Registry.examples. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
-        read = partial(self._registry.examples, adapter.uid, after, limit)
+        read = partial(self._registry.examples, adapter.uid, after, limit, excluded)
         return adapter, await asyncio.to_thread(read)
 
     async def example(
@@ -71,8 +75,18 @@ class Browsing:
 
         Raises UnknownAdapter, UnknownExample.
         """
-        adapter = await self.adapter(tenant, name)
-        record = await asyncio.to_thread(self._registry.example, adapter.uid, example_id)
+        adapter, record = await self._example(tenant, name, example_id)
         if record.inputs is None:
             return adapter, record, None
-        return adapter, record, (await self._keeping.inputs(adapter, record.inputs))[record.row]
+        try:
+            return adapter, record, (await self._keeping.inputs(adapter, record.inputs))[record.row]
+        except MissingArtifact:
+            # The example may have gone a moment ago, or been moved to another file.
+            adapter, now = await self._example(tenant, name, example_id)
+            if now.inputs in (None, record.inputs):
+                raise
+            return adapter, now, (await self._keeping.inputs(adapter, now.inputs))[now.row]
+
+    async def _example(self, tenant: str, name: str, example_id: str) -> tuple[AdapterRecord, ExampleRecord]:
+        adapter = await self.adapter(tenant, name)
+        return adapter, await asyncio.to_thread(self._registry.example, adapter.uid, example_id)

@@ -9,10 +9,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 from adapters.store import (
+    ASIDE,
+    IDENTITY,
     Artifact,
     Buffer,
     StoredObject,
@@ -35,6 +37,7 @@ class BucketStore:
     """Artifacts in a bucket, durable when the bucket acknowledged them. See Store."""
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
+        self._url = url
         arguments: dict[str, Any] = {**options, "retry_config": _RETRIES}
         if options.get("endpoint", "").startswith("http://"):
             arguments["client_options"] = {"allow_http": True}
@@ -73,25 +76,63 @@ class BucketStore:
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
         """See Store.delete_adapter."""
-        self._delete_below(adapter_key(tenant, adapter_uid))
+        key = adapter_key(tenant, adapter_uid)
+        self._delete_below(key)
+        self._delete_below(f"{ASIDE}/{key}")
 
     def delete_tenant(self, tenant: str) -> None:
         """See Store.delete_tenant."""
-        self._delete_below(tenant_key(tenant))
+        key = tenant_key(tenant)
+        self._delete_below(key)
+        self._delete_below(f"{ASIDE}/{key}")
 
-    def objects(self) -> Iterator[StoredObject]:
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         """See Store.objects. Ages by the bucket's time of writing and this machine's clock."""
+        prefix = f"{ASIDE}/" if aside else ""
         with _translated():
-            for chunk in obstore.list(self._bucket, chunk_size=1000):
+            for chunk in obstore.list(self._bucket, prefix or None, chunk_size=1000):
                 now = datetime.now(UTC)
                 for found in chunk:
-                    parsed = parse_key(found["path"])
+                    parsed = parse_key(found["path"].removeprefix(prefix))
                     if parsed is not None:
                         yield StoredObject(*parsed, age=(now - found["last_modified"]).total_seconds())
 
-    def discard(self, objects: Collection[StoredObject]) -> None:
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         """See Store.discard."""
-        self._delete([object_key(found.tenant, found.adapter_uid, found.name) for found in objects])
+        prefix = f"{ASIDE}/" if aside else ""
+        self._delete([prefix + _key(found) for found in objects])
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_aside. Each is copied, then deleted: a bucket moves nothing."""
+        self._move({_key(found): f"{ASIDE}/{_key(found)}" for found in objects})
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_back."""
+        self._move({f"{ASIDE}/{_key(found)}": _key(found) for found in objects})
+
+    @property
+    def location(self) -> str:
+        """See Store.location."""
+        return self._url
+
+    def identity(self) -> str | None:
+        """See Store.identity."""
+        with _translated():
+            try:
+                return bytes(obstore.get(self._bucket, IDENTITY).bytes()).decode("latin-1").strip()
+            except FileNotFoundError:
+                return None
+
+    def claim(self, identity: str) -> None:
+        """See Store.claim."""
+        with _translated(), suppress(AlreadyExistsError):
+            obstore.put(self._bucket, IDENTITY, identity.encode() + b"\n", mode="create")
+
+    def _move(self, keys: Mapping[str, str]) -> None:
+        with _translated():
+            for source, target in keys.items():
+                with suppress(FileNotFoundError):
+                    obstore.rename(self._bucket, source, target)
 
     def _delete_below(self, prefix: str) -> None:
         with _translated():
@@ -114,6 +155,10 @@ class BucketStore:
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._bucket, key)
+
+
+def _key(found: StoredObject) -> str:
+    return object_key(found.tenant, found.adapter_uid, found.name)
 
 
 @contextmanager

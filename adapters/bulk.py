@@ -24,6 +24,7 @@ from adapters.jobs import upload_of
 from adapters.keeping import Keeping, State
 from adapters.lease import Lease
 from adapters.linear_probe import OneLabel
+from adapters.promotion import as_asked
 from adapters.records import AdapterRecord, RevisionMoved, UnknownAdapter
 from adapters.registry import Registry
 from adapters.revising import AdapterLimits, Edit, Revised, Revising
@@ -149,6 +150,7 @@ class _Work:
         self._ids: set[str] = set()
         self._found = Found()
         self._rejected = 0
+        self._truncated = 0
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
@@ -178,7 +180,8 @@ class _Work:
             terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
             if not fit and not stale and terms == before:
                 return None
-            edit = Edit(fit=fit, promote=self._request["promote"])
+            promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
+            edit = Edit(fit=fit, promote=promote)
             if stale:
                 edit = replace(edit, clear=True, uploaded=self._ids)
             subject = Subject.of(self._job.tenant, self._job.adapter, terms, state)
@@ -254,7 +257,9 @@ class _Work:
         )
         rejected: Sequence[Rejected]
         try:
-            rejected = (await self._adapting.adapt(self._job.tenant, command)).rejected
+            outcome = await self._adapting.adapt(self._job.tenant, command)
+            rejected = outcome.rejected
+            self._truncated += outcome.revised.truncated
         except ExamplesRejected as error:
             rejected = error.rejected
         bad = {one.index for one in rejected}
@@ -279,6 +284,7 @@ class _Work:
                 "rejected": self._rejected,
                 "skipped": self._found.skipped,
                 "format": self._found.format(),
+                "truncated": self._truncated,
                 "errors": list(self._errors),
             },
         )

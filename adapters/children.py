@@ -8,7 +8,21 @@ from pathlib import Path
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
-def environment() -> dict[str, str]:
-    """This process's, with which a child finds our packages whatever its folder."""
+# What opens the service, its database and its bucket. A child that needs one is told on its standard input.
+_SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS", "PGPASSWORD")
+# Of the clouds' own chains, which a worker with a bucket needs.
+_CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
+
+
+def environment(*, clouds: bool = False) -> dict[str, str]:
+    """This process's without its secrets, with which a child finds our packages whatever its folder.
+
+    clouds: keep the variables by which buckets are opened.
+    """
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _SECRETS and (clouds or not name.startswith(_CLOUDS))
+    }
+    return {**kept, "PYTHONPATH": path}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, tuple_, update
@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.erasing import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.jobs import end, held
 from adapters.reading import (
+    Used,
     adapter_by_name,
     adapter_by_uid,
     alias_of,
@@ -33,6 +34,7 @@ from adapters.records import (
     Repoint,
     RevisionMoved,
     UnknownExample,
+    VersionRecord,
 )
 from adapters.releasing import Previous, check_erased, delete_versions, drop_fitted_on, prune, release
 from adapters.schema import (
@@ -50,6 +52,8 @@ from adapters.tenants import add_tenant, check_adapters, check_examples
 CHANGES_KEPT = 3600.0
 """Seconds for which the database remembers who changed."""
 _FORGOTTEN_AT_ONCE = 100
+_SINCE = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 def commit(connection: Connection, change: Change) -> Committed:
@@ -80,10 +84,14 @@ def commit(connection: Connection, change: Change) -> Committed:
         erasure = erase_examples(connection, adapter, change.removals).id
 
     if change.clear_first:
-        total, removed = len(change.upserts), len(previous.first_revision) - (len(change.upserts) - added)
+        total, removed = len(change.upserts), len(previous.used) - (len(change.upserts) - added)
     else:
         total, removed = adapter.examples + added - len(change.removals), len(change.removals)
     values: dict[str, Any] = {"revision": revision, "live": live, "examples": total, **wanted}
+    if change.promote or change.restores or live is None:
+        values["rolled_back_at"] = None
+    if change.restores:
+        values["restored_at"] = now
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
     after = _finish(connection, adapter, values, gone=erasure is not None)
@@ -99,6 +107,7 @@ def commit(connection: Connection, change: Change) -> Committed:
         gone=tuple(sorted(gone | pruned)),
         unreferenced=unreferenced,
         erasure=erasure,
+        erased=tuple(sorted(gone)),
     )
 
 
@@ -124,11 +133,12 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
     version = version_record(connection, uid, number)
     released: set[int] = set()
     gone: set[int] = set()
-    if adapter.live != number:
+    standing = number, _rolled_back_at(connection, adapter, version)
+    if adapter.standing != standing:
         # The version that was live may be kept for that only.
         connection.execute(update(adapters).where(adapters.c.uid == uid).values(live=number))
         gone, released = prune(connection, uid, number)
-        adapter = _finish(connection, adapter, {"live": number})
+        adapter = _finish(connection, adapter, {"live": number, "rolled_back_at": standing[1]})
     return Committed(
         adapter=adapter,
         alias=alias_of(connection, adapter),
@@ -150,8 +160,13 @@ def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[
     adapter = adapter_by_uid(connection, uid, lock=True)
     _, released = delete_versions(connection, uid, numbers)
     left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
-    live = adapter.live if adapter.live is None or adapter.live in left else max(left, default=None)
-    _finish(connection, adapter, {"live": live})
+    live, held = adapter.standing
+    if live is not None and live not in left:
+        # What a person went back from is the last resort.
+        older = {number for number in left if number < live}
+        live = max(older if held and older else left, default=None)
+        held = held if older else None
+    _finish(connection, adapter, {"live": live, "rolled_back_at": held})
     return release(connection, released)
 
 
@@ -242,7 +257,23 @@ def _locked(connection: Connection, change: Change) -> AdapterRecord:
     adapter = adapter_by_name(connection, change.tenant, change.name, lock=True)
     if adapter.uid != change.uid or adapter.revision != change.revision:
         raise RevisionMoved(f"The examples of {change.name!r} changed meanwhile; send the request again.")
+    if change.standing not in (None, adapter.standing):
+        raise RevisionMoved(f"`live` of {change.name!r} moved meanwhile; send the request again.")
     return adapter
+
+
+def _rolled_back_at(
+    connection: Connection, adapter: AdapterRecord, version: VersionRecord
+) -> datetime | None:
+    """Since when a rollback holds, if a person makes that version live; None if that promotes it.
+
+    What was fitted since a rollback is promoted, whatever came behind it: its examples have been judged.
+    """
+    newest = select(func.max(versions.c.number)).where(versions.c.adapter_uid == adapter.uid)
+    before = adapter.rolled_back_at
+    if version.number == connection.scalar(newest) or (before is not None and version.created_at > before):
+        return None
+    return before if before is not None and version.number == adapter.live else current_time(connection)
 
 
 def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
@@ -308,7 +339,14 @@ def _artifact_numbers(connection: Connection, uid: str, wanted: Collection[Artif
 
 def _previous(connection: Connection, change: Change) -> Previous:
     query = select(
-        examples.c.id, examples.c.first_revision, examples.c.segment_id, examples.c.inputs_id, examples.c.row
+        examples.c.id,
+        examples.c.first_revision,
+        examples.c.excluded_since,
+        examples.c.digest,
+        examples.c.created_at,
+        examples.c.segment_id,
+        examples.c.inputs_id,
+        examples.c.row,
     ).where(examples.c.adapter_uid == change.uid)
     if change.clear_first:
         rows = list(connection.execute(query))
@@ -318,12 +356,13 @@ def _previous(connection: Connection, change: Change) -> Previous:
             row for chunk in chunks(ids) for row in connection.execute(query.where(examples.c.id.in_(chunk)))
         ]
     previous = Previous()
-    for name, first_revision, segment, inputs, row in rows:
-        previous.first_revision[name] = first_revision
+    for name, first_revision, excluded_since, digest, created_at, segment, inputs, row in rows:
+        previous.used[name] = Used(first_revision, excluded_since)
+        previous.created[name] = digest, created_at
         previous.places[name] = [(stored, row) for stored in (segment, inputs) if stored is not None]
         previous.released.update(stored for stored, _ in previous.places[name])
     for name in (*change.removals, *(example.id for example in change.repoints)):
-        if name not in previous.first_revision:
+        if name not in previous.used:
             raise UnknownExample(name)
     return previous
 
@@ -338,29 +377,34 @@ def _write_examples(
 ) -> int:
     """Delete, insert and repoint; returns how many of the upserted are new to the adapter."""
     mine = examples.c.adapter_uid == change.uid
-    known = [example.id for example in change.upserts if example.id in previous.first_revision]
+    known = [example.id for example in change.upserts if example.id in previous.used]
     if change.clear_first:
         connection.execute(delete(examples).where(mine))
     else:
         for chunk in chunks([*known, *change.removals]):
             connection.execute(delete(examples).where(mine, examples.c.id.in_(chunk)))
     if change.upserts:
-        rows = [
-            {
-                "adapter_uid": change.uid,
-                "id": example.id,
-                "digest": example.digest,
-                "target": encode_target(example.target),
-                "segment_id": numbers[example.segment],
-                "row": example.row,
-                "inputs_id": None if example.inputs is None else numbers[example.inputs],
-                "first_revision": previous.first_revision.get(example.id, revision),
-                "created_at": now,
-                "group": example.group,
-                "sampled": example.sampled,
-            }
-            for example in change.upserts
-        ]
+        rows: list[dict[str, Any]] = []
+        for example in change.upserts:
+            first, until = previous.used.get(example.id, (revision, None))
+            digest, created_at = previous.created.get(example.id, ("", now))
+            rows.append(
+                {
+                    "adapter_uid": change.uid,
+                    "id": example.id,
+                    "digest": example.digest,
+                    "target": encode_target(example.target),
+                    "segment_id": numbers[example.segment],
+                    "row": example.row,
+                    "inputs_id": None if example.inputs is None else numbers[example.inputs],
+                    "first_revision": first,
+                    # The same input is the same example, whatever else is said of it.
+                    "created_at": created_at if example.digest == digest else now,
+                    "group": example.group,
+                    "sampled": example.sampled,
+                    "excluded_since": (until or revision) if example.excluded else None,
+                }
+            )
         connection.execute(insert(examples), rows)
     if change.repoints:
         moved = [
@@ -399,7 +443,7 @@ def _record_version(
     values = {
         "adapter_uid": adapter.uid,
         "number": number,
-        "revision": revision,
+        "revision": revision if version.revision is None else version.revision,
         "method": version.method,
         "backbone": basis.backbone,
         "fingerprint": basis.fingerprint,
@@ -417,24 +461,33 @@ def _record_version(
 def _finish(
     connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
 ) -> AdapterRecord:
-    epoch = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    now = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    epoch = next_epoch(adapter.epoch, now)
     connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
     return adapter_by_uid(connection, adapter.uid)
 
 
-def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> int:
-    """Tell other processes, as late as can be: they look back only so far for what becomes visible late."""
-    values = {"tenant": tenant, "name": name, "at": database_now(), "gone": gone}
-    result = connection.execute(insert(changes).values(values))
+def next_epoch(last: int, now: datetime) -> int:
+    """The epoch of a change to an adapter whose last one was `last`: the time, in microseconds since 1970.
+
+    It grows with every change whatever the clock does, and tells nothing of other adapters.
+    """
+    return max(last + 1, (now - _SINCE) // _MICROSECOND)
+
+
+def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:
+    """Tell other processes, as late as can be: they look back only so far for what becomes visible late.
+
+    Returns the time.
+    """
+    now = current_time(connection)
+    connection.execute(insert(changes).values(tenant=tenant, name=name, at=now, gone=gone))
     old = (
         select(changes.c.epoch)
-        .where(changes.c.at < current_time(connection) - timedelta(seconds=CHANGES_KEPT))
+        .where(changes.c.at < now - timedelta(seconds=CHANGES_KEPT))
         .limit(_FORGOTTEN_AT_ONCE)
         # Two commits at once must not wait for each other over what both would forget.
         .with_for_update(skip_locked=True)
     )
     connection.execute(delete(changes).where(changes.c.epoch.in_(old)))
-    key = result.inserted_primary_key
-    assert key is not None
-    epoch: int = key[0]
-    return epoch
+    return now

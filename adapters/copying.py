@@ -8,13 +8,17 @@ from typing import Any
 from sqlalchemy import Connection, Table, func, insert, select, text
 
 from adapters.jobs import uploads_of
-from adapters.schema import adapters, artifacts, changes, jobs, metadata
+from adapters.schema import adapters, artifacts, changes, identity, jobs, metadata
 from adapters.store import Artifact
 
 Row = dict[str, Any]
 
 TABLES: tuple[Table, ...] = tuple(metadata.sorted_tables)
 """In the order in which they can be filled: what a row refers to is there before it."""
+
+KEPT = (changes, identity)
+"""What a target keeps when its rows are replaced: running services look into the changes for what is new, and
+the identity is the target's own."""
 
 _COUNTED = (artifacts.c.id, changes.c.epoch)
 _AT_ONCE = 1_000
@@ -43,8 +47,7 @@ def counters(connection: Connection) -> dict[str, int]:
             last = connection.scalar(query, {"name": column.table.name})
         highest = connection.scalar(select(func.max(column)))
         found[column.table.name] = max(last or 0, highest or 0)
-    epoch = connection.scalar(select(func.max(adapters.c.epoch))) or 0
-    return found | {changes.name: max(found[changes.name], epoch)}
+    return found
 
 
 def raise_counters(connection: Connection, least: Mapping[str, int]) -> None:

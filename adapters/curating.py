@@ -1,7 +1,8 @@
-"""What a tenant does with kept examples: correct them, remove them, move them to another backbone."""
+"""What a tenant does with kept examples: correct, set aside, remove, move to another backbone."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adapting import Adapting, no_known_tokens, terms_of
-from adapters.admission import Admitted, Posted, Rejected, admit, drop_collisions
+from adapters.admission import Admitted, Posted, Rejected, admit, check_group, drop_collisions
 from adapters.example import ExampleError, Target, normalise_target
 from adapters.gathering import Subject
 from adapters.keeping import Keeping, State
@@ -56,8 +57,22 @@ class Feedback:
     sampled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """What is another of a kept example from now on; None leaves it as it is.
+
+    excluded: set it aside, or take it back. group: its new group, or "" for none.
+    """
+
+    target: object | None = None
+    excluded: bool | None = None
+    group: str | None = None
+    promote: Promote = "if_better"
+    fit: bool = True
+
+
 class Curating:
-    """Corrects, removes and moves examples, refitting each time. For one event loop."""
+    """Corrects, sets aside, removes and moves examples, refitting each time. For one event loop."""
 
     def __init__(self, adapting: Adapting) -> None:
         self._adapting = adapting
@@ -72,7 +87,11 @@ class Curating:
         reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
         Revising.revise raises.
         """
+        started = time.perf_counter()
         vectors: dict[str, Floats] = {}
+
+        def timed(revised: Revised) -> Revised:
+            return _timed(revised, started)
 
         async def step(state: State | None) -> Revised:
             if state is None:
@@ -81,12 +100,44 @@ class Curating:
             self._adapting.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            found, rejected, _ = await self._adapting.embed_new(tenant, terms, upserts, known)
-            _raise_first(rejected)
-            vectors.update(found)
+            new = await self._adapting.embed_new(tenant, terms, upserts, known)
+            _raise_first(new.rejected)
+            vectors.update(new.vectors)
+            truncated = await self._adapting.count_truncated(terms, upserts, new)
+
+            def whole(revised: Revised) -> Revised:
+                return replace(revised, truncated=truncated)
+
+            def told(revised: Revised) -> Revised:
+                return timed(whole(revised))
+
             edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
             subject = Subject.of(tenant, name, terms, state)
-            return await self._revising.revise(subject, edit, vectors, reply=reply)
+            revised = await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(told))
+            return whole(revised)
+
+        return timed(await self._revising.in_turn(tenant, name, step))
+
+    async def amend(
+        self,
+        tenant: str,
+        name: str,
+        example: str,
+        amendment: Amendment,
+        reply: Reply[Revised] | None = None,
+    ) -> Revised:
+        """Makes the kept example what the amendment says, and fits.
+
+        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, and what
+        Revising.revise raises.
+        """
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            edit = Edit([_amended(state, example, amendment)], promote=amendment.promote, fit=amendment.fit)
+            subject = Subject.of(tenant, name, terms_of(state.adapter), state)
+            return await self._revising.revise(subject, edit, {}, reply=reply)
 
         return await self._revising.in_turn(tenant, name, step)
 
@@ -96,6 +147,7 @@ class Curating:
         If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
         Raises UnknownAdapter, UnknownExample, and what Revising.revise raises.
         """
+        started = time.perf_counter()
 
         async def step(state: State | None) -> Revised:
             if state is None:
@@ -110,7 +162,7 @@ class Curating:
                 Subject.of(tenant, name, terms_of(state.adapter), state), edit, {}
             )
 
-        return await self._revising.in_turn(tenant, name, step)
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
 
     async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> Revised:
         """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
@@ -118,13 +170,14 @@ class Curating:
         Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
         Batcher.embed and Revising.fit raise.
         """
+        started = time.perf_counter()
 
         async def step(state: State | None) -> Revised:
             if state is None:
                 raise UnknownAdapter(name)
             return await self._rebase(state, backbone, promote)
 
-        return await self._revising.in_turn(tenant, name, step)
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
 
     async def _rebase(self, state: State, backbone: str, promote: Promote) -> Revised:
         spec = self._adapting.spec(backbone)
@@ -138,9 +191,9 @@ class Curating:
                 "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
             )
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
-        segments = await self._embed_again(state, backbone)
-        rows = [Row.of(one, one) for one in state.examples]
-        embeddings = np.stack([segments[one.segment][one.row] for one in state.examples])
+        segments, truncated = await self._embed_again(state, backbone)
+        rows = [Row.of(one, one) for one in state.in_use]
+        embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
         timings: dict[str, float] = {}
         fit = await self._revising.fit(
             adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
@@ -161,13 +214,15 @@ class Curating:
             repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
             version=new_version(fit, head, evidence),
             promote=fit.decision.promote,
+            standing=adapter.standing,
         )
         committed = await self._keeping.commit(change, published)
         await self._revising.warm(committed, fit)
-        return Revised(committed, fit.decision, timings)
+        return Revised(committed, fit.decision, timings, truncated)
 
-    async def _embed_again(self, state: State, backbone: str) -> dict[Artifact, Floats]:
-        """The embeddings of every kept segment by the other backbone, its rows where they were.
+    async def _embed_again(self, state: State, backbone: str) -> tuple[dict[Artifact, Floats], int]:
+        """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
+        of the examples are texts of which it reads only the start.
 
         Raises InputError for an example that the other backbone cannot take, or knows no token of.
         """
@@ -178,6 +233,7 @@ class Curating:
             rows[one.segment].add(one.row)
             inputs[one.segment] = one.inputs
         segments: dict[Artifact, Floats] = {}
+        truncated = 0
         for segment, source in inputs.items():
             values = await self._keeping.inputs(state.adapter, source)
             batcher = self._adapting.batchers[backbone]
@@ -190,33 +246,58 @@ class Curating:
                 )
                 raise no_known_tokens(backbone, f"the example {unknown!r}")
             segments[segment] = embedded.embeddings
-        return segments
+            truncated += len(rows[segment] & embedded.truncated)
+        return segments, truncated
+
+
+def _timed(done: Revised, started: float) -> Revised:
+    """With the seconds since `started` as the total."""
+    return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
 
 
 def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
     """What the feedback says of which examples."""
     task, kind = state.adapter.task, state.adapter.kind
-    labels = labels_of(task, [one.target for one in state.examples])
     if feedback.id is not None:
-        record = next((one for one in state.examples if one.id == feedback.id), None)
-        if record is None:
-            raise UnknownExample(feedback.id)
-        target = normalise_target(task, feedback.target)
-        admitted, rejected = drop_collisions([_corrected(record, target)], task, labels)
-    else:
-        assert feedback.input is not None
-        posted = Posted(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
-        admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
+        return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
+    assert feedback.input is not None
+    posted = Posted(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
+    labels = labels_of(task, [one.target for one in state.in_use])
+    admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
     _raise_first(rejected)
     (example,) = admitted
     same = [one for one in state.examples if one.digest == example.digest]
-    if feedback.id is None and same:
-        return [_corrected(one, example.target) for one in same]
-    return [example]
+    used = [one for one in same if not one.excluded]
+    # What is told of an input is learned, also where all that is kept of it is set aside.
+    return [_kept_as(one, example.target) for one in used or same] or [example]
 
 
-def _corrected(record: ExampleRecord, target: Target) -> Admitted:
-    """The kept example with another target."""
+def _amended(state: State, example: str, amendment: Amendment, *, required: bool = False) -> Admitted:
+    """The kept example as it is to be. required: with the target that is given, if none too.
+
+    Raises UnknownExample, ExampleError.
+    """
+    record = next((one for one in state.examples if one.id == example), None)
+    if record is None:
+        raise UnknownExample(example)
+    task = state.adapter.task
+    target = record.target
+    if required or amendment.target is not None:
+        target = normalise_target(task, amendment.target)
+    if amendment.group:
+        check_group(amendment.group)
+    amended = _kept_as(record, target)
+    if amendment.group is not None:
+        amended = replace(amended, group=amendment.group or None)
+    if record.excluded if amendment.excluded is None else amendment.excluded:
+        return replace(amended, excluded=True)
+    labels = labels_of(task, [one.target for one in state.in_use if one.id != example])
+    _raise_first(drop_collisions([amended], task, labels)[1])
+    return amended
+
+
+def _kept_as(record: ExampleRecord, target: Target) -> Admitted:
+    """The kept example in use, with this target."""
     return Admitted(record.id, record.digest, target, None, 0, record.group, record.sampled)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapters.migrations import HEAD
-from adapters.records import RegistryTooNew, RegistryUnavailable
+from adapters.records import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.schema import metadata
 from adapters.store import StoreFull
 
@@ -27,6 +27,15 @@ _MIGRATION_LOCK = 0x746F70776F726B
 # So much is rewritten in a second or two.
 _REWRITTEN_BYTES = 256 << 20
 _REWRITING_WAITS = "500ms"
+# A larger SQLite file is left to `topwork doctor`: this one is read in half a second.
+_CHECKED_BYTES = 128 << 20
+_HOW_TO_MIGRATE = "`topwork migrate` makes the tables of this release, and so does the start of the service."
+
+
+class DatabaseUnusable(RegistryUnavailable):
+    """The database is damaged, or this process may not use it; waiting does not help."""
+
+    code = "database_unusable"
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
@@ -55,10 +64,11 @@ class Database:
         self._sqlite = parsed.get_backend_name() == "sqlite"
         # Threads of one process queue here: SQLite's own waiting is a poll with ever longer naps.
         self._write_lock = threading.Lock()
+        self._file: Path | None = None
         if self._sqlite:
             if parsed.database is None or parsed.database in ("", ":memory:"):
                 raise ValueError("the registry needs a database file: sqlite:///<path>")
-            Path(parsed.database).absolute().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._file = Path(parsed.database).absolute()
             self._engine = create_engine(parsed, connect_args={"timeout": patience}, pool_size=16)
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
@@ -79,11 +89,20 @@ class Database:
         """Whether it is a SQLite file."""
         return self._sqlite
 
+    def check_pages(self) -> None:
+        """Make sure that the pages of a SQLite file of up to 128 MB are whole. Raises DatabaseUnusable."""
+        if self._file is None or not self._file.is_file() or self._file.stat().st_size > _CHECKED_BYTES:
+            return
+        with self.reading() as connection:
+            first: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+        if first != "ok":
+            raise DatabaseUnusable(f"The database {self._file} is damaged ({first}). {_DAMAGED}")
+
     def copy_to(self, path: Path) -> None:
         """Copy one state of a SQLite database into a new file; writers wait for it, some milliseconds."""
         try:
             with (
-                _translated(),
+                self._translated(),
                 self._engine.connect() as connection,
                 closing(sqlite3.connect(path)) as target,
             ):
@@ -100,7 +119,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one state of the database throughout."""
-        with _translated(), self._engine.connect() as connection:
+        with self._translated(), self._engine.connect() as connection:
             if not self._sqlite:
                 connection = connection.execution_options(
                     isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -112,16 +131,40 @@ class Database:
     def writing(self) -> Iterator[Connection]:
         """A transaction that may write: durable when the block has ended, undone if it raises."""
         if not self._sqlite:
-            with _translated(), self._engine.begin() as connection:
+            with self._translated(), self._engine.begin() as connection:
                 yield connection
             return
         with (
-            _translated(),
+            self._translated(),
             self._in_turn(),
             self._engine.connect() as connection,
             connection.execution_options(begin_immediate=True).begin(),
         ):
             yield connection
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of the tables; None where there are none."""
+        with self.reading() as connection:
+            return _stored_revision(connection)
+
+    def require_current(self) -> None:
+        """Make sure that the tables are this release's, without a change to them.
+
+        Raises RegistryTooOld, RegistryTooNew.
+        """
+        if self._file is not None and not self._file.exists():
+            raise RegistryTooOld(f"There is no database {self._file} yet. {_HOW_TO_MIGRATE}")
+        stored = self.revision
+        if stored is None:
+            raise RegistryTooOld(f"The database has no tables yet. {_HOW_TO_MIGRATE}")
+        if stored > HEAD:
+            raise _too_new(stored)
+        if stored != HEAD:
+            raise RegistryTooOld(
+                f"The database has the tables of an earlier release (revision {stored}; this release has "
+                f"{HEAD}). Use that release, or make a backup with it and then migrate. {_HOW_TO_MIGRATE}"
+            )
 
     def migrate(self) -> None:
         """Bring the tables to HEAD. See Registry.migrate."""
@@ -148,7 +191,7 @@ class Database:
         if self._sqlite:
             self._rewrite_sqlite()
             return
-        with _translated(), self._engine.connect() as connection:
+        with self._translated(), self._engine.connect() as connection:
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             preparer = connection.dialect.identifier_preparer
             # Whoever waits for a whole table has all others wait behind it.
@@ -162,7 +205,7 @@ class Database:
                 connection.execute(text(f"SET lock_timeout = {int(self._patience * 1000)}"))
 
     def _rewrite_sqlite(self) -> None:
-        with _translated(), self._in_turn(), self._engine.connect() as connection:
+        with self._translated(), self._in_turn(), self._engine.connect() as connection:
             driver = connection.connection.driver_connection
             assert isinstance(driver, sqlite3.Connection)
             (pages,), (size,) = (
@@ -186,6 +229,25 @@ class Database:
         finally:
             self._write_lock.release()
 
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except PoolTimeout as error:
+            raise RegistryUnavailable("All connections to the database are busy; try again.") from error
+        except DBAPIError as error:
+            if _is_full(error.orig):
+                raise StoreFull(
+                    "There is no space left for the database; make room, then try again."
+                ) from error
+            if self._file is not None and (why := _unusable(error.orig)):
+                raise DatabaseUnusable(f"The database {self._file} {why}") from error
+            if isinstance(error, OperationalError):
+                raise RegistryUnavailable("The database does not answer; try again later.") from error
+            if error.connection_invalidated:
+                raise RegistryUnavailable("The connection to the database broke; try again later.") from error
+            raise
+
     def _prepare_postgresql(self, connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
         # Whoever holds a row's lock may hang with its host; the others are told, and go on.
         connection.autocommit = True
@@ -195,7 +257,7 @@ class Database:
 
     def _set_journal_mode(self) -> None:
         wanted = "wal" if wal_is_safe(sqlite3.sqlite_version_info) else "delete"
-        with _translated(), self._engine.connect() as connection:
+        with self._translated(), self._engine.connect() as connection:
             driver = connection.connection.driver_connection
             assert isinstance(driver, sqlite3.Connection)
             got = driver.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
@@ -240,27 +302,40 @@ def _upgrade(connection: Connection) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     stored = _stored_revision(connection)
     if stored is not None and stored not in known:
-        raise RegistryTooNew(
-            f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
-        )
+        raise _too_new(stored)
     config.attributes["connection"] = connection
     command.upgrade(config, HEAD)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except OperationalError as error:
-        if _is_full(error.orig):
-            raise StoreFull("There is no space left for the database; make room, then try again.") from error
-        raise RegistryUnavailable("The database does not answer; try again later.") from error
-    except PoolTimeout as error:
-        raise RegistryUnavailable("All connections to the database are busy; try again.") from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise RegistryUnavailable("The connection to the database broke; try again later.") from error
-        raise
+def _too_new(stored: str) -> RegistryTooNew:
+    return RegistryTooNew(
+        f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
+    )
+
+
+_DAMAGED = "Stop what uses it, move it away, and put a backup in its place with `topwork restore`."
+# By SQLite's result codes.
+_UNUSABLE = {
+    sqlite3.SQLITE_NOTADB: "is no SQLite file, or its header is damaged. " + _DAMAGED,
+    sqlite3.SQLITE_CORRUPT: "is damaged. " + _DAMAGED,
+    sqlite3.SQLITE_CANTOPEN: (
+        "cannot be opened. Its folder must be there and be this user's to write to, and it must be a file; "
+        "TOPWORK_HOME or TOPWORK_DATABASE_URL says where it is."
+    ),
+    sqlite3.SQLITE_READONLY: "cannot be written. Give this user the right to write to it and to its folder.",
+    sqlite3.SQLITE_PERM: "cannot be used. Give this user the right to write to it and to its folder.",
+}
+
+
+def _unusable(error: Any) -> str | None:
+    """Why a SQLite file cannot be used, and what to do; None where waiting may help."""
+    if isinstance(error, sqlite3.OperationalError) and str(error).startswith(
+        ("no such table", "no such col")
+    ):
+        return f"lacks a part of its tables ({error}). {_DAMAGED}"
+    code = getattr(error, "sqlite_errorcode", None)
+    # The low byte is the primary code.
+    return None if code is None else _UNUSABLE.get(code & 0xFF)
 
 
 def _is_full(error: Any) -> bool:

@@ -6,11 +6,17 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal
+
+from tokenizers import Tokenizer
 
 from adapters.onnx_head import append_head
 from adapters.predicting import Loaded, Predicting
-from models.spec import TOKENIZER_FILE
+from models.spec import TOKENIZER_FILE, TextTransform
+
+# Of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads.
+FORMAT: Final = "2"
 
 Format = Literal["onnx", "safetensors"]
 
@@ -32,13 +38,19 @@ class Exporting:
             return loaded.head.to_bytes()
         async with self._turn:
             graph = await self._predicting.graph(loaded)
-            return await asyncio.to_thread(lambda: append_head(graph, loaded.head, _metadata(loaded)))
+            return await asyncio.to_thread(_with_head, graph, loaded)
+
+
+def _with_head(graph: bytes, loaded: Loaded) -> bytes:
+    return append_head(graph, loaded.head, _metadata(loaded), loaded.batcher.backbone.silence)
 
 
 def _metadata(loaded: Loaded) -> Mapping[str, str]:
     """What a program needs besides the network: how inputs are prepared, and what the outputs mean."""
     backbone = loaded.batcher.backbone
+    transform = backbone.spec.transform
     metadata = {
+        "format": FORMAT,
         "adapter": loaded.alias.name,
         "version": str(loaded.version),
         "task": loaded.head.task,
@@ -46,8 +58,17 @@ def _metadata(loaded: Loaded) -> Mapping[str, str]:
         "fingerprint": loaded.head.fingerprint,
         "kind": backbone.spec.kind,
         "licence": backbone.spec.licence,
-        "preprocessing": json.dumps(asdict(backbone.spec.transform)),
+        "preprocessing": json.dumps(asdict(transform)),
     }
-    if backbone.spec.kind == "text":
-        metadata["tokenizer"] = (backbone.path / TOKENIZER_FILE).read_text("utf-8")
+    if isinstance(transform, TextTransform):
+        metadata["tokenizer"] = _tokenizer(backbone.path / TOKENIZER_FILE, transform)
     return metadata
+
+
+def _tokenizer(path: Path, transform: TextTransform) -> str:
+    """The tokenizer, which truncates and pads as the backbone does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(transform.max_tokens)
+    padding = tokenizer.id_to_token(transform.pad_id) or ""
+    tokenizer.enable_padding(pad_id=transform.pad_id, pad_token=padding)
+    return str(tokenizer.to_str())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.store import (
+    ASIDE,
+    IDENTITY,
     PARTIAL,
     Artifact,
     Buffer,
@@ -27,8 +30,12 @@ from adapters.store import (
 )
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ATTEMPTS = 5
+# Each deletion of the folder can cost a publication one attempt.
+_ATTEMPTS = 20
+_PAUSE = 0.005  # seconds, times the attempts so far
 _DELETIONS = 100
+# Where folders go that are being deleted. No tenant has such a name.
+_DELETED = ".deleted"
 _REMEMBERED_FOLDERS = 10_000
 
 
@@ -51,16 +58,12 @@ class LocalStore:
         """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
         artifacts = tuple(Artifact.describe(data) for data in blobs)
         keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
-        with _translated():
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    folder = self._make_folder(tenant, adapter_uid)
-                    self._write(folder, [self._root / key for key in keys], blobs)
-                    break
-                except FileNotFoundError:
-                    # A deletion of the adapter removed the folder between two steps; its commit then fails.
-                    if attempt == _ATTEMPTS:
-                        raise
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            self._write(folder, [self._root / key for key in keys], blobs)
+
+        _persist(write)
         return artifacts
 
     def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
@@ -68,23 +71,19 @@ class LocalStore:
         check(artifact, data)
         path = self._root / object_key(tenant, adapter_uid, artifact.name)
         partial = path.with_name(path.name + PARTIAL)
-        with _translated():
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    folder = self._make_folder(tenant, adapter_uid)
-                    partial.unlink(missing_ok=True)
-                    try:
-                        _write_synced(partial, data)
-                        partial.rename(path)
-                    except BaseException:
-                        partial.unlink(missing_ok=True)
-                        raise
-                    _sync_folder(folder)
-                    return
-                except FileNotFoundError:
-                    # As in publish_all.
-                    if attempt == _ATTEMPTS:
-                        raise
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            partial.unlink(missing_ok=True)
+            try:
+                _write_synced(partial, data)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            _sync_folder(folder)
+
+        _persist(write)
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
         """See Store.read."""
@@ -106,22 +105,25 @@ class LocalStore:
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
         """See Store.delete_adapter."""
-        folder = self._root / adapter_key(tenant, adapter_uid)
+        key = adapter_key(tenant, adapter_uid)
         with _translated():
-            _remove(folder)
-            # The last one takes the tenant's name along.
-            with suppress(OSError):
-                folder.parent.rmdir()
+            for folder in (self._root / key, self._root / ASIDE / key):
+                self._delete_folder(folder)
+                # The last one takes the tenant's name along.
+                with suppress(OSError):
+                    folder.parent.rmdir()
 
     def delete_tenant(self, tenant: str) -> None:
         """See Store.delete_tenant."""
+        key = tenant_key(tenant)
         with _translated():
-            _remove(self._root / tenant_key(tenant))
+            for folder in (self._root / key, self._root / ASIDE / key):
+                self._delete_folder(folder)
 
-    def objects(self) -> Iterator[StoredObject]:
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         """See Store.objects."""
         now = time.time()
-        for folder in _folders(self._root):
+        for folder in _folders(self._base(aside)):
             for inner in _folders(folder):
                 for file in _entries(inner):
                     parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
@@ -129,15 +131,84 @@ class LocalStore:
                         with suppress(FileNotFoundError):
                             yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
 
-    def discard(self, objects: Collection[StoredObject]) -> None:
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         """See Store.discard."""
+        base = self._base(aside)
         with _translated():
             for found in objects:
-                path = self._root / object_key(found.tenant, found.adapter_uid, found.name)
-                path.unlink(missing_ok=True)
-            for folder in {self._root / adapter_key(found.tenant, found.adapter_uid) for found in objects}:
-                with suppress(OSError):
-                    folder.rmdir()
+                (base / _key(found)).unlink(missing_ok=True)
+        _remove_empty(base, objects)
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_aside."""
+        self._move(objects, self._base(False), self._base(True))
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_back."""
+        self._move(objects, self._base(True), self._base(False))
+
+    @property
+    def location(self) -> str:
+        """See Store.location."""
+        return str(self._root)
+
+    def identity(self) -> str | None:
+        """See Store.identity."""
+        with _translated():
+            try:
+                return (self._root / IDENTITY).read_text().strip()
+            except FileNotFoundError:
+                return None
+
+    def claim(self, identity: str) -> None:
+        """See Store.claim."""
+        path = self._root / IDENTITY
+        partial = path.with_name(f"{IDENTITY}-{identity}{PARTIAL}")
+        with _translated():
+            partial.unlink(missing_ok=True)
+            try:
+                _write_synced(partial, identity.encode() + b"\n")
+                # A link, unlike a rename, replaces nothing.
+                with suppress(FileExistsError):
+                    os.link(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            _sync_folder(self._root)
+
+    def _base(self, aside: bool) -> Path:
+        return self._root / ASIDE if aside else self._root
+
+    def _move(self, objects: Collection[StoredObject], source: Path, target: Path) -> None:
+        with _translated():
+            for found in objects:
+                path, goal = source / _key(found), target / _key(found)
+                goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    # Its age begins again. A move forth and back must not look like an old orphan.
+                    os.utime(path)
+                    path.rename(goal)
+            for folder in {(target / _key(found)).parent for found in objects}:
+                _sync_folder(folder)
+        _remove_empty(source, objects)
+
+    def _delete_folder(self, folder: Path) -> None:
+        """Deletes a folder, and what an interrupted deletion left of others.
+
+        It is moved aside first: emptied in its place, it would take file after file from publications.
+        """
+        deleted = self._root / _DELETED
+        deleted.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.rename(deleted / secrets.token_hex(8))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # An overlay of two file systems cannot move a folder of the lower one.
+            _remove(folder)
+        for left in _folders(deleted):
+            _remove(left)
 
     def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
         folder = self._root / adapter_key(tenant, adapter_uid)
@@ -171,6 +242,33 @@ class LocalStore:
             raise
 
 
+def _key(found: StoredObject) -> str:
+    return object_key(found.tenant, found.adapter_uid, found.name)
+
+
+def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
+    for folder in {(base / _key(found)).parent for found in objects}:
+        for empty in (folder, folder.parent):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _persist(write: Callable[[], None]) -> None:
+    """Writes, and writes again where a deletion took the folder away between two steps.
+
+    The commit of what was erased meanwhile is refused then.
+    """
+    with _translated():
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                write()
+                break
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS:
+                    raise
+            time.sleep(_PAUSE * attempt)
+
+
 def _remove(folder: Path) -> None:
     """Removes the folder with all that is in it, if it is there."""
     for attempt in range(1, _DELETIONS + 1):
@@ -180,8 +278,8 @@ def _remove(folder: Path) -> None:
         except OSError as error:
             if not folder.exists():
                 return
-            # Publications renamed a file, or put one there, while the others were removed.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _DELETIONS:
+            # A publication, or another deletion, changed the folder while its files were removed.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _DELETIONS:
                 raise
 
 

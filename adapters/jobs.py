@@ -375,7 +375,7 @@ def _update(connection: Connection, job_id: str, values: Mapping[str, Any]) -> J
 def _record(row: Row[Any]) -> JobRecord:
     values = row._asdict()
     values["request"] = json.loads(row.request)
-    values["progress"] = None if row.progress is None else json.loads(row.progress)
+    values["progress"] = _progress(row)
     return JobRecord(**values)
 
 
@@ -384,3 +384,13 @@ def new_id(now: datetime) -> str:
     milliseconds, microseconds = divmod((now - _EPOCH) // _MICROSECOND, 1000)
     fraction = microseconds * 4096 // 1000
     return f"{milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | secrets.randbits(62):032x}"
+
+
+def _progress(row: Any) -> dict[str, Any] | None:
+    """What was reported last; of a job that has ended, without what was left to do a moment before."""
+    told: dict[str, Any] | None = None if row.progress is None else json.loads(row.progress)
+    if row.state == "succeeded":
+        return {**(told or {}), "share": 1.0, "seconds_left": 0.0}
+    if told is not None and row.finished_at is not None:
+        return {**told, "seconds_left": None}
+    return told

@@ -49,6 +49,11 @@ class State:
     revision: int
     examples: tuple[ExampleRecord, ...]
 
+    @property
+    def in_use(self) -> tuple[ExampleRecord, ...]:
+        """The examples that are learned from: all that are not set aside."""
+        return tuple(one for one in self.examples if not one.excluded)
+
     def same_as(self, other: State) -> bool:
         """Whether nothing changed between the two."""
         return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)

@@ -43,12 +43,21 @@ class Row:
     target: Target
     group: str | None
     sampled: bool
+    excluded: bool
     source: Stored | int
 
     @classmethod
     def of(cls, example: ExampleRecord | Admitted, source: Stored | int) -> Row:
         """The example, lying there."""
-        return cls(example.id, example.digest, example.target, example.group, example.sampled, source)
+        return cls(
+            example.id,
+            example.digest,
+            example.target,
+            example.group,
+            example.sampled,
+            example.excluded,
+            source,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,11 @@ class Plan:
     upserted: frozenset[str]
     fresh: tuple[Admitted, ...]
     bundles: tuple[tuple[Stored, ...], ...]
+
+    @property
+    def in_use(self) -> tuple[Row, ...]:
+        """The examples that are learned from."""
+        return tuple(row for row in self.rows if not row.excluded)
 
 
 def plan_change(
@@ -132,6 +146,7 @@ def locate(
                     inputs=place.inputs,
                     group=row.group,
                     sampled=row.sampled,
+                    excluded=row.excluded,
                 )
             )
         elif place is not row.source:

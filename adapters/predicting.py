@@ -16,7 +16,7 @@ from adapters.aliases import Aliases
 from adapters.answering import Answering, Prediction
 from adapters.cache import Cache
 from adapters.example import Task
-from adapters.explaining import Explaining
+from adapters.explaining import Explaining, Neighbour
 from adapters.head import Head
 from adapters.networks import Networks
 from adapters.records import Alias
@@ -128,7 +128,12 @@ class Predicting:
         answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
         if embedded.unknown:
             answers = [
-                _without_words(one) if index in embedded.unknown else one
+                _without_words(one, loaded.head) if index in embedded.unknown else one
+                for index, one in zip(good, answers, strict=True)
+            ]
+        if embedded.truncated:
+            answers = [
+                replace(one, truncated=True) if index in embedded.truncated else one
                 for index, one in zip(good, answers, strict=True)
             ]
         if query.explain and good:
@@ -136,7 +141,7 @@ class Predicting:
                 # What is kept of examples is the backbone's.
                 inputs = [query.inputs[index] for index in good]
                 vectors = (await embed(loaded.batcher, inputs, tenant)).embeddings
-            near = await self._explaining.nearest(loaded.alias, vectors, query.explain)
+            near = await self._nearest(loaded.alias, query, vectors)
             answers = [replace(one, nearest=found) for one, found in zip(answers, near, strict=True)]
         placed: dict[int, Prediction] = dict(zip(good, answers, strict=True))
         items = [placed.get(index) or embedded.errors[index] for index in range(len(query.inputs))]
@@ -155,10 +160,26 @@ class Predicting:
             return await self._load(alias)
         except MissingArtifact:
             # Another process may have removed the version a moment ago; the registry knows.
-            newer = await self._aliases.get(tenant, name, version=version, min_epoch=alias.epoch + 1)
+            newer = await self._newer(alias, version)
             if newer.artifact == alias.artifact:
                 raise
             return await self._load(newer)
+
+    async def _newer(self, alias: Alias, version: int | None) -> Alias:
+        """The alias as the registry has it now. Raises UnknownAdapter, UnknownVersion."""
+        return await self._aliases.get(alias.tenant, alias.name, version=version, min_epoch=alias.epoch + 1)
+
+    async def _nearest(
+        self, alias: Alias, query: PredictQuery, vectors: Floats
+    ) -> list[tuple[Neighbour, ...]]:
+        """See Explaining.nearest. What went a moment ago is looked for where it is now."""
+        try:
+            return await self._explaining.nearest(alias, vectors, query.explain)
+        except MissingArtifact:
+            newer = await self._newer(alias, query.version)
+            if newer.epoch == alias.epoch:
+                raise
+            return await self._explaining.nearest(newer, vectors, query.explain)
 
     async def _load(self, alias: Alias) -> Loaded:
         if alias.version is None or alias.artifact is None:
@@ -180,7 +201,9 @@ class Predicting:
         if batcher is None or batcher.backbone.fingerprint != wanted:
             raise HeadMismatch(
                 f"Version {alias.version} was fitted on another backbone than the {alias.backbone!r} served "
-                "here. POST rebase to move the adapter, or serve the backbone that it was fitted on."
+                "here, for example of an earlier release. POST /adapters/{adapter}/rebase with "
+                f'{{"backbone": "{alias.backbone}"}} moves the adapter to it; or serve the backbone that it '
+                "was fitted on."
             )
         return Loaded(alias, alias.version, head, batcher)
 
@@ -199,7 +222,12 @@ class Predicting:
         if network is None:
             path = loaded.batcher.backbone.path / GRAPH_FILE
             return await asyncio.to_thread(path.read_bytes)
-        return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
+        try:
+            return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
+        except MissingArtifact:
+            # If the version went a moment ago, this says so.
+            await self._newer(alias, alias.version)
+            raise
 
     async def embed(self, tenant: str, backbone: str, inputs: Sequence[Input]) -> Embedded:
         """The bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
@@ -207,7 +235,9 @@ class Predicting:
             raise UnknownBackbone(
                 f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
             )
-        return await embed(self.batchers[backbone], inputs, tenant)
+        started = time.perf_counter()
+        found = await embed(self.batchers[backbone], inputs, tenant)
+        return replace(found, timings={**found.timings, "total": time.perf_counter() - started})
 
 
 async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embedded:
@@ -231,12 +261,21 @@ async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embed
     embeddings[list(good)] = embedded.embeddings
     places = list(good)
     errors |= {places[index]: error for index, error in embedded.errors.items()}
-    unknown = frozenset(places[index] for index in embedded.unknown)
-    return Embedded(embeddings, errors, embedded.timings, embedded.callers, unknown)
+    return replace(
+        embedded,
+        embeddings=embeddings,
+        errors=errors,
+        unknown=frozenset(places[index] for index in embedded.unknown),
+        truncated=frozenset(places[index] for index in embedded.truncated),
+    )
 
 
-def _without_words(one: Prediction) -> Prediction:
+def _without_words(one: Prediction, head: Head) -> Prediction:
     """The answer for a text of which the backbone knows no token: it would be the same for any other."""
     if one.abstention_reason == "not_measured":
         return one
-    return replace(one, abstention_reason="no_known_tokens")
+    uncertain = one.uncertain
+    if one.labels is not None:
+        answered = {*one.labels, *(label for label, _ in one.probabilities)}
+        uncertain = tuple(label for label in head.labels if label in answered)
+    return replace(one, abstention_reason="no_known_tokens", uncertain=uncertain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.agreement import Agreement, against
 from adapters.example import Target, Task
+from adapters.records import AdapterRecord
 from adapters.segments import Evidence, Floats, History
 
 Promote = Literal["if_better", "always", "never"]
@@ -124,8 +126,19 @@ class Decision:
         }
 
 
-def decide(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) -> Decision:
+def as_asked(wanted: Promote, asked: datetime, adapter: AdapterRecord) -> Promote:
+    """What a job of that time may promote: an `always` from before a person went back gives way to that."""
+    went_back = (adapter.rolled_back_at, adapter.restored_at)
+    overtaken = any(at is not None and asked <= at for at in went_back)
+    return "if_better" if overtaken and wanted == "always" else wanted
+
+
+def decide(
+    wanted: Promote, task: Task, new: Evidence, live: Evidence | None, *, held: bool = False
+) -> Decision:
     """The decision on a new version, given the live one's evidence (None if nothing is live or it has none).
+
+    held: a person has rolled back to the live version; nothing but "always" goes past that.
 
     new: with its history, see remember. "if_better" promotes unless one of these is so. What was learned
     since disagrees with what the versions before claimed. On unchanged examples the new version is measurably
@@ -134,6 +147,8 @@ def decide(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) ->
     than half of its labels. What was added, removed or corrected meanwhile changes none of that.
     """
     if live is None:
+        if held and wanted == "if_better":
+            return Decision(False, "rolled_back")
         return Decision(wanted != "never", "first" if wanted == "if_better" else wanted)
     pairs = _pairs(new, live)
     here, there = _comparable(new, live, pairs)
@@ -150,6 +165,8 @@ def decide(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) ->
     )
     if wanted != "if_better":
         return found
+    if held:
+        return replace(found, reason="rolled_back")
     if found.heard is not None and found.heard.doubt > _MOST_DOUBT:
         return replace(found, reason="disagrees", fallback=found.heard.since)
     if found.with_live.worse(_LEVEL) or found.with_best.worse(_LEVEL):
@@ -215,22 +232,26 @@ def remember(
     return replace(new, history=History(agreed, expected, asked, best, scores))
 
 
-def decide_late(wanted: Promote, task: Task, new: Evidence, live: Evidence | None) -> Decision:
+def decide_late(
+    wanted: Promote, task: Task, new: Evidence, live: Evidence | None, *, held: bool = False
+) -> Decision:
     """The decision on a fine-tune, which costs more to serve than a head, and took long to train.
 
     "if_better" asks for measurably more: few are held out, and one of them is no evidence. What was added or
     corrected meanwhile does not speak for it: only examples that both know alike are compared, and a label
-    that the live version alone knows withholds it.
+    that the live version alone knows withholds it. held: see decide.
     """
     if live is None:
-        return decide(wanted, task, new, live)
-    if wanted == "if_better" and labels_of(task, live.targets) - labels_of(task, new.targets):
+        return decide(wanted, task, new, live, held=held)
+    if not held and wanted == "if_better" and labels_of(task, live.targets) - labels_of(task, new.targets):
         return Decision(False, "label_missing")
     here, there = _comparable(new, live, _pairs(new, live))
     ours, theirs = new.scores[here], live.scores[there]
     found = Decision(wanted == "always", wanted, with_live=_compare(ours, theirs))
     if wanted != "if_better":
         return found
+    if held:
+        return replace(found, reason="rolled_back")
     if not len(ours):
         return replace(found, reason="not_comparable")
     if ours.mean() <= theirs.mean():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Row, Select, select
 
@@ -44,10 +44,23 @@ _ADAPTER = (
     adapters.c.created_at,
     adapters.c.answer_accuracy,
     adapters.c.weights,
+    adapters.c.rolled_back_at,
+    adapters.c.restored_at,
 )
 _head = artifacts.alias("head")
 _evidence = artifacts.alias("evidence")
 _network = artifacts.alias("network")
+
+
+class Used(NamedTuple):
+    """The revisions in which an example was in use: from the first on, up to the one that set it aside."""
+
+    first: int
+    until: int | None
+
+    def taught(self, revision: int) -> bool:
+        """Whether what was fitted on that revision may have learned from it."""
+        return self.first <= revision and (self.until is None or revision < self.until)
 
 
 def chunks(values: Iterable[T], size: int = _PARAMETERS) -> Iterator[list[T]]:
@@ -112,6 +125,7 @@ def example_records(
             examples.c.created_at,
             examples.c.group,
             examples.c.sampled,
+            examples.c.excluded_since.is_not(None),
         )
         .where(examples.c.adapter_uid == uid)
         .order_by(examples.c.id)
@@ -190,16 +204,17 @@ def version_records(connection: Connection, uid: str, number: int | None = None)
 
 
 def versions_without(connection: Connection, uid: str, ids: Collection[str]) -> list[VersionRecord]:
-    """The versions, newest first, that were recorded before any of these examples came."""
-    found = [
-        row.first_revision
+    """The versions, newest first, that have learned from none of these examples."""
+    columns = examples.c.first_revision, examples.c.excluded_since
+    used = {
+        Used(*row)
         for chunk in chunks(ids)
         for row in connection.execute(
-            select(examples.c.first_revision).where(examples.c.adapter_uid == uid, examples.c.id.in_(chunk))
+            select(*columns).where(examples.c.adapter_uid == uid, examples.c.id.in_(chunk))
         )
-    ]
+    }
     every = version_records(connection, uid)
-    return [version for version in every if version.revision < min(found)] if found else every
+    return [version for version in every if not any(one.taught(version.revision) for one in used)]
 
 
 def version_record(connection: Connection, uid: str, number: int) -> VersionRecord:

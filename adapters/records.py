@@ -113,19 +113,31 @@ class RegistryUnavailable(RegistryError):
     code = "registry_unavailable"
 
 
+class RegistryTooOld(RegistryError):
+    """The database has an earlier release's tables, or none."""
+
+    code = "registry_too_old"
+
+
 class RegistryTooNew(RegistryError):
     """The database was written by a newer release than this one."""
 
     code = "registry_too_new"
 
 
+Standing = tuple[int | None, datetime | None]
+"""Which version is live, and since when a rollback by hand holds, if one does."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """A tenant's named task. `uid` differs when an adapter is deleted and created again.
 
-    `revision` moves with every change of its examples; `epoch` grows with every commit, over all adapters;
+    `revision` moves with every change of its examples; `epoch` grows with every commit to it;
     `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
     `answer_accuracy` and `weights` are what its next version is fitted for, see ProbeConfig.
+    `rolled_back_at` is when a person made another version live than the newest; newer ones are withheld until
+    a person lifts that. `restored_at` is when a person last restored a version.
     """
 
     uid: str
@@ -143,6 +155,13 @@ class AdapterRecord:
     created_at: datetime
     answer_accuracy: float = ANSWER_ACCURACY
     weights: Weights = "none"
+    rolled_back_at: datetime | None = None
+    restored_at: datetime | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """What a decision on a new version depends on, besides the examples."""
+        return self.live, self.rolled_back_at
 
     @property
     def etag(self) -> str:
@@ -155,7 +174,7 @@ class ExampleRecord:
     """One kept example. `row` is its place both among the embeddings of `segment` and among `inputs`.
 
     `group` is the tenant's name for what belongs together; `sampled` is False for what was chosen for being
-    wrong or hard. See Dataset.
+    wrong or hard. See Dataset. `excluded` is True for what is set aside: kept, and not learned from.
     """
 
     id: str
@@ -167,6 +186,7 @@ class ExampleRecord:
     created_at: datetime
     group: str | None = None
     sampled: bool = True
+    excluded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +238,19 @@ class Alias:
 class Changed:
     """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale.
 
+    uid, epoch: of the adapter as it is now, None where there is none of that name.
     gone: something was erased. Then what is in memory of the adapter goes, and without a name of the tenant.
     """
 
     tenant: str
     name: str
-    epoch: int
+    uid: str | None
+    epoch: int | None
     gone: bool = False
+
+    def leaves_behind(self, alias: Alias) -> bool:
+        """Whether the alias is of an older state of the adapter."""
+        return self.uid != alias.uid or self.epoch is None or alias.epoch < self.epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +291,7 @@ class ExampleWrite:
     inputs: Artifact | None = None
     group: str | None = None
     sampled: bool = True
+    excluded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +306,10 @@ class Repoint:
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """A version to record; the registry gives it its number, its revision, its backbone and its time."""
+    """A version to record; the registry gives it its number, its backbone and its time.
+
+    revision: of the examples that it was fitted on; None for those as they are after the change.
+    """
 
     method: str
     artifact: Artifact
@@ -287,6 +317,7 @@ class NewVersion:
     report: Mapping[str, Any]
     labels: int
     network: Artifact | None = None
+    revision: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +338,9 @@ class Change:
     answer_accuracy, weights: of the adapter from now on; None leaves them. What changes one of them moves the
     revision, for what others fit meanwhile is fitted for what was wanted before.
     fallback: the version to make live instead, where `version` is not promoted; it must stay.
+    restores: a person makes `fallback` live with the examples that it learned from. Like `promote` it ends a
+    rollback that holds.
+    standing: of the adapter when the next live version was decided on; None where none was.
     """
 
     tenant: str
@@ -324,6 +358,8 @@ class Change:
     answer_accuracy: float | None = None
     weights: Weights | None = None
     fallback: int | None = None
+    restores: bool = False
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +367,8 @@ class Committed:
     """What a commit left behind.
 
     adapter, alias: as of the commit; hand `alias` to `Aliases.put`. version: the recorded one, if any.
-    added, replaced, removed: examples. gone: numbers of the versions that went.
+    added, replaced, removed: examples. gone: numbers of the versions that went; erased: of those of them that
+    had learned from what was removed.
     unreferenced: artifacts that nothing refers to any more; the caller deletes their files now.
     erasure: the id of its receipt, where examples were removed.
     """
@@ -345,6 +382,7 @@ class Committed:
     gone: tuple[int, ...]
     unreferenced: tuple[Artifact, ...]
     erasure: str | None = None
+    erased: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

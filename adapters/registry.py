@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, case, func, select
+from sqlalchemy import Select, and_, case, func, select
 
 from adapters import committing
 from adapters.committing import CHANGES_KEPT
 from adapters.database import Database
 from adapters.erasing import Erasures, Receipt
+from adapters.identity import Identity
 from adapters.jobs import Jobs, uploads_of
 from adapters.reading import (
     adapter_by_name,
@@ -54,7 +55,7 @@ from adapters.records import (
     VersionRecord,
 )
 from adapters.replies import Replies, Reply, check_unanswered, keep
-from adapters.schema import adapters, changes, examples
+from adapters.schema import adapters, changes, erasures, examples
 from adapters.store import Artifact
 from adapters.tenants import Tenants
 
@@ -107,6 +108,7 @@ class Registry:
         self._tenants = Tenants(self._database)
         self._erasures = Erasures(self._database)
         self._replies = Replies(self._database)
+        self._identity = Identity(self._database)
 
     @property
     def jobs(self) -> Jobs:
@@ -127,6 +129,19 @@ class Registry:
     def replies(self) -> Replies:
         """What was answered to requests with an Idempotency-Key, in the same database."""
         return self._replies
+
+    @property
+    def identity(self) -> Identity:
+        """What tells whether a store is this database's."""
+        return self._identity
+
+    def check_pages(self) -> None:
+        """See Database.check_pages."""
+        self._database.check_pages()
+
+    def require_current(self) -> None:
+        """See Database.require_current."""
+        self._database.require_current()
 
     def migrate(self) -> None:
         """Bring the database to this release's tables; safe when several processes start at once.
@@ -160,10 +175,18 @@ class Registry:
         with self._database.writing() as connection:
             return committing.delete_adapter(connection, tenant, name)
 
-    def examples(self, uid: str, after: str | None = None, limit: int = 100) -> list[ExampleRecord]:
-        """Examples in the order of their ids (by code point), those after `after`."""
+    def examples(
+        self, uid: str, after: str | None = None, limit: int = 100, excluded: bool | None = None
+    ) -> list[ExampleRecord]:
+        """Examples in the order of their ids (by code point), those after `after`.
+
+        excluded: only those that are set aside, or only the others.
+        """
 
         def narrow(query: Select[Any]) -> Select[Any]:
+            if excluded is not None:
+                aside = examples.c.excluded_since
+                query = query.where(aside.is_not(None) if excluded else aside.is_(None))
             return (query if after is None else query.where(examples.c.id > after)).limit(limit)
 
         with self._database.reading() as connection:
@@ -240,33 +263,44 @@ class Registry:
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
         """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.
 
+        Any but the newest version holds there: newer ones are withheld until a person lifts that.
+
         Raises UnknownAdapter, UnknownVersion, AliasMoved.
         """
         with self._database.writing() as connection:
             return committing.promote(connection, uid, number, if_match)
 
     def changed(self, seconds: float) -> list[Changed]:
-        """The adapters committed to, promoted or deleted in the last `seconds`, each with its newest epoch.
+        """The adapters committed to, promoted or deleted in the last `seconds`, each as it is now.
 
         The database remembers them for CHANGES_KEPT seconds.
         """
         with self._database.reading() as connection:
             now = current_time(connection)
             gone = case((changes.c.gone, 1), else_=0)
+            changed = and_(adapters.c.tenant == changes.c.tenant, adapters.c.name == changes.c.name)
             query = (
-                select(changes.c.tenant, changes.c.name, func.max(changes.c.epoch), func.max(gone))
+                select(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch, func.max(gone))
+                .outerjoin(adapters, changed)
                 .where(changes.c.at >= now - timedelta(seconds=seconds))
-                .group_by(changes.c.tenant, changes.c.name)
+                .group_by(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch)
             )
             return [
-                Changed(tenant, name, epoch, bool(gone))
-                for tenant, name, epoch, gone in connection.execute(query)
+                Changed(tenant, name, uid, epoch, bool(gone))
+                for tenant, name, uid, epoch, gone in connection.execute(query)
             ]
 
     def live_versions(self) -> int:
         """How many adapters have a live version."""
         with self._database.reading() as connection:
             return connection.execute(select(func.count(adapters.c.live))).scalar_one()
+
+    def erased_ago(self, uid: str) -> float | None:
+        """Seconds since the adapter, or an example of it, was last erased; None if nothing was."""
+        query = select(func.max(erasures.c.at)).where(erasures.c.adapter_uid == uid)
+        with self._database.reading() as connection:
+            at = connection.execute(query).scalar_one()
+            return None if at is None else (current_time(connection) - at).total_seconds()
 
     def referenced(self, uid: str) -> set[Artifact]:
         """The artifacts that rows of the adapter refer to; none if there is no such adapter."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from sqlalchemy import Connection, delete, exists, or_, select
 
-from adapters.reading import chunks
+from adapters.reading import Used, chunks
 from adapters.records import KEPT_VERSIONS
 from adapters.schema import artifacts, examples, versions
 from adapters.store import Artifact
@@ -17,10 +18,12 @@ from adapters.store import Artifact
 class Previous:
     """What the touched examples were before the change, by id.
 
-    places: artifacts and rows of embedding and input. released: artifacts that may be used no more.
+    used: in which revisions. created: the digest of its input, and since when it is there. places: artifacts
+    and rows of embedding and input. released: artifacts that may be used no more.
     """
 
-    first_revision: dict[str, int] = field(default_factory=dict)
+    used: dict[str, Used] = field(default_factory=dict)
+    created: dict[str, tuple[str, datetime]] = field(default_factory=dict)
     places: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     released: set[int] = field(default_factory=set)
 
@@ -31,9 +34,11 @@ def drop_fitted_on(
     """Delete the versions that learned from a removed example; their numbers and the artifacts released."""
     if not removals:
         return set(), set()
-    first = min(previous.first_revision[name] for name in removals)
-    query = select(versions.c.number).where(versions.c.adapter_uid == uid, versions.c.revision >= first)
-    return delete_versions(connection, uid, set(connection.scalars(query)))
+    used = {previous.used[name] for name in removals}
+    query = select(versions.c.number, versions.c.revision).where(versions.c.adapter_uid == uid)
+    found = connection.execute(query).all()
+    learned = {number for number, revision in found if any(one.taught(revision) for one in used)}
+    return delete_versions(connection, uid, learned)
 
 
 def prune(connection: Connection, uid: str, live: int | None) -> tuple[set[int], set[int]]:

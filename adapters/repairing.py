@@ -16,7 +16,8 @@ from adapters.jobs import uploads_of
 from adapters.reading import artifacts_by_id
 from adapters.records import Change, ExampleRecord, Repoint, RevisionMoved, UnknownAdapter
 from adapters.segments import decode_inputs, encode_embeddings
-from adapters.store import SWEPT_AGE, Artifact, Store, StoreError, orphans
+from adapters.store import Artifact, Store, StoreError
+from adapters.sweeper import SWEPT_AGE, bring_back, orphans
 from models.backbone import Backbone
 
 Open = Callable[[str], Backbone | None]
@@ -75,6 +76,8 @@ class Doctor:
         )
 
     def _all(self) -> Iterator[Finding]:
+        if self._repair:
+            bring_back(self._store, self._referenced)
         yield from self._examining.database()
         for uid in self._examining.uids():
             state, damages = self._examining.adapter(uid)
@@ -87,11 +90,14 @@ class Doctor:
         yield from self._unreferenced()
 
     def _unreferenced(self) -> Iterator[Finding]:
-        for left in orphans(self._store, self._referenced, self._older_than):
+        for left in orphans(self._store.objects(), self._referenced, self._older_than):
             if self._repair:
-                self._store.discard(left)
+                self._store.put_aside(left)
             tenant, uid = left[0].tenant, left[0].adapter_uid
-            detail = f"{len(left)} files of the adapter {uid} that no row refers to. --repair removes them."
+            detail = (
+                f"{len(left)} files of the adapter {uid} that no row refers to. --repair puts them aside; "
+                "the service deletes them after a week."
+            )
             yield Finding(tenant, "", "files", "unreferenced", detail, repaired=self._repair)
 
     def _referenced(self, uid: str) -> set[Artifact]:

@@ -17,10 +17,12 @@ from typing import Any
 from sqlalchemy import Connection, Table, delete, insert, select, text
 
 from adapters.backup import ARTIFACTS, REGISTRY, BadBackup, Manifest, Reference, read_manifest, sha256_of
-from adapters.copying import TABLES, Row, copy_rows, counters, raise_counters, references
+from adapters.committing import next_epoch
+from adapters.copying import KEPT, TABLES, Row, copy_rows, counters, raise_counters, references
 from adapters.database import Database
 from adapters.erasing import ERASURES_KEPT
 from adapters.folder import LocalStore
+from adapters.identity import Identity
 from adapters.reading import current_time
 from adapters.replaying import Replayed, erasures_of, replay
 from adapters.schema import adapters, changes, erasures, jobs, keys, tenants
@@ -70,7 +72,8 @@ def restore(
     """Put the backup in the place of what is there; services may run, and notice within a second.
 
     Everything is verified, and what was erased since is erased, in a copy, before anything changes. Raises
-    BadBackup, BackupTooOld unless `old`, TargetInUse, RegistryTooNew, and what database and store raise.
+    BadBackup, BackupTooOld unless `old`, TargetInUse, WrongStore, RegistryTooNew, and
+    what database and store raise.
     """
     manifest = read_manifest(backup)
     if not old and datetime.now(UTC) - _time(manifest) > ERASURES_KEPT:
@@ -83,6 +86,7 @@ def restore(
         later = _erased_later(backup, manifest)
         database.migrate()
         _refuse_if_used(database, replace)
+        _pair(copy, database, store)
         replayed = Replayed()
         while True:
             known = erasures_of(copy)
@@ -194,6 +198,14 @@ def _time(manifest: Manifest) -> datetime:
     return datetime.fromisoformat(manifest.created_at)
 
 
+def _pair(copy: Database, database: Database, store: Store) -> None:
+    """A new database in the place of a lost one takes its name, and so its store. Raises WrongStore."""
+    theirs, mine = Identity(copy), Identity(database)
+    if store.identity() == theirs.name:
+        mine.take_over(theirs.name)
+    mine.check(store)
+
+
 def _refuse_if_used(database: Database, replace: bool) -> None:
     with database.reading() as connection:
         _refuse(connection, replace)
@@ -213,12 +225,12 @@ def _refuse(connection: Connection, replace: bool) -> None:
 class _Before:
     """What the target holds that must not come again.
 
-    names: uid by tenant and name. adapters: revision and next version by uid. attempts: by job. keys: when
-    they were revoked and when they expire, by id.
+    names: uid by tenant and name. adapters: revision, next version and epoch by uid. attempts: by job. keys:
+    when they were revoked and when they expire, by id.
     """
 
     names: Mapping[tuple[str, str], str]
-    adapters: Mapping[str, tuple[int, int]]
+    adapters: Mapping[str, tuple[int, int, int]]
     attempts: Mapping[str, int]
     keys: Mapping[str, tuple[datetime | None, datetime | None]]
     tenants: frozenset[str]
@@ -227,10 +239,11 @@ class _Before:
     def read(cls, connection: Connection) -> _Before:
         """As it is in the transaction."""
         columns = (adapters.c.tenant, adapters.c.name, adapters.c.uid)
-        rows = connection.execute(select(*columns, adapters.c.revision, adapters.c.next_version)).all()
+        counted = (adapters.c.revision, adapters.c.next_version, adapters.c.epoch)
+        rows = connection.execute(select(*columns, *counted)).all()
         return cls(
             {(row[0], row[1]): row[2] for row in rows},
-            {row[2]: (row[3], row[4]) for row in rows},
+            {row[2]: (row[3], row[4], row[5]) for row in rows},
             {row[0]: row[1] for row in connection.execute(select(jobs.c.id, jobs.c.attempt))},
             {
                 row[0]: (row[1], row[2])
@@ -243,14 +256,14 @@ class _Before:
 class _Arriving:
     """What becomes of the backup's rows on their way into the target.
 
-    restored: the new epoch of each adapter, by tenant and name. gone: what the target had, and has no more.
+    restored: the adapters, by tenant and name. gone: what the target had, and has no more.
     """
 
-    def __init__(self, before: _Before, epoch: int) -> None:
-        self.restored: dict[tuple[str, str], int] = {}
+    def __init__(self, before: _Before, now: datetime) -> None:
+        self.restored: set[tuple[str, str]] = set()
         self.gone = set(before.names)
-        self.epoch = epoch
         self._before = before
+        self._now = now
 
     def alter(self, table: Table) -> Callable[[Row], Row]:
         """What to do with each row of the table."""
@@ -258,17 +271,16 @@ class _Arriving:
         return special.get(table.name, lambda row: row)
 
     def _adapter(self, row: Row) -> Row:
-        self.epoch += 1
         name = (row["tenant"], row["name"])
-        self.restored[name] = self.epoch
+        self.restored.add(name)
         if self._before.names.get(name) == row["uid"]:
             self.gone.discard(name)
-        revision, next_version = self._before.adapters.get(row["uid"], (0, 0))
+        revision, next_version, epoch = self._before.adapters.get(row["uid"], (0, 0, 0))
         return row | {
             # One more than either: whoever still has the examples of that revision in mind must read again.
             "revision": max(row["revision"], revision) + 1,
             "next_version": max(row["next_version"], next_version),
-            "epoch": self.epoch,
+            "epoch": next_epoch(max(row["epoch"], epoch), self._now),
         }
 
     def _job(self, row: Row) -> Row:
@@ -301,12 +313,11 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
     before = _Before.read(target)
     theirs = counters(source)
     highest = {name: max(number, theirs[name]) for name, number in counters(target).items()}
-    arriving = _Arriving(before, highest[changes.name])
-    # The changes stay: services that run look there for what is new.
-    kept = [table for table in TABLES if table is not changes]
-    for table in reversed(kept):
+    arriving = _Arriving(before, current_time(target))
+    replaced = [table for table in TABLES if table not in KEPT]
+    for table in reversed(replaced):
         target.execute(delete(table))
-    for table in kept:
+    for table in replaced:
         copy_rows(source, target, table, arriving.alter(table))
     tenants_gone = before.tenants - set(target.scalars(select(tenants.c.name)))
     _announce(target, arriving, tenants_gone)
@@ -316,16 +327,14 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
 
 def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterable[str]) -> None:
     """Tell running services, as late as can be: they look back only so far for what becomes visible late."""
-    told = [(*name, epoch, name in arriving.gone) for name, epoch in arriving.restored.items()]
-    lost = sorted(arriving.gone - arriving.restored.keys())
-    lost += [(tenant, "") for tenant in sorted(tenants_gone)]
-    told += [(*name, arriving.epoch + place, True) for place, name in enumerate(lost, 1)]
+    told = {name: name in arriving.gone for name in arriving.restored}
+    told |= dict.fromkeys(arriving.gone - arriving.restored, True)
+    told |= {(tenant, ""): True for tenant in tenants_gone}
     if not told:
         return
     now = current_time(connection)
     rows = [
-        {"tenant": tenant, "name": name, "epoch": epoch, "gone": gone, "at": now}
-        for tenant, name, epoch, gone in told
+        {"tenant": tenant, "name": name, "gone": gone, "at": now} for (tenant, name), gone in told.items()
     ]
     connection.execute(insert(changes), rows)
 

@@ -78,6 +78,7 @@ class Edit:
     clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
     fitted, instead of leaving the adapter without a live version. uploaded: ids of what an upload has stored
     that is to replace all others; the others count towards no limit, and `clear` leaves the uploaded ones.
+    live: the version that a person makes live with it, where none is made.
     """
 
     upserts: Sequence[Admitted] = ()
@@ -87,18 +88,21 @@ class Edit:
     promote: Promote = "if_better"
     required: bool = True
     uploaded: AbstractSet[str] | None = None
+    live: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Revised:
     """What an edit left behind.
 
-    version and decision are None where nothing was fitted. timings: seconds by stage.
+    version and decision are None where nothing was fitted. timings: seconds by stage. truncated: how many of
+    the examples that came with the edit are texts of which the backbone reads only the start.
     """
 
     committed: Committed
     decision: Decision | None
     timings: Mapping[str, float]
+    truncated: int = 0
 
     @property
     def adapter(self) -> AdapterRecord:
@@ -263,7 +267,7 @@ class Revising:
         waits for it, and takes turns with others.
         """
         if not rows:
-            raise NothingToFit("The adapter has no examples; send some.")
+            raise NothingToFit("The adapter has no examples in use; send some, or take some back.")
         targets = [row.target for row in rows]
         digests = [row.digest for row in rows]
         dataset = Dataset(
@@ -308,7 +312,8 @@ class Revising:
         if live is not None:
             said = await self._ask(adapter, rival, live, dataset, evidence)
             evidence = await asyncio.to_thread(remember, evidence, live, rival.number, *said)
-        decision = await asyncio.to_thread(decide, promote, task, evidence, live)
+        held = adapter.rolled_back_at is not None
+        decision = await asyncio.to_thread(decide, promote, task, evidence, live, held=held)
         fallback = None
         if decision.fallback is not None and decision.fallback != rival.number:
             older = await asyncio.to_thread(self._kept, adapter, decision.fallback)
@@ -382,8 +387,8 @@ class Revising:
         # What is over a limit already, as a replacement that was cancelled may leave it, may shrink.
         if len(rows) > max(self.limits.max_examples, len(kept)):
             raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
-        labels = labels_of(subject.terms.task, [row.target for row in rows])
-        before = labels_of(subject.terms.task, [one.target for one in kept])
+        labels = labels_of(subject.terms.task, [row.target for row in rows if not row.excluded])
+        before = labels_of(subject.terms.task, [one.target for one in kept if not one.excluded])
         if len(labels) > max(self.limits.max_labels, len(before)):
             raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
         return plan
@@ -398,12 +403,13 @@ class Revising:
     ) -> Fit | None:
         if not edit.fit:
             return None
+        learned = replace(plan, rows=plan.in_use)
         try:
-            embeddings = await gather(self.keeping, subject, plan, fresh)
+            embeddings = await gather(self.keeping, subject, learned, fresh)
             return await self.fit(
                 subject.adapter,
                 subject.terms,
-                plan.rows,
+                learned.rows,
                 embeddings,
                 edit.promote,
                 timings,
@@ -445,7 +451,9 @@ def _change(
         promote=fit is not None and fit.decision.promote,
         answer_accuracy=subject.terms.answer_accuracy,
         weights=subject.terms.weights,
-        fallback=None if fit is None else fit.decision.fallback,
+        fallback=edit.live if fit is None else fit.decision.fallback,
+        restores=edit.live is not None,
+        standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,
     )
 
 

@@ -135,6 +135,10 @@ adapters = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("answer_accuracy", Float, nullable=False, server_default=text(str(ANSWER_ACCURACY))),
     Column("weights", String(16), nullable=False, server_default="none"),
+    # When a person made an older version live; newer ones are withheld until a person lifts that.
+    Column("rolled_back_at", UtcTime),
+    # When a person last restored a version.
+    Column("restored_at", UtcTime),
     UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
 )
 
@@ -188,6 +192,8 @@ examples = Table(
     Column("group", Text),
     # False: chosen for being wrong or hard, so that it is learned from and not measured on.
     Column("sampled", Boolean, nullable=False, server_default=true()),
+    # The revision from which on it is set aside: versions fitted since then have not learned from it.
+    Column("excluded_since", BigInteger),
     PrimaryKeyConstraint("adapter_uid", "id", name="examples_key"),
     ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
     Index("examples_by_segment", "segment_id"),
@@ -224,8 +230,8 @@ jobs = Table(
     Index("jobs_by_adapter", "adapter_uid"),
 )
 
-# One row for each commit, promotion and deletion of late; its number is the epoch. gone: something was
-# erased, so that what is in memory of the adapter must go; without a name, of the tenant.
+# One row for each commit, promotion and deletion of the last hour. `epoch` only numbers the rows; adapters
+# have their own. gone: what is in memory of the adapter must go, and without a name of the tenant.
 changes = Table(
     "changes",
     metadata,
@@ -270,6 +276,14 @@ replies = Table(
     PrimaryKeyConstraint("tenant", "key_sha256", name="replies_key"),
     Index("replies_by_adapter", "adapter_uid"),
     Index("replies_by_time", "at"),
+)
+
+# One row. The store holds the same id, see adapters/identity.py.
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("created_at", UtcTime, nullable=False),
 )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,10 @@ _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.partial)?")
 Buffer = bytes | bytearray
 # What a publication is named until all its bytes are on the disk.
 PARTIAL = ".partial"
+# The object that names the database which the store belongs to.
+IDENTITY = "identity"
+# The prefix of what a sweep has put aside. No tenant can have this name.
+ASIDE = "_aside"
 
 
 class StoreError(RuntimeError):
@@ -113,19 +116,43 @@ class Store(Protocol):
         ...
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
-        """Remove everything of the adapter."""
+        """Remove everything of the adapter, also what was put aside."""
         ...
 
     def delete_tenant(self, tenant: str) -> None:
-        """Remove everything of the tenant, also of adapters that no row knows of."""
+        """Remove everything of the tenant, also of adapters that no row knows of, and what was put aside."""
         ...
 
-    def objects(self) -> Iterator[StoredObject]:
-        """Every stored object, those of one adapter together, and what interrupted publications left."""
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
+        """Every stored object, those of one adapter together, and what interrupted publications left.
+
+        aside: the objects that were put aside instead; their ages count from then.
+        """
         ...
 
-    def discard(self, objects: Collection[StoredObject]) -> None:
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         """Remove listed objects; one that is not there is no error."""
+        ...
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """Move listed objects to where nothing reads them; one that is not there is no error."""
+        ...
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """Undo `put_aside`; one that is not there is no error."""
+        ...
+
+    @property
+    def location(self) -> str:
+        """The folder, or the bucket's URL."""
+        ...
+
+    def identity(self) -> str | None:
+        """The identity of the database that the store belongs to; None before the first `claim`."""
+        ...
+
+    def claim(self, identity: str) -> None:
+        """Write the identity, durably, unless the store has one already."""
         ...
 
 
@@ -197,34 +224,3 @@ def open_store(location: str, options: Mapping[str, str] | None = None) -> Store
     from adapters.folder import LocalStore
 
     return LocalStore(Path(location.removeprefix("file://")))
-
-
-SWEPT_AGE = 21_600.0
-"""Seconds after which an object that no row refers to is taken for left over."""
-
-
-def orphans(
-    store: Store, referenced: Callable[[str], set[Artifact]], older_than: float = SWEPT_AGE
-) -> Iterator[list[StoredObject]]:
-    """Objects of an adapter that no row refers to and that are older than `older_than` seconds. See sweep."""
-    for (_, uid), group in groupby(store.objects(), key=lambda found: (found.tenant, found.adapter_uid)):
-        old = [found for found in group if found.age > older_than]
-        if old:
-            # Read after the listing: a name that is old and unreferenced now is never referred to later.
-            kept = {artifact.name for artifact in referenced(uid)}
-            left = [found for found in old if found.name not in kept]
-            if left:
-                yield left
-
-
-def sweep(store: Store, referenced: Callable[[str], set[Artifact]], *, older_than: float = SWEPT_AGE) -> int:
-    """Remove objects that no row refers to and that are older than `older_than` seconds; returns how many.
-
-    `referenced` is Registry.referenced. The age protects what is published and not yet committed: the first
-    part of an upload may wait some hours for the last one.
-    """
-    removed = 0
-    for left in orphans(store, referenced, older_than):
-        store.discard(left)
-        removed += len(left)
-    return removed

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome
+from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome, telling_rejected
 from adapters.admission import TARGET_FIELDS, Posted
 from adapters.calling_back import check_callback
 from adapters.curating import InputsNotKept
@@ -61,8 +61,9 @@ class TooFewExamples(CannotTune):
 def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
     """Raises InputsNotKept, CannotTune or TooFewExamples unless a network can learn from the adapter.
 
-    What is not measured on does not count: there would be nothing to hold out.
+    What is set aside does not count, nor what is not measured on: there would be nothing to hold out.
     """
+    examples = [example for example in examples if not example.excluded]
     if not adapter.keep_inputs:
         raise InputsNotKept("The adapter keeps no inputs, and a network learns from them.")
     if adapter.task != "classification":
@@ -121,7 +122,8 @@ class Submitting:
         state = await self._keeping.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
-        check_tunable(state.adapter, state.examples)
+        with telling_rejected(() if stored is None else stored.rejected):
+            check_tunable(state.adapter, state.examples)
         self._adapting.check_served(state.adapter)
         request = {
             "promote": command.promote,

@@ -55,6 +55,7 @@ class Supervised:
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._ending = False
 
     @property
     def alive(self) -> bool:
@@ -69,6 +70,10 @@ class Supervised:
     async def start(self) -> None:
         """Starts the worker; it comes up by itself, and nobody waits for it."""
         self._watching = asyncio.create_task(self._watch(), name="worker")
+
+    def end(self) -> None:
+        """From now on no other worker is started: this one may have been told to end, too."""
+        self._ending = True
 
     async def close(self) -> None:
         """Ends the worker; what it was at goes on in another one."""
@@ -95,6 +100,8 @@ class Supervised:
             except OSError as error:
                 status = -1
                 logger.warning("the worker cannot be started: %s", error)
+            if self._ending:
+                return
             if time.monotonic() - begun > _LONGEST_PAUSE:
                 pause = _FIRST_PAUSE
             logger.warning("the worker ended with %d; it is started again in %.1f s", status, pause)
@@ -114,7 +121,7 @@ class Supervised:
                     str(beating),
                     stdin=asyncio.subprocess.PIPE,
                     pass_fds=(beating,),
-                    env=environment(),
+                    env=environment(clouds=True),
                 )
             finally:
                 os.close(beating)

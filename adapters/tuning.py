@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from adapters.gaps import gaps
 from adapters.learner import Lesson, Model
 from adapters.lease import Lease, checkpoint_path
 from adapters.linear_probe import Dataset, Fitted, ProbeConfig, fit
-from adapters.promotion import Promote, decide_late
+from adapters.promotion import Promote, as_asked, decide_late
 from adapters.records import (
     AdapterRecord,
     Change,
@@ -72,10 +72,11 @@ _CHECKPOINTS = 2
 class _Kept:
     """An adapter as it was read: its examples with their embeddings and inputs, in the order of ids.
 
-    terms: the adapter's, with what the job asks for in their place.
+    terms: the adapter's, with what the job asks for in their place. revision: of the examples.
     """
 
     adapter: AdapterRecord
+    revision: int
     terms: Creation
     examples: Sequence[ExampleRecord]
     embeddings: NDArray[np.float32]
@@ -147,6 +148,7 @@ class Tuning:
             if found is None and kept.adapter.live is None:
                 # There would be nothing to answer from.
                 found = training.submit(_probe, kept, range(len(kept.examples))).result()
+        lease.tell()
         if found is None:
             committed = None
             self._registry.jobs.succeed(lease.claim, {"share": 1.0, "outcome": NO_BETTER})
@@ -160,7 +162,8 @@ class Tuning:
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
                 "fingerprint_mismatch",
-                "The backbone's weights are not those that the adapter was taught with.",
+                "The backbone is not the one that the adapter was taught with. "
+                "POST /adapters/{adapter}/rebase moves the adapter to it.",
             )
         names, lesson = self._lesson(kept, network, lease)
         probe = _probe(kept, lesson.training)
@@ -188,9 +191,9 @@ class Tuning:
 
     def _read(self, tenant: str, name: str, request: Mapping[str, Any]) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
-        _, every = self._registry.all_examples(adapter.uid)
+        revision, every = self._registry.all_examples(adapter.uid)
         # The inputs of some may be lost.
-        examples = [example for example in every if example.inputs is not None]
+        examples = [example for example in every if example.inputs is not None and not example.excluded]
         check_tunable(adapter, examples)
         files = {example.segment for example in examples} | {
             example.inputs for example in examples if example.inputs is not None
@@ -202,6 +205,7 @@ class Tuning:
         }
         return _Kept(
             adapter,
+            revision,
             wanted(terms_of(adapter), request.get("answer_accuracy"), request.get("weights")),
             examples,
             np.stack([rows[example.segment][example.row] for example in examples]),
@@ -232,10 +236,11 @@ class Tuning:
     ) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.
 
-        What was learned must still be there: an example that was removed meanwhile takes the network with it.
+        What was learned must still be there: an example that was removed meanwhile takes the network with it,
+        and one that was set aside keeps it from being promoted.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
-        promote: Promote = request.get("promote", "if_better")
+        asked: Promote = request.get("promote", "if_better")
         evidence = Evidence(
             tuple(example.id for example in kept.examples),
             tuple(example.digest for example in kept.examples),
@@ -251,8 +256,12 @@ class Tuning:
             while True:
                 lease.check()
                 now = self._registry.adapter(tenant, adapter.name)
-                self._check_kept(kept, now)
-                decision = decide_late(promote, adapter.task, evidence, self._live(now))
+                set_aside = self._check_kept(kept, now)
+                promote = as_asked(asked, lease.claim.job.created_at, now)
+                held = now.rolled_back_at is not None
+                decision = decide_late(promote, adapter.task, evidence, self._live(now), held=held)
+                if set_aside and decision.promote:
+                    decision = replace(decision, promote=False, reason="example_set_aside")
                 head, kept_evidence, *graph = published
                 version = NewVersion(
                     FINE_TUNE if graph else LINEAR_PROBE,
@@ -261,6 +270,7 @@ class Tuning:
                     with_ids(found.report, evidence.ids) | {"promotion": decision.to_json()},
                     len(found.head.labels),
                     graph[0] if graph else None,
+                    kept.revision,
                 )
                 change = Change(
                     tenant=tenant,
@@ -271,6 +281,7 @@ class Tuning:
                     promote=decision.promote,
                     answer_accuracy=request.get("answer_accuracy"),
                     weights=request.get("weights"),
+                    standing=now.standing,
                 )
                 # Others may change the adapter at any time; what was trained is not lost to them.
                 with contextlib.suppress(RevisionMoved):
@@ -285,12 +296,18 @@ class Tuning:
         self._delete(tenant, adapter.uid, committed.unreferenced)
         return committed
 
-    def _check_kept(self, kept: _Kept, now: AdapterRecord) -> None:
-        there = {example.id: example.digest for example in self._registry.all_examples(now.uid)[1]}
-        if now.uid != kept.adapter.uid or any(there.get(one.id) != one.digest for one in kept.examples):
+    def _check_kept(self, kept: _Kept, now: AdapterRecord) -> bool:
+        """Whether what was learned has been set aside in part. Raises CannotTune where it was removed."""
+        there = {example.id: example for example in self._registry.all_examples(now.uid)[1]}
+        same = [there.get(one.id) for one in kept.examples]
+        if now.uid != kept.adapter.uid or any(
+            found is None or found.digest != one.digest
+            for found, one in zip(same, kept.examples, strict=True)
+        ):
             raise CannotTune(
                 "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
             )
+        return any(found is not None and found.excluded for found in same)
 
     def _live(self, adapter: AdapterRecord) -> Evidence | None:
         if adapter.live is None:

@@ -67,6 +67,7 @@ class Worker:
         self._stopping = stopping
         self._registry = Registry(config.database)
         self._store = open_store(config.store, config.store_options)
+        self._registry.identity.check(self._store)
 
     def run(self) -> None:
         """Returns once it is to stop and nothing runs any more."""
@@ -250,8 +251,7 @@ def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
 
 
 def work(config: WorkerConfig, stopping: threading.Event) -> None:
-    """Runs jobs until SIGTERM, or until `stopping` is set."""
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    """Runs jobs until `stopping` is set."""
     worker = Worker(config, stopping)
     try:
         worker.run()
@@ -260,7 +260,7 @@ def work(config: WorkerConfig, stopping: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs jobs at low priority until standard input ends, or SIGTERM.
+    """Runs jobs at low priority until standard input ends.
 
     The first argument, if there is one, is the number of the pipe on which it shows that it lives.
     """
@@ -272,8 +272,10 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()
-    # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
+    # Ctrl-C in a terminal reaches every process, and so may SIGTERM from BentoML's supervisor or systemd: the
+    # parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     _end_with(sys.stdin, stopping)
     work(config, stopping)

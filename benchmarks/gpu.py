@@ -134,7 +134,7 @@ def operations(name: str, feed: Mapping[str, Any]) -> float:
 def measure(report: Report, name: str, folder: Path, inputs: Sequence[bytes | str], limit: float) -> None:
     """One backbone. limit: of the chip, in operations a second. Raises DeviceUnavailable."""
     threads = len(os.sched_getaffinity(0))
-    plan = planned(folder, device="cuda", threads=threads)
+    plan = planned(folder, device="cuda", threads=threads).plan
     backbone = Backbone.open(folder, device="cuda", plan=plan)
     reference = Backbone.open(folder, device="cpu", threads=threads)
     prepared = [backbone.preprocess(each) for each in inputs]

@@ -1,4 +1,12 @@
 #!/bin/sh
-# Runs as root while the image is built: a volume mounted over this folder takes over its owner.
+# Runs as root in the image, once the packages are installed: adds the `topwork` command to them.
 set -eu
-install -d -o bentoml -g bentoml -m 700 /home/bentoml/topwork
+cat >/app/.venv/bin/topwork <<'PROGRAM'
+#!/app/.venv/bin/python
+import sys
+
+from service.cli import main
+
+sys.exit(main())
+PROGRAM
+chmod 755 /app/.venv/bin/topwork

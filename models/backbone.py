@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoder import Waiting, wait_unseen
+from models.expense import HEAVY, image_expense, text_expense
 from models.gpu import Runner
 from models.manifest import CorruptExport, read_manifest, read_tables
-from models.plan import BATCHES, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
+from models.plan import (
+    BATCHES,
+    Embed,
+    Measured,
+    Plan,
+    Run,
+    is_quiet,
+    keep_plan,
+    measure,
+    measure_on_gpu,
+    read_plan,
+)
 from models.preprocess import (
     TINY_IMAGE,
     ImagePreprocessor,
     InputError,
     InputLimits,
     Prepared,
+    Silence,
     TextPreprocessor,
 )
 from models.session import Device, DeviceUnavailable, open_session, open_table
@@ -36,6 +51,7 @@ from models.spec import (
     TOKENIZER_FILE,
     BackboneSpec,
     ImageTransform,
+    TextTransform,
 )
 
 Floats = NDArray[np.float32]
@@ -57,7 +73,8 @@ class Embedded:
     by position. timings: seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these
     inputs, "queue" is the wait until the first of them was taken up. callers: how many get their answer
     together. unknown: positions of texts without a token that the backbone knows; their embeddings say
-    nothing.
+    nothing. truncated: positions of texts longer than the backbone reads, of which only the start counts.
+    tokens: that it read, of all texts.
     """
 
     embeddings: Floats
@@ -65,6 +82,17 @@ class Embedded:
     timings: dict[str, float] = field(default_factory=dict)
     callers: int = 1
     unknown: frozenset[int] = frozenset()
+    truncated: frozenset[int] = frozenset()
+    tokens: int = 0
+
+
+class Ready(NamedTuple):
+    """One input as the network takes it. unknown, truncated, tokens: see Embedded."""
+
+    prepared: Prepared
+    unknown: bool = False
+    truncated: bool = False
+    tokens: int = 0
 
 
 class Backbone:
@@ -169,6 +197,16 @@ class Backbone:
         return self.plan.batch
 
     @property
+    def budget(self) -> float:
+        """What the inputs of one run may cost together: on a CPU long ones gain nothing from company."""
+        return max(2 * HEAVY, 1.5 * self.batch) if self.device == "cpu" else math.inf
+
+    @property
+    def heavy_batch(self) -> int:
+        """Inputs above HEAVY that are run together, at most."""
+        return 1 if self.device == "cpu" else self.batch
+
+    @property
     def bulk_batch(self) -> int:
         """Inputs of one run of bulk, at most: of images one, for more would stay in memory."""
         return 1 if self.device == "cpu" and self.spec.kind == "image" else self.batch
@@ -183,12 +221,28 @@ class Backbone:
         """What preprocessing is called in timings and metrics: decode or tokenize."""
         return "decode" if self.spec.kind == "image" else "tokenize"
 
+    def expense(self, item: bytes | str) -> float:
+        """What an input will cost, in units of a small one's, without looking at all of it; see HEAVY."""
+        if isinstance(item, bytes):
+            return image_expense(item)
+        tokens = self.spec.transform.max_tokens if isinstance(self.spec.transform, TextTransform) else 0
+        return text_expense(item, tokens)
+
     def preprocess(self, item: bytes | str) -> Prepared:
         """One input as the network takes it. Raises InputError, also for an input of the other kind."""
-        if isinstance(item, bytes) and isinstance(self._preprocessor, ImagePreprocessor):
-            return self._preprocessor(item)
-        if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
-            return self._preprocessor(item)
+        return self.prepare(item).prepared
+
+    def prepare(self, item: bytes | str, waiting: Waiting = wait_unseen) -> Ready:
+        """One input, and what is to be said of it. Raises as preprocess does.
+
+        waiting(True) is called where another process begins to prepare it, waiting(False) once it is done.
+        """
+        preprocessor = self._preprocessor
+        if isinstance(item, bytes) and isinstance(preprocessor, ImagePreprocessor):
+            return Ready(preprocessor(item, waiting))
+        if isinstance(item, str) and isinstance(preprocessor, TextPreprocessor):
+            prepared, truncated = preprocessor.cut(item)
+            return Ready(prepared, self.knows_nothing(item, prepared), truncated, len(prepared))
         raise InputError("wrong_kind", f"The backbone {self.spec.name} takes {self.spec.kind} inputs.")
 
     def knows_nothing(self, item: bytes | str, prepared: Prepared) -> bool:
@@ -196,6 +250,11 @@ class Backbone:
         if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
             return self._preprocessor.knows_nothing(item, prepared)
         return False
+
+    @property
+    def silence(self) -> Silence | None:
+        """How to see that a text's tokens say nothing; None for images."""
+        return self._preprocessor.silence if isinstance(self._preprocessor, TextPreprocessor) else None
 
     def unknown(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
         """Positions of texts without a token that the backbone knows, without embedding them.
@@ -208,6 +267,20 @@ class Backbone:
             for index, item in enumerate(inputs):
                 with suppress(InputError):
                     if isinstance(item, str) and preprocessor.is_unknown(item):
+                        found.add(index)
+        return frozenset(found)
+
+    def truncated(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
+        """Positions of texts of which the backbone reads only the start, without embedding them.
+
+        An input that cannot be prepared is not among them.
+        """
+        found: set[int] = set()
+        preprocessor = self._preprocessor
+        if isinstance(preprocessor, TextPreprocessor):
+            for index, item in enumerate(inputs):
+                with suppress(InputError):
+                    if isinstance(item, str) and preprocessor.is_truncated(item):
                         found.add(index)
         return frozenset(found)
 
@@ -233,23 +306,30 @@ class Backbone:
         embeddings = np.zeros((len(inputs), self.spec.dim), np.float32)
         errors: dict[int, InputError] = {}
         unknown: set[int] = set()
+        truncated: set[int] = set()
+        tokens = 0
         timings = {self.preprocess_stage: 0.0, "queue": 0.0, "embed": 0.0}
         for start in range(0, len(inputs), self.batch):
             begin = time.perf_counter()
             prepared: dict[int, Prepared] = {}
             for index in range(start, min(start + self.batch, len(inputs))):
                 try:
-                    prepared[index] = self.preprocess(inputs[index])
+                    ready = self.prepare(inputs[index])
                 except InputError as error:
                     errors[index] = error
                     continue
-                if self.knows_nothing(inputs[index], prepared[index]):
+                prepared[index] = ready.prepared
+                tokens += ready.tokens
+                if ready.unknown:
                     unknown.add(index)
+                if ready.truncated:
+                    truncated.add(index)
             middle = time.perf_counter()
             embeddings[list(prepared)] = self.run(list(prepared.values()))
             timings[self.preprocess_stage] += middle - begin
             timings["embed"] += time.perf_counter() - middle
-        return Embedded(embeddings, errors, timings, unknown=frozenset(unknown))
+        found = frozenset(unknown), frozenset(truncated)
+        return Embedded(embeddings, errors, timings, 1, *found, tokens)
 
     def close(self) -> None:
         """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
@@ -283,21 +363,40 @@ class Backbone:
             yield rows
 
 
-def planned(export: Path, *, device: Device, threads: int) -> Plan:
-    """How the export runs best here with so many threads in all, measured now if it never was.
+def planned(export: Path, *, device: Device, threads: int) -> Measured:
+    """How the export runs best here with so many threads in all.
 
-    Raises CorruptExport, DeviceUnavailable.
+    Measured now if it never was, and again where that is in doubt and the machine is quiet. Raises
+    CorruptExport, DeviceUnavailable.
+    """
+    found = known_plan(export, device=device, threads=threads)
+    if found is None or (not found.confirmed and is_quiet()):
+        return survey(export, device=device, threads=threads)
+    return found
+
+
+def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
+    """What was measured here before, None if nothing was. Raises as planned does."""
+    spec = _spec_for(export, device, verify=False)
+    return read_plan(export, Plan.usual(spec.kind, device, threads), device)
+
+
+def survey(export: Path, *, device: Device, threads: int) -> Measured:
+    """Measures now; what is doubted less, this or what was known, is given and kept.
+
+    Of two that are confirmed, this. Raises as planned does.
     """
     spec = _spec_for(export, device, verify=False)
     usual = Plan.usual(spec.kind, device, threads)
-    plan = read_plan(export, usual, device)
-    if plan is None:
-        plan = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
-        keep_plan(export, usual, device, plan)
-    return plan
+    before = read_plan(export, usual, device)
+    found = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
+    if before is not None and not found.confirmed and before.doubt < found.doubt:
+        return before
+    keep_plan(export, usual, device, found)
+    return found
 
 
-def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     def open_run(count: int) -> Run:
         session = open_session(
             export / GRAPH_FILE, device="cpu", threads=count, one_shape=spec.kind == "image"
@@ -308,7 +407,7 @@ def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
     return measure(usual, BATCHES[spec.kind], open_run, lambda count: _feed(spec, [blank] * count))
 
 
-def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Plan:
+def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     @contextmanager
     def open_run(plan: Plan) -> Iterator[Embed]:
         # No bound of its own: every batch that is measured is one run.

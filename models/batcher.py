@@ -9,12 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from models.backbone import Backbone, Embedded
+from models.backbone import Backbone, Embedded, Ready
 from models.cores import Cores
-from models.lane import Lane
-from models.preprocess import InputError, Prepared
-from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded, Request, Turn, settle
-from models.yielding import give_way
+from models.expense import HEAVY
+from models.lane import Lane, Priority
+from models.preprocess import InputError
+from models.request import (
+    BatcherClosed,
+    DeadlineExceeded,
+    EmbeddingFailed,
+    Overloaded,
+    Part,
+    Request,
+    Turn,
+    settle,
+)
+from models.yielding import HEAVY_NICENESS, NICENESS, give_way
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +43,28 @@ _SLACK = 10.0
 # When it closes: a thread that does nothing for so long is left to itself.
 _CLOSING_SECONDS = 5
 
+# Threads that are left to the inputs that they do not get done with, each of which may keep a core.
+_MOST_LEFT = 3
+# For the lock, which a thread that is stuck may hold.
+_LOCK_SECONDS = 0.1
+
 # An input that was taken: whose it is, and its position there.
 _Taken = tuple[Request, int]
+# A lane of a priority, and what its threads are at.
+_Crew = tuple[Priority[Part], Lane[Part], list[Turn]]
+
+
+class _Left(BaseException):
+    """The turn of the thread that raises it is another's now."""
 
 
 class Batcher:
     """Shares one backbone between many callers. Use from one event loop; the work is done by its own threads.
 
     Each worker takes inputs of one or more callers, prepares and runs them, and puts each row where it
-    belongs, so that decoding on one thread overlaps the network on another. Sources take turns, and each
-    one's callers: a large request does not block a small one, nor do many of one source those of another.
+    belongs, so that decoding on one thread overlaps the network on another. Sources take turns by what their
+    inputs cost, and so do each one's callers: a large request does not block a small one, nor do many of one
+    source those of another. Heavy inputs have threads of their own, so that light ones never wait for them.
     """
 
     def __init__(
@@ -59,11 +81,12 @@ class Batcher:
         """Starts nothing yet.
 
         max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
-        away; a request larger than that is taken when nothing waits. workers: threads for predicts, and as
-        many niced ones for bulk; on a CPU as many as cores. max_wait: seconds that a predict may expect to
-        wait, at the rate measured; one that would wait longer is refused. cores: shared with those who run
-        on the same ones; None where nobody else does. observe(stage, seconds), with a stage of
-        Embedded.timings, and observe_batch(size) are called from those threads.
+        away; a request larger than that is taken when nothing waits. workers: threads for light predicts, and
+        as many for heavy ones and for bulk, which are niced; on a CPU as many as cores. max_wait: seconds
+        that a predict may expect to wait, by the cost of what is taken before it and the pace measured; one
+        that would wait longer is refused. cores: shared with those who run on the same ones; None where
+        nobody else does. observe(stage, seconds), with a stage of Embedded.timings, and observe_batch(size)
+        are called from those threads.
         """
         self.backbone = backbone
         self._max_queue = max_queue
@@ -73,13 +96,17 @@ class Batcher:
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
-        self._predicts: Lane[Request] = Lane(self._lock)
-        self._bulk: Lane[Request] = Lane(self._lock)
+        self._predicts: Priority[Part] = Priority(self._lock)
+        self._bulk: Priority[Part] = Priority(self._lock)
         self._unanswered: set[Request] = set()
         # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
         self._pace = backbone.pace
         self.turns: list[Turn] = []
+        self._crews: list[_Crew] = []
         self._threads: list[threading.Thread] = []
+        self._left: list[threading.Thread] = []
+        # Inputs so far, of those that are counted.
+        self.admitted = 0
         self._open = False
         self._predicts_until = 0.0
 
@@ -94,6 +121,19 @@ class Batcher:
         return self._predicts.depth, self._bulk.depth
 
     @property
+    def neglected(self) -> bool:
+        """Whether inputs wait although a thread that is there for them is idle. Seen without the lock, for a
+        thread that is stuck may hold it.
+        """
+        if self._predicts.depth:
+            return any(
+                lane.depth and not all(turn.busy for turn in turns)
+                for priority, lane, turns in self._crews
+                if priority is self._predicts
+            )
+        return self._bulk.depth > 0 and not any(turn.busy for turn in self.turns)
+
+    @property
     def alive(self) -> bool:
         """Whether inputs are accepted and every worker thread runs."""
         return self._open and all(thread.is_alive() for thread in self._threads)
@@ -101,7 +141,7 @@ class Batcher:
     @property
     def threads_left(self) -> int:
         """Worker threads that have not ended."""
-        return sum(thread.is_alive() for thread in self._threads)
+        return sum(thread.is_alive() for thread in (*self._threads, *self._left))
 
     async def start(self) -> None:
         """Starts the threads. Once."""
@@ -109,16 +149,51 @@ class Batcher:
             raise RuntimeError("a batcher starts once")
         self._open = True
         self._cores.join(self._predicts)
-        for kind, lane in (("predict", self._predicts), ("bulk", self._bulk)):
-            for _ in range(self._workers):
-                turn = Turn(bulk=lane is self._bulk)
-                name = f"{self.backbone.spec.name}-{kind}"
-                self.turns.append(turn)
-                self._threads.append(
-                    threading.Thread(target=self._work, args=(lane, turn), name=name, daemon=True)
-                )
+        for kind, priority in (("predict", self._predicts), ("bulk", self._bulk)):
+            for lane in priority.lanes:
+                name = f"{self.backbone.spec.name}-{kind}" + ("-heavy" if lane is priority.heavy else "")
+                turns = [Turn() for _ in range(self._workers)]
+                self.turns += turns
+                self._crews.append((priority, lane, turns))
+                self._threads += [self._hire(name, priority, lane, turn) for turn in turns]
         for thread in self._threads:
             thread.start()
+
+    def _hire(self, name: str, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> threading.Thread:
+        turn.thread = threading.Thread(target=self._work, args=(priority, lane, turn), name=name, daemon=True)
+        return turn.thread
+
+    def refuse(self, turn: Turn) -> bool:
+        """Refuses the input that a thread prepares and does not get done with, and has another thread go on
+        with the rest; the first one ends once it can. The network is not touched.
+
+        False where the thread prepares nothing, or too many are left to their inputs already.
+        """
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            return False
+        try:
+            suspect, old = turn.input, turn.thread
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            if suspect is None or old is None or len(self._left) == _MOST_LEFT:
+                return False
+            turn.refused[suspect] = InputError(
+                "input_too_costly", "Preparing the input takes longer than any may; send a simpler one."
+            )
+            priority, lane, _ = next(crew for crew in self._crews if turn in crew[-1])
+            thread = self._hire(old.name, priority, lane, turn)
+            self._threads[self._threads.index(old)] = thread
+            self._left.append(old)
+            turn.input, turn.clock, turn.waits = None, None, False
+            turn.steps += 1
+        finally:
+            self._lock.release()
+        thread.start()
+        logger.error(
+            "an input of %d bytes is refused by the backbone %s: preparing it does not end",
+            len(suspect[0].inputs[suspect[1]]),
+            self.backbone.spec.name,
+        )
+        return True
 
     async def close(self) -> None:
         """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open.
@@ -162,11 +237,12 @@ class Batcher:
         the deadline passes, its inputs that still wait are dropped.
         """
         stage = self.backbone.preprocess_stage
-        request = Request(list(inputs), self.backbone.spec.dim, stage, source, counted)
+        request = Request(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
-        lane = self._bulk if bulk else self._predicts
-        self._admit(lane, request)
+        priority = self._bulk if bulk else self._predicts
+        self._share_out(request)
+        self._admit(priority, request)
         try:
             if deadline is None:
                 return await request.future
@@ -180,44 +256,70 @@ class Batcher:
             self._forget([request])
 
     def check_room(self, source: Hashable = None) -> None:
-        """Raises what embed would for one more predict of the source, before anything is done for it."""
+        """Raises what embed would for one more light predict of the source, before any work for it."""
         with self._lock:
-            self._check_room(self._predicts, source, 1)
+            self._check_room(self._predicts, source, 1, (1.0, 0.0))
 
-    def _check_room(self, lane: Lane[Request], source: Hashable, count: int) -> None:
+    def _share_out(self, request: Request) -> None:
+        """Tells the heavy inputs of a request from the light ones."""
+        costs = [self.backbone.expense(item) for item in request.inputs]
+        for heavy in (False, True):
+            places = [place for place, cost in enumerate(costs) if (cost > HEAVY) is heavy]
+            request.parts.append(Part(request, places, [costs[place] for place in places]))
+
+    def _check_room(
+        self, priority: Priority[Part], source: Hashable, count: int, costs: tuple[float, float]
+    ) -> None:
+        """costs: of the light inputs, and of the heavy ones."""
         if not self._open:
             raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
-        cost = lane.cost / self._workers
-        surplus = lane.depth + count - self._max_queue
-        if surplus > 0 and lane.depth > 0 and not lane.has_share(source, count, self._max_queue):
-            raise Overloaded(min(surplus, lane.depth) * cost)
-        if lane is self._predicts and lane.depth * cost > self._max_wait:
-            wait = lane.ahead(source, count) * cost
-            if wait > self._max_wait:
-                raise Overloaded(wait - self._max_wait)
+        surplus = priority.depth + count - self._max_queue
+        if surplus > 0 and priority.depth > 0 and not priority.has_share(source, count, self._max_queue):
+            share = min(1.0, surplus / priority.depth)
+            raise Overloaded(share * priority.seconds / self._workers)
+        if priority is not self._predicts:
+            return
+        for lane, cost in zip(priority.lanes, costs, strict=True):
+            pace = lane.pace / self._workers
+            if cost and lane.cost * pace > self._max_wait:
+                wait = lane.ahead(source, cost) * pace
+                if wait > self._max_wait:
+                    raise Overloaded(wait - self._max_wait)
 
-    def _admit(self, lane: Lane[Request], request: Request) -> None:
+    def _admit(self, priority: Priority[Part], request: Request) -> None:
+        light, heavy = request.parts
         with self._lock:
-            self._check_room(lane, request.source, len(request.inputs))
+            costs = sum(light.costs), sum(heavy.costs)
+            self._check_room(priority, request.source, len(request.inputs), costs)
             self._unanswered.add(request)
-            if lane is self._predicts and request.counted:
+            if request.counted:
+                self.admitted += len(request.inputs)
+            if priority is self._predicts and request.counted:
                 self._predicts_until = time.monotonic() + _PREDICTS_STAY
-            lane.add(request)
-            lane.ready.notify(min(len(request.inputs), self._workers))
+            for lane, part in zip(priority.lanes, request.parts, strict=True):
+                if part.places:
+                    lane.add(part)
+                    lane.ready.notify(min(len(part.places), self._workers))
 
-    def _work(self, lane: Lane[Request], turn: Turn) -> None:
+    def _work(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> None:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             turn.clock = time.pthread_getcpuclockid(threading.get_ident())
-            if lane is self._bulk:
-                give_way()
-            while taken := self._take(lane, turn):
-                self._answer(taken, lane, turn)
+            if priority is self._bulk:
+                give_way(NICENESS)
+            elif lane is priority.heavy:
+                give_way(HEAVY_NICENESS)
+            # What a thread was refused an input of is gone on with.
+            while taken := turn.taken or self._take(priority, lane, turn):
+                self._answer(taken, priority, lane, turn)
                 with self._lock:
-                    turn.busy = False
+                    turn.taken, turn.busy = [], False
+                    turn.refused.clear()
                     lane.running -= 1
-                    if lane is self._bulk and lane.depth:
-                        lane.ready.notify()
+                    if priority is self._bulk:
+                        self._let_bulk_look()
+        except _Left:
+            return
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
             self._give_up("A worker of this backbone died; try again in a few seconds.")
@@ -235,37 +337,36 @@ class Batcher:
 
     def _wake_all(self) -> None:
         """Has every idle thread look whether it is to end."""
-        self._predicts.ready.notify_all()
-        self._bulk.ready.notify_all()
+        for _, lane, _ in self._crews:
+            lane.ready.notify_all()
 
     def _forget(self, requests: Iterable[Request]) -> None:
         """Drops what was not taken of some requests."""
         with self._lock:
             for request in requests:
-                self._predicts.remove(request)
-                self._bulk.remove(request)
+                if request not in self._unanswered:
+                    continue
                 self._unanswered.discard(request)
+                priority = self._bulk if request.bulk else self._predicts
+                for lane, part in zip(priority.lanes, request.parts, strict=True):
+                    lane.remove(part)
             self._let_bulk_look()
 
-    def _take(self, lane: Lane[Request], turn: Turn) -> list[_Taken]:
+    def _take(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> list[tuple[Part, int]]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
-            while not lane.depth or (lane is self._bulk and not self._bulk_may_run()):
+            while not lane.depth or (priority is self._bulk and not self._bulk_may_run(lane)):
                 if not self._open and not lane.depth:
                     return []
                 lane.ready.wait(_PREDICTS_STAY if lane.depth else None)
-            # A share: the others have something of a single caller's inputs too, and whoever is done next has
-            # something to go on with while callers read their answers and ask again. All, where another
-            # backbone has the cores too: a second run of this one would be slower, and has less in it.
-            most = self.backbone.batch if lane is self._predicts else self.backbone.bulk_batch
-            alone = lane is self._bulk or not self._cores.others_run(lane)
-            room = max(1, min(most, -(-lane.depth // self._workers) if alone else lane.depth))
-            taken = lane.take(room)
+            taken = lane.take(self._room(priority, lane), self.backbone.budget)
             now = time.perf_counter()
-            begun = [request for request, index in taken if index == 0]
+            begun = {part.request for part, _ in taken if not part.request.begun}
             for request in begun:
+                request.begun = True
                 request.timings["queue"] = now - request.arrived
             lane.running += 1
+            turn.taken = taken
             turn.allowed = 0.0
             turn.busy = True
             turn.steps += 1
@@ -275,38 +376,65 @@ class Batcher:
                 self._observe("queue", now - request.arrived)
         return taken
 
+    def _room(self, priority: Priority[Part], lane: Lane[Part]) -> int:
+        """Inputs that a thread may take at once.
+
+        A share: the others have something of a single caller's inputs too, and whoever is done next has
+        something to go on with while callers read their answers and ask again. All, where another backbone
+        has the cores too: a second run of this one would be slower, and has less in it.
+        """
+        bulk = priority is self._bulk
+        most = self.backbone.bulk_batch if bulk else self.backbone.batch
+        if lane is priority.heavy:
+            most = min(most, self.backbone.heavy_batch)
+        shared = bulk or not self._cores.others_run(priority)
+        return max(1, min(most, -(-lane.depth // self._workers) if shared else lane.depth))
+
     def _let_bulk_look(self) -> None:
         """Wakes bulk where it waits for predicts: those who have nothing to do would only be in the way."""
-        if self._bulk.depth and not self._predicts.depth:
-            self._bulk.ready.notify_all()
+        if not self._predicts.depth:
+            for lane in self._bulk.lanes:
+                if lane.depth:
+                    lane.ready.notify_all()
 
-    def _bulk_may_run(self) -> bool:
-        """Whether bulk may begin another batch: not before a predict that waits, and not on the last core."""
+    def _bulk_may_run(self, lane: Lane[Part]) -> bool:
+        """Whether bulk may begin another batch: not before a predict that waits, and not on the last core.
+
+        Heavy bulk leaves its core to light bulk that waits.
+        """
         if self._predicts.depth:
             return False
-        predicts_come = time.monotonic() < self._predicts_until
-        return self._bulk.running < max(1, self._workers - predicts_come)
+        most = max(1, self._workers - (time.monotonic() < self._predicts_until))
+        if lane is self._bulk.light:
+            return lane.running < most
+        return not self._bulk.light.depth and self._bulk.running < most
 
-    def _others(self, lane: Lane[Request]) -> bool:
+    def _others(self, priority: Priority[Part]) -> bool:
         """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
         threads of a run wait for each other, and so for the one that bulk holds up.
         """
         with self._lock:
-            if lane.running > 1 or lane.depth > 0 or self._bulk.running > 0:
+            if priority.running > 1 or priority.depth > 0 or self._bulk.running > 0:
                 return True
-        return self._cores.others_run(lane)
+        return self._cores.others_run(priority)
 
-    def _answer(self, taken: list[_Taken], lane: Lane[Request], turn: Turn) -> None:
+    def _answer(
+        self, inputs: list[tuple[Part, int]], priority: Priority[Part], lane: Lane[Part], turn: Turn
+    ) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
+        taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
         try:
             begin = time.perf_counter()
-            good, spent, unknown = self._prepare(taken, turn)
+            good, spent = self._prepare(taken, turn)
             middle = time.perf_counter()
-            beside = lane is self._bulk or self._others(lane)
-            size = sum(prepared.size for _, prepared in good)
+            beside = priority is self._bulk or self._others(priority)
+            size = sum(ready.prepared.size for _, ready in good)
             turn.steps += 1
             turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * size * self._pace))
-            embeddings = self.backbone.run([prepared for _, prepared in good], beside=beside)
+            try:
+                embeddings = self.backbone.run([ready.prepared for _, ready in good], beside=beside)
+            finally:
+                turn.allowed = 0.0
             end = time.perf_counter()
             turn.steps += 1
         except Exception as error:
@@ -315,27 +443,34 @@ class Batcher:
             )
             self._fail({request for request, _ in taken}, error)
             return
-        finally:
-            turn.allowed = 0.0
         finished: list[Request] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
+        # What cannot be read is refused at once, whatever it claims to be.
+        cost = sum(
+            part.costs[place]
+            for (part, place), (_, _, refusal) in zip(inputs, spent, strict=True)
+            if refusal is None
+        )
         with self._lock:
             for (request, index), seconds, refusal in spent:
                 request.timings[stage] += seconds
                 if refusal is not None:
                     request.errors[index] = refusal
-            for ((request, index), _), embedding in zip(good, embeddings, strict=True):
+            for ((request, index), ready), embedding in zip(good, embeddings, strict=True):
                 request.embeddings[index] = embedding
                 request.timings["embed"] += (end - middle) / len(good)
-            for request, index in unknown:
-                request.unknown.add(index)
+                request.tokens += ready.tokens
+                if ready.unknown:
+                    request.unknown.add(index)
+                if ready.truncated:
+                    request.truncated.add(index)
             for request, _ in taken:
                 request.pending -= 1
                 if not request.pending:
                     finished.append(request)
-            if counted or not good:
-                lane.cost += _NEWEST * ((end - begin) / len(taken) - lane.cost)
+            if counted:
+                lane.pace += _NEWEST * ((end - begin) / cost - lane.pace)
             if size:
                 self._pace += _NEWEST * ((end - middle) / size - self._pace)
 
@@ -354,25 +489,36 @@ class Batcher:
 
     def _prepare(
         self, taken: list[_Taken], turn: Turn
-    ) -> tuple[list[tuple[_Taken, Prepared]], list[tuple[_Taken, float, InputError | None]], list[_Taken]]:
-        """What can be run; seconds and error of each input; texts of which the backbone knows no token."""
-        good: list[tuple[_Taken, Prepared]] = []
-        unknown: list[_Taken] = []
+    ) -> tuple[list[tuple[_Taken, Ready]], list[tuple[_Taken, float, InputError | None]]]:
+        """What can be run, and the seconds and the error of each input."""
+        good: list[tuple[_Taken, Ready]] = []
         spent: list[tuple[_Taken, float, InputError | None]] = []
         for one in taken:
             request, index = one
             begin = time.perf_counter()
-            refusal: InputError | None = None
+            refusal = self._turn_to(one, turn)
+            if refusal is not None:
+                spent.append((one, 0.0, refusal))
+                continue
             try:
-                prepared = self.backbone.preprocess(request.inputs[index])
-                good.append((one, prepared))
-                if self.backbone.knows_nothing(request.inputs[index], prepared):
-                    unknown.append(one)
+                good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
             except InputError as error:
                 refusal = error
-            turn.steps += 1
             spent.append((one, time.perf_counter() - begin, refusal))
-        return good, spent, unknown
+            self._turn_to(None, turn)
+            turn.steps += 1
+        return good, spent
+
+    def _turn_to(self, one: _Taken | None, turn: Turn) -> InputError | None:
+        """Notes which input is prepared next, None after each; why it is refused, if it is.
+
+        Raises _Left where the thread was too late.
+        """
+        with self._lock:
+            if turn.thread is not threading.current_thread():
+                raise _Left
+            turn.input = one
+            return None if one is None else turn.refused.get(one)
 
     def _fail(self, requests: set[Request], error: Exception) -> None:
         self._forget(requests)

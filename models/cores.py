@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from models.lane import Lane
-from models.request import Request
+from models.lane import Priority
+from models.request import Part
 
 
 class Cores:
@@ -14,18 +14,18 @@ class Cores:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Never changed, but replaced: it is read without the lock.
-        self._lanes: tuple[Lane[Request], ...] = ()
+        self._all: tuple[Priority[Part], ...] = ()
 
-    def join(self, lane: Lane[Request]) -> None:
+    def join(self, predicts: Priority[Part]) -> None:
         """Its runs are seen by the others from now on."""
         with self._lock:
-            self._lanes = (*self._lanes, lane)
+            self._all = (*self._all, predicts)
 
-    def leave(self, lane: Lane[Request]) -> None:
+    def leave(self, predicts: Priority[Part]) -> None:
         """It is not looked at any more, whatever it still runs; as often as one likes."""
         with self._lock:
-            self._lanes = tuple(one for one in self._lanes if one is not lane)
+            self._all = tuple(one for one in self._all if one is not predicts)
 
-    def others_run(self, lane: Lane[Request]) -> bool:
+    def others_run(self, predicts: Priority[Part]) -> bool:
         """Whether another one's predicts run at this moment."""
-        return any(one.running for one in self._lanes if one is not lane)
+        return any(one.running for one in self._all if one is not predicts)

@@ -202,9 +202,10 @@ def _check(network: Network, folder: Path) -> None:
 
 
 def _sample_images() -> list[bytes]:
+    """Near enough to squares: of longer ones the libraries' own preprocessing sees the middle only."""
     rng = np.random.default_rng(0)
     images = []
-    for height, width in ((480, 640), (333, 100), (48, 48), (224, 224), (257, 1000)):
+    for height, width in ((480, 640), (333, 180), (48, 48), (224, 224), (257, 510)):
         coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
         noisy = (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)

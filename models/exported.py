@@ -7,15 +7,15 @@ import re
 from pathlib import Path
 
 from models.manifest import CorruptExport, folder_sha256, is_current, read_manifest
-from models.spec import PACKAGED, BackboneSpec, split_source
+from models.spec import PACKAGED, BackboneSpec, ImageTransform, split_source
 
 
 def find(name: str) -> Path | None:
     """The folder of a backbone's complete export, None if there is none; names are those of the settings.
 
     A packaged backbone is found by its fingerprint, in the current format; one from a folder by the folder's
-    weights; and one from a hub is the latest exported: what was exported once stays what it is, whatever
-    happens there. Raises UnknownBackbone.
+    weights and the current preprocessing; and one from a hub is the latest exported: what was exported once
+    stays what it is, whatever happens there. Raises UnknownBackbone.
     """
     import bentoml
     from bentoml.exceptions import BentoMLException
@@ -29,7 +29,7 @@ def find(name: str) -> Path | None:
         # Its network is at hand, so it is exported again rather than served with more memory.
         return None
     local = local_folder(name)
-    if local is not None and folder_sha256(local) != spec.weights_sha256:
+    if local is not None and (folder_sha256(local) != spec.weights_sha256 or _is_cropped(spec)):
         return None
     return folder
 
@@ -62,6 +62,11 @@ def local_folder(name: str) -> Path | None:
         return None
     folder = Path(split_source(name)[1]).expanduser()
     return folder.resolve() if folder.is_dir() else None
+
+
+def _is_cropped(spec: BackboneSpec) -> bool:
+    """Whether only the middle of long pictures is seen, as in exports of earlier releases."""
+    return isinstance(spec.transform, ImageTransform) and spec.transform.crop_mode == "center"
 
 
 def _version(name: str) -> str:

@@ -149,7 +149,7 @@ def _timm_folder(name: str, folder: Path) -> Network:
             interpolation=data["interpolation"],
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
-            crop_mode=data["crop_mode"],
+            crop_mode="fold" if data["crop_mode"] == "center" else data["crop_mode"],
         ),
         pooling=str(network.pretrained_cfg.get("global_pool") or "average"),
         licence=str(network.pretrained_cfg.get("license") or "unknown"),
@@ -177,7 +177,7 @@ def _timm_network(spec: BackboneSpec, network: Any) -> Network:
         mean=transform.mean,
         std=transform.std,
         crop_pct=transform.crop,
-        crop_mode=transform.crop_mode,
+        crop_mode="center" if transform.crop_mode == "fold" else transform.crop_mode,
     )
 
     def reference(images: Sequence[bytes]) -> NDArray[np.float32]:

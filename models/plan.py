@@ -1,4 +1,7 @@
-"""How a backbone runs best on this machine: measured at its first start here, kept beside the export."""
+"""How a backbone runs best on this machine: measured at its first start here, kept beside the export.
+
+On a busy machine a measurement says little: it is kept as doubtful, until a quiet one takes its place.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +25,7 @@ from numpy.typing import NDArray
 from models.preprocess import Prepared
 from models.session import Device, runtime_version
 from models.spec import Kind
+from models.usage import Usage
 
 logger = logging.getLogger("topwork")
 
@@ -30,7 +35,7 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 
 PLAN_FILE = "plan.json"
-_FORMAT = 4
+_FORMAT = 5
 # The usual one first. More images at once would take more memory and gain nothing.
 BATCHES: Mapping[Kind, Sequence[int]] = {"image": (2, 1, 4), "text": (32, 1, 8)}
 _BATCHES_ON_GPU = (8, 32, 64, 128)
@@ -38,10 +43,16 @@ _BATCHES_ON_GPU = (8, 32, 64, 128)
 _MIN_COSINE = 0.9999
 # More threads than these are worth trying in one run only if that run has all of them.
 _FEW_THREADS = 4
-# A choice that is better by less is the machine's noise.
-_CLEARLY = 1.05
-_ROUNDS = 3
+# A choice that is better by less is the machine's noise; on a machine that others use, by much less.
+_CLEARLY, _CLEARLY_IN_DOUBT = 1.05, 2.0
+_ROUNDS = 5
 _ROUND_SECONDS = 0.02
+# Above these a measurement is doubtful: the share of the cores that others used meanwhile, and by how much
+# rounds of one way lie below the best of them.
+_MOST_OTHERS = 0.1
+_MOST_SPREAD = 0.2
+# In which it shows whether others use the cores.
+_LOOK_SECONDS = 0.2
 # Where Linux and NVIDIA's driver say what they found.
 _PROCESSOR = {
     "cpu": ("/proc", "cpuinfo", "model name"),
@@ -75,6 +86,25 @@ class Plan:
         return cls(threads, threads, 1, batch)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A plan, and what the machine was like when it was measured."""
+
+    plan: Plan
+    others: float  # share of the cores' time that other processes used
+    spread: float  # see spread_of
+
+    @property
+    def doubt(self) -> float:
+        """How far it is from being relied on; confirmed up to 1."""
+        return max(self.others / _MOST_OTHERS, self.spread / _MOST_SPREAD)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the machine was quiet enough."""
+        return self.doubt <= 1.0
+
+
 Run = Callable[[Mapping[str, Any]], object]
 """One run of a session on a feed."""
 
@@ -87,25 +117,42 @@ def measure(
     batches: Sequence[int],
     open_run: Callable[[int], Run],
     feed: Callable[[int], Mapping[str, Any]],
-) -> Plan:
-    """The fastest plan on this CPU; what is usual, where nothing is clearly faster. About a second.
+) -> Measured:
+    """The fastest plan on this CPU; what is usual, where nothing is clearly faster. A second or two.
 
     batches: to choose from, the usual one first. open_run(threads) opens a session. feed(n) is a batch of n.
     """
     cores = usual.alone
+    # The usual one first: it is taken where nothing is clearly faster.
     runs = {cores: open_run(cores)}
     threads = 1
     while threads < cores:
         runs[threads] = open_run(threads)
         threads *= 2
-    alone = _best({threads: _rate(run, feed(1), 1, 1) for threads, run in runs.items()})
-    ways = {
-        (cores // threads, threads, n): _rate(runs[threads], feed(n), n, cores // threads)
+    # Threads, inputs of a run, and runs beside each other.
+    alone = {(threads, 1, 1): threads for threads in runs}
+    beside = {
+        (threads, n, cores // threads): (cores // threads, threads, n)
         for threads in sorted(runs)
         if threads <= _FEW_THREADS or threads == cores
         for n in batches
     }
-    return Plan(alone, *_best(ways))
+    ways = [*alone, *beside]
+    usage = Usage()
+    rates: dict[tuple[int, int, int], list[float]] = {way: [] for way in ways}
+    for threads, n, _ in ways:
+        runs[threads](feed(n))
+    # In turn, so that what disturbs the machine for a while disturbs all alike.
+    for _, (threads, n, workers) in product(range(_ROUNDS), ways):
+        rates[threads, n, workers].append(_rate(runs[threads], feed(n), n, workers))
+    best = {way: max(found) for way, found in rates.items()}
+    found = Measured(usual, usage.others(), spread_of(list(rates.values())))
+    clearly = _CLEARLY if found.confirmed else _CLEARLY_IN_DOUBT
+    plan = Plan(
+        _best({threads: best[way] for way, threads in alone.items()}, clearly),
+        *_best({chosen: best[way] for way, chosen in beside.items()}, clearly),
+    )
+    return replace(found, plan=plan)
 
 
 def measure_on_gpu(
@@ -113,15 +160,17 @@ def measure_on_gpu(
     halves: bool,
     open_run: Callable[[Plan], AbstractContextManager[Embed]],
     probes: Sequence[Prepared],
-) -> Plan:
+) -> Measured:
     """The fastest plan on this GPU whose embeddings are those of single precision. Some seconds.
 
     halves: there is a graph in half precision. open_run(plan) gives what embeds prepared inputs as the plan
     says. probes: inputs, at least as many as the largest batch.
     """
+    usage = Usage()
     with open_run(usual) as embed:
         reference = embed(probes)
     found: dict[Plan, float] = {}
+    every: list[Sequence[float]] = []
     for half, graphs in product((True, False) if halves else (False,), (True, False)):
         way = replace(usual, half=half, graphs=graphs)
         try:
@@ -129,18 +178,28 @@ def measure_on_gpu(
                 if not lowest_cosine(embed(probes), reference) >= _MIN_COSINE:
                     logger.warning("float16 gives other embeddings here; single precision is taken")
                     continue
-                rates = {n: _rate(embed, probes[:n], n, 1) for n in (1, usual.batch, *_BATCHES_ON_GPU)}
+                rounds = {n: _rates(embed, probes[:n], n) for n in (1, usual.batch, *_BATCHES_ON_GPU)}
         # A network may have what no graph can capture.
         except Exception as error:
             if not graphs:
                 raise
             logger.info("no CUDA graphs for this backbone: %s", error)
             continue
+        every += rounds.values()
+        rates = {n: max(some) for n, some in rounds.items()}
         single = rates.pop(1)
         batch = _best(rates)
         # One input after the other counts as much as many at once.
         found[replace(way, batch=batch)] = math.sqrt(single * rates[batch])
-    return max(found, key=lambda plan: found[plan])
+    return Measured(max(found, key=lambda plan: found[plan]), usage.others(), spread_of(every))
+
+
+def spread_of(rounds: Sequence[Sequence[float]]) -> float:
+    """By how much rounds lie below the best one of the same way: the median round, of the median way.
+
+    rounds: the rates of each way, at least one each.
+    """
+    return median(1.0 - median(rates) / max(rates) for rates in rounds)
 
 
 def lowest_cosine(one: Floats, other: Floats) -> float:
@@ -149,8 +208,14 @@ def lowest_cosine(one: Floats, other: Floats) -> float:
     return float((np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-12)).min())
 
 
+def _rates(run: Callable[[T], object], feed: T, items: int) -> list[float]:
+    """Items a second of one thread, in some rounds behind a first run."""
+    run(feed)
+    return [_rate(run, feed, items, 1) for _ in range(_ROUNDS)]
+
+
 def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> float:
-    """Items a second by so many threads, the best of some rounds."""
+    """Items a second by so many threads."""
 
     def repeat(until: float) -> int:
         count = 0
@@ -159,37 +224,41 @@ def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> floa
             count += items
         return count
 
-    best = 0.0
-    run(feed)
     with ThreadPoolExecutor(workers) as pool:
-        for _ in range(_ROUNDS):
-            begin = time.perf_counter()
-            done = sum(pool.map(repeat, [begin + _ROUND_SECONDS] * workers))
-            best = max(best, done / (time.perf_counter() - begin))
-    return best
+        begin = time.perf_counter()
+        done = sum(pool.map(repeat, [begin + _ROUND_SECONDS] * workers))
+        return done / (time.perf_counter() - begin)
 
 
-def _best(rates: Mapping[K, float]) -> K:
-    """The fastest; the first where none is clearly faster than it."""
+def _best(rates: Mapping[K, float], clearly: float = _CLEARLY) -> K:
+    """The fastest; the first where none is faster than it by such a factor."""
     first, best = next(iter(rates)), max(rates, key=lambda key: rates[key])
-    return best if rates[best] > _CLEARLY * rates[first] else first
+    return best if rates[best] > clearly * rates[first] else first
 
 
-def read_plan(export: Path, usual: Plan, device: Device) -> Plan | None:
-    """The plan that was measured on this machine, if there is one that can be read."""
+def is_quiet(seconds: float = _LOOK_SECONDS) -> bool:
+    """Whether others leave the cores to this process, looking for so long."""
+    usage = Usage()
+    time.sleep(seconds)
+    return usage.others() <= _MOST_OTHERS
+
+
+def read_plan(export: Path, usual: Plan, device: Device) -> Measured | None:
+    """What was measured on this machine, if there is something that can be read."""
     try:
         kept = json.loads((export / PLAN_FILE).read_text())
         if kept["about"] != _about(usual, device):
             return None
         plan = Plan(**{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()})
-        return plan if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
+        found = Measured(plan, float(kept["others"]), float(kept["spread"]))
+        return found if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_plan(export: Path, usual: Plan, device: Device, plan: Plan) -> None:
+def keep_plan(export: Path, usual: Plan, device: Device, measured: Measured) -> None:
     """Writes the plan beside the export; where that cannot be, the next start measures again."""
-    content = json.dumps({"about": _about(usual, device), "plan": asdict(plan)}, indent=2)
+    content = json.dumps({"about": _about(usual, device), **asdict(measured)}, indent=2)
     scratch = export / f".{PLAN_FILE}.{os.getpid()}"
     try:
         scratch.write_text(content + "\n")

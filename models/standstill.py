@@ -28,8 +28,10 @@ class Standstill:
     quiet: seconds for which nothing was done although something is to be done.
 
     A run that takes longer than it may is stuck. What prepares inputs is stuck only if no thread that does so
-    uses the CPU: how long a picture takes to decode nobody knows before, and others wait meanwhile. Time is
-    that between looks, as far as they came: a process that was stopped, or starved, has not been stuck.
+    uses the CPU: how long a picture takes to decode nobody knows before, and others wait meanwhile. The
+    network has no part in that, so the input is refused, and nothing is replaced. A thread that waits for
+    another process is not stuck: its wait is bounded there. Time is that between looks, as far as they came:
+    a process that was stopped, or starved, has not been stuck.
     """
 
     def __init__(self, batcher: Batcher) -> None:
@@ -44,20 +46,24 @@ class Standstill:
             return "one of its threads died"
         moved, working = False, False
         for turn, seen in self._seen.items():
-            moved |= turn.steps != seen.steps
+            moved |= turn.steps != seen.steps or turn.waits
             working |= self._update(turn, seen, passed)
-        waits = self._waits_for_nobody()
+        waits = self._batcher.neglected
         self._lost = 0.0 if moved or not waits else self._lost + passed
         busy = any(turn.busy for turn in self._seen)
         self.quiet = 0.0 if moved or not (busy or waits) else self.quiet + passed
         if self._lost > PATIENCE:
             return "inputs wait, and no thread takes them"
-        return next(filter(None, (self._verdict(*one, passed, working) for one in self._seen.items())), None)
+        for turn, seen in self._seen.items():
+            why = self._verdict(turn, seen, passed, working)
+            if why is not None and not (turn.allowed == 0 and self._batcher.refuse(turn)):
+                return why
+        return None
 
     @staticmethod
     def _update(turn: Turn, seen: _Seen, passed: float) -> bool:
         """Whether the thread is preparing inputs, and used the CPU since the last look."""
-        if turn.steps != seen.steps or not turn.busy:
+        if turn.steps != seen.steps or not turn.busy or turn.waits:
             seen.steps, seen.age, seen.still = turn.steps, 0.0, 0.0
         else:
             seen.age += passed
@@ -75,13 +81,6 @@ class Standstill:
         if seen.still > PATIENCE or seen.age > LONGEST_RUN:
             return f"a thread has not got on for {seen.age:.1f} s"
         return None
-
-    def _waits_for_nobody(self) -> bool:
-        """Whether inputs wait although a thread is idle that is there for them."""
-        predicts, bulk = self._batcher.waiting
-        if predicts:
-            return not all(turn.busy for turn in self._seen if not turn.bulk)
-        return bool(bulk) and not any(turn.busy for turn in self._seen)
 
 
 def _cpu_seconds(clock: int) -> float:

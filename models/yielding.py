@@ -9,15 +9,17 @@ import time
 
 NICENESS = 10
 """Of whatever gives way to predictions."""
+HEAVY_NICENESS = 5
+"""Of predictions that would hold up light ones: they get a quarter of a core that light ones want too."""
 # CPUCLOCK_SCHED of <linux/posix-timers.h>: what clock_getcpuclockid(3) puts beside a process's number.
 _PROCESS_CLOCK = 2
 
 
-def give_way() -> None:
+def give_way(niceness: int = NICENESS) -> None:
     """Nices this thread alone: Linux nices threads, not only processes."""
     thread = threading.get_native_id()
     # Less than it has by now would need a privilege.
-    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), NICENESS)
+    niceness = max(os.getpriority(os.PRIO_PROCESS, thread), niceness)
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 

@@ -9,10 +9,13 @@ from pydantic import BaseModel, Field
 
 from adapters.answering import Reason
 from adapters.example import Task, Weights
+from adapters.rollback import Gone
 from models.spec import Kind
 from service.schemas import (
     Timings,
 )
+
+_TRUNCATED = "There where the text is longer than the backbone reads: only its start counted."
 
 
 class ErrorAt(BaseModel):
@@ -57,11 +60,14 @@ class RejectedOut(ItemError):
 class ExamplesOut(BaseModel):
     """What became of the examples."""
 
-    total: int = Field(description="Kept now.")
+    total: int = Field(description="Kept now, those included that are set aside.")
     added: int
     replaced: int
     removed: int = 0
     rejected: list[RejectedOut] = Field(default_factory=list)
+    truncated: int = Field(
+        default=0, description="Texts among those sent of which the backbone reads only the start."
+    )
 
 
 class AdaptResponse(BaseModel):
@@ -82,6 +88,37 @@ class RemovalResponse(AdaptResponse):
 
     gone: list[int] = Field(description="Versions that were fitted on what was removed, and went with it.")
     erasure: str | None = Field(description="The number of its receipt; null where nothing was removed.")
+
+
+class MissingOut(BaseModel):
+    """An example of a version that cannot come back."""
+
+    id: str
+    reason: Gone = Field(
+        description="not_kept: a replacement has forgotten it. other_input: its id has another input now."
+    )
+
+
+class RestoredExamplesOut(BaseModel):
+    """What became of the examples when a version was restored."""
+
+    total: int = Field(description="Kept now, those included that are set aside.")
+    in_use: int = Field(description="The examples of the version, but for the missing ones.")
+    taken_back: int = Field(description="That were set aside before.")
+    relabelled: int = Field(description="That have again the target that they had in the version.")
+    set_aside: int = Field(description="That were used before, and are not the version's.")
+    missing_total: int
+    missing: list[MissingOut] = Field(description="The first thousand of those that cannot come back.")
+
+
+class RestoreResponse(BaseModel):
+    """A version that is live again, with its examples."""
+
+    adapter: str
+    version: int
+    live: bool
+    epoch: int = Field(description="Send it as min_epoch to another process to see at least this.")
+    examples: RestoredExamplesOut
 
 
 class ErasureOut(BaseModel):
@@ -141,9 +178,17 @@ class PredictionOut(BaseModel):
         "far_from_examples: the input is of another world. low_confidence: too little of it."
     )
     abstention_score: float = Field(
-        description="Grows with the doubt that the input belongs to what was taught."
+        ge=0,
+        description="Grows with the doubt that the input belongs to what was taught. To rank inputs by: "
+        "nothing is decided by it, and it has no limit.",
+    )
+    distance: float | None = Field(
+        ge=0,
+        description="From the examples, over the distance accepted: larger is farther, and above 1 the "
+        "reason is far_from_examples. null where too few examples were there to tell.",
     )
     probabilities: list[LabelProbability] | None = None
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
     nearest: list[NearestOut] | None = None
 
 
@@ -160,6 +205,7 @@ class EmbeddingOut(BaseModel):
     """One input's embedding."""
 
     embedding: list[float]
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class EmbedResponse(BaseModel):
@@ -178,6 +224,7 @@ class OpenAIEmbedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
+    truncated: Literal[True] | None = Field(default=None, description=_TRUNCATED)
 
 
 class OpenAIUsage(BaseModel):
@@ -196,6 +243,48 @@ class OpenAIResponse(BaseModel):
     usage: OpenAIUsage
 
 
+class OpenAIModel(BaseModel):
+    """A backbone for texts, in OpenAI's form."""
+
+    id: str = Field(examples=["minilm-l6-v2"])
+    object: Literal["model"]
+    created: int = Field(description="When it was exported here, in seconds since 1970.")
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    """The backbones that /v1/embeddings takes."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="A JSON pointer to the first of `errors`.", examples=["/input/0"])
+    code: str = Field(examples=["model_not_found"])
+
+
+class OpenAIProblem(BaseModel):
+    """An error below /v1."""
+
+    error: OpenAIError
+    errors: list[ErrorAt] = Field(default_factory=list)
+
+
+class PlanOut(BaseModel):
+    """How a backbone runs on this machine, as it was measured."""
+
+    threads_alone: int = Field(description="Threads of a run that has the machine to itself.")
+    runs_beside: int = Field(description="Runs beside each other where inputs wait.")
+    threads_beside: int = Field(description="Threads of each of those.")
+    batch: int = Field(description="Inputs of one run, at most.")
+    confirmed: bool = Field(description="Whether the machine was quiet when this was measured.")
+
+
 class BackboneOut(BaseModel):
     """A backbone that can be adapted."""
 
@@ -207,6 +296,7 @@ class BackboneOut(BaseModel):
     device: str
     precision: str
     source: str
+    plan: PlanOut
 
 
 class BackbonesOut(BaseModel):
@@ -226,8 +316,12 @@ class AdapterOut(BaseModel):
     keep_inputs: bool
     answer_accuracy: float = Field(description="Wanted of what is not abstained on.")
     weights: Weights
-    examples: int
+    examples: int = Field(description="Kept, those included that are set aside.")
     live: int | None = Field(description="The version that /predict uses.")
+    rolled_back_at: datetime | None = Field(
+        description="When a person made an older version live: newer ones are withheld (`rolled_back`) until "
+        "a person promotes one, restores a version or says `always`. null: nothing is held."
+    )
     revision: int
     epoch: int
     created_at: datetime
@@ -272,6 +366,7 @@ class KeptExampleOut(BaseModel):
     target: float | None = None
     group: str | None
     sampled: bool = Field(description="Whether it is measured on, and not only learned from.")
+    excluded: bool = Field(description="Whether it is set aside: kept, and not learned from.")
     digest: str = Field(description="sha256 of the input.")
     created_at: datetime
 
@@ -301,8 +396,11 @@ class JobErrorOut(BaseModel):
 class JobOut(BaseModel):
     """A job. Its progress is that of the newest attempt: `share` done, `seconds_left`, and by kind.
 
-    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, skipped,
-    format, and, where the job is asked for alone, errors.
+    Of a job that has succeeded the share is 1 and nothing is left; of one that failed or was cancelled the
+    share is what it had reached, and `seconds_left` is null.
+
+    fine_tune: phase, epoch, epochs, loss, held_out_accuracy. bulk_adapt: phase, stored, rejected, truncated,
+    skipped, format, and, where the job is asked for alone, errors.
     """
 
     id: str

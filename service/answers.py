@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from adapters.adapting import AdaptOutcome
@@ -25,12 +25,21 @@ from adapters.predicting import PredictAnswer
 from adapters.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from adapters.replies import Answered
 from adapters.revising import Revised
+from adapters.rollback import Restored
 from adapters.submitting import Submitted
 from models.backbone import Embedded
 from models.batcher import Batcher
+from models.plan import Measured
 from models.preprocess import InputError
 
 Json = dict[str, Any]
+_MOST_MISSING = 1_000
+
+REJECTED_KEPT = 100
+"""Of the examples that a request was told to be rejected, those that it is told again."""
+_SHORT = 4_096  # bytes; a shorter answer has fewer rejected examples
+
+_THREADED = frozenset({"decode", "tokenize", "embed"})
 
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
@@ -46,6 +55,18 @@ def adapted(outcome: AdaptOutcome) -> Response:
 def revised(done: Revised) -> Response:
     """AdaptResponse, of feedback or of a rebase."""
     return answer(_revised(done, [], done.timings))
+
+
+def kept(body: bytes) -> bytes:
+    """What is kept of an answer, to be given again: all of it, but for rejected examples beyond the first."""
+    if len(body) < _SHORT:
+        return body
+    value = from_json(body)
+    rejected = (value.get("examples") or {}).get("rejected", [])
+    if len(rejected) <= REJECTED_KEPT:
+        return body
+    del rejected[REJECTED_KEPT:]
+    return to_json(value)
 
 
 def repeated(found: Answered) -> Response:
@@ -101,8 +122,30 @@ def jobs(records: Sequence[JobRecord], limit: int) -> Response:
 def removed(done: Revised) -> Response:
     """RemovalResponse."""
     committed = done.committed
-    more = {"gone": committed.gone, "erasure": committed.erasure}
+    more = {"gone": committed.erased, "erasure": committed.erasure}
     return answer(_revised(done, [], done.timings) | more)
+
+
+def restored(done: Restored) -> Response:
+    """RestoreResponse."""
+    rollback, missing = done.rollback, done.rollback.missing
+    return answer(
+        {
+            "adapter": done.adapter.name,
+            "version": done.version,
+            "live": True,
+            "epoch": done.adapter.epoch,
+            "examples": {
+                "total": done.adapter.examples,
+                "in_use": rollback.in_use,
+                "taken_back": rollback.taken_back,
+                "relabelled": rollback.relabelled,
+                "set_aside": rollback.set_aside,
+                "missing_total": len(missing),
+                "missing": [{"id": one.id, "reason": one.reason} for one in missing[:_MOST_MISSING]],
+            },
+        }
+    )
 
 
 def erased(receipt: Receipt) -> Response:
@@ -133,30 +176,61 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
     head = {"backbone": name, "fingerprint": spec.fingerprint, "dim": spec.dim}
     # One by one, so that other threads get their turn in between.
     items = [
-        to_json(_failed(found.errors[index]) if index in found.errors else {"embedding": row.tolist()})
+        to_json(
+            _failed(found.errors[index])
+            if index in found.errors
+            else {"embedding": row.tolist(), **_cut(index in found.truncated)}
+        )
         for index, row in enumerate(found.embeddings)
     ]
     tail = to_json({"timing_ms": _milliseconds(found.timings)})
     return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
 
 
-def openai(model: str, embeddings: NDArray[np.float32], encoding: str, tokens: int) -> bytes:
+def openai(model: str, found: Embedded, encoding: str) -> bytes:
     """OpenAIResponse as JSON. Slow: for a thread."""
+    embeddings = found.embeddings.astype(np.float32, copy=False)
     items = [
-        to_json({"object": "embedding", "index": index, "embedding": _encoded(row, encoding)})
+        to_json(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(row, encoding),
+                **_cut(index in found.truncated),
+            }
+        )
         for index, row in enumerate(embeddings)
     ]
-    tail = to_json({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    tail = to_json({"model": model, "usage": usage})
     return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
 
 
-def backbones(batchers: Mapping[str, Batcher]) -> Response:
+def openai_models(batchers: Mapping[str, Batcher]) -> Response:
+    """OpenAIModels: of backbones for texts."""
+    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
+    return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
+
+
+def openai_model(name: str, batcher: Batcher) -> Response:
+    """OpenAIModel."""
+    return answer(_openai_model(name, batcher))
+
+
+def _openai_model(name: str, batcher: Batcher) -> Json:
+    exported = int(batcher.backbone.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
+
+
+def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
     """BackbonesOut."""
-    return answer({"backbones": [_backbone(name, batcher) for name, batcher in batchers.items()]})
+    return answer(
+        {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
+    )
 
 
-def _backbone(name: str, batcher: Batcher) -> Json:
-    spec = batcher.backbone.spec
+def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
+    spec, plan = batcher.backbone.spec, batcher.backbone.plan
     return {
         "name": name,
         "kind": spec.kind,
@@ -166,6 +240,13 @@ def _backbone(name: str, batcher: Batcher) -> Json:
         "device": batcher.backbone.device,
         "precision": batcher.backbone.precision,
         "source": spec.source,
+        "plan": {
+            "threads_alone": plan.alone,
+            "runs_beside": plan.workers,
+            "threads_beside": plan.beside,
+            "batch": plan.batch,
+            "confirmed": measured.confirmed,
+        },
     }
 
 
@@ -182,6 +263,7 @@ def adapter(record: AdapterRecord) -> Json:
         "weights": record.weights,
         "examples": record.examples,
         "live": record.live,
+        "rolled_back_at": record.rolled_back_at,
         "revision": record.revision,
         "epoch": record.epoch,
         "created_at": record.created_at,
@@ -240,6 +322,7 @@ def example(record: ExampleRecord) -> Json:
         **_target(record.target),
         "group": record.group,
         "sampled": record.sampled,
+        "excluded": record.excluded,
         "digest": record.digest,
         "created_at": record.created_at,
     }
@@ -281,6 +364,7 @@ def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
         "rejected": [
             {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in rejected
         ],
+        **({"truncated": done.truncated} if done.truncated else {}),
     }
 
 
@@ -319,7 +403,9 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
         "abstained": item.abstained,
         "abstention_reason": item.abstention_reason,
         "abstention_score": item.abstention_score,
+        "distance": item.distance,
     }
+    found |= _cut(item.truncated)
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
     return found
@@ -335,6 +421,11 @@ def _target(target: Target) -> Json:
     return {"labels": target} if isinstance(target, tuple) else {"target": target}
 
 
+def _cut(truncated: bool) -> Json:
+    """What is said of a text of which only the start was read."""
+    return {"truncated": True} if truncated else {}
+
+
 def _failed(error: InputError) -> Json:
     return {"error": {"code": error.code, "detail": error.detail}}
 
@@ -347,4 +438,17 @@ def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
 
 
 def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
-    return {stage: round(seconds * 1e3, 3) for stage, seconds in timings.items()}
+    """Stages that add up to the total, with `other` for what is none of them.
+
+    Of what several threads did at once, each stage gets its share of the time that passed.
+    """
+    stages = {stage: seconds for stage, seconds in timings.items() if stage != "total"}
+    total = timings.get("total", sum(stages.values()))
+    work = sum(seconds for stage, seconds in stages.items() if stage in _THREADED)
+    passed = total - (sum(stages.values()) - work)
+    if work > passed:
+        share = max(passed, 0.0) / work
+        stages = {stage: one * share if stage in _THREADED else one for stage, one in stages.items()}
+    found = {stage: round(seconds * 1e3, 3) for stage, seconds in stages.items()}
+    whole = round(total * 1e3, 3)
+    return {**found, "other": max(0.0, round(whole - sum(found.values()), 3)), "total": whole}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import threading
 from typing import Any, NoReturn
@@ -18,9 +19,16 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from service.connections import connections
 from service.draining import Server
-from service.edge import ASKING, Edge
+from service.edge import Edge
+from service.image import image
 from service.protocol import Protocol
-from service.settings import Settings, serving_environment, tracing_wanted
+from service.settings import (
+    Settings,
+    serving_environment,
+    set_serving_environment,
+    tracing_wanted,
+    warn_of_unknown_settings,
+)
 from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
@@ -82,6 +90,7 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
 @bentoml.service(
     name="topwork",
     service_class=Shell,
+    image=image(),
     workers=1,
     envs=[{"name": name, "value": value} for name, value in serving_environment().items()],
     metrics={"enabled": False},
@@ -95,9 +104,13 @@ class Topwork:
         """In BentoML's supervising process, before any worker: refuses what can be refused at once."""
         import click
         from bentoml._internal.configuration.containers import BentoMLContainer
+        from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
         from service.auth import Guard
 
+        # BentoML has read already whether it may report to its maker, and keeps what it read.
+        set_serving_environment()
+        do_not_track.cache_clear()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, _stop_supervising)
         context = click.get_current_context(silent=True)
@@ -114,9 +127,12 @@ class Topwork:
         """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
         from service.auth import Guard, listening_addresses
         from service.composition import compose
+        from service.contract import Contract
         from service.direct import Direct
         from service.routes import build_api
 
+        # `topwork serve` has done it; a bento under another server has not.
+        os.umask(0o077)
         configure_logging()
         give_back_memory()
         connections.bound(raise_descriptor_limit())
@@ -125,6 +141,7 @@ class Topwork:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
+            warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
             # First, for without a key nothing need be started.
             Guard(settings.admin_key, listening_addresses())
@@ -134,7 +151,9 @@ class Topwork:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
         self.watching = asyncio.create_task(edge.watch())
-        edge.open(Direct(api, ASKING), settings=settings, guard=guard, metrics=self.components.metrics)
+        metrics = self.components.metrics
+        front = Contract(Direct(api), api.routes)
+        edge.open(front, api.routes, settings=settings, guard=guard, metrics=metrics)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

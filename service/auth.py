@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, get_args
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from pydantic import SecretStr
@@ -19,13 +19,16 @@ from pydantic import SecretStr
 from adapters.records import RegistryUnavailable, UnknownTenant
 from adapters.store import is_tenant
 from adapters.tenants import HeldKey, Scope, split_key
+from service.access import Access
 from service.errors import Problem
 from service.meters import Meter, Meters
 
-# Static, the same for everybody, and fetched by tools that cannot send a key: the documentation by browsers,
-# the metrics by Prometheus, whose configuration should not hold an admin's key.
-OPEN_PATHS = frozenset({"/docs", "/openapi.json", "/metrics"})
-OPEN_PREFIX = "/docs/"
+# What a browser on this machine calls the service. Names that only resolve to it are not among them.
+_LOCAL_HOST = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+_OWN_PAGES = (None, b"same-origin", b"none")
+
+Headers = Mapping[bytes, bytes]
+"""As in ASGI: lower-case names, the last of each."""
 
 NEEDS_KEY = (
     "The service would listen on {address}, where others can reach it. Set TOPWORK_ADMIN_KEY "
@@ -91,6 +94,16 @@ OPERATOR = Caller(None, frozenset(get_args(Scope)), "operator")
 # Whoever can reach a service that asks for no key.
 LOCAL = Caller(None, frozenset(get_args(Scope)), "none")
 NOBODY = Caller(None, frozenset(), "none")
+# Who was refused before it was known whose key it is.
+STRANGER = Caller(None, frozenset(), "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Whether a request may pass."""
+
+    caller: Caller  # as far as it is known
+    refusal: Exception | None = None
 
 
 async def _no_keys(key_id: str) -> HeldKey | None:
@@ -126,22 +139,23 @@ class Guard:
         self._find = find
         self._meters = Meters()
 
-    async def admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> Caller | Problem:
-        """Who the request is from, or its refusal. `headers` as in ASGI: lower-case names, the last of each.
-
-        Raises RegistryUnavailable for a tenant's key that was not read before.
-        """
+    async def admit(self, access: Access, method: str, headers: Headers) -> Admission:
+        """Who the request is from, and its refusal. access: what its route needs."""
         if self._key is None:
-            return _check_local(headers) or LOCAL
-        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            return NOBODY
+            return Admission(LOCAL, _foreign_host(headers) or _foreign_page(access, method, headers))
+        if access.need == "nothing":
+            return Admission(NOBODY)
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return _unauthorized()
         given = given.strip()
+        if scheme.lower() != b"bearer":
+            return Admission(STRANGER, _unauthorized())
         if secrets.compare_digest(given, self._key):
-            return OPERATOR
-        return await self._as_tenant(given, method, path, headers)
+            return Admission(OPERATOR)
+        try:
+            key = await self._key_of(given)
+        except Exception as error:
+            return Admission(STRANGER, error)
+        return Admission(STRANGER, _unauthorized()) if key is None else self._as_tenant(key, access, headers)
 
     async def check(self, caller: Caller) -> Problem | None:
         """The refusal of one who was let in, and would not be by now."""
@@ -152,39 +166,35 @@ class Guard:
                 return _unauthorized()
         return None
 
-    async def _as_tenant(
-        self, given: bytes, method: str, path: str, headers: dict[bytes, bytes]
-    ) -> Caller | Problem:
+    async def _key_of(self, given: bytes) -> HeldKey | None:
+        """The tenant's key that was sent. Raises RegistryUnavailable for one that was not read before."""
         parts = split_key(given.decode("latin-1"))
         key = await self._find(parts[0]) if parts else None
-        if parts is None or key is None or not key.opens_with(parts[1]):
-            return _unauthorized()
+        return key if parts is not None and key is not None and key.opens_with(parts[1]) else None
+
+    def _as_tenant(self, key: HeldKey, access: Access, headers: Headers) -> Admission:
+        caller = Caller(key.tenant, key.scopes, key.id)
         named = headers.get(b"x-tenant")
         if named is not None and named.decode("latin-1") != key.tenant:
-            return Problem(
-                403, "wrong_tenant", "The key is another tenant's than X-Tenant names; leave it out."
-            )
-        scope = needed(method, path)
-        if scope is not None and scope not in key.scopes:
-            return Problem(
-                403,
-                "scope_missing",
-                f"This needs a key with the scope {scope!r}; ask whoever gave you yours.",
-            )
+            detail = "The key is another tenant's than X-Tenant names; leave it out."
+            return Admission(caller, Problem(403, "wrong_tenant", detail))
+        refusal = _missing(access, key)
+        if refusal is not None:
+            return Admission(caller, refusal)
         meter = self._meters.admit(key.tenant, key.quotas)
-        return meter if isinstance(meter, Problem) else Caller(key.tenant, key.scopes, key.id, meter)
+        if isinstance(meter, Problem):
+            return Admission(caller, meter)
+        return Admission(replace(caller, meter=meter))
 
 
-def needed(method: str, path: str) -> Scope | None:
-    """The scope that a key needs; None where any will do: to see what there is to ask."""
-    first, _, rest = path.removeprefix("/").partition("/")
-    if first in ("predict", "embed", "v1"):
-        return "predict"
-    if first == "tenants":
-        return "admin"
-    changes = method not in ("GET", "HEAD")
-    teaches = first == "adapters" and (changes or "/examples" in rest or rest.endswith("/export"))
-    return "adapt" if teaches or first in ("adapt", "jobs") else None
+def _missing(access: Access, key: HeldKey) -> Problem | None:
+    """The refusal of a tenant's key that does not open what the route needs."""
+    if access.need == "operator":
+        return Problem(403, "operator_only", "This needs the admin key of the service.")
+    if access.need in ("nothing", "key") or access.need in key.scopes:
+        return None
+    detail = f"This needs a key with the scope {access.need!r}; ask the operator for one."
+    return Problem(403, "scope_missing", detail)
 
 
 def _unauthorized() -> Problem:
@@ -196,34 +206,47 @@ def _unauthorized() -> Problem:
     )
 
 
-def _check_local(headers: dict[bytes, bytes]) -> Problem | None:
+def _foreign_host(headers: Headers) -> Problem | None:
     host = headers.get(b"host", b"").decode("latin-1")
+    if is_local_host(host):
+        return None
+    return Problem(
+        403,
+        "host_refused",
+        "Without a key the service answers to localhost only. Set TOPWORK_ADMIN_KEY for other names.",
+    )
+
+
+def _foreign_page(access: Access, method: str, headers: Headers) -> Problem | None:
+    """The refusal of what a browser sends for a page of another origin, another local port's included.
+
+    A link that leads to an open document is followed: no page can read what another window shows.
+    """
     origin = headers.get(b"origin")
-    if not _is_local("//" + host):
-        return Problem(
-            403,
-            "host_refused",
-            "Without a key the service answers to localhost only. Set TOPWORK_ADMIN_KEY for other names.",
-        )
-    if origin is not None and not _is_local(origin.decode("latin-1")):
-        return Problem(
-            403,
-            "origin_refused",
-            "Without a key the service answers no other site's pages. Set TOPWORK_ADMIN_KEY to allow that.",
-        )
-    return None
+    own = origin is None or _without_port_80(origin) == b"http://" + _without_port_80(headers[b"host"])
+    if own and headers.get(b"sec-fetch-site") in _OWN_PAGES:
+        return None
+    follows_link = (
+        headers.get(b"sec-fetch-mode") == b"navigate" and headers.get(b"sec-fetch-dest") == b"document"
+    )
+    if origin is None and follows_link and access.need == "nothing" and method == "GET":
+        return None
+    return Problem(
+        403,
+        "origin_refused",
+        "Without a key the service answers no other site's pages. Set TOPWORK_ADMIN_KEY to allow that.",
+    )
+
+
+def _without_port_80(name: bytes) -> bytes:
+    return name.lower().removesuffix(b":80")
 
 
 @lru_cache(256)
-def _is_local(url: str) -> bool:
-    return is_loopback(_host_name(url))
-
-
-def _host_name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+def is_local_host(host: str) -> bool:
+    """Whether a Host header names this machine: localhost, 127.0.0.0/8 or [::1], with or without a port."""
+    found = _LOCAL_HOST.fullmatch(host)
+    return found is not None and is_loopback(found[1].strip("[]").lower())
 
 
 def caller_of(request: Request) -> Caller:
@@ -259,13 +282,6 @@ async def named_tenant(request: Request, tenant: str) -> str:
     if not is_tenant(tenant) or own not in (None, tenant):
         raise UnknownTenant(tenant[:63])
     return tenant
-
-
-async def only_operator(request: Request) -> None:
-    """Raises a 403 Problem for a tenant's key."""
-    caller = caller_of(request)
-    if caller.tenant is not None or "admin" not in caller.scopes:
-        raise Problem(403, "operator_only", "This needs the admin key of the service.")
 
 
 Tenant = Annotated[str, Depends(tenant_of)]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from adapters.adapting import AdaptCommand
 from adapters.admission import Posted
-from adapters.curating import Feedback
+from adapters.curating import Amendment, Feedback
 from adapters.example import ExampleError
 from adapters.predicting import Input, PredictQuery
 from adapters.submitting import FINE_TUNE
@@ -26,6 +25,7 @@ from service.errors import Problem
 from service.lifting import Lifted, NotJson, TooIntricate, parse
 from service.schemas import (
     AdaptRequest,
+    AmendRequest,
     EmbedRequest,
     ExampleIn,
     FeedbackRequest,
@@ -35,14 +35,17 @@ from service.schemas import (
     TargetIn,
     UploadRequest,
 )
+from service.validation import Fault, apart, lax, refuse_parameters, strict
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
+Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
 # Bodies up to this size are parsed where they are, in about a millisecond; a thread would take longer to
 # begin.
 _AT_ONCE = 128 << 10
 _REST = 16 << 20
+_ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
 _FIELDS = 64
 # Of which many are remembered.
 _SHORT_QUERY = 256
@@ -66,11 +69,12 @@ class _InMemoryParser(MultiPartParser):
 class Bodies:
     """Reads bodies within the limits of one request.
 
-    Every method raises Problem or RequestValidationError.
+    Every method raises Problem.
     """
 
     max_examples: int
     max_inputs: int
+    max_openai_inputs: int
     max_text_chars: int
 
     async def adapt(self, request: Request) -> AdaptCommand:
@@ -84,7 +88,7 @@ class Bodies:
 
     def bulk(self, request: Request, form: Form) -> tuple[AdaptCommand, AsyncIterator[bytes]]:
         """An upload: what to do with it, which is in the query string, and its bytes as they come."""
-        body = _lax(UploadRequest, dict(request.query_params))
+        body = lax(UploadRequest, dict(request.query_params))
         columns = body.columns()
         if columns and form != "csv":
             named = ", ".join(f"`{field}_column`" for field in columns)
@@ -106,7 +110,7 @@ class Bodies:
             return await self._json(request, self._predict_query)
         raw = media != "multipart/form-data"
         inputs, fields = await self._inputs(request, media)
-        body = _asked(request) if raw else _lax(PredictRequest, {**request.query_params, **fields})
+        body = _asked(request) if raw else lax(PredictRequest, dict(request.query_params), fields)
         return Single(_query(body, inputs), raw=raw)
 
     async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
@@ -115,7 +119,7 @@ class Bodies:
         if media == "application/json":
             return await self._json(request, self._embed_query)
         inputs, fields = await self._inputs(request, media)
-        body = _lax(EmbedRequest, {**request.query_params, **fields})
+        body = lax(EmbedRequest, dict(request.query_params), fields)
         return body.backbone, inputs, media != "multipart/form-data"
 
     async def openai(self, request: Request) -> OpenAIRequest:
@@ -123,9 +127,11 @@ class Bodies:
         _want_json(request)
 
         def build(lifted: Lifted) -> OpenAIRequest:
-            if isinstance(lifted.value, dict):
-                self._count(lifted.value.get("input"), self.max_inputs, "input")
-            return _strict(OpenAIRequest, lifted.value)
+            # Of token ids there are many more than of texts.
+            texts = lifted.value.get("input") if isinstance(lifted.value, dict) else None
+            if isinstance(texts, list) and isinstance(next(iter(texts), None), str):
+                self._count(texts, self.max_openai_inputs, "texts")
+            return strict(OpenAIRequest, lifted.value)
 
         return await self._json(request, build)
 
@@ -134,12 +140,39 @@ class Bodies:
         _want_json(request)
         return await self._json(request, self._feedback)
 
+    async def amendment(self, request: Request) -> Amendment:
+        """What is another of a kept example."""
+        body = await self.model(request, AmendRequest)
+        target = _target(body)
+        given = any(value is not None for value in (body.label, body.labels, body.target))
+        if given and isinstance(target, ExampleError):
+            raise target
+        if not given and body.excluded is None and body.group is None:
+            raise Problem(
+                422,
+                "invalid_request",
+                "Send what is to change: `label`, `labels` or `target`, `excluded`, `group`.",
+            )
+        return Amendment(
+            target=target if given else None,
+            excluded=body.excluded,
+            group=body.group,
+            promote=body.promote,
+            fit=body.fit,
+        )
+
+    async def nothing(self, request: Request) -> None:
+        """No body, or an empty JSON object."""
+        if (await request.body()).strip() not in (b"", b"{}"):
+            raise Problem(422, "invalid_request", "This request takes no body; leave it out.")
+
     async def model(self, request: Request, model: type[M]) -> M:
         """A small JSON body."""
         _want_json(request)
-        return await self._json(request, lambda lifted: _strict(model, lifted.value))
+        return await self._json(request, lambda lifted: strict(model, lifted.value))
 
     async def _json(self, request: Request, build: Callable[[Lifted], T]) -> T:
+        refuse_parameters(request.query_params, (), why=_ALL_IN_BODY)
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -156,27 +189,35 @@ class Bodies:
 
     def _adapt_command(self, lifted: Lifted) -> AdaptCommand:
         self._count_in(lifted.value, "examples", self.max_examples)
-        body = _strict(AdaptRequest, lifted.value)
-        return _command(body, [self._posted(example, lifted) for example in body.examples])
+        body, faults = apart(AdaptRequest, lifted.value, "examples")
+        good = (self._posted(example, lifted) for example in body.examples)
+        return _command(body, _merged(good, {at: _faulty(lifted, at, one) for at, one in faults.items()}))
 
     def _predict_query(self, lifted: Lifted) -> Single:
         self._count_in(lifted.value, "inputs", self.max_inputs)
-        body = _strict(PredictRequest, lifted.value)
-        _some(body.inputs)
-        return Single(_query(body, [self._input(one, lifted) for one in body.inputs]), raw=False)
+        body, inputs = self._items(PredictRequest, lifted)
+        return Single(_query(body, inputs), raw=False)
 
     def _embed_query(self, lifted: Lifted) -> tuple[str, Sequence[Input], bool]:
         self._count_in(lifted.value, "inputs", self.max_inputs)
-        body = _strict(EmbedRequest, lifted.value)
-        _some(body.inputs)
-        return body.backbone, [self._input(one, lifted) for one in body.inputs], False
+        body, inputs = self._items(EmbedRequest, lifted)
+        return body.backbone, inputs, False
+
+    def _items(self, model: type[Asking], lifted: Lifted) -> tuple[Asking, Sequence[Input]]:
+        """A request with `inputs`, and these, an error in the place of each that has not their form."""
+        body, faults = apart(model, lifted.value, "inputs")
+        good = (self._input(one, lifted) for one in body.inputs)
+        errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
+        inputs = _merged(good, errors)
+        _some(inputs)
+        return body, inputs
 
     async def _adapt_form(self, request: Request) -> AdaptCommand:
         files, fields = await self._form(request, self.max_examples)
-        body = _lax(AdaptRequest, fields)
+        body = lax(AdaptRequest, dict(request.query_params), fields)
         return _command(body, [Posted(await _content(file), _folder(file.filename)) for file in files])
 
-    async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], Mapping[str, str]]:
+    async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], dict[str, str]]:
         if media == "multipart/form-data":
             files, fields = await self._form(request, self.max_inputs)
             inputs = [await _content(file) for file in files]
@@ -203,7 +244,7 @@ class Bodies:
         return files, {key: value for key, value in form.multi_items() if isinstance(value, str)}
 
     def _feedback(self, lifted: Lifted) -> Feedback:
-        body = _strict(FeedbackRequest, lifted.value)
+        body = strict(FeedbackRequest, lifted.value)
         if (body.id is None) == (body.image is None and body.text is None):
             raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
         target = _target(body)
@@ -223,6 +264,7 @@ class Bodies:
     def _posted(self, example: ExampleIn, lifted: Lifted) -> Posted:
         return Posted(
             input=self._input(example, lifted),
+            blamed=_source(example),
             target=_target(example),
             id=example.id,
             group=example.group,
@@ -289,20 +331,6 @@ async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-def _strict(model: type[M], value: Any) -> M:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise _invalid(error, "body") from error
-
-
-def _lax(model: type[M], fields: Mapping[str, str]) -> M:
-    try:
-        return model.model_validate_strings(fields, strict=False)
-    except ValidationError as error:
-        raise _invalid(error, "fields") from error
-
-
 def _asked(request: Request) -> PredictRequest:
     query: bytes = request.scope["query_string"]
     return (_parsed_query if len(query) <= _SHORT_QUERY else _parsed_query.__wrapped__)(query)
@@ -311,12 +339,7 @@ def _asked(request: Request) -> PredictRequest:
 @lru_cache(1024)
 def _parsed_query(query: bytes) -> PredictRequest:
     """Callers ask the same of one input after the other."""
-    return _lax(PredictRequest, dict(QueryParams(query)))
-
-
-def _invalid(error: ValidationError, place: str) -> RequestValidationError:
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return RequestValidationError([{**one, "loc": (place, *one["loc"])} for one in found[:100]])
+    return lax(PredictRequest, dict(QueryParams(query)))
 
 
 def _some(inputs: Sequence[object]) -> None:
@@ -349,6 +372,28 @@ def _command(body: AdaptRequest, posted: Sequence[Posted], *, job: bool = False)
 
 def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
     return PredictQuery(body.adapter, inputs, body.version, body.top_k, body.explain, body.min_epoch)
+
+
+def _source(one: InputIn) -> str:
+    """The field that the input is in, "" unless it is in exactly one."""
+    if (one.image is None) == (one.text is None):
+        return ""
+    return "text" if one.image is None else "image"
+
+
+def _faulty(lifted: Lifted, index: int, fault: Fault) -> Posted:
+    """The example, whose form is wrong, as one that cannot be used."""
+    example = lifted.value["examples"][index]
+    name = example.get("id") if isinstance(example, dict) else None
+    known = name if isinstance(name, str) else None
+    return Posted(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
+
+
+def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:
+    """All of them in their order; others: by their places."""
+    rest = list(good)
+    following = iter(rest)
+    return [others[at] if at in others else next(following) for at in range(len(rest) + len(others))]
 
 
 def _target(one: TargetIn) -> object:

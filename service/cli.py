@@ -13,27 +13,43 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from service import storage_commands, tenant_commands
+from service import plan_commands, storage_commands, tenant_commands
 
 if TYPE_CHECKING:
     import uvicorn
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments; those of commands are of this class, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
-    parser = argparse.ArgumentParser(prog="topwork", description=__doc__)
+    # What a command writes, its user alone may read.
+    os.umask(0o077)
+    parser = Parser(prog="topwork", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until interrupted")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     serve.add_argument(
-        "--port", type=int, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
+        "--port", type=_port, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
     )
     commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
     tenant_commands.add_commands(commands)
     storage_commands.add_commands(commands)
+    plan_commands.add_commands(commands)
     options = parser.parse_args(arguments)
+
+    from service.settings import set_serving_environment
+
+    # Before any library is imported that reads it.
+    set_serving_environment()
     try:
         match options.command:
             case "serve":
@@ -42,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _work()
             case name if name in storage_commands.COMMANDS:
                 return storage_commands.run(options)
+            case name if name in plan_commands.COMMANDS:
+                return plan_commands.run(options)
             case _:
                 return tenant_commands.run(options)
     except Exception as error:
@@ -51,13 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _port(value: str) -> int:
+    from service.settings import BadPort, parse_port
+
+    try:
+        return parse_port(value)
+    except BadPort as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _serve(host: str, port: int | None) -> int:
     # One process, with BentoML's application in it: the supervisor of `bentoml serve` would cost two more
     # seconds of imports before its worker begins, and would hide that a worker cannot start.
-    from service.settings import Settings, bind_port, serving_environment
+    from service.settings import Settings, bind_port
 
-    for name, value in serving_environment().items():
-        os.environ.setdefault(name, value)
     settings = Settings()
     listener = _listen(host, bind_port() if port is None else port)
 
@@ -87,11 +112,9 @@ def _serve(host: str, port: int | None) -> int:
 
 def _work() -> int:
     from models.yielding import NICENESS
-    from service.settings import Settings, serving_environment
+    from service.settings import Settings, warn_of_unknown_settings
 
-    # Before numpy comes, whose threads are as many as it reads here, and keep the priority they begin with.
-    for name, value in serving_environment().items():
-        os.environ.setdefault(name, value)
+    # Before numpy comes, whose threads keep the priority that they begin with.
     os.nice(NICENESS)
 
     from adapters.worker import work
@@ -99,9 +122,11 @@ def _work() -> int:
 
     configure_logging()
     settings = Settings()
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    warn_of_unknown_settings()
+    settings.make_home()
     stopping = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stopping.set())
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: stopping.set())
     work(settings.worker, stopping)
     return 0
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +31,16 @@ from adapters.predicting import Predicting
 from adapters.records import Alias
 from adapters.registry import Registry, RegistryError
 from adapters.revising import AdapterLimits, Revising
-from adapters.store import Store, StoreError, open_store, sweep
+from adapters.rollback import Restorer
+from adapters.store import Store, StoreError, open_store
 from adapters.submitting import Submitting
 from adapters.supervising import Supervised
+from adapters.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone, planned
 from models.batcher import Batcher
 from models.cores import Cores
 from models.exported import find
-from models.plan import Plan
+from models.plan import Measured
 from models.preprocess import InputLimits
 from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
 from service.events import Events, told_to_end
@@ -47,6 +49,7 @@ from service.keyring import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
 from service.startup import end_stuck, end_within, trim_memory
+from service.surveyor import Surveyor
 from service.watching import Watching
 
 logger = logging.getLogger("topwork")
@@ -65,6 +68,13 @@ class ExportFailed(RuntimeError):
     code = "export_failed"
 
 
+class NotExported(ExportFailed):
+    """A backbone has not been exported yet."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
+
+
 @dataclass(frozen=True, slots=True)
 class Components:
     """What the routes are built from. `batchers` by backbone name, in the order of the settings."""
@@ -79,6 +89,7 @@ class Components:
     adapting: Adapting
     browsing: Browsing
     curating: Curating
+    restorer: Restorer
     exporting: Exporting
     forgetting: Forgetting
     predicting: Predicting
@@ -88,6 +99,7 @@ class Components:
     keyring: Keyring
     workers: tuple[Supervised, ...]
     watching: Watching
+    surveyor: Surveyor
     metrics: Metrics
     closing: AsyncExitStack
 
@@ -112,13 +124,15 @@ async def compose(
     Raises the error of the part that cannot be; what was started by then is closed.
     """
     metrics = Metrics()
-    plans = await _plans(settings)
+    folders, measured = await _plans(settings)
     async with AsyncExitStack() as stack:
         fitter = Fitter(settings.max_fit_queue, _FIT_SECONDS)
         stack.push_async_callback(fitter.close)
         # The slow parts wait for files, other processes and ONNX Runtime, so they come up beside each other.
         backbones, (registry, store), _ = await asyncio.gather(
-            _backbones(settings, plans, stack), asyncio.to_thread(_storage, settings), fitter.start()
+            _backbones(settings, folders, measured, stack),
+            asyncio.to_thread(_storage, settings),
+            fitter.start(),
         )
         stack.callback(registry.close)
         keyring = Keyring(registry.tenants.find)
@@ -149,7 +163,7 @@ async def compose(
         stack.push_async_callback(networks.close)
 
         def reopen(name: str) -> Backbone:
-            return _open_backbone(settings, *plans[name])
+            return _open_backbone(settings, folders[name], measured[name])
 
         watching = Watching(batchers, networks, reopen, batcher_for, end_stuck)
 
@@ -178,8 +192,12 @@ async def compose(
         for worker in workers:
             await worker.start()
             stack.push_async_callback(worker.close)
+            stack.enter_context(told_to_end(worker.end))
         await watching.start()
         stack.push_async_callback(watching.close)
+        surveyor = Surveyor(measured, batchers, networks, watching.exchange)
+        await surveyor.start()
+        stack.push_async_callback(surveyor.close)
         closing = threading.Event()
         stack.callback(closing.set)
         submitting = Submitting(
@@ -207,6 +225,7 @@ async def compose(
             adapting=adapting,
             browsing=Browsing(keeping),
             curating=Curating(adapting),
+            restorer=Restorer(revising),
             exporting=Exporting(predicting),
             forgetting=forgetting,
             predicting=predicting,
@@ -216,6 +235,7 @@ async def compose(
             keyring=keyring,
             workers=workers,
             watching=watching,
+            surveyor=surveyor,
             metrics=metrics,
             closing=stack.pop_all(),
         )
@@ -223,37 +243,43 @@ async def compose(
     return components
 
 
-async def _plans(settings: Settings) -> dict[str, tuple[Path, Plan]]:
+async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, Measured]]:
     """Where each backbone's export is, and how it runs best: measured one by one, while nothing else runs."""
     await _export_missing(settings.backbones)
-
-    def plan(name: str) -> tuple[Path, Plan]:
+    folders: dict[str, Path] = {}
+    for name in settings.backbones:
         folder = find(name)
         if folder is None:
-            raise ExportFailed(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
-        return folder, planned(folder, device=settings.device, threads=settings.usable_threads)
-
-    return {name: await asyncio.to_thread(plan, name) for name in settings.backbones}
+            raise NotExported(name)
+        folders[name] = folder
+    plan = partial(planned, device=settings.device, threads=settings.usable_threads)
+    return folders, {name: await asyncio.to_thread(plan, folder) for name, folder in folders.items()}
 
 
 async def _backbones(
-    settings: Settings, plans: Mapping[str, tuple[Path, Plan]], stack: AsyncExitStack
+    settings: Settings,
+    folders: Mapping[str, Path],
+    measured: Mapping[str, Measured],
+    stack: AsyncExitStack,
 ) -> dict[str, Backbone]:
     loaded = await asyncio.gather(
-        *(asyncio.to_thread(_open_backbone, settings, *found) for found in plans.values())
+        *(
+            asyncio.to_thread(_open_backbone, settings, folder, measured[name])
+            for name, folder in folders.items()
+        )
     )
     for backbone in loaded:
         stack.callback(backbone.close)
-    return dict(zip(plans, loaded, strict=True))
+    return dict(zip(folders, loaded, strict=True))
 
 
-def _open_backbone(settings: Settings, folder: Path, plan: Plan) -> Backbone:
+def _open_backbone(settings: Settings, folder: Path, measured: Measured) -> Backbone:
     limits = InputLimits(
         max_image_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
         max_text_chars=settings.max_text_chars,
     )
-    return Backbone.open(folder, device=settings.device, plan=plan, limits=limits)
+    return Backbone.open(folder, device=settings.device, plan=measured.plan, limits=limits)
 
 
 async def _close_all(batchers: Mapping[str, Batcher]) -> None:
@@ -285,24 +311,41 @@ async def _export_missing(names: Sequence[str]) -> None:
 
 
 def _storage(settings: Settings) -> tuple[Registry, Store]:
-    if settings.database_url is None or settings.store_url is None:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.make_home()
     store = open_store(settings.store, settings.store_options)
     registry = Registry(settings.database)
-    registry.migrate()
+    try:
+        registry.check_pages()
+        registry.migrate()
+        registry.identity.check(store)
+    except BaseException:
+        registry.close()
+        raise
     return registry, store
 
 
 def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Removes what a killed process published and never recorded, now and every hour."""
+    """Puts aside what a killed process published and never recorded, now and every hour."""
     while not closing.is_set():
         try:
-            removed = sweep(store, registry.referenced)
+            # A database that is as young as the leftovers may be an empty one by mistake.
+            swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
         except (RegistryError, StoreError) as error:
             logger.warning("sweep put off: %s", error)
         else:
-            if removed:
-                logger.info("swept %d artifacts that no adapter refers to", removed)
+            if any(asdict(swept).values()):
+                logger.info(
+                    "artifacts without a row: %d put aside, %d deleted after a week; %d have a row again",
+                    swept.aside,
+                    swept.deleted,
+                    swept.brought_back,
+                )
+            if swept.spared:
+                logger.warning(
+                    "%d more artifacts without a row wait for the next sweeps. Unless killed uploads explain "
+                    "that, compare TOPWORK_DATABASE_URL and TOPWORK_STORE_URL",
+                    swept.spared,
+                )
         closing.wait(_SWEEP_SECONDS)
 
 

@@ -11,14 +11,17 @@ from collections import Counter
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from adapters.store import is_tenant
-from service.accesslog import AccessLog, logged
-from service.errors import Problem, respond
+from service.access import Access, Doors
+from service.accesslog import AccessLog
+from service.audit import Audit
+from service.auth import STRANGER, Admission
+from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from adapters.uploads import Form
@@ -27,11 +30,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 logger = logging.getLogger("topwork")
-audit = logging.getLogger("topwork.audit")
-
-ASKING = frozenset({"/predict", "/embed", "/v1/embeddings"})
-"""Paths to which is posted, and that change nothing."""
-_WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 BULK: Mapping[str, Form] = {
     "application/x-ndjson": "ndjson",
@@ -63,6 +61,9 @@ _ONCE = frozenset(
         b"x-tenant",
         b"x-request-id",
         b"origin",
+        b"sec-fetch-site",
+        b"sec-fetch-mode",
+        b"sec-fetch-dest",
         b"content-type",
         b"content-length",
         b"content-encoding",
@@ -70,8 +71,8 @@ _ONCE = frozenset(
 )
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# The operator's, which end no request of their own.
-_ABOUT_TENANTS = "/tenants"
+# Patterns of routes end before a final newline too, and no name in a path may have any of these.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
@@ -130,14 +131,23 @@ class Edge:
     def __init__(self) -> None:
         self._inner: _Inner | None = None
 
-    def open(self, app: ASGIApp, *, settings: Settings, guard: Guard, metrics: Metrics) -> None:
-        """Lets requests through to the routes."""
-        self._inner = _Inner(app, settings, guard, metrics)
+    def open(
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        *,
+        settings: Settings,
+        guard: Guard,
+        metrics: Metrics,
+    ) -> None:
+        """Lets requests through to the application. routes: the application's own."""
+        self._inner = _Inner(app, Doors(routes), settings, guard, metrics)
 
     def close(self) -> None:
         """Answers 503 from now on."""
         if self._inner is not None:
             self._inner.log.write()
+            self._inner.audit.write()
         self._inner = None
 
     def end(self, tenant: str, why: Exception) -> None:
@@ -164,14 +174,17 @@ class Edge:
             problem = Problem(
                 503, "not_ready", "The service is starting or stopping.", headers={"Retry-After": "1"}
             )
-            await respond(problem, new_id())(scope, receive, send)
+            await respond(problem, new_id(), openai=is_openai(scope["path"]))(scope, receive, send)
             return
         await self._inner(scope, receive, send)
 
 
 class _Inner:
-    def __init__(self, app: ASGIApp, settings: Settings, guard: Guard, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Guard, metrics: Metrics
+    ) -> None:
         self._app = app
+        self._doors = doors
         self._settings = settings
         self._guard = guard
         self._metrics = metrics
@@ -183,6 +196,7 @@ class _Inner:
         self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
         self._look: asyncio.TimerHandle | None = None
         self.log = AccessLog()
+        self.audit = Audit()
 
     def end(self, tenant: str, why: Exception) -> None:
         """See Edge.end."""
@@ -214,53 +228,62 @@ class _Inner:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        caller: Caller | None
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id()
         scope.setdefault("state", {})["request_id"] = request_id
+        access = self._find(scope)
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
-        bulk = scope["path"] == "/adapt" and media in BULK
+        bulk = access.bulk and media in BULK
         bodies = self._uploads if bulk else self._bodies
-        exchange = (Upload if bulk else Exchange)(receive, send, bodies, request_id)
+        exchange = (Upload if bulk else Exchange)(scope, receive, send, bodies, request_id)
+        caller, refusal = STRANGER, None
         try:
-            refusal = await self._refusal(scope, headers) or bodies.refuse_declared(headers)
+            admission = await self._admit(scope, access, headers)
+            caller = admission.caller
+            refusal = _bad_path(scope) or admission.refusal or bodies.refuse_declared(headers)
             if refusal is not None:
-                await respond(refusal, request_id)(scope, exchange.receive, exchange.send)
+                await exchange.respond(refusal)(scope, exchange.receive, exchange.send)
             else:
-                caller = scope["state"]["caller"]
-                about_tenants = scope["path"].startswith(_ABOUT_TENANTS)
-                self._open[exchange] = None if about_tenants else (_tenant(caller, headers), caller)
+                scope["state"]["caller"] = caller
+                whose = None if access.is_about_tenants else (_tenant(caller, headers), caller)
+                self._open[exchange] = whose
                 self._look_later()
                 await self._run(scope, exchange)
         finally:
             self._open.pop(exchange, None)
             exchange.close()
-            caller = scope["state"].get("caller")
-            if caller is not None:
-                caller.use("bytes", exchange.bytes)
+            caller.use("bytes", exchange.bytes)
             seconds = time.perf_counter() - started
-            template = getattr(scope.get("route"), "path", None)
-            status = exchange.status or _CLIENT_GONE
-            self._metrics.request(scope["method"], template, status, seconds)
+            template = getattr(scope.get("route"), "path", None) if refusal is None else None
+            method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
+            self._metrics.request(method, template, status, seconds)
             if self._settings.access_log:
-                self.log.add(scope["method"], scope["path"], status, seconds, request_id)
-            if caller is not None and scope["method"] in _WRITES and scope["path"] not in ASKING:
-                _record(scope, caller, headers, status, request_id)
+                self.log.add(method, path, status, seconds, request_id)
+            if access.may_change(method):
+                self.audit.add(
+                    method,
+                    path,
+                    status,
+                    tenant=_tenant(caller, headers),
+                    key=caller.key,
+                    request_id=request_id,
+                    refused=refusal is not None,
+                )
 
-    async def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Exception | None:
-        """Why the request may not pass; otherwise its scope says who it is from."""
+    def _find(self, scope: Scope) -> Access:
+        """What the request's route needs; the scope says which it is, if there is one."""
+        route, access = self._doors.find(scope)
+        if route is not None:
+            scope["route"] = route
+        scope["state"]["access"] = access
+        return access
+
+    async def _admit(self, scope: Scope, access: Access, headers: dict[bytes, bytes]) -> Admission:
         doubtful = _doubtful(scope, headers)
         if doubtful is not None:
-            return doubtful
-        try:
-            caller = await self._guard.admit(scope["method"], scope["path"], headers)
-        except Exception as error:
-            return error
-        if isinstance(caller, Problem):
-            return caller
-        scope["state"]["caller"] = caller
-        return None
+            return Admission(STRANGER, doubtful)
+        return await self._guard.admit(access, scope["method"], headers)
 
     async def _run(self, scope: Scope, exchange: Exchange) -> None:
         """The routes' answer, or a problem: whatever escapes them, or why they were broken off."""
@@ -277,6 +300,12 @@ class _Inner:
             await answer(scope, exchange.receive, exchange.send)
 
 
+def _bad_path(scope: Scope) -> Problem | None:
+    if _CONTROL.search(scope["path"]) is None:
+        return None
+    return Problem(400, "bad_request", "The path holds a control character. Leave it out.")
+
+
 def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
     """The refusal of a request that can be read in more ways than one (RFC 9112, 3.2)."""
     if b"host" not in headers and scope.get("http_version", "1.1") == "1.1":
@@ -289,16 +318,8 @@ def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
     return Problem(400, "bad_request", f"The header {found[0].decode('latin-1')} is there more than once.")
 
 
-def _record(
-    scope: Scope, caller: Caller, headers: Mapping[bytes, bytes], status: int, request_id: str
-) -> None:
-    """One line of the audit log: who changed what, or tried to."""
-    tenant = _tenant(caller, headers)
-    who = tenant if is_tenant(tenant) else "-"
-    path = logged(scope["path"])
-    audit.info("%s %s %d tenant=%s key=%s %s", scope["method"], path, status, who, caller.key, request_id)
-
-
 def _tenant(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
-    """Who the request is for, or what its header says."""
-    return caller.tenant or headers.get(b"x-tenant", b"default").decode("latin-1")
+    """Who the request is for, or what the operator's header says."""
+    if caller.tenant is not None or caller is STRANGER:
+        return caller.tenant or ""
+    return headers.get(b"x-tenant", b"default").decode("latin-1")

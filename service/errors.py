@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -39,6 +40,7 @@ from adapters.records import (
     UnknownVersion,
 )
 from adapters.revising import AdapterFull, NothingToFit
+from adapters.rollback import CannotRestore
 from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from adapters.submitting import CannotTune, TooFewExamples
 from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
@@ -51,6 +53,8 @@ from models.spec import UnknownBackbone
 logger = logging.getLogger("topwork")
 
 TYPE_PREFIX = "urn:topwork:"
+INVALID = "The request does not have the documented form."
+"""The detail of a problem whose `errors` say what is wrong."""
 
 # The status of each domain exception. A class that is not here, nor a subclass of one that is, is a 500.
 STATUSES: dict[type[Exception], int] = {
@@ -83,6 +87,7 @@ STATUSES: dict[type[Exception], int] = {
     FingerprintMismatch: 409,
     HeadMismatch: 409,
     InputsNotKept: 409,
+    CannotRestore: 409,
     NoLiveVersion: 409,
     RevisionMoved: 409,
     AliasMoved: 412,
@@ -138,72 +143,86 @@ def problem_body(status: int, code: str, detail: str, request_id: str) -> dict[s
     }
 
 
-def problem_response(
-    status: int,
-    code: str,
-    detail: str,
-    *,
-    request_id: str,
-    errors: Sequence[Mapping[str, str]] = (),
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """A problem+json response.
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """What is answered instead of what was asked for. errors: {pointer, code, detail}: what is to blame."""
 
-    `errors` are {pointer, code, detail}: which input item or field is to blame.
+    status: int
+    code: str
+    detail: str
+    errors: Sequence[Mapping[str, str]] = ()
+    headers: Mapping[str, str] | None = None
+
+
+def is_openai(path: str) -> bool:
+    """Whether OpenAI's clients ask below the path, who know no other form of errors than OpenAI's."""
+    return path == "/v1" or path.startswith("/v1/")
+
+
+def respond(error: Exception, request_id: str, *, openai: bool = False) -> Response:
+    """The response for any exception, without its message where that is a failure, or tells of the inside.
+
+    problem+json, or in OpenAI's form.
     """
-    body = problem_body(status, code, detail, request_id)
-    if errors:
-        body["errors"] = [dict(error) for error in errors]
+    refusal = _refusal(error, request_id)
+    body = (
+        _openai_body(refusal)
+        if openai
+        else problem_body(refusal.status, refusal.code, refusal.detail, request_id)
+    )
+    if refusal.errors:
+        body["errors"] = [dict(one) for one in refusal.errors]
     return Response(
         json.dumps(body),
-        status_code=status,
-        headers=dict(headers or {}),
-        media_type="application/problem+json",
+        refusal.status,
+        dict(refusal.headers or {}),
+        "application/json" if openai else "application/problem+json",
     )
 
 
-def respond(error: Exception, request_id: str) -> Response:
-    """The response for any exception, without its message where that is a failure, or tells of the inside."""
+def _openai_body(refusal: _Refusal) -> dict[str, Any]:
+    first = refusal.errors[0] if refusal.errors else None
+    kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+    message = refusal.detail
+    if first is not None and first["detail"] != message:
+        message = first["detail"] if message == INVALID else f"{message} {first['detail']}"
+    return {
+        "error": {
+            "message": message,
+            "type": "rate_limit_error" if refusal.status == 429 else kind,
+            "param": None if first is None else first["pointer"],
+            "code": refusal.code,
+        }
+    }
+
+
+def _refusal(error: Exception, request_id: str) -> _Refusal:
     if isinstance(error, Problem):
-        return problem_response(
-            error.status_code,
-            error.code,
-            error.detail,
-            request_id=request_id,
-            errors=error.errors,
-            headers=error.headers,
-        )
+        return _Refusal(error.status_code, error.code, error.detail, error.errors, error.headers)
     if isinstance(error, RequestValidationError):
-        return _invalid_request(error, request_id)
+        found = [
+            {"pointer": pointer(item["loc"]), "code": str(item["type"]), "detail": str(item["msg"])}
+            for item in error.errors()[:100]
+        ]
+        return _Refusal(422, "invalid_request", INVALID, found)
     if isinstance(error, HTTPException):
         phrase = HTTPStatus(error.status_code).phrase
         code = phrase.lower().replace(" ", "_").replace("-", "_")
-        return problem_response(
-            error.status_code,
-            code,
-            error.detail if error.detail != phrase else _HINTS.get(error.status_code, phrase),
-            request_id=request_id,
-            headers=error.headers,
-        )
+        detail = error.detail if error.detail != phrase else _HINTS.get(error.status_code, phrase)
+        return _Refusal(error.status_code, code, detail, headers=error.headers)
     status = next((STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES), None)
     detail = str(getattr(error, "detail", "") or error)
-    errors = getattr(error, "errors", ())
+    errors: Sequence[Mapping[str, str]] = getattr(error, "errors", ())
     if status is None or status == 500 or any(map(tells_of_the_inside, (detail, *_details(errors)))):
         logger.error("request %s failed", request_id, exc_info=error)
         detail, errors = f"The service failed. Its log has the cause under {request_id}.", ()
     if status is None:
-        return problem_response(500, "internal_error", detail, request_id=request_id)
-    retry_after = getattr(error, "retry_after", None)
-    if retry_after is None and status in (429, 503):
-        retry_after = 1.0
-    return problem_response(
-        status,
-        str(getattr(error, "code", "error")),
-        detail,
-        request_id=request_id,
-        errors=errors,
-        headers={} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))},
-    )
+        return _Refusal(500, "internal_error", detail)
+    wait = getattr(error, "retry_after", None)
+    if wait is None and status in (429, 503):
+        wait = 1.0
+    headers = {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
+    return _Refusal(status, str(getattr(error, "code", "error")), detail, errors, headers)
 
 
 def _details(errors: Sequence[Mapping[str, str]]) -> list[str]:
@@ -212,32 +231,24 @@ def _details(errors: Sequence[Mapping[str, str]]) -> list[str]:
 
 _HINTS = {
     404: "There is no such path. /docs lists what there is.",
-    405: "The path is there, but not with this method. /docs lists what there is.",
+    405: "The path is there, but not with this method. The header Allow has its methods.",
 }
 
 
-def _invalid_request(error: RequestValidationError, request_id: str) -> Response:
-    errors = [
-        {
-            "pointer": pointer(item["loc"]),
-            "code": str(item["type"]),
-            "detail": str(item["msg"]),
-        }
-        for item in error.errors()[:100]
-    ]
-    return problem_response(
-        422,
-        "invalid_request",
-        "The request does not have the documented form.",
-        request_id=request_id,
-        errors=errors,
-    )
-
-
 def pointer(location: Sequence[str | int]) -> str:
-    """A JSON pointer (RFC 6901) from a pydantic location; what is not in the body begins with where."""
-    parts = list(location[1:]) if location and location[0] == "body" else list(location)
+    """A JSON pointer (RFC 6901) from a pydantic location; what is not in the body begins with where.
+
+    Of a parameter its name is enough: behind it are only names of pydantic's own.
+    """
+    parts = list(location)
+    if parts[:1] == ["body"]:
+        del parts[0]
+    elif parts and parts[0] in _PARAMETERS:
+        del parts[2:]
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+_PARAMETERS = ("query", "path", "header", "cookie")
 
 
 def request_id(request: Request) -> str:
@@ -249,7 +260,7 @@ def install(app: FastAPI) -> None:
     """Answer every exception of the app with problem+json."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return respond(error, request_id(request))
+        return respond(error, request_id(request), openai=is_openai(request.scope["path"]))
 
     for cls in (Problem, RequestValidationError, HTTPException, Exception, *STATUSES):
         app.add_exception_handler(cls, answer)

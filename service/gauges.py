@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from models.batcher import Batcher
     from service.composition import Components
     from service.metrics import Metrics
+    from service.surveyor import Surveyor
 
 
 def add_gauges(components: Components, networks: Networks) -> None:
@@ -42,6 +43,19 @@ def add_gauges(components: Components, networks: Networks) -> None:
             "topwork_queue_depth",
             "Inputs waiting for a backbone.",
             partial(_depth, components.batchers, name),
+            {"backbone": name},
+        )
+        for setting in ("alone", "workers", "beside", "batch"):
+            gauge(
+                "topwork_backbone_plan",
+                "How a backbone runs: threads alone, runs beside each other, threads of each, batch.",
+                partial(_plan, components.batchers, name, setting),
+                {"backbone": name, "setting": setting},
+            )
+        gauge(
+            "topwork_backbone_plan_confirmed",
+            "1 if that was measured while the machine was quiet.",
+            partial(_confirmed, components.surveyor, name),
             {"backbone": name},
         )
     _watch_replacements(components)
@@ -101,6 +115,14 @@ def _watch_connections(metrics: Metrics) -> None:
             partial(connections.cut.__getitem__, why),
             {"why": why},
         )
+
+
+def _plan(batchers: Mapping[str, Batcher], name: str, setting: str) -> float:
+    return float(getattr(batchers[name].backbone.plan, setting))
+
+
+def _confirmed(surveyor: Surveyor, name: str) -> float:
+    return float(surveyor.measured[name].confirmed)
 
 
 def _depth(batchers: Mapping[str, Batcher], name: str) -> float:

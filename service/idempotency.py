@@ -42,7 +42,7 @@ Work = Callable[[Request, Replying], Awaitable[Response]]
 
 
 class Once:
-    """Answers requests of one process. For one event loop.
+    """Answers requests of one process. For one event loop. Of `rejected` what is kept has the beginning.
 
     Of what is in flight only its own process knows; between processes the first commit decides.
     """
@@ -112,7 +112,8 @@ class _Keyed:
     def _reply(self, answer: Callable[[T], Response]) -> Reply[T]:
         def render(outcome: T) -> Answered:
             self._rendered = response = answer(outcome)
-            return Answered(self._digest.hexdigest(), response.status_code, bytes(response.body).decode())
+            kept = answers.kept(bytes(response.body))
+            return Answered(self._digest.hexdigest(), response.status_code, kept.decode())
 
         return Reply(self._key, render)
 

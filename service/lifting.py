@@ -20,6 +20,8 @@ from pydantic_core import from_json
 from adapters.encoded import BASE64, SLICE, decode_base64
 from models.preprocess import InputError
 
+# A byte order mark, which Excel, PowerShell and Notepad put before UTF-8.
+_MARK = b"\xef\xbb\xbf"
 _KEYS = (b'"image"', b'"text"')
 _COLON = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
@@ -93,7 +95,7 @@ class Lifted:
 
 
 def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
-    """The body parsed.
+    """The body parsed; a byte order mark before it is passed by.
 
     Raises NotJson, and TooIntricate where more than `max_rest` bytes are left to the parser.
     """
@@ -101,7 +103,8 @@ def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
     view = memoryview(body)
     spans: list[tuple[int, int]] = []
     rest: list[bytes] = []
-    size = done = position = keys = 0
+    size = keys = 0
+    done = position = len(_MARK) if body.startswith(_MARK) else 0
     while (key := _next_key(body, position, done + max_rest - size)) is not None:
         keys += 1
         if keys > _MOST_KEYS:

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from adapters.tenants import Quotas
 from service.errors import Problem
 
-# What is not used is saved up for so long.
 _SAVED_SECONDS = 2.0
 _MOST = 10_000
 
 
-class _Bucket:
-    """Fills at a rate, up to what is saved. What is taken may leave a debt: then nothing is given for a
-    while. So a request is let in while there is anything left, and pays for all that turned out to be in it.
+class Bucket:
+    """Fills at a rate. What is taken may leave a debt: then nothing is given for a while. So a request is let
+    in while there is anything left, and pays for all that turned out to be in it.
+
+    saved_seconds: what is not used is saved up for so long.
     """
 
-    __slots__ = ("_at", "_level", "rate")
+    __slots__ = ("_at", "_level", "_saved_seconds", "rate")
 
-    def __init__(self, rate: float, now: float) -> None:
+    def __init__(self, rate: float, now: float, saved_seconds: float = _SAVED_SECONDS) -> None:
         self.rate = rate
+        self._saved_seconds = saved_seconds
         self._at = now
         self._level = self._most(rate)
 
@@ -38,9 +40,8 @@ class _Bucket:
         """Takes so much, there or not."""
         self._level -= amount
 
-    @staticmethod
-    def _most(rate: float) -> float:
-        return max(1.0, _SAVED_SECONDS * rate)
+    def _most(self, rate: float) -> float:
+        return max(1.0, self._saved_seconds * rate)
 
 
 class Meter:
@@ -49,7 +50,7 @@ class Meter:
     __slots__ = ("_buckets",)
 
     def __init__(self) -> None:
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
 
     def wait(self, quotas: Quotas, now: float) -> tuple[float, str] | None:
         """Seconds until another request may come, and which quota says so; None where one may come now."""
@@ -63,7 +64,7 @@ class Meter:
             if rate is None:
                 self._buckets.pop(what, None)
                 continue
-            bucket = self._buckets.setdefault(what, _Bucket(rate, now))
+            bucket = self._buckets.setdefault(what, Bucket(rate, now))
             longest = max(longest, (bucket.wait(rate, now), what))
         return longest if longest[0] > 0 else None
 

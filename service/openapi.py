@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import answer_schemas, schemas, tenant_schemas
+from service.errors import is_openai
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -18,6 +20,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.OpenAIRequest,
     schemas.PromoteRequest,
     schemas.FeedbackRequest,
+    schemas.AmendRequest,
     schemas.RebaseRequest,
     tenant_schemas.TenantRequest,
     tenant_schemas.QuotasIn,
@@ -27,7 +30,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 # What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
 # or cannot be answered now, or in time.
 _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
-_METHODS = {"get", "put", "post", "delete"}
+_METHODS = {"get", "put", "post", "patch", "delete"}
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
 _IN_QUERY = (
@@ -57,16 +60,21 @@ def body(
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     if files is not None:
         content["multipart/form-data"] = {"schema": _form(model, files)}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if bulk:
         content |= _UPLOADS
-    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+        extra["parameters"] = _in_query(model, "examples", "With multipart or a bulk upload.")
     if query is not None:
         content |= _RAW
-        extra["parameters"] = [
-            {"name": name, "in": "query", "schema": schema, "description": "With a raw body."}
-            for name, schema in _plain_properties(query, "inputs").items()
-        ]
+        extra["parameters"] = _in_query(query, "inputs", "With multipart or a raw body.")
     return extra
+
+
+def _in_query(model: type[BaseModel], left_out: str, description: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "query", "schema": schema, "description": description}
+        for name, schema in _plain_properties(model, left_out).items()
+    ]
 
 
 def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
@@ -77,12 +85,18 @@ def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that may answer with problems of these statuses."""
+    return _refusals(statuses, "application/problem+json", answer_schemas.ProblemOut)
+
+
+def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route below /v1, which answers with problems in OpenAI's form."""
+    return _refusals(statuses, "application/json", answer_schemas.OpenAIProblem)
+
+
+def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    schema = {"$ref": _REF.format(model=model.__name__)}
     return {
-        status: {
-            "description": "A problem.",
-            "content": {"application/problem+json": {"schema": {"$ref": _REF.format(model="ProblemOut")}}},
-        }
-        for status in statuses
+        status: {"description": "A problem.", "content": {media: {"schema": schema}}} for status in statuses
     }
 
 
@@ -92,12 +106,13 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        models = [(model, "validation") for model in (*_REQUESTS, answer_schemas.ProblemOut)]
+        answered = (answer_schemas.ProblemOut, answer_schemas.OpenAIProblem)
+        models = [(model, "validation") for model in (*_REQUESTS, *answered)]
         _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         for path, operations in document["paths"].items():
             for method in _METHODS & operations.keys():
-                _add_problems(operations[method]["responses"])
+                _add_problems(operations[method]["responses"], is_openai(path))
             if not path.startswith("/tenants"):
                 operations["parameters"] = [_TENANT]
         for name in _FASTAPIS_OWN:
@@ -128,9 +143,10 @@ _REPLAYED = {
 }
 
 
-def _add_problems(responses: dict[str, Any]) -> None:
+def _add_problems(responses: dict[str, Any], openai: bool) -> None:
     """What any path may be refused with, and problems where FastAPI thinks of its own form of a 422."""
-    for status, response in problems(*_ANYWHERE).items():
+    form = openai_problems if openai else problems
+    for status, response in form(*_ANYWHERE).items():
         if str(status) == "422" or str(status) not in responses:
             responses[str(status)] = response
 

@@ -148,6 +148,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        # uvicorn adds the trailers of a chunked body to its list; they are no headers (RFC 9110, 6.5.1).
+        self.scope["headers"] = self.headers.copy()
         if self._leaving:
             self.cycle.keep_alive = False
 

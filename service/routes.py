@@ -15,12 +15,13 @@ from adapters.admission import check_id
 from adapters.exporting import Format
 from adapters.records import UnknownAdapter, UnknownJob
 from service import __version__, answer_schemas, answers, errors, schemas
+from service.access import needs
 from service.auth import Tenant, caller_of, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
 from service.edge import BULK, UPLOAD_PATIENCE
-from service.embeddings import openai_embeddings
+from service.embeddings import add_openai
 from service.errors import Problem
 from service.events import brief
 from service.idempotency import Once, Replying
@@ -76,13 +77,24 @@ Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
 
 def build_api(components: Components) -> FastAPI:
     """The application. Its routes hold no state; everything is in the components."""
-    api = FastAPI(title="Topwork", version=__version__, docs_url=None, redoc_url=None)
+    # A redirect to the path without its last slash would name the host that the caller named.
+    api = FastAPI(
+        title="Topwork",
+        version=__version__,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     settings = components.settings
-    bodies = Bodies(settings.max_examples, settings.max_inputs, settings.max_text_chars)
+    bodies = Bodies(
+        settings.max_examples, settings.max_inputs, settings.max_openai_inputs, settings.max_text_chars
+    )
     keyed = Once(components.registry.replies)
     errors.install(api)
     add_flows(api, components, bodies, keyed)
-    add_adapters(api, components, bodies)
+    add_openai(api, components.predicting, bodies)
+    add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
     add_jobs(api, components)
     add_tenants(api, components.registry.tenants, components.forgetting, bodies)
@@ -105,6 +117,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
             **problems(400, 404, 408, 409, 413, 415, 422, 429),
         },
     )
+    @needs("adapt", bulk=True)
     async def adapt(request: Request, tenant: Tenant) -> Response:
         """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
         learn = upload if media_type(request) in BULK else teach
@@ -129,6 +142,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
         responses={200: {"model": answer_schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
     )
+    @needs("predict", direct=True)
     async def predict(request: Request) -> Response:
         """Predict with the live version, or with the one named."""
         tenant = await tenant_of(request)
@@ -143,6 +157,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         openapi_extra=body(schemas.EmbedRequest, files="inputs", query=schemas.EmbedRequest),
         responses={200: {"model": answer_schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
     )
+    @needs("predict", direct=True)
     async def embed(request: Request) -> Response:
         """The bare embeddings of inputs."""
         tenant = await tenant_of(request)
@@ -152,45 +167,39 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
 
-    @api.post(
-        "/v1/embeddings",
-        openapi_extra=body(schemas.OpenAIRequest),
-        responses={200: {"model": answer_schemas.OpenAIResponse}, **problems(413, 415, 422, 429)},
-    )
-    async def embeddings(request: Request) -> Response:
-        """The embeddings of texts, as OpenAI's clients ask for them."""
-        tenant = await tenant_of(request)
-        asked = await bodies.openai(request)
-        caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
-        return await openai_embeddings(tenant, predicting, asked)
-
     @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
+    @needs("key")
     async def backbones() -> Response:
         """What can be adapted."""
-        return answers.backbones(batchers)
+        return answers.backbones(batchers, components.surveyor.measured)
 
+    # Prometheus scrapes it, whose configuration should not hold a key.
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @needs("nothing")
     async def metrics() -> Response:
         """What Prometheus scrapes."""
         return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
 
 
-def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
+def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
     """Adapters, their versions and their live alias."""
     browsing, curating, exporting = components.browsing, components.curating, components.exporting
-    forgetting = components.forgetting
+    forgetting, restorer = components.forgetting, components.restorer
 
     @api.get("/adapters", responses={200: {"model": answer_schemas.AdaptersOut}})
+    @needs("key")
     async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
         """The tenant's adapters in the order of their names."""
         return answers.adapters(await browsing.adapters(tenant, cursor, limit + 1), limit)
 
     @api.get("/adapters/{adapter}", responses={200: {"model": answer_schemas.AdapterOut}, **problems(404)})
+    @needs("key")
     async def adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """One adapter. Its entity tag stands for what `live` points to."""
         return answers.one_adapter(await browsing.adapter(tenant, adapter))
 
     @api.delete("/adapters/{adapter}", responses={200: {"model": answer_schemas.ErasureOut}, **problems(404)})
+    @needs("adapt")
     async def delete_adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
         return answers.erased(await forgetting.adapter(tenant, adapter))
@@ -199,6 +208,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         "/adapters/{adapter}/versions",
         responses={200: {"model": answer_schemas.VersionsOut}, **problems(404)},
     )
+    @needs("key")
     async def versions(tenant: Tenant, adapter: Adapter) -> Response:
         """The versions that are kept, with their reports, the newest first."""
         return answers.versions(*await browsing.versions(tenant, adapter))
@@ -207,6 +217,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         "/adapters/{adapter}/versions/{version}",
         responses={200: {"model": answer_schemas.VersionOut}, **problems(404)},
     )
+    @needs("key")
     async def version(tenant: Tenant, adapter: Adapter, version: Version) -> Response:
         """One version with its report."""
         return answers.one_version(*await browsing.version(tenant, adapter, version))
@@ -216,6 +227,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": {}}}, **problems(404, 409)},
     )
+    @needs("adapt")
     async def export(tenant: Tenant, adapter: Adapter, version: Version, format: Format = "onnx") -> Response:
         """The version as one ONNX file, from prepared inputs to probabilities, or its head as safetensors."""
         content = await exporting.export(tenant, adapter, version, format)
@@ -226,16 +238,36 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies) -> None:
         openapi_extra=body(schemas.PromoteRequest),
         responses={200: {"model": answer_schemas.AdapterOut}, **problems(404, 412, 415, 422)},
     )
+    @needs("adapt")
     async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
-        """Promote a version, or roll back to it."""
+        """Promote a version, or roll back to it: then newer ones are withheld until a person lifts that."""
         wanted = await bodies.model(request, schemas.PromoteRequest)
         return answers.one_adapter(await browsing.promote(tenant, adapter, wanted.version, etag))
+
+    @api.post(
+        "/adapters/{adapter}/versions/{version}/restore",
+        openapi_extra=once({}, 200),
+        responses={200: {"model": answer_schemas.RestoreResponse}, **problems(400, 404, 409, 412)},
+    )
+    @needs("adapt")
+    async def restore(
+        request: Request, tenant: Tenant, adapter: Adapter, version: Version, etag: Expected
+    ) -> Response:
+        """Make a version live, and the examples those that it was fitted on; the others are set aside."""
+
+        async def go_back(asked: Request, reply: Replying) -> Response:
+            await bodies.nothing(asked)
+            done = await restorer.restore(tenant, adapter, version, etag, reply(answers.restored))
+            return answers.restored(done)
+
+        return await keyed.answer(request, tenant, go_back)
 
     @api.post(
         "/adapters/{adapter}/rebase",
         openapi_extra=body(schemas.RebaseRequest),
         responses={200: {"model": answer_schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
     )
+    @needs("adapt")
     async def rebase(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
         wanted = await bodies.model(request, schemas.RebaseRequest)
@@ -250,27 +282,33 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         "/adapters/{adapter}/examples",
         responses={200: {"model": answer_schemas.ExamplesPage}, **problems(404)},
     )
-    async def examples(tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100) -> Response:
-        """The examples in the order of their ids."""
-        return answers.examples(*await browsing.examples(tenant, adapter, cursor, limit + 1), limit)
+    @needs("adapt")
+    async def examples(
+        tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100, excluded: bool | None = None
+    ) -> Response:
+        """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
+        found = await browsing.examples(tenant, adapter, cursor, limit + 1, excluded)
+        return answers.examples(*found, limit)
 
     @api.delete(
         "/adapters/{adapter}/examples",
         responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 422, 429)},
     )
+    @needs("adapt")
     async def remove_examples(
         tenant: Tenant,
         adapter: Adapter,
         id: Annotated[list[str] | None, Query(max_length=1_000)] = None,
         all: bool = False,
     ) -> Response:
-        """Remove the examples named by `id` (repeat it), or all; then fit what is left."""
+        """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
         return answers.removed(await curating.remove(tenant, adapter, which(id, all)))
 
     @api.get(
         "/adapters/{adapter}/examples/{example:path}",
         responses={200: {"model": answer_schemas.ExampleOut}, **problems(404)},
     )
+    @needs("adapt")
     async def example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """One example with its input, if inputs are kept."""
         return answers.one_example(*await browsing.example(tenant, adapter, example))
@@ -279,15 +317,34 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         "/adapters/{adapter}/examples/{example:path}",
         responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 429)},
     )
+    @needs("adapt")
     async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
-        """Remove one example, and the versions that were fitted on it; then fit what is left."""
+        """Erase one example, and the versions that were fitted on it; then fit what is left."""
         return answers.removed(await curating.remove(tenant, adapter, [example]))
+
+    @api.patch(
+        "/adapters/{adapter}/examples/{example:path}",
+        openapi_extra=once(body(schemas.AmendRequest), 200),
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
+    )
+    @needs("adapt")
+    async def amend_example(request: Request, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Relabel one example, set it aside or take it back, or group it; then fit."""
+        return await keyed.answer(
+            request, tenant, lambda asked, reply: amend(asked, tenant, adapter, example, reply)
+        )
+
+    async def amend(request: Request, tenant: str, adapter: str, example: str, reply: Replying) -> Response:
+        wanted = await bodies.amendment(request)
+        done = await curating.amend(tenant, adapter, example, wanted, reply(answers.revised))
+        return answers.revised(done)
 
     @api.post(
         "/adapters/{adapter}/feedback",
         openapi_extra=once(body(schemas.FeedbackRequest), 200),
         responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
     )
+    @needs("adapt")
     async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Tell what is right for an input, or for a kept example."""
         return await keyed.answer(
@@ -304,12 +361,14 @@ def add_jobs(api: FastAPI, components: Components) -> None:
     submitting = components.submitting
 
     @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
+    @needs("adapt")
     async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
         """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
         found = await submitting.jobs(tenant, adapter, cursor, limit + 1)
         return answers.jobs([brief(one) for one in found], limit)
 
     @api.get("/jobs/{job}", responses={200: {"model": answer_schemas.JobOut}, **problems(404)})
+    @needs("adapt")
     async def job(tenant: Tenant, job: Job) -> Response:
         """One job."""
         return answers.one_job(await submitting.job(tenant, job))
@@ -319,11 +378,13 @@ def add_jobs(api: FastAPI, components: Components) -> None:
         response_class=Response,
         responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
     )
+    @needs("adapt")
     async def events(tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
         return await components.events.stream(tenant, job)
 
     @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
+    @needs("adapt")
     async def cancel(tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
         return answers.one_job(await submitting.cancel(tenant, job))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from adapters.example import Task, Weights
 from adapters.promotion import Promote
@@ -27,16 +28,25 @@ BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["eff
 Timings = Annotated[
     dict[str, float],
     Field(
-        description="Milliseconds by stage. decode, tokenize and embed add up the work on all inputs, which "
-        "runs on several threads; queue is the wait until it began; total is what the caller waited."
+        description="Milliseconds by stage, which add up to total, what the caller waited. queue is the wait "
+        "until the work on the inputs began; other is what is none of the stages. Of what several threads "
+        "did at once, decode, tokenize and embed have their shares of the time that passed."
     ),
 ]
 
 
 class Request(BaseModel):
-    """Common to all requests: exact types, no unknown fields."""
+    """Common to all requests: exact types, no unknown fields. null is as good as leaving a field out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: one for name, one in value.items() if one is not None or name not in optional}
 
 
 class InputIn(Request):
@@ -44,9 +54,19 @@ class InputIn(Request):
 
     image: str | None = Field(
         default=None,
-        description="An encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF) in base64, or a data: URI.",
+        description="An encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF) in base64, or a data: URI.",
     )
     text: str | None = Field(default=None, examples=["Win a free cruise now!"])
+
+
+def _in_field(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+Inputs = Annotated[
+    list[Annotated[InputIn, BeforeValidator(_in_field, json_schema_input_type=InputIn | str)]],
+    Field(description="Objects with an image or a text, or texts as they are."),
+]
 
 
 class TargetIn(Request):
@@ -205,7 +225,7 @@ class PredictRequest(Request):
     min_epoch: int | None = Field(
         default=None, ge=0, description="The epoch that /adapt answered: see at least what it wrote."
     )
-    inputs: list[InputIn] = Field(default_factory=list)
+    inputs: Inputs = Field(default_factory=list)
 
 
 class EmbedRequest(Request):
@@ -216,7 +236,20 @@ class EmbedRequest(Request):
     )
 
     backbone: BackboneName
-    inputs: list[InputIn] = Field(default_factory=list)
+    inputs: Inputs = Field(default_factory=list)
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+def _no_token_ids(value: Any) -> Any:
+    if isinstance(value, int | list):
+        raise PydanticCustomError("token_ids", "Token ids are not taken; send text.")
+    return value
+
+
+_Text = Annotated[str, BeforeValidator(_no_token_ids)]
 
 
 class OpenAIRequest(Request):
@@ -227,7 +260,11 @@ class OpenAIRequest(Request):
     )
 
     model: BackboneName = Field(description="A backbone for texts.")
-    input: str | list[str]
+    input: Annotated[
+        Annotated[str, Tag("one")]
+        | Annotated[list[Annotated[str, BeforeValidator(_no_token_ids)]], Tag("many")],
+        Discriminator(_one_or_many),
+    ]
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64: of little-endian float32."
     )
@@ -254,6 +291,23 @@ class FeedbackRequest(InputIn, TargetIn, GroupIn):
         default=False,
         description="true where you send the right label of every k-th answer, right or wrong. false: it is "
         "learned from and not measured on, for corrections alone are a sample of mistakes.",
+    )
+    promote: Promote = "if_better"
+    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+
+
+class AmendRequest(TargetIn):
+    """What is another of a kept example from now on: its label, whether it is used, its group, or several."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"excluded": True}})
+
+    excluded: bool | None = Field(
+        default=None,
+        description="true sets the example aside: it is kept, and neither learned from nor measured on. "
+        "false takes it back.",
+    )
+    group: str | None = Field(
+        default=None, description="Its new group; empty for none.", examples=["customer 17"]
     )
     promote: Promote = "if_better"
     fit: bool = Field(default=True, description="false only stores it, for a later fit.")

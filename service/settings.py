@@ -5,16 +5,46 @@ Nothing else reads the environment.
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.supervising import WorkerConfig
+from models import SILENT
+
+logger = logging.getLogger("topwork")
 
 MIB = 1 << 20
+_MOST = 2**31 - 1
+# More than any machine has: what is above is a slip, and no limit at all.
+Count = Annotated[int, Field(gt=0, le=_MOST)]
+Bytes = Annotated[int, Field(gt=0, le=1 << 44)]
+Seconds = Annotated[float, Field(gt=0, le=366 * 86_400.0)]
+
+_PREFIX = "TOPWORK_"
+# Of the tests and the benchmarks.
+_OF_TOOLS = re.compile(r"TOPWORK_(TEST_\w+|DATA|URL|FAILING)")
+# What Kubernetes and Docker set for services with such a name.
+_OF_LINKS = re.compile(
+    r"TOPWORK_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)"
+)
+_LINK = re.compile(r"(tcp|udp|sctp)://")
+# Of two names, from which on one is taken for the other with a slip in it.
+_SLIP = 0.85
+_ALIKE = 0.6
+
+
+class UnknownSetting(RuntimeError):
+    """A variable is named like a setting with a slip in its name: what it says would be ignored."""
+
+    code = "unknown_setting"
 
 
 class Settings(BaseSettings):
@@ -58,39 +88,37 @@ class Settings(BaseSettings):
         default=0, ge=0, le=256, description="Threads of one backbone run; 0: as many as usable cores."
     )
 
-    max_body_bytes: int = Field(default=64 * MIB, gt=0, description="Bytes of one request body.")
-    max_bodies_bytes: int = Field(
-        default=512 * MIB, gt=0, description="Bytes of all bodies being worked on; beyond it, 429."
+    max_body_bytes: Bytes = Field(default=64 * MIB, description="Bytes of one request body.")
+    max_bodies_bytes: Bytes = Field(
+        default=512 * MIB,
+        description="Bytes of all bodies being worked on; beyond it, 429.",
     )
-    max_upload_bytes: int = Field(
-        default=1_024 * MIB, gt=0, description="Bytes of one bulk upload (NDJSON, CSV or zip)."
+    max_upload_bytes: Bytes = Field(
+        default=1_024 * MIB,
+        description="Bytes of one bulk upload (NDJSON, CSV or zip).",
     )
-    max_upload_examples: int = Field(default=100_000, gt=0, description="Examples in one bulk upload.")
-    max_examples: int = Field(default=1_000, gt=0, description="Examples in one /adapt request.")
-    max_inputs: int = Field(default=128, gt=0, description="Inputs in one /predict or /embed request.")
-    max_adapter_examples: int = Field(default=100_000, gt=0, description="Examples kept by one adapter.")
-    max_labels: int = Field(default=2_000, gt=1, description="Labels of one adapter.")
-    max_image_bytes: int = Field(default=16 * MIB, gt=0, description="Bytes of one encoded image.")
-    max_image_pixels: int = Field(
-        default=50_000_000, gt=0, description="Pixels of one image, read before decoding."
+    max_upload_examples: Count = Field(default=100_000, description="Examples in one bulk upload.")
+    max_examples: Count = Field(default=1_000, description="Examples in one /adapt request.")
+    max_inputs: Count = Field(default=128, description="Inputs in one /predict or /embed request.")
+    max_openai_inputs: Count = Field(default=2_048, description="Texts in one /v1/embeddings request.")
+    max_adapter_examples: Count = Field(default=100_000, description="Examples kept by one adapter.")
+    max_labels: int = Field(default=2_000, gt=1, le=_MOST, description="Labels of one adapter.")
+    max_image_bytes: Bytes = Field(default=16 * MIB, description="Bytes of one encoded image.")
+    max_image_pixels: Count = Field(
+        default=50_000_000, description="Pixels of one image, read before decoding."
     )
-    max_text_chars: int = Field(default=100_000, gt=0, description="Characters of one text.")
+    max_text_chars: Count = Field(default=100_000, description="Characters of one text.")
 
-    max_queue: int = Field(
-        default=4_096, gt=0, description="Inputs waiting for one backbone; beyond it, 429."
-    )
-    max_wait: float = Field(
+    max_queue: Count = Field(default=4_096, description="Inputs waiting for one backbone; beyond it, 429.")
+    max_wait: Seconds = Field(
         default=2.0,
-        gt=0,
         description="Seconds that a prediction may expect to wait for its backbone; beyond it, 429.",
     )
-    max_fit_queue: int = Field(
-        default=32, gt=0, description="Fits of a tenant that is alone; beyond it, or its share, 429."
+    max_fit_queue: Count = Field(
+        default=32, description="Fits of a tenant that is alone; beyond it, or its share, 429."
     )
-    max_fit_seconds: float = Field(
-        default=30.0, gt=0, description="A fit predicted to take longer is refused."
-    )
-    max_fit_bytes: int = Field(default=512 * MIB, gt=0, description="Memory of the blocks of one fit.")
+    max_fit_seconds: Seconds = Field(default=30.0, description="A fit predicted to take longer is refused.")
+    max_fit_bytes: Bytes = Field(default=512 * MIB, description="Memory of the blocks of one fit.")
     workers: int = Field(
         default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )
@@ -101,28 +129,37 @@ class Settings(BaseSettings):
         le=3_600,
         description="Seconds without a sign of its worker after which a job goes to another one.",
     )
-    max_running_per_tenant: int = Field(
-        default=1, gt=0, description="Jobs of one tenant that run at the same time."
+    max_running_per_tenant: Count = Field(
+        default=1, description="Jobs of one tenant that run at the same time."
     )
-    max_jobs: int = Field(default=10, gt=0, description="Jobs that a tenant may have queued and running.")
-    max_job_seconds: float = Field(
-        default=86_400.0, gt=0, description="Seconds from a job's submission until it fails."
+    max_jobs: Count = Field(default=10, description="Jobs that a tenant may have queued and running.")
+    max_job_seconds: Seconds = Field(
+        default=86_400.0, description="Seconds from a job's submission until it fails."
     )
     callback_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Comma-separated URLs that jobs may call back; one that ends in / allows all below it.",
     )
-    network_cache_bytes: int = Field(
-        default=512 * MIB, gt=0, description="Loaded networks of fine-tuned versions kept in memory."
+    network_cache_bytes: Bytes = Field(
+        default=512 * MIB,
+        description="Loaded networks of fine-tuned versions kept in memory.",
     )
-    head_cache_bytes: int = Field(default=64 * MIB, gt=0, description="Loaded heads kept in memory.")
-    request_timeout: float = Field(
-        default=120.0, gt=0, description="Seconds that a request may take; beyond it, 504."
+    head_cache_bytes: Bytes = Field(default=64 * MIB, description="Loaded heads kept in memory.")
+    request_timeout: Seconds = Field(
+        default=120.0, description="Seconds that a request may take; beyond it, 504."
     )
     drain_timeout: int = Field(
         default=20, gt=0, le=25, description="Seconds that running requests get to finish at shutdown."
     )
     access_log: bool = Field(default=True, description="Log one line for each request.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_slips(cls, value: Any) -> Any:
+        for name, setting in unknown_settings(os.environ).items():
+            if setting is not None and _likeness(name, setting) >= _SLIP:
+                raise UnknownSetting(f"{name} is no setting. Did you mean {setting}? Correct or unset it.")
+        return value
 
     @field_validator("home", mode="after")
     @classmethod
@@ -155,6 +192,17 @@ class Settings(BaseSettings):
         if len(key.get_secret_value()) < 16 or not key.get_secret_value().isascii():
             raise ValueError("use at least 16 ASCII characters, e.g. of `openssl rand -hex 32`")
         return key
+
+    def make_home(self) -> None:
+        """Make the home folder, if anything is to be in it. Raises HomeUnusable."""
+        if self.database_url is not None and self.store_url is not None:
+            return
+        try:
+            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise HomeUnusable(
+                f"The folder {self.home} cannot be made ({error.strerror}). Set TOPWORK_HOME to one that can."
+            ) from error
 
     @property
     def database(self) -> str:
@@ -193,18 +241,59 @@ class Settings(BaseSettings):
         return self.threads or len(os.sched_getaffinity(0))
 
 
+class HomeUnusable(RuntimeError):
+    """The home folder cannot be made."""
+
+    code = "home_unusable"
+
+
+def unknown_settings(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """The variables that begin as settings do and are none, each with the setting that is most like it."""
+    known = [_PREFIX + name.upper() for name in Settings.model_fields]
+    found: dict[str, str | None] = {}
+    for name, value in sorted(environment.items()):
+        upper = name.upper()
+        if not upper.startswith(_PREFIX) or upper in known or _OF_TOOLS.fullmatch(upper):
+            continue
+        if _OF_LINKS.fullmatch(upper) or (upper.endswith("_PORT") and _LINK.match(value)):
+            continue
+        nearest = max(known, key=lambda setting: _likeness(upper, setting))
+        found[name] = nearest if _likeness(upper, nearest) >= _ALIKE else None
+    return found
+
+
+def _likeness(name: str, setting: str) -> float:
+    """0 to 1, of what is behind the prefix."""
+    parts = (name.upper().removeprefix(_PREFIX), setting.removeprefix(_PREFIX))
+    return difflib.SequenceMatcher(None, *parts, autojunk=False).ratio()
+
+
+def warn_of_unknown_settings() -> None:
+    """Logs one line for each variable that begins as settings do and is none."""
+    for name, nearest in unknown_settings(os.environ).items():
+        hint = f" Did you mean {nearest}?" if nearest else ""
+        logger.warning("%s is no setting of this release and is ignored.%s", name, hint)
+
+
 class BadPort(ValueError):
-    """PORT is no port."""
+    """What should be a port is none."""
 
     code = "bad_port"
 
 
 def bind_port() -> int:
     """The port to bind unless the command line says another: PORT, else 3000. Raises BadPort."""
-    port = os.environ.get("PORT") or "3000"
-    if not port.isdecimal() or int(port) > 65535:
-        raise BadPort(f"PORT is {port!r}; it must be a number of 0 to 65535.")
-    return int(port)
+    try:
+        return parse_port(os.environ.get("PORT") or "3000")
+    except BadPort as error:
+        raise BadPort(f"PORT: {error}") from None
+
+
+def parse_port(value: str) -> int:
+    """The number of a port, 0 for a free one. Raises BadPort."""
+    if not (value.isascii() and value.isdecimal() and len(value) <= 5) or int(value) > 65535:
+        raise BadPort(f"{value!r} is not a port; use a number from 1 to 65535, or 0 for a free one")
+    return int(value)
 
 
 def tracing_wanted() -> bool:
@@ -218,11 +307,17 @@ def serving_environment() -> dict[str, str]:
     """Variables of other libraries that should be set before they are imported, unless the operator has set
     them.
 
-    Without an exporter OpenTelemetry's spans are made and thrown away, and full collections over them stall
-    requests for hundreds of milliseconds. One BLAS thread: heads are small, and spinning threads take cores
-    from backbones.
+    No library reports to its maker. Without an exporter OpenTelemetry's spans are made and thrown away, and
+    full collections over them stall requests for hundreds of milliseconds. One BLAS thread: heads are small,
+    and spinning threads take cores from backbones.
     """
-    wanted = {"BENTOML_DO_NOT_TRACK": "true", "OPENBLAS_NUM_THREADS": "1"}
+    wanted = {**SILENT, "OPENBLAS_NUM_THREADS": "1"}
     if not tracing_wanted():
         wanted["OTEL_SDK_DISABLED"] = "true"
     return wanted
+
+
+def set_serving_environment() -> None:
+    """Sets them in this process, and so in those that it starts."""
+    for name, value in serving_environment().items():
+        os.environ.setdefault(name, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -14,6 +15,9 @@ import traceback
 from typing import NoReturn
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from adapters.records import RegistryUnavailable
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -30,6 +34,12 @@ _MOST_DESCRIPTORS = 1 << 20
 
 def explain(error: Exception) -> str:
     """One line that says what is wrong and, for a setting, which variable it is."""
+    if isinstance(error, SettingsError):
+        found = re.search(r'field "(\w+)"', str(error))
+        return f"TOPWORK_{found[1].upper() if found else '…'}: this is no JSON"
+    if isinstance(error, RegistryUnavailable) and (cause := getattr(error.__cause__, "orig", None)):
+        # Where the database is, and what is the matter there, is the operator's to know.
+        return " ".join(f"{error} ({cause})".split())
     if isinstance(error, ValidationError):
         return "; ".join(
             f"TOPWORK_{str(item['loc'][0]).upper() if item['loc'] else ''}: {item['msg']}"
@@ -40,7 +50,7 @@ def explain(error: Exception) -> str:
 
 def expected(error: Exception) -> bool:
     """Whether the message alone tells an operator what to do: our own errors, settings, files, addresses."""
-    return hasattr(error, "code") or isinstance(error, ValidationError | OSError)
+    return hasattr(error, "code") or isinstance(error, ValidationError | SettingsError | OSError)
 
 
 def complain(error: Exception) -> None:

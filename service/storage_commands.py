@@ -1,10 +1,9 @@
-"""`topwork backup`, `restore` and `doctor`: straight on database and store, whether or not it serves."""
+"""`topwork backup`, `restore`, `doctor`, `migrate`: straight on database and store, serving or not."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
     from service.settings import Settings
 
-COMMANDS = ("backup", "restore", "doctor")
+COMMANDS = ("backup", "restore", "doctor", "migrate")
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the three to the command line."""
+    """Adds the four to the command line."""
     backup = commands.add_parser("backup", help="write database and artifacts into a folder")
     backup.add_argument("folder", type=Path, help="gets a new folder for this backup")
     restore = commands.add_parser("restore", help="put a backup in the place of database and artifacts")
@@ -35,36 +34,37 @@ def add_commands(commands: Any) -> None:
     )
     doctor = commands.add_parser("doctor", help="look for damage, and report each in a line of JSON")
     doctor.add_argument("--repair", action="store_true", help="repair what can be")
+    commands.add_parser("migrate", help="bring an earlier release's tables to this release's")
 
 
 def run(options: argparse.Namespace) -> int:
     """Does what was asked for; the exit status. Raises our own errors, which say what is wrong."""
-    from service.settings import Settings, serving_environment
+    from service.settings import Settings
 
-    # Before numpy is imported.
-    for name, value in serving_environment().items():
-        os.environ.setdefault(name, value)
     settings = Settings()
+    match options.command:
+        case "migrate":
+            return _migrate(settings)
+        case "restore":
+            return _restore(settings, options)
     with _storage(settings) as (database, store):
-        match options.command:
-            case "backup":
-                return _backup(database, store, options.folder)
-            case "restore":
-                return _restore(database, store, options)
-            case _:
-                return _doctor(settings, database, store, options.repair)
+        if options.command == "backup":
+            return _backup(database, store, options.folder)
+        return _doctor(settings, database, store, options.repair)
 
 
 @contextmanager
 def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
+    """The database with this release's tables, and its store."""
     from adapters.database import Database
+    from adapters.identity import Identity
     from adapters.store import open_store
 
-    if settings.database_url is None or settings.store_url is None:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = open_store(settings.store, settings.store_options)
     database = Database(settings.database)
     try:
+        database.require_current()
+        store = open_store(settings.store, settings.store_options)
+        Identity(database).check(store)
         yield database, store
     finally:
         database.close()
@@ -73,17 +73,39 @@ def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
 def _backup(database: Database, store: Store, folder: Path) -> int:
     from adapters.backup import backup
 
-    database.migrate()
     path, manifest = backup(database, store, folder.expanduser().absolute())
     print(json.dumps({"backup": str(path), **asdict(manifest)}))
     return 0
 
 
-def _restore(database: Database, store: Store, options: argparse.Namespace) -> int:
+def _restore(settings: Settings, options: argparse.Namespace) -> int:
+    from adapters.database import Database
     from adapters.restoring import restore
+    from adapters.store import open_store
 
+    settings.make_home()
     backup = options.backup.expanduser().absolute()
-    print(json.dumps(_report(restore(backup, database, store, replace=options.replace, old=options.old))))
+    store = open_store(settings.store, settings.store_options)
+    database = Database(settings.database)
+    try:
+        restored = restore(backup, database, store, replace=options.replace, old=options.old)
+    finally:
+        database.close()
+    print(json.dumps(_report(restored)))
+    return 0
+
+
+def _migrate(settings: Settings) -> int:
+    from adapters.database import Database
+
+    settings.make_home()
+    database = Database(settings.database)
+    try:
+        before = database.revision
+        database.migrate()
+        print(json.dumps({"before": before, "schema": database.revision}))
+    finally:
+        database.close()
     return 0
 
 
@@ -110,7 +132,6 @@ def _report(restored: Restored) -> dict[str, Any]:
 def _doctor(settings: Settings, database: Database, store: Store, repair: bool) -> int:
     from adapters.repairing import Doctor
 
-    database.migrate()
     with ExitStack() as stack:
 
         def open_backbone(name: str) -> Backbone | None:

@@ -69,11 +69,9 @@ def run(options: argparse.Namespace) -> int:
     from service.settings import Settings
 
     settings = Settings()
-    if settings.database_url is None:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     registry = Registry(settings.database)
     try:
-        registry.migrate()
+        registry.require_current()
         for line in _lines(registry, settings, options):
             print(line)
     finally:
@@ -116,8 +114,10 @@ def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
     from adapters.forgetting import Clearing
     from adapters.store import open_store
 
+    store = open_store(settings.store, settings.store_options)
+    registry.identity.check(store)
     receipt = registry.erasures.tenant(tenant)
-    Clearing(registry, open_store(settings.store, settings.store_options)).clear()
+    Clearing(registry, store).clear()
     return receipt
 
 

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from adapters.forgetting import Forgetting
 from adapters.tenants import KeyRecord, Quotas, TenantRecord, Tenants
 from service import answers
+from service.access import needs
 from service.answer_schemas import ErasureOut
-from service.auth import NamedTenant, only_operator
+from service.auth import NamedTenant
 from service.bodies import Bodies
 from service.openapi import body, problems
 from service.paging import Behind, Limit
@@ -32,21 +33,21 @@ from service.tenant_schemas import (
 
 def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: Bodies) -> None:
     """Tenants and keys."""
-    operator = [Depends(only_operator)]
 
     @api.post(
         "/tenants",
-        dependencies=operator,
         openapi_extra=body(TenantRequest),
         responses={201: {"model": TenantOut}, **problems(403, 409, 415, 422)},
         status_code=201,
     )
+    @needs("operator")
     async def create_tenant(request: Request) -> Response:
         """Make a tenant."""
         wanted = await bodies.model(request, TenantRequest)
         return answers.answer(_tenant(await asyncio.to_thread(tenants.create, wanted.tenant)), status=201)
 
-    @api.get("/tenants", dependencies=operator, responses={200: {"model": TenantsOut}, **problems(403)})
+    @api.get("/tenants", responses={200: {"model": TenantsOut}, **problems(403)})
+    @needs("operator")
     async def list_tenants(cursor: Behind, limit: Limit = 100) -> Response:
         """The tenants in the order of their names."""
         found = await asyncio.to_thread(tenants.tenants, cursor, limit + 1)
@@ -54,15 +55,16 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         return answers.answer({"tenants": [_tenant(one) for one in found[:limit]], "next": following})
 
     @api.get("/tenants/{tenant}", responses={200: {"model": TenantOut}, **problems(404)})
+    @needs("admin")
     async def tenant(tenant: NamedTenant) -> Response:
         """One tenant."""
         return answers.answer(_tenant(await asyncio.to_thread(tenants.tenant, tenant)))
 
     @api.delete(
         "/tenants/{tenant}",
-        dependencies=operator,
         responses={200: {"model": ErasureOut}, **problems(403, 404)},
     )
+    @needs("operator")
     async def erase_tenant(tenant: NamedTenant) -> Response:
         """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys, quotas.
 
@@ -72,10 +74,10 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
 
     @api.put(
         "/tenants/{tenant}/quotas",
-        dependencies=operator,
         openapi_extra=body(QuotasIn),
         responses={200: {"model": TenantOut}, **problems(403, 404, 415, 422)},
     )
+    @needs("operator")
     async def set_quotas(request: Request, tenant: NamedTenant) -> Response:
         """Say what a tenant may have: all of it at once. Every process heeds it within 5 seconds."""
         wanted = await bodies.model(request, QuotasIn)
@@ -83,6 +85,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         return answers.answer(_tenant(await asyncio.to_thread(tenants.set_quotas, tenant, quotas)))
 
     @api.get("/tenants/{tenant}/keys", responses={200: {"model": KeysOut}, **problems(404)})
+    @needs("admin")
     async def keys(tenant: NamedTenant) -> Response:
         """The tenant's keys, without their secrets."""
         found = await asyncio.to_thread(tenants.keys, tenant)
@@ -94,6 +97,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         responses={201: {"model": NewKeyOut}, **problems(404, 409, 415, 422)},
         status_code=201,
     )
+    @needs("admin")
     async def create_key(request: Request, tenant: NamedTenant) -> Response:
         """Make a key. The answer holds the whole of it, once."""
         wanted = await bodies.model(request, KeyRequest)
@@ -110,6 +114,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         responses={201: {"model": NewKeyOut}, **problems(404, 409, 415, 422)},
         status_code=201,
     )
+    @needs("admin")
     async def rotate_key(request: Request, tenant: NamedTenant, key: str) -> Response:
         """Make a key in the place of another, which goes on for a while."""
         wanted = await bodies.model(request, RotateRequest)
@@ -117,6 +122,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         return _new_key(*await asyncio.to_thread(tenants.rotate, tenant, key, grace))
 
     @api.delete("/tenants/{tenant}/keys/{key}", responses={200: {"model": KeyOut}, **problems(404)})
+    @needs("admin")
     async def revoke_key(tenant: NamedTenant, key: str) -> Response:
         """Revoke a key: within 5 seconds it opens nothing any more, in every process."""
         return answers.answer(_key(await asyncio.to_thread(tenants.revoke, tenant, key)))

@@ -35,6 +35,8 @@ _WRONG = 3
 # Whoever must be replaced again so soon is not helped by it.
 _AGAIN_SECONDS = 60.0
 _OPEN_SECONDS = 30.0
+# For which a batcher that was exchanged still takes what was on its way to it.
+_RETIRE_SECONDS = 30.0
 # Batchers with threads that are stuck, each with its sessions.
 _MOST_LEFT = 3
 # In which the event loop must turn once.
@@ -79,6 +81,7 @@ class Watching:
         self._tuned: dict[Batcher, Standstill] = {}
         self._left: list[Batcher] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._retiring: list[asyncio.Task[None]] = []
         self._watchdog = Watchdog(end)
 
     @property
@@ -103,10 +106,10 @@ class Watching:
         """Looks no more. What is stuck by now is left alone."""
         self._watchdog.close()
         replacing = [one.replacing for one in self._watched.values() if one.replacing is not None]
-        for task in (*self._tasks, *replacing):
+        for task in (*self._tasks, *replacing, *self._retiring):
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait([*self._tasks, *self._retiring])
 
     async def _look(self) -> None:
         looked = time.monotonic()
@@ -190,6 +193,35 @@ class Watching:
         one.replacing = None
         await self._ask(name)
         logger.warning("the backbone %s is there again after %.1f s", name, time.monotonic() - begun)
+
+    async def exchange(self, name: str) -> None:
+        """Opens a backbone anew, and lets it take the place of the one that runs, which first ends its work.
+
+        Raises what opening it raises: then everything is as before.
+        """
+        one, before = self._watched[name], self._batchers[name]
+        if one.replacing is not None:
+            # It is opened anew as it is.
+            return
+        one.replacing = asyncio.current_task()
+        try:
+            backbone = await _in_thread(lambda: self._reopen(name))
+            batcher = self._batcher_for(backbone)
+            await batcher.start()
+            self._batchers[name] = batcher
+            one.standstill = Standstill(batcher)
+        finally:
+            one.replacing = None
+        logger.info("the backbone %s runs by another plan", name)
+        self._retiring = [task for task in self._retiring if not task.done()]
+        self._retiring.append(asyncio.create_task(self._retire(before)))
+
+    async def _retire(self, batcher: Batcher) -> None:
+        """Closes what was exchanged, once those who found it there have asked it."""
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(_RETIRE_SECONDS)
+        await batcher.close()
+        batcher.backbone.close()
 
     def _leave(self, batcher: Batcher) -> None:
         """Notes what is abandoned: its memory is free only once its threads have ended."""

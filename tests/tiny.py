@@ -37,7 +37,7 @@ TOKENS = 64
 _WORDS = tuple(a + b + c for a in "bdfklmnprst" for b in "aeiou" for c in ("", "n", "l"))
 
 
-def image_export(folder: Path) -> Path:
+def image_export(folder: Path, crop_mode: str = "fold") -> Path:
     """Writes a tiny image backbone (32 pixels square, 32 dims) under folder; returns its export folder."""
     rng = np.random.default_rng(1)
     graph = helper.make_graph(
@@ -65,7 +65,7 @@ def image_export(folder: Path) -> Path:
         source=IMAGE_NAME,
         architecture="tiny",
         dim=IMAGE_DIM,
-        transform=ImageTransform(32, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        transform=ImageTransform(32, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), crop_mode),
         pooling="average",
         licence="Apache-2.0",
         precision="float32",
@@ -130,16 +130,18 @@ def text_backbone(folder: Path) -> Backbone:
     return Backbone.open(text_export(folder), threads=1)
 
 
-def install(bentoml_home: Path) -> tuple[str, str]:
+def install(bentoml_home: Path, crop_mode: str = "fold") -> tuple[str, str]:
     """Puts both into the BentoML model store of a home folder; the names that a service's settings use.
 
+    crop_mode: of the image backbone; "center" is what earlier releases exported.
     Written as BentoML writes a model, but without importing it: its configuration is fixed at the first
     import.
     """
-    for name, folder in ((IMAGE_NAME, image_export), (TEXT_NAME, text_export)):
+    tiny = bentoml_home / "tiny"
+    for name, folder in ((IMAGE_NAME, image_export(tiny, crop_mode)), (TEXT_NAME, text_export(tiny))):
         version = "0" * 16
         target = bentoml_home / "models" / model_name(name) / version
-        shutil.copytree(folder(bentoml_home / "tiny"), target, dirs_exist_ok=True)
+        shutil.copytree(folder, target, dirs_exist_ok=True)
         (target / "model.yaml").write_text(
             f"name: {model_name(name)}\nversion: '{version}'\nbentoml_version: 1.4.39\n"
             "creation_time: '2026-01-01T00:00:00+00:00'\napi_version: v1\nmodule: ''\n"

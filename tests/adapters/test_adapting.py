@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from adapters.linear_probe import OneLabel
 from adapters.predicting import HeadMismatch, NoLiveVersion
 from adapters.records import UnknownAdapter
 from adapters.revising import AdapterFull, AdapterLimits
-from adapters.store import open_store, sweep
+from adapters.store import open_store
+from adapters.sweeper import sweep
+from models.backbone import Backbone
 from models.preprocess import InputError
 from models.spec import UnknownBackbone
 from tests.adapters.world import TENANT, World, other_text_export, says, taught, world
@@ -215,7 +220,7 @@ async def test_a_cancelled_adapt_is_all_or_nothing(tmp_path: Path, steps: int) -
         adapter = here.registry.adapter(TENANT, "words")
         assert (adapter.examples, adapter.live) in ((8, 1), (9, 2))
         assert (await here.predict(["x"])).version == adapter.live
-        sweep(here.store, here.registry.referenced, older_than=-1.0)
+        sweep(here.store, here.registry, older_than=-1.0)
         here.check()
         assert (await here.adapt([Posted(says("two", 998), "two", "newer")])).revised.live
         assert len(here.revising._turns) == 0
@@ -253,14 +258,37 @@ async def test_a_corrected_label_changes_the_answer(tmp_path: Path) -> None:
         here.check()
 
 
+async def test_texts_that_are_known_take_turns_at_being_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces and on a thread that gives way, so that many long ones hold nothing else up."""
+    looks: list[tuple[int, int]] = []
+    truncated = Backbone.truncated
+
+    def seen(backbone: Backbone, inputs: Sequence[bytes | str]) -> frozenset[int]:
+        looks.append((sum(map(len, inputs)), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return truncated(backbone, inputs)
+
+    async with world(tmp_path) as here:
+        long = [Posted(f"ba{' be' * 9_000} {number}", "one", f"long{number}") for number in range(6)]
+        await here.adapt([*taught(), *long])
+        with monkeypatch.context() as patch:
+            patch.setattr(Backbone, "truncated", seen)
+            done = await here.adapt([*taught(), *long])
+        assert done.revised.truncated == 6
+        assert max(size for size, _ in looks) <= 50_000
+        assert len(looks) >= 6
+        assert min(niceness for _, niceness in looks) > os.getpriority(os.PRIO_PROCESS, 0)
+
+
 async def test_a_rebase_moves_everything(tmp_path: Path) -> None:
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(taught())
-        await here.adapt([Posted(says("one", 999), "one", "more")])
+        await here.adapt([Posted(says("one", 999), "one", "more"), Posted("ba " * 90, "one", "long")])
         before = here.files()
         done = await here.curating.rebase(TENANT, "words", "other-text", "always")
-        assert (done.adapter.backbone, done.live) == ("other-text", True)
+        assert (done.adapter.backbone, done.live, done.truncated) == ("other-text", True, 1)
         assert done.version is not None
         assert done.version.backbone == "other-text"
         answer = await here.predict([says("one", 999)], explain=1)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -181,6 +182,31 @@ def test_a_process_that_is_behind_the_asked_epoch_reads_again(
         with pytest.raises(UnknownAdapter):
             await aliases.get("acme", "pets", min_epoch=second.adapter.epoch + 1)
         assert len(aliases) == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_is_created_again_is_seen_though_the_clock_was_set_back(
+    registry: Registry, counting: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = create(registry)
+
+    async def scenario() -> None:
+        aliases = Aliases(counting, interval=0.02)
+        await aliases.get("acme", "pets")
+        registry.delete_adapter("acme", "pets")
+        before = old.adapter.created_at - timedelta(hours=1)
+        with monkeypatch.context() as clock:
+            clock.setattr("adapters.committing.next_epoch", lambda last, now: int(before.timestamp()))
+            again = create(registry)
+        assert again.adapter.epoch < old.adapter.epoch
+        await aliases.start()
+        await eventually(lambda: aliases.known("acme", "pets") == again.alias)
+        assert await aliases.get("acme", "pets") == again.alias
+        resolved = len(counting.resolved)
+        await asyncio.sleep(0.2)
+        assert len(counting.resolved) == resolved
+        await aliases.close()
 
     asyncio.run(scenario())
 

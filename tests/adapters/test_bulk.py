@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 import zipfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,8 +38,9 @@ from adapters.registry import Registry, new_uid
 from adapters.replies import Reply
 from adapters.revising import AdapterFull, AdapterLimits
 from adapters.segments import decode_inputs, encode_embeddings, encode_inputs
-from adapters.store import Artifact, Buffer, Store, open_store, sweep
+from adapters.store import Artifact, Buffer, Store, open_store
 from adapters.submitting import Submitting
+from adapters.sweeper import Swept, sweep
 from adapters.uploaded import UploadLimits
 from adapters.uploads import Form
 from benchmarks.serving import Serving
@@ -185,6 +187,24 @@ def test_another_attempt_goes_on_where_one_was_stopped(place: Place, monkeypatch
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
 
 
+def test_a_job_from_before_a_rollback_gives_way_and_a_later_one_lifts_it(place: Place) -> None:
+    place.do()
+    place.do(place.queue(lines(told([f"m{row}" for row in range(4)], about="later "))))
+    assert place.registry.adapter("acme", "notes").live == 2
+    before = place.queue(lines(told([f"o{row}" for row in range(4)], about="before ")))
+    held = place.registry.promote(place.uid, 1).adapter
+    done, _ = place.do(before)
+    assert done.version == 3
+    assert place.registry.version(place.uid, 3).report["promotion"]["reason"] == "rolled_back"
+    assert place.registry.adapter("acme", "notes").standing == held.standing
+    time.sleep(0.01)
+    again = lines(told([f"p{row}" for row in range(4)], about="again "))
+    done, _ = place.do(place.queue(again, promote="if_better"))
+    assert place.registry.version(place.uid, 4).report["promotion"]["reason"] == "rolled_back"
+    done, _ = place.do(place.queue(again))
+    assert place.registry.adapter("acme", "notes").standing == (5, None)
+
+
 def test_what_was_stored_stays_when_a_job_is_cancelled(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with place.lease() as lease:
         stop_after_a_part(monkeypatch, lease, Cancelled())
@@ -207,9 +227,9 @@ def test_an_attempt_that_was_overtaken_stores_nothing(place: Place) -> None:
 
 
 def test_an_upload_is_swept_only_once_its_job_has_ended(place: Place) -> None:
-    assert sweep(place.store, place.registry.referenced, older_than=-1.0) == 0
+    assert sweep(place.store, place.registry, older_than=-1.0) == Swept()
     place.registry.jobs.request_cancel("acme", place.job.id)
-    assert sweep(place.store, place.registry.referenced, older_than=-1.0) == 2
+    assert sweep(place.store, place.registry, older_than=-1.0) == Swept(aside=2)
 
 
 def test_what_is_replaced_counts_for_nothing_while_its_replacement_comes(place: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -18,13 +19,14 @@ from adapters.adapting import AdaptCommand
 from adapters.admission import Posted
 from adapters.database import Database
 from adapters.erasing import ALL, ERASURES_KEPT, TenantErased, digest
+from adapters.folder import LocalStore
 from adapters.forgetting import Clearing
 from adapters.linear_probe import OneLabel
 from adapters.reading import current_time
 from adapters.records import AdapterRecord, Change, Changed, LeaseLost, Repoint, UnknownAdapter, UnknownTenant
 from adapters.registry import Registry, new_uid
 from adapters.schema import changes, erasures, metadata
-from adapters.store import Store, open_store
+from adapters.store import Artifact, Store, open_store
 from tests.adapters.test_jobs import begin, submit
 from tests.adapters.test_registry import TEXTS, append, artifact, change, create, example, refit
 from tests.adapters.test_registry import version as new_version
@@ -84,7 +86,7 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
     with pytest.raises(UnknownTenant):
         registry.tenants.tenant("acme")
     assert [change for change in registry.changed(60) if change.gone] == [
-        Changed("acme", "", rows(registry)["changes"][-1][0], gone=True)
+        Changed("acme", "", None, None, gone=True)
     ]
 
 
@@ -330,9 +332,10 @@ def test_the_last_adapter_takes_the_tenants_folder_along(tmp_path: Path) -> None
     for uid in uids:
         store.publish("acme", uid, b"data")
     store.delete_adapter("acme", uids[0])
-    assert [folder.name for folder in (tmp_path / "artifacts").iterdir()] == ["acme"]
+    assert [folder.name for folder in (tmp_path / "artifacts").glob("[!.]*")] == ["acme"]
     store.delete_adapter("acme", uids[1])
-    assert list((tmp_path / "artifacts").iterdir()) == []
+    assert list((tmp_path / "artifacts").glob("[!.]*")) == []
+    assert list((tmp_path / "artifacts" / ".deleted").iterdir()) == []
     store.publish("acme", uids[1], b"again")
     assert len(list(store.objects())) == 1
 
@@ -406,6 +409,40 @@ async def test_adapts_that_race_with_the_erasure_leave_nothing(tmp_path: Path) -
         assert {type(one) for one in failed} <= {UnknownAdapter, TenantErased, OneLabel}, failed
         assert here.registry.adapters(TENANT) == []
         assert here.files() == {}
+
+
+class Interrupted(LocalStore):
+    """A store that calls `meanwhile`, once, before the next file is read."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().read(tenant, adapter_uid, artifact)
+
+
+@anyio
+async def test_who_reads_while_the_adapter_is_erased_hears_that_it_is_gone(tmp_path: Path) -> None:
+    store = Interrupted(tmp_path / "artifacts")
+    async with world(tmp_path, store=store) as here:
+
+        def erase() -> None:
+            _, uid = here.registry.delete_adapter(TENANT, "words")
+            store.delete_adapter(TENANT, uid)
+
+        reads: list[Callable[[], Awaitable[object]]] = [
+            lambda: here.predict([says("one", 1)], explain=2),
+            lambda: here.browsing.example(TENANT, "words", "one0"),
+        ]
+        for read in reads:
+            await here.adapt(taught())
+            await here.predict([says("one", 1)])
+            store.meanwhile = erase
+            with pytest.raises(UnknownAdapter):
+                await read()
+            here.forgetting.heard(TENANT, "words")
 
 
 async def _eventually(condition: Any) -> None:

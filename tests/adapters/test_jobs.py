@@ -184,6 +184,35 @@ def test_a_heartbeat_extends_the_lease_and_reports(registry: Registry) -> None:
     assert now_of(registry, job).progress == {"epoch": 1, "loss": 0.5}
 
 
+def test_progress_agrees_with_how_the_job_ended(registry: Registry) -> None:
+    """Whatever was reported a moment before: of the work, and of the time that is left."""
+    create(registry)
+    report = {"phase": "fit", "share": 0.95, "seconds_left": 1.5, "stored": 3}
+    queue = registry.jobs
+    endings: dict[str, Callable[[Claim], object]] = {
+        "succeeded": queue.succeed,
+        "failed": lambda claimed: queue.fail(claimed, "one_label", "There is one label."),
+        "cancelled": queue.cancelled,
+    }
+    for state, finish in endings.items():
+        for told in (None, report):
+            submit(registry)
+            claimed = begin(registry)
+            queue.heartbeat(claimed, 60, told)
+            assert now_of(registry, claimed.job).progress == told
+            finish(claimed)
+            ended = now_of(registry, claimed.job)
+            assert ended.state == state
+            if state == "succeeded":
+                assert ended.progress == {**(told or {}), "share": 1.0, "seconds_left": 0.0}
+            else:
+                assert ended.progress == (told and {**told, "seconds_left": None})
+    submit(registry)
+    assert succeed(registry, begin(registry)).version is not None
+    (newest, *_) = queue.jobs("acme", limit=1)
+    assert newest.progress == {"share": 1.0, "seconds_left": 0.0}
+
+
 def test_a_failure_and_a_cancellation_end_the_job(registry: Registry) -> None:
     create(registry)
     first, second = submit(registry), submit(registry)

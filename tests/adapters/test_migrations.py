@@ -196,6 +196,40 @@ def test_examples_of_the_release_before_are_sampled_and_its_processes_go_on_addi
     registry.close()
 
 
+def test_nothing_of_the_release_before_is_set_aside_or_held(
+    registry_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.database.HEAD", "0007")
+        registry.migrate()
+    at = "0" if registry_url.startswith("sqlite") else "now()"
+    database = Database(registry_url)
+    statements = (
+        "INSERT INTO adapters (uid, tenant, name, backbone, fingerprint, kind, task, keep_inputs, revision, "
+        "next_version, live, epoch, examples, created_at) VALUES "
+        f"('u', 'acme', 'pets', 'lite0', 'f', 'image', 'classification', true, 1, 1, 1, 1, 1, {at})",
+        "INSERT INTO artifacts (id, adapter_uid, sha256, nonce, length) VALUES (7, 'u', 'a', 'b', 3)",
+        "INSERT INTO versions (adapter_uid, number, revision, method, backbone, fingerprint, artifact_id, "
+        f"report, labels, created_at) VALUES ('u', 1, 1, 'linear_probe', 'lite0', 'f', 7, '{{}}', 2, {at})",
+        "INSERT INTO examples (adapter_uid, id, digest, target, segment_id, row, first_revision, created_at) "
+        f"VALUES ('u', 'a', 'd', '5.0', 7, 0, 1, {at})",
+    )
+    with database.writing() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    registry.migrate()
+    # A process of the release before goes on adding and promoting.
+    with database.writing() as connection:
+        connection.exec_driver_sql(statements[-1].replace("'a'", "'b'"))
+        connection.exec_driver_sql("UPDATE adapters SET live = 1, examples = 2")
+    database.close()
+    adapter = registry.adapter("acme", "pets")
+    assert (adapter.standing, adapter.restored_at) == ((1, None), None)
+    assert [(one.id, one.excluded) for one in registry.examples("u")] == [("a", False), ("b", False)]
+    registry.close()
+
+
 def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry_url: str) -> None:
     database = Database(registry_url)
     with database.writing() as connection:

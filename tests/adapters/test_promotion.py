@@ -51,6 +51,26 @@ def test_a_significantly_worse_version_is_withheld() -> None:
     assert decision.with_live == Comparison(60, 0.8, 1.0, 0.5**12)
 
 
+def test_nothing_but_always_goes_past_a_rollback() -> None:
+    live, better = evidence([0.0] * 30 + [1.0] * 30), evidence([1.0] * 60)
+    for choose in (decide, decide_late):
+        assert choose("if_better", "classification", better, live).promote
+        held = choose("if_better", "classification", better, live, held=True)
+        assert (held.promote, held.reason, held.fallback) == (False, "rolled_back", None)
+        assert held.with_live.compared == 60, "how good it is, it says all the same"
+        lost = choose("if_better", "classification", better, None, held=True)
+        assert (lost.promote, lost.reason) == (False, "rolled_back")
+        assert choose("always", "classification", better, live, held=True).promote
+        assert choose("never", "classification", better, live, held=True).reason == "never"
+
+
+def test_a_held_version_is_not_moved_back_by_doubt() -> None:
+    live, doubted = evidence([1.0] * 40), heard([1.0] * 10 + [0.0] * 30, 0.9, [3] * 40)
+    assert decide("if_better", "classification", doubted, live).fallback == 3
+    held = decide("if_better", "classification", doubted, live, held=True)
+    assert (held.reason, held.fallback) == ("rolled_back", None)
+
+
 def test_a_version_that_may_be_as_good_is_promoted() -> None:
     live, new = evidence([1.0] * 40), evidence([0.0] * 4 + [1.0] * 36)
     decision = decide("if_better", "classification", new, live)

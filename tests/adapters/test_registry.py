@@ -531,13 +531,47 @@ def test_tells_what_changed_of_late(registry: Registry) -> None:
     first = create(registry)
     second = append(registry, first.adapter, "c")
     other = create(registry, "other")
-    seen = {found.name: found.epoch for found in registry.changed(60)}
-    assert seen == {"pets": second.adapter.epoch, "other": other.adapter.epoch}
+    seen = {found.name: (found.uid, found.epoch) for found in registry.changed(60)}
+    kept = {"other": (other.adapter.uid, other.adapter.epoch)}
+    assert seen == kept | {"pets": (second.adapter.uid, second.adapter.epoch)}
     registry.delete_adapter("acme", "pets")
-    assert {found.name: found.epoch for found in registry.changed(60)}["pets"] > other.adapter.epoch
+    seen = {found.name: (found.uid, found.epoch) for found in registry.changed(60)}
+    assert seen == kept | {"pets": (None, None)}
     time.sleep(0.3)
     assert registry.changed(0.1) == []
     assert registry.live_versions() == 1
+
+
+def test_an_epoch_tells_nothing_of_other_tenants(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the time of the change; where the clock stands still, one more than the adapter's last one."""
+    own = create(registry).adapter
+    assert abs(own.epoch - own.created_at.timestamp() * 1e6) < 10e6
+    for number in range(20):
+        create(registry, f"a{number}", tenant="umbrella")
+    later = refit(registry, own).adapter
+    assert abs(later.epoch - datetime.now(UTC).timestamp() * 1e6) < 10e6
+    stands = datetime.fromtimestamp(later.epoch / 1e6 - 3600, UTC)
+    monkeypatch.setattr("adapters.committing.current_time", lambda connection: stands)
+    theirs = registry.adapter("umbrella", "a0")
+    for number in range(1, 4):
+        for _ in range(5):
+            refit(registry, theirs)
+        assert refit(registry, own).adapter.epoch == later.epoch + number
+    assert registry.adapter("umbrella", "a0").epoch == theirs.epoch + 15
+
+
+def test_no_two_changes_to_an_adapter_have_one_epoch(registry: Registry, registry_url: str) -> None:
+    adapter = create(registry).adapter
+    others = [Registry(registry_url) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: [refit(one, adapter).adapter.epoch for _ in range(5)], others))
+    for one in others:
+        one.close()
+    epochs = sorted(epoch for some in found for epoch in some)
+    assert len(set(epochs)) == 20
+    assert all(some == sorted(some) for some in found)
+    assert registry.adapter("acme", "pets").epoch == epochs[-1]
+    assert epochs[0] > adapter.epoch
 
 
 def test_the_record_of_changes_is_bounded(registry: Registry, registry_url: str) -> None:
@@ -752,9 +786,9 @@ def test_a_kill_inside_the_transaction_undoes_it(registry: Registry, registry_ur
 
 
 def test_sqlite_is_set_up_to_be_durable_and_to_forget(tmp_path: Path) -> None:
-    registry = Registry(f"sqlite:///{tmp_path / 'new' / 'topwork.db'}")
+    registry = Registry(f"sqlite:///{tmp_path / 'topwork.db'}")
     registry.migrate()
-    database = Database(f"sqlite:///{tmp_path / 'new' / 'topwork.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'topwork.db'}")
     with database.reading() as connection:
 
         def pragma(name: str) -> object:

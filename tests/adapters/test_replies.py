@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from adapters.adapting import AdaptCommand, AdaptOutcome
 from adapters.curating import Feedback
 from adapters.records import Committed, JobRecord, TooManyJobs, UnknownAdapter
 from adapters.registry import Change, Registry, new_uid
-from adapters.replies import REPLIES_KEPT, AlreadyAnswered, Answered, Reply
+from adapters.replies import MOST_BYTES, REPLIES_KEPT, AlreadyAnswered, Answered, Reply
 from adapters.revising import Revised
 from adapters.schema import database_now, replies
 from adapters.submitting import Submitting
@@ -249,3 +250,96 @@ async def test_an_upload_for_nothing_leaves_no_file(tmp_path: Path) -> None:
         assert here.registry.jobs.jobs(TENANT) == [job]
         assert here.files() == kept
         here.check()
+
+
+def test_a_reply_of_the_release_before_is_given_again(registry: Registry) -> None:
+    registry.commit(creation(), reply=reply())
+    with registry._database.writing() as connection:
+        connection.execute(update(replies).values(body=told(1).body))
+    assert registry.replies.find("acme", KEY) == told(1)
+
+
+def stored(registry: Registry, tenant: str) -> int:
+    """Bytes of all bodies of the tenant."""
+    with registry._database.reading() as connection:
+        bodies = connection.scalars(select(replies.c.body).where(replies.c.tenant == tenant))
+        return sum(len(body) for body in bodies)
+
+
+def test_replies_of_a_tenant_take_so_much_and_no_more(registry: Registry, registry_url: str) -> None:
+    """Ones of a megabyte each, which do not compress; the newest are given again."""
+    adapter = create(registry).adapter
+    registry.commit(creation(tenant="umbrella"), reply=reply())
+    half = MOST_BYTES // 2
+
+    def large(number: int) -> Answered:
+        rng = random.Random(number)
+        return Answered(REQUEST, 200, json.dumps({"number": number, "hex": rng.randbytes(700_000).hex()}))
+
+    def commit(number: int) -> None:
+        answered: Reply[Committed] = Reply(f"{number:064x}", lambda committed: large(number))
+        registry.commit(replace(change(adapter), version=version()), reply=answered)
+
+    commit(0)
+    one = stored(registry, "acme")
+    assert one > 900_000
+    with registry._database.writing() as connection:
+        (row,) = connection.execute(select(replies).where(replies.c.tenant == "acme")).mappings()
+        # As if there were half as much again as may be, all of it from before.
+        many = 3 * half // one
+        connection.execute(
+            insert(replies),
+            [
+                {**row, "key_sha256": f"f{n:063x}", "at": row["at"] - timedelta(seconds=n)}
+                for n in range(1, many)
+            ],
+        )
+    assert stored(registry, "acme") > 1.4 * MOST_BYTES
+    size = file_size(registry_url)
+    for number in range(1, 12):
+        commit(number)
+        assert stored(registry, "acme") <= MOST_BYTES
+    assert stored(registry, "acme") > MOST_BYTES - 2 * one
+    # The pages of what went are used again.
+    assert file_size(registry_url) <= size + 2 * one
+    for number in range(12):
+        assert registry.replies.find("acme", f"{number:064x}") == large(number)
+    assert registry.replies.find("acme", f"f{1:063x}") is not None
+    assert registry.replies.find("acme", f"f{many - 1:063x}") is None
+    assert registry.replies.find("umbrella", KEY) == told(1)
+
+
+def file_size(url: str) -> int:
+    """Of a database in SQLite; PostgreSQL gives pages back when it vacuums."""
+    return Path(url.partition("///")[2]).stat().st_size if url.startswith("sqlite") else 0
+
+
+def test_small_replies_are_bounded_too(registry: Registry) -> None:
+    """They are added up once in a while, and not with each."""
+    adapter = create(registry).adapter
+    body = "x" * (1 << 16)
+    rows = [
+        {
+            "tenant": "acme",
+            "key_sha256": f"f{n:063x}",
+            "request_sha256": REQUEST,
+            "adapter_uid": adapter.uid,
+            "status": 200,
+            "body": body,
+            "at": datetime.now(UTC) - timedelta(hours=1),
+        }
+        for n in range(MOST_BYTES // len(body) + 10)
+    ]
+    with registry._database.writing() as connection:
+        connection.execute(insert(replies), rows)
+    for number in range(400):
+        # About one in ten of these adds up; that none of 400 does is as good as impossible.
+        rng = random.Random(number)
+        answered: Reply[Committed] = Reply(
+            f"{number:064x}",
+            lambda committed, rng=rng: Answered(REQUEST, 200, rng.randbytes(80_000).hex()),  # type: ignore[misc]
+        )
+        registry.commit(replace(change(adapter), version=version()), reply=answered)
+        if stored(registry, "acme") <= MOST_BYTES:
+            break
+    assert stored(registry, "acme") <= MOST_BYTES

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from adapters.backup import ARTIFACTS, MANIFEST, REGISTRY, BadBackup, backup, read_manifest, sha256_of
+from adapters.curating import Amendment
 from adapters.erasing import ERASURES_KEPT
 from adapters.jobs import upload_request
 from adapters.records import JobKind, RegistryTooNew
@@ -65,7 +66,7 @@ def comparable(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
     moved = ("epoch", "revision")
     found = {}
     for name, of_table in rows.items():
-        if name != "changes":
+        if name not in ("changes", "identity"):
             kept = [
                 {
                     key: value.replace(microsecond=value.microsecond // 1000 * 1000)
@@ -149,6 +150,7 @@ async def test_running_services_notice_within_a_second(place: Place, tmp_path: P
         assert [one.label for one in await answers(world)] == ["two", "one"]
         assert await answers(world, "later")
         newest = max(row["epoch"] for row in place.rows()["changes"])
+        before = world.registry.adapter(TENANT, "words").epoch
         await asyncio.to_thread(restore, path, place.database, place.store, replace=True)
         until = time.monotonic() + 1
         while world.aliases.known(TENANT, "later") is not None:
@@ -157,11 +159,13 @@ async def test_running_services_notice_within_a_second(place: Place, tmp_path: P
         assert await answers(world) == was
         told = [row for row in place.rows()["changes"] if row["epoch"] > newest]
         assert {(row["name"], row["gone"]) for row in told} == {("words", False), ("later", True)}
+        restored = world.registry.adapter(TENANT, "words").epoch
+        assert restored > before
         # Version 2 was there: its number is not given again, and no epoch is.
         outcome = await world.adapt(taught(5), promote="always")
         assert outcome.revised.version is not None
         assert outcome.revised.version.number == 3
-        assert outcome.revised.adapter.epoch > max(row["epoch"] for row in told)
+        assert outcome.revised.adapter.epoch > restored
     assert place.examine() == []
 
 
@@ -173,7 +177,7 @@ async def test_a_damaged_backup_changes_nothing(place: Place, make: Make, tmp_pa
     def refused(path: Path, said: str) -> None:
         with pytest.raises(BadBackup, match=said):
             restore(path, target.database, target.store)
-        assert not any(target.rows().values())
+        assert not any(rows for name, rows in target.rows().items() if name != "identity")
         assert not list(target.store.objects())
 
     path = saved(place, tmp_path)
@@ -218,10 +222,11 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
     rewrite(path, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(RegistryTooNew, match="9999"):
         restore(path, target.database, target.store)
-    assert not any(target.rows().values())
+    assert not any(rows for name, rows in target.rows().items() if name != "identity")
     rewrite(
         path,
         "UPDATE alembic_version SET version_num = '0005'",
+        "DROP TABLE identity",
         "DROP TABLE erasures",
         "DROP TABLE replies",
         "ALTER TABLE changes DROP COLUMN gone",
@@ -229,11 +234,50 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
         "ALTER TABLE examples DROP COLUMN sampled",
         "ALTER TABLE adapters DROP COLUMN answer_accuracy",
         "ALTER TABLE adapters DROP COLUMN weights",
+        "ALTER TABLE examples DROP COLUMN excluded_since",
+        "ALTER TABLE adapters DROP COLUMN rolled_back_at",
+        "ALTER TABLE adapters DROP COLUMN restored_at",
     )
     whole = sha256_of(path / REGISTRY)
     assert restore(path, target.database, target.store).adapters == 1
     assert sha256_of(path / REGISTRY) == whole
     assert target.examine() == []
+
+
+async def test_what_is_set_aside_or_held_is_so_again_and_what_was_erased_since_is_not(
+    place: Place, tmp_path: Path
+) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        for name in ("one0", "two0"):
+            await world.curating.amend(TENANT, "words", name, Amendment(excluded=True))
+        await world.browsing.promote(TENANT, "words", 1, None)
+        path = saved(place, tmp_path)
+        await world.curating.remove(TENANT, "words", ["two0"])
+    restore(path, place.database, place.store, replace=True)
+    async with place.world() as there:
+        adapter = there.registry.adapter(TENANT, "words")
+        assert [one.id for one in there.registry.examples(adapter.uid, excluded=True)] == ["one0"]
+        assert (adapter.examples, adapter.standing) == (7, (None, None))
+        # Both that had learned from what was erased are gone, and the one that had not is there.
+        assert [version.number for version in there.registry.versions(adapter.uid)] == [3]
+
+
+async def test_a_rollback_in_a_backup_holds_again(place: Place, make: Make, tmp_path: Path) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        await world.adapt([])
+        held = await world.browsing.promote(TENANT, "words", 1, None)
+    target = make("local", "target")
+    restore(saved(place, tmp_path), target.database, target.store)
+    async with target.world() as there:
+        now = there.registry.adapter(TENANT, "words")
+        assert held.rolled_back_at is not None
+        assert now.rolled_back_at is not None
+        assert (now.live, abs(now.rolled_back_at - held.rolled_back_at).total_seconds() < 0.01) == (1, True)
+        decision = (await there.adapt([])).revised.decision
+        assert decision is not None
+        assert decision.reason == "rolled_back"
 
 
 async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from adapters.store import (
     StoreFull,
     StoreUnavailable,
     open_store,
-    sweep,
 )
+from adapters.sweeper import sweep
 
 TENANT = "acme"
 UID = "0" * 31 + "1"
@@ -30,6 +30,16 @@ OTHER = "0" * 31 + "2"
 
 def files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+class NoRows:
+    """A database that refers to nothing."""
+
+    def referenced(self, uid: str) -> set[Artifact]:
+        return set()
+
+    def erased_ago(self, uid: str) -> float | None:
+        return None
 
 
 def names(store: Store) -> set[str]:
@@ -157,21 +167,6 @@ def test_a_put_mends_a_damaged_file_and_what_a_kill_left_of_one(tmp_path: Path) 
     assert path.stat().st_mode & 0o077 == 0
 
 
-def test_sweep_removes_old_orphans_only(store: Store) -> None:
-    kept, orphan = store.publish_all(TENANT, UID, [b"kept", b"orphan"])
-    lost = store.publish(TENANT, OTHER, b"of no adapter")
-    rows = {UID: {kept}}
-
-    def referenced(uid: str) -> set[Artifact]:
-        return rows.get(uid, set())
-
-    assert sweep(store, referenced, older_than=60.0) == 0
-    assert names(store) == {kept.name, orphan.name, lost.name}
-    assert sweep(store, referenced, older_than=-60.0) == 2
-    assert names(store) == {kept.name}
-    assert store.read(TENANT, UID, kept) == b"kept"
-
-
 def test_many_threads_publish_and_delete_in_one_adapter(store: Store) -> None:
     def work(number: int) -> tuple[Artifact, bytes]:
         data = os.urandom(100) + bytes([number])
@@ -233,6 +228,37 @@ def test_a_deletion_in_the_middle_of_publishing_is_survived(tmp_path: Path) -> N
     assert store.read(TENANT, UID, store.publish(TENANT, UID, b"y")) == b"y"
 
 
+def test_deletions_of_a_tenant_do_not_fail_its_publications(tmp_path: Path) -> None:
+    """Twelve threads publish while the tenant is deleted again and again, as when a busy tenant is erased."""
+    store = LocalStore(tmp_path)
+
+    def publish(number: int) -> None:
+        for _ in range(20):
+            store.publish_all(TENANT, f"{number:032x}", [b"x" * 1000, b"y"])
+
+    def delete() -> None:
+        for _ in range(20):
+            store.delete_tenant(TENANT)
+
+    with ThreadPoolExecutor(13) as pool:
+        running = [pool.submit(publish, number) for number in range(12)] + [pool.submit(delete)]
+        for one in running:
+            one.result()
+    store.delete_tenant(TENANT)
+    assert files(tmp_path) == []
+
+
+def test_a_deletion_finishes_what_an_interrupted_one_left(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.publish(TENANT, UID, b"x")
+    store.publish("other", UID, b"y")
+    (tmp_path / ".deleted").mkdir()
+    (tmp_path / TENANT).rename(tmp_path / ".deleted" / "0123456789abcdef")
+    assert [found.tenant for found in store.objects()] == ["other"]
+    store.delete_adapter(TENANT, UID)
+    assert [path.read_bytes() for path in files(tmp_path)] == [b"y"]
+
+
 KILLED = """
 import os, signal, sys
 from adapters import folder
@@ -259,7 +285,8 @@ def test_a_kill_while_publishing_leaves_only_what_a_sweep_removes(
     assert done.returncode == -9
     assert files(tmp_path)
     store = LocalStore(tmp_path)
-    sweep(store, lambda uid: set(), older_than=-1.0)
+    sweep(store, NoRows(), older_than=-1.0)
+    sweep(store, NoRows(), kept_aside=-1.0)
     assert files(tmp_path) == []
     assert store.read(TENANT, UID, store.publish(TENANT, UID, b"x")) == b"x"
 

@@ -288,7 +288,12 @@ def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) ->
     job = place.submit(LONG)
     with worker(replace(place.config, lease_seconds=300.0)) as process:
         until(place.checkpoint(job).exists)
+        # A supervisor of the service may send it to every process: the service decides when its worker ends.
         process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
         assert process.wait(20) == 0
     claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
     assert claim is not None
@@ -533,6 +538,38 @@ def test_an_example_removed_meanwhile_takes_the_network_with_it(
         place.tuning.run(lease)
     assert refused.value.code == "examples_removed"
     assert [version.method for version in place.registry.versions(place.uid)] == ["linear_probe"]
+
+
+@pytest.mark.parametrize(
+    ("happens", "why"), [("set_aside", "example_set_aside"), ("roll_back", "rolled_back")]
+)
+def test_a_network_does_not_go_live_past_what_a_person_decided_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch, happens: str, why: str
+) -> None:
+    def set_aside() -> None:
+        one = place.registry.example(place.uid, "e000")
+        write = ExampleWrite(one.id, one.digest, one.target, one.segment, one.row, one.inputs, excluded=True)
+        place.change(upserts=(write,))
+
+    def roll_back() -> None:
+        version = place.registry.version(place.uid, 1)
+        again = NewVersion("linear_probe", version.artifact, version.evidence, {}, 3)
+        place.change(version=again, promote=True)
+        place.registry.promote(place.uid, 1)
+
+    during(place, monkeypatch, {"set_aside": set_aside, "roll_back": roll_back}[happens])
+    read = place.registry.adapter("acme", "shades").revision
+    request = {"config": CONFIG, "promote": "always"}
+    place.registry.jobs.submit("acme", "shades", "fine_tune", request, deadline_seconds=600, max_open=3)
+    with place.lease() as lease:
+        committed = place.tuning.run(lease)
+    assert committed is not None
+    assert committed.version is not None
+    assert committed.version.method == "fine_tune"
+    assert committed.version.revision == read
+    assert (committed.version.report["promotion"]["reason"], committed.adapter.live) == (why, 1)
+    # It has learned from the example, whenever that was set aside.
+    assert place.registry.versions_without(place.uid, ["e000"]) == []
 
 
 def test_an_adapter_deleted_meanwhile_takes_the_job_with_it(
@@ -819,7 +856,7 @@ def test_a_fine_tune_that_finds_nothing_makes_no_version(
         assert place.tuning.run(lease) is None
     ended = place.job(job.id)
     assert (ended.state, ended.version) == ("succeeded", None)
-    assert ended.progress == {"share": 1.0, "outcome": "no_better"}
+    assert ended.progress == {"share": 1.0, "seconds_left": 0.0, "outcome": "no_better"}
     assert place.objects() == before
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
     assert not place.checkpoint(job).exists()

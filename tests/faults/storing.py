@@ -19,7 +19,8 @@ from functools import partial
 
 from adapters.records import AdapterExists, RevisionMoved, UnknownAdapter
 from adapters.registry import Change, Creation, ExampleWrite, NewVersion, Registry, new_uid
-from adapters.store import Artifact, Store, StoreError, open_store, sweep
+from adapters.store import Artifact, Store, StoreError, open_store
+from adapters.sweeper import Swept, sweep
 
 TENANT = "acme"
 _TEXTS = Creation("minilm-l6-v2", "f" * 64, "text", "classification", keep_inputs=True)
@@ -184,7 +185,8 @@ def _look_at_the_end(url: str, store: Store, said: dict[str, dict[str, int]], fo
     """A sweep takes what the kills left, and nothing else."""
     registry = Registry(url)
     try:
-        found.swept = sweep(store, registry.referenced, older_than=-60.0)
+        while (swept := sweep(store, registry, older_than=-60.0)) != Swept():
+            found.swept += swept.aside + swept.deleted
         referenced: set[Artifact] = set()
         for record in registry.adapters(TENANT, limit=1_000):
             _look(url, store, record.name, said[record.name], found)

@@ -6,6 +6,7 @@ Each has fired, and what was acknowledged is there, nothing refers to what is no
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +23,8 @@ from benchmarks.serving import Serving
 from tests.faults import times
 
 FAILING = Path(__file__).with_name("failing")
+# What fails, and then the project itself.
+PATHS = os.pathsep.join((str(FAILING), str(Path(__file__).resolve().parents[2])))
 PLACES = [
     f"{module}.{path}:{when}"
     for module, paths in json.loads((FAILING / "places.json").read_text()).items()
@@ -35,6 +38,8 @@ USUAL = [
     ("adapters.folder._write_synced:before", "ENOSPC"),
     ("adapters.committing._record_version:after", "EIO"),
     ("adapters.registry.Registry.commit:after", "kill"),
+    ("adapters.committing.promote:after", "EIO"),
+    ("adapters.registry.Registry.promote:after", "kill"),
     ("adapters.jobs.held:before", "stall"),
     ("adapters.fitter._write_frame:before", "EIO"),
 ]
@@ -58,7 +63,7 @@ class Place:
         self._start()
 
     def _start(self) -> None:
-        environment = {"PYTHONPATH": str(FAILING), "TOPWORK_FAILING": str(self.failing)}
+        environment = {"PYTHONPATH": PATHS, "TOPWORK_FAILING": str(self.failing)}
         self.serving = Serving(self.home, environment=environment)
         self.http = httpx.Client(base_url=self.serving.url, timeout=30.0)
 
@@ -112,6 +117,9 @@ class Place:
         name = f"a{self.number}"
         self.adapt(name, 0, 6)
         self.adapt(name, 6, 2)
+        self.ask("PATCH", f"/adapters/{name}/examples/e0", json={"excluded": True})
+        self.ask("PUT", f"/adapters/{name}/aliases/live", json={"version": 1})
+        self.ask("POST", f"/adapters/{name}/versions/1/restore")
         self.ask("POST", "/predict", json={"adapter": name, "inputs": [{"text": "sunny"}]})
         self.ask("POST", "/predict", json={"adapter": f"none{self.number}", "inputs": [{"text": "sunny"}]})
         texts = [f"{'hot' if one % 2 else 'cold'} {one}" for one in range(12)]

@@ -26,6 +26,7 @@ CODES = {
     "image_too_large",
     "empty_image",
     "unsupported_image",
+    "input_too_costly",
     "empty_text",
     "text_too_long",
     "invalid_text",

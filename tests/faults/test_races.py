@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adapters.records import KEPT_VERSIONS
 from adapters.registry import Registry
-from adapters.store import open_store, sweep
+from adapters.store import open_store
+from adapters.sweeper import Swept, sweep
 from tests.faults import times
 from tests.faults.storing import TENANT, read_all, store_one
 
@@ -51,6 +52,6 @@ def test_versions_of_eight_processes_have_no_gap_and_none_twice(registry_url: st
         # Who lost a race has taken its files back, and what a commit left unreferenced went too.
         store = open_store(place)
         assert read_all(registry, store, record.uid) == []
-        assert sweep(store, registry.referenced, older_than=-60.0) == 0
+        assert sweep(store, registry, older_than=-60.0) == Swept()
     finally:
         registry.close()

@@ -62,18 +62,34 @@ def keyed(url: str, admin: httpx.Client, name: str) -> httpx.Client:
 
 
 class Held:
-    """What a tenant has, as it should be: labels by example by adapter. canary: in all of its own words."""
+    """What a tenant has, as it should be: labels by example by adapter. canary: in all of its own words.
+
+    texts: by adapter and example. aside: what is set aside. fitted: by adapter and version, the text and the
+    label of each example that it has learned.
+    """
 
     def __init__(self, url: str, admin: httpx.Client) -> None:
         self.name = f"t-{uuid.uuid4().hex[:12]}"
         self.canary = uuid.uuid4().hex[:12]
         self.http = keyed(url, admin, self.name)
         self.adapters: dict[str, dict[str, str]] = {}
+        self.texts: dict[tuple[str, str], str] = {}
+        self.aside: dict[str, set[str]] = {}
+        self.fitted: dict[tuple[str, int], dict[str, tuple[str, str]]] = {}
         self.jobs: set[str] = set()
 
     def own(self, word: str) -> str:
         """The word, as only this tenant says it."""
         return f"{word}-{self.canary}"
+
+    def learned(self, adapter: str, answer: Json) -> None:
+        """Notes what the version of an answer was fitted on, if it made one."""
+        if answer["version"] is not None:
+            self.fitted[adapter, answer["version"]] = {
+                name: (self.texts[adapter, name], label)
+                for name, label in self.adapters[adapter].items()
+                if name not in self.aside[adapter]
+            }
 
 
 class Apart(RuleBasedStateMachine):
@@ -124,17 +140,21 @@ class Apart(RuleBasedStateMachine):
         body = {"adapter": adapter, "promote": "always", "examples": examples}
         made = self.ask(tenant, "POST", "/adapt", json=body).json()
         held.adapters.setdefault(adapter, {}).update(labels)
+        held.aside.setdefault(adapter, set()).difference_update(labels)
+        held.texts |= {(adapter, one["id"]): one["text"] for one in examples}
+        held.learned(adapter, made)
         assert made["examples"]["total"] == len(held.adapters[adapter])
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS), explain=st.integers(0, 2))
     def predict(self, tenant: int, adapter: str, explain: int) -> None:
         held = self.tenants[tenant]
-        known = set(held.adapters.get(adapter, {}).values())
+        known = held.adapters.get(adapter, {})
         body = {"adapter": adapter, "inputs": [{"text": tiny.sentence(1)}], "explain": explain}
         answer = self.ask(tenant, "POST", "/predict", 200 if known else 404, 409, json=body)
         if answer.status_code == 200:
             (found,) = answer.json()["predictions"]
-            assert {one["label"] for one in found["probabilities"]} <= known
+            labels = {held.own("good"), held.own("bad")}
+            assert {one["label"] for one in found["probabilities"]} <= labels
             assert {one["id"] for one in found.get("nearest") or ()} <= held.adapters[adapter].keys()
 
     @rule(tenant=st.integers(0, 2))
@@ -142,6 +162,8 @@ class Apart(RuleBasedStateMachine):
         self.ask(tenant, "POST", "/embed", json={"backbone": tiny.TEXT_NAME, "inputs": [{"text": "ba"}]})
         self.ask(tenant, "POST", "/v1/embeddings", json={"model": tiny.TEXT_NAME, "input": "ba"})
         self.ask(tenant, "GET", "/backbones")
+        self.ask(tenant, "GET", "/v1/models")
+        self.ask(tenant, "GET", f"/v1/models/{tiny.TEXT_NAME}")
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def look(self, tenant: int, adapter: str) -> None:
@@ -153,8 +175,12 @@ class Apart(RuleBasedStateMachine):
         versions = self.ask(tenant, "GET", f"/adapters/{adapter}/versions", status)
         examples = self.ask(tenant, "GET", f"/adapters/{adapter}/examples", status)
         if status == 200:
-            kept = {one["id"]: one["label"] for one in examples.json()["examples"]}
-            assert kept == held.adapters[adapter]
+            listed = examples.json()["examples"]
+            assert {one["id"]: one["label"] for one in listed} == held.adapters[adapter]
+            assert {one["id"] for one in listed if one["excluded"]} == held.aside[adapter]
+            path = f"/adapters/{adapter}/examples?excluded=true"
+            aside = self.ask(tenant, "GET", path).json()["examples"]
+            assert {one["id"] for one in aside} == held.aside[adapter]
             for one in versions.json()["versions"][:1]:
                 path = f"/adapters/{adapter}/versions/{one['version']}"
                 self.ask(tenant, "GET", path)
@@ -178,7 +204,82 @@ class Apart(RuleBasedStateMachine):
         held = self.tenants[tenant]
         body = {"backbone": tiny.TEXT_NAME}
         statuses = (200, 409, 422) if adapter in held.adapters else (404,)
-        self.ask(tenant, "POST", f"/adapters/{adapter}/rebase", *statuses, json=body)
+        done = self.ask(tenant, "POST", f"/adapters/{adapter}/rebase", *statuses, json=body)
+        if done.status_code == 200:
+            held.learned(adapter, done.json())
+
+    @rule(
+        tenant=st.integers(0, 2),
+        of=st.integers(0, 2),
+        adapter=st.sampled_from(ADAPTERS),
+        place=st.integers(0, 3),
+        good=st.none() | st.booleans(),
+        excluded=st.booleans(),
+    )
+    def amend(
+        self, tenant: int, of: int, adapter: str, place: int, good: bool | None, excluded: bool
+    ) -> None:
+        """Another's example is unknown; one's own is what it is said to be."""
+        held = self.tenants[tenant]
+        name = self.tenants[of].own(IDS[place])
+        known = name in held.adapters.get(adapter, {})
+        label = None if good is None else held.own("good" if good else "bad")
+        body = {"label": label, "excluded": excluded, "promote": "always"}
+        path = f"/adapters/{adapter}/examples/{name}"
+        answer = held.http.patch(path, json=body)
+        # What leaves one label, or none, fits nothing and is not stored.
+        assert answer.status_code in ((200, 422) if known else (404,)), answer.text
+        if answer.status_code == 200:
+            held.adapters[adapter][name] = label or held.adapters[adapter][name]
+            (held.aside[adapter].add if excluded else held.aside[adapter].discard)(name)
+            held.learned(adapter, answer.json())
+
+    @rule(
+        tenant=st.integers(0, 2),
+        adapter=st.sampled_from(ADAPTERS),
+        which=st.integers(0, 19),
+        learn=st.booleans(),
+    )
+    def roll_back_and_restore(self, tenant: int, adapter: str, which: int, learn: bool) -> None:
+        """What is fitted after a rollback is withheld; a restored version has what it has learned."""
+        held = self.tenants[tenant]
+        path = f"/adapters/{adapter}"
+        if adapter not in held.adapters:
+            self.ask(tenant, "PUT", f"{path}/aliases/live", 404, json={"version": 1})
+            self.ask(tenant, "POST", f"{path}/versions/1/restore", 404)
+            return
+        versions = self.ask(tenant, "GET", f"{path}/versions").json()["versions"]
+        if not versions:
+            return
+        number = versions[which % len(versions)]["version"]
+        moved = self.ask(tenant, "PUT", f"{path}/aliases/live", json={"version": number}).json()
+        if number == versions[0]["version"]:
+            assert moved["rolled_back_at"] is None
+        if moved["rolled_back_at"] is not None and learn:
+            body = {"adapter": adapter}
+            made = self.ask(tenant, "POST", "/adapt", 200, 422, json=body).json()
+            if "report" in made:
+                held.learned(adapter, made)
+                assert made["report"]["promotion"]["reason"] == "rolled_back"
+            assert self.ask(tenant, "GET", path).json()["live"] == number
+        self.restore(tenant, adapter, number)
+
+    def restore(self, tenant: int, adapter: str, number: int) -> None:
+        held = self.tenants[tenant]
+        path = f"/adapters/{adapter}"
+        then = held.fitted[adapter, number]
+        mine = held.adapters[adapter]
+        same = {name for name in mine if name in then and held.texts[adapter, name] == then[name][0]}
+        status = 200 if same else 409
+        answer = self.ask(tenant, "POST", f"{path}/versions/{number}/restore", status)
+        if status == 200:
+            assert answer.json()["examples"]["in_use"] == len(same)
+            assert answer.json()["examples"]["missing_total"] == len(then) - len(same)
+            mine.update({name: then[name][1] for name in same})
+            held.aside[adapter] = mine.keys() - same
+            now = self.ask(tenant, "GET", path).json()
+            assert (now["live"], now["rolled_back_at"]) == (number, None)
+        self.look(tenant=tenant, adapter=adapter)
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def remove_two(self, tenant: int, adapter: str) -> None:
@@ -186,10 +287,22 @@ class Apart(RuleBasedStateMachine):
         names = [held.own(name) for name in IDS[2:]]
         has = adapter in held.adapters and set(names) <= held.adapters[adapter].keys()
         path = f"/adapters/{adapter}/examples"
-        self.ask(tenant, "DELETE", path, 200 if has else 404, params={"id": names})
+        done = self.ask(tenant, "DELETE", path, 200 if has else 404, params={"id": names})
         if has:
-            for name in names:
-                del held.adapters[adapter][name]
+            self.removed(held, adapter, names, done.json())
+
+    def removed(self, held: Held, adapter: str, names: Sequence[str], answer: Json) -> None:
+        """What learned from the examples has gone with them."""
+        for name in names:
+            del held.adapters[adapter][name]
+            held.aside[adapter].discard(name)
+        for (taught, number), learned in held.fitted.items():
+            if taught == adapter and learned.keys() & set(names):
+                assert (
+                    number == answer["version"]
+                    or held.http.get(f"/adapters/{adapter}/versions/{number}").status_code == 404
+                )
+        held.learned(adapter, answer)
 
     @rule(tenant=st.integers(0, 2), of=st.integers(0, 2))
     def make_and_end_keys(self, tenant: int, of: int) -> None:
@@ -225,9 +338,9 @@ class Apart(RuleBasedStateMachine):
         held = self.tenants[tenant]
         name = held.own(IDS[place])
         status = 200 if name in held.adapters.get(adapter, {}) else 404
-        self.ask(tenant, "DELETE", f"/adapters/{adapter}/examples/{name}", status)
+        done = self.ask(tenant, "DELETE", f"/adapters/{adapter}/examples/{name}", status)
         if status == 200:
-            del held.adapters[adapter][name]
+            self.removed(held, adapter, [name], done.json())
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS), good=st.booleans())
     def tell(self, tenant: int, adapter: str, good: bool) -> None:
@@ -241,12 +354,16 @@ class Apart(RuleBasedStateMachine):
         )
         if answer.status_code == 200:
             held.adapters[adapter][name] = label
+            held.aside[adapter].discard(name)
+            held.learned(adapter, answer.json())
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def delete(self, tenant: int, adapter: str) -> None:
         held = self.tenants[tenant]
         self.ask(tenant, "DELETE", f"/adapters/{adapter}", 200 if adapter in held.adapters else 404)
         held.adapters.pop(adapter, None)
+        held.aside.pop(adapter, None)
+        held.fitted = {key: learned for key, learned in held.fitted.items() if key[0] != adapter}
 
     @rule(tenant=st.integers(0, 2), of=st.integers(0, 2))
     def submit_and_look_at_jobs(self, tenant: int, of: int) -> None:
@@ -323,7 +440,7 @@ def test_what_tenants_see_is_theirs_alone(guarded: Serving) -> None:
     unused = {
         f"{method.upper()} {path}"
         for path, methods in paths.items()
-        for method in methods.keys() & {"get", "put", "post", "delete"}
+        for method in methods.keys() & {"get", "put", "post", "patch", "delete"}
         if not any(one == method.upper() and matches(path, asked) for one, asked in Here.used)
     }
     assert unused == set()
@@ -339,6 +456,9 @@ def walk_once(world: Apart) -> None:
             world.look(tenant=tenant, adapter=adapter)
             world.tell(tenant=tenant, adapter=adapter, good=False)
             world.rebase(tenant=tenant, adapter=adapter)
+            world.amend(tenant=tenant, of=0, adapter=adapter, place=1, good=None, excluded=True)
+            world.amend(tenant=tenant, of=tenant, adapter=adapter, place=1, good=True, excluded=False)
+            world.roll_back_and_restore(tenant=tenant, adapter=adapter, which=1, learn=True)
             world.remove_two(tenant=tenant, adapter=adapter)
         world.embed(tenant=tenant)
         world.operate(tenant=tenant)

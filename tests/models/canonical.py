@@ -34,14 +34,17 @@ TEXTS = (
 
 
 def pictures() -> list[bytes]:
-    """Real drawings with transparency, and textures in formats, modes and shapes of photographs."""
+    """Real drawings with transparency, and textures in formats, modes and shapes of photographs.
+
+    None is twice as long as wide: of those the libraries see the middle only.
+    """
     drawings = [path.read_bytes() for path in sorted(_PICTURES.glob("*/*.png"))[::2]]
     rng = np.random.default_rng(7)
     textures = []
     for size, fmt, mode in (
         ((640, 480), "BMP", "RGB"),
-        ((300, 901), "PNG", "RGB"),
-        ((901, 300), "PNG", "L"),
+        ((300, 590), "PNG", "RGB"),
+        ((590, 300), "PNG", "L"),
         ((90, 60), "PNG", "RGB"),
         ((1500, 1100), "TIFF", "CMYK"),
     ):

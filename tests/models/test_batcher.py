@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from models.backbone import Backbone, Embedded, Floats
 from models.batcher import Batcher
@@ -230,14 +232,14 @@ async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Back
 
 async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, max_wait=0.1, observe=gate.observe) as batcher:
-        # Until it has measured, an input is taken to cost 10 ms.
+        # Until it has measured, a small input is taken to last 10 ms.
         ahead = [asyncio.create_task(batcher.embed([tiny.picture(1)]))]
         await gate.wait_for(1)
         ahead.append(asyncio.create_task(batcher.embed([tiny.picture(2)] * 20)))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
             await batcher.embed([tiny.picture(3)])
-        assert caught.value.retry_after == pytest.approx(0.1)
+        assert caught.value.retry_after == pytest.approx(0.1, rel=0.05)
         bulk = asyncio.create_task(batcher.embed([tiny.picture(4)] * 20, bulk=True))
         gate.opened.set()
         await asyncio.gather(*ahead, bulk)
@@ -488,3 +490,113 @@ async def test_texts_without_a_known_token_are_told_from_others(texts: Backbone,
     assert tuned.embed(inputs).unknown == {0, 3}
     tuned.close()
     assert images.embed([tiny.picture(1), b"no image"]).unknown == frozenset()
+
+
+def blank(pixels: int) -> bytes:
+    """A picture of as many pixels in few bytes."""
+    buffer = io.BytesIO()
+    Image.new("L", (pixels // 1_000, 1_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def test_heavy_inputs_hold_up_no_light_ones(images: Backbone) -> None:
+    """Giants have threads of their own, also those of a request with small pictures in it."""
+    decoding, go_on = threading.Semaphore(0), threading.Event()
+    giant, prepare = blank(4_000_000), images.prepare
+
+    def slow(item: bytes | str) -> Any:
+        if item == giant:
+            decoding.release()
+            assert go_on.wait(30)
+        return prepare(item)
+
+    async with running(images, workers=2) as batcher:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(images, "prepare", slow)
+            flood = asyncio.create_task(batcher.embed([giant] * 8, source="flood"))
+            mixed = asyncio.create_task(batcher.embed([giant, tiny.picture(1), giant], source="mixed"))
+            for _ in range(2):
+                assert await asyncio.to_thread(decoding.acquire, timeout=30)
+            # Every thread for heavy inputs is at one, and each has taken one alone.
+            assert not decoding.acquire(timeout=0.1)
+            answers = await asyncio.gather(
+                *(batcher.embed([tiny.picture(seed)], source=f"small{seed % 3}") for seed in range(20))
+            )
+            assert all(answer.embeddings.any() for answer in answers)
+            assert not flood.done()
+            go_on.set()
+            found = await mixed
+            await flood
+    expected = images.embed([giant, tiny.picture(1), giant]).embeddings
+    np.testing.assert_allclose(found.embeddings, expected, atol=1e-5)
+    assert batcher.depth == 0
+
+
+async def test_sources_wait_for_what_the_others_inputs_cost(images: Backbone, gate: Gate) -> None:
+    """A flood of giants keeps the small pictures of no source out, its own neither, but its next giant."""
+    giant = blank(40_000_000)
+    async with running(images, workers=1, max_wait=2.0, observe=gate.observe) as batcher:
+        flood = [asyncio.create_task(batcher.embed([giant], source="flood"))]
+        await gate.wait_for(1)
+        flood.append(asyncio.create_task(batcher.embed([giant] * 60, source="flood")))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await batcher.embed([giant], source="flood")
+        assert caught.value.retry_after > 10
+        batcher.check_room("flood")
+        # Another's giant waits for one of the flood's, at 10 ms for what a small picture costs.
+        other = asyncio.create_task(batcher.embed([giant], source="other"))
+        await asyncio.sleep(0)
+        assert batcher.depth == 61
+        for task in (*flood[1:], other):
+            task.cancel()
+        gate.opened.set()
+        await flood[0]
+
+
+async def test_what_cannot_be_read_makes_no_wait_look_short(images: Backbone) -> None:
+    """Data of no known format count as a large picture, and are refused in no time."""
+    async with running(images, workers=1) as batcher:
+        await batcher.embed([blank(4_000_000)])
+        pace = batcher._predicts.heavy.pace
+        await batcher.embed([b"no image at all"] * 50)
+        assert batcher._predicts.heavy.pace == pace
+
+
+async def test_long_texts_are_taken_one_by_one_and_short_ones_together(texts: Backbone, gate: Gate) -> None:
+    sizes: list[int] = []
+    async with running(texts, workers=1, observe=gate.observe, observe_batch=sizes.append) as batcher:
+        ahead = [asyncio.create_task(batcher.embed([text])) for text in ("ba", "ba " * 4_000)]
+        await gate.wait_for(2)
+        long = asyncio.create_task(batcher.embed(["ba " * 4_000] * 6))
+        short = asyncio.create_task(batcher.embed(["ba"] * 20))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(*ahead, long, short)
+    assert sorted(sizes) == [1] * 8 + [20]
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+async def test_a_heavy_input_that_waits_for_its_threads_is_not_neglected(
+    images: Backbone, bulk: bool, gate: Gate
+) -> None:
+    """Although those for light ones are idle."""
+    async with running(images, workers=1, observe=gate.observe) as batcher:
+        callers = [asyncio.create_task(batcher.embed([blank(4_000_000)], bulk=bulk)) for _ in range(2)]
+        await gate.wait_for(1)
+        assert batcher.depth == 1
+        assert not batcher.neglected
+        gate.opened.set()
+        await asyncio.gather(*callers)
+        assert not batcher.neglected
+
+
+async def test_texts_that_are_cut_are_told_from_others(texts: Backbone) -> None:
+    inputs = [tiny.sentence(1), tiny.sentence(2, words=200), " ", tiny.sentence(3, words=62), "ba " * 9_000]
+    alone = texts.embed(inputs)
+    assert alone.truncated == {1, 4}
+    assert alone.tokens == 10 + 64 + 64 + 64
+    async with running(texts) as batcher:
+        found = await batcher.embed(inputs)
+        assert (found.truncated, found.tokens) == (alone.truncated, alone.tokens)
+        assert (await batcher.embed([tiny.sentence(1)])).truncated == frozenset()

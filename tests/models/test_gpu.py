@@ -168,7 +168,7 @@ def test_a_gpu_gives_the_cpu_s_embeddings(tmp_path: Path, make: Make, half: bool
 @KINDS
 def test_a_gpu_s_plan_is_measured_and_opens(tmp_path: Path, make: Make) -> None:
     folder = make(tmp_path)
-    plan = planned(folder, device="cuda", threads=4)
+    plan = planned(folder, device="cuda", threads=4).plan
     backbone = Backbone.open(folder, device="cuda", plan=plan)
     assert backbone.run(inputs(backbone, 5)).shape == (5, backbone.spec.dim)
     backbone.close()

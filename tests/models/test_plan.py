@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.backbone import Backbone, Floats, planned
-from models.plan import PLAN_FILE, Embed, Plan, Run, keep_plan, measure, measure_on_gpu, read_plan
+from models.backbone import Backbone, Floats, known_plan, planned, survey
+from models.plan import (
+    PLAN_FILE,
+    Embed,
+    Measured,
+    Plan,
+    Run,
+    is_quiet,
+    keep_plan,
+    measure,
+    measure_on_gpu,
+    read_plan,
+    spread_of,
+)
 from models.preprocess import Prepared
+from models.usage import Usage
 from tests import tiny
 
+CONFIRMED = {"others": 0.02, "spread": 0.05}
+DOUBTFUL = {"others": 0.9, "spread": 0.3}
 USUAL = Plan(alone=2, workers=2, beside=1, batch=1)
 BATCHES = (1, 8, 32)
 
@@ -36,34 +54,44 @@ def feed(items: int) -> Mapping[str, Any]:
     return {"items": items}
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured counts as measured on a quiet machine, whatever else runs on it."""
+    monkeypatch.setattr(Measured, "confirmed", True)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_what_is_fastest_is_taken() -> None:
     # Two threads halve a run, and batches of 8 cost little more than one.
     open_run, opened = machine(lambda threads, items: 0.004 / threads * (1 + 0.05 * (items - 1)))
-    plan = measure(USUAL, BATCHES, open_run, feed)
+    plan = measure(USUAL, BATCHES, open_run, feed).plan
     assert plan.alone == 2
     assert plan.batch == 32
     assert sorted(opened) == [1, 2]
 
 
+@pytest.mark.usefixtures("quiet")
 def test_one_run_with_all_threads_where_runs_beside_each_other_are_slow() -> None:
     def seconds(threads: int, items: int) -> float:
         return (0.002 if threads == 2 else 0.008) * items * (1 + 0.02 * items)
 
     open_run, _ = machine(seconds)
-    assert measure(USUAL, BATCHES, open_run, feed) == Plan(alone=2, workers=1, beside=2, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed).plan == Plan(alone=2, workers=1, beside=2, batch=1)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_threads_that_do_not_help_are_not_taken() -> None:
     # Batches are slower by far more than sleeps, on a busy machine too, take longer than asked.
     open_run, _ = machine(lambda threads, items: 0.002 * threads * items * (1 + 0.08 * items))
-    assert measure(USUAL, BATCHES, open_run, feed) == Plan(alone=1, workers=2, beside=1, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed).plan == Plan(alone=1, workers=2, beside=1, batch=1)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_what_is_as_good_stays_as_usual() -> None:
     # A sleep takes a little longer than asked, which favours large batches: so they are slower by a
     # fiftieth.
     open_run, _ = machine(lambda threads, items: 0.01 * items * (1 + 0.0007 * items) / threads)
-    assert measure(USUAL, BATCHES, open_run, feed) == USUAL
+    assert measure(USUAL, BATCHES, open_run, feed).plan == USUAL
 
 
 GPU = Plan.usual("image", "cuda", 16)
@@ -91,12 +119,14 @@ def test_a_gpu_has_a_batch_a_precision_and_graphs_to_choose() -> None:
     def seconds(plan: Plan, items: int) -> float:
         return (0.004 if items <= 64 else 0.02) / (1 + plan.half) + (0.001 if plan.graphs else 0.004)
 
-    assert measure_on_gpu(GPU, True, gpu(seconds), probes()) == Plan(16, 16, 1, 64, half=True, graphs=True)
-    assert measure_on_gpu(GPU, False, gpu(seconds), probes()) == Plan(16, 16, 1, 64, graphs=True)
+    assert measure_on_gpu(GPU, True, gpu(seconds), probes()).plan == Plan(
+        16, 16, 1, 64, half=True, graphs=True
+    )
+    assert measure_on_gpu(GPU, False, gpu(seconds), probes()).plan == Plan(16, 16, 1, 64, graphs=True)
 
 
 def test_half_precision_that_gives_other_embeddings_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
-    found = measure_on_gpu(GPU, True, gpu(lambda plan, items: 0.002 * items, half_gives=1.1), probes())
+    found = measure_on_gpu(GPU, True, gpu(lambda plan, items: 0.002 * items, half_gives=1.1), probes()).plan
     assert not found.half
     assert "other embeddings" in caplog.text
 
@@ -107,7 +137,7 @@ def test_graphs_that_cannot_be_captured_are_not_taken_and_another_error_is_raise
             raise RuntimeError("an If node")
         return 0.001
 
-    assert not measure_on_gpu(GPU, True, gpu(seconds), probes()).graphs
+    assert not measure_on_gpu(GPU, True, gpu(seconds), probes()).plan.graphs
 
     def failing(plan: Plan, items: int) -> float:
         raise RuntimeError("out of memory")
@@ -121,18 +151,93 @@ def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path],
     export = make(tmp_path)
     found = planned(export, device="cpu", threads=2)
     usual = Plan.usual(Backbone.open(export).spec.kind, "cpu", 2)
-    assert read_plan(export, usual, "cpu") == found
+    assert read_plan(export, usual, "cpu") == found == known_plan(export, device="cpu", threads=2)
     # What is kept is taken, whatever is fastest.
-    kept = Plan(alone=1, workers=3, beside=1, batch=5)
+    kept = Measured(Plan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
     keep_plan(export, usual, "cpu", kept)
     assert planned(export, device="cpu", threads=2) == kept
-    backbone = Backbone.open(export, plan=kept)
-    assert (backbone.batch, backbone.plan) == (5, kept)
+    backbone = Backbone.open(export, plan=kept.plan)
+    assert (backbone.batch, backbone.plan) == (5, kept.plan)
     # No worker would serve nobody.
-    keep_plan(export, usual, "cpu", Plan(alone=1, workers=0, beside=1, batch=5))
+    keep_plan(export, usual, "cpu", Measured(Plan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED))
     assert read_plan(export, usual, "cpu") is None
     # Another number of threads is another question.
     assert read_plan(export, Plan.usual("image", "cpu", 4), "cpu") is None
+
+
+def test_a_plan_is_confirmed_by_a_quiet_machine() -> None:
+    assert Measured(USUAL, **CONFIRMED).confirmed
+    assert not Measured(USUAL, others=0.5, spread=0.01).confirmed
+    assert not Measured(USUAL, others=0.0, spread=0.5).confirmed
+
+
+def test_the_spread_is_how_far_rounds_lie_below_their_best() -> None:
+    assert spread_of([[100.0] * 5, [7.0] * 5]) == 0.0
+    # A single bad round is nothing, and so is a single way that varies by itself.
+    assert spread_of([[100.0, 99.0, 98.0, 40.0, 99.0], [50.0, 50.0, 50.0, 49.0, 50.0], [9.0, 4.0, 4.0]]) == (
+        pytest.approx(0.01)
+    )
+    assert spread_of([[100.0, 60.0, 70.0, 50.0, 90.0], [10.0, 5.0, 8.0, 7.0, 6.0]]) > 0.25
+
+
+def test_a_doubtful_plan_gives_way_to_one_that_is_doubted_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at a start it is taken as it is, unless the machine is quiet."""
+    export = tiny.text_export(tmp_path)
+    usual = Plan.usual("text", "cpu", 2)
+    kept = Measured(Plan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
+    keep_plan(export, usual, "cpu", kept)
+    monkeypatch.setattr("models.backbone.is_quiet", lambda: False)
+    assert planned(export, device="cpu", threads=2) == kept
+
+    def found(others: float) -> Measured:
+        measured = Measured(USUAL, others, 0.0)
+        monkeypatch.setattr("models.backbone.measure", lambda *_: measured)
+        return measured
+
+    found(0.95)
+    assert survey(export, device="cpu", threads=2) == kept
+    better = found(0.5)
+    assert survey(export, device="cpu", threads=2) == better
+    monkeypatch.setattr("models.backbone.is_quiet", lambda: True)
+    quiet = found(0.01)
+    assert planned(export, device="cpu", threads=2) == quiet
+    assert read_plan(export, usual, "cpu") == quiet
+    found(0.3)
+    assert survey(export, device="cpu", threads=2) == quiet
+
+
+def test_in_doubt_only_what_is_much_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two busy processes make one thread look better than two."""
+    open_run, _ = machine(lambda threads, items: 0.002 * items * (1.0 if threads == 1 else 1.3))
+    monkeypatch.setattr("models.plan.Usage.others", lambda usage: 0.9)
+    doubtful = measure(USUAL, (1,), open_run, feed)
+    assert not doubtful.confirmed
+    assert doubtful.plan.alone == 2
+    monkeypatch.setattr(Measured, "confirmed", True)
+    assert measure(USUAL, (1,), open_run, feed).plan.alone == 1
+
+
+def test_what_others_use_of_the_cores_is_seen() -> None:
+    """A process that is busy on each core is, and this one is not."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        time.sleep(0.3)
+        usage = Usage()
+        time.sleep(0.5)
+        assert usage.others() > 0.8
+        assert not is_quiet(0.5)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    usage, begun = Usage(), time.process_time()
+    wall = time.perf_counter()
+    while time.process_time() - begun < 0.5:
+        pass
+    mine = 0.5 / (time.perf_counter() - wall) / len(busy)
+    assert usage.others() < 1.0 - mine + 0.1
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"about": 1, "plan": {}}', None])
@@ -140,12 +245,12 @@ def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str | No
     export = tiny.image_export(tmp_path)
     if content is not None:
         (export / PLAN_FILE).write_text(content)
-    assert planned(export, device="cpu", threads=1).workers == 1
+    assert planned(export, device="cpu", threads=1).plan.workers == 1
     assert json.loads((export / PLAN_FILE).read_text())["plan"]["workers"] == 1
 
 
 def test_where_nothing_can_be_written_it_is_measured_all_the_same(tmp_path: Path) -> None:
     export = tiny.image_export(tmp_path)
     (export / PLAN_FILE).mkdir()
-    assert planned(export, device="cpu", threads=1).workers == 1
+    assert planned(export, device="cpu", threads=1).plan.workers == 1
     assert not list(export.glob(".*"))

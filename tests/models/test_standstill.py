@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,96 @@ async def test_who_prepares_is_stuck_only_without_cpu_time(backbone: Backbone, b
     await batcher.close()
 
 
+class Unending:
+    """In place of a backbone's preprocessing: does not get done with one input until the test lets it."""
+
+    def __init__(self, backbone: Backbone, item: str) -> None:
+        self.going = threading.Event()
+        self.reached = threading.Semaphore(0)
+        self._prepare = backbone.prepare
+        self._item = item
+        backbone.prepare = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, item: bytes | str, waiting: Callable[[bool], None]) -> Any:
+        """As the backbone prepares it, the one input later."""
+        if item == self._item:
+            self.reached.release()
+            assert self.going.wait(30)
+        return self._prepare(item, waiting)
+
+
+async def test_an_input_whose_preparation_does_not_end_is_refused_alone(backbone: Backbone) -> None:
+    """The network goes on, with the thread's other inputs and with what comes later."""
+    texts = [tiny.sentence(number) for number in range(4)]
+    alone = backbone.embed(texts).embeddings
+    unending = Unending(backbone, texts[1])
+    batcher = Batcher(backbone, max_queue=100, workers=1)
+    await batcher.start()
+    standstill = Standstill(batcher)
+    caller = asyncio.create_task(batcher.embed(texts[:3]))
+    await reach(unending.reached)
+    standstill.look(0.0)
+    assert standstill.look(PATIENCE) is None
+    assert not caller.done()
+    assert standstill.look(0.1) is None
+    found = await asyncio.wait_for(caller, 5)
+    assert {place: error.code for place, error in found.errors.items()} == {1: "input_too_costly"}
+    np.testing.assert_allclose(found.embeddings[[0, 2]], alone[[0, 2]], atol=1e-5)
+    later = await asyncio.wait_for(batcher.embed(texts[2:]), 5)
+    np.testing.assert_allclose(later.embeddings, alone[2:], atol=1e-5)
+    assert batcher.alive
+    assert batcher.threads_left == 3
+    # The thread that was late finds that its turn is another's, and changes nothing.
+    unending.going.set()
+    await asyncio.to_thread(batcher._left[0].join, 5)
+    later = await asyncio.wait_for(batcher.embed(texts[1:]), 5)
+    np.testing.assert_allclose(later.embeddings, alone[1:], atol=1e-5)
+    assert standstill.look(0.1) is None
+    assert standstill.quiet == 0.0
+    await batcher.close()
+
+
+async def test_too_many_unending_preparations_are_replaced_with_their_backbone(backbone: Backbone) -> None:
+    unending = Unending(backbone, "ba")
+    batcher = Batcher(backbone, max_queue=100, workers=1)
+    await batcher.start()
+    standstill = Standstill(batcher)
+    verdicts = []
+    for _ in range(4):
+        caller = asyncio.create_task(batcher.embed(["ba"]))
+        await reach(unending.reached)
+        standstill.look(0.0)
+        verdicts.append(standstill.look(2 * PATIENCE))
+        if verdicts[-1] is None:
+            assert list((await caller).errors) == [0]
+    assert verdicts[:3] == [None] * 3
+    assert verdicts[3] is not None
+    batcher.abandon()
+    with pytest.raises(BatcherClosed):
+        await caller
+    unending.going.set()
+    await batcher.close()
+
+
+async def test_who_waits_for_another_process_is_not_stuck(backbone: Backbone) -> None:
+    """Its wait has a bound there."""
+    unending = Unending(backbone, "ba")
+    batcher = Batcher(backbone, max_queue=100, workers=1)
+    await batcher.start()
+    standstill = Standstill(batcher)
+    caller = asyncio.create_task(batcher.embed(["ba"]))
+    await reach(unending.reached)
+    (turn,) = [turn for turn in batcher.turns if turn.busy]
+    turn.wait(True)
+    for _ in range(100):
+        assert standstill.look(PATIENCE) is None
+    assert standstill.quiet == 0.0
+    turn.wait(False)
+    unending.going.set()
+    assert not (await caller).errors
+    await batcher.close()
+
+
 async def test_a_dead_thread_is_noticed(backbone: Backbone) -> None:
     def observe(stage: str, seconds: float) -> None:
         raise SystemExit
@@ -202,12 +292,12 @@ async def test_who_is_not_counted_is_not_observed(backbone: Backbone) -> None:
         observe_batch=seen.append,
     )
     await batcher.start()
-    cost = batcher._predicts.cost
+    pace = batcher._predicts.light.pace
     found = await batcher.embed(["a"], counted=False)
     with suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), 0.1)
     assert seen == []
-    assert batcher._predicts.cost == cost
+    assert batcher._predicts.light.pace == pace
     assert batcher._predicts_until == 0.0
     np.testing.assert_allclose(found.embeddings[0], backbone.embed(["a"]).embeddings[0], atol=1e-5)
     await batcher.embed(["a"])

@@ -21,8 +21,8 @@ import sys
 import threading
 import time
 
-FOLDER = os.environ["TEST_FAULTS"]
-CONSTANTS = json.loads(os.environ["TEST_CONSTANTS"])
+FOLDER = os.environ.get("TEST_FAULTS", "")
+CONSTANTS = json.loads(os.environ.get("TEST_CONSTANTS", "{}"))
 
 
 def asked(fault, kind):
@@ -58,9 +58,20 @@ class Session:
         return found
 
 
+def break_preparing(preprocessor):
+    prepare = preprocessor.__call__
+
+    def call(self, *arguments):
+        if threading.current_thread().name.endswith("-predict") and asked("prepare", "image"):
+            time.sleep(100_000)
+        return prepare(self, *arguments)
+
+    preprocessor.__call__ = call
+
+
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "models.session" and name not in CONSTANTS:
+        if name not in ("models.session", "models.preprocess") and name not in CONSTANTS:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -73,12 +84,15 @@ class Finder(importlib.abc.MetaPathFinder):
             if name == "models.session":
                 opened = module.open_session
                 module.open_session = lambda *inputs, **options: Session(opened(*inputs, **options))
+            if name == "models.preprocess":
+                break_preparing(module.ImagePreprocessor)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+if FOLDER:
+    sys.meta_path.insert(0, Finder())
 """
 
 KINDS = {"image": tiny.IMAGE_NAME, "text": tiny.TEXT_NAME}
@@ -114,7 +128,8 @@ class Breaking(Serving):
         super().__init__(folder / "home", environment=environment(folder, constants))
 
     def ask(self, fault: str, kind: str) -> None:
-        """Has the next run of the batcher of this kind hang, die, or keep its lock; `wrong` stays.
+        """Has the next run of the batcher of this kind hang, die, or keep its lock; `wrong` stays. `prepare`
+        hangs before the run, while an image is prepared.
 
         Of the kind `bulk`, which can only hang, is what is embedded for adapts and uploads.
         """

@@ -53,7 +53,11 @@ class Caller:
         if status == 204:
             return {}
         found: Json = response.json()
-        if status >= 400:
+        if status >= 400 and path.startswith("/v1/"):
+            assert response.headers["content-type"] == "application/json"
+            assert found["error"].keys() == {"message", "type", "param", "code"}
+            assert found["error"]["message"]
+        elif status >= 400:
             assert response.headers["content-type"] == "application/problem+json"
             assert found["status"] == status
             assert found["request_id"] == response.headers["x-request-id"]
@@ -71,8 +75,9 @@ class Caller:
 
     def code(self, method: str, path: str, status: int, **request: Any) -> str:
         """The code of the problem that is answered with this status."""
-        problem: str = self.call(method, path, status, **request)["type"]
-        return problem.removeprefix("urn:topwork:")
+        problem = self.call(method, path, status, **request)
+        code: str = problem["error"]["code"] if "error" in problem else problem["type"]
+        return code.removeprefix("urn:topwork:")
 
 
 JSON = {"Content-Type": "application/json"}

@@ -1,12 +1,17 @@
-"""A tenant of its own for every test."""
+"""A tenant of its own for every test, and a network of its own for some."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CalledProcessError
 
 import pytest
 
+from service.settings import serving_environment
+from tests.fixtures_storage import unavailable
 from tests.service.caller import Caller
+from tests.service.seclusion import Seclusion
 
 
 @pytest.fixture
@@ -15,3 +20,23 @@ def caller(server: str) -> Iterator[Caller]:
     found = Caller(server)
     with found.http:
         yield found
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home folder of a user who has turned off no telemetry."""
+    for name in (*serving_environment(), "HF_HUB_OFFLINE", "DO_NOT_TRACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def seclusion() -> Iterator[Seclusion]:
+    """A network of its own."""
+    try:
+        own = Seclusion()
+    except (OSError, CalledProcessError) as error:
+        unavailable("namespaces", str(error))
+    yield own
+    own.close()

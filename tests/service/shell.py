@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from adapters.tenants import HeldKey
 from service import errors
+from service.access import needs
 from service.auth import Guard, Tenant
 from service.docs import add_docs
 from service.edge import Edge
@@ -47,7 +48,8 @@ class Shell:
         self.cancelled = asyncio.Event()
         self.app.state.shell = self
         guard = Guard(settings.admin_key, addresses, find)
-        self.edge.open(self.app, settings=settings, guard=guard, metrics=self.metrics)
+        routes = self.app.router.routes
+        self.edge.open(self.app, routes, settings=settings, guard=guard, metrics=self.metrics)
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         """A client of the edge, with headers for every request."""
@@ -57,31 +59,42 @@ class Shell:
 
 
 def _app() -> FastAPI:
-    app = FastAPI(docs_url=None, redoc_url=None, title="Shell")
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="Shell")
     errors.install(app)
     add_docs(app)
 
     @app.get("/things/{name}")
+    @needs("key")
     async def thing(name: str) -> dict[str, str]:
         return {"name": name}
 
     @app.get("/tenant")
+    @needs("key")
     async def tenant(tenant: Tenant) -> dict[str, str]:
         return {"tenant": tenant}
 
     @app.post("/validated")
+    @needs("adapt")
     async def validated(body: Body) -> dict[str, int]:
         return {"items": len(body.items)}
 
+    @app.post("/asked")
+    @needs("predict")
+    async def asked() -> None:
+        """What is asked changes nothing."""
+
     @app.post("/streamed")
+    @needs("key")
     async def streamed(request: Request) -> dict[str, int]:
         return {"bytes": sum([len(chunk) async for chunk in request.stream()])}
 
     @app.post("/failing")
+    @needs("key")
     async def failing() -> None:
         raise ZeroDivisionError("a secret of the inside")
 
     @app.post("/slow")
+    @needs("adapt")
     async def slow(request: Request) -> None:
         await request.body()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
+from tests.service.caller import BLAME, JSON, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
 
 
 def test_a_few_texts_are_enough(caller: Caller) -> None:
@@ -286,7 +287,7 @@ def test_a_group_that_is_no_name_is_an_error_of_its_example(caller: Caller) -> N
     ]
     for field, value in (("group", 3), ("sampled", "no"), ("sampled", 1)):
         body = {"adapter": "films", "examples": [{"text": "Fine", "label": "good", field: value}]}
-        assert caller.code("POST", "/adapt", 422, json=body) == "invalid_request"
+        assert caller.code("POST", "/adapt", 422, json=body) == "examples_rejected"
 
 
 def test_what_is_wanted_of_answers_is_the_adapters_until_it_is_changed(caller: Caller) -> None:
@@ -324,3 +325,80 @@ def test_texts_of_which_no_word_is_known_teach_nothing(caller: Caller) -> None:
     body = {"text": "สวัสดีครับ", "label": "good"}
     assert caller.code("POST", "/adapters/films/feedback", 422, json=body) == "no_known_tokens"
     assert caller.call("GET", "/adapters/films")["examples"] == 12
+
+
+WRONG: list[tuple[Any, str, str]] = [
+    ({"text": "wrong", "label": 3}, "label_invalid", "/label"),
+    ({"text": "wrong", "labels": ["good", 3]}, "label_invalid", "/labels/1"),
+    ({"text": "wrong", "label": "good", "id": 3}, "id_invalid", "/id"),
+    ({"text": "wrong", "label": "good", "group": 3}, "group_invalid", "/group"),
+    ({"text": 3, "label": "good"}, "invalid_text", "/text"),
+    ({"image": 3, "label": "good"}, "invalid_base64", "/image"),
+    ({"text": "wrong", "target": "one"}, "target_invalid", "/target"),
+    ({"text": "wrong", "lable": "good"}, "unknown_field", "/lable"),
+    ({"text": "wrong", "labels": ["good"]}, "label_invalid", "/labels"),
+    ({"text": "wrong"}, "label_missing", ""),
+    (3, "not_an_object", ""),
+]
+
+
+def test_examples_of_another_form_are_refused_one_by_one(caller: Caller) -> None:
+    posted: list[Any] = [*reviews(), *(one for one, _, _ in WRONG)]
+    found = caller.adapt("films", posted)["examples"]
+    assert (found["added"], found["total"]) == (12, 12)
+    told = [(one["index"], one["code"]) for one in found["rejected"]]
+    assert told == [(12 + place, code) for place, (_, code, _) in enumerate(WRONG)]
+    # Where the request is strict, all of it is refused, and each is named.
+    problem = caller.adapt("films", posted, 422, strict=True)
+    assert problem["type"] == "urn:topwork:examples_rejected"
+    assert [(one["pointer"], one["code"]) for one in problem["errors"]] == [
+        (f"/examples/{12 + place}{pointer}", code) for place, (_, code, pointer) in enumerate(WRONG)
+    ]
+
+
+def test_numbers_and_labels_of_other_tasks_are_refused_one_by_one(caller: Caller) -> None:
+    many: list[Any] = [
+        {"text": text, "labels": [label]} for text, label in (("a b", "x"), ("c d", "y"), ("e f", "x"))
+    ]
+    found = caller.adapt("many", [*many, {"text": "g h", "labels": [1]}], task="multilabel")["examples"]
+    assert [(one["index"], one["code"]) for one in found["rejected"]] == [(3, "label_invalid")]
+    sizes: list[Any] = [{"text": "word " * number, "target": number} for number in range(1, 6)]
+    found = caller.adapt("sizes", [*sizes, {"text": "x", "target": "6"}], task="regression")["examples"]
+    assert [(one["index"], one["code"]) for one in found["rejected"]] == [(5, "target_invalid")]
+
+
+def test_rejected_examples_are_listed_where_the_request_fails_for_another_reason(caller: Caller) -> None:
+    """Two labels were sent; the examples of one were rejected, and what is left has one label."""
+    examples: list[Any] = [
+        {"text": "a b", "label": "x"},
+        {"text": "c d", "label": "x"},
+        {"text": " ", "label": "y"},
+        {"text": "e f", "label": 3},
+        {"text": "g h"},
+    ]
+    problem = caller.adapt("hidden", examples, 422)
+    assert problem["type"] == "urn:topwork:one_label"
+    assert [(one["pointer"], one["code"]) for one in problem["errors"]] == [
+        ("/examples/2/text", "empty_text"),
+        ("/examples/3/label", "label_invalid"),
+        ("/examples/4", "label_missing"),
+    ]
+    assert "3 of the examples were rejected" in problem["detail"]
+    many: list[Any] = [*examples[:2], *({"text": f"t {n}", "label": n} for n in range(150))]
+    assert len(caller.adapt("hidden", many, 422)["errors"]) == 100
+    # A fine-tune that has too few examples for a reason says that reason too.
+    problem = caller.adapt("tuned", [*reviews(), {"text": "e f", "label": 3}], 422, method="fine_tune")
+    assert problem["type"] == "urn:topwork:too_few_examples"
+    assert [one["pointer"] for one in problem["errors"]] == ["/examples/12/label"]
+
+
+def test_json_with_a_byte_order_mark_is_read(caller: Caller) -> None:
+    body = {"adapter": "films", "examples": [*reviews(), {"text": "long " * 1_000, "label": "good"}]}
+    content = b"\xef\xbb\xbf" + json.dumps(body).encode()
+    found = caller.call("POST", "/adapt", content=content, headers=JSON)
+    assert found["examples"]["rejected"] == []
+    kept = caller.call("GET", "/adapters/films/examples")["examples"]
+    long = next(one["id"] for one in kept if len(one["id"]) == 64)
+    assert caller.call("GET", f"/adapters/films/examples/{long}")["text"] == "long " * 1_000
+    content = b"\xef\xbb\xbf" + json.dumps({"text": "fine", "label": "good"}).encode()
+    assert caller.call("POST", "/adapters/films/feedback", content=content, headers=JSON)["version"] == 2

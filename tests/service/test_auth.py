@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import socket
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from pydantic import SecretStr, ValidationError
 
 from adapters.erasing import TenantErased
 from adapters.records import RegistryUnavailable
-from adapters.tenants import HeldKey
-from service.auth import Guard, KeyMissing, is_loopback, listening_addresses, needed
+from adapters.tenants import HeldKey, Quotas
+from service.audit import REFUSALS_AT_ONCE, Audit
+from service.auth import Guard, KeyMissing, is_loopback, listening_addresses
 from service.settings import Settings
 from tests.service.shell import Shell
-from tests.service.test_openapi import ROUTES
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -61,38 +62,120 @@ def test_a_key_that_is_easy_to_guess_or_cannot_be_sent_is_refused(tmp_path: Path
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1", "[::1]:80", "LOCALHOST"])
+@pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1", "127.9.8.7:1", "[::1]:80", "LOCALHOST"])
 async def test_without_a_key_local_names_are_answered(tmp_path: Path, host: str) -> None:
     async with Shell(settings(tmp_path)).client(host=host) as client:
         assert (await client.get("/things/1")).status_code == 200
-        assert (await client.get("/things/1", headers={"origin": f"http://{host}"})).status_code == 200
+        for origin in (host, host.lower(), host.removesuffix(":80")):
+            own = {"origin": f"http://{origin}", "sec-fetch-site": "same-origin"}
+            assert (await client.post("/streamed", headers=own)).status_code == 200
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "host", ["example.org", "rebound.example.org:3000", "192.0.2.1", "localhost@example.org", "["]
+    "host",
+    [
+        "example.org",
+        "rebound.example.org:3000",
+        "192.0.2.1",
+        "localhost@example.org",
+        "evil@localhost",
+        "localhost/.evil.example",
+        "localhost?.evil.example",
+        "localhost#.evil.example",
+        "localhost:evil",
+        "localhost:",
+        "localhost.",
+        "127.0.0.1.evil.example",
+        "127.0.0.256",
+        "127.1",
+        "2130706433",
+        "[::ffff:127.0.0.1]",
+        "::1",
+        "local\u017fhost",
+        "[",
+        "",
+    ],
 )
 async def test_without_a_key_foreign_names_are_refused(tmp_path: Path, host: str) -> None:
-    async with Shell(settings(tmp_path)).client(host=host) as client:
-        answer = await client.get("/things/1")
+    async with Shell(settings(tmp_path)).client() as client:
+        answer = await client.get("/things/1", headers=[(b"host", host.encode())])
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:host_refused")
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "origin", ["https://example.org", "null", "http://localhost.example.org", "http://["]
+    "origin",
+    [
+        "https://example.org",
+        "null",
+        "http://localhost.example.org",
+        "http://[",
+        "http://localhost:8888",
+        "http://127.9.9.9:3000",
+        "http://localhost:3000",
+        "http://127.0.0.1",
+        "https://127.0.0.1:3000",
+        "http://127.0.0.1:3000/",
+        "127.0.0.1:3000",
+        "",
+    ],
 )
 async def test_without_a_key_pages_of_other_sites_are_refused(tmp_path: Path, origin: str) -> None:
+    """The name, the port and the scheme are those of the Host, 127.0.0.1:3000 here."""
     async with Shell(settings(tmp_path)).client(origin=origin) as client:
         answer = await client.post("/validated", json={"items": [1]})
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused")
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "", "anything"])
+async def test_without_a_key_what_a_browser_sends_for_another_site_is_refused(
+    tmp_path: Path, site: str
+) -> None:
+    """Whether it says its Origin or not; a GET never does."""
+    async with Shell(settings(tmp_path)).client(**{"sec-fetch-site": site}) as client:
+        for method, path in (
+            ("POST", "/validated"),
+            ("GET", "/things/1"),
+            ("GET", "/docs"),
+            ("GET", "/nowhere"),
+        ):
+            for headers in ({}, {"origin": "http://127.0.0.1:3000"}):
+                answer = await client.request(method, path, headers=headers)
+                assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused")
+    async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client(**{"sec-fetch-site": site}) as client:
+        assert (await client.get("/things/1", headers={"authorization": f"Bearer {KEY}"})).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_without_a_key_a_link_leads_to_the_documentation_and_nowhere_else(tmp_path: Path) -> None:
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    async with Shell(settings(tmp_path)).client(**link) as client:
+        assert (await client.get("/")).status_code == 307
+        assert (await client.get("/docs")).status_code == 200
+        frame = {"sec-fetch-dest": "iframe"}
+        for method, path, headers in (
+            ("GET", "/things/1", {}),
+            ("POST", "/docs", {}),
+            ("GET", "/docs", frame),
+            ("GET", "/docs", {"sec-fetch-mode": "no-cors"}),
+            ("GET", "/docs", {"origin": "http://evil.example"}),
+        ):
+            answer = await client.request(method, path, headers=headers)
+            assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused"), path
+    # What the page then fetches, and what is typed into the address bar.
+    for site in ("same-origin", "none"):
+        async with Shell(settings(tmp_path)).client(**{"sec-fetch-site": site}) as client:
+            for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json", "/things/1"):
+                assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY]
 )
-@pytest.mark.parametrize("path", ["/things/1", "/nowhere", "/"])
+@pytest.mark.parametrize("path", ["/things/1", "/nowhere", "/docs/"])
 async def test_with_a_key_every_path_asks_for_it(tmp_path: Path, path: str, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header}
     async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client(**headers) as client:
@@ -115,6 +198,7 @@ async def test_with_the_key_any_name_and_origin_is_answered(tmp_path: Path) -> N
 @pytest.mark.anyio
 async def test_what_is_the_same_for_everybody_needs_no_key(tmp_path: Path) -> None:
     async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client() as client:
+        assert (await client.get("/")).headers["location"] == "docs"
         assert (await client.get("/docs")).status_code == 200
         assert (await client.get("/docs/swagger-ui.css")).status_code == 200
         assert (await client.get("/openapi.json")).json()["security"] == [{"key": []}, {}]
@@ -135,42 +219,6 @@ async def test_the_tenant_is_the_header_s_or_the_default(tmp_path: Path) -> None
         assert (await client.get("/tenant", headers={"x-tenant": "a.b-c_9"})).json() == {"tenant": "a.b-c_9"}
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "scope"),
-    [
-        ("POST", "/predict", "predict"),
-        ("POST", "/embed", "predict"),
-        ("POST", "/v1/embeddings", "predict"),
-        ("POST", "/adapt", "adapt"),
-        ("GET", "/adapters", None),
-        ("HEAD", "/adapters/films", None),
-        ("GET", "/adapters/films/versions/1", None),
-        ("GET", "/adapters/films/versions/1/export", "adapt"),
-        ("GET", "/adapters/films/examples", "adapt"),
-        ("GET", "/adapters/films/examples/a/b", "adapt"),
-        ("DELETE", "/adapters/films", "adapt"),
-        ("PUT", "/adapters/films/aliases/live", "adapt"),
-        ("POST", "/adapters/films/feedback", "adapt"),
-        ("PATCH", "/adapters/films", "adapt"),
-        ("GET", "/jobs", "adapt"),
-        ("POST", "/jobs/1/cancel", "adapt"),
-        ("GET", "/tenants", "admin"),
-        ("POST", "/tenants/acme/keys", "admin"),
-        ("GET", "/backbones", None),
-        ("GET", "/nowhere", None),
-    ],
-)
-def test_the_scope_that_a_request_needs(method: str, path: str, scope: str | None) -> None:
-    assert needed(method, path) == scope
-
-
-def test_every_route_that_changes_something_needs_a_scope() -> None:
-    document = {(method.upper(), path) for method, path in ROUTES}
-    for method, path in document:
-        if method != "GET":
-            assert needed(method, path.replace("{adapter}", "films")) is not None, path
-
-
 @pytest.mark.anyio
 async def test_what_cannot_be_asked_of_the_database_is_a_problem_too(tmp_path: Path) -> None:
     async def find(key_id: str) -> HeldKey | None:
@@ -185,41 +233,127 @@ async def test_what_cannot_be_asked_of_the_database_is_a_problem_too(tmp_path: P
             assert "secret" not in answer.text
 
 
-@pytest.mark.anyio
-async def test_writes_are_in_the_audit_log_with_who_did_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    key = HeldKey("0" * 16, "acme", frozenset({"adapt"}), hashlib.sha256(b"x").hexdigest(), None)
-
-    async def find(key_id: str) -> HeldKey | None:
-        return key if key_id == key.id else None
-
-    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], find)
+@pytest.fixture
+def audited(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """The lines of the audit log, each without the id of its request."""
     logger = logging.getLogger("topwork.audit")
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, "topwork.audit"):
-            async with shell.client(authorization=f"Bearer tw_{key.id}_x") as client:
-                await client.post("/validated", json={"items": [1]})
-                await client.post("/validated", json={})
-                await client.get("/things/1")
-                await client.post("/predict")
-                await client.delete("/adapters/a%0Ab")
-            async with shell.client(authorization=f"Bearer {KEY}") as client:
-                await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "other"})
-                await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "\n no"[1:]})
-            async with shell.client() as client:
-                await client.post("/validated", json={"items": [1]})
+            # A line comes twice where other tests have configured the logging.
+            messages = dict.fromkeys
+            yield lambda: [
+                line.rpartition(" ")[0] for line in messages(record.getMessage() for record in caplog.records)
+            ]
     finally:
         logger.removeHandler(caplog.handler)
-    lines = [record.getMessage().rpartition(" ")[0] for record in caplog.records]
-    assert list(dict.fromkeys(lines)) == [
+
+
+def one_key(key: HeldKey) -> Callable[[str], Awaitable[HeldKey | None]]:
+    async def find(key_id: str) -> HeldKey | None:
+        return key if key_id == key.id else None
+
+    return find
+
+
+@pytest.mark.anyio
+async def test_writes_are_in_the_audit_log_with_who_did_them(
+    tmp_path: Path, audited: Callable[[], list[str]]
+) -> None:
+    key = HeldKey("0" * 16, "acme", frozenset({"adapt"}), hashlib.sha256(b"x").hexdigest(), None)
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], one_key(key))
+    async with shell.client(authorization=f"Bearer tw_{key.id}_x") as client:
+        await client.post("/validated", json={"items": [1]})
+        await client.post("/validated", json={})
+        await client.get("/things/1")
+        await client.delete("/adapters/ab")
+    async with shell.client(authorization=f"Bearer {KEY}") as client:
+        await client.post("/asked")
+        await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "other"})
+        await client.post("/validated", json={"items": [1]}, headers={"x-tenant": "\n no"[1:]})
+    assert audited() == [
         f"POST /validated 200 tenant=acme key={key.id}",
         f"POST /validated 422 tenant=acme key={key.id}",
-        f"DELETE /adapters/a%0Ab 404 tenant=acme key={key.id}",
+        f"DELETE /adapters/ab 404 tenant=acme key={key.id}",
         "POST /validated 200 tenant=other key=operator",
         "POST /validated 200 tenant=- key=operator",
     ]
+
+
+@pytest.mark.anyio
+async def test_refused_writes_are_in_the_audit_log_with_who_tried(
+    tmp_path: Path, audited: Callable[[], list[str]]
+) -> None:
+    quotas = Quotas(requests_per_second=0.1)
+    key = HeldKey("0" * 16, "acme", frozenset({"predict"}), hashlib.sha256(b"x").hexdigest(), None, quotas)
+    shell = Shell(
+        settings(tmp_path, KEY).model_copy(update={"max_body_bytes": 10}), ["0.0.0.0"], one_key(key)
+    )
+    wrong = {"x-tenant": "other"}
+    async with shell.client(authorization=f"Bearer tw_{key.id}_x") as client:
+        assert (await client.post("/validated", json={"items": [1]})).status_code == 403
+        assert (await client.post("/streamed", headers=wrong)).status_code == 403
+        assert (await client.delete("/adapters/a%0Ab")).status_code == 400
+        assert (await client.post("/streamed", content=b"x" * 11)).status_code == 413
+        # What was saved up is used by now.
+        assert (await client.post("/streamed")).status_code == 429
+        assert (await client.post("/asked")).status_code == 429
+        twice = [("host", "x"), ("x-tenant", "acme"), ("x-tenant", "acme")]
+        assert (await client.put("/streamed", headers=twice)).status_code == 400
+    async with shell.client(**wrong) as client:
+        assert (await client.post("/validated")).status_code == 401
+        assert (
+            await client.patch("/nowhere", headers={"authorization": f"Bearer tw_{key.id}_y"})
+        ).status_code == 401
+    assert audited() == [
+        f"POST /validated 403 tenant=acme key={key.id}",
+        f"POST /streamed 403 tenant=acme key={key.id}",
+        f"DELETE /adapters/a%0Ab 400 tenant=acme key={key.id}",
+        f"POST /streamed 413 tenant=acme key={key.id}",
+        f"POST /streamed 429 tenant=acme key={key.id}",
+        "PUT /streamed 400 tenant=- key=unknown",
+        "POST /validated 401 tenant=- key=unknown",
+        "PATCH /nowhere 401 tenant=- key=unknown",
+    ]
+
+
+@pytest.mark.anyio
+async def test_a_flood_of_refusals_is_counted_and_not_listed(
+    tmp_path: Path, audited: Callable[[], list[str]]
+) -> None:
+    key = HeldKey("0" * 16, "acme", frozenset({"adapt"}), hashlib.sha256(b"x").hexdigest(), None)
+    shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], one_key(key))
+    async with shell.client() as client:
+        for number in range(1, 1 + 3 * REFUSALS_AT_ONCE):
+            made_up = {"authorization": f"Bearer tw_{number:016x}_x"}
+            assert (await client.post("/validated", headers=made_up)).status_code == 401
+        # Those who have a key are still heard.
+        valid = {"authorization": f"Bearer tw_{key.id}_x"}
+        assert (await client.post("/failing", headers=valid | {"x-tenant": "other"})).status_code == 403
+        assert (await client.post("/validated", json={"items": [1]}, headers=valid)).status_code == 200
+    shell.edge.close()
+    lines = audited()
+    listed = lines.count("POST /validated 401 tenant=- key=unknown")
+    # One more for each second that it took.
+    assert REFUSALS_AT_ONCE <= listed < 1.5 * REFUSALS_AT_ONCE
+    assert lines[listed:] == [
+        f"POST /failing 403 tenant=acme key={key.id}",
+        f"POST /validated 200 tenant=acme key={key.id}",
+        f"{3 * REFUSALS_AT_ONCE - listed} more refused requests are not listed",
+    ]
+
+
+@pytest.mark.anyio
+async def test_what_is_not_listed_is_counted_a_minute_later(
+    audited: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.audit._TOLD_AFTER", 0.2)
+    audit = Audit(clock=lambda: 0.0)
+    for number in range(REFUSALS_AT_ONCE + 7):
+        audit.add("PUT", "/x", 401, tenant="", key="unknown", request_id=str(number), refused=True)
+    assert len(audited()) == REFUSALS_AT_ONCE
+    await asyncio.sleep(0.5)
+    assert audited()[REFUSALS_AT_ONCE:] == ["7 more refused requests are not listed"]
 
 
 @pytest.mark.anyio

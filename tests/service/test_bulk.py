@@ -94,11 +94,12 @@ def upload(teacher: Caller, query: str, content: bytes, headers: dict[str, str])
 
 
 def test_a_table_teaches_a_new_adapter(teacher: Caller, home: Path) -> None:
-    content = table(reviews()) + b"only one column\n" + b" ,good\n"
+    long = [{"text": "A wonderful story. " * 300, "label": "good"}]
+    content = table(reviews()) + b"only one column\n" + b" ,good\n" + table(long).partition(b"\n")[2]
     job = upload(teacher, "adapter=films", content, CSV)
     assert (job["state"], job["version"], job["error"]) == ("succeeded", 1, None)
     progress = job["progress"]
-    assert (progress["stored"], progress["rejected"]) == (12, 2)
+    assert (progress["stored"], progress["rejected"], progress["truncated"]) == (13, 2, 1)
     assert [(one["place"], one["code"]) for one in progress["errors"]] == [
         ("line 14", "invalid_line"),
         ("line 15", "empty_text"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from models.request import Overloaded
 from service import errors
+from service.access import needs
 from service.auth import Guard, Tenant, tenant_of
 from service.direct import Direct
 from service.edge import Edge
@@ -30,6 +31,7 @@ def api() -> FastAPI:
     errors.install(app)
 
     @app.post("/hot")
+    @needs("predict", direct=True)
     async def hot(request: Request) -> Response:
         body = await request.body()
         if body == b"problem":
@@ -52,7 +54,8 @@ def api() -> FastAPI:
 def client(app: FastAPI, tmp_path: Path, *, direct: bool) -> tuple[httpx.AsyncClient, Metrics]:
     edge, metrics = Edge(), Metrics()
     edge.open(
-        Direct(app, ["/hot"]) if direct else app,
+        Direct(app) if direct else app,
+        app.routes,
         settings=Settings(home=tmp_path, access_log=False),
         guard=Guard(None, ("127.0.0.1",)),
         metrics=metrics,
@@ -86,7 +89,13 @@ async def test_everything_else_is_fastapi_s(tmp_path: Path) -> None:
         assert "/hot" in (await http.get("/openapi.json")).json()["paths"]
 
 
-@pytest.mark.parametrize("path", ["/cold", "/not-there"])
-def test_only_what_takes_the_request_alone_can_be_called_straight(path: str) -> None:
+def test_only_what_takes_the_request_alone_can_be_called_straight() -> None:
+    app = api()
+
+    @app.post("/warm")
+    @needs("predict", direct=True)
+    async def warm(request: Request, tenant: Tenant) -> Response:
+        return Response(tenant)
+
     with pytest.raises(ValueError, match="request alone"):
-        Direct(api(), [path])
+        Direct(app)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from fastapi import Request
 
+from service.access import needs
 from service.edge import UPLOADS_OF_A_TENANT, Slots
 from service.errors import Problem
 from service.settings import Settings
@@ -31,6 +32,7 @@ def shell(tmp_path: Path) -> Shell:
     found = Shell(Settings(home=tmp_path, request_timeout=SECONDS, access_log=False))
 
     @found.app.post("/adapt")
+    @needs("adapt", bulk=True)
     async def adapt(request: Request, wait: float = 0.0, work: float = 0.0) -> dict[str, int]:
         await asyncio.sleep(wait)
         received = sum([len(chunk) async for chunk in request.stream()])

@@ -6,10 +6,12 @@ import gc
 import importlib
 import json
 import pkgutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
 import adapters
@@ -21,7 +23,7 @@ from models.request import Overloaded
 from service.auth import Guard
 from service.edge import Edge
 from service.errors import STATUSES, Problem, pointer, respond
-from service.exchange import GONE, Exchange
+from service.exchange import GONE, Exchange, new_id
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.shell import Shell
@@ -102,7 +104,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
-    edge.open(refusing, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(refusing, [], settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
     gc.collect()
     before = exchanges()
     gc.disable()
@@ -301,6 +303,46 @@ def test_what_a_caller_may_know_is_told() -> None:
     assert json.loads(bytes(found.body))["detail"] == str(UnknownAdapter("pets"))
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (Overloaded(0.2), 429, "rate_limit_error", "overloaded"),
+        (UnknownAdapter("pets"), 404, "invalid_request_error", "unknown_adapter"),
+        (Problem(401, "unauthorized", "Send the key."), 401, "invalid_request_error", "unauthorized"),
+        (Problem(503, "not_ready", "Wait."), 503, "server_error", "not_ready"),
+        (ZeroDivisionError("a secret"), 500, "server_error", "internal_error"),
+    ],
+)
+def test_any_error_has_openai_s_form(error: Exception, status: int, kind: str, code: str) -> None:
+    response = respond(error, "r", openai=True)
+    body = json.loads(bytes(response.body))
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert (response.status_code, body["error"]["type"], body["error"]["code"]) == (status, kind, code)
+    assert response.headers["content-type"] == "application/json"
+    assert ("retry-after" in response.headers) == (status == 429)
+    assert "secret" not in body["error"]["message"]
+
+
+@pytest.mark.anyio
+async def test_the_edge_s_own_refusals_below_v1_have_openai_s_form(tmp_path: Path) -> None:
+    key = SecretStr("0123456789abcdef")
+    shell = Shell(Settings(home=tmp_path, admin_key=key, max_body_bytes=10, access_log=False), ["0.0.0.0"])
+    async with shell.client() as client:
+        asked = {"unauthorized": await client.post("/v1/embeddings")}
+        known = {"Authorization": f"Bearer {key.get_secret_value()}"}
+        asked["not_found"] = await client.get("/v1/nothing", headers=known)
+        asked["body_too_large"] = await client.post("/v1/embeddings", content=b"x" * 11, headers=known)
+        # A HEAD is refused without a body.
+        head = await client.head("/v1/models")
+        assert (head.status_code, head.content) == (401, b"")
+        shell.edge.close()
+        asked["not_ready"] = await client.get("/v1/models", headers=known)
+    for code, answer in asked.items():
+        assert answer.json()["error"]["code"] == code
+        assert "x-request-id" in answer.headers or code == "not_ready"
+
+
 def test_a_retry_after_is_whole_seconds_and_at_least_one() -> None:
     assert respond(Overloaded(0.2), "r").headers["retry-after"] == "1"
     assert respond(Overloaded(2.4), "r").headers["retry-after"] == "3"
@@ -340,3 +382,16 @@ def test_only_the_edge_knows_statuses() -> None:
                     assert not {name.split(".")[0] for name in names} & {"fastapi", "starlette", "uvicorn"}, (
                         path
                     )
+
+
+def test_ids_of_requests_tell_nothing_of_each_other() -> None:
+    """Nothing grows in them, nothing stays, and each bit is set in half of them."""
+    ids = [new_id() for _ in range(4_096)]
+    assert len(set(ids)) == len(ids)
+    assert {len(one) for one in ids} == {32}
+    numbers = [int(one, 16) for one in ids]
+    # Seven standard deviations of 32 are 224.
+    for bit in range(128):
+        assert abs(sum(number >> bit & 1 for number in numbers) - 2_048) < 224, bit
+        same = sum((one ^ other) >> bit & 1 for one, other in pairwise(numbers))
+        assert abs(same - 2_048) < 224, bit

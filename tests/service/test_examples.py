@@ -20,7 +20,15 @@ def test_examples_are_listed_page_by_page(caller: Caller) -> None:
             break
         query = f"?limit=5&cursor={page['next']}"
     assert listed == sorted(one["id"] for one in reviews())
-    assert page["examples"][0].keys() == {"id", "label", "group", "sampled", "digest", "created_at"}
+    assert page["examples"][0].keys() == {
+        "id",
+        "label",
+        "group",
+        "sampled",
+        "excluded",
+        "digest",
+        "created_at",
+    }
     for cursor in ("%ff", "abc*", "Pz8_" * 600, "gICA"):
         caller.call("GET", f"/adapters/films/examples?cursor={cursor}", 422)
     caller.call("GET", "/adapters/films/examples?limit=0", 422)

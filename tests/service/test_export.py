@@ -40,16 +40,15 @@ def test_texts_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
     labels = json.loads(metadata["labels"])
     assert sorted(labels) == ["bad", "good"]
     assert (metadata["task"], metadata["kind"], metadata["version"]) == ("classification", "text", "1")
-    tokenizer = Tokenizer.from_str(metadata["tokenizer"])
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(json.loads(metadata["preprocessing"])["max_tokens"])
-    texts = [*PRAISE, *BLAME, "Something else entirely"]
-    rows = []
-    for text in texts:
-        ids = np.array([tokenizer.encode(text).ids], np.int64)
-        rows.append(opened.run(["probabilities"], {"ids": ids, "mask": np.ones_like(ids)})[0][0])
+    assert metadata["format"] == "2"
+    texts = [*PRAISE, *BLAME, "Something else entirely", "longer than what is read of it " * 80]
+    # As it comes, it pads a batch, and truncates.
+    encoded = Tokenizer.from_str(metadata["tokenizer"]).encode_batch(texts)
+    ids, mask = np.array([one.ids for one in encoded]), np.array([one.attention_mask for one in encoded])
+    assert ids.shape == (len(texts), json.loads(metadata["preprocessing"])["max_tokens"])
+    theirs = opened.run(["probabilities"], {"ids": ids, "mask": mask})[0]
     ours = probabilities(caller, "films", [{"text": text} for text in texts], labels)
-    assert np.abs(np.array(rows) - ours).max() <= 1e-4
+    assert np.abs(theirs - ours).max() <= 1e-4
 
 
 def test_images_get_the_same_probabilities_elsewhere(caller: Caller) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ import pytest
 from fastapi import Request
 
 from benchmarks.serving import Serving
+from service.answers import REJECTED_KEPT
 from service.idempotency import _Digest
 from tests.service.caller import BLAME, PRAISE, Caller, Json, reviews
 
@@ -112,7 +114,6 @@ def test_another_request_with_the_key_is_refused(teacher: Caller) -> None:
     body, same = json.dumps(films()), {"Content-Type": "application/json"}
     others = [
         teacher.http.post("/adapt", content=body + " ", headers=keyed("k", **same)),
-        teacher.http.post("/adapt?x=1", content=body, headers=keyed("k", **same)),
         teacher.http.post("/adapters/films/feedback", content=body, headers=keyed("k", **same)),
         teacher.http.post("/adapt?adapter=films", content=body, headers=keyed("k", **NDJSON)),
     ]
@@ -321,7 +322,12 @@ def test_the_document_tells_of_the_header(teacher: Caller) -> None:
         if method != "parameters"
         and any(one["name"] == "Idempotency-Key" for one in operation.get("parameters", ()))
     }
-    assert named == {("post", "/adapt"), ("post", "/adapters/{adapter}/feedback")}
+    assert named == {
+        ("post", "/adapt"),
+        ("post", "/adapters/{adapter}/feedback"),
+        ("patch", "/adapters/{adapter}/examples/{example}"),
+        ("post", "/adapters/{adapter}/versions/{version}/restore"),
+    }
     for method, path in named:
         responses = document["paths"][path][method]["responses"]
         assert {"400", "409", "422"} <= responses.keys()
@@ -360,3 +366,21 @@ def test_two_processes_do_it_once(registry_url: str, tmp_path: Path) -> None:
                 assert answers[0].json()["version"] == number // 2 + 1
             for caller in (first, second):
                 assert versions(caller, "a0") == versions(caller, "a1") == list(range(10, 0, -1))
+
+
+def test_of_many_rejected_examples_the_first_are_told_again(service: Restarting, home: Path) -> None:
+    """A thousand refusals in each answer would fill the database, with no example more."""
+    examples = [*reviews(1), *({"id": f"bad{number}", "text": "x"} for number in range(998))]
+    caller = Caller(service.url)
+    with caller.http:
+        first, again = (post(caller, "many", films(examples, fit=False)) for _ in range(2))
+    assert first.status_code == again.status_code == 200
+    assert again.headers[REPLAYED] == "true"
+    told, told_again = first.json(), again.json()
+    assert len(told["examples"]["rejected"]) == 998
+    assert told_again["examples"].pop("rejected") == told["examples"].pop("rejected")[:REJECTED_KEPT]
+    assert told_again == told
+    with closing(sqlite3.connect(home / "topwork.db")) as database:
+        query = "SELECT length(body) FROM replies WHERE tenant = ?"
+        ((stored,),) = database.execute(query, (caller.tenant,)).fetchall()
+    assert stored < 0.02 * len(first.content)

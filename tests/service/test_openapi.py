@@ -15,6 +15,8 @@ ROUTES = {
     ("post", "/predict"),
     ("post", "/embed"),
     ("post", "/v1/embeddings"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
     ("get", "/backbones"),
     ("get", "/metrics"),
     ("get", "/adapters"),
@@ -23,10 +25,12 @@ ROUTES = {
     ("get", "/adapters/{adapter}/versions"),
     ("get", "/adapters/{adapter}/versions/{version}"),
     ("get", "/adapters/{adapter}/versions/{version}/export"),
+    ("post", "/adapters/{adapter}/versions/{version}/restore"),
     ("put", "/adapters/{adapter}/aliases/live"),
     ("get", "/adapters/{adapter}/examples"),
     ("delete", "/adapters/{adapter}/examples"),
     ("get", "/adapters/{adapter}/examples/{example}"),
+    ("patch", "/adapters/{adapter}/examples/{example}"),
     ("delete", "/adapters/{adapter}/examples/{example}"),
     ("post", "/adapters/{adapter}/feedback"),
     ("post", "/adapters/{adapter}/rebase"),
@@ -53,7 +57,7 @@ def document(caller: Caller) -> Any:
 
 
 def test_every_route_is_there(document: Any) -> None:
-    methods = ("get", "put", "post", "delete")
+    methods = ("get", "put", "post", "patch", "delete")
     assert {
         (method, path) for path, found in document["paths"].items() for method in found if method in methods
     } == ROUTES
@@ -78,10 +82,11 @@ def test_every_route_says_what_it_does_and_takes(document: Any) -> None:
     for path, operations in document["paths"].items():
         named = any(one["name"] == "X-Tenant" for one in operations.get("parameters", ()))
         assert named != path.startswith("/tenants")
-        for method in ("get", "put", "post", "delete"):
+        for method in ("get", "put", "post", "patch", "delete"):
             if method in operations:
                 assert operations[method]["description"], path
-                if method in ("post", "put") and not path.endswith("/cancel"):
+                bodyless = path.endswith(("/cancel", "/restore"))
+                if method in ("post", "put", "patch") and not bodyless:
                     assert "application/json" in operations[method]["requestBody"]["content"]
 
 
@@ -92,6 +97,8 @@ def test_examples_of_the_document_are_accepted(caller: Caller, document: Any) ->
     caller.call("POST", "/embed", json=found["EmbedRequest"]["example"])
     caller.call("POST", "/v1/embeddings", json=found["OpenAIRequest"]["example"])
     caller.call("POST", "/adapters/mails/feedback", json=found["FeedbackRequest"]["example"])
+    body = {"fit": False, **found["AmendRequest"]["example"]}
+    caller.call("PATCH", "/adapters/mails/examples/m1", json=body)
 
 
 def exactly(model: type[BaseModel], value: Any) -> None:
@@ -118,9 +125,13 @@ def test_answers_have_the_documented_form(caller: Caller) -> None:
     exactly(answer_schemas.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
     exactly(answer_schemas.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
     exactly(answer_schemas.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
+    amended = caller.call("PATCH", "/adapters/films/examples/good1", json={"excluded": True})
+    exactly(answer_schemas.AdaptResponse, amended)
+    restored = caller.call("POST", "/adapters/films/versions/1/restore")
+    exactly(answer_schemas.RestoreResponse, restored)
     exactly(answer_schemas.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
     exactly(
-        answer_schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 2})
+        answer_schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3})
     )
     exactly(answer_schemas.JobsOut, caller.call("GET", "/jobs"))
     exactly(answer_schemas.ProblemOut, caller.call("GET", "/adapters/none", 404))

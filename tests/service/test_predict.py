@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.service.caller import BLAME, PICTURES, PRAISE, UNSEEN, Caller, image, pictures, reviews, same
 
@@ -203,20 +205,103 @@ def test_openai_clients_get_what_they_expect(taught: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "code", "param"),
     [
-        ({"input": []}, "no_inputs"),
-        ({"input": ["fine", ""]}, "invalid_input"),
-        ({"input": [1, 2, 3]}, "invalid_request"),
-        ({"dimensions": 10}, "invalid_dimensions"),
-        ({"model": "text-embedding-3-small"}, "unknown_backbone"),
-        ({"model": "efficientnet-lite0"}, "invalid_input"),
-        ({"encoding_format": "int8"}, "invalid_request"),
+        ({"input": []}, "no_inputs", None),
+        ({"input": ["fine", ""]}, "invalid_input", "/input/1"),
+        ({"input": ["fine"] * 200 + [" "]}, "invalid_input", "/input/200"),
+        ({"input": 5}, "invalid_request", "/input"),
+        ({"input": ["fine", None]}, "invalid_request", "/input/1"),
+        ({"dimensions": 10}, "invalid_dimensions", "/dimensions"),
+        ({"model": "text-embedding-3-small"}, "model_not_found", None),
+        ({"model": "efficientnet-lite0"}, "model_not_found", None),
+        ({"encoding_format": "int8"}, "invalid_request", "/encoding_format"),
+        ({"enc": "float"}, "invalid_request", "/enc"),
     ],
 )
-def test_openai_clients_are_told_what_is_wrong(taught: Caller, change: dict[str, Any], code: str) -> None:
+def test_openai_clients_are_told_what_is_wrong(
+    taught: Caller, change: dict[str, Any], code: str, param: str | None
+) -> None:
     body = {"model": "minilm-l6-v2", "input": "hello", **change}
-    assert taught.code("POST", "/v1/embeddings", 422, json=body) == code
+    status = 404 if code == "model_not_found" else 422
+    error = taught.call("POST", "/v1/embeddings", status, json=body)["error"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("ids", [[15339, 1917], [[15339, 1917], [5]], list(range(5_000))])
+def test_token_ids_are_refused_with_what_to_send(taught: Caller, ids: Any) -> None:
+    problem = taught.call("POST", "/v1/embeddings", 422, json={"model": "minilm-l6-v2", "input": ids})
+    assert problem["errors"][0] == {
+        "pointer": "/input/0",
+        "code": "token_ids",
+        "detail": "Token ids are not taken; send text.",
+    }
+    assert problem["error"]["message"].endswith("Token ids are not taken; send text.")
+    assert len(problem["errors"]) <= 100
+
+
+def test_as_many_texts_as_openai_takes_are_embedded_in_their_order(taught: Caller) -> None:
+    texts = [f"text number {number}" for number in range(2_048)]
+    body = {"model": "minilm-l6-v2", "input": texts, "encoding_format": "base64"}
+    found = taught.call("POST", "/v1/embeddings", json=body)
+    assert [one["index"] for one in found["data"]] == list(range(2_048))
+    some = [0, 31, 32, 1_000, 2_047]
+    alone = taught.call("POST", "/v1/embeddings", json={**body, "input": [texts[place] for place in some]})
+    for place, other in zip(some, alone["data"], strict=True):
+        first, second = (
+            np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in (found["data"][place], other)
+        )
+        assert np.allclose(first, second, atol=1e-5)
+    more = {**body, "input": [*texts, "one more"]}
+    assert taught.code("POST", "/v1/embeddings", 413, json=more) == "too_many_items"
+
+
+def test_models_are_listed_as_openai_lists_them(taught: Caller) -> None:
+    found = taught.call("GET", "/v1/models")
+    assert found["object"] == "list"
+    # Only what /v1/embeddings takes.
+    assert [one["id"] for one in found["data"]] == ["minilm-l6-v2"]
+    one = taught.call("GET", "/v1/models/minilm-l6-v2")
+    assert one == found["data"][0]
+    assert one.keys() == {"id", "object", "created", "owned_by"}
+    assert one["created"] > 1_600_000_000
+
+
+def test_texts_may_be_sent_as_they_are(taught: Caller) -> None:
+    texts = ["Lovely", "x" * 2_000]
+    plain = [{"text": text} for text in texts]
+    assert taught.predict("films", texts)["predictions"] == taught.predict("films", plain)["predictions"]  # type: ignore[arg-type]
+    for inputs in (texts, [texts[0], plain[1]]):
+        body = {"backbone": "minilm-l6-v2", "inputs": inputs}
+        assert len(taught.call("POST", "/embed", json=body)["embeddings"]) == 2
+
+
+def test_an_input_of_another_form_is_an_error_in_its_place(taught: Caller) -> None:
+    inputs: list[Any] = [
+        {"text": "Lovely"},
+        {"text": 5},
+        {"image": 5},
+        5,
+        None,
+        ["Lovely"],
+        {"txt": "Lovely"},
+        {"text": "Awful"},
+    ]
+    found = taught.predict("films", inputs)["predictions"]
+    codes = [one["error"]["code"] if "error" in one else None for one in found]
+    assert codes == [
+        None,
+        "invalid_text",
+        "invalid_base64",
+        "not_an_object",
+        "not_an_object",
+        "not_an_object",
+        "unknown_field",
+        None,
+    ]
+    body = {"backbone": "minilm-l6-v2", "inputs": inputs}
+    embedded = taught.call("POST", "/embed", json=body)["embeddings"]
+    assert [one["error"]["code"] if "error" in one else None for one in embedded] == codes
 
 
 def test_backbones_say_what_they_are(taught: Caller) -> None:
@@ -261,3 +346,49 @@ def test_an_answer_of_several_labels_names_those_that_are_uncertain(caller: Call
         (one,) = caller.predict("tags", [{"text": PRAISE[0]}], top_k=top_k)["predictions"]
         shown = {*one["labels"], *(part["label"] for part in one["probabilities"])}
         assert set(one["uncertain"]) <= shown
+
+
+def test_the_distance_has_a_limit_of_one(caller: Caller) -> None:
+    caller.adapt("things", pictures(), task="classification")
+    tagged = [{**image(data), "labels": [label]} for label, data in PICTURES]
+    caller.adapt("tags", tagged, task="multilabel")
+    caller.adapt("sizes", [{**image(data), "target": len(data)} for _, data in PICTURES], task="regression")
+    caller.adapt("few", pictures(2))
+    noise = Image.effect_noise((64, 64), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    inputs = [*(image(data) for data in UNSEEN.values()), image(PICTURES[0][1]), image(buffer.getvalue())]
+    for adapter in ("things", "tags", "sizes"):
+        answers = caller.predict(adapter, inputs)["predictions"]
+        alone = [caller.predict(adapter, [one])["predictions"][0] for one in inputs]
+        for one, other in zip(answers, alone, strict=True):
+            assert one["distance"] == pytest.approx(other["distance"], abs=1e-4)
+            assert one["distance"] > 0
+            assert one["abstention_score"] >= 0
+            assert (one["abstention_reason"] == "far_from_examples") == (one["distance"] > 1)
+        # An example is near to itself, and noise to nothing.
+        assert answers[-2]["distance"] < answers[-1]["distance"]
+        assert answers[-1]["distance"] > 1
+    assert caller.predict("few", inputs)["predictions"][0]["distance"] is None
+
+
+def test_the_stages_add_up_to_the_total(caller: Caller) -> None:
+    """Also where several threads work on the inputs of one request at once."""
+    many = [image(data + bytes([place])) for place in range(4) for _, data in PICTURES]
+    body = {"backbone": "efficientnet-lite0", "inputs": many}
+    found = [
+        caller.adapt("things", pictures()),
+        caller.adapt("films", reviews()),
+        caller.predict("things", many),
+        caller.predict("films", ["Lovely"]),  # type: ignore[list-item]
+        caller.call("POST", "/embed", json=body),
+        caller.call("POST", "/adapters/films/feedback", json={"text": "Fine", "label": "good"}),
+        caller.call("POST", "/adapters/films/rebase", json={"backbone": "minilm-l6-v2"}),
+        caller.call("DELETE", "/adapters/films/examples/good1"),
+    ]
+    for one in found:
+        timing = one["timing_ms"]
+        assert timing["total"] > 0
+        assert min(timing.values()) >= 0
+        stages = sum(value for stage, value in timing.items() if stage != "total")
+        assert stages == pytest.approx(timing["total"], abs=0.01), timing

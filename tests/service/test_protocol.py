@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from benchmarks.serving import Serving
+from service.connections import connections
 from service.protocol import MAX_HEAD_BYTES
+from tests.service.bare import Bare
 from tests.service.test_startup import get, post, texts
 
 LINE = b"x-filling: " + b"a" * 1_000 + b"\r\n"
@@ -244,3 +248,26 @@ def test_who_asks_much_and_hangs_up_leaves_no_failure_behind(serving: Serving) -
     log = serving.log.read_text(errors="replace")
     assert "Traceback" not in log
     assert "without starting response" not in log
+
+
+def test_trailers_are_no_headers() -> None:
+    """Whether they come with the head, or after it was read: what checks headers does not see trailers."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        seen.append(list(scope["headers"]))
+        await PlainTextResponse("done")(scope, receive, send)
+
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nx-tenant: one\r\n\r\n"
+    trailers = b"0\r\nx-tenant: other\r\nauthorization: Bearer x\r\n\r\n"
+    with Bare(app, connections) as bare:
+        for pieces in ((head + b"1\r\na\r\n" + trailers,), (head, b"1\r\na\r\n", trailers)):
+            with connected(bare.url) as connection:
+                for piece in pieces:
+                    connection.sendall(piece)
+                    time.sleep(0.1)
+                assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+    expected = [(b"host", b"a"), (b"transfer-encoding", b"chunked"), (b"x-tenant", b"one")]
+    assert seen == [expected, expected]

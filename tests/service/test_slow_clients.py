@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import protocol
+from service.access import needs
 from service.auth import Guard
 from service.connections import Connections
 from service.edge import Edge
@@ -55,7 +57,8 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
     monkeypatch.setattr(protocol, "UNREAD_SECONDS", SECONDS)
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False, request_timeout=20)
-    edge.open(app, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    routes = [Route("/adapt", needs("adapt", bulk=True)(app), methods=["POST"])]
+    edge.open(app, routes, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
     with Bare(edge, own) as running:
         yield running
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import ROOT, DidNotStart, Serving
+from tests.service import breaking
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -151,6 +152,92 @@ def test_a_setting_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, name
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("TOPWORK_STORE_OPTIONS", "{", "TOPWORK_STORE_OPTIONS: this is no JSON"),
+        ("TOPWORK_HOME", "/dev/null/home", "Set TOPWORK_HOME"),
+        ("TOPWORK_DATABASE_URL", "sqlite:////nowhere/topwork.db", "/nowhere/topwork.db cannot be opened"),
+        ("TOPWORK_DATABASE_URL", "postgresql+psycopg://me:hidden@127.0.0.1:1/x", "port 1"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_named_in_one_line(
+    tmp_path: Path, name: str, value: str, words: str
+) -> None:
+    done = topwork("serve", **{"PORT": "0", "TOPWORK_HOME": str(tmp_path), name: value})
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "hidden" not in done.stderr
+
+
+def test_a_start_with_another_database_touches_no_artifact(tmp_path: Path) -> None:
+    """As after a typo in the URL, days after the artifacts were written."""
+    home = tmp_path / "home"
+    with Serving(home) as running:
+        post(f"{running.url}/adapt", {"adapter": "kept", "examples": texts(6)})
+        assert running.stop() == 0
+    artifacts = [path for path in (home / "artifacts").rglob("*") if path.is_file()]
+    for path in artifacts:
+        os.utime(path, (time.time() - 3 * 86_400,) * 2)
+    typo = {"TOPWORK_DATABASE_URL": f"sqlite:///{home / 'topwrok.db'}"}
+    done = topwork("serve", "--port", "0", TOPWORK_HOME=str(home), **typo)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "belongs to another database" in done.stderr.splitlines()[-1]
+    assert all(path.exists() for path in artifacts)
+
+    (home / "topwork.db").rename(home / "lost.db")
+    done = topwork("serve", "--port", "0", TOPWORK_HOME=str(home))
+    assert done.returncode == 1
+    assert "belongs to another database" in done.stderr.splitlines()[-1]
+    assert all(path.exists() for path in artifacts)
+
+    (home / "lost.db").rename(home / "topwork.db")
+    with Serving(home) as running:
+        asked = post(f"{running.url}/predict", {"adapter": "kept", "inputs": [{"text": "holiday number 9"}]})
+    assert asked["version"] == 1
+
+
+def test_children_know_no_secrets_and_files_are_the_users_alone(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    environment = {
+        "TOPWORK_ADMIN_KEY": KEY,
+        "TOPWORK_DATABASE_URL": f"sqlite:///{home / 'topwork.db'}",
+        "TOPWORK_STORE_OPTIONS": '{"secret_access_key": "x"}',
+        "AWS_SECRET_ACCESS_KEY": "y",
+    }
+    with Serving(home, environment=environment) as running:
+        children = [pid for pid in running.group() if pid != running.process.pid]
+        assert len(children) >= 2
+        for pid in children:
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            names = {entry.partition(b"=")[0].decode() for entry in entries}
+            assert not names & set(environment) - {"AWS_SECRET_ACCESS_KEY"}
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert ("AWS_SECRET_ACCESS_KEY" in names) == (b"adapters.worker" in command)
+    shared = [path for path in home.rglob("*") if path.stat().st_mode & 0o077 and path != running.log]
+    assert shared == []
+
+
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "abc", "", "1e3", "80 ", "9" * 5_000])
+def test_what_is_no_port_is_refused_in_one_line(port: str) -> None:
+    done = topwork("serve", "--port", port)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("topwork serve: argument --port: ")
+    assert "from 1 to 65535" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--prot", "80"], ["serv"], [], ["keys", "list"]])
+def test_arguments_that_cannot_be_used_are_named_in_one_line(arguments: list[str]) -> None:
+    done = topwork(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("topwork")
+    assert "--help" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -186,6 +273,17 @@ def test_a_signal_drains_and_leaves_nothing_behind(tmp_path: Path, sign: signal.
     assert running.process.wait(30) == 0
     caller.join()
     assert answers[0]["version"] == 1
+    assert running.group() == []
+
+
+def test_a_signal_to_every_process_starts_none_again(tmp_path: Path) -> None:
+    """As systemd sends it, and BentoML's supervisor."""
+    running = Serving(tmp_path / "home", environment=breaking.environment(tmp_path))
+    os.killpg(running.process.pid, signal.SIGTERM)
+    assert running.process.wait(30) == 0
+    log = running.log.read_text()
+    assert "again" not in log
+    assert "WARNING" not in log
     assert running.group() == []
 
 

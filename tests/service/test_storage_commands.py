@@ -1,4 +1,4 @@
-"""`topwork backup`, `restore` and `doctor`, each in a process of its own."""
+"""`topwork backup`, `restore`, `doctor` and `migrate`, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from adapters.migrations import HEAD
+from tests.adapters.test_database import LAST, at_revision
 from tests.adapters.world import TENANT, says, taught, world
 from tests.tiny import TEXT_NAME, install
 
@@ -19,11 +21,11 @@ pytestmark = pytest.mark.anyio
 INPUTS = [says("one", 90), says("two", 91)]
 
 
-def topwork(home: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]]:
+def topwork(home: Path, *arguments: str, status: int = 0, **environment: str) -> list[dict[str, Any]]:
     """The lines that the command printed, or the complaint."""
     done = subprocess.run(
         [str(Path(sys.executable).with_name("topwork")), *arguments],
-        env={**os.environ, "TOPWORK_HOME": str(home)},
+        env={**os.environ, "TOPWORK_HOME": str(home), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -100,3 +102,57 @@ async def test_the_doctor_embeds_with_the_exported_backbone(
         assert (finding["what"], finding["code"]) == ("embeddings of 8 examples", "corrupt_artifact")
         assert (finding["repaired"], summary["left"]) == (True, 0)
         running.check()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("backup", "to"), ("doctor",), ("keys", "list", TENANT), ("tenants", "list")]
+)
+def test_an_earlier_releases_database_is_left_as_it_is(tmp_path: Path, line: str) -> None:
+    home, arguments = tmp_path / "home", line.format(folder=tmp_path / "backups").split()
+    home.mkdir()
+    path = home / "topwork.db"
+    at_revision(f"sqlite:///{path}", LAST)
+    before, changed_at = path.read_bytes(), path.stat().st_mtime_ns
+    (complaint,) = topwork(home, *arguments, status=1)
+    assert f"revision {LAST}" in complaint["complaint"]
+    assert "topwork migrate" in complaint["complaint"]
+    assert len(complaint["complaint"].splitlines()) == 1
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, changed_at)
+    assert [one.name for one in home.iterdir()] == ["topwork.db"]
+    assert topwork(home, "migrate") == [{"before": LAST, "schema": HEAD}]
+    assert topwork(home, "migrate") == [{"before": HEAD, "schema": HEAD}]
+    topwork(home, "tenants", "create", TENANT)
+    topwork(home, *arguments)
+
+
+def test_a_command_makes_no_database(tmp_path: Path) -> None:
+    (complaint,) = topwork(tmp_path / "home", "keys", "list", TENANT, status=1)
+    assert "topwork migrate" in complaint["complaint"]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_store_of_another_database_is_refused(tmp_path: Path) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    for one in (home, other):
+        one.mkdir()
+        async with world(one, url=f"sqlite:///{one / 'topwork.db'}") as running:
+            await running.adapt(taught())
+        topwork(one, "doctor")
+    before = {path: path.read_bytes() for path in (home / "artifacts").rglob("*") if path.is_file()}
+    mixed = {"TOPWORK_DATABASE_URL": f"sqlite:///{other / 'topwork.db'}"}
+    for arguments in (("doctor", "--repair"), ("backup", str(tmp_path / "to"))):
+        (complaint,) = topwork(home, *arguments, status=1, **mixed)
+        assert "belongs to another database" in complaint["complaint"]
+    assert {path: path.read_bytes() for path in (home / "artifacts").rglob("*") if path.is_file()} == before
+
+
+async def test_what_commands_write_is_the_users_alone(tmp_path: Path) -> None:
+    """In a home, too, that was there before and that others may read."""
+    home, folder = tmp_path / "home", tmp_path / "backups"
+    for one in (home, folder):
+        one.mkdir(mode=0o755)
+    topwork(home, "migrate")
+    topwork(home, "backup", str(folder))
+    written = [path for top in (home, folder) for path in top.rglob("*")]
+    assert len(written) > 4
+    assert [path for path in written if path.stat().st_mode & 0o077] == []

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from PIL import Image
 
+from benchmarks import bombs
 from service.startup import STUCK
 from service.watching import Watchdog
 from tests import tiny
@@ -93,6 +98,82 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     assert "is replaced: a run has not returned for" in log
     assert "the fitting process was silent for" in log
     assert "the worker was silent for" in log
+
+
+def codes(answer: httpx.Response) -> list[str | None]:
+    """Of each input, why it is refused."""
+    assert answer.status_code == 200, answer.text[:500]
+    return [one["error"]["code"] if "error" in one else None for one in answer.json()["embeddings"]]
+
+
+def photo(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 60).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_a_bomb_of_scans_costs_its_sender_alone(breaking: Breaking, caller: Caller) -> None:
+    """It took a minute of a core, after which the next large photo of anybody ended the service."""
+    before = replaced(breaking, "backbone")
+    bomb, plain = image(bombs.scans(9_000)), image(tiny.picture(1))
+    body = {"backbone": KINDS["image"], "inputs": [bomb, plain, bomb, image(photo(2_500))]}
+    assert codes(caller.http.post("/embed", json=body)) == [
+        "input_too_costly",
+        None,
+        "input_too_costly",
+        None,
+    ]
+    raw = caller.http.post(
+        f"/embed?backbone={KINDS['image']}",
+        content=bombs.scans(9_000),
+        headers={"Content-Type": "image/jpeg"},
+    )
+    assert (raw.status_code, raw.json()["type"]) == (422, "urn:topwork:input_too_costly")
+    assert ready(breaking)
+    assert replaced(breaking, "backbone") == before
+
+
+def test_beside_pictures_that_are_dear_all_others_are_answered(breaking: Breaking, caller: Caller) -> None:
+    """Each is decoded for most of a second, by processes that give way."""
+    before = replaced(breaking, "backbone")
+    dear = {"backbone": KINDS["image"], "inputs": [image(bombs.BOMBS["BMP of runs"](2_000_000))] * 3}
+
+    def attack() -> httpx.Response:
+        with Caller(breaking.url).http as attacker:
+            return attacker.post("/embed", json=dear)
+
+    answered = 0
+    with ThreadPoolExecutor(3) as threads:
+        attacks = [threads.submit(attack) for _ in range(3)]
+        while not all(one.done() for one in attacks):
+            for kind in KINDS:
+                embed(caller, kind)
+            assert ready(breaking)
+            answered += 1
+        found = [one.result() for one in attacks]
+    assert answered
+    for answer in found:
+        # A queue that is too long for them is told as well.
+        assert answer.status_code == 429 or set(codes(answer)) == {"undecodable_image"}
+    assert replaced(breaking, "backbone") == before
+
+
+def test_an_image_whose_preparation_hangs_is_refused_and_the_network_stays(
+    breaking: Breaking, caller: Caller
+) -> None:
+    right = embed(caller, "image")
+    before = replaced(breaking, "backbone")
+    breaking.ask("prepare", "image")
+    body = {"backbone": KINDS["image"], "inputs": [image(tiny.picture(1)), image(tiny.picture(2))]}
+    begun = time.monotonic()
+    found = codes(caller.http.post("/embed", json=body))
+    assert time.monotonic() - begun < NOTICED + 1.0
+    # One of them, or a canary, was the first to be prepared.
+    assert sorted(map(str, found)) in (["None", "input_too_costly"], ["None", "None"])
+    assert seconds_until(lambda: breaking.taken("prepare", "image") and ready(breaking)) < NOTICED
+    assert embed(caller, "image") == right
+    assert replaced(breaking, "backbone") == before
+    assert "preparing it does not end" in breaking.log.read_text()
 
 
 def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking, caller: Caller) -> None:

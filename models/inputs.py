@@ -1,0 +1,28 @@
+"""The limits of an input, and the error of one that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class InputError(ValueError):
+    """One input that cannot be used; its neighbours can.
+
+    code is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
+    input_too_costly, empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. detail says what
+    to do.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class InputLimits:
+    """Refused above: bytes of an encoded image, pixels in its header, characters of a text."""
+
+    max_image_bytes: int = 16 << 20
+    max_pixels: int = 50_000_000
+    max_text_chars: int = 100_000

@@ -1,0 +1,74 @@
+"""Settings: what is no setting, and what no setting can be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, UnknownSetting, unknown_settings
+from tests.service.test_startup import topwork
+
+NUMBERS = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("TOPWORK_STORE_ULR", "TOPWORK_STORE_URL"),
+        ("TOPWORK_DATABSE_URL", "TOPWORK_DATABASE_URL"),
+        ("TOPWORK_DATABASEURL", "TOPWORK_DATABASE_URL"),
+        ("topwork_admin_kye", "TOPWORK_ADMIN_KEY"),
+        ("TOPWORK_MAX_INPUT", "TOPWORK_MAX_INPUTS"),
+        ("TOPWORK_HOMES", "TOPWORK_HOME"),
+    ],
+)
+def test_a_slip_in_a_setting_s_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, slip: str, meant: str
+) -> None:
+    """The store would else be in the home folder, and gone with the container."""
+    monkeypatch.setenv(slip, "1")
+    with pytest.raises(UnknownSetting, match=f"{slip} is no setting. Did you mean {meant}?"):
+        Settings()
+
+
+def test_what_else_is_unknown_is_named_and_what_others_set_is_not() -> None:
+    known = {f"TOPWORK_{name.upper()}": "x" for name in Settings.model_fields}
+    others = {
+        "TOPWORK_TEST_REQUIRE": "s3",
+        "TOPWORK_URL": "http://localhost",
+        "TOPWORK_SERVICE_HOST": "10.0.0.1",
+        "TOPWORK_SERVICE_PORT_HTTP": "3000",
+        "TOPWORK_PORT": "tcp://10.0.0.1:3000",
+        "TOPWORK_PORT_3000_TCP_ADDR": "10.0.0.1",
+        "TOPWORK_CANARY_PORT": "tcp://10.0.0.2:3000",
+        "PATH": "/bin",
+        "NOT_TOPWORK_STORE_ULR": "x",
+    }
+    assert unknown_settings(known | others) == {}
+    asked = {"TOPWORK_PORT": "8080", "TOPWORK_COLOUR": "red", "TOPWORK_MAX_TEXTS": "1"}
+    assert unknown_settings(asked) == {
+        "TOPWORK_COLOUR": None,
+        "TOPWORK_MAX_TEXTS": "TOPWORK_MAX_TEXT_CHARS",
+        "TOPWORK_PORT": None,
+    }
+
+
+@pytest.mark.parametrize("command", [("serve",), ("keys", "list", "acme"), ("doctor",)])
+def test_every_command_says_it_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    environment = {"TOPWORK_HOME": str(tmp_path), "TOPWORK_STORE_ULR": "s3://bucket", "PORT": "0"}
+    done = topwork(*command, **environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "topwork: TOPWORK_STORE_ULR is no setting. Did you mean TOPWORK_STORE_URL? Correct or unset it."
+    ]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_without_bounds(tmp_path: Path, name: str) -> None:
+    for value in (10**23, -(10**23), math.inf, math.nan):
+        with pytest.raises(ValidationError, match=name):
+            Settings.model_validate({"home": tmp_path, name: value})
+    assert len(NUMBERS) > 20
