@@ -50,20 +50,20 @@ def body(
     *,
     files: str | None = None,
     query: type[BaseModel] | None = None,
-    bulk: bool = False,
+    bulk: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
     """`openapi_extra` of a route with a JSON body.
 
     files: the field that a multipart body gives as files. query: the body may be one raw input, and the
-    model's other fields are then in the query string. bulk: so they are of an upload.
+    model's other fields are then in the query string. bulk: so they are of an upload, those of this model.
     """
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     if files is not None:
         content["multipart/form-data"] = {"schema": _form(model, files)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
-    if bulk:
+    if bulk is not None:
         content |= _UPLOADS
-        extra["parameters"] = _in_query(model, "examples", "With multipart or a bulk upload.")
+        extra["parameters"] = _in_query(bulk, "examples", "With multipart or a bulk upload.")
     if query is not None:
         content |= _RAW
         extra["parameters"] = _in_query(query, "inputs", "With multipart or a raw body.")

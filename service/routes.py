@@ -110,7 +110,9 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
 
     @api.post(
         "/adapt",
-        openapi_extra=once(body(schemas.AdaptRequest, files="examples", bulk=True), 200, 202),
+        openapi_extra=once(
+            body(schemas.AdaptRequest, files="examples", bulk=schemas.UploadRequest), 200, 202
+        ),
         responses={
             200: {"model": answer_schemas.AdaptResponse},
             202: {"model": answer_schemas.SubmittedOut},
