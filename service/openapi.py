@@ -33,7 +33,11 @@ _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
 _METHODS = {"get", "put", "post", "patch", "delete"}
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
-_UPLOAD = {"type": "string", "format": "binary", "description": "Its other fields are in the query string."}
+_IN_QUERY = (
+    "Its other fields are in the query string; of a CSV table also text_column, label_column, labels_column, "
+    "target_column, id_column and group_column, where columns have other names."
+)
+_UPLOAD = {"type": "string", "format": "binary", "description": _IN_QUERY}
 _UPLOADS = {media: {"schema": _UPLOAD} for media in ("application/x-ndjson", "text/csv", "application/zip")}
 _RAW = {
     "image/*": {"schema": {"type": "string", "format": "binary"}},
@@ -51,7 +55,7 @@ def body(
     """`openapi_extra` of a route with a JSON body.
 
     files: the field that a multipart body gives as files. query: the body may be one raw input, and the
-    model's other fields are then in the query string. bulk: so are those of this model, of an upload.
+    model's other fields are then in the query string. bulk: so they are of an upload, those of this model.
     """
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     if files is not None:

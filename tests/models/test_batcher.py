@@ -504,11 +504,11 @@ async def test_heavy_inputs_hold_up_no_light_ones(images: Backbone) -> None:
     decoding, go_on = threading.Semaphore(0), threading.Event()
     giant, prepare = blank(4_000_000), images.prepare
 
-    def slow(item: bytes | str) -> Any:
+    def slow(item: bytes | str, *more: Any) -> Any:
         if item == giant:
             decoding.release()
             assert go_on.wait(30)
-        return prepare(item)
+        return prepare(item, *more)
 
     async with running(images, workers=2) as batcher:
         with pytest.MonkeyPatch.context() as patch:

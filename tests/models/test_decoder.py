@@ -37,6 +37,12 @@ def decoder() -> Iterator[Decoder]:
         yield found
 
 
+@pytest.fixture(autouse=True)
+def no_others() -> None:
+    """Ends the processes that other tests of this run have left idle."""
+    Decoder.shared().close()
+
+
 def children() -> list[int]:
     """Processes of this one that decode."""
     found = subprocess.run(
