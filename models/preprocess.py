@@ -120,7 +120,8 @@ class ImagePreprocessor:
     ) -> None:
         """decoder: the one that all preprocessors of this process share by default.
 
-        Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
+        Raises ValueError for an interpolation or crop mode that cannot be reproduced.
+        """
         if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in ("center", "squash"):
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
         self.transform = transform
