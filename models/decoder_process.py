@@ -35,8 +35,10 @@ def main() -> None:
     _bound_memory(int(sys.argv[1]))
     answers.write(READY)
     answers.flush()
-    while _answer(sys.stdin.buffer, answers):
-        pass
+    # Its parent may end while it decodes.
+    with contextlib.suppress(BrokenPipeError):
+        while _answer(sys.stdin.buffer, answers):
+            pass
 
 
 def _bound_memory(most: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import math
 import re
 import warnings
@@ -83,6 +84,8 @@ Image.MAX_IMAGE_PIXELS = None
 # Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
 # would grow without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# What Pillow finds in a damaged image belongs into its refusal, and not into the log.
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
 
 _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -119,7 +122,8 @@ class ImagePreprocessor:
     ) -> None:
         """decoder: the one that all preprocessors of this process share by default.
 
-        Raises ValueError for an interpolation or crop mode that cannot be reproduced."""
+        Raises ValueError for an interpolation or crop mode that cannot be reproduced.
+        """
         if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in CROP_MODES:
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
         self.transform = transform

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
 
 from adapters.records import JobState, RegistryError
+from models.decoder import Decoder
 from service import __version__
 from service.connections import CUT, connections
 
@@ -99,6 +100,7 @@ def _watch_replacements(components: Components) -> None:
         "network": lambda: watching.replaced["network"],
         "fitter": lambda: fitter.replaced,
         "worker": lambda: sum(worker.replaced for worker in workers),
+        "decoder": lambda: Decoder.shared().ended,
     }
     for part, count in parts.items():
         components.metrics.counter(

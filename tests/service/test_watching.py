@@ -156,6 +156,7 @@ def test_beside_pictures_that_are_dear_all_others_are_answered(breaking: Breakin
         # A queue that is too long for them is told as well.
         assert answer.status_code == 429 or set(codes(answer)) == {"undecodable_image"}
     assert replaced(breaking, "backbone") == before
+    assert replaced(breaking, "decoder") == 0
 
 
 def test_an_image_whose_preparation_hangs_is_refused_and_the_network_stays(
