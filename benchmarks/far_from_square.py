@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adapters.linear_probe import Dataset, fit
 from benchmarks import datasets
@@ -162,7 +163,9 @@ def right_of(
 ) -> NDArray[np.bool_]:
     """Whether each of the test samples is answered right, by a head fitted on the training ones."""
     labels, digests = zip(*((samples[index].label, samples[index].digest) for index in train), strict=True)
-    head = fit(Dataset(rows[train], labels, digests, "classification", "0" * 64)).head
+    # As in the service's fitting process: more threads of BLAS are slower.
+    with threadpool_limits(1):
+        head = fit(Dataset(rows[train], labels, digests, "classification", "0" * 64)).head
     answers = head.predict(rows[test]).probabilities.argmax(axis=1)
     return np.array([head.labels[one] == samples[i].label for one, i in zip(answers, test, strict=True)])
 

@@ -35,7 +35,8 @@ FLOAT16: Final = "float16"
 INT8: Final = "int8"
 
 
-# Pictures at least so many times as long as wide are folded.
+# Pictures at least so many times as long as wide are folded. It is part of what "fold" means: another number
+# is another crop_mode, for embeddings change with it.
 FAR_FROM_SQUARE: Final = 2
 CROP_MODES: Final = ("center", "squash", "fold")
 

@@ -14,7 +14,7 @@ import pytest
 
 from models.exported import local_folder, model_name
 from models.manifest import folder_sha256, read_manifest, write_manifest
-from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, UnknownBackbone
+from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, ImageTransform, UnknownBackbone
 from tests import tiny
 
 
@@ -104,6 +104,10 @@ def test_a_changed_folder_is_not_what_was_exported(tmp_path: Path) -> None:
     model = version / "model.yaml"
     model.write_text(model.read_text().replace(model_name(tiny.IMAGE_NAME), target.name))
     assert find(tmp_path, f"timm:{folder}") != [None]
+    assert isinstance(spec.transform, ImageTransform)
+    write_manifest(version, replace(spec, transform=replace(spec.transform, crop_mode="center")))
+    assert find(tmp_path, f"timm:{folder}") == [None], "earlier releases saw the middle of long images only"
+    write_manifest(version, spec)
     (folder / "model.safetensors").write_bytes(b"others")
     assert find(tmp_path, f"timm:{folder}") == [None]
 

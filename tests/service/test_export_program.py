@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -17,12 +16,12 @@ import pytest
 from benchmarks.serving import ROOT, Serving
 from tests.service.caller import BLAME, PICTURES, PRAISE, Caller, Json, image, pictures, reviews
 from tests.service.raw_inputs import UNKNOWN, WRITTEN, images, texts
+from tests.service.test_fine_tune import QUICK, shades, until_finished
 
 PROGRAM = ROOT / "examples" / "run_export.py"
 # Besides these and the standard library, the program finds no package.
 PACKAGES = ("numpy", "onnxruntime", "PIL", "tokenizers")
 CLOSE = 1e-4
-TUNED = {"epochs": 3, "full_size_epochs": 3, "pixels": 32, "batch": 16, "refit": False}
 
 
 @pytest.fixture(scope="module")
@@ -184,16 +183,8 @@ def test_a_fine_tuned_network_answers_two_hundred_images_the_same(teacher: Calle
     backbone: str = next(
         one["name"] for one in teacher.call("GET", "/backbones")["backbones"] if "timm:" in one["name"]
     )
-    examples: list[Json] = [
-        {"id": f"i{place}", **image(data), "label": ("even", "odd")[place % 2]}
-        for place, data in enumerate(images()[:60])
-    ]
-    teacher.adapt("tuned", examples, backbone=backbone)
-    body: dict[str, Any] = {"fine_tune": TUNED, "promote": "always"}
-    job = teacher.adapt("tuned", [], 202, method="fine_tune", **body)
-    with teacher.http.stream("GET", f"/jobs/{job['id']}/events", timeout=600) as events:
-        for _ in events.iter_lines():
-            pass
-    done = teacher.call("GET", f"/jobs/{job['id']}")
+    teacher.adapt("tuned", shades(), backbone=backbone)
+    job = teacher.adapt("tuned", [], 202, method="fine_tune", fine_tune=QUICK, promote="always")
+    done = until_finished(teacher, job, 600.0)
     assert (done["state"], done["version"]) == ("succeeded", 2), done
     compare(teacher, elsewhere, "tuned", images(), version=2)

@@ -104,9 +104,7 @@ async def test_the_doctor_embeds_with_the_exported_backbone(
         running.check()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("backup", "to"), ("doctor",), ("keys", "list", TENANT), ("tenants", "list")]
-)
+@pytest.mark.parametrize("line", ["backup {folder}", "doctor", f"keys list {TENANT}", "tenants list"])
 def test_an_earlier_releases_database_is_left_as_it_is(tmp_path: Path, line: str) -> None:
     home, arguments = tmp_path / "home", line.format(folder=tmp_path / "backups").split()
     home.mkdir()
