@@ -233,7 +233,7 @@ class Backbone:
         return self.prepare(item).prepared
 
     def prepare(self, item: bytes | str, waiting: Waiting = wait_unseen) -> Ready:
-        """One input, and what is to be said of it. Raises as preprocess does.
+        """One input with what its answer says of it. Raises as preprocess does.
 
         waiting(True) is called where another process begins to prepare it, waiting(False) once it is done.
         """
@@ -364,7 +364,7 @@ class Backbone:
 
 
 def planned(export: Path, *, device: Device, threads: int) -> Measured:
-    """How the export runs best here with so many threads in all.
+    """How the export runs best here, with this number of threads in all.
 
     Measured now if it never was, and again where that is in doubt and the machine is quiet. Raises
     CorruptExport, DeviceUnavailable.

@@ -85,7 +85,7 @@ class Batcher:
         as many for heavy ones and for bulk, which are niced; on a CPU as many as cores. max_wait: seconds
         that a predict may expect to wait, by the cost of what is taken before it and the pace measured; one
         that would wait longer is refused. cores: shared with those who run on the same ones; None where
-        nobody else does. observe(stage, seconds), with a stage of Embedded.timings, and observe_batch(size)
+        no others do. observe(stage, seconds), with a stage of Embedded.timings, and observe_batch(size)
         are called from those threads.
         """
         self.backbone = backbone
@@ -379,9 +379,9 @@ class Batcher:
     def _room(self, priority: Priority[Part], lane: Lane[Part]) -> int:
         """Inputs that a thread may take at once.
 
-        A share: the others have something of a single caller's inputs too, and whoever is done next has
-        something to go on with while callers read their answers and ask again. All, where another backbone
-        has the cores too: a second run of this one would be slower, and has less in it.
+        A share: the others get some of a single caller's inputs too, and the next that is done has something
+        to go on with while callers read their answers and ask again. All, where another backbone has the
+        cores too: a second run of this one would be slower, and has less in it.
         """
         bulk = priority is self._bulk
         most = self.backbone.bulk_batch if bulk else self.backbone.batch

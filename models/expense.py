@@ -31,7 +31,7 @@ def image_expense(data: bytes) -> float:
 
 
 def text_expense(text: str, max_tokens: int) -> float:
-    """The cost of a text of which the network sees so many tokens: by these, and by its characters."""
+    """The cost of a text: by the tokens that the network sees, at most `max_tokens`, and by characters."""
     most = _BYTES_PER_TOKEN * max_tokens
     seen = min(most, len(text[:most].encode("utf-8", "surrogatepass")))
     return 1.0 + seen / _BYTES + len(text) / _CHARACTERS

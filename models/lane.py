@@ -96,7 +96,7 @@ class Lane(Generic[R]):
     """Requests that have inputs not yet taken. Guarded by the lock.
 
     A cost is in units of a small input's. depth: inputs that wait. cost: of all of them. pace: seconds of a
-    thread for a cost of 1, of late. running: threads that have taken some and are not done.
+    thread for a cost of 1, a running mean. running: threads that have taken some and are not done.
     """
 
     __slots__ = ("_sources", "_turns", "cost", "depth", "pace", "ready", "running")

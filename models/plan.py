@@ -215,7 +215,7 @@ def _rates(run: Callable[[T], object], feed: T, items: int) -> list[float]:
 
 
 def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> float:
-    """Items a second by so many threads."""
+    """Items a second by this number of threads."""
 
     def repeat(until: float) -> int:
         count = 0

@@ -23,7 +23,7 @@ _MOST_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Schedule:
     """Seconds. idle: without a request before a measurement. look: between looks for one meanwhile.
 
     again, most: until the next measurement of what stays in doubt, twice as long each time, and at most.
@@ -55,7 +55,7 @@ class Surveyor:
         *,
         quiet: Callable[[float], bool] = is_quiet,
         command: Callable[[str], Sequence[str]] = command,
-        pace: Pace = Pace(),
+        schedule: Schedule = Schedule(),
     ) -> None:
         """exchange(name) lets a backbone run by another plan, the one in `measured`. quiet(seconds) looks for
         so long whether other processes leave the cores alone, in a thread. command(name): see `command`.
@@ -66,7 +66,7 @@ class Surveyor:
         self._exchange = exchange
         self._quiet = quiet
         self._command = command
-        self._pace = pace
+        self._schedule = schedule
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -93,7 +93,7 @@ class Surveyor:
         return [name for name, found in self.measured.items() if not found.confirmed]
 
     async def _survey(self) -> None:
-        pause = self._pace.again
+        pause = self._schedule.again
         while doubtful := self._doubtful():
             await self._idle()
             for name in doubtful:
@@ -109,14 +109,14 @@ class Surveyor:
                     break
             if self._doubtful():
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, self._pace.most)
+                pause = min(2 * pause, self._schedule.most)
 
     async def _idle(self) -> None:
-        """Returns once nobody has asked for a while and the machine is quiet."""
+        """Returns once no request has come for a while and the machine is quiet."""
         while True:
             before = self._asked()
-            await asyncio.sleep(self._pace.idle)
-            if self._asked() == before and await asyncio.to_thread(self._quiet, self._pace.idle / 10):
+            await asyncio.sleep(self._schedule.idle)
+            if self._asked() == before and await asyncio.to_thread(self._quiet, self._schedule.idle / 10):
                 return
 
     async def _measure(self, name: str) -> Measured | None:
@@ -131,7 +131,7 @@ class Surveyor:
         begun = time.monotonic()
         try:
             output = asyncio.ensure_future(process.communicate())
-            while not (await asyncio.wait([output], timeout=self._pace.look))[0]:
+            while not (await asyncio.wait([output], timeout=self._schedule.look))[0]:
                 if self._asked() != before or time.monotonic() - begun > _MOST_SECONDS:
                     return None
             return _read(output.result()[0])
@@ -152,7 +152,7 @@ class Surveyor:
             await self._exchange(name)
 
     def _asked(self) -> int:
-        """Inputs that anybody sent so far. It changes with each, and when a network leaves."""
+        """Inputs sent so far. It changes with each, and when a network leaves."""
         return sum(batcher.admitted for batcher in (*self._batchers.values(), *self._networks.batchers))
 
 

@@ -127,8 +127,8 @@ async def shelf(tmp_path: Path) -> AsyncIterator[Shelf]:
 
 
 def open_networks() -> float:
-    """How many networks have their threads."""
-    return sum(thread.name.startswith(TEXT_NAME) for thread in threading.enumerate()) / 2
+    """How many networks have their threads, of which a worker has four."""
+    return sum(thread.name.startswith(TEXT_NAME) for thread in threading.enumerate()) / 4
 
 
 def let_go(batcher: Batcher) -> bool:

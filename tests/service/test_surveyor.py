@@ -19,7 +19,7 @@ from adapters.store import open_store
 from models.backbone import Backbone, known_plan
 from models.batcher import Batcher
 from models.plan import Measured, Plan, keep_plan
-from service.surveyor import Pace, Surveyor
+from service.surveyor import Schedule, Surveyor
 from service.watching import Watching
 from tests import tiny
 from tests.service.test_storage_commands import topwork
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 NAME = tiny.TEXT_NAME
 DOUBTFUL = Measured(Plan(alone=1, workers=2, beside=1, batch=8), others=0.9, spread=0.3)
 BETTER = Measured(Plan(alone=2, workers=2, beside=1, batch=16), others=0.01, spread=0.02)
-PACE = Pace(idle=0.1, look=0.01, again=0.1, most=0.2)
+SCHEDULE = Schedule(idle=0.1, look=0.01, again=0.1, most=0.2)
 
 
 def printing(measured: Measured, log: Path) -> Callable[[str], list[str]]:
@@ -77,7 +77,7 @@ async def served(folder: Path, measured: Measured, **options: Any) -> AsyncItera
     networks = Networks(open_store(str(folder / "store"), {}), 0, batcher_for)
     watching = Watching(batchers, networks, reopen, batcher_for, end)
     await watching.start()
-    surveyor = Surveyor(known, batchers, networks, watching.exchange, pace=PACE, **options)
+    surveyor = Surveyor(known, batchers, networks, watching.exchange, schedule=SCHEDULE, **options)
     await surveyor.start()
     try:
         yield Served(batchers, surveyor)
@@ -128,7 +128,7 @@ async def test_a_measurement_gives_way_to_a_request_at_once(tmp_path: Path) -> N
         pid = int(lines(log)[0])
         await here.batchers[NAME].embed(["ba"])
         await here.until(lambda: not Path(f"/proc/{pid}").exists(), most=2.0)
-        # While somebody asks, none begins; afterwards another does.
+        # While requests come, none begins; afterwards another does.
         for _ in range(30):
             await here.batchers[NAME].embed(["ba"])
             await asyncio.sleep(0.03)
