@@ -81,7 +81,8 @@ class Said(Asked):
     def newest(self, adapter: str) -> list[int]:
         """Versions that must be there, oldest first, whatever else is made meanwhile."""
         with self.lock:
-            return sorted(self.versions[adapter])[-KEPT_VERSIONS // 2 :]
+            # Asking after an adapter must not note it as one that was acknowledged.
+            return sorted(self.versions.get(adapter, ()))[-KEPT_VERSIONS // 2 :]
 
     def compare(self, adapter: str, version: int | None, text: str, answer: Json) -> None:
         """Is it an answer of this adapter and version, and the one that was given before?"""
