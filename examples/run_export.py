@@ -35,7 +35,8 @@ def pixels(path):
     return {"pixels": values.transpose(2, 0, 1)[None].astype(np.float32)}
 
 
-def centre(image, size, method):  # of an image near a square, as timm's evaluation transform cuts it
+def centre(image, size, method):
+    # Of an image near a square, as timm's evaluation transform cuts it.
     resized = int(size / how["crop"])
     if how["crop_mode"] == "squash":
         image = image.resize((resized, resized), method)
@@ -47,9 +48,8 @@ def centre(image, size, method):  # of an image near a square, as timm's evaluat
     return narrow.resize((size, size), method, (0, top, size, bottom))
 
 
-def folded(
-    image, size, method
-):  # all of a long image, in parts below each other; of a tall one, side by side
+def folded(image, size, method):
+    # All of a long image, in parts below each other; of a tall one, side by side.
     turn = 1 if image.width >= image.height else -1
     parts = min(size, round((max(image.size) / min(image.size)) ** 0.5))
     strip = image.resize((size * parts, -(-size // parts))[::turn], method)
