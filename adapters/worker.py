@@ -67,12 +67,13 @@ class Worker:
         self._stopping = stopping
         self._registry = Registry(config.database)
         self._store = open_store(config.store, config.store_options)
-        self._registry.identity.check(self._store)
+        self._began = False
 
     def run(self) -> None:
         """Returns once it is to stop and nothing runs any more."""
         while not self._stopping.is_set():
             try:
+                self._begin()
                 for job in self._registry.jobs.settle():
                     self._ended(job)
                 claim = self._registry.jobs.claim(
@@ -80,7 +81,7 @@ class Worker:
                     kinds=_KINDS,
                     max_running_per_tenant=self._config.max_running_per_tenant,
                 )
-            except (RegistryUnavailable, StoreFull) as error:
+            except (RegistryUnavailable, StoreFull, StoreUnavailable) as error:
                 logger.warning("no job can be claimed: %s", error)
                 self._stopping.wait(_RETRY_SECONDS)
                 continue
@@ -93,6 +94,13 @@ class Worker:
     def close(self) -> None:
         """Closes the connections."""
         self._registry.close()
+
+    def _begin(self) -> None:
+        """Before the first job: current tables, and the store that belongs to them. Raises WrongStore."""
+        if not self._began:
+            self._registry.migrate()
+            self._registry.identity.check(self._store)
+            self._began = True
 
     def _do(self, claim: Claim) -> None:
         """One attempt, and what becomes of the job."""

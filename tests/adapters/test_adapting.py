@@ -368,6 +368,7 @@ async def test_whoever_insists_is_not_asked_again(tmp_path: Path) -> None:
         assert not (await here.adapt(wrong(100, 10))).revised.live
         assert (await here.adapt([], promote="always")).revised.live
         assert (await here.adapt([Posted(says("one", 900), "one", "right")])).revised.live
+    (tmp_path / "by-hand").mkdir()
     async with world(tmp_path / "by-hand") as there:
         await there.adapt(taught(20))
         assert not (await there.adapt(wrong(100, 10))).revised.live

@@ -804,7 +804,7 @@ def test_sqlite_is_set_up_to_be_durable_and_to_forget(tmp_path: Path) -> None:
         replace(change(created.adapter), removals=("very-private-id",), repoints=(Repoint("b", segment, 0),))
     )
     registry.close()
-    assert b"very-private-id" not in (tmp_path / "new" / "topwork.db").read_bytes()
+    assert b"very-private-id" not in (tmp_path / "topwork.db").read_bytes()
 
 
 def test_wal_only_where_sqlite_does_not_lose_it() -> None:

@@ -736,6 +736,7 @@ def test_a_worker_of_its_own_gives_way_in_every_thread_and_exports_what_it_lacks
 
 def test_the_store_is_swept_while_the_service_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composition, "_SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr(composition, "SWEPT_AGE", -1.0)
     closing = threading.Event()
     arguments = (place.registry, place.store, closing)
     sweeping = threading.Thread(target=composition._sweep, args=arguments)
