@@ -86,8 +86,7 @@ class Lease:
         self._progress = {**progress, "share": round(share, 4), "seconds_left": left}
 
     def tell(self) -> None:
-        """Tells at once what was last reported. Raises as check does, and RegistryUnavailable."""
-        self.check()
+        """Tells at once what was last reported. Raises LeaseLost, RegistryUnavailable."""
         self._jobs.heartbeat(self.claim, self._seconds, self._progress)
 
     def record(self, why: Stopped) -> None:

@@ -148,6 +148,7 @@ class Tuning:
             if found is None and kept.adapter.live is None:
                 # There would be nothing to answer from.
                 found = training.submit(_probe, kept, range(len(kept.examples))).result()
+        lease.check()
         lease.tell()
         if found is None:
             committed = None
