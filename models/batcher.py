@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from models.backbone import Backbone, Embedded, Ready
 from models.cores import Cores
+from models.decoder import DecoderUnavailable
 from models.expense import HEAVY
 from models.lane import Lane, Priority
 from models.preprocess import InputError
@@ -523,7 +524,10 @@ class Batcher:
     def _fail(self, requests: set[Request], error: Exception) -> None:
         self._forget(requests)
 
-        def failure() -> EmbeddingFailed:
+        def failure() -> Exception:
+            if isinstance(error, DecoderUnavailable):
+                # No fault of the backbone, and it may pass.
+                return DecoderUnavailable(str(error))
             failed = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
             failed.__cause__ = error
             return failed

@@ -45,6 +45,7 @@ from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUna
 from adapters.submitting import CannotTune, TooFewExamples
 from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
 from adapters.uploaded import BadUpload
+from models.decoder import DecoderUnavailable
 from models.manifest import CorruptExport
 from models.preprocess import InputError
 from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
@@ -103,6 +104,7 @@ STATUSES: dict[type[Exception], int] = {
     CorruptArtifact: 500,
     MissingArtifact: 500,
     BatcherClosed: 503,
+    DecoderUnavailable: 503,
     FitterUnavailable: 503,
     RegistryUnavailable: 503,
     StoreUnavailable: 503,

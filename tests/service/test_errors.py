@@ -225,6 +225,8 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
         "LeaseLost",
         "RegistryError",
         "RegistryTooNew",
+        "RegistryTooOld",
+        "WrongStore",
         # Of commands.
         "BackupFailed",
         "BadBackup",
