@@ -31,6 +31,7 @@ VALID: dict[type[BaseModel], dict[str, Any]] = {
     schemas.OpenAIRequest: {"model": "minilm-l6-v2", "input": ["a", "b"], "dimensions": 384, "user": "u"},
     schemas.PromoteRequest: {"version": 1},
     schemas.FeedbackRequest: EXAMPLE,
+    schemas.AmendRequest: {"label": "spam", "excluded": True, "group": "a", "promote": "never", "fit": False},
     schemas.RebaseRequest: {"backbone": "minilm-l6-v2", "promote": "never"},
     tenant_schemas.TenantRequest: {"tenant": "acme"},
     tenant_schemas.QuotasIn: {"requests_per_second": 1.0, "max_adapters": 3},
