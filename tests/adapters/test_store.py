@@ -216,7 +216,7 @@ def test_a_deletion_in_the_middle_of_publishing_is_survived(tmp_path: Path) -> N
     deleter = threading.Thread(target=delete)
     deleter.start()
     try:
-        for _ in range(50):
+        for _ in range(10):
             try:
                 store.publish(TENANT, UID, b"x")
             except StoreUnavailable:
