@@ -33,7 +33,7 @@ from models.yielding import give_way
 Floats = NDArray[np.float32]
 # Bytes of inputs from which on their file is published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
-# Of texts whose embedding is known, and of which only tokens are looked at.
+# Characters of texts that are tokenized in one go, to see which of them are truncated.
 _CHARACTERS_AT_ONCE = 50_000
 Update = Literal["append", "replace"]
 

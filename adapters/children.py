@@ -8,9 +8,9 @@ from pathlib import Path
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
-# What opens the service, its database and its bucket. A child that needs one is told on its standard input.
+# Secrets of the service. A child process that needs one reads it from its standard input.
 _SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS", "PGPASSWORD")
-# Of the clouds' own chains, which a worker with a bucket needs.
+# Prefixes of cloud credentials. A worker needs them to open a bucket.
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
 
 

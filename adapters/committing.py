@@ -162,7 +162,7 @@ def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[
     left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
     live, held = adapter.standing
     if live is not None and live not in left:
-        # What a person went back from is the last resort.
+        # Under a rollback, newer versions are used only if no older one is left.
         older = {number for number in left if number < live}
         live = max(older if held and older else left, default=None)
         held = held if older else None

@@ -18,7 +18,7 @@ and not yet committed: the first part of an upload may wait some hours for the l
 KEPT_ASIDE = 7 * DAY
 """Seconds for which an object that was put aside can be brought back."""
 
-# Of all objects, how many one sweep puts aside at most: to another store's database all look left over.
+# Most objects that one sweep puts aside. To the wrong database, every object looks left over.
 _SHARE, _FEW = 0.05, 20
 
 

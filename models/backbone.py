@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -261,28 +261,16 @@ class Backbone:
 
         An input that cannot be prepared is not among them.
         """
-        found: set[int] = set()
-        preprocessor = self._preprocessor
-        if isinstance(preprocessor, TextPreprocessor):
-            for index, item in enumerate(inputs):
-                with suppress(InputError):
-                    if isinstance(item, str) and preprocessor.is_unknown(item):
-                        found.add(index)
-        return frozenset(found)
+        text = self._preprocessor
+        return _positions(inputs, text.is_unknown) if isinstance(text, TextPreprocessor) else frozenset()
 
     def truncated(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
         """Positions of texts of which the backbone reads only the start, without embedding them.
 
         An input that cannot be prepared is not among them.
         """
-        found: set[int] = set()
-        preprocessor = self._preprocessor
-        if isinstance(preprocessor, TextPreprocessor):
-            for index, item in enumerate(inputs):
-                with suppress(InputError):
-                    if isinstance(item, str) and preprocessor.is_truncated(item):
-                        found.add(index)
-        return frozenset(found)
+        text = self._preprocessor
+        return _positions(inputs, text.is_truncated) if isinstance(text, TextPreprocessor) else frozenset()
 
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
         """Embeddings, float32 (n, dim), of n prepared inputs, in bounded memory whatever n is.
@@ -361,6 +349,16 @@ class Backbone:
             fit = max(1, min(self.batch, _TOKENS_PER_RUN // width))
             rows, order = order[:fit], order[fit:]
             yield rows
+
+
+def _positions(inputs: Sequence[bytes | str], holds: Callable[[str], bool]) -> frozenset[int]:
+    """Positions of the texts for which it holds; a text that cannot be prepared is left out."""
+    found: set[int] = set()
+    for index, item in enumerate(inputs):
+        with suppress(InputError):
+            if isinstance(item, str) and holds(item):
+                found.add(index)
+    return frozenset(found)
 
 
 def planned(export: Path, *, device: Device, threads: int) -> Measured:

@@ -25,7 +25,7 @@ import httpx
 
 from benchmarks.serving import ROOT
 from tests.bentos import build, copy_exports, environment
-from tests.image.engine import BASE, Container, Engine, Volume
+from tests.image.buildah import BASE, Container, Engine, Volume
 
 IMAGE = "localhost/topwork:trial"
 KEY = "0123456789abcdef0123456789abcdef"
