@@ -12,10 +12,12 @@ import base64
 import contextlib
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import h11
 import httpx
@@ -25,18 +27,19 @@ from PIL import Image
 from benchmarks import client
 from benchmarks.asked import asked
 from benchmarks.bombs import BOMBS, scans
-from benchmarks.caller import Request
+from benchmarks.caller import Process, Request
 from benchmarks.load import Load, NoAnswer, Order, Round
 from benchmarks.report import Report, table
 from benchmarks.scenes import Scene, image_scene, text_scene
 
-SECONDS = 12.0
+SECONDS = 20.0
 ROUNDS = 2
 # Requests a second of the others.
-TEXTS, PICTURES, ADAPTS, LOOKS = 10.0, 5.0, 1.0, 2.0
+TEXTS, PICTURES, ADAPTS, UPLOADS, LOOKS = 10.0, 5.0, 1.0, 1.0, 2.0
 SLOWER = 3.0
 # Less is what one turn of the scheduler takes on a machine that is busy.
 FLOOR = 0.02
+_NICEST = 19
 Attack = Callable[[httpx.Client, threading.Event], None]
 
 
@@ -134,29 +137,56 @@ def _photo(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def attacked(url: str, name: str) -> Iterator[None]:
-    """The attack goes on for as long as the block."""
-    make, connections, tenants = ATTACKS[name]
-    attack, stop = make(), threading.Event()
+class Attackers(Process):
+    """Attackers in a process of their own; a context manager.
 
-    def one(number: int) -> None:
-        headers = {"X-Tenant": f"attacker-{name}-{number % tenants}"}
-        with httpx.Client(base_url=url, headers=headers, timeout=300) as http:
-            while not stop.is_set():
-                # Refused, cut off or waited for too long: it tries again.
-                with contextlib.suppress(httpx.HTTPError):
-                    attack(http, stop)
+    It is niced as far as can be: they would be on machines of their own, and what their clients compute is
+    not to be taken from the service.
+    """
 
-    threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(connections)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
+    def __init__(self, url: str) -> None:
+        super().__init__(_attack, url)
+
+    def __enter__(self) -> Attackers:
+        return self
+
+    @contextlib.contextmanager
+    def attacking(self, name: str) -> Iterator[None]:
+        """The attack goes on for as long as the block."""
+        self._pipe.send(name)
+        self._pipe.recv()
+        try:
+            yield
+        finally:
+            self._pipe.send(None)
+            self._pipe.recv()
+
+
+def _call(url: str, tenant: str, attack: Attack, stop: threading.Event) -> None:
+    with httpx.Client(base_url=url, headers={"X-Tenant": tenant}, timeout=300) as http:
+        while not stop.is_set():
+            # Refused, cut off or waited for too long: it tries again.
+            with contextlib.suppress(httpx.HTTPError):
+                attack(http, stop)
+
+
+def _attack(pipe: Connection, url: str) -> None:
+    os.nice(_NICEST)
+    while (name := pipe.recv()) is not None:
+        make, connections, tenants = ATTACKS[name]
+        attack, stop = make(), threading.Event()
+        callers = [
+            (url, f"attacker-{name}-{number % tenants}", attack, stop) for number in range(connections)
+        ]
+        threads = [threading.Thread(target=_call, args=caller, daemon=True) for caller in callers]
+        for thread in threads:
+            thread.start()
+        pipe.send("begun")
+        pipe.recv()
         stop.set()
         for thread in threads:
             thread.join(310)
+        pipe.send("ended")
 
 
 @dataclass
@@ -223,7 +253,7 @@ def _orders(texts: Scene, pictures: Scene) -> dict[str, Order]:
         "texts": Order(texts.forms()["raw"], 16, SECONDS, rate=TEXTS),
         "pictures": Order(pictures.forms()["raw"], 16, SECONDS, rate=PICTURES),
         "adapts": Order(adapt, 8, SECONDS, rate=ADAPTS),
-        "uploads": Order([upload], 8, SECONDS, rate=0.5),
+        "uploads": Order([upload], 4, SECONDS, rate=UPLOADS),
         "/readyz": Order([Request("GET", "/readyz")], 8, SECONDS, rate=LOOKS),
     }
 
@@ -241,11 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         orders = _orders(texts, pictures)
         others = Others({name: stack.enter_context(Load(server.url)) for name in orders}, orders)
         others.run()
+        attackers = stack.enter_context(Attackers(server.url))
         for name in options.parts:
             found = Found()
             for _ in range(ROUNDS):
                 found.note(others.run(), beside=False)
-                with attacked(server.url, name):
+                with attackers.attacking(name):
                     time.sleep(1.0)
                     found.note(others.run(), beside=True)
             _tell(report, name, found)

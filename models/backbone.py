@@ -304,7 +304,8 @@ class Backbone:
                 try:
                     ready = self.prepare(inputs[index])
                 except InputError as error:
-                    errors[index] = error
+                    # One that was raised holds the frames that it went through: this one too, and so itself.
+                    errors[index] = InputError(error.code, error.detail)
                     continue
                 prepared[index] = ready.prepared
                 tokens += ready.tokens

@@ -243,8 +243,8 @@ class Batcher:
             return Embedded(request.embeddings, request.errors, request.timings)
         priority = self._bulk if bulk else self._predicts
         self._share_out(request)
-        self._admit(priority, request)
         try:
+            self._admit(priority, request)
             if deadline is None:
                 return await request.future
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -255,6 +255,8 @@ class Batcher:
             ) from None
         finally:
             self._forget([request])
+            # They know the request, and its inputs would else be kept until a garbage collection.
+            request.parts.clear()
 
     def check_room(self, source: Hashable = None) -> None:
         """Raises what embed would for one more light predict of the source, before any work for it."""
@@ -313,6 +315,8 @@ class Batcher:
             # What a thread was refused an input of is gone on with.
             while taken := turn.taken or self._take(priority, lane, turn):
                 self._answer(taken, priority, lane, turn)
+                # A thread may wait for long for what comes next: not with the inputs of what was last.
+                del taken
                 with self._lock:
                     turn.taken, turn.busy = [], False
                     turn.refused.clear()
@@ -504,7 +508,8 @@ class Batcher:
             try:
                 good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
             except InputError as error:
-                refusal = error
+                # One that was raised holds the frames that it went through: this one too, and so itself.
+                refusal = InputError(error.code, error.detail)
             spent.append((one, time.perf_counter() - begin, refusal))
             self._turn_to(None, turn)
             turn.steps += 1

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ edge = Edge()
 
 # Objects of the youngest generation, then collections of it and of the next. Python's are 700, 10, 10.
 _COLLECT_AFTER = (10_000, 20, 100)
+_SWITCH_SECONDS = 0.0005
 
 _HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
 
@@ -161,6 +163,9 @@ class Topwork:
         # Requests leave no cycles behind. By default a thousand in flight would be walked every second or so,
         # for a tenth of one, in which nobody is answered.
         gc.set_threshold(*_COLLECT_AFTER)
+        # A request takes the interpreter's lock several times, and each time may wait this long for a thread
+        # that computes; by default that is ten times as long.
+        sys.setswitchinterval(_SWITCH_SECONDS)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -20,9 +21,10 @@ from PIL import Image
 from models.backbone import Backbone, Embedded, Floats
 from models.batcher import Batcher
 from models.cores import Cores
+from models.inputs import InputError
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess import Prepared
-from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
+from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded, Request
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
 from tests import tiny
 
@@ -116,6 +118,27 @@ async def test_a_bad_input_fails_alone(images: Backbone) -> None:
     }
     for index in (0, 2):
         np.testing.assert_array_equal(answer.embeddings[index], alone(images, inputs[index]))
+
+
+async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
+    """Without a garbage collection, which walks all that was left, for tens of milliseconds."""
+
+    def kept() -> int:
+        return sum(isinstance(one, InputError | Request) for one in gc.get_objects())
+
+    async with running(images) as batcher:
+        gc.collect()
+        gc.disable()
+        try:
+            before = kept()
+            for _ in range(20):
+                await batcher.embed([b"GIF89a", tiny.picture(1)])
+                images.embed([b"GIF89a"])
+            # What wakes the caller ends after it, and a thread's last frame may be ending still.
+            await asyncio.sleep(0.1)
+            assert kept() <= before
+        finally:
+            gc.enable()
 
 
 async def test_no_inputs(images: Backbone) -> None:
