@@ -304,7 +304,7 @@ class Backbone:
                 try:
                     ready = self.prepare(inputs[index])
                 except InputError as error:
-                    # One that was raised holds the frames that it went through: this one too, and so itself.
+                    # A raised error refers to its frames, and this frame keeps the error: a cycle. A new one has none.
                     errors[index] = InputError(error.code, error.detail)
                     continue
                 prepared[index] = ready.prepared

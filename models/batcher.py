@@ -255,7 +255,7 @@ class Batcher:
             ) from None
         finally:
             self._forget([request])
-            # They know the request, and its inputs would else be kept until a garbage collection.
+            # The parts refer to the request. Without this its inputs stay until a garbage collection.
             request.parts.clear()
 
     def check_room(self, source: Hashable = None) -> None:
@@ -315,7 +315,7 @@ class Batcher:
             # What a thread was refused an input of is gone on with.
             while taken := turn.taken or self._take(priority, lane, turn):
                 self._answer(taken, priority, lane, turn)
-                # A thread may wait for long for what comes next: not with the inputs of what was last.
+                # The next inputs may come much later. Free the last ones now.
                 del taken
                 with self._lock:
                     turn.taken, turn.busy = [], False
@@ -508,7 +508,7 @@ class Batcher:
             try:
                 good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
             except InputError as error:
-                # One that was raised holds the frames that it went through: this one too, and so itself.
+                # A raised error refers to its frames, and this frame keeps the error: a cycle. A new one has none.
                 refusal = InputError(error.code, error.detail)
             spent.append((one, time.perf_counter() - begin, refusal))
             self._turn_to(None, turn)

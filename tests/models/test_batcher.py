@@ -134,7 +134,7 @@ async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
             for _ in range(20):
                 await batcher.embed([b"GIF89a", tiny.picture(1)])
                 images.embed([b"GIF89a"])
-            # What wakes the caller ends after it, and a thread's last frame may be ending still.
+            # The worker thread may still be returning from its last batch.
             await asyncio.sleep(0.1)
             assert kept() <= before
         finally:
