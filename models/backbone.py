@@ -304,7 +304,7 @@ class Backbone:
                 try:
                     ready = self.prepare(inputs[index])
                 except InputError as error:
-                    # A raised error keeps its frames, and this frame keeps the error. A new one has no frames.
+                    # A raised error keeps its frames, and this frame keeps the error. A new one has none.
                     errors[index] = InputError(error.code, error.detail)
                     continue
                 prepared[index] = ready.prepared

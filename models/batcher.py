@@ -508,7 +508,7 @@ class Batcher:
             try:
                 good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
             except InputError as error:
-                # A raised error keeps its frames, and this frame keeps the error. A new one has no frames.
+                # A raised error keeps its frames, and this frame keeps the error. A new one has none.
                 refusal = InputError(error.code, error.detail)
             spent.append((one, time.perf_counter() - begin, refusal))
             self._turn_to(None, turn)
