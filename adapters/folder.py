@@ -163,9 +163,9 @@ class LocalStore:
     def claim(self, identity: str) -> None:
         """See Store.claim."""
         path = self._root / IDENTITY
-        partial = path.with_name(f"{IDENTITY}-{identity}{PARTIAL}")
+        # Processes that share a database start together: each writes a file of its own.
+        partial = path.with_name(f"{IDENTITY}-{secrets.token_hex(8)}{PARTIAL}")
         with _translated():
-            partial.unlink(missing_ok=True)
             try:
                 _write_synced(partial, identity.encode() + b"\n")
                 # A link, unlike a rename, replaces nothing.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from adapters.backup import backup
 from adapters.copying import references
+from adapters.folder import LocalStore
 from adapters.identity import Identity, WrongStore
 from adapters.registry import Registry
 from adapters.restoring import restore
@@ -42,6 +45,19 @@ def test_a_store_is_claimed_once(store: Store) -> None:
     store.claim("b" * 32)
     assert store.identity() == "a" * 32
     assert list(store.objects()) == []
+
+
+def test_processes_of_one_database_claim_its_store_at_once(tmp_path: Path) -> None:
+    def claim(store: LocalStore) -> None:
+        together.wait(30)
+        store.claim("a" * 32)
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(20):
+            stores = [LocalStore(tmp_path / str(number)) for _ in range(8)]
+            together = threading.Barrier(len(stores))
+            list(pool.map(claim, stores))
+            assert {store.identity() for store in stores} == {"a" * 32}
 
 
 def test_a_database_tells_its_age(registry: Registry) -> None:
