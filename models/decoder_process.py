@@ -16,14 +16,14 @@ from models.image_file import ImageFile
 from models.inputs import InputError, InputLimits
 from models.preprocess import ImagePreprocessor
 from models.spec import ImageTransform
-from models.yielding import HEAVY_NICENESS
+from models.yielding import DECODER_NICENESS
 
 _PAGE_BYTES = resource.getpagesize()
 
 
 def main() -> None:
     """Ends when its input does, which is also when its parent is killed."""
-    os.nice(max(0, HEAVY_NICENESS - os.nice(0)))
+    os.nice(max(0, DECODER_NICENESS - os.nice(0)))
     # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Libraries print what they find in a damaged image: not among the answers, and not into the log.

@@ -11,6 +11,8 @@ NICENESS = 10
 """Of whatever gives way to predictions."""
 HEAVY_NICENESS = 5
 """Of predictions that would hold up light ones: they get a quarter of a core that light ones want too."""
+DECODER_NICENESS = 15
+"""Of the processes that decode large and doubtful pictures: all else comes first, training excepted."""
 # CPUCLOCK_SCHED of <linux/posix-timers.h>: what clock_getcpuclockid(3) puts beside a process's number.
 _PROCESS_CLOCK = 2
 

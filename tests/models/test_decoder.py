@@ -21,7 +21,7 @@ from benchmarks import bombs
 from models.decoder import Decoder, DecoderUnavailable
 from models.inputs import InputError
 from models.preprocess import ImagePreprocessor
-from models.yielding import HEAVY_NICENESS
+from models.yielding import DECODER_NICENESS
 from tests.models.test_image_file import PLAIN
 from tests.models.test_preprocess import drawing, encoded
 
@@ -155,7 +155,7 @@ def test_it_knows_no_secret_loads_no_network_and_gives_way(
     mapped = Path(f"/proc/{child}/maps").read_text()
     assert "torch" not in mapped
     assert "onnxruntime" not in mapped
-    assert os.getpriority(os.PRIO_PROCESS, child) >= HEAVY_NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, child) >= DECODER_NICENESS
 
 
 def test_it_ends_with_its_parent() -> None:

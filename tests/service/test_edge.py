@@ -16,6 +16,7 @@ import httpx
 import pytest
 from fastapi import Request
 
+from service import exchange
 from service.access import needs
 from service.edge import UPLOADS_OF_A_TENANT, Slots
 from service.errors import Problem
@@ -93,6 +94,36 @@ async def test_an_upload_of_drops_and_one_that_waits_too_long_end_all_the_same(s
 async def test_any_other_body_has_the_time_of_its_request(shell: Shell) -> None:
     answer = await upload(shell, "", pieces(16, 64 << 10, SECONDS / 8), "/streamed")
     assert code(answer) == (504, "deadline_exceeded")
+
+
+@pytest.mark.anyio
+async def test_who_sends_large_bodies_in_vain_waits_with_the_next_one_and_nobody_else_does(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_REFUSED_BYTES_PER_SECOND", float(1 << 20))
+    monkeypatch.setattr(exchange, "_LONGEST_WAIT", 60.0)
+
+    @shell.app.post("/full")
+    @needs("predict")
+    async def full(request: Request) -> None:
+        await request.body()
+        raise Problem(429, "overloaded", "Try again later.")
+
+    async def sent(path: str, size: int, tenant: str) -> tuple[int, str] | int:
+        async with shell.client() as client:
+            answer = await client.post(path, content=b"x" * size, headers={"X-Tenant": tenant})
+        return answer.status_code if answer.is_success else code(answer)
+
+    large = 32 << 20
+    for _ in range(3):
+        # What is small is no burden, and what is answered is not in vain.
+        assert await sent("/full", 1 << 10, "eager") == (429, "overloaded")
+        assert await sent("/adapt", large, "eager") == 200
+    assert await sent("/full", large, "eager") == (429, "overloaded")
+    assert await sent("/full", large, "eager") == (504, "deadline_exceeded")
+    assert await sent("/adapt", large, "eager") == (504, "deadline_exceeded")
+    assert await sent("/adapt", 1 << 10, "eager") == 200
+    assert await sent("/adapt", large, "other") == 200
 
 
 def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
