@@ -255,6 +255,17 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
+def count_items(request: Request, count: int) -> None:
+    """Counts what the request asks for against its caller's quotas."""
+    caller_of(request).use("items", count)
+    request.scope["state"]["items"] = count
+
+
+def in_vain(request: Request) -> None:
+    """Notes that the request has no good item: it counts as refused, whatever its status."""
+    request.scope["state"]["in_vain"] = True
+
+
 async def tenant_of(request: Request) -> str:
     """The tenant of the key; of the operator the one named by the X-Tenant header, "default" without one.
 

@@ -15,7 +15,7 @@ from models.preprocess import InputError
 from models.request import Overloaded
 from service import answer_schemas, answers, schemas
 from service.access import needs
-from service.auth import caller_of, tenant_of
+from service.auth import count_items, tenant_of
 from service.bodies import Bodies
 from service.errors import Problem
 from service.openapi import body, openai_problems
@@ -40,7 +40,7 @@ def add_openai(api: FastAPI, predicting: Predicting, bodies: Bodies) -> None:
         """The embeddings of texts, as OpenAI's clients ask for them."""
         tenant = await tenant_of(request)
         asked = await bodies.openai(request)
-        caller_of(request).use("items", 1 if isinstance(asked.input, str) else len(asked.input))
+        count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, predicting, asked)
 
     @api.get("/v1/models", responses={200: {"model": answer_schemas.OpenAIModels}, **openai_problems()})

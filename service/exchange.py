@@ -6,28 +6,22 @@ import asyncio
 import math
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from service.errors import Problem, is_openai, respond
-from service.meters import Bucket
+from service.pacing import SMALL_BYTES
 
 if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from service.pacing import Pacing
+
 # What an upload must come at, over all of it.
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
 # For so much of the request timeout nothing may come, while somebody waits for it.
 _SILENT = 0.25
-
-# Of a tenant's bodies that are larger and are refused, so many bytes are read in a second; for each of them at
-# most so long is waited.
-_LARGE_BYTES = 1 << 20
-_REFUSED_BYTES_PER_SECOND = float(16 << 20)
-_LONGEST_WAIT = 2.0
-_MOST_TENANTS = 10_000
 
 # Ids drawn from the system's generator and not given yet: to ask it for each one takes three times as long.
 _drawn: list[str] = []
@@ -69,9 +63,11 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._bodies = bodies
+        self._state = scope["state"]
         self.bytes = 0
-        # Whose body it is, and what was refused of theirs; None where that is of no matter.
-        self.refusals: tuple[Refusals, str] | None = None
+        # At whose pace a large body is read, if at any; and what was set aside for it.
+        self._pace: tuple[Pacing, str] | None = None
+        self._reserved = 0.0
         # When it has taken too long, on time.monotonic.
         self.until = math.inf
         self._body_read = False
@@ -83,6 +79,10 @@ class Exchange:
         self._extensions: dict[str, Any] = {}
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
+
+    def pace_by(self, pacing: Pacing, tenant: str) -> None:
+        """Has the body, unless it is small, wait until those of the tenant before it are made up for."""
+        self._pace = pacing, tenant
 
     def refusal(self, error: Exception) -> Response | None:
         """What to answer instead of what failed; None where an answer has begun."""
@@ -148,9 +148,9 @@ class Exchange:
         if not body and SLOW in self._extensions:
             raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
         before, self.bytes = self.bytes, self._bodies.take(self.bytes, len(body))
-        if self.refusals is not None and before <= _LARGE_BYTES < self.bytes:
-            refusals, tenant = self.refusals
-            await refusals.wait(tenant)
+        if self._pace is not None and before <= SMALL_BYTES < self.bytes:
+            pacing, tenant = self._pace
+            self._reserved = await pacing.wait(tenant)
         if not message.get("more_body", False):
             self._body_read = True
             if self._when_gone is None:
@@ -171,9 +171,11 @@ class Exchange:
     def close(self) -> None:
         """Ends the watch for the caller's hanging up; the body counts no more."""
         self._bodies.give_back(self.bytes)
-        if self.refusals is not None and self.bytes > _LARGE_BYTES and 400 <= (self.status or 0) < 500:
-            refusals, tenant = self.refusals
-            refusals.add(tenant, self.bytes)
+        if self._pace is not None and self.bytes > SMALL_BYTES:
+            pacing, tenant = self._pace
+            refused = 400 <= (self.status or 0) < 500 or "in_vain" in self._state
+            items = self._state.get("items", 0)
+            pacing.settle(tenant, self._reserved, self.bytes, items, refused=refused)
         if self._when_gone is not None:
             self._when_gone.discard(self._hung_up)
         if self._watch is not None:
@@ -207,34 +209,6 @@ class Upload(Exchange):
             since = time.monotonic()
         self.until = since + self._seconds
         return message
-
-
-class Refusals:
-    """Has whoever sends large bodies that are refused wait with the next one. For one event loop.
-
-    Who asks again and again, whatever Retry-After says, would else keep the loop busy reading.
-    """
-
-    def __init__(self) -> None:
-        # What each tenant may still send in vain, least recently used first.
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-
-    def add(self, tenant: str, size: int) -> None:
-        """Notes a body of so many bytes that was read and refused."""
-        bucket = self._buckets.get(tenant)
-        if bucket is None:
-            bucket = self._buckets[tenant] = Bucket(_REFUSED_BYTES_PER_SECOND, time.monotonic())
-            if len(self._buckets) > _MOST_TENANTS:
-                self._buckets.popitem(last=False)
-        self._buckets.move_to_end(tenant)
-        bucket.wait(_REFUSED_BYTES_PER_SECOND, time.monotonic())
-        bucket.take(min(size, _LONGEST_WAIT * _REFUSED_BYTES_PER_SECOND))
-
-    async def wait(self, tenant: str) -> None:
-        """Until the bodies of the tenant that were refused by now are made up for."""
-        bucket = self._buckets.get(tenant)
-        if bucket is not None:
-            await asyncio.sleep(bucket.wait(_REFUSED_BYTES_PER_SECOND, time.monotonic()))
 
 
 class Bodies:

@@ -56,7 +56,7 @@ class Lifted:
 
     value: Any
     _mark: str
-    _body: memoryview
+    _body: bytes | bytearray
     _spans: Sequence[tuple[int, int]]
 
     def text(self, value: str, max_characters: int) -> str:
@@ -77,21 +77,23 @@ class Lifted:
         raw = self._raw(value)
         if raw is None:
             return decode_base64(value.encode("utf-8", "surrogatepass"))
+        start, end = self._spans[int(value[len(self._mark) :])]
         if len(raw) <= SLICE:
             try:
                 return BASE64.validate_json(bytes(raw))
             except ValidationError:
                 # Perhaps only white space or a data: URI's head, which the next lines remove.
                 pass
-        plain = bytes(raw[1:-1])
-        return decode_base64(_unescaped(raw).encode("utf-8", "surrogatepass") if b"\\" in plain else plain)
+        if self._body.find(b"\\", start, end) >= 0:
+            return decode_base64(_unescaped(raw).encode("utf-8", "surrogatepass"))
+        return decode_base64(raw[1:-1])
 
     def _raw(self, value: str) -> memoryview | None:
         """The string with its quotes, as it stands in the body."""
         if not value.startswith(self._mark):
             return None
         start, end = self._spans[int(value[len(self._mark) :])]
-        return self._body[start - 1 : end + 1]
+        return memoryview(self._body)[start - 1 : end + 1]
 
 
 def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
@@ -126,7 +128,7 @@ def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
     if text.count(b",") > _MOST_ITEMS:
         raise TooIntricate(_TOO_MUCH)
     try:
-        return Lifted(from_json(text, cache_strings="keys"), mark, view, spans)
+        return Lifted(from_json(text, cache_strings="keys"), mark, body, spans)
     except ValueError as error:
         raise NotJson(f"The body is not JSON: {error}.") from error
 

@@ -14,9 +14,10 @@ from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from adapters.admission import check_id
 from adapters.exporting import Format
 from adapters.records import UnknownAdapter, UnknownJob
+from models.inputs import InputError
 from service import __version__, answer_schemas, answers, errors, schemas
 from service.access import needs
-from service.auth import Tenant, caller_of, tenant_of
+from service.auth import Tenant, count_items, in_vain, tenant_of
 from service.bodies import Bodies, media_type
 from service.composition import Components
 from service.docs import add_docs
@@ -134,7 +135,7 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
 
     async def teach(request: Request, tenant: str, reply: Replying) -> Response:
         command = await bodies.adapt(request)
-        caller_of(request).use("items", len(command.posted))
+        count_items(request, len(command.posted))
         if command.fine_tune is not None:
             return answers.tuning(await submitting.fine_tune(tenant, command, reply(answers.tuning)))
         return answers.adapted(await adapting.adapt(tenant, command, reply(answers.adapted)))
@@ -151,8 +152,11 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         if (name := bodies.adapter(request)) is not None:
             predicting.check_room(tenant, name)
         asked = await bodies.predict(request)
-        caller_of(request).use("items", len(asked.query.inputs))
-        return answers.predicted(await predicting.predict(tenant, asked.query), raw=asked.raw)
+        count_items(request, len(asked.query.inputs))
+        found = await predicting.predict(tenant, asked.query)
+        if all(isinstance(item, InputError) for item in found.items):
+            in_vain(request)
+        return answers.predicted(found, raw=asked.raw)
 
     @api.post(
         "/embed",
@@ -164,8 +168,10 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         """The bare embeddings of inputs."""
         tenant = await tenant_of(request)
         name, inputs, raw = await bodies.embed(request)
-        caller_of(request).use("items", len(inputs))
+        count_items(request, len(inputs))
         found = await predicting.embed(tenant, name, inputs)
+        if len(found.errors) == len(inputs):
+            in_vain(request)
         content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
 

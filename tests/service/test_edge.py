@@ -16,7 +16,7 @@ import httpx
 import pytest
 from fastapi import Request
 
-from service import exchange
+from service import pacing
 from service.access import needs
 from service.edge import UPLOADS_OF_A_TENANT, Slots
 from service.errors import Problem
@@ -97,33 +97,54 @@ async def test_any_other_body_has_the_time_of_its_request(shell: Shell) -> None:
 
 
 @pytest.mark.anyio
-async def test_who_sends_large_bodies_in_vain_waits_with_the_next_one_and_nobody_else_does(
+async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "_REFUSED_BYTES_PER_SECOND", float(1 << 20))
-    monkeypatch.setattr(exchange, "_LONGEST_WAIT", 60.0)
+    monkeypatch.setattr(pacing, "_MS_A_SECOND", 0.5)
+    monkeypatch.setattr(pacing, "_LONGEST_WAIT", 0.05)
 
     @shell.app.post("/full")
     @needs("predict")
     async def full(request: Request) -> None:
         await request.body()
-        raise Problem(429, "overloaded", "Try again later.")
+        raise Problem(429, "full", "Try again later.")
 
-    async def sent(path: str, size: int, tenant: str) -> tuple[int, str] | int:
+    async def sent(path: str, size: int, tenant: str) -> str:
         async with shell.client() as client:
             answer = await client.post(path, content=b"x" * size, headers={"X-Tenant": tenant})
-        return answer.status_code if answer.is_success else code(answer)
+        return "answered" if answer.is_success else code(answer)[1]
 
-    large = 32 << 20
+    large, small = 32 << 20, 1 << 10
     for _ in range(3):
-        # What is small is no burden, and what is answered is not in vain.
-        assert await sent("/full", 1 << 10, "eager") == (429, "overloaded")
-        assert await sent("/adapt", large, "eager") == 200
-    assert await sent("/full", large, "eager") == (429, "overloaded")
-    assert await sent("/full", large, "eager") == (504, "deadline_exceeded")
-    assert await sent("/adapt", large, "eager") == (504, "deadline_exceeded")
-    assert await sent("/adapt", 1 << 10, "eager") == 200
-    assert await sent("/adapt", large, "other") == 200
+        assert await sent("/adapt", large, "eager") == "answered"
+        assert await sent("/full", small, "eager") == "full"
+    assert await sent("/full", large, "eager") == "full"
+    assert await sent("/full", large, "eager") == "overloaded"
+    assert await sent("/adapt", large, "eager") == "overloaded"
+    assert await sent("/adapt", small, "eager") == "answered"
+    assert await sent("/adapt", large, "other") == "answered"
+    # Beside somebody else, what is answered counts too.
+    assert await sent("/adapt", large, "other") == "overloaded"
+    assert await sent("/adapt", small, "other") == "answered"
+
+
+@pytest.mark.anyio
+async def test_large_requests_that_wait_go_on_one_after_the_other() -> None:
+    now = 0.0
+    pace = pacing.Pacing(lambda: now)
+    pace.seen("one")
+    assert await pace.wait("one") == 0.0
+    pace.settle("one", 0.0, 25_000_000, 0, refused=True)  # 100 ms: what is saved up
+    begun = time.monotonic()
+    first, second = await asyncio.gather(pace.wait("one"), pace.wait("one"))
+    assert first == second == 100.0
+    # The second one waits for what the first is expected to cost.
+    assert time.monotonic() - begun >= 2.0
+    for reserved in (first, second):
+        pace.settle("one", reserved, 25_000_000, 0, refused=False)
+    assert await pace.wait("other") == 0.0
+    now = 2.0
+    assert await pace.wait("one") == 0.0
 
 
 def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
