@@ -34,8 +34,8 @@ def decode_base64(data: bytes | memoryview) -> bytes:
 
 def _decoded(data: bytes | memoryview) -> bytes:
     decoded = io.BytesIO()
-    # In slices, for a parser holds the interpreter's lock from the first byte to the last, and so does whoever
-    # copies them all.
+    # In slices: a parser holds the interpreter's lock from the first byte to the last, and so does a copy of
+    # them all.
     for start in range(0, len(data), SLICE):
         piece = bytes(data[start : start + SLICE])
         if any(space in piece for space in (b"\n", b" ", b"\r", b"\t")):

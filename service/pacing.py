@@ -1,4 +1,4 @@
-"""Has a tenant wait with large requests while its last ones cost the others too much, refused ones above all."""
+"""Has a tenant wait with large requests while its last ones cost others too much, refused ones above all."""
 
 from __future__ import annotations
 
