@@ -11,7 +11,7 @@ from models.preprocess import InputError
 # pydantic-core decodes base64 about four times as fast as the standard library.
 BASE64: TypeAdapter[bytes] = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
 SLICE = 1 << 20
-# Of a data: URI, before its data.
+# The head of a data: URI has at most so many bytes.
 _LONGEST_HEAD = 1 << 10
 _WHITE_SPACE = b" \t\r\n"
 

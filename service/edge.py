@@ -17,7 +17,7 @@ from service.audit import Audit
 from service.auth import STRANGER, Admission
 from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
-from service.pacing import Pacing
+from service.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -192,7 +192,7 @@ class _Inner:
         self._bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
         self._uploads = Bodies(settings.max_upload_bytes, math.inf)
-        self._pacing = Pacing()
+        self._pace = Pace()
         # Whose they are; the operator's, which are about all tenants, are nobody's.
         self._open: dict[Exchange, tuple[str, Caller] | None] = {}
         self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
@@ -251,8 +251,8 @@ class _Inner:
                 whose = None if access.is_about_tenants else (_tenant(caller, headers), caller)
                 self._open[exchange] = whose
                 if whose is not None and not bulk:
-                    self._pacing.seen(whose[0])
-                    exchange.pace_by(self._pacing, whose[0])
+                    self._pace.seen(whose[0])
+                    exchange.pace_by(self._pace, whose[0])
                 self._look_later()
                 await self._run(scope, exchange)
         finally:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from service.errors import Problem, is_openai, respond
-from service.pacing import SMALL_BYTES
+from service.pace import SMALL_BYTES
 
 if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from service.pacing import Pacing
+    from service.pace import Pace
 
 # What an upload must come at, over all of it.
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
@@ -65,8 +65,8 @@ class Exchange:
         self._bodies = bodies
         self._state = scope["state"]
         self.bytes = 0
-        # At whose pace a large body is read, if at any; and what was set aside for it.
-        self._pace: tuple[Pacing, str] | None = None
+        # Whose pace a large body is read at, if at any; and what was set aside for it.
+        self._pace: tuple[Pace, str] | None = None
         self._reserved = 0.0
         # When it has taken too long, on time.monotonic.
         self.until = math.inf
@@ -80,9 +80,9 @@ class Exchange:
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
 
-    def pace_by(self, pacing: Pacing, tenant: str) -> None:
+    def pace_by(self, pace: Pace, tenant: str) -> None:
         """Has the body, unless it is small, wait until those of the tenant before it are made up for."""
-        self._pace = pacing, tenant
+        self._pace = pace, tenant
 
     def refusal(self, error: Exception) -> Response | None:
         """What to answer instead of what failed; None where an answer has begun."""
@@ -149,8 +149,11 @@ class Exchange:
             raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
         before, self.bytes = self.bytes, self._bodies.take(self.bytes, len(body))
         if self._pace is not None and before <= SMALL_BYTES < self.bytes:
-            pacing, tenant = self._pace
-            self._reserved = await pacing.wait(tenant)
+            pace, tenant = self._pace
+            # One that is refused here, or hangs up, has cost nothing by now.
+            self._pace = None
+            self._reserved = await pace.wait(tenant)
+            self._pace = pace, tenant
         if not message.get("more_body", False):
             self._body_read = True
             if self._when_gone is None:
@@ -172,10 +175,10 @@ class Exchange:
         """Ends the watch for the caller's hanging up; the body counts no more."""
         self._bodies.give_back(self.bytes)
         if self._pace is not None and self.bytes > SMALL_BYTES:
-            pacing, tenant = self._pace
+            pace, tenant = self._pace
             refused = 400 <= (self.status or 0) < 500 or "in_vain" in self._state
             items = self._state.get("items", 0)
-            pacing.settle(tenant, self._reserved, self.bytes, items, refused=refused)
+            pace.settle(tenant, self._reserved, self.bytes, items, refused=refused)
         if self._when_gone is not None:
             self._when_gone.discard(self._hung_up)
         if self._watch is not None:

@@ -16,10 +16,11 @@ import httpx
 import pytest
 from fastapi import Request
 
-from service import pacing
+from service import pace
 from service.access import needs
 from service.edge import UPLOADS_OF_A_TENANT, Slots
 from service.errors import Problem
+from service.exchange import Bodies, Exchange
 from service.settings import Settings
 from tests.service.caller import Caller
 from tests.service.shell import Shell
@@ -100,8 +101,8 @@ async def test_any_other_body_has_the_time_of_its_request(shell: Shell) -> None:
 async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacing, "_MS_A_SECOND", 0.5)
-    monkeypatch.setattr(pacing, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(pace, "_MS_A_SECOND", 0.5)
+    monkeypatch.setattr(pace, "_LONGEST_WAIT", 0.05)
 
     @shell.app.post("/full")
     @needs("predict")
@@ -123,7 +124,7 @@ async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
     assert await sent("/adapt", large, "eager") == "overloaded"
     assert await sent("/adapt", small, "eager") == "answered"
     assert await sent("/adapt", large, "other") == "answered"
-    # Beside somebody else, what is answered counts too.
+    # Answered requests count too while somebody else asks.
     assert await sent("/adapt", large, "other") == "overloaded"
     assert await sent("/adapt", small, "other") == "answered"
 
@@ -131,20 +132,44 @@ async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
 @pytest.mark.anyio
 async def test_large_requests_that_wait_go_on_one_after_the_other() -> None:
     now = 0.0
-    pace = pacing.Pacing(lambda: now)
-    pace.seen("one")
-    assert await pace.wait("one") == 0.0
-    pace.settle("one", 0.0, 25_000_000, 0, refused=True)  # 100 ms: what is saved up
+    waits = pace.Pace(lambda: now)
+    waits.seen("one")
+    assert await waits.wait("one") == 0.0
+    waits.settle("one", 0.0, 25_000_000, 0, refused=True)  # 100 ms: what is saved up
     begun = time.monotonic()
-    first, second = await asyncio.gather(pace.wait("one"), pace.wait("one"))
+    first, second = await asyncio.gather(waits.wait("one"), waits.wait("one"))
     assert first == second == 100.0
     # The second one waits for what the first is expected to cost.
     assert time.monotonic() - begun >= 2.0
     for reserved in (first, second):
-        pace.settle("one", reserved, 25_000_000, 0, refused=False)
-    assert await pace.wait("other") == 0.0
+        waits.settle("one", reserved, 25_000_000, 0, refused=False)
+    assert await waits.wait("other") == 0.0
     now = 2.0
-    assert await pace.wait("one") == 0.0
+    assert await waits.wait("one") == 0.0
+
+
+@pytest.mark.anyio
+async def test_what_waited_in_vain_has_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b"x" * (20 << 10)}
+
+    async def send(message: object) -> None:
+        raise AssertionError("nothing is answered here")
+
+    now = 0.0
+    waits = pace.Pace(lambda: now)
+    waits.settle("one", 0.0, 100_000_000, 0, refused=True)  # 400 ms, of which 100 are saved up
+    scope = {"type": "http", "method": "POST", "path": "/embed", "state": {}}
+    exchange = Exchange(scope, receive, send, Bodies(1 << 20, 1 << 20), "id")
+    exchange.pace_by(waits, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(pace, "_LONGEST_WAIT", 0.01)
+        with pytest.raises(Problem) as refused:
+            await exchange.receive()
+    assert refused.value.code == "overloaded"
+    exchange.close()
+    now = 5.99
+    assert await waits.wait("one") == 400.0
 
 
 def test_slots_are_counted_for_each_tenant_and_for_all() -> None:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 SMALL_BYTES = 16 << 10
 """A body of no more costs too little to be waited for."""
 
-# What a request costs before anything is computed: milliseconds of the event loop and the interpreter's lock.
+# Milliseconds of the event loop that a request takes before anything is computed.
 _MS_PER_BYTE = 4e-6
 _MS_PER_ITEM = 0.05
-# So many of them are a tenant's in each second, for requests that are refused; for those that are answered so
-# many times as many, and all while nobody else asks.
+# A tenant's refused requests may take so many milliseconds of each second. Answered ones may take so many
+# times as long, and have no limit while nobody else asks.
 _MS_A_SECOND = 50.0
 _ANSWERED = 4.0
 _ALONE_SECONDS = 1.0
@@ -35,11 +35,11 @@ _MOST_TENANTS = 10_000
 @dataclass(slots=True)
 class _Debt:
     bucket: Bucket
-    # What the last request took, and is expected of the next one.
+    # The last request took so long. The next one is expected to take as long.
     usual: float = 0.0
 
 
-class Pacing:
+class Pace:
     """At what pace each tenant's large requests are let in. For one event loop.
 
     Who asks again and again, whatever Retry-After says, would else keep the loop busy with what it refuses.
@@ -52,7 +52,7 @@ class Pacing:
         self._last = self._before = ("", -math.inf)
 
     def seen(self, tenant: str) -> None:
-        """Somebody asks for something."""
+        """Notes that the tenant has sent a request."""
         if tenant != self._last[0]:
             self._before = self._last
         self._last = (tenant, self._clock())
