@@ -25,6 +25,7 @@ from adapters.records import AdapterRecord, Creation, Kind, UnknownAdapter
 from adapters.replies import Reply
 from adapters.revising import Edit, NothingToFit, Revised, Revising
 from adapters.segments import encode_inputs
+from adapters.turns import Gate
 from models.batcher import Batcher
 from models.preprocess import InputError
 from models.spec import BackboneSpec, UnknownBackbone
@@ -174,6 +175,7 @@ class Adapting:
         self.batchers = batchers
         self._count = count
         self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
+        self._looking_gate = Gate(1)
 
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
@@ -216,7 +218,7 @@ class Adapting:
         unknown = no_known_tokens(terms.backbone)
         errors: dict[str, InputError] = {}
         if found and terms.kind == "text":
-            places = await self._look(batcher.backbone.unknown, list(found.values()))
+            places = await self._look(tenant, batcher.backbone.unknown, list(found.values()))
             errors = {digest: unknown for place, digest in enumerate(found) if place in places}
         timings: dict[str, float] = {}
         truncated: set[str] = set()
@@ -239,19 +241,24 @@ class Adapting:
         ]
         return New(vectors, rejected, timings, frozenset(truncated), new.keys())
 
-    async def count_truncated(self, terms: Creation, usable: Sequence[Admitted], new: New) -> int:
+    async def count_truncated(
+        self, tenant: str, terms: Creation, usable: Sequence[Admitted], new: New
+    ) -> int:
         """How many of some examples are texts of which the backbone reads only the start."""
         known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
         count = sum(one.digest in new.truncated for one in usable)
         if known:
             backbone = self.batchers[terms.backbone].backbone
-            count += len(await self._look(backbone.truncated, known))
+            count += len(await self._look(tenant, backbone.truncated, known))
         return count
 
     async def _look(
-        self, look: Callable[[Sequence[bytes | str]], AbstractSet[int]], texts: Sequence[bytes | str]
+        self,
+        tenant: str,
+        look: Callable[[Sequence[bytes | str]], AbstractSet[int]],
+        texts: Sequence[bytes | str],
     ) -> set[int]:
-        """The positions that `look` finds, in pieces: requests take turns on one thread that gives way."""
+        """The positions that `look` finds, in pieces: tenants take turns on one thread that gives way."""
         loop = asyncio.get_running_loop()
         found: set[int] = set()
         begin = 0
@@ -260,7 +267,8 @@ class Adapting:
             while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
                 size += len(texts[end])
                 end += 1
-            places = await loop.run_in_executor(self._looking, look, texts[begin:end])
+            async with self._looking_gate.passed(tenant):
+                places = await loop.run_in_executor(self._looking, look, texts[begin:end])
             found |= {begin + place for place in places}
             begin = end
         return found
@@ -283,7 +291,9 @@ class Adapting:
         started = time.perf_counter()
         seen = await self.revising.keeping.state(tenant, command.adapter)
         terms = self.terms(command, seen)
-        admitted, rejected, fresh = await self.revising.keeping.aside(lambda: _admit(command, terms, seen))
+        admitted, rejected, fresh = await self.revising.keeping.aside(
+            tenant, lambda: _admit(command, terms, seen)
+        )
         if command.strict and rejected:
             raise ExamplesRejected(rejected, strict=True)
         subject = Subject.of(tenant, command.adapter, terms, seen)
@@ -296,7 +306,7 @@ class Adapting:
             usable = [one for one in admitted if one.index not in failed]
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
-            truncated = await self.count_truncated(terms, usable, new)
+            truncated = await self.count_truncated(tenant, terms, usable, new)
 
             def outcome(revised: Revised) -> AdaptOutcome:
                 total = time.perf_counter() - started

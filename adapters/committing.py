@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters.erasing import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.jobs import end, held
+from adapters.packing import all_rows, insert_rows, update_rows
 from adapters.reading import (
     Used,
     adapter_by_name,
@@ -349,11 +350,13 @@ def _previous(connection: Connection, change: Change) -> Previous:
         examples.c.row,
     ).where(examples.c.adapter_uid == change.uid)
     if change.clear_first:
-        rows = list(connection.execute(query))
+        rows = list(all_rows(connection, query))
     else:
         ids = [*(example.id for example in _placed(change)), *change.removals]
         rows = [
-            row for chunk in chunks(ids) for row in connection.execute(query.where(examples.c.id.in_(chunk)))
+            row
+            for chunk in chunks(ids)
+            for row in all_rows(connection, query.where(examples.c.id.in_(chunk)))
         ]
     previous = Previous()
     for name, first_revision, excluded_since, digest, created_at, segment, inputs, row in rows:
@@ -405,24 +408,19 @@ def _write_examples(
                     "excluded_since": (until or revision) if example.excluded else None,
                 }
             )
-        connection.execute(insert(examples), rows)
+        insert_rows(connection, examples, rows)
     if change.repoints:
         moved = [
             {
-                "moved_id": example.id,
+                "id": example.id,
                 "segment_id": numbers[example.segment],
                 "row": example.row,
                 "inputs_id": None if example.inputs is None else numbers[example.inputs],
             }
             for example in change.repoints
         ]
-        statement = update(examples).where(mine, examples.c.id == bindparam("moved_id"))
-        connection.execute(
-            statement.values(
-                segment_id=bindparam("segment_id"), row=bindparam("row"), inputs_id=bindparam("inputs_id")
-            ),
-            moved,
-        )
+        columns = (examples.c.segment_id, examples.c.row, examples.c.inputs_id)
+        update_rows(connection, update(examples).where(mine), examples.c.id, columns, moved)
     return len(change.upserts) - len(known)
 
 

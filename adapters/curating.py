@@ -103,7 +103,7 @@ class Curating:
             new = await self._adapting.embed_new(tenant, terms, upserts, known)
             _raise_first(new.rejected)
             vectors.update(new.vectors)
-            truncated = await self._adapting.count_truncated(terms, upserts, new)
+            truncated = await self._adapting.count_truncated(tenant, terms, upserts, new)
 
             def whole(revised: Revised) -> Revised:
                 return replace(revised, truncated=truncated)

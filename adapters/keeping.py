@@ -31,12 +31,16 @@ from adapters.registry import Registry
 from adapters.replies import Reply
 from adapters.segments import Evidence, decode_embeddings, decode_evidence, decode_inputs
 from adapters.store import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
+from adapters.turns import Gate
 from models.yielding import give_way
 
 logger = logging.getLogger("topwork")
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+
+# Threads for what gives way to predictions.
+_ASIDE = 2
 
 # As bulk embedding, see models/batcher.py.
 
@@ -101,15 +105,20 @@ class Keeping:
         self._store = store
         self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
         self._tasks: set[asyncio.Future[None]] = set()
-        self._aside = ThreadPoolExecutor(2, thread_name_prefix="aside", initializer=give_way)
+        self._aside = ThreadPoolExecutor(_ASIDE, thread_name_prefix="aside", initializer=give_way)
+        self._aside_gate = Gate(_ASIDE)
 
     def close(self) -> None:
         """Ends the threads of `aside` when what they do is done."""
         self._aside.shutdown()
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """What the work gives, done in a thread that gives way to predictions: for megabytes of inputs."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+    async def aside(self, tenant: str, work: Callable[[], T]) -> T:
+        """What the work gives, done in a thread that gives way to predictions: for megabytes of inputs.
+
+        Tenants take turns.
+        """
+        async with self._aside_gate.passed(tenant):
+            return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     async def state(self, tenant: str, name: str, known: State | None = None) -> State | None:
         """The adapter and its examples, or None if there is none.
@@ -241,7 +250,7 @@ class Keeping:
         self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
     ) -> AsyncIterator[Ahead]:
         """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
-        publishing = asyncio.ensure_future(self.aside(lambda: self._publish(tenant, uid, [encode])))
+        publishing = asyncio.ensure_future(self.aside(tenant, lambda: self._publish(tenant, uid, [encode])))
         file = Ahead(uid, tuple(digests), publishing)
         try:
             yield file

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Connection, Row, Select, select
 
 from adapters.example import Target
+from adapters.packing import all_rows
 from adapters.records import (
     AdapterRecord,
     Alias,
@@ -130,7 +131,7 @@ def example_records(
         .where(examples.c.adapter_uid == uid)
         .order_by(examples.c.id)
     )
-    rows = connection.execute(query).all()
+    rows = all_rows(connection, query)
     stored = _artifacts_of({number for row in rows for number in (row[3], row[5])}, connection, uid)
     return [
         ExampleRecord(name, digest, _target(target), stored[segment], place, stored.get(inputs), *more)
@@ -165,7 +166,7 @@ def places_of(
     )
     found = {}
     for some in chunks(digests):
-        for digest, uid, *artifact, row in connection.execute(query.where(examples.c.digest.in_(some))):
+        for digest, uid, *artifact, row in all_rows(connection, query.where(examples.c.digest.in_(some))):
             found[digest] = (uid, Artifact(*artifact), row)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
 from datetime import timedelta
 from typing import Any
 
@@ -102,7 +103,12 @@ class Registry:
     later.
     """
 
-    def __init__(self, url: str, *, patience: float = 30.0) -> None:
+    def __init__(self, url: str, *, patience: float = 30.0, writer: Executor | None = None) -> None:
+        """writer: what commits in place of the caller's thread.
+
+        A thread that gives way keeps everybody else's commits waiting while it waits for a core.
+        """
+        self._writer = writer
         self._database = Database(url, patience=patience)
         self._jobs = Jobs(self._database)
         self._tenants = Tenants(self._database)
@@ -251,14 +257,18 @@ class Registry:
         again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
         change that contradicts itself.
         """
-        with self._database.writing() as connection:
-            check_unanswered(connection, change.tenant, reply)
-            if job is not None:
-                committed = committing.commit_job(connection, change, job)
-            else:
-                committed = committing.commit(connection, change)
-            keep(connection, change.tenant, change.uid, reply, committed)
-            return committed
+
+        def write() -> Committed:
+            with self._database.writing() as connection:
+                check_unanswered(connection, change.tenant, reply)
+                if job is not None:
+                    committed = committing.commit_job(connection, change, job)
+                else:
+                    committed = committing.commit(connection, change)
+                keep(connection, change.tenant, change.uid, reply, committed)
+                return committed
+
+        return write() if self._writer is None else self._writer.submit(write).result()
 
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
         """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.

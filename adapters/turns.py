@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """What waits. Tenants take turns, and what one of them has comes in its order. For one event loop."""
+    """What waits. Tenants take turns, and what one of them has comes in its order. For one thread."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
@@ -26,11 +26,15 @@ class Turns(Generic[T]):
         """Behind what the tenant has already."""
         self._waiting.setdefault(tenant, deque()).append(one)
 
-    def take(self) -> T:
-        """What comes next: of the tenant whose last turn is the longest ago. Raises LookupError."""
-        if not self._waiting:
+    def take(self, may: Callable[[str], bool] = lambda tenant: True) -> T:
+        """What comes next: of the tenant whose last turn is the longest ago, among those who may have one.
+
+        Raises LookupError.
+        """
+        tenants = [tenant for tenant in self._waiting if may(tenant)]
+        if not tenants:
             raise LookupError("Nothing waits.")
-        tenant = min(self._waiting, key=lambda one: self._served.get(one, 0))
+        tenant = min(tenants, key=lambda one: self._served.get(one, 0))
         own = self._waiting[tenant]
         one = own.popleft()
         if not own:

@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from adapters.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError
 from adapters.registry import Registry
 from adapters.store import StoreError, StoreFull, StoreUnavailable, open_store
 from adapters.supervising import WorkerConfig
-from models.yielding import NICENESS
+from models.yielding import give_way_but_for_commits
 
 if TYPE_CHECKING:
     from models.preprocess import InputLimits
@@ -62,10 +63,13 @@ _OUTAGES = {
 class Worker:
     """Claims and runs jobs until `stopping` is set."""
 
-    def __init__(self, config: WorkerConfig, stopping: threading.Event) -> None:
+    def __init__(
+        self, config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None
+    ) -> None:
+        """writer: see Registry."""
         self._config = config
         self._stopping = stopping
-        self._registry = Registry(config.database)
+        self._registry = Registry(config.database, writer=writer)
         self._store = open_store(config.store, config.store_options)
         self._began = False
 
@@ -258,9 +262,9 @@ def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
-def work(config: WorkerConfig, stopping: threading.Event) -> None:
-    """Runs jobs until `stopping` is set."""
-    worker = Worker(config, stopping)
+def work(config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None) -> None:
+    """Runs jobs until `stopping` is set. writer: see Registry."""
+    worker = Worker(config, stopping, writer)
     try:
         worker.run()
     finally:
@@ -272,7 +276,7 @@ def main() -> None:
 
     The first argument, if there is one, is the number of the pipe on which it shows that it lives.
     """
-    os.nice(NICENESS)
+    writer = give_way_but_for_commits()
     if len(sys.argv) > 1:
         pulse = int(sys.argv[1])
         os.set_inheritable(pulse, False)
@@ -286,7 +290,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     _end_with(sys.stdin, stopping)
-    work(config, stopping)
+    work(config, stopping, writer)
 
 
 if __name__ == "__main__":

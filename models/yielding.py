@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 NICENESS = 10
 """Of whatever gives way to predictions."""
@@ -23,6 +24,17 @@ def give_way(niceness: int = NICENESS) -> None:
     # Less than it has by now would need a privilege.
     niceness = max(os.getpriority(os.PRIO_PROCESS, thread), niceness)
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
+def give_way_but_for_commits() -> Executor:
+    """Nices this process, all threads that begin from now on, and not the one that is returned.
+
+    To be called before numpy is imported, whose threads keep the priority that they begin with.
+    """
+    writer = ThreadPoolExecutor(1, "commits")
+    writer.submit(threading.get_ident).result()
+    os.nice(NICENESS)
+    return writer
 
 
 def step_aside() -> None:

@@ -111,11 +111,10 @@ def _serve(host: str, port: int | None) -> int:
 
 
 def _work() -> int:
-    from models.yielding import NICENESS
+    from models.yielding import give_way_but_for_commits
     from service.settings import Settings, warn_of_unknown_settings
 
-    # Before numpy comes, whose threads keep the priority that they begin with.
-    os.nice(NICENESS)
+    writer = give_way_but_for_commits()
 
     from adapters.worker import work
     from service.startup import configure_logging
@@ -127,7 +126,7 @@ def _work() -> int:
     stopping = threading.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: stopping.set())
-    work(settings.worker, stopping)
+    work(settings.worker, stopping, writer)
     return 0
 
 

@@ -50,10 +50,13 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.startup import end_stuck, end_within, trim_memory
 from service.surveyor import Surveyor
+from service.threads import FairThreads
 from service.watching import Watching
 
 logger = logging.getLogger("topwork")
 
+# Threads for what blocks, beside those that compute.
+_THREADS = 4
 _SWEEP_SECONDS = 3_600.0
 _CLEAR_SECONDS = 1.5
 # Fits that are predicted to take no longer share a process, and wait for no longer ones.
@@ -123,6 +126,7 @@ async def compose(
 
     Raises the error of the part that cannot be; what was started by then is closed.
     """
+    asyncio.get_running_loop().set_default_executor(FairThreads(_THREADS + settings.usable_threads))
     metrics = Metrics()
     folders, measured = await _plans(settings)
     async with AsyncExitStack() as stack:

@@ -18,6 +18,7 @@ from service.auth import STRANGER, Admission
 from service.errors import Problem, is_openai, respond
 from service.exchange import Bodies, Exchange, Upload, new_id
 from service.pace import Pace
+from service.threads import TENANT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -250,6 +251,7 @@ class _Inner:
                 scope["state"]["caller"] = caller
                 whose = None if access.is_about_tenants else (_tenant(caller, headers), caller)
                 self._open[exchange] = whose
+                TENANT.set(whose[0] if whose is not None else "")
                 if whose is not None and not bulk:
                     self._pace.seen(whose[0])
                     exchange.pace_by(self._pace, whose[0])
