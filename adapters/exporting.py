@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 
 from adapters.onnx_head import append_head
 from adapters.predicting import Loaded, Predicting
-from models.spec import TOKENIZER_FILE, TextTransform
+from models.pixels import with_byte_input
+from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
 
-# Of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads.
-FORMAT: Final = "2"
+# Of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads. 3: images are
+# bytes, which the graph normalises.
+FORMAT: Final = "3"
 
 Format = Literal["onnx", "safetensors"]
 
@@ -42,6 +44,9 @@ class Exporting:
 
 
 def _with_head(graph: bytes, loaded: Loaded) -> bytes:
+    transform = loaded.batcher.backbone.spec.transform
+    if isinstance(transform, ImageTransform):
+        graph = with_byte_input(graph, transform)
     return append_head(graph, loaded.head, _metadata(loaded), loaded.batcher.backbone.silence)
 
 

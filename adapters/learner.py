@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from adapters import calibration
 from adapters.head import Head
 from adapters.samples import Samples, Tensors, batches
+from models.pixels import scale_and_shift
+from models.spec import ImageTransform, TextTransform
 
 State = dict[str, torch.Tensor]
 Floats = NDArray[np.float32]
@@ -38,10 +40,12 @@ class HeadLayer(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Logits, float32 (n, labels)."""
-        embeddings = embeddings.float()
-        if self.transform == "sqrt":
-            embeddings = _root(embeddings)
-        return torch.nn.functional.linear((embeddings - self.mean) / self.scale, self.weight, self.bias)
+        # In single precision whatever the network computes in, as Head.predict does.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.float()
+            if self.transform == "sqrt":
+                embeddings = _root(embeddings)
+            return torch.nn.functional.linear((embeddings - self.mean) / self.scale, self.weight, self.bias)
 
 
 def _root(activations: torch.Tensor) -> torch.Tensor:
@@ -54,15 +58,26 @@ def _root(activations: torch.Tensor) -> torch.Tensor:
 class Model(torch.nn.Module):  # type: ignore[misc]
     """A backbone's network with a head behind it."""
 
-    def __init__(self, network: Any, head: Head) -> None:
+    def __init__(self, network: Any, head: Head, transform: ImageTransform | TextTransform) -> None:
         super().__init__()
         # Convolutions on a CPU train 1.5 times as fast so (EfficientNet-Lite0, one thread).
         self.network = network.to(memory_format=torch.channels_last)
         self.head = HeadLayer(head)
+        # No part of the state: a checkpoint of an earlier release has none.
+        self._scale, self._shift = torch.ones(()), torch.zeros(())
+        if isinstance(transform, ImageTransform):
+            self._scale, self._shift = map(torch.from_numpy, scale_and_shift(transform))
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 (n, labels)."""
-        return self.head(self.network(*inputs))
+        """Logits, float32 (n, labels), of a batch where the weights are."""
+        return self.head(self.embed(*inputs))
+
+    def embed(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The network's embeddings (n, dim) of a batch where the weights are."""
+        if inputs[0].dtype == torch.uint8:
+            scale, shift = (one.to(self.device) for one in (self._scale, self._shift))
+            return self.network(inputs[0].permute(0, 3, 1, 2).float() * scale - shift)
+        return self.network(*inputs)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +148,7 @@ def embed(model: Model, samples: Samples, rows: Sequence[int]) -> torch.Tensor:
     model.eval()
     with torch.inference_mode():
         parts = [
-            model.network(*on_device(model, samples.plain(some))).float()
+            model.embed(*on_device(model, samples.plain(some))).float()
             for some in batches(rows, _EVALUATED_AT_ONCE)
         ]
     return torch.cat(parts)

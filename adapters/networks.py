@@ -128,7 +128,7 @@ class Networks:
         self._refuse_if_closed()
         batcher = self._start(backbone)
         await batcher.start()
-        one = _Running(network.sha256, batcher, _nbytes(network))
+        one = _Running(network.sha256, batcher, _nbytes(network) + backbone.nbytes)
         self._open.add(one)
         return one
 

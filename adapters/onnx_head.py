@@ -1,14 +1,12 @@
 """Appends a head's nodes to an exported backbone: one self-contained ONNX file, without the onnx package.
 
-An ONNX file is a protobuf message, and messages are lists of fields in any order: what is added to a graph
-can be written behind what is there. Only the graph's outputs are replaced. Field numbers are those of
-onnx.proto3.
+Only the graph's outputs are replaced.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,9 @@ from numpy.typing import NDArray
 
 from adapters.head import Head
 from adapters.region import Region
+from models import protobuf
 from models.preprocess import Silence
+from models.protobuf import InvalidGraph
 from models.spec import IDS, MASK, OUTPUT_NAME
 
 PROBABILITIES = "probabilities"
@@ -27,18 +27,6 @@ ABSTAINED = "abstained"
 DISTANCE = "distance"
 
 _PREFIX = "topwork_head_"
-
-_MODEL_GRAPH, _MODEL_METADATA = 7, 14
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FLOAT, _INT64, _BOOL, _DOUBLE = 1, 7, 9, 11
-_ATTRIBUTE_INT = 2
-
-
-class InvalidGraph(ValueError):
-    """The bytes are not an ONNX model with the backbone's output."""
-
-    code = "invalid_graph"
 
 
 def append_head(
@@ -52,21 +40,19 @@ def append_head(
     abstained from. metadata is added to the model's metadata_props, with the labels as JSON under "labels",
     and the numbers by which it decides; see _decisions_of. Raises InvalidGraph.
     """
-    fields = list(_fields(backbone_onnx))
-    graphs = [content for number, _, content in fields if number == _MODEL_GRAPH]
-    if len(graphs) != 1 or OUTPUT_NAME.encode() not in graphs[0]:
+    graph, rest = protobuf.graph_of(backbone_onnx)
+    if OUTPUT_NAME.encode() not in bytes(graph):
         raise InvalidGraph(
             f"The backbone is no ONNX model with an output called {OUTPUT_NAME!r}; export it again."
         )
-    kept = [whole for number, whole, _ in _fields(graphs[0]) if number != _GRAPH_OUTPUT]
-    rest = [whole for number, whole, _ in fields if number != _MODEL_GRAPH]
+    kept = [whole for number, whole, _ in protobuf.fields(graph) if number != protobuf.GRAPH_OUTPUT]
     entries = {**metadata, "labels": json.dumps(head.labels, ensure_ascii=False), **_decisions_of(head)}
     return b"".join(
         [
             *rest,
-            _message(_MODEL_GRAPH, *kept, *_Appended(head, silence).fields),
+            protobuf.message(protobuf.MODEL_GRAPH, *kept, *_Appended(head, silence).fields),
             *(
-                _message(_MODEL_METADATA, _text(1, key), _text(2, value))
+                protobuf.message(protobuf.MODEL_METADATA, protobuf.text(1, key), protobuf.text(2, value))
                 for key, value in sorted(entries.items())
             ),
         ]
@@ -126,10 +112,10 @@ class _Appended:
     def _values(self, logits: str) -> None:
         flat = self._node("Reshape", logits, self._ints(-1))
         # In double precision: targets far from zero keep their differences.
-        double = self._node("Cast", flat, to=_DOUBLE)
+        double = self._node("Cast", flat, to=protobuf.DOUBLE)
         scaled = self._node("Mul", double, self._tensor(np.array(self._head.value_scale)))
         self._node("Add", scaled, self._tensor(np.array(self._head.value_mean)), output=VALUES)
-        self._give(VALUES, None, _DOUBLE)
+        self._give(VALUES, None, protobuf.DOUBLE)
 
     def _probabilities(self, logits: str) -> str:
         head, multilabel = self._head, self._head.task == "multilabel"
@@ -143,7 +129,7 @@ class _Appended:
             scaled = self._node("Mul", found, self._floats(1.0 - head.smoothing))
             spread = self._floats(head.smoothing / (2 if multilabel else len(head.labels)))
             self._node("Add", scaled, spread, output=PROBABILITIES)
-        self._give(PROBABILITIES, len(head.labels), _FLOAT)
+        self._give(PROBABILITIES, len(head.labels), protobuf.FLOAT)
         return PROBABILITIES
 
     def _multilabel(self, probabilities: str) -> str:
@@ -155,12 +141,12 @@ class _Appended:
         certainty = self._node("Where", ASSIGNED, probabilities, against)
         wanted = self._node("Where", ASSIGNED, given, not_given)
         self._node("Less", certainty, wanted, output=f"{_PREFIX}doubtful")
-        self._give(ASSIGNED, len(head.labels), _BOOL)
+        self._give(ASSIGNED, len(head.labels), protobuf.BOOL)
         return self._node("ReduceMin", certainty, self._ints(1), keepdims=0)
 
     def _distance(self, region: Region | None) -> None:
         """See Region.squared_distance; without a region it is zero."""
-        self._give(DISTANCE, None, _FLOAT)
+        self._give(DISTANCE, None, protobuf.FLOAT)
         if region is None:
             rows = self._node("Shape", OUTPUT_NAME, start=0, end=1)
             self._node("ConstantOfShape", rows, output=DISTANCE)
@@ -191,7 +177,7 @@ class _Appended:
             bounds = (self._ints(silence.skipped), self._ints(np.iinfo(np.int64).max), self._ints(1))
             ids, mask = self._node("Slice", IDS, *bounds), self._node("Slice", MASK, *bounds)
         each = self._node("Unsqueeze", ids, self._ints(2))
-        found = self._node("Cast", self._node("Equal", each, self._ints(*silence.tokens)), to=_INT64)
+        found = self._node("Cast", self._node("Equal", each, self._ints(*silence.tokens)), to=protobuf.INT64)
         silent = self._node("Mul", mask, self._node("ReduceSum", found, self._ints(2), keepdims=0))
         says = self._node("ReduceSum", self._node("Sub", mask, silent), self._ints(1), keepdims=0)
         return self._node("Equal", says, self._ints(0))
@@ -208,43 +194,21 @@ class _Appended:
         if multilabel:
             everywhere = self._node("Unsqueeze", reasons, self._ints(1))
             self._node("Or", f"{_PREFIX}doubtful", everywhere, output=UNCERTAIN)
-            self._give(UNCERTAIN, len(self._head.labels), _BOOL)
-            counted = self._node("Cast", UNCERTAIN, to=_INT64)
+            self._give(UNCERTAIN, len(self._head.labels), protobuf.BOOL)
+            counted = self._node("Cast", UNCERTAIN, to=protobuf.INT64)
             fewest = self._node("ReduceMin", counted, self._ints(1), keepdims=0)
-            self._node("Cast", fewest, output=ABSTAINED, to=_BOOL)
-        self._give(ABSTAINED, None, _BOOL)
+            self._node("Cast", fewest, output=ABSTAINED, to=protobuf.BOOL)
+        self._give(ABSTAINED, None, protobuf.BOOL)
 
     def _node(self, operator: str, *inputs: str, output: str | None = None, **attributes: int) -> str:
         """The name of its output."""
         name = output or self._name()
-        self.fields.append(
-            _message(
-                _GRAPH_NODE,
-                *(_text(1, one) for one in inputs),
-                _text(2, name),
-                _text(3, name),
-                _text(4, operator),
-                *(
-                    _message(5, _text(1, key), _number(3, value), _number(20, _ATTRIBUTE_INT))
-                    for key, value in attributes.items()
-                ),
-            )
-        )
+        self.fields.append(protobuf.node(operator, inputs, name, **attributes))
         return name
 
     def _tensor(self, values: NDArray[Any]) -> str:
         name = self._name()
-        kind = {"f4": _FLOAT, "f8": _DOUBLE, "i8": _INT64}[values.dtype.str[1:]]
-        little = values.astype(values.dtype.newbyteorder("<"))
-        self.fields.append(
-            _message(
-                _GRAPH_INITIALIZER,
-                *(_number(1, size) for size in values.shape),
-                _number(2, kind),
-                _text(8, name),
-                _message(9, little.tobytes()),
-            )
-        )
+        self.fields.append(protobuf.constant(name, values))
         return name
 
     def _floats(self, value: float) -> str:
@@ -255,11 +219,8 @@ class _Appended:
 
     def _give(self, name: str, columns: int | None, kind: int) -> None:
         """An output (batch,) or (batch, columns) of that kind."""
-        shape = _message(1, _text(2, "batch"))
-        if columns is not None:
-            shape += _message(1, _number(1, columns))
-        tensor = _number(1, kind) + _message(2, shape)
-        self.fields.append(_message(_GRAPH_OUTPUT, _text(1, name), _message(2, _message(1, tensor))))
+        sizes = ("batch",) if columns is None else ("batch", columns)
+        self.fields.append(protobuf.tensor(protobuf.GRAPH_OUTPUT, name, kind, *sizes))
 
     def _name(self) -> str:
         return f"{_PREFIX}{len(self.fields)}"
@@ -271,63 +232,3 @@ def _folded(head: Head) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     weight = head.weight.astype(np.float64) * (unit / head.scaling.scale)
     bias = head.bias.astype(np.float64) * unit - weight @ head.scaling.mean.astype(np.float64)
     return weight.astype(np.float32), bias.astype(np.float32)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, memoryview, bytes]]:
-    """(number, the whole field, its content if it has a length) of every field of a message."""
-    view = memoryview(message)
-    place = 0
-    while place < len(message):
-        begin = place
-        tag, place = _read_varint(message, place)
-        content = b""
-        kind = tag & 7
-        if kind == _VARINT:
-            _, place = _read_varint(message, place)
-        elif kind == _BYTES:
-            length, place = _read_varint(message, place)
-            # Only the graph is looked into: everything else is passed on as it is.
-            content = bytes(view[place : place + length]) if tag >> 3 == _MODEL_GRAPH else b""
-            place += length
-        elif kind in (_FIXED64, _FIXED32):
-            place += 8 if kind == _FIXED64 else 4
-        else:
-            raise InvalidGraph("The backbone is not an ONNX model; export it again.")
-        if place > len(message):
-            raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
-        yield tag >> 3, view[begin:place], content
-
-
-def _read_varint(message: bytes, place: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while place < len(message) and shift < 64:
-        byte = message[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-        shift += 7
-    raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
-
-
-def _varint(value: int) -> bytes:
-    # Negative numbers are written as their 64-bit two's complement.
-    value &= (1 << 64) - 1
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3 | _VARINT) + _varint(value)
-
-
-def _text(field: int, value: str) -> bytes:
-    return _message(field, value.encode("utf-8"))
-
-
-def _message(field: int, *parts: bytes | memoryview) -> bytes:
-    return b"".join([_varint(field << 3 | _BYTES), _varint(sum(len(part) for part in parts)), *parts])

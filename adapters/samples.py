@@ -1,4 +1,4 @@
-"""A tenant's inputs as a network takes them, as serving prepares them or augmented. Torch lives here."""
+"""A tenant's inputs in batches, as serving prepares them or augmented. Torch lives here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -15,7 +16,7 @@ from models.preprocess import ImagePreprocessor, InputLimits, Prepared, TextPrep
 from models.spec import BackboneSpec, ImageTransform
 
 Tensors = tuple[torch.Tensor, ...]
-"""What a network is called with: (pixels,) or (ids, mask)."""
+"""Inputs of a batch: (pictures,), uint8 (n, height, width, 3), or (ids, mask), int64 (n, tokens)."""
 
 # The smallest share of a picture that a crop shows. timm's own 0.08 suits a million pictures, not hundreds.
 _CROP = (0.5, 1.0)
@@ -108,7 +109,7 @@ class Images:
 
     def plain(self, rows: Sequence[int]) -> Tensors:
         """See Samples.plain."""
-        return (torch.stack([torch.from_numpy(self._prepare(self._images[row])) for row in rows]),)
+        return (torch.from_numpy(np.stack([self._prepare(self._images[row]) for row in rows])),)
 
     def augmented(self, rows: Sequence[int], size: int) -> Tensors:
         """See Samples.augmented. timm's training transform with a gentler crop, and no colours changed."""
@@ -116,7 +117,8 @@ class Images:
         if size not in self._changing:
             self._changing[size] = _training_transform(replace(self._transform, size=size))
         change = self._changing[size]
-        return (torch.stack([change(rgb(self._images[row], self._limits)) for row in rows]),)
+        changed = torch.stack([change(rgb(self._images[row], self._limits)) for row in rows])
+        return (changed.permute(0, 2, 3, 1),)
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
         """See Samples.pieces. A few images each."""
@@ -134,8 +136,8 @@ def _training_transform(transform: ImageTransform) -> Any:
         hflip=0.5,
         color_jitter=None,
         interpolation=transform.interpolation,
-        mean=transform.mean,
-        std=transform.std,
+        # Bytes, as everywhere.
+        normalize=False,
     )
 
 

@@ -145,11 +145,11 @@ def check_parity(model: Model, head: Head, backbone: Backbone, lesson: Lesson) -
 
     The number of probes and the largest difference. Raises ExportRefused.
     """
-    network = model.network.eval()
+    model.eval()
     largest, count = 0.0, 0
     for tensors in _probes(lesson):
         with torch.inference_mode():
-            theirs = head.logits(network(*tensors).numpy())
+            theirs = head.logits(model.embed(*tensors).numpy())
         ours = head.logits(backbone.run(_unpadded(tensors)))
         largest, count = max(largest, float(np.abs(ours - theirs).max())), count + len(ours)
         if not largest <= _LARGEST_DIFFERENCE or (ours.argmax(axis=1) != theirs.argmax(axis=1)).any():

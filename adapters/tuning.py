@@ -168,7 +168,7 @@ class Tuning:
             )
         names, lesson = self._lesson(kept, network, lease)
         probe = _probe(kept, lesson.training)
-        model = Model(network.forward, probe.head).to(self._device)
+        model = Model(network.forward, probe.head, network.spec.transform).to(self._device)
         path = checkpoint_path(self._scratch, lease.claim.job.id)
         about = _about(kept, lesson, config)
 

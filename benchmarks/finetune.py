@@ -142,7 +142,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
         np.zeros((len(names), dim), np.float32),
         np.zeros(len(names), np.float32),
     )
-    model = Model(network.forward, blank)
+    model = Model(network.forward, blank, network.spec.transform)
     labels = np.array([names.index(sample.label) for sample in train])
     samples = samples_of(network.spec, [sample.input for sample in train], tokenizer)
     lesson = Lesson(samples, labels, np.arange(len(train)) % 5 == 4)

@@ -31,8 +31,7 @@ def pixels(path):
     image.paste(seen, mask=seen)
     long = how["crop_mode"] == "fold" and max(image.size) >= 2 * min(image.size)
     square = (folded if long else centre)(image, how["size"], Image.Resampling[how["interpolation"].upper()])
-    values = (np.asarray(square) / 255 - how["mean"]) / how["std"]
-    return {"pixels": values.transpose(2, 0, 1)[None].astype(np.float32)}
+    return {"rgb": np.asarray(square)[None]}
 
 
 def centre(image, size, method):

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models import driver, probes
 from models.decoder import Waiting, wait_unseen
 from models.expense import HEAVY, image_expense, text_expense
-from models.gpu import Runner
-from models.manifest import CorruptExport, read_manifest, read_tables
+from models.gpu import Runner, shapes_for
+from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
+from models.pixels import with_byte_input
 from models.plan import (
     BATCHES,
-    Embed,
+    BATCHES_ON_GPU,
     Measured,
     Plan,
     Run,
@@ -28,6 +32,7 @@ from models.plan import (
     measure,
     measure_on_gpu,
     read_plan,
+    ways_on_gpu,
 )
 from models.preprocess import (
     TINY_IMAGE,
@@ -38,7 +43,7 @@ from models.preprocess import (
     Silence,
     TextPreprocessor,
 )
-from models.session import Device, DeviceUnavailable, open_session, open_table
+from models.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
 from models.spec import (
     FLOAT16,
     GRAPH_FILE,
@@ -47,12 +52,14 @@ from models.spec import (
     INT8,
     MASK,
     OUTPUT_NAME,
-    PIXELS,
+    RGB,
     TOKENIZER_FILE,
     BackboneSpec,
     ImageTransform,
     TextTransform,
 )
+from models.trial import try_out
+from models.turn import Turn
 
 Floats = NDArray[np.float32]
 
@@ -60,9 +67,8 @@ Floats = NDArray[np.float32]
 _TOKENS_PER_RUN = 1024
 # Of a short text.
 _TOKENS = 16
-# On a GPU: the largest batch that is tried, of tokens that any vocabulary has.
-_PROBES = 128
-_COMMON_TOKENS = 1_000
+# Inputs of one run of a fine-tuned network on a GPU, at most.
+_TUNED_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +155,17 @@ class Backbone:
         images = spec.kind == "image"
         session: Any
         if device == "cuda":
-            session = _runner(export, spec, plan)
+            session = _runner(spec, _graph(export, spec, plan.half), plan, preprocessor)
         else:
             session = open_session(
-                export / GRAPH_FILE, device=device, threads=plan.alone, one_shape=images, tables=tables
+                _graph(export, spec), device=device, threads=plan.alone, one_shape=images, tables=tables
             )
         # Runs beside each other share the cores best when each keeps to few: threads of one run wait for its
         # slowest.
         beside = session
         if device == "cpu" and plan.beside != plan.alone:
             beside = open_session(
-                export / GRAPH_FILE, device=device, threads=plan.beside, one_shape=images, tables=tables
+                _graph(export, spec), device=device, threads=plan.beside, one_shape=images, tables=tables
             )
         backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
@@ -171,15 +177,20 @@ class Backbone:
     def with_network(self, graph: bytes) -> Backbone:
         """The same preprocessing in front of another network of the same form: a fine-tuned one.
 
-        graph: ONNX with the inputs and the output of this one. Raises CorruptExport.
+        graph: ONNX with the inputs and the output of this one. Raises CorruptExport, InvalidGraph.
         """
-        # A CUDA graph captured for each shape of each tenant's network would fill the GPU.
-        plan = replace(self.plan, half=False, graphs=False)
-        session: Any = open_session(
-            graph, device=self.device, threads=plan.alone, one_shape=self.spec.kind == "image"
-        )
+        if isinstance(self.spec.transform, ImageTransform):
+            graph = with_byte_input(graph, self.spec.transform)
+        plan = self.plan
+        session: Any
         if self.device == "cuda":
-            session = Runner(session, self.spec, batch=plan.batch)
+            # Many shapes and their graphs, of each tenant's network, would fill the GPU.
+            plan = replace(plan, batch=min(_TUNED_BATCH, plan.batch), half=False, graphs=False)
+            session = _runner(self.spec, graph, plan, self._preprocessor, few=True)
+        else:
+            session = open_session(
+                graph, device="cpu", threads=plan.alone, one_shape=self.spec.kind == "image"
+            )
         tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, plan)
         if not tuned._answers():
             tuned.close()
@@ -195,6 +206,21 @@ class Backbone:
     def batch(self) -> int:
         """Inputs that are best run together, at most."""
         return self.plan.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory beside its graph that it keeps for its runs."""
+        return self._session.nbytes if isinstance(self._session, Runner) else 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether its device has failed, so that only another process can use it."""
+        return isinstance(self._session, Runner) and self._session.lost
+
+    @property
+    def runner(self) -> Turn | None:
+        """What the thread is at that runs whatever is submitted; None where callers run it themselves."""
+        return self._session.turn if isinstance(self._session, Runner) else None
 
     @property
     def budget(self) -> float:
@@ -288,6 +314,17 @@ class Backbone:
         for rows in self._chunks(prepared):
             embeddings[rows] = session.run([OUTPUT_NAME], self.feed([prepared[row] for row in rows]))[0]
         return embeddings
+
+    def submit(self, prepared: Sequence[Prepared]) -> Future[Floats]:
+        """What run gives, later: for a backbone with a runner. See Runner.submit."""
+        session = self._session
+        if session is None:
+            raise RuntimeError(f"the backbone {self.spec.name} is closed")
+        return session.submit(prepared)  # type: ignore[no-any-return]
+
+    def probes(self) -> list[Prepared]:
+        """Prepared inputs of many kinds, on which two ways to run it can be compared."""
+        return _probes(self._preprocessor)
 
     def embed(self, inputs: Sequence[bytes | str]) -> Embedded:
         """preprocess and run, in this thread. For a service, put a Batcher in front."""
@@ -398,7 +435,7 @@ def survey(export: Path, *, device: Device, threads: int) -> Measured:
 def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     def open_run(count: int) -> Run:
         session = open_session(
-            export / GRAPH_FILE, device="cpu", threads=count, one_shape=spec.kind == "image"
+            _graph(export, spec), device="cpu", threads=count, one_shape=spec.kind == "image"
         )
         return lambda feed: session.run([OUTPUT_NAME], feed)
 
@@ -407,22 +444,54 @@ def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
 
 
 def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
-    @contextmanager
-    def open_run(plan: Plan) -> Iterator[Embed]:
-        # No bound of its own: every batch that is measured is one run.
-        runner = _runner(export, spec, replace(plan, batch=_PROBES))
-        try:
-            yield runner.run
-        finally:
-            runner.close()
-
-    return measure_on_gpu(usual, (export / HALF_FILE).exists(), open_run, _probes(spec))
+    if driver.gpu_name() is None:
+        raise DeviceUnavailable(GPU_ADVICE)
+    ways = ways_on_gpu(usual, (export / HALF_FILE).exists(), spec.kind == "image")
+    batches = BATCHES_ON_GPU[spec.kind]
+    # Every batch that is tried is one run.
+    ways = tuple(replace(way, batch=max(batches)) for way in ways)
+    return measure_on_gpu(usual, ways, batches, lambda way: try_out(export, way, (1, *batches)))
 
 
-def _runner(export: Path, spec: BackboneSpec, plan: Plan) -> Runner:
-    graph = export / (HALF_FILE if plan.half else GRAPH_FILE)
-    session = open_session(graph, device="cuda", graphs=plan.graphs)
-    return Runner(session, spec, batch=plan.batch, graphs=plan.graphs)
+def _runner(
+    spec: BackboneSpec,
+    graph: Path | bytes,
+    plan: Plan,
+    preprocessor: ImagePreprocessor | TextPreprocessor,
+    *,
+    few: bool = False,
+) -> Runner:
+    return Runner(
+        spec,
+        partial(
+            open_session,
+            graph,
+            device="cuda",
+            graphs=plan.graphs,
+            half=plan.half,
+            channels_last=plan.channels_last,
+        ),
+        shapes_for(spec, plan.batch, few=few),
+        _probes(preprocessor),
+        graphs=plan.graphs,
+        is_lost=driver.is_lost,
+    )
+
+
+def _probes(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
+    if isinstance(preprocessor, ImagePreprocessor):
+        # Whatever a setting allows.
+        prepare = ImagePreprocessor(preprocessor.transform)
+        return [prepare(picture) for picture in probes.pictures()]
+    return [preprocessor.tokens(text)[0] for text in probes.TEXTS]
+
+
+def _graph(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:
+    """A graph of the export that takes pictures as bytes, whichever release exported it."""
+    name = HALF_FILE if half else GRAPH_FILE
+    if not isinstance(spec.transform, ImageTransform) or takes_bytes(export):
+        return export / name
+    return with_byte_input((export / name).read_bytes(), spec.transform)
 
 
 def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
@@ -437,7 +506,7 @@ def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
 
 def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
     if isinstance(spec.transform, ImageTransform):
-        return {PIXELS: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
+        return {RGB: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
     width = max(len(tokens) for tokens in prepared)
     ids = np.full((len(prepared), width), spec.transform.pad_id, np.int64)
     mask = np.zeros((len(prepared), width), np.int64)
@@ -447,18 +516,8 @@ def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray
     return {IDS: ids, MASK: mask}
 
 
-def _probes(spec: BackboneSpec) -> list[Prepared]:
-    """Inputs of any content, for comparing ways to compute their embeddings."""
-    random = np.random.default_rng(0)
-    if isinstance(spec.transform, ImageTransform):
-        shape = (_PROBES, 3, spec.transform.size, spec.transform.size)
-        return list(random.standard_normal(shape, np.float32))
-    width = min(_TOKENS, spec.transform.max_tokens)
-    return list(random.integers(0, _COMMON_TOKENS, (_PROBES, width)))
-
-
 def _blank(spec: BackboneSpec) -> Prepared:
     """An input that is like any other for those who only want it run."""
     if isinstance(spec.transform, ImageTransform):
-        return np.zeros((3, spec.transform.size, spec.transform.size), np.float32)
+        return np.zeros((spec.transform.size, spec.transform.size, 3), np.uint8)
     return np.zeros(min(_TOKENS, spec.transform.max_tokens), np.int64)

@@ -8,13 +8,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-from models.backbone import Backbone, Embedded, Ready
+from models.backbone import Backbone, Embedded, Floats, Ready
 from models.cores import Cores
 from models.decoder import DecoderUnavailable
 from models.expense import HEAVY
 from models.lane import Lane, Priority
-from models.preprocess import InputError
+from models.preprocess import InputError, Prepared
 from models.request import (
     BatcherClosed,
     DeadlineExceeded,
@@ -22,9 +24,9 @@ from models.request import (
     Overloaded,
     Part,
     Request,
-    Turn,
     settle,
 )
+from models.turn import LONGEST_RUN, PATIENCE, Turn
 from models.yielding import HEAVY_NICENESS, NICENESS, give_way
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,7 @@ _PREDICTS_STAY = 0.5
 # Weight of the newest batch in the running mean of what an input costs.
 _NEWEST = 0.1
 
-# A run may take so many times what the measured rate says, and any run, prepared input or answer the lower
-# bound: with the look that finds it late, five seconds. Beyond the upper one it hangs, whatever was measured.
-PATIENCE = 4.5
-LONGEST_RUN = 60.0
+# A run may take so many times what the measured rate says.
 _SLACK = 10.0
 # When it closes: a thread that does nothing for so long is left to itself.
 _CLOSING_SECONDS = 5
@@ -51,6 +50,33 @@ _LOCK_SECONDS = 0.1
 
 # An input that was taken: whose it is, and its position there.
 _Taken = tuple[Request, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Inputs that a thread took together.
+
+    good: those that can be run. spent: of each, the seconds that it took to prepare, and why it cannot be
+    run. begun, prepared: when, by time.perf_counter().
+    """
+
+    inputs: list[tuple[Part, int]]
+    good: list[tuple[_Taken, Ready]]
+    spent: list[tuple[_Taken, float, InputError | None]]
+    begun: float
+    prepared: float
+
+    @property
+    def size(self) -> int:
+        """Elements of what is run."""
+        return sum(ready.prepared.size for _, ready in self.good)
+
+    @property
+    def requests(self) -> set[Request]:
+        """Whose they are."""
+        return {request for (request, _), _, _ in self.spent}
+
+
 # A lane of a priority, and what its threads are at.
 _Crew = tuple[Priority[Part], Lane[Part], list[Turn]]
 
@@ -108,6 +134,9 @@ class Batcher:
         self._left: list[threading.Thread] = []
         # Inputs so far, of those that are counted.
         self.admitted = 0
+        # Batches that the backbone's own thread has yet to run.
+        self._submitted = 0
+        self._ran = threading.Condition(self._lock)
         self._open = False
         self._predicts_until = 0.0
 
@@ -157,6 +186,8 @@ class Batcher:
                 self.turns += turns
                 self._crews.append((priority, lane, turns))
                 self._threads += [self._hire(name, priority, lane, turn) for turn in turns]
+        if self.backbone.runner is not None:
+            self.turns.append(self.backbone.runner)
         for thread in self._threads:
             thread.start()
 
@@ -210,9 +241,14 @@ class Batcher:
                 await asyncio.to_thread(thread.join, 1.0)
                 steps = sum(turn.steps for turn in self.turns)
                 still, before = (still + 1 if steps == before else 0), steps
+        await asyncio.to_thread(self._wait_for_submitted)
         self._cores.leave(self._predicts)
-        if self.threads_left:
+        if self.threads_left or self._submitted:
             self.abandon()
+
+    def _wait_for_submitted(self) -> None:
+        with self._lock:
+            self._ran.wait_for(lambda: not self._submitted, _CLOSING_SECONDS)
 
     def abandon(self) -> None:
         """Takes no more inputs, and raises BatcherClosed for whoever waits, at once and without its threads:
@@ -428,33 +464,70 @@ class Batcher:
     ) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
+        begun = time.perf_counter()
         try:
-            begin = time.perf_counter()
             good, spent = self._prepare(taken, turn)
-            middle = time.perf_counter()
-            beside = priority is self._bulk or self._others(priority)
-            size = sum(ready.prepared.size for _, ready in good)
+            batch = _Batch(inputs, good, spent, begun, time.perf_counter())
+            rows = [ready.prepared for _, ready in good]
             turn.steps += 1
-            turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * size * self._pace))
+            if self.backbone.runner is not None:
+                self._submit(batch, rows, lane, turn)
+                return
+            beside = priority is self._bulk or self._others(priority)
+            turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * batch.size * self._pace))
             try:
-                embeddings = self.backbone.run([ready.prepared for _, ready in good], beside=beside)
+                embeddings = self.backbone.run(rows, beside=beside)
             finally:
                 turn.allowed = 0.0
-            end = time.perf_counter()
             turn.steps += 1
         except Exception as error:
-            logger.exception(
-                "a batch of %d inputs failed on the backbone %s", len(taken), self.backbone.spec.name
-            )
             self._fail({request for request, _ in taken}, error)
             return
+        self._finish(batch, embeddings, lane, time.perf_counter() - begun)
+
+    def _submit(self, batch: _Batch, rows: list[Prepared], lane: Lane[Part], turn: Turn) -> None:
+        """Leaves a batch to the backbone's own thread: this one has the next inputs to prepare meanwhile."""
+        with self._lock:
+            self._submitted += 1
+        turn.wait(True)
+        try:
+            future = self.backbone.submit(rows)
+        except BaseException:
+            with self._lock:
+                self._submitted -= 1
+            raise
+        finally:
+            turn.wait(False)
+        occupied = time.perf_counter() - batch.begun
+
+        def done(future: Future[Floats]) -> None:
+            try:
+                error = future.exception()
+                if error is None:
+                    self._finish(batch, future.result(), lane, occupied)
+                else:
+                    self._fail(batch.requests, error)
+            except BaseException:
+                logger.exception("what the backbone %s gave is lost", self.backbone.spec.name)
+                self._give_up("What this backbone gave is lost; try again in a few seconds.")
+            finally:
+                with self._lock:
+                    self._submitted -= 1
+                    self._ran.notify_all()
+
+        future.add_done_callback(done)
+
+    def _finish(self, batch: _Batch, embeddings: Floats, lane: Lane[Part], occupied: float) -> None:
+        """Puts each row where it belongs. occupied: seconds that a thread had no time for other inputs."""
+        end = time.perf_counter()
+        good, spent, embed_seconds = batch.good, batch.spent, end - batch.prepared
         finished: list[Request] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
         # What cannot be read is refused at once, whatever it claims to be.
         cost = sum(
             part.costs[place]
-            for (part, place), (_, _, refusal) in zip(inputs, spent, strict=True)
+            for (part, place), (_, _, refusal) in zip(batch.inputs, spent, strict=True)
             if refusal is None
         )
         with self._lock:
@@ -464,27 +537,27 @@ class Batcher:
                     request.errors[index] = refusal
             for ((request, index), ready), embedding in zip(good, embeddings, strict=True):
                 request.embeddings[index] = embedding
-                request.timings["embed"] += (end - middle) / len(good)
+                request.timings["embed"] += embed_seconds / len(good)
                 request.tokens += ready.tokens
                 if ready.unknown:
                     request.unknown.add(index)
                 if ready.truncated:
                     request.truncated.add(index)
-            for request, _ in taken:
+            for (request, _), _, _ in spent:
                 request.pending -= 1
                 if not request.pending:
                     finished.append(request)
             if counted:
-                lane.pace += _NEWEST * ((end - begin) / cost - lane.pace)
-            if size:
-                self._pace += _NEWEST * ((end - middle) / size - self._pace)
+                lane.pace += _NEWEST * (occupied / cost - lane.pace)
+            if batch.size and self.backbone.runner is None:
+                self._pace += _NEWEST * (embed_seconds / batch.size - self._pace)
 
         def report() -> None:
             for (request, _), seconds, _ in spent:
                 if request.counted:
                     self._observe(stage, seconds)
             if counted:
-                self._observe("embed", end - middle)
+                self._observe("embed", embed_seconds)
                 self._observe_batch(counted)
 
         if finished:
@@ -526,7 +599,13 @@ class Batcher:
             turn.input = one
             return None if one is None else turn.refused.get(one)
 
-    def _fail(self, requests: set[Request], error: Exception) -> None:
+    def _fail(self, requests: set[Request], error: BaseException) -> None:
+        logger.error(
+            "a batch of %d requests failed on the backbone %s",
+            len(requests),
+            self.backbone.spec.name,
+            exc_info=error,
+        )
         self._forget(requests)
 
         def failure() -> Exception:

@@ -18,11 +18,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import IO, Final
 
 from PIL import Image
 
+from models.child import plain_environment
 from models.image_file import NOT_AN_IMAGE, ImageFile
 from models.inputs import InputError, InputLimits
 from models.spec import ImageTransform
@@ -40,18 +40,6 @@ _WALL_SECONDS: Final = (
 )
 _START_SECONDS: Final = 30.0
 _PIPE_BYTES: Final = 1 << 20
-_ROOT: Final = str(Path(__file__).resolve().parent.parent)
-# What Python and its libraries need of the environment; nothing secret is among it.
-_ENVIRONMENT: Final = (
-    "PATH",
-    "PYTHONPATH",
-    "PYTHONHOME",
-    "LD_LIBRARY_PATH",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "TZ",
-)
 
 # What the process is sent: sizes of a JSON header and of the file. What it answers: width and height, or 0
 # and the size of a JSON error.
@@ -205,10 +193,8 @@ class _Process:
     def __init__(self, memory_bytes: int) -> None:
         """Raises DecoderUnavailable."""
         self._late = False
-        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
-        environment = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
         # Libraries for linear algebra reserve memory for each thread that they might use.
-        environment |= {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        environment = plain_environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "models.decoder_process", str(memory_bytes)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import io
 import logging
 import shutil
 import sys
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from models import probes
 from models.backbone import Backbone
 from models.exported import find, find_tag, model_name, tag
+from models.gpu import lowest_cosine
 from models.half import halve
 from models.manifest import write_manifest
 from models.network import ExportRefused, Network, load_network
-from models.plan import lowest_cosine
+from models.pixels import with_byte_input
 from models.quantize import quantize
 from models.spec import (
     FLOAT32,
@@ -158,6 +158,9 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         quantize(folder, network.spec)
     if half:
         halve(folder)
+    if isinstance(network.spec.transform, ImageTransform):
+        for graph in folder.glob("*.onnx"):
+            graph.write_bytes(with_byte_input(graph.read_bytes(), network.spec.transform))
     write_manifest(folder, network.spec, _set_tables_aside(folder))
 
 
@@ -185,7 +188,7 @@ def _check(network: Network, folder: Path) -> None:
 
     Alone and together, because a graph may have the example's batch size in it. Raises ExportRefused.
     """
-    samples = _sample_images() if network.spec.kind == "image" else _SAMPLE_TEXTS
+    samples = probes.pictures() if network.spec.kind == "image" else probes.TEXTS
     reference = network.reference(samples)
     backbone = Backbone.open(folder)
     prepared = [backbone.preprocess(sample) for sample in samples]
@@ -199,32 +202,6 @@ def _check(network: Network, folder: Path) -> None:
                 f"at least {least} is needed"
             )
     logger.info("%s equals its reference: cosine %.7f", network.spec.name, lowest)
-
-
-def _sample_images() -> list[bytes]:
-    """Near enough to squares: of longer ones the libraries' own preprocessing sees the middle only."""
-    rng = np.random.default_rng(0)
-    images = []
-    for height, width in ((480, 640), (333, 180), (48, 48), (224, 224), (257, 510)):
-        coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-        noisy = (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(noisy).save(buffer, "PNG")
-        images.append(buffer.getvalue())
-    return images
-
-
-_SAMPLE_TEXTS = (
-    "How do I get my money back?",
-    "a",
-    "The quick brown fox jumps over the lazy dog. " * 60,
-    "Größe, naïve café, Ærø — “quoted” text…",
-    "请问这个产品什么时候发货?",
-    "ALL CAPITALS and MiXeD CaSe\nwith\ttabs and  double  spaces",
-    "emoji 🙂🚀 and symbols ≤ ∑ €5.00 50% #tag @name https://example.com/a?b=c",
-    "supercalifragilisticexpialidocious antidisestablishmentarianism",
-)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from models.spec import GRAPH_FILE, HALF_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
 
-# 2: large tables lie beside the graph. 3: so does its form in half precision. What was published in an older
-# one is served all the same.
-FORMAT = 3
-_READABLE = (1, 2, 3)
+# 2: large tables lie beside the graph. 3: so does its form in half precision. 4: graphs take pictures as
+# bytes. What was published in an older one is served all the same.
+FORMAT = 4
+_READABLE = (1, 2, 3, 4)
+_TAKES_BYTES = 4
 
 
 class CorruptExport(RuntimeError):
@@ -64,6 +65,11 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
 def is_current(folder: Path) -> bool:
     """Whether an export whose manifest was read before is in the format that would be written today."""
     return bool(json.loads((folder / MANIFEST_FILE).read_text())["format"] == FORMAT)
+
+
+def takes_bytes(folder: Path) -> bool:
+    """Whether the graphs of an image export whose manifest was read before take bytes, and not floats."""
+    return bool(json.loads((folder / MANIFEST_FILE).read_text())["format"] >= _TAKES_BYTES)
 
 
 def read_tables(folder: Path) -> dict[str, Path]:

@@ -12,17 +12,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from models.preprocess import Prepared
+from models.driver import gpu_name
 from models.session import Device, runtime_version
 from models.spec import Kind
 from models.usage import Usage
@@ -32,13 +29,14 @@ logger = logging.getLogger("topwork")
 K = TypeVar("K")
 T = TypeVar("T")
 
-Floats = NDArray[np.float32]
-
 PLAN_FILE = "plan.json"
-_FORMAT = 5
+_FORMAT = 6
 # The usual one first. More images at once would take more memory and gain nothing.
 BATCHES: Mapping[Kind, Sequence[int]] = {"image": (2, 1, 4), "text": (32, 1, 8)}
-_BATCHES_ON_GPU = (8, 32, 64, 128)
+BATCHES_ON_GPU: Mapping[Kind, Sequence[int]] = {
+    "image": (8, 32, 64, 128, 256),
+    "text": (32, 128, 256, 512, 1024),
+}
 # Between single precision and any other way to compute the same embedding.
 _MIN_COSINE = 0.9999
 # More threads than these are worth trying in one run only if that run has all of them.
@@ -53,11 +51,6 @@ _MOST_OTHERS = 0.1
 _MOST_SPREAD = 0.2
 # In which it shows whether others use the cores.
 _LOOK_SECONDS = 0.2
-# Where Linux and NVIDIA's driver say what they found.
-_PROCESSOR = {
-    "cpu": ("/proc", "cpuinfo", "model name"),
-    "cuda": ("/proc/driver/nvidia/gpus", "*/information", "Model"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +59,7 @@ class Plan:
     wait, with `beside` threads each. batch: inputs of one run at most.
 
     On a GPU the workers prepare inputs, and threads mean nothing. half: it computes in float16. graphs: it
-    replays CUDA graphs.
+    replays CUDA graphs. channels_last: convolutions have the channels of a pixel beside each other.
     """
 
     alone: int
@@ -75,6 +68,7 @@ class Plan:
     batch: int
     half: bool = False
     graphs: bool = False
+    channels_last: bool = False
 
     @classmethod
     def usual(cls, kind: Kind, device: Device, threads: int) -> Plan:
@@ -93,6 +87,7 @@ class Measured:
     plan: Plan
     others: float  # share of the cores' time that other processes used
     spread: float  # see spread_of
+    cosine: float = 1.0  # the least one between its embeddings and a CPU's; 1.0 on a CPU
 
     @property
     def doubt(self) -> float:
@@ -108,8 +103,25 @@ class Measured:
 Run = Callable[[Mapping[str, Any]], object]
 """One run of a session on a feed."""
 
-Embed = Callable[[Sequence[Prepared]], Floats]
-"""float32 (n, dim) of n prepared inputs."""
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How one way did on a GPU.
+
+    cosine: the least one between its embeddings and a CPU's. opening: seconds until it could run. others:
+    share of the cores that other processes used. rounds: inputs a second, in some rounds, by inputs at once.
+    """
+
+    cosine: float
+    opening: float
+    others: float
+    rounds: Mapping[int, Sequence[float]]
+
+
+class TrialFailed(RuntimeError):
+    """The way cannot be used here; the message says why."""
+
+    code = "trial_failed"
 
 
 def measure(
@@ -144,7 +156,7 @@ def measure(
         runs[threads](feed(n))
     # In turn, so that what disturbs the machine for a while disturbs all alike.
     for _, (threads, n, workers) in product(range(_ROUNDS), ways):
-        rates[threads, n, workers].append(_rate(runs[threads], feed(n), n, workers))
+        rates[threads, n, workers].append(rate(runs[threads], feed(n), n, workers))
     best = {way: max(found) for way, found in rates.items()}
     found = Measured(usual, usage.others(), spread_of(list(rates.values())))
     clearly = _CLEARLY if found.confirmed else _CLEARLY_IN_DOUBT
@@ -155,43 +167,56 @@ def measure(
     return replace(found, plan=plan)
 
 
-def measure_on_gpu(
-    usual: Plan,
-    halves: bool,
-    open_run: Callable[[Plan], AbstractContextManager[Embed]],
-    probes: Sequence[Prepared],
-) -> Measured:
-    """The fastest plan on this GPU whose embeddings are those of single precision. Some seconds.
+def ways_on_gpu(usual: Plan, halves: bool, images: bool) -> tuple[Plan, ...]:
+    """What is worth trying, the likely best first. halves: there is a graph in half precision."""
+    return tuple(
+        replace(usual, half=half, graphs=graphs, channels_last=channels_last)
+        for half, graphs, channels_last in product(
+            (True, False) if halves else (False,), (True, False), (False, True) if images else (False,)
+        )
+        # Half precision is what channels are laid out for.
+        if half or not channels_last
+    )
 
-    halves: there is a graph in half precision. open_run(plan) gives what embeds prepared inputs as the plan
-    says. probes: inputs, at least as many as the largest batch.
+
+def measure_on_gpu(
+    usual: Plan, ways: Sequence[Plan], batches: Sequence[int], try_out: Callable[[Plan], Trial]
+) -> Measured:
+    """The fastest way on this GPU whose embeddings are those of a CPU. A minute or less.
+
+    batches: inputs of one run that were tried, beside a single one. try_out(plan) raises TrialFailed. What is
+    usual, in single precision, where every way that works gives other embeddings. Raises TrialFailed where
+    none works.
     """
-    usage = Usage()
-    with open_run(usual) as embed:
-        reference = embed(probes)
     found: dict[Plan, float] = {}
-    every: list[Sequence[float]] = []
-    for half, graphs in product((True, False) if halves else (False,), (True, False)):
-        way = replace(usual, half=half, graphs=graphs)
+    cosines: dict[Plan, float] = {}
+    rounds: list[Sequence[float]] = []
+    others = 0.0
+    failed: TrialFailed | None = None
+    for way in ways:
         try:
-            with open_run(way) as embed:
-                if not lowest_cosine(embed(probes), reference) >= _MIN_COSINE:
-                    logger.warning("float16 gives other embeddings here; single precision is taken")
-                    continue
-                rounds = {n: _rates(embed, probes[:n], n) for n in (1, usual.batch, *_BATCHES_ON_GPU)}
-        # A network may have what no graph can capture.
-        except Exception as error:
-            if not graphs:
-                raise
-            logger.info("no CUDA graphs for this backbone: %s", error)
+            trial = try_out(way)
+        except TrialFailed as error:
+            # A network may have what no graph can capture.
+            logger.info("a way to run a backbone cannot be used here, %s: %s", way, error)
+            failed = error
             continue
-        every += rounds.values()
-        rates = {n: max(some) for n, some in rounds.items()}
-        single = rates.pop(1)
-        batch = _best(rates)
+        cosines[way], others = trial.cosine, max(others, trial.others)
+        if not trial.cosine >= _MIN_COSINE:
+            logger.warning("embeddings are others here, and it is not used: %s, cosine %s", way, trial.cosine)
+            continue
+        rounds += trial.rounds.values()
+        rates = {count: max(some) for count, some in trial.rounds.items()}
+        # The smallest that is about as fast: less waits, and less memory is bound.
+        batch = min(count for count in batches if rates[count] * _CLEARLY >= max(rates.values()))
         # One input after the other counts as much as many at once.
-        found[replace(way, batch=batch)] = math.sqrt(single * rates[batch])
-    return Measured(max(found, key=lambda plan: found[plan]), usage.others(), spread_of(every))
+        chosen = replace(way, batch=batch)
+        found[chosen] = math.sqrt(rates[1] * rates[batch])
+        cosines[chosen] = trial.cosine
+    if not cosines and failed is not None:
+        raise failed
+    best = max(found, key=lambda plan: found[plan], default=usual)
+    return Measured(best, others, spread_of(rounds) if rounds else 1.0, cosines.get(best, 1.0))
 
 
 def spread_of(rounds: Sequence[Sequence[float]]) -> float:
@@ -202,19 +227,9 @@ def spread_of(rounds: Sequence[Sequence[float]]) -> float:
     return median(1.0 - median(rates) / max(rates) for rates in rounds)
 
 
-def lowest_cosine(one: Floats, other: Floats) -> float:
-    """Between the rows of two arrays, (n, dim); NaN where a number is."""
-    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return float((np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-12)).min())
-
-
-def _rates(run: Callable[[T], object], feed: T, items: int) -> list[float]:
-    """Items a second of one thread, in some rounds behind a first run."""
-    run(feed)
-    return [_rate(run, feed, items, 1) for _ in range(_ROUNDS)]
-
-
-def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> float:
+def rate(
+    run: Callable[[T], object], feed: T, items: int, workers: int, seconds: float = _ROUND_SECONDS
+) -> float:
     """Items a second by this number of threads."""
 
     def repeat(until: float) -> int:
@@ -226,7 +241,7 @@ def _rate(run: Callable[[T], object], feed: T, items: int, workers: int) -> floa
 
     with ThreadPoolExecutor(workers) as pool:
         begin = time.perf_counter()
-        done = sum(pool.map(repeat, [begin + _ROUND_SECONDS] * workers))
+        done = sum(pool.map(repeat, [begin + seconds] * workers))
         return done / (time.perf_counter() - begin)
 
 
@@ -250,7 +265,7 @@ def read_plan(export: Path, usual: Plan, device: Device) -> Measured | None:
         if kept["about"] != _about(usual, device):
             return None
         plan = Plan(**{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()})
-        found = Measured(plan, float(kept["others"]), float(kept["spread"]))
+        found = Measured(plan, float(kept["others"]), float(kept["spread"]), float(kept["cosine"]))
         return found if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -276,15 +291,14 @@ def _about(usual: Plan, device: Device) -> dict[str, Any]:
         "onnxruntime": runtime_version(),
         "device": device,
         "threads": usual.alone,
-        "processor": _first_line(_PROCESSOR[device]),
+        "processor": (gpu_name() if device == "cuda" else _processor()) or "unknown",
     }
 
 
-def _first_line(of: tuple[str, str, str]) -> str:
-    """What stands behind a name in the first of some files that the kernel keeps."""
-    folder, pattern, name = of
+def _processor() -> str | None:
+    """What the kernel calls this machine's."""
     try:
-        lines = next(Path(folder).glob(pattern)).read_text(encoding="utf-8").splitlines()
-    except (OSError, StopIteration):
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -110,11 +110,12 @@ _SUPPORT = 3
 
 
 class ImagePreprocessor:
-    """Encoded image → float32 (3, size, size), near squares as timm's evaluation transform gives it.
+    """Encoded image → uint8 (size, size, 3), near squares as timm's evaluation transform sees it.
 
-    Thread-safe. Around that transform: EXIF orientation is applied, transparency composited on white, 16-bit
-    grey scaled to 8, CMYK and grey made RGB, the first frame taken of an animation. Colour profiles are not
-    applied. Large images, and those whose cost is in doubt, are decoded in another process.
+    Thread-safe. The network normalises the bytes itself. Around that transform: EXIF orientation is applied,
+    transparency composited on white, 16-bit grey scaled to 8, CMYK and grey made RGB, the first frame taken
+    of an animation. Colour profiles are not applied. Large images, and those whose cost is in doubt, are
+    decoded in another process.
     """
 
     def __init__(
@@ -129,9 +130,6 @@ class ImagePreprocessor:
         self.transform = transform
         self.limits = limits
         self._decoder = decoder or Decoder.shared()
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (transform.mean, transform.std))
-        self._scale = (1 / (255 * std)).astype(np.float32)
-        self._shift = (mean / std).astype(np.float32)
 
     def __call__(self, data: bytes, waiting: Waiting = wait_unseen) -> Prepared:
         """waiting(True) is called where another process begins to decode, waiting(False) once it is done.
@@ -143,10 +141,7 @@ class ImagePreprocessor:
             square = self._decoder.decode(file, self.transform, self.limits, waiting)
         else:
             square = self.square(file)
-        pixels = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
-        pixels *= self._scale
-        pixels -= self._shift
-        return pixels
+        return np.asarray(square)
 
     def square(self, file: ImageFile) -> Image.Image:
         """What the network sees, in RGB, decoded in this thread however large it is. Raises InputError."""
@@ -446,6 +441,10 @@ class TextPreprocessor:
             raise InputError(
                 "invalid_text", "The text holds half of a surrogate pair; send valid Unicode."
             ) from None
+        return self.tokens(text)
+
+    def tokens(self, text: str) -> tuple[Prepared, bool]:
+        """As cut, of a text that is not checked."""
         tokens, truncated = self._encode(self.transform.prompt + text)
         return np.array(tokens, dtype=np.int64), truncated
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.preprocess import ImagePreprocessor, TextPreprocessor, rgb
+from models.pixels import normalised
+from models.preprocess import ImagePreprocessor, Prepared, TextPreprocessor, rgb
 from models.spec import (
     GRAPH_FILE,
     IDS,
@@ -69,7 +70,7 @@ def _quantize_images(graph: Path, transform: ImageTransform) -> None:
         quantize_static(
             plain,
             small,
-            Reader({PIXELS: pixels[None]} for pixels in _pictures(transform)),
+            Reader({PIXELS: normalised(picture[None], transform)} for picture in _pictures(transform)),
             quant_format=QuantFormat.QOperator,
             op_types_to_quantize=_IMAGE_OPERATORS,
             per_channel=True,
@@ -80,8 +81,8 @@ def _quantize_images(graph: Path, transform: ImageTransform) -> None:
         graph.write_bytes(small.read_bytes())
 
 
-def _pictures(transform: ImageTransform) -> Iterator[Floats]:
-    """Photographs as a network sees them, float32 (3, size, size): whole, in quarters, and small on white."""
+def _pictures(transform: ImageTransform) -> Iterator[Prepared]:
+    """Photographs as a network sees them, uint8 (size, size, 3): whole, in quarters, and small on white."""
     prepare = ImagePreprocessor(transform)
     for path in sorted(CALIBRATION.glob("*.jpg")):
         image = rgb(path.read_bytes())

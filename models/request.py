@@ -1,9 +1,8 @@
-"""A caller's inputs on their way through a batcher, what may become of them, and what a thread is at."""
+"""A caller's inputs on their way through a batcher, and what may become of them."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
@@ -108,45 +107,6 @@ class Request:
         self.tokens = 0
         self.timings = {stage: 0.0, "queue": 0.0, "embed": 0.0}
         self.pending = len(inputs)
-
-
-class Turn:
-    """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
-
-    steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
-    it prepares inputs. waits: another process prepares its input, for a time that is bounded there. clock: of
-    its CPU time, for time.clock_gettime; None until the thread has begun.
-
-    Guarded by the batcher's lock: thread, the one whose turn it is; taken, what it has, and input, that of it
-    which is being prepared; refused, what of it is not to be prepared, and why.
-    """
-
-    __slots__ = (
-        "allowed",
-        "busy",
-        "clock",
-        "input",
-        "refused",
-        "steps",
-        "taken",
-        "thread",
-        "waits",
-    )
-
-    def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self.taken: list[tuple[Part, int]] = []
-        self.input: tuple[Request, int] | None = None
-        self.refused: dict[tuple[Request, int], InputError] = {}
-        self.waits = False
-        self.steps = 0
-        self.busy = False
-        self.allowed = 0.0
-        self.clock: int | None = None
-
-    def wait(self, waits: bool) -> None:
-        """Another process begins to prepare an input, or is done."""
-        self.waits = waits
 
 
 def settle(

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from models.crew import Crew, gathered
+from models.driver import gpu_name, load_libraries
 
 # models/__init__.py has turned it off before this import; a program may have imported it earlier.
 onnxruntime.disable_telemetry_events()
@@ -24,9 +25,10 @@ _PROVIDERS: Final[dict[Device, list[Any]]] = {
             "CUDAExecutionProvider",
             {
                 # TF32 rounds to 10 bits of mantissa: embeddings of one fingerprint would differ between
-                # hosts.
+                # hosts. The setting takes the tensor cores from convolutions in half precision too.
                 "use_tf32": "0",
-                # An exhaustive search runs again for each batch size it has not seen.
+                # cuDNN's first choice. DEFAULT is the slow one that always works, and EXHAUSTIVE another
+                # list of choices, of which none is measured.
                 "cudnn_conv_algo_search": "HEURISTIC",
                 "arena_extend_strategy": "kSameAsRequested",
             },
@@ -35,7 +37,7 @@ _PROVIDERS: Final[dict[Device, list[Any]]] = {
     ],
 }
 
-_GPU_ADVICE = (
+GPU_ADVICE = (
     "A GPU was asked for and ONNX Runtime cannot use one. Check that `nvidia-smi` lists a GPU here, that its "
     "driver supports CUDA 13, and that onnxruntime-gpu[cuda,cudnn] is installed without onnxruntime beside "
     "it; or set the device to cpu."
@@ -64,15 +66,18 @@ def open_session(
     device: Device,
     threads: int = 1,
     graphs: bool = False,
+    half: bool = False,
+    channels_last: bool = False,
     one_shape: bool = False,
     tables: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
     """A session for the graph in model, a file or its bytes, on the device asked for or not at all.
 
     threads: of one run on the CPU, the calling one included. graphs: capture CUDA graphs; runs are then
-    of one thread, with bound inputs and outputs, and name a graph each: see models/gpu.py. one_shape: the
-    inputs of all runs are of few shapes. tables: constants to take from elsewhere than the graph, by name.
-    The session's crew are the other threads of a run.
+    of one thread, with bound inputs and outputs, and name a graph each: see models/gpu.py. half: the graph
+    computes in float16. channels_last: convolutions on a GPU have the channels of a pixel together.
+    one_shape: the inputs of all runs are of few shapes. tables: constants to take from elsewhere than the
+    graph, by name. The session's crew are the other threads of a run.
     Raises DeviceUnavailable: ONNX Runtime itself would go on without the GPU and say nothing. Safe to run
     from several threads.
     """
@@ -93,28 +98,27 @@ def open_session(
         options.enable_cpu_mem_arena = one_shape
         options.enable_mem_pattern = one_shape
     else:
-        # Only for CUDA: it loads the NVIDIA libraries, 190 MB.
-        onnxruntime.preload_dlls()
+        if gpu_name() is None:
+            raise DeviceUnavailable(GPU_ADVICE)
+        # Only for CUDA: these are gigabytes.
+        load_libraries()
     providers = _PROVIDERS[device]
-    if graphs:
+    if device == "cuda":
         name, settings = providers[0]
-        providers = [(name, settings | {"enable_cuda_graph": "1"}), *providers[1:]]
-    try:
-        with gathered() as threads_beside:
-            session = onnxruntime.InferenceSession(
-                model if isinstance(model, bytes) else str(model),
-                options,
-                providers=providers,
-                enable_fallback=0,
-            )
-    except Exception as error:
-        if device == "cuda" and "CUDA" in str(error):
-            raise DeviceUnavailable(f"{_GPU_ADVICE} ({error})") from error
-        raise
+        wished = {"enable_cuda_graph": graphs, "use_tf32": half, "prefer_nhwc": channels_last}
+        settings = settings | {key: "1" for key, value in wished.items() if value}
+        providers = [(name, settings), *providers[1:]]
+    with gathered() as threads_beside:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=providers,
+            enable_fallback=0,
+        )
     # They must live as long as the session, which does not see to that.
     session.tables = tables
     session.crew = Crew(threads_beside)
     wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]
     if wanted not in session.get_providers():
-        raise DeviceUnavailable(_GPU_ADVICE)
+        raise DeviceUnavailable(GPU_ADVICE)
     return session

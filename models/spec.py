@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 Kind = Literal["image", "text"]
 
 # Names of the inputs and the output of every exported graph. BERT graphs already hold a value called
-# "embedding".
+# "embedding". Bytes of pictures become pixels inside of the graph; graphs of earlier releases take pixels.
+RGB: Final = "rgb"
 PIXELS: Final = "pixels"
 IDS: Final = "ids"
 MASK: Final = "mask"

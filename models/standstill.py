@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from models.batcher import LONGEST_RUN, PATIENCE, Batcher
-from models.request import Turn
+from models.batcher import Batcher
+from models.turn import LONGEST_RUN, PATIENCE, Turn
 
 # CPU time between two looks that is work, in seconds.
 _WORK = 1e-3

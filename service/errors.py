@@ -24,7 +24,6 @@ from adapters.example import ExampleError
 from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.head import CorruptHead
 from adapters.linear_probe import OneLabel, TooCostly
-from adapters.onnx_head import InvalidGraph
 from adapters.outward import tells_of_the_inside
 from adapters.predicting import HeadMismatch, NoLiveVersion
 from adapters.records import (
@@ -48,6 +47,7 @@ from adapters.uploaded import BadUpload
 from models.decoder import DecoderUnavailable
 from models.manifest import CorruptExport
 from models.preprocess import InputError
+from models.protobuf import InvalidGraph
 from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.spec import UnknownBackbone
 

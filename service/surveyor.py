@@ -160,6 +160,8 @@ def _read(output: bytes) -> Measured | None:
     """What the command printed."""
     try:
         told = json.loads(output)
-        return Measured(Plan(**told["plan"]), float(told["others"]), float(told["spread"]))
+        return Measured(
+            Plan(**told["plan"]), float(told["others"]), float(told["spread"]), float(told["cosine"])
+        )
     except (ValueError, KeyError, TypeError):
         return None

@@ -17,10 +17,11 @@ import numpy as np
 
 from adapters.networks import Networks
 from models.backbone import Backbone, Floats
-from models.batcher import PATIENCE, Batcher
+from models.batcher import Batcher
 from models.request import BatcherClosed, EmbeddingFailed, Overloaded
 from models.spec import FLOAT16
 from models.standstill import Standstill
+from models.turn import PATIENCE
 
 logger = logging.getLogger("topwork")
 
@@ -128,6 +129,9 @@ class Watching:
 
     def _look_at_backbones(self, passed: float) -> None:
         for name, one in self._watched.items():
+            if self._batchers[name].backbone.lost:
+                # What is opened again in this process fails as well.
+                self._end(f"the GPU failed under the backbone {name}")
             if one.replacing is None and (why := one.standstill.look(passed)) is not None:
                 self._replace(name, why)
 
@@ -135,6 +139,8 @@ class Watching:
         batchers = [batcher for batcher in self._networks.batchers if batcher not in self._left]
         self._tuned = {batcher: self._tuned.get(batcher) or Standstill(batcher) for batcher in batchers}
         for batcher, standstill in self._tuned.items():
+            if batcher.backbone.lost:
+                self._end(f"the GPU failed under a fine-tuned network of {batcher.backbone.spec.name}")
             why = standstill.look(passed)
             if why is not None:
                 logger.error("a fine-tuned network of %s is dropped: %s", batcher.backbone.spec.name, why)

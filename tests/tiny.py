@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from models.backbone import Backbone
 from models.exported import model_name
 from models.manifest import write_manifest
+from models.pixels import with_byte_input
 from models.spec import (
     GRAPH_FILE,
     IDS,
+    MANIFEST_FILE,
     MASK,
     OUTPUT_NAME,
     PIXELS,
@@ -38,7 +41,10 @@ _WORDS = tuple(a + b + c for a in "bdfklmnprst" for b in "aeiou" for c in ("", "
 
 
 def image_export(folder: Path, crop_mode: str = "fold") -> Path:
-    """Writes a tiny image backbone (32 pixels square, 32 dims) under folder; returns its export folder."""
+    """Writes a tiny image backbone (32 pixels square, 32 dims) under folder; returns its export folder.
+
+    crop_mode: "center" writes it as earlier releases did, whose graphs took floats.
+    """
     rng = np.random.default_rng(1)
     graph = helper.make_graph(
         [
@@ -188,6 +194,13 @@ def _write(folder: Path, graph: onnx.GraphProto, spec: BackboneSpec) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
-    (folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
+    transform, content = spec.transform, model.SerializeToString(deterministic=True)
+    if isinstance(transform, ImageTransform) and transform.crop_mode != "center":
+        content = with_byte_input(content, transform)
+        onnx.checker.check_model(content)
+    (folder / GRAPH_FILE).write_bytes(content)
     write_manifest(folder, spec)
+    if isinstance(transform, ImageTransform) and transform.crop_mode == "center":
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"format": 3}))
     return folder

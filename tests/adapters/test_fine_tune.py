@@ -30,6 +30,7 @@ from models.backbone import Backbone
 from models.export import write
 from models.network import ExportRefused, Network, load_network
 from models.spec import GRAPH_FILE, BackboneSpec, ImageTransform
+from tests.gpu import require_gpu
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("blue", "green", "red")
@@ -130,7 +131,7 @@ def test_the_layer_computes_what_the_head_computes(transform: str) -> None:
 
 
 def test_the_first_phase_leaves_the_network_as_it_is_bit_for_bit() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     before, head_before = state(model.network), state(model.head)
     embeddings = embed(model, learned.samples, learned.training)
     labels = torch.from_numpy(learned.labels[learned.training])
@@ -143,7 +144,7 @@ def test_the_first_phase_leaves_the_network_as_it_is_bit_for_bit() -> None:
 
 
 def test_the_first_phase_ends_at_a_minimum() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     embeddings = embed(model, learned.samples, learned.training)
     labels = torch.from_numpy(learned.labels[learned.training])
     start = model.head.weight.detach().clone()
@@ -157,7 +158,7 @@ def test_the_first_phase_ends_at_a_minimum() -> None:
 
 
 def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     before = state(model)
     told: list[Progress] = []
     outcome = fine_tune(model, learned, 0.1, CONFIG, tell=lambda progress, _: told.append(progress))
@@ -175,7 +176,7 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
 
 
 def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     embeddings = embed(model, learned.samples, range(len(learned.labels)))
     train_head(model, embeddings, torch.from_numpy(learned.labels), 0.1)
     assert model.head.weight.grad is not None
@@ -184,7 +185,7 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
 
 
 def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     score = Score(1.0, 0.5)
     measured = Measured(score, score, 1.0, 3, 2)
     whole = SecondPhase(model, learned, CONFIG, score)
@@ -198,7 +199,11 @@ def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
 
 def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
-    model, other, learned = Model(network(), head()), Model(network(), head()), lesson()
+    model, other, learned = (
+        Model(network(), head(), SPEC.transform),
+        Model(network(), head(), SPEC.transform),
+        lesson(),
+    )
     assert same(state(model), state(other))
     phase = SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
     assert len(phase._optimizers) == 3
@@ -232,7 +237,7 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.
     found = []
     for at_once in (1_000, 5):
         monkeypatch.setattr(samples, "_PIXELS_AT_ONCE", at_once * SIZE * SIZE)
-        model = Model(network(), head())
+        model = Model(network(), head(), SPEC.transform)
         phase = SecondPhase(model, some, CONFIG, Score(1.0, 0.5), None)
         seeded(7)
         loss = phase._accumulate(some.training[:23], 0)
@@ -258,7 +263,7 @@ def test_unfreezing_keeps_normalisation_in_inference_mode() -> None:
 
 
 def test_fine_tuning_learns_what_a_head_cannot() -> None:
-    model = Model(network(), head())
+    model = Model(network(), head(), SPEC.transform)
     config = replace(CONFIG, epochs=8)
     outcome = fine_tune(model, lesson(150), 0.1, config)
     assert outcome.measured.final.loss < outcome.measured.first.loss
@@ -266,7 +271,7 @@ def test_fine_tuning_learns_what_a_head_cannot() -> None:
 
 
 def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
-    model = Model(network(), head())
+    model = Model(network(), head(), SPEC.transform)
     phase_one: list[dict[str, torch.Tensor]] = []
 
     def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
@@ -284,7 +289,11 @@ def test_it_does_not_stop_while_its_rate_is_high() -> None:
     config = replace(CONFIG, epochs=8, full_size_epochs=8, patience=2, head_rate=1.0, backbone_rate=0.1)
     told: list[Progress] = []
     outcome = fine_tune(
-        Model(network(), head()), lesson(), 0.1, config, tell=lambda progress, _: told.append(progress)
+        Model(network(), head(), SPEC.transform),
+        lesson(),
+        0.1,
+        config,
+        tell=lambda progress, _: told.append(progress),
     )
     losses = [progress.held_out.loss for progress in told if progress.held_out is not None]
     assert min(losses) == losses[0]
@@ -313,7 +322,7 @@ class Recorded:
 
 
 def test_rows_held_out_are_trained_on_once_all_is_measured_and_not_before() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     samples = Recorded(learned.samples)
 
     def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
@@ -348,7 +357,7 @@ def checkpoint_of(phase: int) -> Checkpoint:
             raise Stop
 
     with pytest.raises(Stop):
-        fine_tune(Model(network(), head()), lesson(), 0.1, CONFIG, tell=stop)
+        fine_tune(Model(network(), head(), SPEC.transform), lesson(), 0.1, CONFIG, tell=stop)
     return kept[0]
 
 
@@ -358,13 +367,13 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
 ) -> None:
     # Several optimizers, as a larger network has.
     monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
-    whole = Model(network(), head())
+    whole = Model(network(), head(), SPEC.transform)
     expected = fine_tune(whole, lesson(), 0.1, CONFIG)
     assert expected.refit_epochs > 1
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, checkpoint_of(phase), "this work")
     assert load_checkpoint(path, "other work") is None
-    resumed = Model(network(), head())
+    resumed = Model(network(), head(), SPEC.transform)
     found = fine_tune(resumed, lesson(), 0.1, CONFIG, resume=load_checkpoint(path, "this work"))
     assert (found.measured, found.refit_epochs) == (expected.measured, expected.refit_epochs)
     assert same(state(whole), state(resumed))
@@ -372,14 +381,14 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
 
 
 def test_without_a_refit_the_network_is_the_one_that_was_measured() -> None:
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     outcome = fine_tune(model, learned, 0.1, replace(CONFIG, refit=False))
     assert (outcome.refit_epochs, outcome.logits) == (0, None)
     assert evaluate(model, learned) == outcome.measured.final
 
 
 def test_a_loss_that_is_no_number_ends_it() -> None:
-    model = Model(network(), head())
+    model = Model(network(), head(), SPEC.transform)
     with torch.no_grad():
         model.head.bias[0] = float("nan")
     with pytest.raises(Diverged):
@@ -456,7 +465,7 @@ def test_batches_cover_every_row_once() -> None:
 @pytest.fixture(scope="module")
 def tuned() -> tuple[Model, Lesson, Tuned]:
     torch.manual_seed(0)
-    model, learned = Model(network(), head()), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
     outcome = fine_tune(model, learned, 0.1, CONFIG)
     return model, learned, finish(small(model), model, learned, NAMES, outcome, 0.95)
 
@@ -494,7 +503,7 @@ def test_networks_of_both_libraries_are_tuned_and_exported(folders: Path, tmp_pa
         np.zeros((3, dim), np.float32),
         np.zeros(3, np.float32),
     )
-    model = Model(whole.forward, blank)
+    model = Model(whole.forward, blank, whole.spec.transform)
     learned = Lesson(samples, labels, np.arange(60) % 4 == 3)
     table, vocabulary = whole.words, samples.vocabulary
     assert (table is None) == (vocabulary is None) == (library == "timm")
@@ -528,7 +537,7 @@ def test_the_export_answers_as_torch_does(tuned: tuple[Model, Lesson, Tuned], tm
     assert (tmp_path / GRAPH_FILE).stat().st_size == len(made.onnx)
     with torch.inference_mode():
         plain = learned.samples.plain(learned.testing)
-        expected = made.head.logits(model.network(*plain).numpy())
+        expected = made.head.logits(model.embed(*plain).numpy())
     ours = made.head.logits(Backbone.open(tmp_path).run(list(plain[0].numpy())))
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
@@ -548,3 +557,39 @@ def test_an_export_of_other_weights_is_refused(tuned: tuple[Model, Lesson, Tuned
     write(Network(SPEC, other, lambda images: np.zeros((0, DIM), np.float32)), tmp_path)
     with pytest.raises(ExportRefused, match="Nothing was published"):
         check_parity(model, made.head, Backbone.open(tmp_path), learned)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_what_a_cpu_then_serves() -> None:
+    require_gpu()
+    model, learned = Model(network(), head(), SPEC.transform).to("cuda"), lesson()
+    config = replace(CONFIG, epochs=8)
+    outcome = fine_tune(model, learned, 0.1, config)
+    made = finish(small(model), model, learned, NAMES, outcome, 0.9)
+    assert made.report["export"]["largest_difference"] <= 1e-3
+    assert made.report["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("transform", ["sqrt", "none"])
+def test_the_head_computes_in_single_precision_whatever_the_network_does(transform: str) -> None:
+    """As Head.predict does: bfloat16 has 8 bits of mantissa."""
+    embeddings = torch.from_numpy(np.random.default_rng(5).uniform(0, 2, (7, DIM)).astype(np.float32))
+    layer = HeadLayer(head(transform))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(embeddings)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, layer(embeddings), rtol=0, atol=0)
+
+
+def test_pictures_are_trained_on_as_they_are_served(tmp_path: Path) -> None:
+    """Plain or augmented they are bytes, and the model makes the same pixels of them as the exported graph."""
+    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    (plain,), (augmented,) = learned.samples.plain([0, 1, 2]), learned.samples.augmented([0, 1, 2], 24)
+    assert plain.dtype == augmented.dtype == torch.uint8
+    assert plain.shape == (3, SIZE, SIZE, 3)
+    assert augmented.shape == (3, 24, 24, 3)
+    write(small(model), tmp_path)
+    with torch.inference_mode():
+        theirs = model.embed(plain).numpy()
+    np.testing.assert_allclose(Backbone.open(tmp_path).run(list(plain.numpy())), theirs, atol=1e-5)
+    assert "_scale" not in "".join(model.state_dict())

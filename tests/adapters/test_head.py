@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from adapters.answering import shape, single
 from adapters.head import CorruptHead, Head
 from adapters.linear_probe import fit
-from adapters.onnx_head import PROBABILITIES, VALUES, InvalidGraph, append_head
+from adapters.onnx_head import PROBABILITIES, VALUES, append_head
 from models.backbone import Backbone
-from models.spec import GRAPH_FILE, IDS, MASK, PIXELS
+from models.protobuf import InvalidGraph
+from models.spec import GRAPH_FILE, IDS, MASK, RGB
 from tests import tiny
 from tests.adapters.clouds import classification, clouds, dataset
 
@@ -189,4 +190,4 @@ def test_what_is_no_graph_is_refused(head: Head) -> None:
 
 def _feed(backbone: Backbone, one: bytes | str) -> dict[str, NDArray[np.generic]]:
     prepared = backbone.preprocess(one)[None]
-    return {PIXELS: prepared} if isinstance(one, bytes) else {IDS: prepared, MASK: np.ones_like(prepared)}
+    return {RGB: prepared} if isinstance(one, bytes) else {IDS: prepared, MASK: np.ones_like(prepared)}

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from adapters.features import Scaling
 from adapters.head import Doubt, Head
-from adapters.onnx_head import InvalidGraph, append_head
+from adapters.onnx_head import append_head
 from adapters.region import fit_region
 from models.preprocess import Silence, TextPreprocessor
+from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
 from tests import tiny
 

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from models.backbone import Backbone, planned
-from models.gpu import Runner
+from models.batcher import Batcher
+from models.gpu import Access, DeviceLost, Runner, shapes_for
 from models.half import halve
 from models.manifest import read_manifest, write_manifest
 from models.plan import Plan
 from models.preprocess import Prepared
+from models.request import EmbeddingFailed
 from models.session import open_session
 from models.spec import GRAPH_FILE, HALF_FILE
+from models.standstill import Standstill
+from models.turn import PATIENCE
 from tests import tiny
+from tests.gpu import require_gpu
 
 Make = Callable[[Path], Path]
 KINDS = pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
-NEEDS_GPU = pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no GPU here")
+ROWS = 8
+
+
+@pytest.fixture
+def gpu() -> None:
+    """See require_gpu."""
+    require_gpu()
 
 
 def inputs(backbone: Backbone, count: int) -> list[Prepared]:
@@ -41,11 +57,18 @@ def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backbo
     backbone.close()
 
 
-@pytest.fixture
-def runner(reference: Backbone) -> Iterator[Runner]:
-    """The runner with a session on the CPU, where memory is bound alike."""
-    session = open_session(reference.path / GRAPH_FILE, device="cpu")
-    opened = Runner(session, reference.spec, batch=8, device="cpu")
+def simulated(backbone: Backbone, *, graphs: bool = False, **more: Any) -> Runner:
+    """The runner with sessions on the CPU, where memory is bound alike; the id of a graph means nothing."""
+    more.setdefault("open_session", lambda: open_session(backbone.path / GRAPH_FILE, device="cpu"))
+    more.setdefault("access", Access())
+    shapes = more.pop("shapes", shapes_for(backbone.spec, ROWS))
+    opens = more.pop("open_session")
+    return Runner(backbone.spec, opens, shapes, inputs(backbone, 9), device="cpu", graphs=graphs, **more)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "graphs"])
+def runner(request: pytest.FixtureRequest, reference: Backbone) -> Iterator[Runner]:
+    opened = simulated(reference, graphs=request.param)
     yield opened
     opened.close()
 
@@ -71,40 +94,263 @@ def test_many_threads_get_their_own(reference: Backbone, runner: Runner) -> None
         assert all(pool.map(ask, list(range(24)) * 10))
 
 
-class Counting:
-    """A session that notes the rows of each run, and waits before the first."""
+class Watched:
+    """A session that tells of each run, and waits before it once it is told to."""
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, tell: Callable[[], None]) -> None:
         self._session = session
-        self.runs = 0
-        self.first = threading.Event()
-        self.go = threading.Event()
+        self._tell = tell
 
     def io_binding(self) -> onnxruntime.IOBinding:
         return self._session.io_binding()
 
     def run_with_iobinding(self, *arguments: object) -> None:
-        self.runs += 1
-        self.first.set()
-        self.go.wait(10)
+        self._tell()
         self._session.run_with_iobinding(*arguments)
 
 
+def watched(backbone: Backbone, tell: Callable[[], None]) -> Callable[[], Any]:
+    return lambda: Watched(open_session(backbone.path / GRAPH_FILE, device="cpu"), tell)
+
+
+class Hold:
+    """Holds up runs once it is closed, until it is opened."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def close(self) -> None:
+        self.runs = 0
+        self.reached.clear()
+        self.go.clear()
+
+    def __call__(self) -> None:
+        self.runs += 1
+        self.reached.set()
+        assert self.go.wait(10)
+
+
 def test_what_comes_while_it_runs_goes_into_the_next_run(reference: Backbone) -> None:
-    session = Counting(open_session(reference.path / GRAPH_FILE, device="cpu"))
-    runner = Runner(session, reference.spec, batch=8, device="cpu")
+    hold = Hold()
+    runner = simulated(reference, open_session=watched(reference, hold))
     (one,) = inputs(reference, 1)
-    with ThreadPoolExecutor(9) as pool:
-        found = [pool.submit(runner.run, [one])]
-        assert session.first.wait(10)
-        found += [pool.submit(runner.run, [one]) for _ in range(8)]
-        while len(runner._waiting) < 8:
-            assert not any(future.done() for future in found)
-        session.go.set()
-        for future in found:
-            np.testing.assert_allclose(future.result(), reference.run([one]), atol=1e-5)
+    hold.close()
+    found = [runner.submit([one])]
+    assert hold.reached.wait(10)
+    found += [runner.submit([one]) for _ in range(ROWS)]
+    assert not any(future.done() for future in found)
+    hold.go.set()
+    for future in found:
+        np.testing.assert_allclose(future.result(10), reference.run([one]), atol=1e-5)
     runner.close()
-    assert session.runs == 2
+    assert hold.runs == 2
+
+
+def test_who_submits_waits_while_two_runs_are_waiting(reference: Backbone) -> None:
+    hold = Hold()
+    runner = simulated(reference, open_session=watched(reference, hold))
+    (one,) = inputs(reference, 1)
+    hold.close()
+    found = [runner.submit([one])]
+    assert hold.reached.wait(10)
+    found += [runner.submit([one] * ROWS) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(runner.submit, [one])
+        time.sleep(0.1)
+        assert not late.done()
+        hold.go.set()
+        found.append(late.result(10))
+    assert [len(future.result(10)) for future in found] == [1, ROWS, ROWS, 1]
+    runner.close()
+
+
+def test_shapes_are_opened_before_the_first_run_the_largest_first(reference: Backbone) -> None:
+    sessions: list[int] = []
+
+    def opened() -> Any:
+        sessions.append(1)
+        return open_session(reference.path / GRAPH_FILE, device="cpu")
+
+    runner = simulated(reference, open_session=opened)
+    shapes = shapes_for(reference.spec, ROWS)
+    # Convolutions are planned anew for another number of images; matrix products are not.
+    assert len(sessions) == (len(shapes) if reference.spec.kind == "image" else 1)
+    assert list(shapes) == sorted(shapes, key=lambda shape: -shape.size)
+    assert {shape.rows for shape in shapes} == {1, 2, 4, 8}
+    before = len(sessions)
+    runner.run(inputs(reference, 13))
+    assert len(sessions) == before
+    runner.close()
+
+
+@KINDS
+@pytest.mark.parametrize("batch", [1, 3, 64, 200, 1024])
+def test_every_number_of_inputs_has_a_shape(tmp_path: Path, make: Make, batch: int) -> None:
+    spec = read_manifest(make(tmp_path), verify=True)
+    for few in (False, True):
+        shapes = shapes_for(spec, batch, few=few)
+        assert max(shape.rows for shape in shapes) == batch
+        widest = max(shape.width for shape in shapes)
+        assert any(shape.rows == 1 and shape.width == widest for shape in shapes)
+        assert len(shapes) <= 50
+        if spec.kind == "text":
+            assert widest == tiny.TOKENS
+            assert all(shape.rows == 1 or shape.size <= 32_768 for shape in shapes)
+        else:
+            assert widest == 0
+
+
+def test_nothing_else_uses_the_device_while_a_graph_is_captured(reference: Backbone) -> None:
+    """Two networks are opened beside each other, and one that runs all the time is replaced by another."""
+    access, inside, wrong = Access(), [0, 0], []
+    lock = threading.Lock()
+
+    def use(alone: bool) -> None:
+        with lock:
+            inside[alone] += 1
+            if inside[True] > 1 or (inside[True] and inside[False]):
+                wrong.append(tuple(inside))
+        time.sleep(0.0005)
+        with lock:
+            inside[alone] -= 1
+
+    class Seen(Access):
+        @contextmanager
+        def shared(self) -> Iterator[None]:
+            with access.shared():
+                use(False)
+                yield
+
+        @contextmanager
+        def alone(self) -> Iterator[None]:
+            with access.alone():
+                use(True)
+                yield
+
+    running, prepared = simulated(reference, graphs=True, access=Seen()), inputs(reference, 5)
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            running.run(prepared)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = pool.submit(ask)
+        others = [pool.submit(simulated, reference, graphs=True, access=Seen()) for _ in range(3)]
+        for other in others:
+            np.testing.assert_allclose(other.result(30).run(prepared), reference.run(prepared), atol=1e-5)
+            other.result().close()
+        ended.set()
+        asking.result(30)
+    running.close()
+    assert not wrong
+
+
+def test_who_wants_the_device_alone_is_let_in_before_those_that_come_later() -> None:
+    access, order = Access(), []
+    holding, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with access.shared():
+            holding.set()
+            assert go.wait(10)
+            order.append("first")
+
+    def alone() -> None:
+        with access.alone():
+            order.append("alone")
+
+    def later() -> None:
+        with access.shared():
+            order.append("later")
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(hold)]
+        assert holding.wait(10)
+        futures.append(pool.submit(alone))
+        while not access._waiting:
+            time.sleep(0.001)
+        futures.append(pool.submit(later))
+        time.sleep(0.05)
+        assert order == []
+        go.set()
+        for future in futures:
+            future.result(10)
+    assert order == ["first", "alone", "later"]
+
+
+def test_a_graph_that_answers_otherwise_once_others_are_captured_is_not_served(reference: Backbone) -> None:
+    """As a graph does whose session has planned anew since."""
+    shapes = shapes_for(reference.spec, ROWS)
+    runs = 0
+
+    class Forgetful:
+        def __init__(self, session: onnxruntime.InferenceSession) -> None:
+            self._session = session
+
+        def io_binding(self) -> onnxruntime.IOBinding:
+            return self._session.io_binding()
+
+        def run_with_iobinding(self, binding: onnxruntime.IOBinding, *more: object) -> None:
+            nonlocal runs
+            runs += 1
+            self._session.run_with_iobinding(binding, *more)
+            if runs > len(shapes):
+                output = binding.get_outputs()[0]
+                output.update_inplace(-output.numpy())
+
+    with pytest.raises(RuntimeError, match="other embeddings"):
+        simulated(
+            reference,
+            graphs=True,
+            open_session=lambda: Forgetful(open_session(reference.path / GRAPH_FILE, device="cpu")),
+        )
+
+
+def test_what_opening_raises_is_raised(reference: Backbone) -> None:
+    def refuse() -> Any:
+        raise ValueError("no capture")
+
+    with pytest.raises(ValueError, match="no capture"):
+        simulated(reference, open_session=refuse)
+
+
+def test_a_device_that_is_lost_is_not_used_again(reference: Backbone) -> None:
+    broken = False
+
+    def tell() -> None:
+        if broken:
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    runner = simulated(reference, open_session=watched(reference, tell), is_lost=lambda: broken)
+    (one,) = inputs(reference, 1)
+    assert len(runner.run([one])) == 1
+    broken = True
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        runner.run([one])
+    assert runner.lost
+    with pytest.raises(DeviceLost):
+        runner.submit([one])
+    runner.close()
+
+
+def test_what_its_thread_is_at_can_be_seen(reference: Backbone) -> None:
+    hold = Hold()
+    runner = simulated(reference, open_session=watched(reference, hold))
+    (one,) = inputs(reference, 1)
+    steps = runner.turn.steps
+    hold.close()
+    future = runner.submit([one])
+    assert hold.reached.wait(10)
+    assert runner.turn.busy
+    assert runner.turn.allowed == PATIENCE
+    hold.go.set()
+    future.result(10)
+    runner.close()
+    assert (runner.turn.busy, runner.turn.allowed) == (False, 0.0)
+    assert runner.turn.steps > steps
 
 
 def test_an_error_is_its_callers_and_the_next_run_goes_on(reference: Backbone, runner: Runner) -> None:
@@ -114,12 +360,114 @@ def test_an_error_is_its_callers_and_the_next_run_goes_on(reference: Backbone, r
     np.testing.assert_allclose(runner.run(prepared), reference.run(prepared), atol=1e-5)
 
 
-def test_closed_it_says_so(reference: Backbone) -> None:
-    session = open_session(reference.path / GRAPH_FILE, device="cpu")
-    runner = Runner(session, reference.spec, batch=8, device="cpu")
+def test_closed_it_runs_what_waits_and_then_says_so(reference: Backbone) -> None:
+    hold = Hold()
+    runner = simulated(reference, open_session=watched(reference, hold))
+    (one,) = inputs(reference, 1)
+    hold.close()
+    found = [runner.submit([one]) for _ in range(3)]
+    hold.go.set()
     runner.close()
+    assert all(future.done() for future in found)
     with pytest.raises(RuntimeError, match="closed"):
-        runner.run(inputs(reference, 1))
+        runner.run([one])
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def has_waiting(runner: Runner, rows: int) -> bool:
+    return runner._rows == rows
+
+
+def served(backbone: Backbone, runner: Runner) -> Backbone:
+    """The same backbone as it is on a GPU: run by the runner's thread."""
+    plan = Plan(1, 2, 1, ROWS)
+    preprocessor = backbone._preprocessor
+    return Backbone(backbone.spec, backbone.path, runner, runner, preprocessor, "cuda", plan)
+
+
+def raw(backbone: Backbone, count: int) -> list[bytes | str]:
+    if backbone.spec.kind == "image":
+        return [tiny.picture(seed) for seed in range(count)]
+    return [tiny.sentence(seed, words=seed * 7 % 80 + 1) for seed in range(count)]
+
+
+@pytest.mark.anyio
+async def test_through_a_batcher_everybody_gets_his_own(reference: Backbone, runner: Runner) -> None:
+    batcher = Batcher(served(reference, runner), max_queue=200, workers=2)
+    await batcher.start()
+    some = raw(reference, 40)
+    wanted = reference.embed(some).embeddings
+    found = await asyncio.gather(
+        *(batcher.embed(some[start : start + 3], source=str(start % 4)) for start in range(0, 39, 3))
+    )
+    np.testing.assert_allclose(np.concatenate([one.embeddings for one in found]), wanted[:39], atol=1e-5)
+    assert all(one.timings["embed"] > 0 for one in found)
+    bad = await batcher.embed([some[0], "" if reference.spec.kind == "text" else b"no picture"])
+    assert list(bad.errors) == [1]
+    np.testing.assert_allclose(bad.embeddings[0], wanted[0], atol=1e-5)
+    await batcher.close()
+
+
+@pytest.mark.anyio
+async def test_workers_prepare_what_comes_next_while_a_run_is_under_way(reference: Backbone) -> None:
+    hold = Hold()
+    runner = simulated(reference, open_session=watched(reference, hold))
+    batcher = Batcher(served(reference, runner), max_queue=200, workers=1)
+    await batcher.start()
+    some = raw(reference, 3)
+    hold.close()
+    callers = [asyncio.create_task(batcher.embed(some[:1]))]
+    assert await asyncio.to_thread(hold.reached.wait, 10)
+    for waiting, one in enumerate(some[1:], start=1):
+        callers.append(asyncio.create_task(batcher.embed([one])))
+        # The only worker has prepared it, although the first run has not returned.
+        await asyncio.to_thread(wait_until, partial(has_waiting, runner, waiting))
+    standstill = Standstill(batcher)
+    assert standstill.look(0.0) is None
+    assert standstill.look(PATIENCE) is None
+    # The run does not return, whatever the workers do.
+    assert "a run has not returned" in str(standstill.look(1.0))
+    assert not any(caller.done() for caller in callers)
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0.05)
+    hold.go.set()
+    await closing
+    found = await asyncio.gather(*callers)
+    np.testing.assert_allclose(
+        np.concatenate([one.embeddings for one in found]), reference.embed(some).embeddings, atol=1e-5
+    )
+    runner.close()
+
+
+@pytest.mark.anyio
+async def test_a_run_that_fails_fails_for_its_callers_alone(reference: Backbone) -> None:
+    broken = True
+
+    def tell() -> None:
+        if broken and opened:
+            raise RuntimeError("out of memory")
+
+    opened = False
+    runner = simulated(reference, open_session=watched(reference, tell))
+    opened = True
+    batcher = Batcher(served(reference, runner), max_queue=200, workers=2)
+    await batcher.start()
+    some = raw(reference, 1)
+    with pytest.raises(EmbeddingFailed):
+        await batcher.embed(some)
+    assert not batcher.backbone.lost
+    broken = False
+    np.testing.assert_allclose(
+        (await batcher.embed(some)).embeddings, reference.embed(some).embeddings, atol=1e-5
+    )
+    await batcher.close()
+    runner.close()
 
 
 @KINDS
@@ -129,7 +477,7 @@ def test_half_precision_is_nearly_single(tmp_path: Path, make: Make) -> None:
     write_manifest(folder, read_manifest(folder, verify=True))
     reference = Backbone.open(folder, threads=1)
     assert (folder / HALF_FILE).stat().st_size < 0.7 * (folder / GRAPH_FILE).stat().st_size
-    runner = Runner(open_session(folder / HALF_FILE, device="cpu"), reference.spec, batch=8, device="cpu")
+    runner = simulated(reference, open_session=lambda: open_session(folder / HALF_FILE, device="cpu"))
     prepared = inputs(reference, 12)
     one, other = runner.run(prepared), reference.run(prepared)
     runner.close()
@@ -141,7 +489,7 @@ def test_half_precision_is_nearly_single(tmp_path: Path, make: Make) -> None:
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
+@pytest.mark.usefixtures("gpu")
 @KINDS
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("half", [False, True])
@@ -164,7 +512,7 @@ def test_a_gpu_gives_the_cpu_s_embeddings(tmp_path: Path, make: Make, half: bool
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
+@pytest.mark.usefixtures("gpu")
 @KINDS
 def test_a_gpu_s_plan_is_measured_and_opens(tmp_path: Path, make: Make) -> None:
     folder = make(tmp_path)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from models.backbone import Backbone, Floats, known_plan, planned, survey
+from models.backbone import Backbone, known_plan, planned, survey
 from models.plan import (
     PLAN_FILE,
-    Embed,
     Measured,
     Plan,
     Run,
+    Trial,
+    TrialFailed,
     is_quiet,
     keep_plan,
     measure,
     measure_on_gpu,
     read_plan,
     spread_of,
+    ways_on_gpu,
 )
-from models.preprocess import Prepared
+from models.trial import try_out
 from models.usage import Usage
 from tests import tiny
 
@@ -95,55 +96,89 @@ def test_what_is_as_good_stays_as_usual() -> None:
 
 
 GPU = Plan.usual("image", "cuda", 16)
+WAYS = ways_on_gpu(GPU, True, True)
+ON_GPU = (8, 32, 64, 128)
 
 
-def gpu(seconds: Callable[[Plan, int], float], half_gives: float = 1.0) -> Callable[[Plan], Any]:
-    """What opens runs that take seconds(plan, items); in half precision the embeddings are others."""
+def gpu(seconds: Callable[[Plan, int], float], half_gives: float = 1.0) -> Callable[[Plan], Trial]:
+    """Tries runs that take seconds(plan, items); in half precision the embeddings are others."""
 
-    @contextmanager
-    def open_run(plan: Plan) -> Iterator[Embed]:
-        def embed(prepared: Sequence[Prepared]) -> Floats:
-            time.sleep(seconds(plan, len(prepared)))
-            return np.asarray([[1.0, half_gives if plan.half else 1.0]] * len(prepared), np.float32)
+    def try_out(plan: Plan) -> Trial:
+        rounds = {count: [count / seconds(plan, count)] * 3 for count in (1, *ON_GPU)}
+        return Trial(half_gives if plan.half else 1.0, 1.0, 0.01, rounds)
 
-        yield embed
-
-    return open_run
+    return try_out
 
 
-def probes() -> list[Prepared]:
-    return [np.zeros(1)] * 128
-
-
-def test_a_gpu_has_a_batch_a_precision_and_graphs_to_choose() -> None:
+def test_a_gpu_has_a_batch_a_precision_graphs_and_a_layout_to_choose() -> None:
     def seconds(plan: Plan, items: int) -> float:
-        return (0.004 if items <= 64 else 0.02) / (1 + plan.half) + (0.001 if plan.graphs else 0.004)
+        run = (0.004 if items <= 64 else 0.02) / (1 + plan.half) + (0.001 if plan.graphs else 0.004)
+        return run * (0.8 if plan.channels_last else 1.0)
 
-    assert measure_on_gpu(GPU, True, gpu(seconds), probes()).plan == Plan(
-        16, 16, 1, 64, half=True, graphs=True
-    )
-    assert measure_on_gpu(GPU, False, gpu(seconds), probes()).plan == Plan(16, 16, 1, 64, graphs=True)
+    found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(seconds))
+    assert found.plan == Plan(16, 16, 1, 64, half=True, graphs=True, channels_last=True)
+    assert found.confirmed
+    assert found.cosine == 1.0
+    single = measure_on_gpu(GPU, ways_on_gpu(GPU, False, False), ON_GPU, gpu(seconds)).plan
+    assert single == Plan(16, 16, 1, 64, graphs=True)
+
+
+def test_the_smallest_batch_that_is_about_as_fast_is_taken() -> None:
+    rates = {1: 900.0, 8: 5_000.0, 32: 9_700.0, 64: 9_900.0, 128: 10_000.0}
+    found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(lambda plan, items: items / rates[items]))
+    assert found.plan.batch == 32
 
 
 def test_half_precision_that_gives_other_embeddings_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
-    found = measure_on_gpu(GPU, True, gpu(lambda plan, items: 0.002 * items, half_gives=1.1), probes()).plan
+    found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(lambda plan, items: 0.002 * items, half_gives=0.999)).plan
     assert not found.half
-    assert "other embeddings" in caplog.text
+    assert "embeddings are others" in caplog.text
 
 
-def test_graphs_that_cannot_be_captured_are_not_taken_and_another_error_is_raised() -> None:
-    def seconds(plan: Plan, items: int) -> float:
+def test_where_every_way_gives_other_embeddings_the_usual_one_is_taken_in_doubt() -> None:
+    def try_out(plan: Plan) -> Trial:
+        return Trial(math.nan, 1.0, 0.0, {count: [1.0] for count in (1, *ON_GPU)})
+
+    found = measure_on_gpu(GPU, WAYS, ON_GPU, try_out)
+    assert found.plan == GPU
+    assert not found.confirmed
+
+
+def test_ways_that_fail_are_not_taken_and_where_all_do_it_is_said() -> None:
+    works = gpu(lambda plan, items: 0.001)
+
+    def without_graphs(plan: Plan) -> Trial:
         if plan.graphs:
-            raise RuntimeError("an If node")
-        return 0.001
+            raise TrialFailed("an If node")
+        return works(plan)
 
-    assert not measure_on_gpu(GPU, True, gpu(seconds), probes()).plan.graphs
+    assert not measure_on_gpu(GPU, WAYS, ON_GPU, without_graphs).plan.graphs
 
-    def failing(plan: Plan, items: int) -> float:
-        raise RuntimeError("out of memory")
+    def failing(plan: Plan) -> Trial:
+        raise TrialFailed("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        measure_on_gpu(GPU, True, gpu(failing), probes())
+    with pytest.raises(TrialFailed, match="out of memory"):
+        measure_on_gpu(GPU, WAYS, ON_GPU, failing)
+
+
+@pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+def test_a_way_is_tried_in_a_process_of_its_own(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """With the CPU for a device; what fails there is told, and what does not end is ended."""
+    export = make(tmp_path)
+    trial = try_out(export, Plan(1, 1, 1, 4), (1, 4), "cpu")
+    assert trial.cosine == pytest.approx(1.0, abs=1e-6)
+    assert [len(trial.rounds[count]) for count in (1, 4)] == [5, 5]
+    assert all(rate > 0 for rates in trial.rounds.values() for rate in rates)
+    assert trial.opening > 0
+    (export / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(TrialFailed, match="not the file that was exported"):
+        try_out(export, Plan(1, 1, 1, 4), (1,), "cpu")
+
+
+def test_a_trial_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.trial._MOST_SECONDS", 0.01)
+    with pytest.raises(TrialFailed, match="took more than"):
+        try_out(tiny.text_export(tmp_path), Plan(1, 1, 1, 4), (1,), "cpu")
 
 
 @pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])

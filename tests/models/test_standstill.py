@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from models.backbone import Backbone
-from models.batcher import LONGEST_RUN, PATIENCE, Batcher
+from models.batcher import Batcher
 from models.request import BatcherClosed
 from models.standstill import Standstill
+from models.turn import LONGEST_RUN, PATIENCE
 from tests import tiny
 
 pytestmark = pytest.mark.anyio

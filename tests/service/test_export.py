@@ -40,7 +40,7 @@ def test_texts_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
     labels = json.loads(metadata["labels"])
     assert sorted(labels) == ["bad", "good"]
     assert (metadata["task"], metadata["kind"], metadata["version"]) == ("classification", "text", "1")
-    assert metadata["format"] == "2"
+    assert metadata["format"] == "3"
     texts = [*PRAISE, *BLAME, "Something else entirely", "longer than what is read of it " * 80]
     # As it comes, it pads a batch, and truncates.
     encoded = Tokenizer.from_str(metadata["tokenizer"]).encode_batch(texts)
@@ -61,8 +61,8 @@ def test_images_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
     assert json.loads(metadata["preprocessing"])["size"] == 224
     transform = PACKAGED["efficientnet-lite0"].transform
     assert isinstance(transform, ImageTransform)
-    pixels = np.stack([ImagePreprocessor(transform)(data) for data in UNSEEN.values()])
-    theirs = opened.run(["probabilities"], {"pixels": pixels})[0]
+    seen = np.stack([ImagePreprocessor(transform)(data) for data in UNSEEN.values()])
+    theirs = opened.run(["probabilities"], {"rgb": seen})[0]
     ours = probabilities(caller, "things", [image(data) for data in UNSEEN.values()], labels)
     assert np.abs(theirs - ours).max() <= 1e-4
 

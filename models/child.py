@@ -1,0 +1,27 @@
+"""What a child process of these modules needs of the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = str(Path(__file__).resolve().parent.parent)
+# What Python and its libraries read, and which GPUs there are to be seen; nothing secret is among it.
+_NAMES: Final = (
+    "PATH",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TZ",
+)
+
+
+def plain_environment() -> dict[str, str]:
+    """Variables with which a child finds our packages, whatever its folder, and no secrets."""
+    kept = {name: value for name, value in os.environ.items() if name in _NAMES}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}

@@ -1,0 +1,146 @@
+"""Protobuf messages, read and written field by field: enough to add to a graph without the onnx package.
+
+An ONNX file is a protobuf message, and messages are lists of fields in any order: what is added to a graph
+can be written before or behind what is there. Field numbers are those of onnx.proto3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+MODEL_GRAPH, MODEL_METADATA = 7, 14
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+FLOAT, UINT8, INT64, BOOL, DOUBLE = 1, 2, 7, 9, 11
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_ATTRIBUTE_INT, _ATTRIBUTE_INTS = 2, 7
+_TYPES = {"f4": FLOAT, "f8": DOUBLE, "i8": INT64}
+
+
+class InvalidGraph(ValueError):
+    """The bytes are not an ONNX model with the inputs or the output of a backbone."""
+
+    code = "invalid_graph"
+
+
+def fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """(number, the whole field, its content if it has a length) of every field of a message.
+
+    Raises InvalidGraph.
+    """
+    view = memoryview(message)
+    place = 0
+    while place < len(view):
+        begin = place
+        tag, place = _read_varint(view, place)
+        content = view[:0]
+        kind = tag & 7
+        if kind == _VARINT:
+            _, place = _read_varint(view, place)
+        elif kind == _BYTES:
+            length, place = _read_varint(view, place)
+            content = view[place : place + length]
+            place += length
+        elif kind in (_FIXED64, _FIXED32):
+            place += 8 if kind == _FIXED64 else 4
+        else:
+            raise InvalidGraph("The backbone is not an ONNX model; export it again.")
+        if place > len(view):
+            raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
+        yield tag >> 3, view[begin:place], content
+
+
+def graph_of(model: bytes) -> tuple[memoryview, list[memoryview]]:
+    """A model's one graph, and its other fields as they are. Raises InvalidGraph."""
+    graphs, rest = [], []
+    for number, whole, content in fields(model):
+        if number == MODEL_GRAPH:
+            graphs.append(content)
+        else:
+            rest.append(whole)
+    if len(graphs) != 1:
+        raise InvalidGraph("The backbone is not an ONNX model; export it again.")
+    return graphs[0], rest
+
+
+def name_of(value: memoryview) -> str:
+    """The name of an input or an output of a graph. Raises InvalidGraph."""
+    return next((bytes(content).decode() for number, _, content in fields(value) if number == 1), "")
+
+
+def message(field: int, *parts: bytes | memoryview) -> bytes:
+    """A field that holds what the parts make together."""
+    return b"".join([_varint(field << 3 | _BYTES), _varint(sum(len(part) for part in parts)), *parts])
+
+
+def text(field: int, value: str) -> bytes:
+    """A field with a text."""
+    return message(field, value.encode("utf-8"))
+
+
+def number(field: int, value: int) -> bytes:
+    """A field with an integer."""
+    return _varint(field << 3 | _VARINT) + _varint(value)
+
+
+def node(operator: str, inputs: tuple[str, ...], output: str, **attributes: int | tuple[int, ...]) -> bytes:
+    """A graph's field with a node of one output, which has the output's name."""
+    return message(
+        GRAPH_NODE,
+        *(text(1, one) for one in inputs),
+        text(2, output),
+        text(3, output),
+        text(4, operator),
+        *(message(5, text(1, key), *_attribute(value)) for key, value in attributes.items()),
+    )
+
+
+def constant(name: str, values: NDArray[Any]) -> bytes:
+    """A graph's field with a constant: float32, float64 or int64."""
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return message(
+        GRAPH_INITIALIZER,
+        *(number(1, size) for size in values.shape),
+        number(2, _TYPES[values.dtype.str[1:]]),
+        text(8, name),
+        message(9, little.tobytes()),
+    )
+
+
+def tensor(field: int, name: str, kind: int, *sizes: int | str) -> bytes:
+    """A graph's input or output, by the field. sizes: a name for one that varies."""
+    dimensions = [message(1, text(2, size) if isinstance(size, str) else number(1, size)) for size in sizes]
+    described = number(1, kind) + message(2, *dimensions)
+    return message(field, text(1, name), message(2, message(1, described)))
+
+
+def _attribute(value: int | tuple[int, ...]) -> list[bytes]:
+    if isinstance(value, int):
+        return [number(3, value), number(20, _ATTRIBUTE_INT)]
+    return [*(number(8, one) for one in value), number(20, _ATTRIBUTE_INTS)]
+
+
+def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while place < len(view) and shift < 64:
+        byte = view[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+    raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
+
+
+def _varint(value: int) -> bytes:
+    # Negative numbers are written as their 64-bit two's complement.
+    value &= (1 << 64) - 1
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
