@@ -582,7 +582,7 @@ def test_the_head_computes_in_single_precision_whatever_the_network_does(transfo
 
 
 def test_pictures_are_trained_on_as_they_are_served(tmp_path: Path) -> None:
-    """Plain or augmented they are bytes, and the model makes the same pixels of them as the exported graph."""
+    """Plain or augmented they are bytes, and the model makes the same pixels of them as its export does."""
     model, learned = Model(network(), head(), SPEC.transform), lesson()
     (plain,), (augmented,) = learned.samples.plain([0, 1, 2]), learned.samples.augmented([0, 1, 2], 24)
     assert plain.dtype == augmented.dtype == torch.uint8

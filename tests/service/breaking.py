@@ -37,7 +37,7 @@ def asked(fault, kind):
 class Session:
     def __init__(self, session):
         self._session = session
-        self._kind = "image" if session.get_inputs()[0].name == "pixels" else "text"
+        self._kind = "image" if session.get_inputs()[0].name == "rgb" else "text"
 
     def __getattr__(self, name):
         return getattr(self._session, name)
