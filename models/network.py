@@ -28,6 +28,17 @@ from models.spec import (
     split_source,
 )
 
+# Networks in which every token sees every other one: a mask can be given as it is added to the scores.
+# Others may make several of one, as those with windows do.
+_PLAIN_MASKS = (
+    "BertModel",
+    "DistilBertModel",
+    "ElectraModel",
+    "MPNetModel",
+    "RobertaModel",
+    "XLMRobertaModel",
+)
+
 
 class ExportRefused(RuntimeError):
     """The network cannot be served: unexpected weights, an unsupported part, or ONNX unequal to torch."""
@@ -244,17 +255,24 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
     )
 
     class Pooled(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, plain: bool) -> None:
             super().__init__()
             self.model = model
+            self.plain = plain
 
         def forward(self, ids: Any, mask: Any) -> Any:
-            features = {"input_ids": ids, "attention_mask": mask}
-            for module in self.model:
+            first, *others = self.model
+            # As is added to the attention's scores: else the graph makes it of indices, in a dozen steps that
+            # keep a runtime from seeing an attention.
+            wide = (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+            features = first({"input_ids": ids, "attention_mask": wide if self.plain else mask})
+            features["attention_mask"] = mask
+            for module in others:
                 features = module(features)
             return features["sentence_embedding"]
 
     def reference(texts: Sequence[str]) -> NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), show_progress_bar=False), np.float32)
 
-    return Network(spec, Pooled().eval(), reference, as_bytes, model[0].auto_model.get_input_embeddings())
+    pooled = Pooled(type(model[0].auto_model).__name__ in _PLAIN_MASKS).eval()
+    return Network(spec, pooled, reference, as_bytes, model[0].auto_model.get_input_embeddings())

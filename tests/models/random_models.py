@@ -24,9 +24,14 @@ def timm_folder(folder: Path) -> None:
 
 
 def sentence_folder(
-    folder: Path, *, pooling: str = "mean", prompt: str = "", include_prompt: bool = True
+    folder: Path,
+    *,
+    pooling: str = "mean",
+    prompt: str = "",
+    include_prompt: bool = True,
+    kind: str = "Bert",
 ) -> None:
-    """A BERT of two layers with pooling, and with normalisation if the pooling is the mean."""
+    """A BERT or its like, of two layers with pooling, and with normalisation if the pooling is the mean."""
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer
@@ -41,7 +46,7 @@ def sentence_folder(
     (bert / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizer(str(bert / "vocab.txt"), do_lower_case=True, model_max_length=64)
     tokenizer.save_pretrained(str(bert))
-    config = transformers.BertConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(words),
         hidden_size=32,
         num_hidden_layers=2,
@@ -50,7 +55,7 @@ def sentence_folder(
         max_position_embeddings=64,
         initializer_range=0.5,
     )
-    transformers.BertModel(config).save_pretrained(str(bert))
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(str(bert))
     chain = [
         parts.Transformer(str(bert), max_seq_length=48),
         parts.Pooling(32, pooling_mode=pooling, include_prompt=include_prompt),
@@ -66,6 +71,7 @@ def main() -> None:
     timm_folder(root / "image")
     sentence_folder(root / "mean")
     sentence_folder(root / "cls-prompt", pooling="cls", prompt="query ")
+    sentence_folder(root / "albert", kind="Albert")
     sentence_folder(root / "prompt-left-out", prompt="query ", include_prompt=False)
 
 

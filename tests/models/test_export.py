@@ -13,6 +13,7 @@ import pytest
 
 from models.backbone import Backbone
 from models.exported import model_name
+from models.network import load_network
 from models.spec import ImageTransform, TextTransform
 from tests import tiny
 
@@ -185,3 +186,16 @@ def test_a_name_that_leads_nowhere_says_what_to_do(home: Path, name: str, advice
     assert (status, tags) == (1, [])
     assert advice in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("folder", "plain"), [("mean", True), ("albert", False)])
+def test_a_plain_mask_is_given_to_networks_that_know_it(networks: Path, folder: str, plain: bool) -> None:
+    import torch
+
+    network = load_network(f"sentence-transformers:{networks / folder}")
+    assert network.forward.plain is plain
+    ids = torch.tensor([[7, 8, 9, 10, 11], [7, 8, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    with torch.inference_mode():
+        together, alone = network.forward(ids, mask), network.forward(ids[1:, :2], mask[1:, :2])
+    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-5)

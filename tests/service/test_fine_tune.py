@@ -132,7 +132,7 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     exported = tuner.http.get("/adapters/shades/versions/2/export").content
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     prepared = prepare(session, asked[0])
-    (chances,) = session.run(["probabilities"], {"pixels": prepared})
+    (chances,) = session.run(["probabilities"], {"rgb": prepared})
     answered = {one["label"]: one["probability"] for one in tuned["predictions"][0]["probabilities"]}
     labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
     assert max(abs(answered[label] - chance) for label, chance in zip(labels, chances[0], strict=True)) < 1e-4
