@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from adapters.cache import Flights
+from adapters.completion import to_its_end
 from adapters.records import Alias, Changed, UnknownAdapter
 from adapters.registry import CHANGES_KEPT, Registry
 
@@ -261,7 +262,7 @@ class Aliases:
         asked = asyncio.ensure_future(asyncio.to_thread(question, *arguments))
         self._asked.add(asked)
         asked.add_done_callback(self._asked.discard)
-        return await asyncio.shield(asked)
+        return await to_its_end(asked)
 
     async def _poll(self) -> None:
         began = time.monotonic()

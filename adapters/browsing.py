@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+from adapters.completion import to_its_end
 from adapters.keeping import Keeping
 from adapters.records import AdapterRecord, ExampleRecord, VersionRecord
 from adapters.store import MissingArtifact
@@ -58,7 +59,7 @@ class Browsing:
             await self._keeping.settle(committed)
             return committed.adapter
 
-        return await asyncio.shield(asyncio.ensure_future(move()))
+        return await to_its_end(move())
 
     async def examples(
         self, tenant: str, name: str, after: str | None, limit: int, excluded: bool | None

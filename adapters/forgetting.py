@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from adapters.completion import to_its_end
 from adapters.erasing import NAME_TAKEN, Receipt, TenantErased
 from adapters.keeping import Keeping
 from adapters.registry import Registry
@@ -57,7 +58,7 @@ class Forgetting:
             await self._keeping.drop_files(tenant)
             return receipt
 
-        return await asyncio.shield(asyncio.ensure_future(erase()))
+        return await to_its_end(erase())
 
     async def adapter(self, tenant: str, name: str) -> Receipt:
         """Erases an adapter with all that it has. As `tenant`. Raises UnknownAdapter."""
@@ -69,7 +70,7 @@ class Forgetting:
             await self._keeping.drop_files(tenant, uid)
             return receipt
 
-        return await asyncio.shield(asyncio.ensure_future(erase()))
+        return await to_its_end(erase())
 
     def heard(self, tenant: str, name: str | None = None) -> None:
         """Something of the adapter was erased, or the whole tenant: lets go of what is in memory."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from adapters.aliases import Aliases
 from adapters.cache import Cache
+from adapters.completion import to_its_end
 from adapters.placing import Stored
 from adapters.records import (
     AdapterRecord,
@@ -256,7 +257,7 @@ class Keeping:
             yield file
         finally:
             if not file.taken:
-                await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, file.uid, file.publishing)))
+                await to_its_end(self._let_go(tenant, file.uid, file.publishing))
 
     async def _let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
         # A store that failed has stored nothing, and whoever needed the files has been told.
@@ -271,7 +272,7 @@ class Keeping:
         It runs to its end when the caller is cancelled. What was published for a change that is refused is
         deleted. reply: see Registry.commit.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._commit(change, published, reply)))
+        return await to_its_end(self._commit(change, published, reply))
 
     async def _commit(
         self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None

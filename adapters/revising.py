@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from adapters.admission import Admitted
 from adapters.agreement import Agreement, ask
 from adapters.cache import Cache
+from adapters.completion import to_its_end
 from adapters.fitter import Fitter
 from adapters.gathering import Subject, complete, encoders, gather, starts
 from adapters.head import CorruptHead, Head
@@ -245,7 +246,7 @@ class Revising:
                 moved += await self.keeping.publish(subject.tenant, subject.uid, files)
         except BaseException:
             dropping = self.keeping.drop(subject.tenant, subject.uid, [*published, *moved])
-            await asyncio.shield(asyncio.ensure_future(dropping))
+            await to_its_end(dropping)
             raise
         return [*published[:placed], *moved, *published[placed:]]
 

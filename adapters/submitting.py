@@ -13,6 +13,7 @@ from typing import Any, Final
 from adapters.adapting import AdaptCommand, Adapting, AdaptOutcome, telling_rejected
 from adapters.admission import TARGET_FIELDS, Posted
 from adapters.calling_back import check_callback
+from adapters.completion import to_its_end
 from adapters.curating import InputsNotKept
 from adapters.jobs import upload_of, upload_request
 from adapters.keeping import Keeping
@@ -170,11 +171,11 @@ class Submitting:
                     await asyncio.shield(publishing[-1])
                 part = await anext(parts, b"")
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(self._let_go(tenant, adapter.uid, publishing)))
+            await to_its_end(self._let_go(tenant, adapter.uid, publishing))
             raise
         kept = [artifact for published in publishing for artifact in published.result()]
         queueing = self._queue(tenant, adapter.uid, form, command, kept, reply)
-        return await asyncio.shield(asyncio.ensure_future(queueing))
+        return await to_its_end(queueing)
 
     async def _queue(
         self,
