@@ -219,6 +219,7 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
         "AlreadyAnswered",
         "Cancelled",
         "DeadlinePassed",
+        "DeviceLost",
         "DeviceUnavailable",
         "Diverged",
         "ExportRefused",
@@ -235,6 +236,7 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
         "ShuttingDown",
         "Stopped",
         "StoreError",
+        "TrialFailed",
     }
     missing = set()
     for package in (models, adapters):
