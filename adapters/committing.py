@@ -13,7 +13,6 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.erasing import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.jobs import end, held
-from adapters.packing import all_rows, insert_rows, update_rows
 from adapters.reading import (
     Used,
     adapter_by_name,
@@ -38,6 +37,7 @@ from adapters.records import (
     VersionRecord,
 )
 from adapters.releasing import Previous, check_erased, delete_versions, drop_fitted_on, prune, release
+from adapters.row_sets import all_rows, insert_rows, update_rows
 from adapters.schema import (
     adapters,
     artifacts,

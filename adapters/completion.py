@@ -1,4 +1,4 @@
-"""Work that ends although whoever asked for it has gone."""
+"""Runs work to its end even if the client that asked for it disconnects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 async def to_its_end(work: Awaitable[T]) -> T:
     """What the work gives. It goes on when the caller is cancelled.
 
-    What it raises then is logged if it is a fault, and else nobody's any more: that an adapter is unknown is
-    the answer to a request whose client has left.
+    An error that it raises after that is logged, unless it has a `code`: such an error is an answer, and
+    nobody is left to read it.
     """
     task = asyncio.ensure_future(work)
     try:

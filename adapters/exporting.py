@@ -16,8 +16,8 @@ from adapters.predicting import Loaded, Predicting
 from models.pixels import with_byte_input
 from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
 
-# Of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads. 3: images are
-# bytes, which the graph normalises.
+# Version of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads. 3: the
+# graph takes images as bytes and normalises them.
 FORMAT: Final = "3"
 
 Format = Literal["onnx", "safetensors"]

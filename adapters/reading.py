@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Connection, Row, Select, select
 
 from adapters.example import Target
-from adapters.packing import all_rows
 from adapters.records import (
     AdapterRecord,
     Alias,
@@ -21,6 +20,7 @@ from adapters.records import (
     UnknownVersion,
     VersionRecord,
 )
+from adapters.row_sets import all_rows
 from adapters.schema import adapters, artifacts, database_now, decode_target, examples, versions
 from adapters.store import Artifact
 

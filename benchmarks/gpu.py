@@ -40,10 +40,10 @@ PARTS = ("chip", "sessions", "served", "torch")
 ROUNDS = 3
 CALLERS = 64
 PER_CALLER = 8
-# Of a way that hangs.
+# Time limit of one bare session, in seconds.
 _MOST_SECONDS = 60.0
 _MIN_COSINE = 0.9999
-# Of a bare session with host copies, what the backbone as served must reach.
+# The backbone as served must reach this share of a bare session's rate with host copies.
 _SERVED = 0.8
 # Bytes of a copy, about those of 512 pictures.
 _COPIED = 77_000_000

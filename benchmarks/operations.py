@@ -50,7 +50,7 @@ def cost_of(graph: Path, feed: Mapping[str, np.ndarray[Any, Any]]) -> Cost:
     operations = weights = activations = 0.0
     for node in products:
         left, right, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
-        # What each output is a sum of: a convolution's weights say it, and a product's left side.
+        # Number of products that are summed for one output value.
         inner = np.prod(right[1:]) if node.op_type == "Conv" else left[-1]
         operations += 2.0 * float(np.prod(out)) * float(inner)
         weights += float(np.prod(right)) if node.input[1] in constants else 0.0

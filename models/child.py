@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _ROOT: Final = str(Path(__file__).resolve().parent.parent)
-# What Python and its libraries read, and which GPUs there are to be seen; nothing secret is among it.
+# Variables that Python, its libraries and CUDA read. None holds a secret.
 _NAMES: Final = (
     "PATH",
     "PYTHONPATH",

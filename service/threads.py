@@ -64,9 +64,11 @@ class FairThreads(ThreadPoolExecutor):
                 future.set_result(result)
 
         with self._changing:
-            if tenant != self._last[0]:
-                self._before = self._last
-            self._last = (tenant, time.monotonic())
+            # The service's own work, which never ends, takes no threads from a tenant that is alone.
+            if tenant:
+                if tenant != self._last[0]:
+                    self._before = self._last
+                self._last = (tenant, time.monotonic())
             self._waiting.add(tenant, _Work(tenant, run))
         # Some thread will look. What it finds may be another's: whoever is done looks again.
         super().submit(self._work)

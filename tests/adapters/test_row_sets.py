@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import update as update_of
 
-from adapters.packing import all_rows, insert_rows, update_rows
+from adapters.row_sets import all_rows, insert_rows, update_rows
 from adapters.schema import UtcTime
 
 TABLE = Table(

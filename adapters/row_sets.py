@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 _ROWS = "rows"
-# Of one statement: what they are packed into is in memory more than once.
+# Rows of one statement. SQLite holds several copies of the JSON while it runs.
 _MOST_ROWS = 10_000
 
 
