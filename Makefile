@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,14 @@ test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look 
 test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB
 	$(RUN) models.export
 	$(RUN) tests.image.trial $(ARGS)
+
+gpu-bundle: .venv/dev.stamp  ## Pack what bench-gpu needs on a machine with torch and no network, into .bundle
+	$(RUN) models.export
+	$(RUN) benchmarks.gpu.bundle $(ARGS)
+
+test-gpu-bundle: .venv/dev.stamp  ## Make that bundle, and run its commands in a bare folder without a GPU; 10 minutes
+	$(RUN) models.export
+	$(RUN) tests.bundle.trial $(ARGS)
 
 full/%: .venv/dev.stamp
 	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)

@@ -49,10 +49,13 @@ class Serving:
         self.home = home
         self.log = home / "serve.log"
         self._lines: list[str] = []
+        script = Path(sys.executable).with_name("topwork")
+        # Where the packages lie in a folder of their own there is no script.
+        program = [str(script)] if script.exists() else [sys.executable, "-m", "service.cli"]
         begun = time.perf_counter()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("topwork")), "serve", *arguments],
+                [*program, "serve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -221,6 +221,11 @@ class Backbone:
     def runner(self) -> Turn | None:
         """What the thread is at that runs whatever is submitted; None where callers run it themselves."""
         return self._session.turn if isinstance(self._session, Runner) else None
+
+    @property
+    def seconds_by_stage(self) -> Mapping[str, float]:
+        """What the thread that runs on a GPU has spent, see models.gpu.STAGES; nothing on a CPU."""
+        return self._session.seconds if isinstance(self._session, Runner) else {}
 
     @property
     def budget(self) -> float:

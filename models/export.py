@@ -156,12 +156,17 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
     if network.spec.precision == INT8:
         quantize(folder, network.spec)
+    complete(folder, network.spec, half=half)
+
+
+def complete(folder: Path, spec: BackboneSpec, *, half: bool = False) -> None:
+    """Makes an export of a folder with a graph as torch exports it and, of a text, its tokenizer."""
     if half:
         halve(folder)
-    if isinstance(network.spec.transform, ImageTransform):
+    if isinstance(spec.transform, ImageTransform):
         for graph in folder.glob("*.onnx"):
-            graph.write_bytes(with_byte_input(graph.read_bytes(), network.spec.transform))
-    write_manifest(folder, network.spec, _set_tables_aside(folder))
+            graph.write_bytes(with_byte_input(graph.read_bytes(), spec.transform))
+    write_manifest(folder, spec, _set_tables_aside(folder))
 
 
 def _set_tables_aside(folder: Path) -> dict[str, str]:

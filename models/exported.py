@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from models.manifest import CorruptExport, folder_sha256, is_current, read_manifest
-from models.spec import PACKAGED, BackboneSpec, ImageTransform, split_source
+from models.spec import MANIFEST_FILE, PACKAGED, BackboneSpec, ImageTransform, split_source
 
 
 def find(name: str) -> Path | None:
@@ -32,6 +32,15 @@ def find(name: str) -> Path | None:
     if local is not None and (folder_sha256(local) != spec.weights_sha256 or _is_cropped(spec)):
         return None
     return folder
+
+
+def stored_exports() -> list[Path]:
+    """The folders of all exports in the BentoML model store, complete or not."""
+    import bentoml
+
+    return [
+        Path(model.path) for model in bentoml.models.list() if (Path(model.path) / MANIFEST_FILE).exists()
+    ]
 
 
 def find_tag(name: str) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,10 @@ _BACKLOG = 2
 # Between what a captured graph gives for the same inputs at first, and once all others are captured.
 _MIN_COSINE = 0.9999
 _CLOSING_SECONDS = 10.0
+
+# What the runner's thread does: it waits for inputs, copies them together, copies them to the device, runs,
+# and copies the embeddings back.
+STAGES = ("wait", "fill", "copy_in", "run", "copy_out")
 
 
 class DeviceLost(RuntimeError):
@@ -124,7 +130,8 @@ class Runner:
     the next of a few shapes. All of these are allocated, and captured where that is wanted, before the first
     run: what is new in the middle of service takes seconds, and a run beside a capture fails.
 
-    turn: what its thread is at. lost: whether the device is.
+    turn: what its thread is at. lost: whether the device is. seconds: what its thread has spent with each of
+    STAGES since the shapes are open.
     """
 
     def __init__(
@@ -148,6 +155,7 @@ class Runner:
         """
         self.turn = Turn()
         self.lost = False
+        self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec
         self._open_session = open_session
         self._shapes = shapes
@@ -214,6 +222,7 @@ class Runner:
             self._bound.clear()
             opened.set_exception(error)
             return
+        self.seconds.update(dict.fromkeys(STAGES, 0.0))
         opened.set_result(None)
         while taken := self._take():
             rows = [one for prepared, _ in taken for one in prepared]
@@ -246,7 +255,8 @@ class Runner:
                 with self._access.shared():
                     session = self._open_session()
             with self._access.alone() if self._graphs else self._access.shared():
-                bound = _Bound(session, self._spec, shape, self._device, number if self._graphs else None)
+                graph = number if self._graphs else None
+                bound = _Bound(session, self._spec, shape, self._device, graph, self.seconds)
                 bound.first = bound.run(bound.filled_with(probes))
             self._bound[shape] = bound
         for shape, bound in self._bound.items():
@@ -260,10 +270,12 @@ class Runner:
     def _take(self) -> list[tuple[Sequence[Prepared], Future[Floats]]]:
         """Who waits, as many as fit into a run; at least one, or nobody when there will be no more."""
         with self._lock:
+            begun = time.perf_counter()
             while not self._waiting:
                 if not self._open:
                     return []
                 self._changed.wait()
+            self.seconds["wait"] += time.perf_counter() - begun
             taken = [self._waiting.popleft()]
             count = len(taken[0][0])
             while self._waiting and count + len(self._waiting[0][0]) <= self._most:
@@ -330,9 +342,11 @@ class _Bound:
         shape: Shape,
         device: str,
         number: int | None,
+        seconds: dict[str, float],
     ) -> None:
-        """number: of the CUDA graph, from 1 on; None to capture none."""
+        """number: of the CUDA graph, from 1 on; None to capture none. seconds: by stage, added to."""
         self.first: Floats | None = None
+        self._seconds = seconds
         self._session = session
         self._shape = shape
         self._arrays: dict[str, NDArray[Any]]
@@ -373,11 +387,19 @@ class _Bound:
 
     def run(self, rows: Sequence[Prepared]) -> Floats:
         """Embeddings, float32 (n, dim), of n rows, at most as many as the shape has."""
+        times = [time.perf_counter()]
         self._fill(rows)
+        times.append(time.perf_counter())
         for name, place in self._places.items():
             place.update_inplace(self._arrays[name])
+        times.append(time.perf_counter())
         self._session.run_with_iobinding(self._binding, self._options)
-        return np.array(self._answer.numpy()[: len(rows)])
+        times.append(time.perf_counter())
+        embeddings = np.array(self._answer.numpy()[: len(rows)])
+        times.append(time.perf_counter())
+        for stage, (begun, done) in zip(STAGES[1:], pairwise(times), strict=True):
+            self._seconds[stage] += done - begun
+        return embeddings
 
     def _fill(self, rows: Sequence[Prepared]) -> None:
         """What is left of earlier rows behind these is answered too, and not looked at."""

@@ -102,6 +102,8 @@ def open_session(
             raise DeviceUnavailable(GPU_ADVICE)
         # Only for CUDA: these are gigabytes.
         load_libraries()
+        # get_provider_graph_assignment_info() then says which nodes the GPU does not run.
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers = _PROVIDERS[device]
     if device == "cuda":
         name, settings = providers[0]

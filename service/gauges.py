@@ -59,6 +59,13 @@ def add_gauges(components: Components, networks: Networks) -> None:
             partial(_confirmed, components.surveyor, name),
             {"backbone": name},
         )
+        for stage in backbone.seconds_by_stage:
+            counter(
+                "topwork_gpu_seconds",
+                "Seconds that the thread which runs on the GPU has spent, by what it did.",
+                partial(_seconds, components.batchers, name, stage),
+                {"backbone": name, "stage": stage},
+            )
     _watch_replacements(components)
     _watch_connections(components.metrics)
     gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
@@ -121,6 +128,10 @@ def _watch_connections(metrics: Metrics) -> None:
 
 def _plan(batchers: Mapping[str, Batcher], name: str, setting: str) -> float:
     return float(getattr(batchers[name].backbone.plan, setting))
+
+
+def _seconds(batchers: Mapping[str, Batcher], name: str, stage: str) -> float:
+    return batchers[name].backbone.seconds_by_stage[stage]
 
 
 def _confirmed(surveyor: Surveyor, name: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.operations import cost_of
+from benchmarks.gpu.operations import cost_of
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
 from tests import tiny

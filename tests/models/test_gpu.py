@@ -18,7 +18,7 @@ import pytest
 
 from models.backbone import Backbone, planned
 from models.batcher import Batcher
-from models.gpu import Access, DeviceLost, Runner, shapes_for
+from models.gpu import STAGES, Access, DeviceLost, Runner, shapes_for
 from models.half import halve
 from models.manifest import read_manifest, write_manifest
 from models.plan import Plan
@@ -78,6 +78,19 @@ def test_it_gives_what_unbound_runs_give_whatever_the_shapes(reference: Backbone
     # Smaller after larger: what is left of earlier rows must not show.
     for some in (prepared, prepared[:1], prepared[:3], prepared[5:10], prepared[::-1], []):
         np.testing.assert_allclose(runner.run(some), reference.run(some), atol=1e-5)
+
+
+def test_it_tells_what_its_thread_does(reference: Backbone, runner: Runner) -> None:
+    assert sum(runner.seconds.values()) < 0.1  # What opening took is not in it.
+    begun = time.perf_counter()
+    time.sleep(0.2)
+    for some in (inputs(reference, 40), inputs(reference, 3)):
+        runner.run(some)
+    seconds, passed = dict(runner.seconds), time.perf_counter() - begun
+    assert tuple(seconds) == STAGES
+    assert seconds["wait"] >= 0.2
+    assert all(0 < seconds[stage] < passed for stage in STAGES)
+    assert seconds["run"] > seconds["copy_out"]
 
 
 def test_many_threads_get_their_own(reference: Backbone, runner: Runner) -> None:

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_session import Asked, Found
-from benchmarks.operations import Cost, cost_of
+from benchmarks.gpu import machine
+from benchmarks.gpu.operations import Cost, cost_of
+from benchmarks.gpu.session import Asked, Found
 from benchmarks.report import RESULTS, Report, Spread, table
 from models import probes
 from models.backbone import Backbone, planned
@@ -40,8 +41,8 @@ PARTS = ("chip", "sessions", "served", "torch")
 ROUNDS = 3
 CALLERS = 64
 PER_CALLER = 8
-# Time limit of one bare session, in seconds.
-_MOST_SECONDS = 60.0
+# Time limit of one batch of a bare session, in seconds.
+_MOST_SECONDS = 15.0
 _MIN_COSINE = 0.9999
 # The backbone as served must reach this share of a bare session's rate with host copies.
 _SERVED = 0.8
@@ -70,14 +71,20 @@ class Way:
 
 
 class Bench:
-    """What all parts need, and where their figures go."""
+    """What all parts need, and where their figures go: behind those of parts that were run before."""
 
     def __init__(self, device: Device, seconds: float, results: Path, report: Report) -> None:
         self.device = device
         self.seconds = seconds
         self.report = report
         self.failed: list[str] = []
-        self._file = None if device == "cpu" else (results / "gpu.jsonl").open("a", encoding="utf-8")
+        self._file = None
+        if device == "cuda":
+            self._file = (results / "gpu.jsonl").open("a+", encoding="utf-8")
+            self._file.seek(0)
+            for line in self._file:
+                figures = json.loads(line)
+                report.data.setdefault(figures.pop("part"), []).append(figures)
 
     def counts(self, name: str) -> Sequence[int]:
         """Inputs at once: few in a rehearsal, which is to end."""
@@ -133,28 +140,21 @@ def rate(run: Callable[[], object], items: int, seconds: float) -> Spread:
 
 
 def chip(bench: Bench) -> None:
-    """What the GPU does at most: a product of matrices in float16, and copies there."""
-    import torch
+    """What the GPU does at most."""
+    _note_all(bench, "chip", machine.chip)
 
-    side = 8192 if bench.device == "cuda" else 256
-    one = torch.randn(side, side, device=bench.device, dtype=torch.float16)
 
-    def multiply() -> None:
-        torch.matmul(one, one)
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
+def in_torch(bench: Bench) -> None:
+    """The network of the images as torch runs it."""
+    _note_all(bench, "torch", machine.network)
 
-    product_rate = rate(multiply, 1, bench.seconds).median * 2 * side**3
-    bench.note("chip", operations_a_second=product_rate)
-    for pinned in (False, True) if bench.device == "cuda" else ():
-        there = torch.empty(_COPIED, dtype=torch.uint8, device="cuda")
-        here = torch.zeros(_COPIED, dtype=torch.uint8, pin_memory=pinned)
 
-        def copy(there: Any = there, here: Any = here) -> None:
-            there.copy_(here)
-            torch.cuda.synchronize()
-
-        bench.note("chip", pinned=pinned, bytes_a_second=rate(copy, _COPIED, bench.seconds).median)
+def _note_all(bench: Bench, part: str, measured: Callable[[], Iterator[dict[str, Any]]]) -> None:
+    try:
+        for figures in measured():
+            bench.note(part, **figures)
+    except machine.NoCuda:
+        bench.note(part, skipped="torch finds no GPU")
 
 
 def _inputs(backbone: Backbone) -> Iterator[tuple[str, list[bytes | str]]]:
@@ -176,7 +176,7 @@ def _ways(backbone: Backbone, device: Device) -> Iterator[Way]:
 def sessions(bench: Bench, name: str, folder: Path) -> None:
     """Bare sessions in every way: float16 or float32, layouts, CUDA graphs, batches."""
     reference = Backbone.open(folder)
-    rows = []
+    batches: list[Batch] = []
     with tempfile.TemporaryDirectory(prefix="topwork-gpu-") as scratch:
         for what, inputs in _inputs(reference):
             prepared = [reference.preprocess(one) for one in inputs]
@@ -185,67 +185,123 @@ def sessions(bench: Bench, name: str, folder: Path) -> None:
             for count in bench.counts(name):
                 order = [place % len(prepared) for place in range(count)]
                 feed: dict[str, Any] = reference.feed([prepared[place] for place in order])
-                np.savez(Path(scratch, "feed.npz"), **feed)
-                np.save(Path(scratch, "reference.npy"), embeddings[order])
-                for way in _ways(reference, bench.device):
-                    asked = Asked(
-                        str(folder / (HALF_FILE if way.half else GRAPH_FILE)),
-                        str(Path(scratch, "feed.npz")),
-                        str(Path(scratch, "reference.npy")),
-                        bench.device,
-                        way.half,
-                        way.channels_last,
-                        way.graphs,
-                        bench.seconds,
-                    )
-                    found = _run(asked)
-                    about = {"backbone": name, "inputs": what, "count": count, "way": way.name}
-                    if isinstance(found, str):
-                        bench.note("sessions", **about, error=found)
-                        continue
-                    bench.note("sessions", **about, **asdict(found), **_limits(bench, cost, count, way))
-                    on_device, copied = Spread(tuple(found.on_device)), Spread(tuple(found.with_copies))
-                    rows.append(
-                        [
-                            what,
-                            str(count),
-                            way.name,
-                            on_device.text(".0f"),
-                            copied.text(".0f"),
-                            f"{1e3 * found.first:.0f} ms",
-                            f"{found.cosine:.6f}",
-                        ]
-                    )
-    head = ["inputs", "at once", "way", "on the device, /s", "with copies, /s", "first run", "cosine"]
-    bench.report.add(f"Bare sessions of {name}", table(head, rows))
+                batch = Batch(what, count, cost, Path(scratch, f"{len(batches)}"))
+                np.savez(batch.feed, **feed)
+                np.save(batch.reference, embeddings[order])
+                batches.append(batch)
+        for way in _ways(reference, bench.device):
+            asked = Asked(
+                str(folder / (HALF_FILE if way.half else GRAPH_FILE)),
+                [(str(batch.feed), str(batch.reference)) for batch in batches],
+                bench.device,
+                way.half,
+                way.channels_last,
+                way.graphs,
+                bench.seconds,
+            )
+            every, error = run_session(asked)
+            for batch, found in zip(batches, every, strict=False):
+                about = {"backbone": name, "inputs": batch.what, "count": batch.count, "way": way.name}
+                limits = _limits(bench, batch.cost, batch.count, way)
+                bench.note("sessions", **about, **asdict(found), **limits)
+            if error is not None:
+                bench.note("sessions", backbone=name, way=way.name, error=error)
 
 
-def _run(asked: Asked) -> Found | str:
-    """What was found, or why nothing was."""
-    command = [sys.executable, "-m", "benchmarks.gpu_session"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(asdict(asked)),
-            capture_output=True,
-            text=True,
-            timeout=_MOST_SECONDS,
-            check=False,
-        )
-        return Found(**json.loads(done.stdout))
-    except subprocess.TimeoutExpired:
-        return f"it took more than {_MOST_SECONDS:g} s"
-    except ValueError:
-        return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """So many inputs of a kind, in two files whose names begin with path. cost: of one input."""
+
+    what: str
+    count: int
+    cost: Cost
+    path: Path
+
+    @property
+    def feed(self) -> Path:
+        """The graph's inputs."""
+        return self.path.with_suffix(".npz")
+
+    @property
+    def reference(self) -> Path:
+        """The embeddings of a CPU."""
+        return self.path.with_suffix(".npy")
+
+
+def add_tables(report: Report) -> None:
+    """What bare sessions and torch gave, in this run or before."""
+    for name in NAMES:
+        rows = [
+            [
+                one["inputs"],
+                str(one["count"]),
+                one["way"],
+                Spread(tuple(one["on_device"])).text(".0f"),
+                Spread(tuple(one["with_copies"])).text(".0f"),
+                _share(one),
+                f"{1e3 * one['first']:.0f} ms",
+                f"{one['cosine']:.6f}",
+            ]
+            for one in report.data.get("sessions", ())
+            if one.get("backbone") == name and "on_device" in one
+        ]
+        head = [
+            "inputs",
+            "at once",
+            "way",
+            "on the device, /s",
+            "with copies, /s",
+            "of the limit",
+            "first run",
+            "cosine",
+        ]
+        if rows:
+            report.add(f"Bare sessions of {name}", table(head, sorted(rows, key=lambda row: row[0])))
+    rows = [
+        [str(one["count"]), f"{one['images_a_second']:.0f}"]
+        for one in report.data.get("torch", ())
+        if "count" in one
+    ]
+    if rows:
+        report.add("timm in torch", table(["at once", "images a second"], rows))
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    """Of what the chip can do at most, by its operations or by the bytes that must be moved."""
+    limits = [one[name] for name in ("limit_by_operations", "limit_by_bytes") if name in one]
+    return f"{100 * max(one['on_device']) / min(limits):.0f} %" if limits else ""
+
+
+def run_session(asked: Asked) -> tuple[list[Found], str | None]:
+    """What was found of each batch in turn, and why there is no more of it where there is not."""
+    command = [sys.executable, "-m", "benchmarks.gpu.session"]
+    limit = _MOST_SECONDS * len(asked.batches)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(json.dumps(asdict(asked)), timeout=limit)
+            why = None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+            why = f"it took more than {limit:g} s"
+    found = [Found(**json.loads(line)) for line in output.splitlines()]
+    if why is None and len(found) < len(asked.batches):
+        why = (errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1]
+    return found, why
 
 
 def _limits(bench: Bench, cost: Cost, count: int, way: Way) -> Mapping[str, float]:
-    """Inputs a second at most: by operations, where the chip's are known, and what must be moved of each."""
+    """Inputs a second at most, by operations and by bytes, where the chip's own rates are known."""
     width = 2 if way.half else 4
-    limits = {"bytes_an_input": width * (cost.weights / count + cost.activations)}
+    moved = width * (cost.weights / count + cost.activations)
+    limits = {"bytes_an_input": moved}
     for one in bench.report.data.get("chip", ()):
         if "operations_a_second" in one:
             limits["limit_by_operations"] = one["operations_a_second"] / cost.operations
+        if "bytes_a_second_on_the_device" in one:
+            limits["limit_by_bytes"] = one["bytes_a_second_on_the_device"] / moved
     return limits
 
 
@@ -321,47 +377,6 @@ async def _shared(backbone: Backbone, inputs: Sequence[bytes | str], seconds: fl
     return Spread(tuple(found[1:]))
 
 
-def in_torch(bench: Bench) -> None:
-    """timm's network of the same form, with random weights, as fast as torch runs it: float16 and a graph."""
-    import timm
-    import torch
-
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
-    network = network.to(bench.device, memory_format=torch.channels_last)
-    if bench.device == "cuda":
-        network = network.half()
-    rows = []
-    for count in bench.counts("efficientnet-lite0"):
-        dtype = torch.float16 if bench.device == "cuda" else torch.float32
-        pixels = torch.randn(count, 3, 224, 224, device=bench.device, dtype=dtype)
-        pixels = pixels.to(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            run = _captured(network, pixels) if bench.device == "cuda" else lambda: network(pixels)  # noqa: B023
-            spread = rate(run, count, bench.seconds)
-        bench.note("torch", network="tf_efficientnet_lite0", count=count, rates=spread.values)
-        rows.append([str(count), spread.text(".0f", "/s")])
-    bench.report.add("timm in torch", table(["at once", "rate"], rows))
-
-
-def _captured(network: Any, pixels: Any) -> Callable[[], object]:
-    import torch
-
-    beside = torch.cuda.Stream()
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            network(pixels)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        network(pixels)
-
-    def run() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return run
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the parts; 1 where there is no GPU or no export, a part fails or a target is missed."""
     parser = argparse.ArgumentParser(
@@ -401,10 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeviceUnavailable as error:
         print(error, file=sys.stderr)
         return 1
+    add_tables(report)
     if options.device == "cpu":
         print(f"A rehearsal on the CPU, of which nothing is kept; failed: {bench.failed or 'nothing'}.")
         return int(bool(bench.failed))
-    return report.finish() or int(bool(bench.failed))
+    return report.finish(options.results) or int(bool(bench.failed))
 
 
 if __name__ == "__main__":

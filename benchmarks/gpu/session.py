@@ -1,20 +1,24 @@
-"""`python -m benchmarks.gpu_session`: a bare session run in one way, in a process of its own.
+"""`python -m benchmarks.gpu.session`: a bare session run in one way, in a process of its own.
 
-Reads what to run from standard input as JSON, and writes what was measured to standard output. What a way
-does to the GPU, a failed capture or an illegal access, ends with the process.
+Reads what to run from standard input as JSON, and writes a line of JSON for each batch. What a way does to
+the GPU, a failed capture or an illegal access, ends with the process.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from models.gpu import lowest_cosine
 from models.session import Device, open_session
@@ -25,14 +29,13 @@ ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """graph: the file. feed: an .npz of the graph's inputs. reference: an .npy of the embeddings of a CPU.
+    """graph: the file. batches: of each, an .npz of the graph's inputs and an .npy of a CPU's embeddings.
 
     half, channels_last, graphs: see models.session. seconds: of each round.
     """
 
     graph: str
-    feed: str
-    reference: str
+    batches: list[tuple[str, str]]
     device: Device
     half: bool
     channels_last: bool
@@ -42,10 +45,12 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """opening, first: seconds until the session was open, and of its first run, a capture included.
+    """What one batch showed.
 
+    opening, first: seconds until the session was open, and of its first run, a capture included.
     on_device, with_copies: inputs a second of rounds, with the inputs on the device, and with copies there
-    and back. cosine: the least one to the reference.
+    and back. cosine: the least one to the reference. by_provider: nodes that each execution provider runs.
+    memory: bytes of the device that are in use then; None where that cannot be asked.
     """
 
     opening: float
@@ -53,12 +58,12 @@ class Found:
     on_device: list[float]
     with_copies: list[float]
     cosine: float
+    by_provider: dict[str, int]
+    memory: int | None
 
 
-def measure(asked: Asked) -> Found:
-    """Raises what ONNX Runtime raises."""
-    feed = dict(np.load(asked.feed))
-    reference = np.load(asked.reference)
+def measure(asked: Asked, feed: Mapping[str, NDArray[Any]], reference: NDArray[np.float32]) -> Found:
+    """Of one batch, in a session of its own, as images are served. Raises what ONNX Runtime raises."""
     count = len(reference)
     begun = time.perf_counter()
     session = open_session(
@@ -91,7 +96,28 @@ def measure(asked: Asked) -> Found:
     first = time.perf_counter() - begun
     on_device = [_rate(run, count, asked.seconds) for _ in range(ROUNDS)]
     with_copies = [_rate(run_with_copies, count, asked.seconds) for _ in range(ROUNDS)]
-    return Found(opening, first, on_device, with_copies, lowest_cosine(answer.numpy(), reference))
+    cosine = lowest_cosine(answer.numpy(), reference)
+    return Found(opening, first, on_device, with_copies, cosine, _by_provider(session), _memory(asked.device))
+
+
+def _by_provider(session: onnxruntime.InferenceSession) -> dict[str, int]:
+    """Nodes that each execution provider runs. A node on the CPU in the middle costs two copies."""
+    try:
+        parts = session.get_provider_graph_assignment_info()
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        return {}
+    return dict(Counter(part.ep_name for part in parts for _ in part.get_nodes()))
+
+
+def _memory(device: Device) -> int | None:
+    """Bytes of the device that are in use, by all processes."""
+    if device == "cpu":
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
 
 
 def _rate(run: Callable[[], None], items: int, seconds: float) -> float:
@@ -105,7 +131,9 @@ def _rate(run: Callable[[], None], items: int, seconds: float) -> float:
 
 def main() -> int:
     """See the module."""
-    print(json.dumps(asdict(measure(Asked(**json.load(sys.stdin))))))
+    asked = Asked(**json.load(sys.stdin))
+    for feed, reference in asked.batches:
+        print(json.dumps(asdict(measure(asked, dict(np.load(feed)), np.load(reference)))), flush=True)
     return 0
 
 
