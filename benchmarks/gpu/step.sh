@@ -41,9 +41,14 @@ smoke)
     LD_LIBRARY_PATH=$(cat "$WORK/libraries") python3 -m benchmarks.gpu.smoke --device "$DEVICE"
     ;;
 tests)
-    TOPWORK_TEST_REQUIRE=gpu python3 -m pytest --noconftest -c /dev/null --rootdir=. -p no:cacheprovider \
-        -q --durations=5 --junitxml="$RESULTS/junit.xml" tests/models/test_gpu.py tests/adapters/test_fine_tune.py \
-        $([ "$DEVICE" = cuda ] && echo "-m gpu")
+    if [ "$DEVICE" = cuda ]; then
+        set -- -m gpu
+        export TOPWORK_TEST_REQUIRE=gpu
+    else
+        set -- -m 'not gpu'
+    fi
+    python3 -m pytest --noconftest -c /dev/null --rootdir=. -p no:cacheprovider -q --durations=5 \
+        --junitxml="$RESULTS/junit.xml" "$@" tests/models/test_gpu.py tests/adapters/test_fine_tune.py
     ;;
 sessions)
     python3 -m benchmarks.gpu --device "$DEVICE" --results "$RESULTS" --seconds "${SECONDS_EACH:-0.15}" chip torch sessions

@@ -89,7 +89,7 @@ def test_it_tells_what_its_thread_does(reference: Backbone, runner: Runner) -> N
     seconds, passed = dict(runner.seconds), time.perf_counter() - begun
     assert tuple(seconds) == STAGES
     assert seconds["wait"] >= 0.2
-    assert all(0 < seconds[stage] < passed for stage in STAGES)
+    assert all(0 < seconds[stage] < passed for stage in STAGES[1:])
     assert seconds["run"] > seconds["copy_out"]
 
 
