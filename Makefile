@@ -23,10 +23,10 @@ test: .venv/dev.stamp  ## Run the tests
 	$(RUN) pytest $(ARGS)
 
 test-kill: .venv/dev.stamp  ## Kill the service 200 times under mixed load, and look for what was lost
-	$(RUN) benchmarks.kill --times 200
+	$(RUN) benchmarks.reliability.kill --times 200
 
 test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs
-	$(RUN) benchmarks.kill_jobs --times-worker 50 --times-server 20
+	$(RUN) benchmarks.reliability.kill_jobs --times-worker 50 --times-server 20
 
 # Two files at a time, the longest first.
 LONGEST_FAULTS := tests/faults/test_storage_kills.py
@@ -59,46 +59,46 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
-	$(RUN) benchmarks.speed
+	$(RUN) benchmarks.serving.speed
 
 bench-eight-bits: .venv/dev.stamp  ## What the 8-bit backbones cost in accuracy
-	$(RUN) benchmarks.eight_bits
+	$(RUN) benchmarks.serving.eight_bits
 
 bench-neighbours: .venv/dev.stamp  ## What a tenant far above its quota costs the others
-	$(RUN) benchmarks.neighbours
+	$(RUN) benchmarks.serving.neighbours
 
 bench-attacks: .venv/dev.stamp  ## What attackers without quotas cost the others
-	$(RUN) benchmarks.attacks
+	$(RUN) benchmarks.serving.attacks
 
 bench-first-start: .venv/dev.stamp  ## A first start on a busy machine that turns quiet; on a quiet machine
-	$(RUN) benchmarks.first_start
+	$(RUN) benchmarks.serving.first_start
 
 bench-tenants: .venv/dev.stamp  ## Memory, descriptors and threads while a thousand tenants ask for twenty minutes
-	$(RUN) benchmarks.tenants
+	$(RUN) benchmarks.serving.tenants
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
-	$(RUN) benchmarks.quality
+	$(RUN) benchmarks.training.quality
 
 bench-honesty: .venv/dev.stamp  ## What is reported beside what is true
-	$(RUN) benchmarks.honesty
+	$(RUN) benchmarks.honesty.__main__
 
 bench-fit: .venv/dev.stamp  ## Fitting a head beside LogisticRegressionCV
-	$(RUN) benchmarks.fit
+	$(RUN) benchmarks.training.fit
 
 bench-adapt: .venv/dev.stamp  ## Adapting over HTTP beside a bare loop; latency beside adapts
-	$(RUN) benchmarks.adapt
+	$(RUN) benchmarks.training.adapt
 
 bench-footprint: .venv/dev.stamp  ## Start-up time and memory
-	$(RUN) benchmarks.footprint
+	$(RUN) benchmarks.serving.footprint
 
 bench-parity: .venv/dev.stamp  ## Exported adapters, run by ONNX Runtime alone, beside the service's answers
-	$(RUN) benchmarks.onnx_parity
+	$(RUN) benchmarks.serving.onnx_parity
 
 bench-far-from-square: .venv/dev.stamp  ## Long images shown whole in several ways, beside their middle alone
-	$(RUN) benchmarks.far_from_square
+	$(RUN) benchmarks.training.far_from_square
 
 bench-finetune: .venv/dev.stamp  ## Fine-tunes beside the heads that they replace, and random weights; hours
-	$(RUN) benchmarks.finetune
+	$(RUN) benchmarks.training.finetune
 
 bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 	$(RUN) benchmarks.gpu

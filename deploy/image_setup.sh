@@ -5,7 +5,7 @@ cat >/app/.venv/bin/topwork <<'PROGRAM'
 #!/app/.venv/bin/python
 import sys
 
-from service.cli import main
+from service.cli.main import main
 
 sys.exit(main())
 PROGRAM

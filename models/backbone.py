@@ -15,13 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models import driver, probes
-from models.decoder import Waiting, wait_unseen
-from models.expense import HEAVY, image_expense, text_expense
-from models.gpu import Runner, shapes_for
+from models import probes
+from models.batching.turn import Turn
 from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
-from models.pixels import with_byte_input
-from models.plan import (
+from models.preprocess.decoder import Waiting, wait_unseen
+from models.preprocess.expense import HEAVY, image_expense, text_expense
+from models.preprocess.pixels import with_byte_input
+from models.preprocess.preprocessor import (
+    TINY_IMAGE,
+    ImagePreprocessor,
+    InputError,
+    InputLimits,
+    Prepared,
+    Silence,
+    TextPreprocessor,
+)
+from models.runtime import driver
+from models.runtime.autotune import (
     BATCHES,
     BATCHES_ON_GPU,
     Measured,
@@ -34,16 +44,9 @@ from models.plan import (
     read_plan,
     ways_on_gpu,
 )
-from models.preprocess import (
-    TINY_IMAGE,
-    ImagePreprocessor,
-    InputError,
-    InputLimits,
-    Prepared,
-    Silence,
-    TextPreprocessor,
-)
-from models.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
+from models.runtime.cuda import Runner, shapes_for
+from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
+from models.runtime.trial import try_out
 from models.spec import (
     FLOAT16,
     GRAPH_FILE,
@@ -58,8 +61,6 @@ from models.spec import (
     ImageTransform,
     TextTransform,
 )
-from models.trial import try_out
-from models.turn import Turn
 
 Floats = NDArray[np.float32]
 
@@ -224,7 +225,7 @@ class Backbone:
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:
-        """What the thread that runs on a GPU has spent, see models.gpu.STAGES; nothing on a CPU."""
+        """What the thread that runs on a GPU has spent, see models.runtime.cuda.STAGES; nothing on a CPU."""
         return self._session.seconds if isinstance(self._session, Runner) else {}
 
     @property

@@ -32,7 +32,7 @@ PACKAGE: Final = "package"
 
 FLOAT32: Final = "float32"
 FLOAT16: Final = "float16"
-# As models/quantize.py makes it. Another way to quantize gives other embeddings, and is another precision.
+# As models/export/quantize.py makes it. Another way to quantize is another precision: embeddings differ.
 INT8: Final = "int8"
 
 

@@ -18,11 +18,18 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from service.connections import connections
-from service.draining import Server
-from service.edge import Edge
-from service.image import image
-from service.protocol import Protocol
+from service.edge.gateway import Edge
+from service.server.connections import connections
+from service.server.drain import Server
+from service.server.image import image
+from service.server.process import (
+    configure_logging,
+    explain,
+    give_back_memory,
+    give_up,
+    raise_descriptor_limit,
+)
+from service.server.protocol import Protocol
 from service.settings import (
     Settings,
     serving_environment,
@@ -30,7 +37,6 @@ from service.settings import (
     tracing_wanted,
     warn_of_unknown_settings,
 )
-from service.startup import configure_logging, explain, give_back_memory, give_up, raise_descriptor_limit
 
 edge = Edge()
 
@@ -108,7 +114,7 @@ class Topwork:
         from bentoml._internal.configuration.containers import BentoMLContainer
         from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
-        from service.auth import Guard
+        from service.edge.auth import Guard
 
         # BentoML has read already whether it may report to its maker, and keeps what it read.
         set_serving_environment()
@@ -127,11 +133,11 @@ class Topwork:
     @bentoml.on_startup
     async def start(self) -> None:
         """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
-        from service.auth import Guard, listening_addresses
+        from service.api.app import build_api
+        from service.api.direct import Direct
         from service.composition import compose
-        from service.contract import Contract
-        from service.direct import Direct
-        from service.routes import build_api
+        from service.edge.auth import Guard, listening_addresses
+        from service.edge.contract import Contract
 
         # `topwork serve` has done it; a bento under another server has not.
         os.umask(0o077)

@@ -13,45 +13,45 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from adapters.adapting import Adapting
-from adapters.aliases import Aliases
-from adapters.browsing import Browsing
-from adapters.cache import Cache
-from adapters.children import environment
-from adapters.curating import Curating
-from adapters.explaining import Explaining
-from adapters.exporting import Exporting
-from adapters.fitter import Fitter
-from adapters.forgetting import Clearing, Forgetting
-from adapters.head import Head
-from adapters.keeping import Keeping
-from adapters.linear_probe import ProbeConfig
-from adapters.networks import Networks
-from adapters.predicting import Predicting
-from adapters.records import Alias
-from adapters.registry import Registry, RegistryError
-from adapters.revising import AdapterLimits, Revising
-from adapters.rollback import Restorer
-from adapters.store import Store, StoreError, open_store
-from adapters.submitting import Submitting
-from adapters.supervising import Supervised
-from adapters.sweeper import SWEPT_AGE, Swept, sweep
+from adapters.adaptation.adapt import Adapting
+from adapters.adaptation.catalog import Browsing
+from adapters.adaptation.erasure import Clearing, Forgetting
+from adapters.adaptation.example_editor import Curating
+from adapters.adaptation.repository import Keeping
+from adapters.adaptation.revision import AdapterLimits, Revising
+from adapters.adaptation.rollback import Restorer
+from adapters.cache.aliases import Aliases
+from adapters.cache.lru import Cache
+from adapters.cache.networks import Networks
+from adapters.heads.head import Head
+from adapters.jobs.submission import Submitting
+from adapters.jobs.supervisor import Supervised
+from adapters.prediction.export import Exporting
+from adapters.prediction.neighbours import Explaining
+from adapters.prediction.predictor import Predicting
+from adapters.probe.fit import ProbeConfig
+from adapters.processes.child import environment
+from adapters.processes.fitter import Fitter
+from adapters.registry.records import Alias
+from adapters.registry.registry import Registry, RegistryError
+from adapters.storage.artifact import Store, StoreError, open_store
+from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone, planned
-from models.batcher import Batcher
-from models.cores import Cores
-from models.exported import find
-from models.plan import Measured
-from models.preprocess import InputLimits
-from service.edge import UPLOADS, UPLOADS_OF_A_TENANT, Slots
-from service.events import Events, told_to_end
-from service.gauges import add_gauges
-from service.keyring import Keyring
-from service.metrics import Metrics
+from models.batching.batcher import Batcher
+from models.batching.core_sharing import Cores
+from models.model_store import find
+from models.preprocess.preprocessor import InputLimits
+from models.runtime.autotune import Measured
+from service.api.events import Events, told_to_end
+from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, Slots
+from service.edge.key_cache import Keyring
+from service.monitoring.backbone_monitor import Watching
+from service.monitoring.gauges import add_gauges
+from service.monitoring.metrics import Metrics
+from service.monitoring.surveyor import Surveyor
+from service.server.process import end_stuck, end_within, trim_memory
+from service.server.threads import FairThreads
 from service.settings import Settings
-from service.startup import end_stuck, end_within, trim_memory
-from service.surveyor import Surveyor
-from service.threads import FairThreads
-from service.watching import Watching
 
 logger = logging.getLogger("topwork")
 
@@ -301,7 +301,7 @@ async def _export_missing(names: Sequence[str]) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "models.export",
+        "models.export.onnx_export",
         *missing,
         env=environment(),
     )

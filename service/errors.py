@@ -15,18 +15,27 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters.adapting import ContractChanged, ExamplesRejected, FingerprintMismatch, WeightsNotForTask
-from adapters.admission import MixedInputs
-from adapters.calling_back import CallbackNotAllowed
-from adapters.curating import InputsNotKept
-from adapters.erasing import TenantErased
-from adapters.example import ExampleError
-from adapters.fitter import FitFailed, FitterOverloaded, FitterUnavailable
-from adapters.head import CorruptHead
-from adapters.linear_probe import OneLabel, TooCostly
-from adapters.outward import tells_of_the_inside
-from adapters.predicting import HeadMismatch, NoLiveVersion
-from adapters.records import (
+from adapters.adaptation.adapt import (
+    ContractChanged,
+    ExamplesRejected,
+    FingerprintMismatch,
+    WeightsNotForTask,
+)
+from adapters.adaptation.example_editor import InputsNotKept
+from adapters.adaptation.revision import AdapterFull, NothingToFit
+from adapters.adaptation.rollback import CannotRestore
+from adapters.examples.target import ExampleError
+from adapters.examples.upload import BadUpload
+from adapters.examples.validation import MixedInputs
+from adapters.heads.head import CorruptHead
+from adapters.jobs.callbacks import CallbackNotAllowed
+from adapters.jobs.submission import CannotTune, TooFewExamples
+from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
+from adapters.probe.fit import OneLabel, TooCostly
+from adapters.processes.fitter import FitFailed, FitterOverloaded, FitterUnavailable
+from adapters.redaction import tells_of_the_inside
+from adapters.registry.erasures import TenantErased
+from adapters.registry.records import (
     AliasMoved,
     JobFinished,
     RegistryUnavailable,
@@ -38,17 +47,13 @@ from adapters.records import (
     UnknownTenant,
     UnknownVersion,
 )
-from adapters.revising import AdapterFull, NothingToFit
-from adapters.rollback import CannotRestore
-from adapters.store import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
-from adapters.submitting import CannotTune, TooFewExamples
-from adapters.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
-from adapters.uploaded import BadUpload
-from models.decoder import DecoderUnavailable
+from adapters.registry.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
+from adapters.storage.artifact import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
+from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
-from models.preprocess import InputError
+from models.preprocess.decoder import DecoderUnavailable
+from models.preprocess.preprocessor import InputError
 from models.protobuf import InvalidGraph
-from models.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.spec import UnknownBackbone
 
 logger = logging.getLogger("topwork")

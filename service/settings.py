@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from adapters.supervising import WorkerConfig
+from adapters.jobs.supervisor import WorkerConfig
 from models import SILENT
 
 logger = logging.getLogger("topwork")

@@ -8,9 +8,9 @@ import pytest
 
 # Before any test imports ONNX Runtime itself, which this keeps from reporting.
 import models  # noqa: F401
-from benchmarks.serving import Serving
+from benchmarks.harness.service_process import Serving
 
-pytest_plugins = ["tests.fixtures_storage"]
+pytest_plugins = ["tests.support.storage"]
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from typing import Any
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from adapters.schema import metadata
-from benchmarks.serving import ROOT, Serving
+from adapters.registry.schema import metadata
+from benchmarks.harness.service_process import ROOT, Serving
 from service.settings import Settings
 
 FILE = Path(__file__).with_name("recorded.json")

@@ -16,20 +16,21 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "adapters", "service")
 # What runs in processes of its own.
 TORCH = {
-    "models/export.py",
-    "models/half.py",
-    "models/network.py",
-    "models/quantize.py",
-    "adapters/checkpoint.py",
-    "adapters/fine_tune.py",
-    "adapters/gaps.py",
-    "adapters/learner.py",
-    "adapters/samples.py",
-    "adapters/second_phase.py",
-    "adapters/tuned.py",
-    "adapters/tuning.py",
-    "adapters/vocabulary.py",
-    "adapters/worker.py",
+    "models/export/__main__.py",
+    "models/export/onnx_export.py",
+    "models/export/float16.py",
+    "models/export/loaders.py",
+    "models/export/quantize.py",
+    "adapters/finetune/checkpoint.py",
+    "adapters/finetune/trainer.py",
+    "adapters/finetune/pacing.py",
+    "adapters/finetune/model.py",
+    "adapters/finetune/data.py",
+    "adapters/finetune/full_phase.py",
+    "adapters/finetune/export.py",
+    "adapters/jobs/fine_tune.py",
+    "adapters/finetune/vocabulary.py",
+    "adapters/jobs/worker.py",
 }
 BANNED = re.compile(r"(^|_)(manager|handler|engine|utils?|helpers?|common|misc)(_|$)")
 
@@ -94,13 +95,13 @@ def test_bentoml_is_for_the_edge_and_the_model_store() -> None:
         for name in importers("bentoml", "_bentoml_sdk", "_bentoml_impl")
         if not name.startswith("service/")
     }
-    assert below <= {"models/export.py", "models/exported.py"}
+    assert below <= {"models/export/onnx_export.py", "models/model_store.py"}
 
 
 def test_one_module_opens_sessions() -> None:
     # A GPU's memory is bound to a session that it gives; ONNX Runtime makes the other forms of a graph, too.
-    others = {"models/gpu.py", "models/half.py", "models/quantize.py"}
-    assert importers("onnxruntime") == {"models/session.py", *others}
+    others = {"models/runtime/cuda.py", "models/export/float16.py", "models/export/quantize.py"}
+    assert importers("onnxruntime") == {"models/runtime/session.py", *others}
 
 
 def test_only_export_and_training_know_torch_and_onnx() -> None:
@@ -170,7 +171,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["service.app", "service.composition", "service.routes", "adapters.fitter"]
+    "module", ["service.app", "service.composition", "service.api.app", "adapters.processes.fitter"]
 )
 def test_importing_the_service_imports_nothing_of_training(module: str) -> None:
     script = f"import sys, {module}; print(*sorted(name for name in sys.modules if '.' not in name))"

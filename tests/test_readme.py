@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from pydantic.fields import FieldInfo
 
-from benchmarks.serving import ROOT, Serving
+from benchmarks.harness.service_process import ROOT, Serving
 from service.settings import Settings
 
 ADDRESS = "http://127.0.0.1:3000"

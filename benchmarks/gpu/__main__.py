@@ -28,13 +28,13 @@ import numpy as np
 from benchmarks.gpu import machine
 from benchmarks.gpu.operations import Cost, cost_of
 from benchmarks.gpu.session import Asked, Found
-from benchmarks.report import RESULTS, Report, Spread, table
+from benchmarks.harness.report import RESULTS, Report, Spread, table
 from models import probes
 from models.backbone import Backbone, planned
-from models.batcher import Batcher
-from models.exported import find
-from models.gpu import lowest_cosine
-from models.session import Device, DeviceUnavailable
+from models.batching.batcher import Batcher
+from models.model_store import find
+from models.runtime.cuda import lowest_cosine
+from models.runtime.session import Device, DeviceUnavailable
 from models.spec import GRAPH_FILE, HALF_FILE
 
 PARTS = ("chip", "sessions", "served", "torch")

@@ -22,14 +22,14 @@ from typing import Final
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from benchmarks.datasets import DEFAULT_FOLDER
+from benchmarks.data.datasets import DEFAULT_FOLDER
+from benchmarks.data.pictures import photographs
 from benchmarks.gpu.__main__ import NAMES
 from benchmarks.gpu.service import SIZES
-from benchmarks.pictures import photographs
-from benchmarks.serving import ROOT
-from models.exported import find
+from benchmarks.harness.service_process import ROOT
 from models.manifest import read_manifest, read_tables
-from models.plan import PLAN_FILE
+from models.model_store import find
+from models.runtime.autotune import PLAN_FILE
 from models.spec import HALF_FILE
 
 FOLDER: Final = ".bundle"

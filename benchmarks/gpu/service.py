@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.client import Client, Server
-from benchmarks.datasets import Sample, text_digest
+from benchmarks.data.datasets import Sample, text_digest
 from benchmarks.gpu.__main__ import texts
-from benchmarks.load import Load, Order, Round
-from benchmarks.report import RESULTS, Report, table
-from benchmarks.scenes import TENANT, Scene, image_scene
-from benchmarks.serving import Serving
+from benchmarks.harness.client import Client, Server
+from benchmarks.harness.load import Load, Order, Round
+from benchmarks.harness.payloads import TENANT, Scene, image_scene
+from benchmarks.harness.report import RESULTS, Report, table
+from benchmarks.harness.service_process import Serving
 
 CONNECTIONS = 64
 REPLICAS = (1, 2, 4)

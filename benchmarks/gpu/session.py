@@ -20,8 +20,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models.gpu import lowest_cosine
-from models.session import Device, open_session
+from models.runtime.cuda import lowest_cosine
+from models.runtime.session import Device, open_session
 from models.spec import OUTPUT_NAME
 
 ROUNDS = 3
@@ -31,7 +31,7 @@ ROUNDS = 3
 class Asked:
     """graph: the file. batches: of each, an .npz of the graph's inputs and an .npy of a CPU's embeddings.
 
-    half, channels_last, graphs: see models.session. seconds: of each round.
+    half, channels_last, graphs: see models.runtime.session. seconds: of each round.
     """
 
     graph: str

@@ -22,9 +22,9 @@ from benchmarks.gpu.__main__ import NAMES, run_session
 from benchmarks.gpu.session import Asked
 from models import probes
 from models.backbone import Backbone
-from models.driver import LIBRARIES, gpu_name, load_libraries
-from models.export import complete
-from models.exported import find, stored_exports
+from models.export.onnx_export import complete
+from models.model_store import find, stored_exports
+from models.runtime.driver import LIBRARIES, gpu_name, load_libraries
 from models.spec import FLOAT32, HALF_FILE, MANIFEST_FILE, BackboneSpec
 
 _MIN_COSINE = 0.9999

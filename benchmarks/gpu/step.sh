@@ -48,7 +48,7 @@ tests)
         set -- -m 'not gpu'
     fi
     python3 -m pytest --noconftest -c /dev/null --rootdir=. -p no:cacheprovider -q --durations=5 \
-        --junitxml="$RESULTS/junit.xml" "$@" tests/models/test_gpu.py tests/adapters/test_fine_tune.py
+        --junitxml="$RESULTS/junit.xml" "$@" tests/models/runtime/test_cuda.py tests/adapters/finetune/test_trainer.py
     ;;
 sessions)
     python3 -m benchmarks.gpu --device "$DEVICE" --results "$RESULTS" --seconds "${SECONDS_EACH:-0.15}" chip torch sessions

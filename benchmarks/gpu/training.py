@@ -18,15 +18,15 @@ from statistics import fmean
 
 import numpy as np
 
-from adapters.features import Scaling
-from adapters.fine_tune import fine_tune
-from adapters.head import Head
-from adapters.learner import Lesson, Model
-from adapters.samples import Images
-from adapters.second_phase import Checkpoint, FineTuneConfig, Progress
-from adapters.tuned import finish
+from adapters.finetune.data import Images
+from adapters.finetune.export import finish
+from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
+from adapters.finetune.model import Lesson, Model
+from adapters.finetune.trainer import fine_tune
+from adapters.heads.head import Head
+from adapters.heads.scaling import Scaling
 from benchmarks.gpu.machine import jpeg
-from models.network import Network
+from models.export.loaders import Network
 from models.spec import PACKAGED, ImageTransform
 
 _LABELS = ("blue", "green", "red")

@@ -16,7 +16,7 @@ from fastapi import FastAPI, File, UploadFile
 from pydantic import BaseModel
 from sklearn.linear_model import LogisticRegression
 
-from models.network import load_network
+from models.export.loaders import load_network
 
 
 class TextIn(BaseModel):

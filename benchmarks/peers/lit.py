@@ -15,7 +15,7 @@ from typing import Any
 import litserve
 from sklearn.linear_model import LogisticRegression
 
-from models.network import load_network
+from models.export.loaders import load_network
 
 BATCH = 32
 BATCH_SECONDS = 0.005

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import datasets
-from benchmarks.datasets import Archive, FetchError, Sample
+from benchmarks.data import datasets
+from benchmarks.data.datasets import Archive, FetchError, Sample
 
 
 def _sample(text: str, label: str, key: str = "") -> Sample:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from adapters.example import Task
-from benchmarks.honesty_answers import Decisions, Shots, answered, decided
-from benchmarks.honesty_bench import WANTED_ACCURACY
-from benchmarks.honesty_copies import planted
-from benchmarks.honesty_growth import compared, grown, predicted_beside
-from benchmarks.honesty_noise import Noise, noise
-from benchmarks.honesty_real import after_corrections, with_rare_labels
-from benchmarks.honesty_scores import Answers, Claim, Claims, Known, mean
-from tests.adapters.clouds import clouds
+from adapters.examples.target import Task
+from benchmarks.honesty.answers import Decisions, Shots, answered, decided
+from benchmarks.honesty.bench import WANTED_ACCURACY
+from benchmarks.honesty.copies import planted
+from benchmarks.honesty.growth import compared, grown, predicted_beside
+from benchmarks.honesty.noise import Noise, noise
+from benchmarks.honesty.real import after_corrections, with_rare_labels
+from benchmarks.honesty.scores import Answers, Claim, Claims, Known, mean
+from tests.support.synthetic_embeddings import clouds
 
 _TAGS = ("a", "b", "c", "d")
 

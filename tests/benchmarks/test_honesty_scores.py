@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from adapters.example import Task
-from adapters.linear_probe import fit
-from benchmarks.honesty_scores import Answers, Claim, Claims, Known, chance_score, even_weights, true_score
+from adapters.examples.target import Task
+from adapters.probe.fit import fit
+from benchmarks.honesty.scores import Answers, Claim, Claims, Known, chance_score, even_weights, true_score
 
 
 def _answers(confidence: list[float], right: list[int], answered: list[int]) -> Answers:

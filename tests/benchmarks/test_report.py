@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import Report, Spread, Target, table
+from benchmarks.harness.report import Report, Spread, Target, table
 
 
 @pytest.mark.parametrize(

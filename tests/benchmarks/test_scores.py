@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
-from benchmarks import scores
+from benchmarks.harness import metrics as scores
 
 
 def test_auroc_is_scikit_learns_with_ties() -> None:

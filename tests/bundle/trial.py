@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bundle import COMMANDS, FOLDER, Command, requirements
-from benchmarks.serving import ROOT
+from benchmarks.harness.service_process import ROOT
 
 # A path that is somebody's own: the commands are for any machine.
 _PATH = re.compile(r"(?<![\w.])/(?!bin/sh)\w")

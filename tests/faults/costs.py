@@ -24,13 +24,13 @@ import numpy as np
 import pillow_heif
 from PIL import Image
 
-from benchmarks import bombs
-from models.decoder import Decoder
-from models.inputs import InputError
-from models.preprocess import ImagePreprocessor
+from benchmarks.serving import bombs
+from models.preprocess.decoder import Decoder
+from models.preprocess.limits import InputError
+from models.preprocess.preprocessor import ImagePreprocessor
+from models.priority import Other
 from models.spec import ImageTransform
-from models.yielding import Other
-from tests.faults import mutants
+from tests.faults import input_mutations as mutants
 
 TRANSFORM = ImageTransform(224, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
 _MOST_BYTES = 16 << 20

@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.backup import backup
-from adapters.database import Database
-from adapters.repairing import Doctor
-from adapters.restoring import restore
-from adapters.store import open_store
-from benchmarks.serving import Serving
+from adapters.maintenance.backup import backup
+from adapters.maintenance.doctor import Doctor
+from adapters.maintenance.restore import restore
+from adapters.registry.database import Database
+from adapters.storage.artifact import open_store
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.caller import Caller, image, pictures, reviews, same
+from tests.support.client import Caller, image, pictures, reviews, same
 
 QUESTIONS = ["a wonderful evening", "dull from start to end", "the weather is fine"]
 TENANT = "backed-up"

@@ -10,14 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.registry import Registry
-from adapters.store import Artifact, CorruptArtifact, Store, object_key, open_store
-from benchmarks.serving import Serving
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Artifact, CorruptArtifact, Store, object_key, open_store
+from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
-from tests import tiny
-from tests.adapters.world import TENANT, taught, world
 from tests.faults import times
+from tests.support import tiny_backbones as tiny
+from tests.support.adapter_stack import TENANT, taught, world
 
 SEED = 17
 KINDS = ("head", "evidence", "segment", "inputs", "network")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving import Serving
-from tests import tiny
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.breaking import environment
-from tests.service.caller import Caller
-from tests.service.closed_loop import Loop, post, total
-from tests.service.test_startup import bentoml_serve, get
+from tests.service.server.test_process import bentoml_serve, get
+from tests.support import tiny_backbones as tiny
+from tests.support.client import Caller
+from tests.support.faulty_service import environment
+from tests.support.load_callers import Loop, post, total
 
 BODY = b'{"adapter": "drained", "inputs": [{"text": "some words of no meaning"}]}'
 

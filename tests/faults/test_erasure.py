@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.serving import Serving
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.faults.canaries import found_in
+from tests.faults.disk_scan import found_in
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SECONDS = 5.0

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.database import Database
-from adapters.examining import Examining
-from adapters.store import open_store
-from benchmarks.serving import Serving
+from adapters.maintenance.inspection import Examining
+from adapters.registry.database import Database
+from adapters.storage.artifact import open_store
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
 
 FAILING = Path(__file__).with_name("failing")
@@ -34,14 +34,14 @@ PLACES = [
 ACTIONS = ("kill", "EIO", "ENOSPC", "stall")
 # Something of each kind, in usual runs.
 USUAL = [
-    ("adapters.folder.LocalStore._write:after", "kill"),
-    ("adapters.folder._write_synced:before", "ENOSPC"),
-    ("adapters.committing._record_version:after", "EIO"),
-    ("adapters.registry.Registry.commit:after", "kill"),
-    ("adapters.committing.promote:after", "EIO"),
-    ("adapters.registry.Registry.promote:after", "kill"),
-    ("adapters.jobs.held:before", "stall"),
-    ("adapters.fitter._write_frame:before", "EIO"),
+    ("adapters.storage.local.LocalStore._write:after", "kill"),
+    ("adapters.storage.local._write_synced:before", "ENOSPC"),
+    ("adapters.registry.commit._record_version:after", "EIO"),
+    ("adapters.registry.registry.Registry.commit:after", "kill"),
+    ("adapters.registry.commit.promote:after", "EIO"),
+    ("adapters.registry.registry.Registry.promote:after", "kill"),
+    ("adapters.registry.jobs.held:before", "stall"),
+    ("adapters.processes.fitter._write_frame:before", "EIO"),
 ]
 CASES = times(1, 0) * [(place, action) for place in PLACES for action in ACTIONS] or USUAL
 # Refused for now, or gone; anything else of 5xx is a bug.

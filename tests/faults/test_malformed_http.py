@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.serving import Serving
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.faults.malformed import GOOD, Message, message
-from tests.service.test_protocol import connected, received, send
+from tests.faults.malformed_requests import GOOD, Message, message
+from tests.service.server.test_protocol import connected, received, send
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 KEY = (b"authorization", b"Bearer " + ADMIN.encode())

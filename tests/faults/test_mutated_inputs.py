@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.serving import Serving, resident
-from tests.faults import mutants, times
-from tests.service.caller import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
+from benchmarks.harness.service_process import Serving, resident
+from tests.faults import input_mutations as mutants
+from tests.faults import times
+from tests.support.client import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
 
 CODES = {
     "no_known_tokens",

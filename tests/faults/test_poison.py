@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.faults import mutants, times
-from tests.service.caller import CLOSE, PICTURES, UNSEEN, Caller, image
-from tests.service.test_bad_input import bomb, png_header
+from tests.faults import input_mutations as mutants
+from tests.faults import times
+from tests.service.api.test_bad_input import bomb, png_header
+from tests.support.client import CLOSE, PICTURES, UNSEEN, Caller, image
 
 ROUNDS = times(1_000, 30)
 TOGETHER = 32

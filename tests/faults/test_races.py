@@ -6,12 +6,12 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from adapters.records import KEPT_VERSIONS
-from adapters.registry import Registry
-from adapters.store import open_store
-from adapters.sweeper import Swept, sweep
+from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import open_store
+from adapters.storage.sweeper import Swept, sweep
 from tests.faults import times
-from tests.faults.storing import TENANT, read_all, store_one
+from tests.faults.crash_writer import TENANT, read_all, store_one
 
 PROCESSES = 8
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from adapters.records import KEPT_VERSIONS
-from adapters.registry import Registry
-from benchmarks.serving import Serving
+from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.registry import Registry
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
 
 KEYS = times(10_000, 60)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.serving import Serving
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
 from tests.faults.test_failpoints import PATHS
 
@@ -21,21 +21,21 @@ CHANGES: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "amend": ("PATCH", f"{ADAPTER}/examples/e0", {"label": "r", "excluded": True, "promote": "always"}),
 }
 IN_COMMITS = [
-    "adapters.committing.commit:before",
-    "adapters.committing._write_examples:after",
-    "adapters.committing._announce:after",
-    "adapters.committing.commit:after",
-    "adapters.registry.Registry.commit:after",
+    "adapters.registry.commit.commit:before",
+    "adapters.registry.commit._write_examples:after",
+    "adapters.registry.commit._announce:after",
+    "adapters.registry.commit.commit:after",
+    "adapters.registry.registry.Registry.commit:after",
 ]
 WHERE = {
     "roll back": [
-        "adapters.committing.promote:before",
-        "adapters.committing._announce:before",
-        "adapters.committing.promote:after",
-        "adapters.registry.Registry.promote:after",
+        "adapters.registry.commit.promote:before",
+        "adapters.registry.commit._announce:before",
+        "adapters.registry.commit.promote:after",
+        "adapters.registry.registry.Registry.promote:after",
     ],
     "restore": IN_COMMITS,
-    "amend": [*IN_COMMITS, "adapters.committing._record_version:after"],
+    "amend": [*IN_COMMITS, "adapters.registry.commit._record_version:after"],
 }
 CASES = [(name, where) for name, places in WHERE.items() for where in places]
 # One inside of each transaction and one behind it, in usual runs.
@@ -127,7 +127,7 @@ def test_a_kill_leaves_what_was_before_or_what_comes_after(place: Place, name: s
     assert (place.failing / "fired").exists()
     assert place.serving.process.wait(30) != 0
     place.start()
-    recorded = where.startswith("adapters.registry.Registry") and where.endswith(":after")
+    recorded = where.startswith("adapters.registry.registry.Registry") and where.endswith(":after")
     assert place.state(killed) == (after if recorded else before)
     # Sent again, it is done once.
     again = place.ask(killed, method, path, body, **{"Idempotency-Key": "one"})

@@ -25,10 +25,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from benchmarks.serving import Serving
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.caller import JSON, Caller, reviews
-from tests.service.test_openapi import ROUTES
+from tests.service.api.test_openapi import ROUTES
+from tests.support.client import JSON, Caller, reviews
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SERVICES = 2

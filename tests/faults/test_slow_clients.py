@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from service.startup import raise_descriptor_limit
-from tests import tiny
+from service.server.process import raise_descriptor_limit
 from tests.faults import times
-from tests.service.breaking import Breaking
-from tests.service.caller import Caller
-from tests.service.closed_loop import Loop, post, total
+from tests.support import tiny_backbones as tiny
+from tests.support.client import Caller
+from tests.support.faulty_service import Breaking
+from tests.support.load_callers import Loop, post, total
 
 SLOW = times(2_000, 200)
 # Their answers wait in the service's memory.
@@ -24,7 +24,9 @@ HEAD = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/
 BUNDLE = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: localhost\r\n\r\n"
 KINDS = ("silent", "head", "drops", "stalled")
 HELD, UNREAD = times(10, 3), times(20, 6)
-CONSTANTS = {"service.protocol": {"HEAD_SECONDS": HELD, "SILENT_SECONDS": HELD, "UNREAD_SECONDS": UNREAD}}
+CONSTANTS = {
+    "service.server.protocol": {"HEAD_SECONDS": HELD, "SILENT_SECONDS": HELD, "UNREAD_SECONDS": UNREAD}
+}
 # A look or two, and the machine.
 CUT_WITHIN = HELD + 6.0
 

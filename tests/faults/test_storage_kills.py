@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from adapters.registry import Registry
-from benchmarks.kill import run as kill_services
+from adapters.registry.registry import Registry
+from benchmarks.reliability.kill import run as kill_services
 from tests.faults import times
 
 SEED = 5
@@ -23,7 +23,7 @@ def test_no_commit_is_lost_when_its_process_is_killed(registry_url: str, tmp_pat
     # In a program without threads, for a fork takes one thread along and the locks of all.
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.faults.storing"),
+            *(sys.executable, "-m", "tests.faults.crash_writer"),
             *(registry_url, str(tmp_path / "artifacts"), str(kills), str(SEED)),
         ],
         cwd=ROOT,

@@ -9,14 +9,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.startup import STUCK
+from service.server.process import STUCK
 from tests.faults import times
-from tests.service.breaking import KINDS, Breaking
+from tests.support.faulty_service import KINDS, Breaking
 
 
 @pytest.mark.parametrize("_", range(times(5, 1)))
 def test_a_lock_that_is_never_released_ends_the_process(tmp_path: Path, _: int) -> None:
-    service = Breaking(tmp_path, {"service.watching": {"_TURN_SECONDS": times(10, 2)}})
+    service = Breaking(tmp_path, {"service.monitoring.backbone_monitor": {"_TURN_SECONDS": times(10, 2)}})
     try:
         service.ask("lock", "text")
         begun = time.monotonic()

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, currently_in_test_context, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from benchmarks.serving import Serving
-from tests import tiny
+from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.caller import CLOSE
+from tests.support import tiny_backbones as tiny
+from tests.support.client import CLOSE
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SEED = 23

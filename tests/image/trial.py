@@ -23,9 +23,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving import ROOT
-from tests.bentos import build, copy_exports, environment
+from benchmarks.harness.service_process import ROOT
 from tests.image.buildah import BASE, Container, Engine, Volume
+from tests.support.bentos import build, copy_exports, environment
 
 IMAGE = "localhost/topwork:trial"
 KEY = "0123456789abcdef0123456789abcdef"

@@ -17,10 +17,10 @@ import pytest
 
 from models.backbone import Backbone, planned
 from models.manifest import CorruptExport, read_manifest, write_manifest
-from models.preprocess import InputError
-from models.session import DeviceUnavailable, open_session
+from models.preprocess.preprocessor import InputError
+from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
-from tests import tiny
+from tests.support import tiny_backbones as tiny
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_images_have_their_memory_laid_out_once_and_texts_do_not(tmp_path: Path)
 
 def test_serving_imports_neither_torch_nor_what_only_export_needs() -> None:
     program = (
-        "import sys, models.batcher, models.backbone, models.exported\n"
+        "import sys, models.batching.batcher, models.backbone, models.model_store\n"
         "heavy = {'torch', 'onnx', 'timm', 'sentence_transformers', 'transformers', 'bentoml'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -9,9 +9,9 @@ from subprocess import CalledProcessError
 import pytest
 
 from service.settings import serving_environment
-from tests.fixtures_storage import unavailable
-from tests.service.caller import Caller
-from tests.service.seclusion import Seclusion
+from tests.support.client import Caller
+from tests.support.seclusion import Seclusion
+from tests.support.storage import unavailable
 
 
 @pytest.fixture

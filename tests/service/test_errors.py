@@ -16,17 +16,17 @@ from sqlalchemy.exc import DBAPIError
 
 import adapters
 import models
-from adapters.erasing import TenantErased
-from adapters.outward import tells_of_the_inside
-from adapters.records import UnknownAdapter
-from models.request import Overloaded
-from service.auth import Guard
-from service.edge import Edge
+from adapters.redaction import tells_of_the_inside
+from adapters.registry.erasures import TenantErased
+from adapters.registry.records import UnknownAdapter
+from models.batching.request import Overloaded
+from service.edge.auth import Guard
+from service.edge.channel import GONE, Exchange, new_id
+from service.edge.gateway import Edge
 from service.errors import STATUSES, Problem, pointer, respond
-from service.exchange import GONE, Exchange, new_id
-from service.metrics import Metrics
+from service.monitoring.metrics import Metrics
 from service.settings import Settings
-from tests.service.shell import Shell
+from tests.support.edge_app import Shell
 
 
 @pytest.fixture
@@ -241,7 +241,10 @@ def test_every_domain_exception_with_a_code_has_a_status() -> None:
     missing = set()
     for package in (models, adapters):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if ".migrations" in module.name or module.name in {"models.export", "adapters.bucket"}:
+            if ".migrations" in module.name or module.name in {
+                "models.export.onnx_export",
+                "adapters.storage.bucket",
+            }:
                 continue
             for value in vars(importlib.import_module(module.name)).values():
                 if not (isinstance(value, type) and issubclass(value, Exception)):

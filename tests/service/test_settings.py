@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings, UnknownSetting, unknown_settings
-from tests.service.test_startup import topwork
+from tests.service.server.test_process import topwork
 
 NUMBERS = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
 

@@ -1,0 +1,1 @@
+"""Examples in, a version out: what changes an adapter."""

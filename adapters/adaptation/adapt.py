@@ -1,0 +1,442 @@
+"""The first flow: examples in, a new version out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.gathering import Subject
+from adapters.adaptation.layout import plan_change
+from adapters.adaptation.promotion import Promote, labels_of
+from adapters.adaptation.repository import Ahead, State
+from adapters.adaptation.revision import Edit, NothingToFit, Revised, Revising
+from adapters.examples.target import Task, Weights
+from adapters.examples.validation import Admitted, Posted, Rejected, admit, common_kind
+from adapters.processes.turns import Gate
+from adapters.registry.idempotency import Reply
+from adapters.registry.records import AdapterRecord, Creation, Kind, UnknownAdapter
+from adapters.storage.formats import encode_inputs
+from models.batching.batcher import Batcher
+from models.preprocess.preprocessor import InputError
+from models.priority import give_way
+from models.spec import BackboneSpec, UnknownBackbone
+
+Floats = NDArray[np.float32]
+# Bytes of inputs from which on their file is published while they are embedded.
+_PUBLISHED_AHEAD = 1 << 20
+# Characters of texts that are tokenized in one go, to see which of them are truncated.
+_CHARACTERS_AT_ONCE = 50_000
+Update = Literal["append", "replace"]
+
+
+class ExamplesRejected(ValueError):
+    """No posted example can be used, or one cannot and the request is strict.
+
+    errors: {pointer, code, detail}.
+    """
+
+    code = "examples_rejected"
+
+    def __init__(self, rejected: Sequence[Rejected], *, strict: bool) -> None:
+        reason = "The request is strict, and" if strict else "None can be used:"
+        super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
+        self.rejected = tuple(rejected)
+        self.errors = _blamed(rejected)
+
+
+@contextmanager
+def telling_rejected(rejected: Sequence[Rejected]) -> Iterator[None]:
+    """Puts the rejected examples into an error of the block, for they may be its cause.
+
+    They are its `errors`, as those of ExamplesRejected, and its `detail` says how many there are.
+    """
+    try:
+        yield
+    except Exception as error:
+        detail = getattr(error, "detail", None) or str(error)
+        if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
+            also = f"{len(rejected)} of the examples were rejected before that; `errors` says why."
+            vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
+        raise
+
+
+def _blamed(rejected: Sequence[Rejected]) -> list[dict[str, str]]:
+    return [
+        {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
+        for one in rejected[:100]
+    ]
+
+
+class ContractChanged(ValueError):
+    """The request differs from what was fixed when the adapter was created; `code` says in what."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class WeightsNotForTask(ValueError):
+    """Labels are to count the same where an example has none, or several."""
+
+    code = "weights_not_for_task"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
+
+
+class FingerprintMismatch(RuntimeError):
+    """What the adapter was taught with is not the backbone that is served under its name now."""
+
+    code = "fingerprint_mismatch"
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__(
+            f"The backbone {backbone!r} served here is not the one that this adapter was taught with, for "
+            "example of an earlier release. POST /adapters/{adapter}/rebase with "
+            f'{{"backbone": "{backbone}"}} moves the adapter to it.'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptCommand:
+    """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
+
+    fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
+    Submitting. uploaded: see Edit. answer_accuracy, weights: see ProbeConfig. columns: of an upload's table,
+    see layout_of. began: see Creation.
+    """
+
+    adapter: str
+    posted: Sequence[Posted] = ()
+    backbone: str | None = None
+    task: Task | None = None
+    update: Update = "append"
+    promote: Promote = "if_better"
+    fit: bool = True
+    strict: bool = False
+    keep_inputs: bool | None = None
+    fine_tune: Mapping[str, Any] | None = None
+    callback: str | None = None
+    uploaded: AbstractSet[str] | None = None
+    answer_accuracy: float | None = None
+    weights: Weights | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptOutcome:
+    """What became of an adapt. timings: seconds by stage."""
+
+    revised: Revised
+    rejected: Sequence[Rejected] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """What became of inputs that were not known. timings: seconds by stage.
+
+    vectors: embeddings by digest. rejected: examples whose input failed. truncated: digests of texts of which
+    the backbone reads only the start. embedded: digests of all that was embedded for it.
+    """
+
+    vectors: dict[str, Floats]
+    rejected: Sequence[Rejected]
+    timings: Mapping[str, float]
+    truncated: frozenset[str]
+    embedded: AbstractSet[str]
+
+
+class Adapting:
+    """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
+
+    count(outcome) is called once per adapt with promoted, withheld, stored, cancelled or the code of the
+    error.
+    """
+
+    def __init__(
+        self,
+        revising: Revising,
+        batchers: Mapping[str, Batcher],
+        count: Callable[[str], None] = lambda outcome: None,
+    ) -> None:
+        self.revising = revising
+        self.batchers = batchers
+        self._count = count
+        self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
+        self._looking_gate = Gate(1)
+
+    async def adapt(
+        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
+    ) -> AdaptOutcome:
+        """Teaches the adapter, creating it on first use. All or nothing: an error leaves no trace.
+
+        reply: recorded with what was learned; to it, only the time that was spent by then is known.
+
+        Raises ExamplesRejected, MixedInputs, ContractChanged, WeightsNotForTask, FingerprintMismatch,
+        UnknownBackbone, and what Batcher.embed and Revising.revise raise. When cancelled, either nothing is
+        recorded or all of it.
+        """
+        outcome = "cancelled"
+        try:
+            done = await self._adapt(tenant, command, reply)
+            outcome = (
+                "stored" if done.revised.version is None else "promoted" if done.revised.live else "withheld"
+            )
+            return done
+        except Exception as error:
+            outcome = getattr(error, "code", "internal_error")
+            raise
+        finally:
+            self._count(outcome)
+
+    async def embed_new(
+        self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
+    ) -> New:
+        """What became of the inputs that are not known.
+
+        What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
+        knows no token has failed too, although it has an embedding.
+        """
+        # In an order of their own: a batch's neighbours move the last digits of an embedding.
+        ordered = sorted(admitted, key=lambda one: one.digest)
+        new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
+        vectors = await self.revising.keeping.known(tenant, terms.fingerprint, new)
+        found = {digest: new.pop(digest) for digest in vectors}
+        batcher = self.batchers[terms.backbone]
+        unknown = no_known_tokens(terms.backbone)
+        errors: dict[str, InputError] = {}
+        if found and terms.kind == "text":
+            places = await self._look(tenant, batcher.backbone.unknown, list(found.values()))
+            errors = {digest: unknown for place, digest in enumerate(found) if place in places}
+        timings: dict[str, float] = {}
+        truncated: set[str] = set()
+        if new:
+            embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
+            timings = dict(embedded.timings)
+            for place, digest in enumerate(new):
+                if place in embedded.errors:
+                    errors[digest] = embedded.errors[place]
+                    continue
+                vectors[digest] = embedded.embeddings[place]
+                if place in embedded.unknown:
+                    errors[digest] = unknown
+                elif place in embedded.truncated:
+                    truncated.add(digest)
+        rejected = [
+            Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
+            for one in admitted
+            if one.index is not None and one.digest in errors
+        ]
+        return New(vectors, rejected, timings, frozenset(truncated), new.keys())
+
+    async def count_truncated(
+        self, tenant: str, terms: Creation, usable: Sequence[Admitted], new: New
+    ) -> int:
+        """How many of some examples are texts of which the backbone reads only the start."""
+        known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
+        count = sum(one.digest in new.truncated for one in usable)
+        if known:
+            backbone = self.batchers[terms.backbone].backbone
+            count += len(await self._look(tenant, backbone.truncated, known))
+        return count
+
+    async def _look(
+        self,
+        tenant: str,
+        look: Callable[[Sequence[bytes | str]], AbstractSet[int]],
+        texts: Sequence[bytes | str],
+    ) -> set[int]:
+        """The positions that `look` finds, in pieces: tenants take turns on one thread that gives way."""
+        loop = asyncio.get_running_loop()
+        found: set[int] = set()
+        begin = 0
+        while begin < len(texts):
+            end, size = begin + 1, len(texts[begin])
+            while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
+                size += len(texts[end])
+                end += 1
+            async with self._looking_gate.passed(tenant):
+                places = await loop.run_in_executor(self._looking, look, texts[begin:end])
+            found |= {begin + place for place in places}
+            begin = end
+        return found
+
+    def check_served(self, terms: Creation | AdapterRecord) -> None:
+        """Raises FingerprintMismatch unless the adapter's own backbone is served."""
+        batcher = self.batchers.get(terms.backbone)
+        if batcher is None or batcher.backbone.fingerprint != terms.fingerprint:
+            raise FingerprintMismatch(terms.backbone)
+
+    def spec(self, name: str) -> BackboneSpec:
+        """A served backbone. Raises UnknownBackbone."""
+        if name not in self.batchers:
+            raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
+        return self.batchers[name].backbone.spec
+
+    async def _adapt(
+        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None
+    ) -> AdaptOutcome:
+        started = time.perf_counter()
+        seen = await self.revising.keeping.state(tenant, command.adapter)
+        terms = self.terms(command, seen)
+        admitted, rejected, fresh = await self.revising.keeping.aside(
+            tenant, lambda: _admit(command, terms, seen)
+        )
+        if command.strict and rejected:
+            raise ExamplesRejected(rejected, strict=True)
+        subject = Subject.of(tenant, command.adapter, terms, seen)
+        async with self._ahead(subject, fresh) as ahead:
+            known = {one.digest for one in subject.examples}
+            new = await self.embed_new(tenant, terms, admitted, known)
+            vectors, timings = new.vectors, new.timings
+            rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
+            failed = {one.index for one in new.rejected}
+            usable = [one for one in admitted if one.index not in failed]
+            if rejected and (command.strict or not usable):
+                raise ExamplesRejected(rejected, strict=command.strict)
+            truncated = await self.count_truncated(tenant, terms, usable, new)
+
+            def outcome(revised: Revised) -> AdaptOutcome:
+                total = time.perf_counter() - started
+                revised = replace(revised, truncated=truncated)
+                return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
+
+            async def step(state: State | None) -> Revised:
+                terms = self.terms(command, state)
+                # What the adapter knew a moment ago may have been removed since.
+                known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
+                vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
+                edit = Edit(
+                    usable,
+                    clear=command.update == "replace",
+                    fit=command.fit,
+                    promote=command.promote,
+                    uploaded=command.uploaded,
+                )
+                now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
+                return await self.revising.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
+
+            with telling_rejected(rejected):
+                return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
+
+    @asynccontextmanager
+    async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:
+        """Large inputs are published while they are embedded, so that nobody waits for the disk."""
+        inputs = [one.input for one in fresh if one.input is not None]
+        if not subject.terms.keep_inputs or sum(map(len, inputs)) < _PUBLISHED_AHEAD:
+            yield None
+            return
+        digests = [one.digest for one in fresh]
+        encode = partial(encode_inputs, inputs)
+        async with self.revising.keeping.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
+            yield ahead
+
+    def terms(self, command: AdaptCommand, state: State | None) -> Creation:
+        """What holds for the adapter: what was fixed at its creation, or what the command creates.
+
+        Raises ContractChanged, WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs,
+        UnknownAdapter.
+        """
+        if state is None:
+            return self._new_terms(command)
+        terms = wanted(terms_of(state.adapter), command.answer_accuracy, command.weights)
+        if command.backbone not in (None, terms.backbone):
+            self.spec(command.backbone or "")
+            raise ContractChanged(
+                "backbone_changed",
+                f"The adapter is on {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it.",
+            )
+        if command.task not in (None, terms.task):
+            raise ContractChanged("task_changed", f"The adapter's task is {terms.task}; use another adapter.")
+        if command.keep_inputs not in (None, terms.keep_inputs):
+            kept = "keeps" if terms.keep_inputs else "does not keep"
+            raise ContractChanged("keep_inputs_changed", f"The adapter {kept} inputs; use another adapter.")
+        self.check_served(terms)
+        return terms
+
+    def _new_terms(self, command: AdaptCommand) -> Creation:
+        if not command.posted:
+            raise UnknownAdapter(command.adapter)
+        name = command.backbone or self._default(common_kind(one.input for one in command.posted))
+        spec = self.spec(name)
+        terms = Creation(
+            backbone=name,
+            fingerprint=spec.fingerprint,
+            kind=spec.kind,
+            task=command.task or "classification",
+            keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
+            began=command.began,
+        )
+        return wanted(terms, command.answer_accuracy, command.weights)
+
+    def _default(self, kind: Kind | None) -> str:
+        for name, batcher in self.batchers.items():
+            if kind in (None, batcher.backbone.spec.kind):
+                return name
+        raise UnknownBackbone(f"No backbone for {kind}s is served here.")
+
+
+def terms_of(adapter: AdapterRecord) -> Creation:
+    """What holds for the adapter."""
+    return Creation(
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        kind=adapter.kind,
+        task=adapter.task,
+        keep_inputs=adapter.keep_inputs,
+        answer_accuracy=adapter.answer_accuracy,
+        weights=adapter.weights,
+    )
+
+
+def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
+    """The terms with what is asked for in their place; None leaves them. Raises WeightsNotForTask."""
+    if weights == "balanced" and terms.task != "classification":
+        raise WeightsNotForTask(terms.task)
+    return replace(
+        terms,
+        answer_accuracy=terms.answer_accuracy if answer_accuracy is None else answer_accuracy,
+        weights=weights or terms.weights,
+    )
+
+
+def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
+    """The error for a text of which the backbone's tokenizer knows no token."""
+    return InputError(
+        "no_known_tokens",
+        f"The backbone {backbone!r} knows no word of {text}, so its embedding says nothing. "
+        "Leave the text out, or use a backbone for its language.",
+    )
+
+
+def pointer(index: int, part: str) -> str:
+    """Where in a request an example, or a part of it, stands (RFC 6901)."""
+    return f"/examples/{index}/{part}" if part else f"/examples/{index}"
+
+
+def _admit(
+    command: AdaptCommand, terms: Creation, state: State | None
+) -> tuple[list[Admitted], list[Rejected], Sequence[Admitted]]:
+    """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
+    if not command.posted and command.update == "replace":
+        raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
+    before = () if state is None or command.update == "replace" else state.in_use
+    if command.uploaded is not None:
+        before = tuple(one for one in before if one.id in command.uploaded)
+    known = labels_of(terms.task, [one.target for one in before])
+    admitted, rejected = admit(command.posted, task=terms.task, kind=terms.kind, known_labels=known)
+    kept = () if state is None else state.examples
+    plan = plan_change(kept, admitted, clear=command.update == "replace")
+    return admitted, rejected, plan.fresh

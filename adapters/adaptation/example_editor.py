@@ -1,0 +1,304 @@
+"""What a tenant does with kept examples: correct, set aside, remove, move to another backbone."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.adapt import Adapting, no_known_tokens, terms_of
+from adapters.adaptation.gathering import Subject
+from adapters.adaptation.layout import Row
+from adapters.adaptation.promotion import Promote, labels_of
+from adapters.adaptation.repository import Keeping, State
+from adapters.adaptation.revision import Edit, Revised, Revising, new_version
+from adapters.examples.target import ExampleError, Target, normalise_target
+from adapters.examples.validation import Admitted, Posted, Rejected, admit, check_group, drop_collisions
+from adapters.registry.idempotency import Reply
+from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint, UnknownAdapter, UnknownExample
+from adapters.storage.artifact import Artifact
+from adapters.storage.formats import encode_embeddings, encode_evidence
+from models.preprocess.preprocessor import InputError
+
+Floats = NDArray[np.float32]
+
+
+class InputsNotKept(RuntimeError):
+    """The adapter was told not to keep inputs, so they cannot be embedded again."""
+
+    code = "inputs_not_kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The right target of an input, or of the kept example of that id.
+
+    group, sampled: of a new example, see Dataset. What is corrected keeps its own.
+    """
+
+    target: object
+    input: bytes | str | InputError | None = None
+    id: str | None = None
+    promote: Promote = "if_better"
+    fit: bool = True
+    group: str | None = None
+    sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """What is another of a kept example from now on; None leaves it as it is.
+
+    excluded: set it aside, or take it back. group: its new group, or "" for none.
+    """
+
+    target: object | None = None
+    excluded: bool | None = None
+    group: str | None = None
+    promote: Promote = "if_better"
+    fit: bool = True
+
+
+class Curating:
+    """Corrects, sets aside, removes and moves examples, refitting each time. For one event loop."""
+
+    def __init__(self, adapting: Adapting) -> None:
+        self._adapting = adapting
+        self._revising: Revising = adapting.revising
+        self._keeping: Keeping = adapting.revising.keeping
+
+    async def feedback(
+        self, tenant: str, name: str, feedback: Feedback, reply: Reply[Revised] | None = None
+    ) -> Revised:
+        """Makes the feedback an example; what is kept of the same input, or under the id, is corrected by it.
+
+        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
+        Revising.revise raises.
+        """
+        started = time.perf_counter()
+        vectors: dict[str, Floats] = {}
+
+        def timed(revised: Revised) -> Revised:
+            return _timed(revised, started)
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            terms = terms_of(state.adapter)
+            self._adapting.check_served(terms)
+            upserts = _corrections(state, feedback)
+            known = {one.digest for one in state.examples} | vectors.keys()
+            new = await self._adapting.embed_new(tenant, terms, upserts, known)
+            _raise_first(new.rejected)
+            vectors.update(new.vectors)
+            truncated = await self._adapting.count_truncated(tenant, terms, upserts, new)
+
+            def whole(revised: Revised) -> Revised:
+                return replace(revised, truncated=truncated)
+
+            def told(revised: Revised) -> Revised:
+                return timed(whole(revised))
+
+            edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
+            subject = Subject.of(tenant, name, terms, state)
+            revised = await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(told))
+            return whole(revised)
+
+        return timed(await self._revising.in_turn(tenant, name, step))
+
+    async def amend(
+        self,
+        tenant: str,
+        name: str,
+        example: str,
+        amendment: Amendment,
+        reply: Reply[Revised] | None = None,
+    ) -> Revised:
+        """Makes the kept example what the amendment says, and fits.
+
+        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, and what
+        Revising.revise raises.
+        """
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            edit = Edit([_amended(state, example, amendment)], promote=amendment.promote, fit=amendment.fit)
+            subject = Subject.of(tenant, name, terms_of(state.adapter), state)
+            return await self._revising.revise(subject, edit, {}, reply=reply)
+
+        return await self._revising.in_turn(tenant, name, step)
+
+    async def remove(self, tenant: str, name: str, ids: Sequence[str] | None) -> Revised:
+        """Erases examples, all of them where `ids` is None, and the versions that were fitted on them.
+
+        If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
+        Raises UnknownAdapter, UnknownExample, and what Revising.revise raises.
+        """
+        started = time.perf_counter()
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            kept = {one.id for one in state.examples}
+            chosen = sorted(kept if ids is None else set(ids))
+            for example in chosen:
+                if example not in kept:
+                    raise UnknownExample(example)
+            edit = Edit(removals=chosen, fit=state.adapter.live is not None, required=False)
+            return await self._revising.revise(
+                Subject.of(tenant, name, terms_of(state.adapter), state), edit, {}
+            )
+
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
+
+    async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> Revised:
+        """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
+
+        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
+        Batcher.embed and Revising.fit raise.
+        """
+        started = time.perf_counter()
+
+        async def step(state: State | None) -> Revised:
+            if state is None:
+                raise UnknownAdapter(name)
+            return await self._rebase(state, backbone, promote)
+
+        return _timed(await self._revising.in_turn(tenant, name, step), started)
+
+    async def _rebase(self, state: State, backbone: str, promote: Promote) -> Revised:
+        spec = self._adapting.spec(backbone)
+        adapter = state.adapter
+        if spec.kind != adapter.kind:
+            raise InputError(
+                "wrong_kind", f"The adapter takes {adapter.kind}s, and {backbone!r} {spec.kind}s."
+            )
+        if not adapter.keep_inputs or any(one.inputs is None for one in state.examples):
+            raise InputsNotKept(
+                "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
+            )
+        terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
+        segments, truncated = await self._embed_again(state, backbone)
+        rows = [Row.of(one, one) for one in state.in_use]
+        embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
+        timings: dict[str, float] = {}
+        fit = await self._revising.fit(
+            adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
+        )
+        encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
+        published = await self._keeping.publish(
+            adapter.tenant,
+            adapter.uid,
+            [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)],
+        )
+        *moved, head, evidence = published
+        change = Change(
+            tenant=adapter.tenant,
+            name=adapter.name,
+            uid=adapter.uid,
+            revision=state.revision,
+            rebase=Rebase(backbone, spec.fingerprint),
+            repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
+            version=new_version(fit, head, evidence),
+            promote=fit.decision.promote,
+            standing=adapter.standing,
+        )
+        committed = await self._keeping.commit(change, published)
+        await self._revising.warm(committed, fit)
+        return Revised(committed, fit.decision, timings, truncated)
+
+    async def _embed_again(self, state: State, backbone: str) -> tuple[dict[Artifact, Floats], int]:
+        """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
+        of the examples are texts of which it reads only the start.
+
+        Raises InputError for an example that the other backbone cannot take, or knows no token of.
+        """
+        rows: dict[Artifact, set[int]] = defaultdict(set)
+        inputs: dict[Artifact, Artifact] = {}
+        for one in state.examples:
+            assert one.inputs is not None
+            rows[one.segment].add(one.row)
+            inputs[one.segment] = one.inputs
+        segments: dict[Artifact, Floats] = {}
+        truncated = 0
+        for segment, source in inputs.items():
+            values = await self._keeping.inputs(state.adapter, source)
+            batcher = self._adapting.batchers[backbone]
+            embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
+            for row in rows[segment] & embedded.errors.keys():
+                raise embedded.errors[row]
+            if rows[segment] & embedded.unknown:
+                unknown = next(
+                    one.id for one in state.examples if one.segment == segment and one.row in embedded.unknown
+                )
+                raise no_known_tokens(backbone, f"the example {unknown!r}")
+            segments[segment] = embedded.embeddings
+            truncated += len(rows[segment] & embedded.truncated)
+        return segments, truncated
+
+
+def _timed(done: Revised, started: float) -> Revised:
+    """With the seconds since `started` as the total."""
+    return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
+
+
+def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
+    """What the feedback says of which examples."""
+    task, kind = state.adapter.task, state.adapter.kind
+    if feedback.id is not None:
+        return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
+    assert feedback.input is not None
+    posted = Posted(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
+    labels = labels_of(task, [one.target for one in state.in_use])
+    admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
+    _raise_first(rejected)
+    (example,) = admitted
+    same = [one for one in state.examples if one.digest == example.digest]
+    used = [one for one in same if not one.excluded]
+    # What is told of an input is learned, also where all that is kept of it is set aside.
+    return [_kept_as(one, example.target) for one in used or same] or [example]
+
+
+def _amended(state: State, example: str, amendment: Amendment, *, required: bool = False) -> Admitted:
+    """The kept example as it is to be. required: with the target that is given, if none too.
+
+    Raises UnknownExample, ExampleError.
+    """
+    record = next((one for one in state.examples if one.id == example), None)
+    if record is None:
+        raise UnknownExample(example)
+    task = state.adapter.task
+    target = record.target
+    if required or amendment.target is not None:
+        target = normalise_target(task, amendment.target)
+    if amendment.group:
+        check_group(amendment.group)
+    amended = _kept_as(record, target)
+    if amendment.group is not None:
+        amended = replace(amended, group=amendment.group or None)
+    if record.excluded if amendment.excluded is None else amendment.excluded:
+        return replace(amended, excluded=True)
+    labels = labels_of(task, [one.target for one in state.in_use if one.id != example])
+    _raise_first(drop_collisions([amended], task, labels)[1])
+    return amended
+
+
+def _kept_as(record: ExampleRecord, target: Target) -> Admitted:
+    """The kept example in use, with this target."""
+    return Admitted(record.id, record.digest, target, None, 0, record.group, record.sampled)
+
+
+def _raise_first(rejected: Sequence[Rejected]) -> None:
+    for one in rejected:
+        refusal = InputError if one.field in ("image", "text") else ExampleError
+        raise refusal(one.code, one.detail)
+
+
+def _repoints(examples: Sequence[ExampleRecord], moved: Mapping[Artifact, Artifact]) -> tuple[Repoint, ...]:
+    return tuple(Repoint(one.id, moved[one.segment], one.row, one.inputs) for one in examples)

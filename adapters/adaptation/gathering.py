@@ -1,0 +1,128 @@
+"""The bytes of a revision: embeddings brought together from where they lie, and the files to publish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.layout import Place, Plan, Stored
+from adapters.adaptation.repository import Keeping, State
+from adapters.registry.records import AdapterRecord, Creation, ExampleRecord
+from adapters.registry.registry import new_uid
+from adapters.storage.artifact import Artifact, Buffer
+from adapters.storage.formats import encode_embeddings, encode_inputs
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The adapter that a revision is about: as it is, or, with state None, as it will be created."""
+
+    tenant: str
+    name: str
+    terms: Creation
+    state: State | None
+    uid: str
+
+    @classmethod
+    def of(
+        cls, tenant: str, name: str, terms: Creation, state: State | None, uid: str | None = None
+    ) -> Subject:
+        """The subject; `uid` is what it gets if it is to be created."""
+        return cls(tenant, name, terms, state, (uid or new_uid()) if state is None else state.adapter.uid)
+
+    @property
+    def adapter(self) -> AdapterRecord | None:
+        """The adapter, if there is one."""
+        return None if self.state is None else self.state.adapter
+
+    @property
+    def examples(self) -> Sequence[ExampleRecord]:
+        """What it keeps."""
+        return () if self.state is None else self.state.examples
+
+
+async def complete(
+    keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]
+) -> Mapping[str, Floats]:
+    """`fresh` with the embeddings of inputs that the adapter has and the plan moves to the new segment."""
+    missing = {example.digest for example in plan.fresh} - fresh.keys()
+    if not missing:
+        return fresh
+    assert subject.adapter is not None
+    places = {one.digest: one for one in subject.examples if one.digest in missing}
+    found = await keeping.embeddings(subject.adapter, list(places.values()))
+    return {**fresh, **dict(zip(places, found, strict=True))}
+
+
+async def gather(keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]) -> Floats:
+    """The embeddings of the planned rows, float32 (n, dim), in their order. fresh: see complete."""
+    places = [row.source for row in plan.rows if not isinstance(row.source, int)]
+    if not places:
+        return _interleave(plan, None, fresh)
+    assert subject.adapter is not None
+    kept = await keeping.embeddings(subject.adapter, places)
+    return await asyncio.to_thread(_interleave, plan, kept, fresh)
+
+
+def _interleave(plan: Plan, kept: Floats | None, fresh: Mapping[str, Floats]) -> Floats:
+    """Kept embeddings, in the order of their rows, and fresh ones, each in its row."""
+    is_new = np.fromiter((isinstance(row.source, int) for row in plan.rows), np.bool_, len(plan.rows))
+    new = [fresh[row.digest] for row in plan.rows if isinstance(row.source, int)]
+    if kept is None:
+        return np.stack(new) if new else np.empty((0, 0), np.float32)
+    if not new:
+        return kept
+    gathered = np.empty((len(plan.rows), kept.shape[1]), np.float32)
+    gathered[~is_new] = kept
+    gathered[is_new] = np.stack(new)
+    return gathered
+
+
+async def encoders(
+    keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]
+) -> list[Callable[[], Buffer]]:
+    """What to publish: the new segment's embeddings, its inputs if kept, then the same of every bundle."""
+    files: list[Callable[[], Buffer]] = []
+    fingerprint = subject.terms.fingerprint
+    if plan.fresh:
+        new = np.stack([fresh[example.digest] for example in plan.fresh])
+        files.append(partial(encode_embeddings, new, fingerprint))
+        if subject.terms.keep_inputs:
+            inputs = [example.input for example in plan.fresh if example.input is not None]
+            files.append(partial(encode_inputs, inputs))
+    for bundle in plan.bundles:
+        assert subject.adapter is not None
+        moved = await keeping.embeddings(subject.adapter, bundle)
+        files.append(partial(encode_embeddings, moved, fingerprint))
+        if bundle[0].inputs is not None:
+            files.append(partial(encode_inputs, await kept_inputs(keeping, subject.adapter, bundle)))
+    return files
+
+
+def starts(
+    plan: Plan, keep_inputs: bool, published: Sequence[Artifact]
+) -> tuple[Place | None, list[Place], Sequence[Artifact]]:
+    """Where the new segment and the bundles begin once they are published, and the artifacts left over."""
+    left = iter(published)
+    start = Place(next(left), 0, next(left) if keep_inputs else None) if plan.fresh else None
+    bundles = [Place(next(left), 0, next(left) if bundle[0].inputs else None) for bundle in plan.bundles]
+    return start, bundles, list(left)
+
+
+async def kept_inputs(
+    keeping: Keeping, adapter: AdapterRecord, bundle: Sequence[Stored]
+) -> list[bytes | str]:
+    """The inputs at the places, which are all kept."""
+    found: dict[Artifact, list[bytes | str]] = {}
+    for place in bundle:
+        assert place.inputs is not None
+        if place.inputs not in found:
+            found[place.inputs] = await keeping.inputs(adapter, place.inputs)
+    return [found[place.inputs][place.row] for place in bundle if place.inputs is not None]

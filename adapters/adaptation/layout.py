@@ -1,0 +1,182 @@
+"""Where the examples of an adapter lie after a change: which rows are new, which files are rewritten.
+
+Pure bookkeeping: nothing is read or written here. A row that no example uses any more never stays in a file
+that is in use, so that what a tenant removes or replaces is gone from the disk as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from adapters.examples.target import Target
+from adapters.examples.validation import Admitted
+from adapters.registry.records import ExampleRecord, ExampleWrite, Repoint
+from adapters.storage.artifact import Artifact
+
+# Files smaller than this are merged once there are so many: an adapter taught one example at a time would
+# else need a file for each to be read at every fit.
+SMALL_BYTES = 1 << 20
+MERGED_AT_ONCE = 16
+_MOST_MERGED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an embedding lies, and its input at the same row of another file, if inputs are kept."""
+
+    segment: Artifact
+    row: int
+    inputs: Artifact | None
+
+
+Stored = Place | ExampleRecord
+"""What has a place: for tens of thousands of examples, making one of each would take longer than the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An example as it is after the change. source: what lay where it lies, or its row in the new segment."""
+
+    id: str
+    digest: str
+    target: Target
+    group: str | None
+    sampled: bool
+    excluded: bool
+    source: Stored | int
+
+    @classmethod
+    def of(cls, example: ExampleRecord | Admitted, source: Stored | int) -> Row:
+        """The example, lying there."""
+        return cls(
+            example.id,
+            example.digest,
+            example.target,
+            example.group,
+            example.sampled,
+            example.excluded,
+            source,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a change does to the files.
+
+    rows: all examples after it, in the order of their ids. upserted: ids of those that the change writes.
+    fresh: what the new segment holds, one per distinct input. bundles: distinct places that move together
+    into a rewritten segment each.
+    """
+
+    rows: tuple[Row, ...]
+    upserted: frozenset[str]
+    fresh: tuple[Admitted, ...]
+    bundles: tuple[tuple[Stored, ...], ...]
+
+    @property
+    def in_use(self) -> tuple[Row, ...]:
+        """The examples that are learned from."""
+        return tuple(row for row in self.rows if not row.excluded)
+
+
+def plan_change(
+    kept: Sequence[ExampleRecord],
+    upserts: Sequence[Admitted],
+    *,
+    removals: Collection[str] = (),
+    clear: bool = False,
+) -> Plan:
+    """The plan for adding or replacing `upserts` and dropping `removals`, or with `clear` all that is not
+    upserted.
+
+    An input that the adapter has already is not stored again, unless `clear`: then the old files go as a
+    whole. An upsert without an input has one that the adapter has.
+    """
+    wanted = {example.digest for example in upserts}
+    places = {} if clear else {one.digest: one for one in kept if one.digest in wanted}
+    written = {example.id for example in upserts}
+    staying: list[ExampleRecord] = []
+    leaving: list[ExampleRecord] = []
+    for one in kept:
+        (leaving if clear or one.id in written or one.id in removals else staying).append(one)
+    fresh: dict[str, tuple[int, Admitted]] = {}
+    rows = [Row.of(one, one) for one in staying]
+    for example in upserts:
+        source: Stored | int | None = places.get(example.digest)
+        if source is None:
+            source = fresh.setdefault(example.digest, (len(fresh), example))[0]
+        rows.append(Row.of(example, source))
+    used = [row.source for row in rows if not isinstance(row.source, int)]
+    return Plan(
+        rows=tuple(sorted(rows, key=lambda row: row.id)),
+        upserted=frozenset(written),
+        fresh=tuple(example for _, example in fresh.values()),
+        bundles=() if clear else _bundles(used, leaving),
+    )
+
+
+def locate(
+    plan: Plan, fresh: Place | None, bundles: Sequence[Place]
+) -> tuple[tuple[ExampleWrite, ...], tuple[Repoint, ...]]:
+    """The rows to write, once the files of the plan are published.
+
+    Each file is given as the place of its first row.
+    """
+    moved: dict[tuple[str, int], Place] = {}
+    for bundle, start in zip(plan.bundles, bundles, strict=True):
+        moved |= {_key(old): Place(start.segment, row, start.inputs) for row, old in enumerate(bundle)}
+    writes: list[ExampleWrite] = []
+    repoints: list[Repoint] = []
+    for row in plan.rows:
+        place: Stored
+        if isinstance(row.source, int):
+            assert fresh is not None
+            place = Place(fresh.segment, row.source, fresh.inputs)
+        else:
+            place = moved.get(_key(row.source), row.source)
+        if row.id in plan.upserted:
+            writes.append(
+                ExampleWrite(
+                    id=row.id,
+                    digest=row.digest,
+                    target=row.target,
+                    segment=place.segment,
+                    row=place.row,
+                    inputs=place.inputs,
+                    group=row.group,
+                    sampled=row.sampled,
+                    excluded=row.excluded,
+                )
+            )
+        elif place is not row.source:
+            repoints.append(Repoint(row.id, place.segment, place.row, place.inputs))
+    return tuple(writes), tuple(repoints)
+
+
+def _bundles(used: Sequence[Stored], left: Sequence[Stored]) -> tuple[tuple[Stored, ...], ...]:
+    """Each file that holds a place left for good, and the small files together, if they are many."""
+    in_use = {_key(place) for place in used} if left else set()
+    vacated = {place.segment.nonce for place in left if _key(place) not in in_use}
+    files = {place.segment.nonce: place for place in used}
+    small = [nonce for nonce, place in files.items() if nonce not in vacated and _size(place) < SMALL_BYTES]
+    merged = set(small[:_MOST_MERGED]) if len(small) >= MERGED_AT_ONCE else set()
+    if not vacated and not merged:
+        return ()
+    bundles: dict[str, dict[tuple[str, int], Stored]] = {}
+    for place in used:
+        nonce = place.segment.nonce
+        if nonce in vacated or nonce in merged:
+            # Inputs that are lost are lost for some segments only.
+            together = str(place.inputs is None) if nonce in merged else nonce
+            bundles.setdefault(together, {})[_key(place)] = place
+    return tuple(tuple(places[key] for key in sorted(places)) for places in bundles.values())
+
+
+def _key(place: Stored) -> tuple[str, int]:
+    """What tells a place from every other of its adapter, quick to hash."""
+    return place.segment.nonce, place.row
+
+
+def _size(place: Stored) -> int:
+    return place.segment.length + (place.inputs.length if place.inputs else 0)

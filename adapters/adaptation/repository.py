@@ -1,0 +1,332 @@
+"""What the flows keep and find again: rows and files together, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.layout import Stored
+from adapters.cache.aliases import Aliases
+from adapters.cache.lru import Cache
+from adapters.completion import to_its_end
+from adapters.processes.turns import Gate
+from adapters.registry.idempotency import Reply
+from adapters.registry.records import (
+    AdapterRecord,
+    Change,
+    Claim,
+    Committed,
+    ExampleRecord,
+    RegistryUnavailable,
+    UnknownAdapter,
+    UnknownVersion,
+    VersionRecord,
+)
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
+from adapters.storage.formats import Evidence, decode_embeddings, decode_evidence, decode_inputs
+from models.priority import give_way
+
+logger = logging.getLogger("topwork")
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+# Threads for what gives way to predictions.
+_ASIDE = 2
+
+# As bulk embedding, see models/batching/batcher.py.
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An adapter with all its examples, as of one revision."""
+
+    adapter: AdapterRecord
+    revision: int
+    examples: tuple[ExampleRecord, ...]
+
+    @property
+    def in_use(self) -> tuple[ExampleRecord, ...]:
+        """The examples that are learned from: all that are not set aside."""
+        return tuple(one for one in self.examples if not one.excluded)
+
+    def same_as(self, other: State) -> bool:
+        """Whether nothing changed between the two."""
+        return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)
+
+
+@dataclass(slots=True)
+class Ahead:
+    """A file that is published while other work goes on, of the inputs with these digests, in their order."""
+
+    uid: str
+    digests: tuple[str, ...]
+    publishing: asyncio.Task[tuple[Artifact, ...]]
+    taken: bool = False
+
+    def fits(self, uid: str, digests: Sequence[str]) -> bool:
+        """Whether the file is still to be had and holds what is wanted."""
+        return not self.taken and self.uid == uid and self.digests == tuple(digests)
+
+    async def take(self) -> Artifact:
+        """The file, from now on the caller's to commit or to delete. Raises as Keeping.publish does."""
+        (artifact,) = await asyncio.shield(self.publishing)
+        self.taken = True
+        return artifact
+
+
+class Keeping:
+    """The registry and the store as one, for one event loop.
+
+    Embeddings that were read stay in a bounded cache. job: what every commit is a part of, see
+    Registry.commit.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        aliases: Aliases,
+        *,
+        embeddings_bytes: int = 64 << 20,
+        job: Claim | None = None,
+    ) -> None:
+        self.registry = registry
+        self.aliases = aliases
+        self._job = job
+        self._store = store
+        self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._aside = ThreadPoolExecutor(_ASIDE, thread_name_prefix="aside", initializer=give_way)
+        self._aside_gate = Gate(_ASIDE)
+
+    def close(self) -> None:
+        """Ends the threads of `aside` when what they do is done."""
+        self._aside.shutdown()
+
+    async def aside(self, tenant: str, work: Callable[[], T]) -> T:
+        """What the work gives, done in a thread that gives way to predictions: for megabytes of inputs.
+
+        Tenants take turns.
+        """
+        async with self._aside_gate.passed(tenant):
+            return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+
+    async def state(self, tenant: str, name: str, known: State | None = None) -> State | None:
+        """The adapter and its examples, or None if there is none.
+
+        What `known` still holds is not read again.
+        """
+
+        def read() -> State | None:
+            try:
+                adapter = self.registry.adapter(tenant, name)
+                if known and (known.adapter.uid, known.revision) == (adapter.uid, adapter.revision):
+                    return State(adapter, known.revision, known.examples)
+                revision, examples = self.registry.all_examples(adapter.uid)
+            except UnknownAdapter:
+                return None
+            return State(adapter, revision, tuple(examples))
+
+        return await asyncio.to_thread(read)
+
+    async def embeddings(self, adapter: AdapterRecord, places: Sequence[Stored]) -> Floats:
+        """The embeddings at the places, float32 (n, dim), n > 0. Raises MissingArtifact, CorruptArtifact."""
+        loaded: dict[str, Floats] = {}
+        for place in places:
+            if place.segment.nonce not in loaded:
+                found = await self.segment(adapter.tenant, adapter.uid, place.segment)
+                loaded[place.segment.nonce] = found
+        return await asyncio.to_thread(_pick, loaded, places)
+
+    async def known(self, tenant: str, fingerprint: str, digests: Collection[str]) -> dict[str, Floats]:
+        """Embeddings, float32 (dim,), by digest, of those inputs that an adapter of the tenant has."""
+        if not digests:
+            return {}
+        places = await asyncio.to_thread(self.registry.places_of, tenant, fingerprint, digests)
+        rows: dict[tuple[str, Artifact], list[tuple[str, int]]] = {}
+        for digest, (uid, segment, row) in places.items():
+            rows.setdefault((uid, segment), []).append((digest, row))
+        found: dict[str, Floats] = {}
+        for (uid, segment), wanted in rows.items():
+            # The adapter may just have been deleted, and what is damaged is its own trouble.
+            with suppress(MissingArtifact, CorruptArtifact):
+                vectors = await self.segment(tenant, uid, segment)
+                found |= {digest: vectors[row] for digest, row in wanted}
+        return found
+
+    async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:
+        """All embeddings of a segment, float32 (rows, dim)."""
+
+        async def load() -> Floats:
+            return await self.read(tenant, uid, segment, decode_embeddings)
+
+        return await self._embeddings.get(segment.name, load, (tenant, None))
+
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget what is in memory of the tenant."""
+        self._embeddings.drop_of(tenant, name)
+
+    async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
+        """All inputs of a segment."""
+        return await self.read(adapter.tenant, adapter.uid, inputs, decode_inputs)
+
+    async def rival(self, adapter: AdapterRecord, removals: Collection[str]) -> VersionRecord | None:
+        """The version that a new one is compared with: the live one, if it stays without these examples.
+
+        Else the newest that stays and was promoted. None if there is none, or nothing is live.
+        """
+
+        def read() -> VersionRecord | None:
+            if adapter.live is None:
+                return None
+            if not removals:
+                with suppress(UnknownVersion):
+                    return self.registry.version(adapter.uid, adapter.live)
+                return None
+            staying = self.registry.versions_without(adapter.uid, removals)
+            live = [version for version in staying if version.number == adapter.live]
+            promoted = (one for one in staying if one.report.get("promotion", {}).get("promoted"))
+            return live[0] if live else next(promoted, None)
+
+        return await asyncio.to_thread(read)
+
+    async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
+        """The evidence of a version; None if there is no such version, or its evidence is lost."""
+        if number is None:
+            return None
+        try:
+            version = await asyncio.to_thread(self.registry.version, adapter.uid, number)
+            if version.evidence is None:
+                return None
+            return await self.read(adapter.tenant, adapter.uid, version.evidence, decode_evidence)
+        except UnknownVersion:
+            # It went a moment ago; if its adapter did too, the commit will say so.
+            return None
+        except (MissingArtifact, CorruptArtifact) as error:
+            # A comparison that cannot be made must not keep a tenant from adapting.
+            logger.warning("no comparison with version %d: %s", number, error)
+            return None
+
+    async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
+        """A published file, decoded in the same thread."""
+        return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
+
+    async def publish(
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
+    ) -> tuple[Artifact, ...]:
+        """Publish what the encoders give, encoded in the thread that writes it.
+
+        When the caller is cancelled, what is published all the same is deleted again.
+        """
+        publishing = asyncio.ensure_future(asyncio.to_thread(self._publish, tenant, uid, encoders))
+        try:
+            return await asyncio.shield(publishing)
+        except asyncio.CancelledError:
+            self._behind(self._let_go(tenant, uid, publishing))
+            raise
+
+    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does what nobody waits for."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _publish(
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
+    ) -> tuple[Artifact, ...]:
+        return self._store.publish_all(tenant, uid, [encode() for encode in encoders])
+
+    @asynccontextmanager
+    async def ahead(
+        self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
+    ) -> AsyncIterator[Ahead]:
+        """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
+        publishing = asyncio.ensure_future(self.aside(tenant, lambda: self._publish(tenant, uid, [encode])))
+        file = Ahead(uid, tuple(digests), publishing)
+        try:
+            yield file
+        finally:
+            if not file.taken:
+                await to_its_end(self._let_go(tenant, file.uid, file.publishing))
+
+    async def _let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
+        # A store that failed has stored nothing, and whoever needed the files has been told.
+        with suppress(StoreError):
+            await self.drop(tenant, uid, await publishing)
+
+    async def commit(
+        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None = None
+    ) -> Committed:
+        """Commit, let this process's predictions know, and delete the files that are no longer referred to.
+
+        It runs to its end when the caller is cancelled. What was published for a change that is refused is
+        deleted. reply: see Registry.commit.
+        """
+        return await to_its_end(self._commit(change, published, reply))
+
+    async def _commit(
+        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None
+    ) -> Committed:
+        try:
+            committed = await asyncio.to_thread(
+                lambda: self.registry.commit(change, job=self._job, reply=reply)
+            )
+        except RegistryUnavailable:
+            # It may have been recorded all the same; if not, a sweep finds the files.
+            raise
+        except Exception:
+            await self.drop(change.tenant, change.uid, published)
+            raise
+        await self.settle(committed)
+        return committed
+
+    async def settle(self, committed: Committed) -> None:
+        """Let this process's predictions know of a commit, and delete the files that it left unreferenced."""
+        self.aliases.put(committed.alias)
+        adapter = committed.adapter
+        await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
+
+    async def drop_files(self, tenant: str, uid: str | None = None) -> None:
+        """Deletes all files of an adapter that is erased, or of a whole tenant.
+
+        What cannot be deleted now is tried again, see Clearing.
+        """
+        try:
+            if uid is None:
+                await asyncio.to_thread(self._store.delete_tenant, tenant)
+            else:
+                await asyncio.to_thread(self._store.delete_adapter, tenant, uid)
+        except StoreError as error:
+            logger.warning("files of what was erased are deleted later: %s", error)
+
+    async def drop(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+        """Deletes published files that nothing refers to; what cannot be deleted now is swept later."""
+        if not artifacts:
+            return
+        for artifact in artifacts:
+            self._embeddings.drop(artifact.name)
+        try:
+            await asyncio.to_thread(self._store.delete, tenant, uid, artifacts)
+        except StoreError as error:
+            logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
+
+
+def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:
+    """The rows at the places, of segments by nonce."""
+    by_segment: dict[str, list[int]] = {}
+    for index, place in enumerate(places):
+        by_segment.setdefault(place.segment.nonce, []).append(index)
+    picked = np.empty((len(places), next(iter(segments.values())).shape[1]), np.float32)
+    for nonce, indexes in by_segment.items():
+        picked[indexes] = segments[nonce][[places[index].row for index in indexes]]
+    return picked

@@ -1,0 +1,480 @@
+"""One step of an adapter: its examples change, a head is fitted on them, both are recorded together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.agreement import Agreement, ask
+from adapters.adaptation.gathering import Subject, complete, encoders, gather, starts
+from adapters.adaptation.layout import Plan, Row, locate, plan_change
+from adapters.adaptation.promotion import Decision, Promote, best_of, decide, labels_of, remember, unlearned
+from adapters.adaptation.repository import Ahead, Keeping, State
+from adapters.cache.lru import Cache
+from adapters.completion import to_its_end
+from adapters.examples.validation import Admitted
+from adapters.heads.head import CorruptHead, Head
+from adapters.probe.fit import Dataset, OneLabel, ProbeConfig
+from adapters.processes.fitter import Fitter
+from adapters.registry.idempotency import Reply
+from adapters.registry.records import (
+    AdapterRecord,
+    Change,
+    Committed,
+    Creation,
+    NewVersion,
+    RevisionMoved,
+    UnknownVersion,
+    VersionRecord,
+)
+from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact
+from adapters.storage.formats import Evidence, encode_evidence
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+logger = logging.getLogger("topwork")
+
+LINEAR_PROBE = "linear_probe"
+ATTEMPTS = 5
+# Where gathering.encoders puts the file of the new inputs.
+_NEW_INPUTS = 1
+
+
+class AdapterFull(ValueError):
+    """The adapter would hold more examples or labels than are allowed."""
+
+    code = "adapter_full"
+
+
+class NothingToFit(ValueError):
+    """There are no examples to fit a head on."""
+
+    code = "nothing_to_fit"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """Of one adapter: examples kept, distinct labels; and how it is fitted."""
+
+    max_examples: int = 100_000
+    max_labels: int = 2_000
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What is to become of an adapter's examples.
+
+    clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
+    fitted, instead of leaving the adapter without a live version. uploaded: ids of what an upload has stored
+    that is to replace all others; the others count towards no limit, and `clear` leaves the uploaded ones.
+    live: the version that a person makes live with it, where none is made.
+    """
+
+    upserts: Sequence[Admitted] = ()
+    removals: Sequence[str] = ()
+    clear: bool = False
+    fit: bool = True
+    promote: Promote = "if_better"
+    required: bool = True
+    uploaded: AbstractSet[str] | None = None
+    live: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revised:
+    """What an edit left behind.
+
+    version and decision are None where nothing was fitted. timings: seconds by stage. truncated: how many of
+    the examples that came with the edit are texts of which the backbone reads only the start.
+    """
+
+    committed: Committed
+    decision: Decision | None
+    timings: Mapping[str, float]
+    truncated: int = 0
+
+    @property
+    def adapter(self) -> AdapterRecord:
+        """The adapter after the edit."""
+        return self.committed.adapter
+
+    @property
+    def version(self) -> VersionRecord | None:
+        """The version that was fitted, if any."""
+        return self.committed.version
+
+    @property
+    def live(self) -> bool:
+        """Whether the new version is the live one."""
+        return self.version is not None and self.adapter.live == self.version.number
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted head with what is recorded beside it."""
+
+    head: Head
+    evidence: Evidence
+    report: Mapping[str, Any]
+    decision: Decision
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One adapter's turns; forgotten when nobody wants one."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted: int = 0
+
+
+class Revising:
+    """Revises adapters, one revision at a time each. For one event loop.
+
+    observe(stage, seconds) is called with the stages fit and publish.
+    """
+
+    def __init__(
+        self,
+        keeping: Keeping,
+        fitter: Fitter,
+        heads: Cache[Head],
+        limits: AdapterLimits = AdapterLimits(),
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        self.keeping = keeping
+        self.limits = limits
+        self._fitter = fitter
+        self._heads = heads
+        self._observe = observe
+        self._turns: dict[tuple[str, str], _Turn] = {}
+
+    async def in_turn(
+        self, tenant: str, name: str, step: Callable[[State | None], Awaitable[T]], known: State | None = None
+    ) -> T:
+        """The result of `step` on the adapter as it is, while no other request of this process revises it.
+
+        Another process may: then the step is taken again on the newer state. Raises RevisionMoved when that
+        goes on, and what the step raises.
+        """
+        async with self._turn((tenant, name)):
+            for _ in range(ATTEMPTS - 1):
+                known = await self.keeping.state(tenant, name, known)
+                try:
+                    return await step(known)
+                except RevisionMoved:
+                    continue
+                except MissingArtifact:
+                    # A file that went with what it belonged to is no loss: the next step sees that it went.
+                    now = await self.keeping.state(tenant, name)
+                    if now is not None and known is not None and now.same_as(known):
+                        raise
+            return await step(await self.keeping.state(tenant, name, known))
+
+    @asynccontextmanager
+    async def _turn(self, key: tuple[str, str]) -> AsyncIterator[None]:
+        turn = self._turns.setdefault(key, _Turn())
+        turn.wanted += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.wanted -= 1
+            if not turn.wanted:
+                del self._turns[key]
+
+    async def revise(
+        self,
+        subject: Subject,
+        edit: Edit,
+        fresh: Mapping[str, Floats],
+        ahead: Ahead | None = None,
+        reply: Reply[Revised] | None = None,
+    ) -> Revised:
+        """Plans, fits, publishes and commits one edit of the adapter as it is, or creates it.
+
+        fresh: embeddings, float32 (dim,), by digest, of the inputs that the adapter has not; it may hold
+        more. ahead: the new inputs' file, if it is being published already. reply: recorded with the edit;
+        to it the publication has taken no time yet. Raises OneLabel, NothingToFit, AdapterFull, TooCostly,
+        RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise. Nothing is recorded then.
+        """
+        plan = await asyncio.to_thread(self._plan, subject, edit)
+        fresh = await complete(self.keeping, subject, plan, fresh)
+        timings: dict[str, float] = {}
+        fit = await self._fit(subject, plan, edit, fresh, timings)
+
+        def revised(committed: Committed) -> Revised:
+            return Revised(committed, None if fit is None else fit.decision, timings)
+
+        with _timed(timings, "publish", self._observe):
+            published = await self._publish(subject, plan, fresh, fit, ahead)
+            change = _change(subject, edit, plan, published, fit)
+            committed = await self.keeping.commit(change, published, reply and reply.of(revised))
+        await self.warm(committed, fit)
+        return revised(committed)
+
+    async def _publish(
+        self, subject: Subject, plan: Plan, fresh: Mapping[str, Floats], fit: Fit | None, ahead: Ahead | None
+    ) -> list[Artifact]:
+        """The plan's files in the order of gathering.encoders, then the head and its evidence."""
+        files = await encoders(self.keeping, subject, replace(plan, bundles=()), fresh)
+        placed = len(files)
+        if fit is not None:
+            files += [fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
+        early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
+        if early:
+            del files[_NEW_INPUTS]
+        published = list(await self.keeping.publish(subject.tenant, subject.uid, files))
+        moved: list[Artifact] = []
+        try:
+            if ahead is not None and early:
+                published.insert(_NEW_INPUTS, await ahead.take())
+            # One after the other: together they may be all that the adapter keeps.
+            for bundle in plan.bundles:
+                files = await encoders(self.keeping, subject, replace(plan, fresh=(), bundles=(bundle,)), {})
+                moved += await self.keeping.publish(subject.tenant, subject.uid, files)
+        except BaseException:
+            dropping = self.keeping.drop(subject.tenant, subject.uid, [*published, *moved])
+            await to_its_end(dropping)
+            raise
+        return [*published[:placed], *moved, *published[placed:]]
+
+    async def fit(
+        self,
+        adapter: AdapterRecord | None,
+        terms: Creation,
+        rows: Sequence[Row],
+        embeddings: Floats,
+        promote: Promote,
+        timings: dict[str, float],
+        removals: Collection[str] = (),
+        *,
+        tenant: str,
+    ) -> Fit:
+        """A head for the rows, with its report and the decision whether it may be live.
+
+        removals: examples that are erased together with the versions that learned from them. tenant: who
+        waits for it, and takes turns with others.
+        """
+        if not rows:
+            raise NothingToFit("The adapter has no examples in use; send some, or take some back.")
+        targets = [row.target for row in rows]
+        digests = [row.digest for row in rows]
+        dataset = Dataset(
+            embeddings=embeddings,
+            targets=targets,
+            digests=digests,
+            task=terms.task,
+            fingerprint=terms.fingerprint,
+            groups=[row.group or "" for row in rows],
+            sampled=[row.sampled for row in rows],
+        )
+        config = replace(
+            self.limits.probe,
+            answer_accuracy=terms.answer_accuracy,
+            balanced=terms.weights == "balanced",
+        )
+        with _timed(timings, "fit", self._observe):
+            fitted = await self._fitter.fit(dataset, config, tenant=tenant)
+        ids = tuple(row.id for row in rows)
+        evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores, tuple(dataset.sampled))
+        evidence, decision = await self._decided(adapter, dataset, evidence, promote, removals)
+        return Fit(
+            fitted.head, evidence, with_ids(fitted.report, ids) | {"promotion": decision.to_json()}, decision
+        )
+
+    async def _decided(
+        self,
+        adapter: AdapterRecord | None,
+        dataset: Dataset,
+        evidence: Evidence,
+        promote: Promote,
+        removals: Collection[str],
+    ) -> tuple[Evidence, Decision]:
+        """The decision on a fit with this evidence, and the evidence with the history to keep."""
+        task = dataset.task
+        rival = None if adapter is None else await self.keeping.rival(adapter, removals)
+        if adapter is None or rival is None:
+            decision = decide(promote, task, evidence, None)
+            erased = adapter is not None and adapter.live is not None and promote == "if_better"
+            return evidence, replace(decision, reason="example_removed") if erased else decision
+        live = await self.keeping.evidence(adapter, rival.number)
+        if live is not None:
+            said = await self._ask(adapter, rival, live, dataset, evidence)
+            evidence = await asyncio.to_thread(remember, evidence, live, rival.number, *said)
+        held = adapter.rolled_back_at is not None
+        decision = await asyncio.to_thread(decide, promote, task, evidence, live, held=held)
+        fallback = None
+        if decision.fallback is not None and decision.fallback != rival.number:
+            older = await asyncio.to_thread(self._kept, adapter, decision.fallback)
+            # One of another backbone may not be served any more.
+            if older is not None and older.fingerprint == dataset.fingerprint:
+                fallback = older.number
+        if rival.number != adapter.live:
+            # The live version is erased: this one follows it, or the one that it was compared with.
+            if decision.promote:
+                decision = replace(decision, reason="example_removed")
+            else:
+                fallback = fallback or rival.number
+        decision = replace(decision, fallback=fallback)
+        return evidence if decision.proved else replace(evidence, history=None), decision
+
+    async def _ask(
+        self, adapter: AdapterRecord, rival: VersionRecord, live: Evidence, dataset: Dataset, new: Evidence
+    ) -> tuple[Sequence[int], Agreement | None]:
+        """The rows that the rival has not learned, and what the best version so far says of them.
+
+        A fine-tuned version, or one of another backbone, is not asked: these are not its embeddings.
+        """
+        number, known = best_of(live, rival.number)
+        asked = rival
+        if number != rival.number:
+            best = await asyncio.to_thread(self._kept, adapter, number)
+            asked, known = (rival, live) if best is None else (best, known)
+        if asked.network is not None or asked.fingerprint != dataset.fingerprint:
+            return (), None
+        rows = await asyncio.to_thread(unlearned, dataset.task, new, known)
+        if not rows:
+            return (), None
+
+        async def read() -> Head:
+            return await self.keeping.read(adapter.tenant, adapter.uid, asked.artifact, Head.from_bytes)
+
+        try:
+            head = await self._heads.get(asked.artifact.sha256, read, (adapter.tenant, adapter.name))
+        except (MissingArtifact, CorruptArtifact, CorruptHead) as error:
+            # A question that cannot be asked must not keep a tenant from adapting.
+            logger.warning("version %d is not asked about new examples: %s", asked.number, error)
+            return (), None
+        embeddings, targets = dataset.embeddings[rows], [new.targets[row] for row in rows]
+        said = await asyncio.to_thread(ask, dataset.task, head, known, embeddings, targets)
+        return rows, said
+
+    def _kept(self, adapter: AdapterRecord, number: int) -> VersionRecord | None:
+        try:
+            return self.keeping.registry.version(adapter.uid, number)
+        except UnknownVersion:
+            return None
+
+    async def warm(self, committed: Committed, fit: Fit | None) -> None:
+        """Keeps a committed head in memory, for its adapter will be asked."""
+        if fit is None or committed.version is None:
+            return
+
+        async def loaded() -> Head:
+            return fit.head
+
+        adapter = committed.adapter
+        await self._heads.get(committed.version.artifact.sha256, loaded, (adapter.tenant, adapter.name))
+
+    def _plan(self, subject: Subject, edit: Edit) -> Plan:
+        """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""
+        plan = _plan_of(subject, edit)
+        kept, rows = subject.examples, plan.rows
+        if edit.uploaded is not None:
+            counted = edit.uploaded | plan.upserted
+            kept, rows = (), tuple(row for row in rows if row.id in counted)
+        # What is over a limit already, as a replacement that was cancelled may leave it, may shrink.
+        if len(rows) > max(self.limits.max_examples, len(kept)):
+            raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
+        labels = labels_of(subject.terms.task, [row.target for row in rows if not row.excluded])
+        before = labels_of(subject.terms.task, [one.target for one in kept if not one.excluded])
+        if len(labels) > max(self.limits.max_labels, len(before)):
+            raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
+        return plan
+
+    async def _fit(
+        self,
+        subject: Subject,
+        plan: Plan,
+        edit: Edit,
+        fresh: Mapping[str, Floats],
+        timings: dict[str, float],
+    ) -> Fit | None:
+        if not edit.fit:
+            return None
+        learned = replace(plan, rows=plan.in_use)
+        try:
+            embeddings = await gather(self.keeping, subject, learned, fresh)
+            return await self.fit(
+                subject.adapter,
+                subject.terms,
+                learned.rows,
+                embeddings,
+                edit.promote,
+                timings,
+                edit.removals,
+                tenant=subject.tenant,
+            )
+        except (OneLabel, NothingToFit):
+            if edit.required:
+                raise
+            return None
+
+
+def _plan_of(subject: Subject, edit: Edit) -> Plan:
+    if not edit.clear or edit.uploaded is None:
+        return plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
+    others = {one.id for one in subject.examples} - edit.uploaded
+    plan = plan_change(subject.examples, (), removals=others)
+    # What stays is written anew with its place, for the change forgets all that it does not write.
+    return replace(plan, upserted=frozenset(row.id for row in plan.rows))
+
+
+def _change(
+    subject: Subject, edit: Edit, plan: Plan, published: Sequence[Artifact], fit: Fit | None
+) -> Change:
+    start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
+    upserts, repoints = locate(plan, start, bundles)
+    state = subject.state
+    return Change(
+        tenant=subject.tenant,
+        name=subject.name,
+        uid=subject.uid,
+        revision=0 if state is None else state.revision,
+        create=subject.terms if state is None else None,
+        clear_first=edit.clear and state is not None,
+        upserts=upserts,
+        removals=tuple(edit.removals),
+        repoints=repoints,
+        version=None if fit is None else new_version(fit, *left),
+        promote=fit is not None and fit.decision.promote,
+        answer_accuracy=subject.terms.answer_accuracy,
+        weights=subject.terms.weights,
+        fallback=edit.live if fit is None else fit.decision.fallback,
+        restores=edit.live is not None,
+        standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,
+    )
+
+
+def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
+    """The version to record for a fit whose files are published."""
+    return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))
+
+
+def with_ids(report: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """A fit's report with suspects named by their ids instead of their rows."""
+    suspects = [
+        {"id": ids[suspect["index"]], **{key: value for key, value in suspect.items() if key != "index"}}
+        for suspect in report.get("suspects", ())
+    ]
+    return {**report, "suspects": suspects}
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str, observe: Callable[[str, float], None]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - started
+    observe(stage, timings[stage])

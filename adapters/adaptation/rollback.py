@@ -1,0 +1,176 @@
+"""Back to an older version: it is live again, and the adapter's examples are those that it was fitted on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from adapters.adaptation.adapt import terms_of
+from adapters.adaptation.gathering import Subject
+from adapters.adaptation.repository import Keeping, State
+from adapters.adaptation.revision import Edit, Revised, Revising
+from adapters.examples.validation import Admitted
+from adapters.registry.idempotency import Reply
+from adapters.registry.records import AdapterRecord, AliasMoved, ExampleRecord, UnknownAdapter
+from adapters.storage.formats import Evidence
+
+Gone = Literal["not_kept", "other_input"]
+
+
+class CannotRestore(RuntimeError):
+    """The version's examples cannot be had again; `code` says why, the message what to do."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An example of the version that cannot come back.
+
+    reason: not_kept (forgotten by a replacement since), or other_input (its id has another input now).
+    """
+
+    id: str
+    reason: Gone
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What it takes to have a version's examples again.
+
+    changed: kept examples as they are to be, those only that are not so already. taken_back, relabelled and
+    set_aside: how many of them are each; one may be taken back and relabelled. in_use: how many the version's
+    examples are then. missing: those that cannot come back.
+    """
+
+    changed: Sequence[Admitted]
+    taken_back: int
+    relabelled: int
+    set_aside: int
+    in_use: int
+    missing: Sequence[Missing]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The adapter as it is after a rollback to the version of that number."""
+
+    version: int
+    rollback: Rollback
+    revised: Revised
+
+    @property
+    def adapter(self) -> AdapterRecord:
+        """The adapter, with the version live."""
+        return self.revised.adapter
+
+
+class Restorer:
+    """Restores versions. For one event loop."""
+
+    def __init__(self, revising: Revising) -> None:
+        self._revising = revising
+        self._keeping: Keeping = revising.keeping
+
+    async def restore(
+        self,
+        tenant: str,
+        name: str,
+        number: int,
+        if_match: str | None = None,
+        reply: Reply[Restored] | None = None,
+    ) -> Restored:
+        """Makes the version live, and the adapter's examples those that it was fitted on.
+
+        They have the targets again that they had then, and their groups of now. All others are set aside. No
+        version is made, and a rollback that holds has ended: with what came later set aside, there is nothing
+        left to withhold. if_match: an AdapterRecord.etag that must still hold. reply: recorded with it.
+        Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and what Revising.revise raises.
+        """
+
+        async def step(state: State | None) -> Restored:
+            if state is None:
+                raise UnknownAdapter(name)
+            if if_match is not None and if_match != state.adapter.etag:
+                raise AliasMoved(
+                    f"The alias now points to version {state.adapter.live}; read it again before moving it."
+                )
+            rollback = await self._rollback(state, number)
+
+            def restored(revised: Revised) -> Restored:
+                return Restored(number, rollback, revised)
+
+            edit = Edit(rollback.changed, fit=False, live=number)
+            subject = Subject.of(tenant, name, terms_of(state.adapter), state)
+            return restored(
+                await self._revising.revise(subject, edit, {}, reply=reply and reply.of(restored))
+            )
+
+        return await self._revising.in_turn(tenant, name, step)
+
+    async def _rollback(self, state: State, number: int) -> Rollback:
+        adapter = state.adapter
+        # Loaded before it is live anywhere, so that no prediction waits for it here.
+        alias = await asyncio.to_thread(self._keeping.registry.resolve, adapter.tenant, adapter.name, number)
+        await self._keeping.aliases.prepare(alias)
+        evidence = await self._keeping.evidence(adapter, number)
+        if evidence is None:
+            # Unless the version has just gone, with what it learned from.
+            await asyncio.to_thread(self._keeping.registry.version, adapter.uid, number)
+            raise CannotRestore(
+                "evidence_lost",
+                f"What version {number} was fitted on is lost. PUT aliases/live makes it live without that.",
+            )
+        rollback = await asyncio.to_thread(plan_rollback, state.examples, evidence)
+        if not rollback.in_use:
+            raise CannotRestore(
+                "examples_gone",
+                f"No example of version {number} is kept any more. PUT aliases/live makes it live without.",
+            )
+        return rollback
+
+
+def plan_rollback(kept: Sequence[ExampleRecord], evidence: Evidence) -> Rollback:
+    """What becomes of the kept examples so that those in use are the evidence's again."""
+    there = {one.id: one for one in kept}
+    sampled = evidence.sampled or (None,) * len(evidence.ids)
+    wanted: dict[str, Admitted] = {}
+    missing: list[Missing] = []
+    for example, digest, target, measured in zip(
+        evidence.ids, evidence.digests, evidence.targets, sampled, strict=True
+    ):
+        now = there.get(example)
+        if now is None or now.digest != digest:
+            missing.append(Missing(example, "not_kept" if now is None else "other_input"))
+            continue
+        wanted[example] = replace(
+            _as_it_is(now),
+            target=target,
+            sampled=now.sampled if measured is None else measured,
+            excluded=False,
+        )
+    changed = list(_changes(kept, wanted))
+    return Rollback(
+        changed=changed,
+        taken_back=sum(there[one.id].excluded and not one.excluded for one in changed),
+        relabelled=sum(there[one.id].target != one.target for one in changed),
+        set_aside=sum(one.excluded for one in changed),
+        in_use=len(wanted),
+        missing=missing,
+    )
+
+
+def _changes(kept: Sequence[ExampleRecord], wanted: dict[str, Admitted]) -> Iterator[Admitted]:
+    for one in kept:
+        now = _as_it_is(one)
+        then = wanted.get(one.id) or replace(now, excluded=True)
+        if then != now:
+            yield then
+
+
+def _as_it_is(one: ExampleRecord) -> Admitted:
+    return Admitted(one.id, one.digest, one.target, None, None, one.group, one.sampled, excluded=one.excluded)

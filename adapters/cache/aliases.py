@@ -1,0 +1,288 @@
+"""Which version answers for which adapter, in memory, so that a prediction reads no database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from adapters.cache.lru import Flights
+from adapters.completion import to_its_end
+from adapters.registry.records import Alias, Changed, UnknownAdapter
+from adapters.registry.registry import CHANGES_KEPT, Registry
+
+logger = logging.getLogger("topwork")
+
+T = TypeVar("T")
+
+# Commits become visible a little after the time that they carry.
+_OVERLAP_SECONDS = 10.0
+_FORGIVEN_SECONDS = CHANGES_KEPT - 60.0
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What is known of an adapter: its live alias, and those of its other versions that were asked for.
+
+    coming: what takes its place once the network is loaded.
+    """
+
+    live: Alias
+    versions: dict[int, Alias] = field(default_factory=dict)
+    coming: _Entry | None = None
+
+
+async def _nothing(alias: Alias) -> None:
+    """There is nothing to load."""
+
+
+def _nobody(tenant: str, name: str | None) -> None:
+    """Nobody keeps anything."""
+
+
+class Aliases:
+    """The aliases in use. For one event loop; not thread-safe.
+
+    This process's own commits are told by `put` and `drop` and hold at once; those of other processes are
+    polled and hold after `interval` seconds or a little more. One that brings another network holds once that
+    is loaded, `patience` seconds later at the latest; until then what was live before answers.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        max_entries: int = 100_000,
+        interval: float = 0.5,
+        patience: float = 10.0,
+        load: Callable[[Alias], Awaitable[None]] = _nothing,
+    ) -> None:
+        """load(alias) brings into memory what the alias's predictions need, and may raise."""
+        self._registry = registry
+        self._load = load
+        self._gone: Callable[[str, str | None], None] = _nobody
+        self._heard: set[Changed] = set()
+        self._patience = patience
+        self._max_entries = max_entries
+        self._interval = interval
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._flights: Flights[Alias] = Flights()
+        self._loads: set[asyncio.Task[None]] = set()
+        self._asked: set[asyncio.Future[Any]] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self._polled_at = time.monotonic()
+        self._failing = False
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def alive(self) -> bool:
+        """Whether other processes' commits are being polled for."""
+        return self._poller is not None and not self._poller.done()
+
+    async def start(self, gone: Callable[[str, str | None], None] = _nobody) -> None:
+        """Start polling for commits. gone(tenant, name) is told when something of the adapter was erased, by
+        whichever process; without a name all of the tenant.
+        """
+        self._gone = gone
+        self._polled_at = time.monotonic()
+        self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
+
+    async def close(self) -> None:
+        """Stop polling, and waiting for loads; afterwards nothing of it reads the database."""
+        if self._poller is not None:
+            self._poller.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._poller
+            self._poller = None
+        for task in self._loads:
+            task.cancel()
+        await asyncio.gather(*self._loads, return_exceptions=True)
+        await self._flights.close()
+        # None may outlive the registry.
+        await asyncio.gather(*self._asked, return_exceptions=True)
+
+    async def get(
+        self, tenant: str, name: str, *, version: int | None = None, min_epoch: int | None = None
+    ) -> Alias:
+        """The alias of the live version, or of the one asked for; reads the database only when it must.
+
+        With `min_epoch`, as answered by a commit, a process that knows less reads again. Raises
+        UnknownAdapter, UnknownVersion, RegistryUnavailable.
+        """
+        key = (tenant, name)
+        entry = self._at_least(key, min_epoch or 0)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        else:
+            try:
+                entry = await self._read(key)
+            except UnknownAdapter:
+                if min_epoch is None:
+                    raise
+                entry = None
+            if entry is None or (min_epoch is not None and entry.live.epoch < min_epoch):
+                # The load that was joined may have begun before the commit that the caller knows of.
+                entry = await self._read(key)
+        if version is None or version == entry.live.version:
+            return entry.live
+        return entry.versions.get(version) or await self._read_version(key, entry, version)
+
+    def known(self, tenant: str, name: str) -> Alias | None:
+        """The live version's alias as this process knows it, without asking the database."""
+        entry = self._entries.get((tenant, name))
+        return None if entry is None else entry.live
+
+    def put(self, alias: Alias) -> None:
+        """Take over what this process has just committed; older news than what is known is ignored."""
+        key = (alias.tenant, alias.name)
+        self._flights.forget(key)
+        self._keep(key, alias)
+
+    def drop(self, tenant: str, name: str) -> None:
+        """Forget an adapter that this process has just deleted."""
+        self._flights.forget((tenant, name))
+        self._entries.pop((tenant, name), None)
+
+    def drop_tenant(self, tenant: str) -> None:
+        """Forget all adapters of a tenant that was erased."""
+        self._flights.forget_where(lambda key: isinstance(key, tuple) and key[0] == tenant)
+        for key in [key for key in self._entries if key[0] == tenant]:
+            del self._entries[key]
+
+    async def prepare(self, alias: Alias) -> None:
+        """Wait until what the alias needs is loaded, for `patience` seconds; a load that fails is logged.
+
+        Before a commit of one's own, so that the first prediction after it need not load.
+        """
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._load(alias)
+        # Whatever keeps it from loading, the first prediction tries again, and reports it.
+        except Exception as error:
+            logger.warning("version %s of %s is not loaded beforehand: %r", alias.version, alias.name, error)
+
+    def _at_least(self, key: tuple[str, str], epoch: int) -> _Entry | None:
+        """What is as new as the epoch, if anything; what is still to come where nothing else can answer."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.coming is not None and (entry.live.version is None or entry.live.epoch < epoch):
+            entry = entry.coming
+        return entry if entry.live.epoch >= epoch else None
+
+    async def _read(self, key: tuple[str, str]) -> _Entry:
+        async def load() -> Alias:
+            try:
+                alias = await self._ask(self._registry.resolve, *key)
+            except UnknownAdapter:
+                if self._flights.current(key):
+                    self._entries.pop(key, None)
+                raise
+            if self._flights.current(key):
+                self._take_over(key, alias)
+            return alias
+
+        live = await self._flights.join(key, load)
+        return self._at_least(key, live.epoch) or _Entry(live)
+
+    async def _read_version(self, key: tuple[str, str], entry: _Entry, version: int) -> Alias:
+        async def load() -> Alias:
+            alias = await self._ask(self._registry.resolve, *key, version)
+            if alias.epoch == entry.live.epoch:
+                entry.versions[version] = alias
+            return alias
+
+        return await self._flights.join((*key, version, entry.live.epoch), load)
+
+    def _take_over(self, key: tuple[str, str], alias: Alias) -> None:
+        """Keep what was read: once its network is loaded, if there is something to answer until then."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.live.uid != alias.uid:
+            # Deleted and created again. Epochs of the two compare only as well as clocks do.
+            del self._entries[key]
+            entry = None
+        if entry is None or alias.network in (None, entry.live.network):
+            self._keep(key, alias)
+            return
+        coming = entry.coming
+        if (coming or entry).live.epoch >= alias.epoch:
+            return
+        if coming is not None and coming.live.network == alias.network:
+            # The wait for this network goes on: commits that follow each other must not prolong it.
+            coming.live, coming.versions = alias, {}
+            return
+        entry.coming = _Entry(alias)
+        task = asyncio.create_task(self._switch(key, entry.coming))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    async def _switch(self, key: tuple[str, str], coming: _Entry) -> None:
+        await self.prepare(coming.live)
+        entry = self._entries.get(key)
+        # Otherwise the adapter is deleted, or something newer holds or is to come.
+        if entry is not None and entry.coming is coming:
+            self._entries[key] = coming
+
+    def _keep(self, key: tuple[str, str], alias: Alias) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.live.epoch >= alias.epoch:
+            return
+        coming = None if entry is None else entry.coming
+        newer = coming is not None and coming.live.epoch > alias.epoch
+        self._entries[key] = _Entry(alias, coming=coming if newer else None)
+        self._entries.move_to_end(key)
+        while len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                await self._poll()
+                if self._failing:
+                    logger.warning("other processes' commits can be read again")
+                self._failing = False
+            # Whatever the database's trouble is, predictions go on with what is known, and the poll must too.
+            except Exception:
+                if not self._failing:
+                    logger.exception(
+                        "other processes' commits cannot be read; serving goes on with what is known"
+                    )
+                self._failing = True
+
+    async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
+        """The database's answer, from a thread. It goes on when its caller is cancelled, so close() waits."""
+        asked = asyncio.ensure_future(asyncio.to_thread(question, *arguments))
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        return await to_its_end(asked)
+
+    async def _poll(self) -> None:
+        began = time.monotonic()
+        missed = began - self._polled_at
+        if missed > _FORGIVEN_SECONDS:
+            # The database no longer remembers all that changed since.
+            self._entries.clear()
+        changes = await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS)
+        # What is committed becomes visible in another order than it is numbered, so each is looked for often.
+        erased = {change for change in changes if change.gone}
+        for change in erased - self._heard:
+            if not change.name:
+                self.drop_tenant(change.tenant)
+            self._gone(change.tenant, change.name or None)
+        self._heard = erased
+        for change in changes:
+            key = (change.tenant, change.name)
+            entry = self._entries.get(key)
+            if entry is not None and change.leaves_behind((entry.coming or entry).live):
+                # The adapter may be gone, which the load has then noted.
+                with suppress(UnknownAdapter):
+                    await self._read(key)
+        self._polled_at = began

@@ -1,0 +1,1 @@
+"""What tenants send: examples, uploads and their forms."""

@@ -1,0 +1,163 @@
+"""Bulk uploads, read record by record: lines of JSON, a CSV table, or a zip of folders of files."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+from adapters.examples.base64_images import decode_base64
+from adapters.examples.charset import Lines, encoding_of, is_text
+from adapters.examples.target import ExampleError
+from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bounded
+from adapters.examples.upload_tables import TARGETS, layout_of, records_of
+from adapters.examples.upload_zip import files, kind_of_files
+from adapters.examples.validation import Posted
+from adapters.registry.records import Kind
+from models.preprocess.preprocessor import InputError, InputLimits
+
+Form = Literal["ndjson", "csv", "zip"]
+
+_FIELDS = frozenset({"id", "image", "text", "label", "labels", "target", "group", "sampled"})
+_KINDS: tuple[Kind, ...] = ("image", "text")
+# Of a line besides its input: id, label and punctuation.
+_REST = 1 << 16
+# What says of which kind an upload is.
+_BEGINNING = 1 << 16
+_INPUT_NAME = re.compile(r'"(image|text)"\s*:')
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What an upload is, by its beginning. target: the column of a table that says what is right."""
+
+    kind: Kind
+    target: str | None = None
+
+
+def look_at(form: Form, beginning: bytes, columns: Mapping[str, str] = {}) -> Beginning:
+    """What an upload is, by its first 64 KiB. columns: see layout_of. Raises BadUpload."""
+    if form == "zip":
+        return Beginning(kind_of_files(beginning[:_BEGINNING]))
+    file = io.BytesIO(beginning[:_BEGINNING])
+    lines = Lines(file, encoding_of(file), _BEGINNING)
+    if form == "csv":
+        return Beginning("text", layout_of(lines, columns).target)
+    return Beginning(_kind_of_lines(lines))
+
+
+def _kind_of_lines(lines: Lines) -> Kind:
+    """By the first line that has an input. Of one that is cut off, the name of a field has to do."""
+    line = ""
+    for line in (one for one in lines if isinstance(one, str)):
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        for kind in _KINDS:
+            if isinstance(fields, dict) and fields.get(kind) is not None:
+                return kind
+    found = _INPUT_NAME.search(line)
+    if found is None:
+        raise BadUpload("no_examples", "No line at the beginning of the upload has an image or a text.")
+    return "image" if found[1] == "image" else "text"
+
+
+def records(
+    form: Form,
+    file: BinaryIO,
+    limits: UploadLimits,
+    columns: Mapping[str, str] = {},
+    found: Found | None = None,
+) -> Iterator[Record]:
+    """The examples of an upload, in its order, each with its input or why it has none.
+
+    file: seekable, at its beginning. columns: of a table, see layout_of. found: is told how it was read.
+    Raises BadUpload where the rest cannot be read, and for too many.
+    """
+    found = Found() if found is None else found
+    if form == "zip":
+        read = files(file, limits, found)
+    else:
+        read = _lines(file, limits, found) if form == "ndjson" else _table(file, limits, columns, found)
+    for number, record in enumerate(read):
+        if number == limits.max_examples:
+            raise BadUpload("too_many_examples", f"An upload has at most {limits.max_examples:,} examples.")
+        yield record
+
+
+def _longest_text(limits: InputLimits) -> int:
+    """Of a line with a text, of which JSON may write a character as two escapes of six characters."""
+    return _REST + limits.max_text_chars * 12
+
+
+def _table(
+    file: BinaryIO, limits: UploadLimits, columns: Mapping[str, str], found: Found
+) -> Iterator[Record]:
+    longest = _longest_text(limits.inputs)
+    found.encoding = encoding_of(file)
+    lines = Lines(file, found.encoding, longest)
+    try:
+        layout = layout_of(lines, columns)
+        found.delimiter, found.columns, found.ignored = layout.delimiter, layout.names, layout.ignored
+        yield from records_of(lines, layout, limits.inputs, longest)
+    finally:
+        lines.close()
+
+
+def _lines(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Record]:
+    longest = max(_longest_text(limits.inputs), _REST + limits.inputs.max_image_bytes * 4 // 3)
+    found.encoding = encoding_of(file)
+    lines = Lines(file, found.encoding, longest)
+    try:
+        for line in lines:
+            if isinstance(line, InputError):
+                yield Record(f"line {lines.number}", Posted(line))
+            elif line.strip():
+                yield Record(f"line {lines.number}", _of_line(line, limits.inputs))
+    finally:
+        lines.close()
+
+
+def _of_line(line: str, limits: InputLimits) -> Posted:
+    if not is_text(line):
+        return Posted(InputError("invalid_json", "The line has bytes that are no text; send JSON in UTF-8."))
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return Posted(InputError("invalid_json", "The line is not JSON."))
+    if not isinstance(fields, dict) or not fields.keys() <= _FIELDS:
+        known = ", ".join(sorted(_FIELDS))
+        return Posted(InputError("invalid_line", f"A line is an object with some of the fields {known}."))
+    example_id = fields.get("id")
+    if example_id is not None and not isinstance(example_id, str):
+        return Posted(InputError("id_invalid", "An id is text."))
+    group = fields.get("group")
+    if group is not None and not isinstance(group, str):
+        return Posted(InputError("group_invalid", "A group is text."), id=example_id)
+    sampled = True if fields.get("sampled") is None else fields["sampled"]
+    if not isinstance(sampled, bool):
+        return Posted(InputError("sampled_invalid", "`sampled` is true or false."), id=example_id)
+    given = [name for name in TARGETS if fields.get(name) is not None]
+    target: object = fields[given[0]] if given else None
+    if len(given) > 1:
+        target = ExampleError("label_invalid", "Give only one of label, labels and target.")
+    return Posted(_input_of(fields, limits), target, example_id, group, sampled)
+
+
+def _input_of(fields: Mapping[str, Any], limits: InputLimits) -> bytes | str | InputError:
+    image, text = fields.get("image"), fields.get("text")
+    if (image is None) == (text is None):
+        return InputError("input_missing", "Give exactly one of image and text.")
+    value = text if image is None else image
+    if not isinstance(value, str):
+        return InputError("input_missing", "An image is base64, a text is text.")
+    if image is None:
+        return bounded(value, limits)
+    try:
+        return decode_base64(value.encode("utf-8", "surrogatepass"))
+    except InputError as error:
+        return error

@@ -1,0 +1,280 @@
+"""Bulk uploads as CSV tables: where their columns are, and their rows one by one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from adapters.examples.charset import Lines, is_text
+from adapters.examples.target import ExampleError
+from adapters.examples.upload import BadUpload, Record, bounded, cut
+from adapters.examples.validation import Posted
+from models.preprocess.preprocessor import InputError, InputLimits
+
+TARGETS = ("label", "labels", "target")
+"""Columns that say what is right for a text; a table has one of them."""
+COLUMNS = ("text", *TARGETS, "id", "group", "sampled")
+"""What a table may say of an example."""
+
+_DELIMITERS = (",", ";", "\t")
+_TRUTHS = {"": True, "true": True, "1": True, "false": False, "0": False}
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+# Three digits behind a comma are thousands elsewhere; those of 0,125 are not.
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+# Of lines that are read again, because the quote before them did not end: as many as came, and some.
+_READ_AGAIN = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a table has what.
+
+    places: column by field. names: of those columns. ignored: other columns. width: columns of each row.
+    """
+
+    delimiter: str
+    places: Mapping[str, int]
+    names: Mapping[str, str]
+    ignored: Sequence[str]
+    width: int
+
+    @property
+    def target(self) -> str:
+        """The field that says what is right: label, labels or target."""
+        return next(field for field in TARGETS if field in self.places)
+
+
+def layout_of(lines: Iterator[str | InputError], asked: Mapping[str, str]) -> Layout:
+    """The layout of the header: the first line with anything in it, or the one behind `sep=;`.
+
+    asked: names of columns by field, for those that have other names. Capitals and spaces around a name do
+    not count. Raises BadUpload.
+    """
+    delimiters: tuple[str, ...] = _DELIMITERS
+    header = _next_filled(lines)
+    if header[:4].lower() == "sep=" and len(header.strip("\r\n")) == 5:
+        delimiters = (header[4],)
+        header = _next_filled(lines)
+    rows = {delimiter: _header(header, delimiter) for delimiter in delimiters}
+    # The names tell the delimiter; where they do not, the one with most columns is what was meant.
+    delimiter = max(rows, key=lambda one: (_is_table(rows[one], asked), len(rows[one])))
+    return _layout(rows[delimiter], delimiter, asked)
+
+
+def _next_filled(lines: Iterator[str | InputError]) -> str:
+    for line in lines:
+        if isinstance(line, InputError):
+            raise BadUpload("invalid_csv", f"The first line is no header of a table. {line.detail}")
+        if line.strip():
+            return line
+    return ""
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        names = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error as error:
+        raise BadUpload("invalid_csv", f"The first line is no header of a CSV table: {error}.") from error
+    if not is_text("".join(names)):
+        raise BadUpload("invalid_csv", "The first line has bytes that are no text. Save the table as UTF-8.")
+    return [name.strip() for name in names]
+
+
+def _is_table(names: Sequence[str], asked: Mapping[str, str]) -> bool:
+    known = set(map(_plain, names))
+    targets = [_plain(asked.get(field, field)) for field in TARGETS]
+    return _plain(asked.get("text", "text")) in known and any(name in known for name in targets)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def _layout(names: Sequence[str], delimiter: str, asked: Mapping[str, str]) -> Layout:
+    there = [_plain(name) for name in names]
+    targets = [field for field in TARGETS if field in asked] or [field for field in TARGETS if field in there]
+    wanted = {field: asked.get(field, field) for field in COLUMNS if field not in TARGETS}
+    wanted |= {field: asked.get(field, field) for field in targets}
+    has = f"It has: {cut(', '.join(names)) or 'nothing'}."
+    places = {}
+    for field, name in wanted.items():
+        count = there.count(_plain(name))
+        if count > 1:
+            raise BadUpload("invalid_csv", f"The first line has the column {name!r} more than once.")
+        if count:
+            places[field] = there.index(_plain(name))
+        elif field in asked or field == "text":
+            text = f"The first line names the columns, and there is no {name!r}. {has}"
+            hint = "" if field in asked else " Say which column has the texts: text_column=…"
+            raise BadUpload("invalid_csv", text + hint)
+    if len(targets) != 1:
+        text = "The first line must have exactly one of the columns label, labels and target."
+        raise BadUpload("invalid_csv", f"{text} {has} Say which one is meant: label_column=…")
+    if len(set(places.values())) < len(places):
+        raise BadUpload("invalid_csv", "One column cannot be two things; name another one.")
+    return Layout(
+        delimiter=delimiter,
+        places=places,
+        names={field: names[place] for field, place in places.items()},
+        ignored=[name for place, name in enumerate(names) if place not in places.values()],
+        width=len(names),
+    )
+
+
+def records_of(lines: Lines, layout: Layout, limits: InputLimits, longest: int) -> Iterator[Record]:
+    """The rows behind the header; a place is where a row begins.
+
+    A quoted field may have line breaks. A row is an error if a quoted field of it ends anywhere but before
+    a delimiter or the end of a line, or not at all; then reading goes on behind its first line. Raises
+    BadUpload for a table in which that happens all the time.
+    """
+    rows = _Rows(lines, longest)
+    csv.field_size_limit(longest)
+    # Strict: behind the quote that ends a field nothing else may come.
+    parser = csv.reader(rows, delimiter=layout.delimiter, strict=True)
+    while True:
+        rows.begin()
+        try:
+            row = next(parser)
+        except StopIteration:
+            return
+        except InputError as error:
+            yield Record(rows.place, Posted(error))
+        except (csv.Error, _Endless):
+            rows.go_back()
+            yield Record(rows.place, Posted(_stray_quote()))
+        else:
+            if len(row) != layout.width and any(row):
+                text = f"{rows.extent} has {len(row)} columns, not {layout.width}."
+                yield Record(rows.place, Posted(InputError("invalid_line", text)))
+            elif any(map(str.strip, row)):
+                yield Record(rows.place, _posted(row, layout, limits))
+
+
+def _stray_quote() -> InputError:
+    return InputError(
+        "stray_quote",
+        "A quote opens a field and does not end it, or stands inside one. Double it, or leave it out.",
+    )
+
+
+class _Endless(Exception):
+    """The row goes on for longer than a row may."""
+
+
+class _Rows:
+    """The lines of one row after the other for csv.reader, which may turn out to have taken too many."""
+
+    def __init__(self, lines: Lines, longest: int) -> None:
+        self._lines = lines
+        self._longest = longest
+        self._first = 0
+        self._taken: list[tuple[int, str]] = []
+        self._back: deque[tuple[int, str | InputError]] = deque()
+        self._read = 0
+        self._again = 0
+
+    @property
+    def place(self) -> str:
+        """Where the row begins."""
+        return f"line {self._first}"
+
+    @property
+    def extent(self) -> str:
+        """From where to where it goes."""
+        last = self._taken[-1][0]
+        return "The row" if last == self._first else f"The row from line {self._first} to line {last}"
+
+    def begin(self) -> None:
+        """What is taken from now on is of another row."""
+        self._taken = []
+        self._left = self._longest
+
+    def go_back(self) -> None:
+        """All lines of the row but the first are of other rows. Raises BadUpload."""
+        self._back.extendleft(reversed(self._taken[1:]))
+        self._again += sum(len(line) for _, line in self._taken[1:])
+        if self._again > _READ_AGAIN + self._read:
+            raise BadUpload("invalid_csv", f"Too many rows have stray quotes; the last one is {self.place}.")
+
+    def __iter__(self) -> _Rows:
+        return self
+
+    def __next__(self) -> str:
+        """The next line. Raises InputError for one that is an error in its place."""
+        number, line = self._back.popleft() if self._back else self._new()
+        if not self._taken:
+            self._first = number
+        if isinstance(line, InputError):
+            if not self._taken:
+                raise line
+            self._back.appendleft((number, line))
+            raise _Endless
+        self._left -= len(line)
+        if self._left < 0:
+            self._back.appendleft((number, line))
+            raise _Endless
+        self._taken.append((number, line))
+        return line
+
+    def _new(self) -> tuple[int, str | InputError]:
+        line = next(self._lines)
+        self._read += 0 if isinstance(line, InputError) else len(line)
+        return self._lines.number, line
+
+
+def _posted(row: Sequence[str], layout: Layout, limits: InputLimits) -> Posted:
+    value = {field: row[place] for field, place in layout.places.items()}
+    if not is_text("".join(value.values())):
+        return Posted(
+            InputError("invalid_text", "The row has bytes that are no text. Save the table as UTF-8.")
+        )
+    example_id = value.get("id") or None
+    sampled = _TRUTHS.get(value.get("sampled", "").strip().lower())
+    if sampled is None:
+        text = "`sampled` is true, false, 1, 0, or empty for true."
+        return Posted(InputError("sampled_invalid", text), id=example_id)
+    target = _target(layout.target, value[layout.target])
+    return Posted(bounded(value["text"], limits), target, example_id, value.get("group") or None, sampled)
+
+
+def _target(field: str, value: str) -> object:
+    """A label, a list of labels or a number; an ExampleError where it is none."""
+    try:
+        if field == "label":
+            return value
+        return _labels(value) if field == "labels" else _number(value)
+    except ExampleError as error:
+        return error
+
+
+def _labels(value: str) -> Sequence[str]:
+    """Of `red|round`, or of a list in JSON. Raises ExampleError."""
+    if not value.lstrip().startswith("["):
+        return value.split("|") if value.strip() else ()
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        text = 'Write labels as red|round, or as a list in JSON: ["red", "round"].'
+        raise ExampleError("label_invalid", text)
+    return found
+
+
+def _number(value: str) -> float:
+    """Also of 1,5, where the comma can be nothing but the decimal one. Raises ExampleError."""
+    value = value.strip()
+    if _THOUSANDS.fullmatch(value):
+        ways = f"{value.replace(',', '.')} or {value.replace(',', '')}"
+        raise ExampleError("target_invalid", f"{value} can be read in two ways. Write {ways}.")
+    try:
+        return float(value.replace(",", ".") if _DECIMAL_COMMA.fullmatch(value) else value)
+    except ValueError as error:
+        text = "The target of a regression example is a number, with a decimal point: 1.5."
+        raise ExampleError("target_invalid", text) from error

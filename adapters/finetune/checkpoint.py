@@ -1,0 +1,72 @@
+"""Checkpoints of a fine-tune as files: whole or not there. Torch lives here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adapters.finetune.full_phase import Checkpoint, Measured
+from adapters.finetune.model import Score
+
+logger = logging.getLogger("topwork")
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
+    """Writes the checkpoint so that a reader finds the last whole one, whenever this is killed.
+
+    Where it cannot be written the last one stays: only what comes after that would be trained again.
+    """
+    numbers = asdict(replace(checkpoint, tensors={}))
+    metadata = {"about": about, "numbers": json.dumps(numbers)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+    # Equal tensors may be one: safetensors refuses to guess which name they go by.
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        if value.data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.data_ptr())
+    # A name of its own: an attempt that was stopped meanwhile must not write on in what is this one's by now.
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("the checkpoint of an epoch cannot be kept: %s", error)
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, about: str) -> Checkpoint | None:
+    """The checkpoint, if there is one of the same work; what cannot be read is as good as none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("about") != about:
+                return None
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        numbers = json.loads(metadata["numbers"])
+        scores = {name: Score(**numbers.pop(name)) for name in ("best", "first")}
+        measured = _measured(numbers.pop("measured"))
+        return Checkpoint(**{**numbers, **scores, "tensors": tensors, "measured": measured})
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("a checkpoint cannot be read, and training starts over: %s", error)
+        return None
+
+
+def _measured(numbers: dict[str, Any] | None) -> Measured | None:
+    if numbers is None:
+        return None
+    scores = {name: Score(**numbers.pop(name)) for name in ("first", "final")}
+    return Measured(**{**numbers, **scores})

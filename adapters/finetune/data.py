@@ -1,0 +1,191 @@
+"""A tenant's inputs in batches, as serving prepares them or augmented. Torch lives here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from models.preprocess.preprocessor import ImagePreprocessor, InputLimits, Prepared, TextPreprocessor, rgb
+from models.spec import BackboneSpec, ImageTransform
+
+Tensors = tuple[torch.Tensor, ...]
+"""Inputs of a batch: (pictures,), uint8 (n, height, width, 3), or (ids, mask), int64 (n, tokens)."""
+
+# The smallest share of a picture that a crop shows. timm's own 0.08 suits a million pictures, not hundreds.
+_CROP = (0.5, 1.0)
+# One word piece in so many is hidden while training.
+_HIDDEN = 0.1
+# What stands for a hidden one: in BERT's vocabularies, and in RoBERTa's.
+_MASKS = ("[MASK]", "<mask>")
+# What goes through a network together on a CPU, forwards and backwards, for each thread. EfficientNet-Lite0
+# at 224 pixels, one thread: 105 ms an image in batches of 32, whose activations leave the cache, 65 of 4, 64
+# of 2, 74 alone. MiniLM-L6, one thread: 16 ms a question of TREC with 192 word pieces, as with 96; 18 with
+# 64, 24 with 32. The smaller, the shorter a layer is on a core that a prediction may want.
+_PIXELS_AT_ONCE = 2 * 224 * 224
+_TOKENS_AT_ONCE = 96
+
+
+class Samples(Protocol):
+    """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented.
+
+    size: pixels of a side as served; 0 for texts, which have none. vocabulary: int64 (n,), sorted, the word
+    pieces that may come up; None for images.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> torch.Tensor | None: ...
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """The rows exactly as serving prepares them."""
+        ...
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """The rows, changed in ways that keep their labels.
+
+        size: pixels of images, 0 for the backbone's own. Random: from torch's and Python's global generators,
+        which `seeded` sets.
+        """
+        ...
+
+    def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """The rows in parts that a CPU trains on fastest, each of which takes milliseconds a layer."""
+        ...
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """Seeds every generator that augmentation uses, and returns one of its own for the order of rows."""
+    seed = hash(parts) & 0x7FFFFFFF
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def samples_of(
+    spec: BackboneSpec,
+    inputs: Sequence[bytes | str],
+    tokenizer: Path | None = None,
+    limits: InputLimits = InputLimits(),
+) -> Samples:
+    """The inputs of an adapter on that backbone, images or texts. tokenizer: the file of a text backbone.
+
+    limits: those that the inputs were accepted with. Raises InputError for a text that cannot be used; images
+    are read when they are needed.
+    """
+    if isinstance(spec.transform, ImageTransform):
+        return Images(spec.transform, [bytes(one) for one in inputs if isinstance(one, bytes)], limits)
+    if tokenizer is None:
+        raise ValueError("a text backbone needs its tokenizer")
+    prepare = TextPreprocessor(spec.transform, tokenizer, limits)
+    texts = [prepare(one) for one in inputs if isinstance(one, str)]
+    known = Tokenizer.from_file(str(tokenizer))
+    masks = [known.token_to_id(token) for token in _MASKS]
+    return Texts(texts, spec.transform.pad_id, next((mask for mask in masks if mask is not None), None))
+
+
+class Images:
+    """Encoded images. They are decoded each time: thousands of pictures in memory would be gigabytes."""
+
+    vocabulary = None
+
+    def __init__(
+        self, transform: ImageTransform, images: Sequence[bytes], limits: InputLimits = InputLimits()
+    ) -> None:
+        self._transform = transform
+        self._images = images
+        self._limits = limits
+        self.size = transform.size
+        self._prepare = ImagePreprocessor(transform, limits)
+        self._changing: dict[int, Any] = {}
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """See Samples.plain."""
+        return (torch.from_numpy(np.stack([self._prepare(self._images[row]) for row in rows])),)
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """See Samples.augmented. timm's training transform with a gentler crop, and no colours changed."""
+        size = size or self._transform.size
+        if size not in self._changing:
+            self._changing[size] = _training_transform(replace(self._transform, size=size))
+        change = self._changing[size]
+        changed = torch.stack([change(rgb(self._images[row], self._limits)) for row in rows])
+        return (changed.permute(0, 2, 3, 1),)
+
+    def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """See Samples.pieces. A few images each."""
+        most = torch.get_num_threads() * _PIXELS_AT_ONCE // (size or self.size) ** 2
+        return list(batches(rows, max(1, most)))
+
+
+def _training_transform(transform: ImageTransform) -> Any:
+    import timm
+
+    return timm.data.create_transform(
+        input_size=(3, transform.size, transform.size),
+        is_training=True,
+        scale=_CROP,
+        hflip=0.5,
+        color_jitter=None,
+        interpolation=transform.interpolation,
+        # Bytes, as everywhere.
+        normalize=False,
+    )
+
+
+class Texts:
+    """Tokenised texts, padded on the right to the longest of a batch."""
+
+    size = 0
+
+    def __init__(self, texts: Sequence[Prepared], pad_id: int, mask_id: int | None) -> None:
+        self._texts = [torch.from_numpy(text) for text in texts]
+        self._pad_id = pad_id
+        self._mask_id = mask_id
+        besides = [one for one in (pad_id, mask_id) if one is not None]
+        self.vocabulary = torch.unique(torch.cat([*self._texts, torch.tensor(besides)]))
+
+    def plain(self, rows: Sequence[int]) -> Tensors:
+        """See Samples.plain."""
+        texts = [self._texts[row] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad_id)
+        lengths = torch.tensor([len(text) for text in texts])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+    def augmented(self, rows: Sequence[int], size: int) -> Tensors:
+        """See Samples.augmented. A tenth of the word pieces are hidden, never the first or the last."""
+        ids, mask = self.plain(rows)
+        if self._mask_id is not None:
+            # Text by text: what is hidden does not depend on what it is padded to.
+            for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True):
+                inner = row[1 : length - 1]
+                inner[torch.rand(inner.shape) < _HIDDEN] = self._mask_id
+        return ids, mask
+
+    def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """See Samples.pieces. Texts of about the same length, which pad each other little."""
+        parts: list[list[int]] = []
+        most = torch.get_num_threads() * _TOKENS_AT_ONCE
+        for row in sorted(rows, key=lambda row: len(self._texts[row])):
+            # The longest so far, to which the others of its part are padded.
+            if parts and (len(parts[-1]) + 1) * len(self._texts[row]) <= most:
+                parts[-1].append(row)
+            else:
+                parts.append([row])
+        return parts
+
+
+def batches(rows: Sequence[int], size: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
+    """The rows in pieces of at most that size, shuffled where a generator is given."""
+    order = range(len(rows)) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
+    ordered = [rows[place] for place in order]
+    for begin in range(0, len(ordered), size):
+        yield ordered[begin : begin + size]

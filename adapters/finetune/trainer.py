@@ -1,0 +1,169 @@
+"""Fine-tunes a backbone for one adapter: its head first, with everything else frozen, then all of it gently.
+
+The order of steps is that of the Keras guide to transfer learning (https://keras.io/guides/transfer_learning):
+train a new head to convergence on the frozen network, then unfreeze and train everything with a learning rate
+ten to a hundred times smaller, normalisation layers still in inference mode. docs/fine-tuning.md gives the
+source of every choice. Torch lives here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from adapters.finetune.full_phase import Checkpoint, Diverged, FineTuneConfig, Measured, Progress, SecondPhase
+from adapters.finetune.model import (
+    Floats,
+    Lesson,
+    Model,
+    State,
+    class_weights,
+    embed,
+    evaluate,
+    freeze,
+    score_of,
+    state_of,
+)
+
+Tell = Callable[[Progress, Checkpoint | None], None]
+"""Is told of an epoch's end, with what another attempt can go on with."""
+
+# Between the network as it came and the best one that was trained (WiSE-FT, Wortsman et al. 2022).
+_MIXES = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuned:
+    """What came out; the model holds the network that is to serve.
+
+    measured: what the rows held out say. refit_epochs: of phase 2, trained once more on all rows; 0 for none.
+    logits: after a refit, of the rows held out by the network that was measured, which had not learned from
+    them: float32 (held out, labels).
+    """
+
+    measured: Measured
+    refit_epochs: int
+    logits: Floats | None
+
+
+def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, strength: float) -> None:
+    """Phase 1: the head to convergence by L-BFGS, the network frozen.
+
+    embeddings: of the frozen network, computed once: it would give the same in every epoch. strength: of the
+    pull to where the head begins, the linear probe, which chose it on examples held out.
+    """
+    freeze(model.network)
+    head = model.head.requires_grad_(True)
+    features = embeddings.to(model.device).clone()
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    weights = class_weights(labels, len(head.bias)).to(model.device)
+    penalty = strength / (2.0 * len(labels))
+    start = head.weight.detach().clone()
+    labels = labels.to(model.device)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(head(features), labels, weight=weights)
+        loss = loss + penalty * (head.weight - start).square().sum()
+        if not math.isfinite(loss.item()):
+            raise Diverged("The loss of the first phase is not a number; look at the examples.")
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def fine_tune(
+    model: Model,
+    lesson: Lesson,
+    strength: float,
+    config: FineTuneConfig = FineTuneConfig(),
+    *,
+    resume: Checkpoint | None = None,
+    tell: Tell = lambda progress, checkpoint: None,
+) -> FineTuned:
+    """Both phases, the mix of their results and what it scores; then, in that way, once more on all rows.
+
+    model: begins with the head of a linear probe on the training rows, and strength is that probe's; it ends
+    as what is to serve. tell is called after each epoch and may raise to end it. Raises Diverged.
+    """
+    if resume is not None and resume.measured is not None:
+        measured = resume.measured
+        training = SecondPhase(
+            model, lesson.whole, config, measured.first, resume, (measured, state_of(model))
+        )
+    else:
+        training = _phases(model, lesson, strength, config, resume, tell)
+        measured = _mixed(model, lesson, training)
+        if not config.refit or measured.mix == 0.0:
+            return FineTuned(measured, 0, None)
+        state = state_of(model)
+        model.load_state_dict(training.start)
+        whole = lesson.whole
+        _first_phase(model, whole, strength)
+        training = SecondPhase(model, whole, config, measured.first, refit=(measured, state))
+    for progress, checkpoint in training.epochs():
+        tell(progress, checkpoint)
+    refitted = _between(training.start, state_of(model), measured.mix)
+    model.load_state_dict(training.best_state)
+    embeddings = embed(model, lesson.samples, lesson.testing)
+    with torch.inference_mode():
+        logits = model.head(embeddings).cpu().numpy()
+    model.load_state_dict(refitted)
+    freeze(model)
+    return FineTuned(measured, training.epoch, logits)
+
+
+def _phases(
+    model: Model,
+    lesson: Lesson,
+    strength: float,
+    config: FineTuneConfig,
+    resume: Checkpoint | None,
+    tell: Tell,
+) -> SecondPhase:
+    """Both phases on the training rows, to their end."""
+    if resume is None:
+        embeddings = _first_phase(model, lesson, strength)
+        first = score_of(model, lesson, embeddings[lesson.testing])
+        tell(Progress(1, 0, config.epochs, None, first, 0.1), None)
+    else:
+        first = resume.first
+    training = SecondPhase(model, lesson, config, first, resume)
+    for progress, checkpoint in training.epochs():
+        tell(progress, checkpoint)
+    return training
+
+
+def _first_phase(model: Model, lesson: Lesson, strength: float) -> torch.Tensor:
+    """Phase 1 on the training rows, of a network as it came; its embeddings of all rows."""
+    if lesson.embeddings is None:
+        embeddings = embed(model, lesson.samples, range(len(lesson.labels)))
+    else:
+        embeddings = torch.from_numpy(lesson.embeddings)
+    train_head(model, embeddings[lesson.training], torch.from_numpy(lesson.labels[lesson.training]), strength)
+    return embeddings
+
+
+def _mixed(model: Model, lesson: Lesson, training: SecondPhase) -> Measured:
+    """Leaves the model at the mix of both phases with the lowest loss."""
+    start, best = training.start, training.best_state
+    found, found_mix = training.first, 0.0
+    for mix in _MIXES if training.best_epoch else ():
+        model.load_state_dict(_between(start, best, mix))
+        score = evaluate(model, lesson)
+        if score.loss < found.loss:
+            found, found_mix = score, mix
+    model.load_state_dict(_between(start, best, found_mix))
+    freeze(model)
+    return Measured(training.first, found, found_mix, training.epoch, training.best_epoch)
+
+
+def _between(start: State, end: State, mix: float) -> State:
+    return {
+        name: torch.lerp(value, end[name], mix) if value.is_floating_point() else value
+        for name, value in start.items()
+    }

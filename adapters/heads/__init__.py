@@ -1,0 +1,1 @@
+"""A head as data, and what it computes. Numpy alone."""

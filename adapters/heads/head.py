@@ -1,0 +1,343 @@
+"""A head: what maps embeddings to one adapter's predictions. Kilobytes of data, not code."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from adapters.examples.target import Task
+from adapters.heads.novelty import Region
+from adapters.heads.scaling import Scaling
+
+Floats = NDArray[np.float32]
+
+FORMAT: Final = 2
+_READ: Final = (1, 2)
+# Heads up to this size keep their weights in single precision, larger ones in half: at 20 labels and 1,280
+# dimensions that is the difference between 120 and 70 kB, and moves a probability by less than 0.001.
+_SINGLE_PRECISION_BYTES = 32 << 10
+# What a head may weigh before its region is described by fewer directions.
+_HEAD_BYTES = 62 << 10
+
+
+class CorruptHead(ValueError):
+    """The bytes are not a head this version can read."""
+
+    code = "corrupt_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a head says about n embeddings.
+
+    probabilities: float32 (n, labels); rows sum to one for classification, each label on its own for
+    multilabel, (n, 0) for regression. confidence: float32 (n,), the probability of what is answered (the
+    top label; the least certain label's decision for multilabel; 1 for regression). distance: float32 (n,),
+    distance from the training embeddings over the distance accepted: above 1 is another world; 0 where too
+    few examples were there to tell. abstention_score: float32 (n,), grows with the doubt that the input
+    belongs to what was taught. abstained: bool (n,). assigned, uncertain: bool (n, labels) for multilabel,
+    else None: which labels are given, and which of these decisions had better not be relied on; all of them
+    where it abstains, and it abstains where it is all of them. values: float64 (n,) for regression, else
+    None.
+    """
+
+    probabilities: Floats
+    confidence: Floats
+    distance: Floats
+    abstention_score: Floats
+    abstained: NDArray[np.bool_]
+    assigned: NDArray[np.bool_] | None = None
+    uncertain: NDArray[np.bool_] | None = None
+    values: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """When to abstain for lack of confidence, and how little the logits of familiar inputs say.
+
+    threshold: the confidence under which no answer is given; 0 answers always. energy_mean,
+    energy_deviation: of the logits of examples held out (Liu et al. 2020: of strange inputs the energy is
+    low, even where softmax is sure).
+    """
+
+    threshold: float = 0.0
+    energy_mean: float = 0.0
+    energy_deviation: float = 1.0
+
+    def surprise(self, energy: Floats) -> Floats:
+        """How many standard deviations of held-out examples' energy below their mean."""
+        result: Floats = (np.float32(self.energy_mean) - energy) / np.float32(self.energy_deviation)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Linear weights with labels, a temperature and abstention statistics, for one backbone fingerprint.
+
+    Immutable and safe to share between threads. weight: float32 (labels or 1, dim) on scaled features;
+    bias: float32 (labels or 1,). decisions: float32 (labels,), the probability from which a multilabel
+    label is assigned, else (0,). value_mean and value_scale turn the output of a regression into the
+    target's unit. residual_deviation: standard deviation of what was left unexplained, same unit,
+    leave-one-out. smoothing: the share of the probability that is spread evenly over the labels (for
+    multilabel: over yes and no), so that no confidence is higher than the examples can support. certain: the
+    confidence from which a multilabel decision can be relied on, of labels given and of labels not given.
+    measured: False where too few examples were held out to say how good it is; then it always abstains.
+    """
+
+    task: Task
+    fingerprint: str
+    labels: tuple[str, ...]
+    scaling: Scaling
+    weight: Floats
+    bias: Floats
+    temperature: float = 1.0
+    doubt: Doubt = Doubt()
+    region: Region | None = None
+    decisions: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    value_mean: float = 0.0
+    value_scale: float = 1.0
+    residual_deviation: float = 0.0
+    smoothing: float = 0.0
+    certain: tuple[float, float] = (0.0, 0.0)
+    measured: bool = True
+
+    @property
+    def dim(self) -> int:
+        """Length of the embeddings it takes."""
+        return int(self.weight.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays in memory."""
+        return sum(array.nbytes for array in self._arrays().values())
+
+    @property
+    def threshold(self) -> float:
+        """The confidence under which it abstains."""
+        return self.doubt.threshold
+
+    def predict(self, embeddings: Floats) -> Predictions:
+        """Predictions for embeddings, float32 (n, dim) made by the backbone with this head's fingerprint."""
+        logits = self.logits(embeddings)
+        n = len(logits)
+        assigned, uncertain, values = None, None, None
+        if self.task == "regression":
+            probabilities = np.zeros((n, 0), dtype=np.float32)
+            confidence = np.ones(n, dtype=np.float32)
+            # In double precision: points in time keep their differences.
+            values = logits[:, 0].astype(np.float64) * self.value_scale + self.value_mean
+        elif self.task == "multilabel":
+            probabilities = smoothed(sigmoid(logits), self.smoothing, 2)
+            assigned = probabilities >= self.decisions
+            certainty = np.where(assigned, probabilities, 1.0 - probabilities)
+            uncertain = certainty < np.where(assigned, *map(np.float32, self.certain))
+            confidence = certainty.min(axis=1, initial=1.0)
+        else:
+            probabilities = smoothed(softmax(logits), self.smoothing, len(self.labels))
+            confidence = probabilities.max(axis=1)
+        distance, score = self._strangeness(embeddings, logits)
+        abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
+        if not self.measured:
+            abstained[:] = True
+        if uncertain is not None:
+            uncertain |= abstained[:, None]
+            abstained |= uncertain.all(axis=1)
+        return Predictions(probabilities, confidence, distance, score, abstained, assigned, uncertain, values)
+
+    def logits(self, embeddings: Floats) -> Floats:
+        """Logits (n, labels or 1), temperature included, of embeddings (n, dim)."""
+        features = self.scaling.apply(embeddings)
+        logits: Floats = (features @ self.weight.T + self.bias) / np.float32(self.temperature)
+        return logits
+
+    def _strangeness(self, embeddings: Floats, logits: Floats) -> tuple[Floats, Floats]:
+        """distance and abstention_score of Predictions."""
+        distance = np.zeros(len(embeddings), dtype=np.float32)
+        # Two kinds of evidence, added where they say "strange" and all but ignored where they say
+        # "familiar": a confident answer does not make a distant input any nearer.
+        score = np.zeros(len(embeddings), dtype=np.float32)
+        if self.region is not None:
+            squared = self.region.squared_distance(embeddings)
+            distance = np.sqrt(squared / np.float32(self.region.limit))
+            score += _evidence(self.region.surprise(squared))
+        if self.task != "regression":
+            score += _evidence(self.doubt.surprise(energy(logits, self.task)))
+        return distance, score
+
+    def to_bytes(self) -> bytes:
+        """The head as safetensors, with all but arrays as JSON in the metadata. Equal heads, equal bytes."""
+        # One key: safetensors writes several in no fixed order.
+        data: bytes = save(self._arrays(), metadata={"head": json.dumps(self._facts(), sort_keys=True)})
+        return data
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        half = self.weight.nbytes > _SINGLE_PRECISION_BYTES
+        arrays: dict[str, NDArray[Any]] = {
+            "weight": self.weight.astype(np.float16) if half else self.weight,
+            "bias": self.bias,
+            "mean": self.scaling.mean.astype(np.float16),
+            "decisions": self.decisions,
+        }
+        if self.region is not None:
+            arrays |= {
+                "region.mean": self.region.mean.astype(np.float16),
+                "region.directions": self.region.directions,
+                "region.steps": self.region.steps,
+                "region.plain": self.region.plain,
+                "region.centres": self.region.centres,
+            }
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "task": self.task,
+            "fingerprint": self.fingerprint,
+            "labels": self.labels,
+            "transform": self.scaling.transform,
+            "scale": self.scaling.scale,
+            "temperature": self.temperature,
+            "doubt": [self.doubt.threshold, self.doubt.energy_mean, self.doubt.energy_deviation],
+            "value_mean": self.value_mean,
+            "value_scale": self.value_scale,
+            "residual_deviation": self.residual_deviation,
+            "smoothing": self.smoothing,
+            "certain": self.certain,
+            "measured": self.measured,
+        }
+        if self.region is not None:
+            region = self.region
+            facts["region"] = [region.rest, region.log_mean, region.log_deviation, region.limit]
+        return facts
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Head:
+        """The head that to_bytes wrote. Raises CorruptHead."""
+        try:
+            arrays = {name: _array(info) for name, info in deserialize(data)}  # type: ignore[no-untyped-call]
+            (length,) = struct.unpack("<Q", data[:8])
+            facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["head"])
+            if facts["format"] not in _READ:
+                raise CorruptHead(
+                    f"The head has format {facts['format']}, this version reads up to {FORMAT}."
+                )
+            return cls._assembled(arrays, facts)
+        except (SafetensorError, struct.error, KeyError, ValueError, TypeError) as error:
+            raise CorruptHead(f"The bytes are not a head: {error}") from error
+
+    @classmethod
+    def _assembled(cls, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> Head:
+        region = None
+        if "region" in facts:
+            rest, log_mean, log_deviation, limit = map(float, facts["region"])
+            region = Region(
+                mean=arrays["region.mean"].astype(np.float32),
+                directions=arrays["region.directions"],
+                steps=arrays["region.steps"],
+                plain=arrays["region.plain"],
+                centres=arrays["region.centres"],
+                rest=rest,
+                log_mean=log_mean,
+                log_deviation=log_deviation,
+                limit=limit,
+            )
+        head = cls(
+            task=facts["task"],
+            fingerprint=str(facts["fingerprint"]),
+            labels=tuple(facts["labels"]),
+            scaling=Scaling(facts["transform"], arrays["mean"].astype(np.float32), float(facts["scale"])),
+            weight=arrays["weight"].astype(np.float32),
+            bias=arrays["bias"],
+            temperature=float(facts["temperature"]),
+            doubt=Doubt(*map(float, facts["doubt"])),
+            region=region,
+            decisions=arrays["decisions"],
+            value_mean=float(facts["value_mean"]),
+            value_scale=float(facts["value_scale"]),
+            residual_deviation=float(facts["residual_deviation"]),
+            # Heads of the first format have none of these.
+            smoothing=float(facts.get("smoothing", 0.0)),
+            certain=(float(facts.get("certain", (0.0, 0.0))[0]), float(facts.get("certain", (0.0, 0.0))[1])),
+            measured=bool(facts.get("measured", True)),
+        )
+        outputs = 1 if head.task == "regression" else len(head.labels)
+        if head.weight.shape != (outputs, len(head.scaling.mean)) or head.bias.shape != (outputs,):
+            raise CorruptHead("The weights do not have the shape that labels and mean ask for.")
+        return head
+
+
+def storable(weight: Floats) -> Floats:
+    """The weights as they will be read back, so that a fresh head and a stored one answer alike."""
+    if weight.nbytes <= _SINGLE_PRECISION_BYTES:
+        return weight
+    return weight.astype(np.float16).astype(np.float32)
+
+
+def directions_for(labels: int, dim: int) -> int:
+    """How many directions of a region fit beside the weights in a head of 64 kB; at least 4."""
+    weights = labels * dim * 4
+    weights = weights if weights <= _SINGLE_PRECISION_BYTES else weights // 2
+    return max(4, (_HEAD_BYTES - weights - 4 * dim) // (dim + 4 * labels))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities over the last axis."""
+    result: Floats = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result /= result.sum(axis=-1, keepdims=True)
+    return result
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Probabilities one by one."""
+    result: Floats = np.reciprocal(1.0 + np.exp(-np.clip(logits, -80.0, 80.0)))
+    return result
+
+
+def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
+    """Probabilities of which a share is spread evenly over all outcomes; they may be overwritten."""
+    if share:
+        probabilities *= np.float32(1.0 - share)
+        probabilities += np.float32(share / outcomes)
+    return probabilities
+
+
+def doubt_of(threshold: float, logits: Floats, task: Task) -> Doubt:
+    """The doubt measured on the logits of examples held out, (n, labels), temperature included."""
+    if len(logits) < 2:
+        return Doubt(threshold)
+    energies = energy(logits, task)
+    return Doubt(threshold, float(energies.mean()), max(float(energies.std()), 0.01))
+
+
+def energy(logits: Floats, task: Task) -> Floats:
+    """How much logits say in all, (n,) of (n, labels): log-sum-exp, or of each label and its absence."""
+    if task == "multilabel":
+        # Each label says something against its absence.
+        each: Floats = np.logaddexp(np.float32(0.0), logits).sum(axis=1)
+        return each
+    top = logits.max(axis=1)
+    result: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    return result
+
+
+def _evidence(surprise: Floats) -> Floats:
+    """Softplus squared: near nothing below zero, the square of the deviation above."""
+    result: Floats = np.logaddexp(np.float32(0.0), surprise) ** 2
+    return result
+
+
+def _array(info: Mapping[str, Any]) -> NDArray[Any]:
+    kinds: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+    array: NDArray[Any] = np.frombuffer(info["data"], dtype=kinds[info["dtype"]]).reshape(info["shape"])
+    if array.dtype != np.int8 and not math.isfinite(float(np.sum(array, dtype=np.float64))):
+        raise CorruptHead("The head holds numbers that are not finite.")
+    return array

@@ -1,0 +1,351 @@
+"""The work of a bulk job: an upload's examples are stored in parts, then a head is fitted on them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import BinaryIO, Literal, TypeVar, cast
+
+from adapters.adaptation.adapt import AdaptCommand, Adapting, ExamplesRejected, terms_of, wanted
+from adapters.adaptation.gathering import Subject
+from adapters.adaptation.promotion import as_asked
+from adapters.adaptation.repository import Keeping, State
+from adapters.adaptation.revision import AdapterLimits, Edit, Revised, Revising
+from adapters.cache.aliases import Aliases
+from adapters.cache.lru import Cache
+from adapters.examples.target import ExampleError, input_digest
+from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, cut
+from adapters.examples.upload_forms import Form, records
+from adapters.examples.validation import Admitted, Posted, Rejected, admit
+from adapters.heads.head import Head
+from adapters.jobs.lease import Lease
+from adapters.probe.fit import OneLabel
+from adapters.processes.fitter import Fitter
+from adapters.registry.jobs import upload_of
+from adapters.registry.records import AdapterRecord, RevisionMoved, UnknownAdapter
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Store
+from models.backbone import Backbone
+from models.batching.batcher import Batcher
+from models.batching.stall_detector import Standstill
+from models.model_store import find
+from models.preprocess.preprocessor import InputError
+from models.spec import UnknownBackbone
+
+logger = logging.getLogger("topwork")
+
+T = TypeVar("T")
+
+# Examples, and bytes of their inputs, that are embedded and stored together.
+_EXAMPLES = 1_000
+_BYTES = 16 << 20
+_MOST_ERRORS = 1_000
+_CHECK_SECONDS = 0.5
+_PAUSE_SECONDS = 0.2
+# Of the whole work: reading, embedding and storing. The rest is the fit.
+_STORING = 0.95
+_CONFLICTING_LABELS = ExampleError(
+    "conflicting_labels", "The upload gives this id more than one label; send the right one only."
+)
+_CONFLICTING_INPUTS = ExampleError(
+    "conflicting_inputs", "The upload gives this id more than one input; give each example its own id."
+)
+_CONFLICTING_GROUPS = ExampleError(
+    "conflicting_groups",
+    "The upload gives this id more than one `group` or `sampled`; send the right one only.",
+)
+
+
+class Bulk:
+    """Does bulk jobs. Blocking, one at a time. threads: of the backbone."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        *,
+        device: Literal["cpu", "cuda"],
+        threads: int,
+        uploads: UploadLimits,
+        limits: AdapterLimits,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._device = device
+        self._threads = threads
+        self._uploads = uploads
+        # A job has its own deadline.
+        self._limits = replace(limits, probe=replace(limits.probe, limit_seconds=float("inf")))
+
+    def run(self, lease: Lease) -> None:
+        """Does the job, and records its success.
+
+        The job's request: {"form", "upload", "update", "promote", "fit", "answer_accuracy", "weights",
+        "columns"}, of which those of an older release have no more than the first five. What was stored stays
+        when it ends early, and is not embedded again by another attempt. Raises BadUpload, OneLabel,
+        NothingToFit, AdapterFull, InputError, StoreError, RegistryError, and what Lease.check raises.
+        """
+        asyncio.run(self._run(lease))
+
+    async def _run(self, lease: Lease) -> None:
+        job = lease.claim.job
+        adapter = self._registry.adapter(job.tenant, job.adapter)
+        export = find(adapter.backbone)
+        if export is None:
+            raise UnknownBackbone(f"The backbone {adapter.backbone} is not exported where this worker runs.")
+        backbone = Backbone.open(
+            export, device=self._device, threads=self._threads, limits=self._uploads.inputs
+        )
+        batcher = Batcher(backbone, max_queue=_EXAMPLES, workers=self._threads)
+        fitter = Fitter()
+        keeping = Keeping(self._registry, self._store, Aliases(self._registry), job=lease.claim)
+        try:
+            await asyncio.gather(batcher.start(), fitter.start())
+            revising = Revising(keeping, fitter, Cache[Head](0, lambda head: head.nbytes), self._limits)
+            work = _Work(
+                lease, adapter, Adapting(revising, {adapter.backbone: batcher}), batcher, self._uploads
+            )
+            with tempfile.TemporaryFile(prefix="topwork-upload-") as file:
+                for part in upload_of(job.request):
+                    file.write(self._store.read(job.tenant, adapter.uid, part))
+                await work.store(cast(BinaryIO, file))
+            await work.finish()
+        except ValueError:
+            # The upload's own fault, of which its sender hears all that is known.
+            await asyncio.to_thread(lease.tell)
+            raise
+        finally:
+            keeping.close()
+            await batcher.close()
+            await fitter.close()
+            backbone.close()
+
+
+class _Work:
+    """One attempt at one job."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        adapter: AdapterRecord,
+        adapting: Adapting,
+        batcher: Batcher,
+        limits: UploadLimits,
+    ) -> None:
+        self._lease = lease
+        self._job = lease.claim.job
+        self._request = self._job.request
+        self._adapter = adapter
+        self._adapting = adapting
+        self._batcher = batcher
+        self._standstill = Standstill(batcher)
+        self._limits = limits
+        self._replaces = self._request["update"] == "replace"
+        self._ids: set[str] = set()
+        self._found = Found()
+        self._rejected = 0
+        self._truncated = 0
+        self._errors: list[dict[str, str]] = []
+
+    async def store(self, file: BinaryIO) -> None:
+        """Embeds and stores the upload's examples, part by part, once all of it has been read."""
+        size = file.tell()
+        conflicts = await self._read(file)
+        read = self._records(file, Found())
+        while part := _some(read):
+            without = [_without(record, conflicts) for record in part]
+            await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
+            self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
+        self._report("fit" if self._request["fit"] else "store", _STORING)
+
+    async def finish(self) -> None:
+        """Forgets what is replaced, fits, and ends the job."""
+        await asyncio.to_thread(self._lease.tell)
+        if not self._ids:
+            raise BadUpload("no_examples", "None of the examples can be used; `progress.errors` says why.")
+        fit = self._request["fit"]
+
+        async def step(state: State | None) -> Revised | None:
+            if state is None:
+                raise UnknownAdapter(self._job.adapter)
+            stale = self._replaces and any(example.id not in self._ids for example in state.examples)
+            before = terms_of(state.adapter)
+            asked = self._request
+            terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
+            if not fit and not stale and terms == before:
+                return None
+            promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
+            edit = Edit(fit=fit, promote=promote)
+            if stale:
+                edit = replace(edit, clear=True, uploaded=self._ids)
+            subject = Subject.of(self._job.tenant, self._job.adapter, terms, state)
+            return await self._adapting.revising.revise(subject, edit, {})
+
+        revising = self._adapting.revising
+        try:
+            await self._persist(lambda: revising.in_turn(self._job.tenant, self._job.adapter, step))
+        except OneLabel as error:
+            if not self._rejected:
+                raise
+            text = f"{error} {self._rejected:,} were rejected; `progress.errors` says why."
+            raise OneLabel(text) from error
+        if not fit:
+            await asyncio.to_thread(revising.keeping.registry.jobs.succeed, self._lease.claim)
+
+    async def _read(self, file: BinaryIO) -> Mapping[str, ExampleError]:
+        """Reads all of the upload, and says why ids cannot be used, see _conflicts.
+
+        Where it cannot be read to its end, what was wrong up to there is told.
+        """
+        seen: dict[str, bytes] = {}
+        conflicts: dict[str, ExampleError] = {}
+        try:
+            for record in self._records(file, self._found):
+                self._look_for_conflicts(record, seen, conflicts)
+        except BadUpload:
+            self._report("store", 0.0)
+            raise
+        # They are counted as they are stored.
+        self._rejected, self._errors = 0, []
+        return conflicts
+
+    def _records(self, file: BinaryIO, found: Found) -> Iterator[Record]:
+        """The upload's records, while nothing says to stop."""
+        file.seek(0)
+        form, columns = cast(Form, self._request["form"]), self._request.get("columns") or {}
+        for record in records(form, file, self._limits, columns, found):
+            self._lease.check()
+            yield record
+
+    def _look_for_conflicts(
+        self, record: Record, seen: dict[str, bytes], conflicts: dict[str, ExampleError]
+    ) -> None:
+        """Adds why ids cannot be used to which the upload gives two targets, inputs or groups.
+
+        Every attempt reads the upload for it, for what an earlier one stored does not tell.
+        """
+        usable, rejected = self._checked(record.posted)
+        self._reject([(record.place, one) for one in rejected])
+        for one in usable:
+            target, source = _digest(one.target), bytes.fromhex(one.digest)[:16]
+            whole = target + source + _digest((one.group, one.sampled))
+            before = seen.setdefault(one.id, whole)
+            if before[:16] != target:
+                conflicts[one.id] = _CONFLICTING_LABELS
+            elif before[16:32] != source:
+                conflicts.setdefault(one.id, _CONFLICTING_INPUTS)
+            elif before != whole:
+                conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
+
+    def _checked(self, posted: Posted) -> tuple[Sequence[Admitted], Sequence[Rejected]]:
+        """The example, if it is one, or why not; its input may still turn out to be none."""
+        adapter = self._adapter
+        return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())
+
+    async def _store(self, part: Sequence[Record]) -> None:
+        command = AdaptCommand(
+            self._job.adapter,
+            [record.posted for record in part],
+            fit=False,
+            uploaded=self._ids if self._replaces else None,
+        )
+        rejected: Sequence[Rejected]
+        try:
+            outcome = await self._adapting.adapt(self._job.tenant, command)
+            rejected = outcome.rejected
+            self._truncated += outcome.revised.truncated
+        except ExamplesRejected as error:
+            rejected = error.rejected
+        bad = {one.index for one in rejected}
+        self._ids |= {_id_of(record.posted) for index, record in enumerate(part) if index not in bad}
+        self._reject([(part[one.index].place, one) for one in rejected])
+
+    def _reject(self, rejected: Sequence[tuple[str, Rejected]]) -> None:
+        """Counts what is not used, by the place where it stands, and remembers why of the first ones."""
+        self._rejected += len(rejected)
+        room = _MOST_ERRORS - len(self._errors)
+        self._errors += [
+            {"place": cut(place), "code": one.code, "detail": cut(one.detail)}
+            for place, one in rejected[:room]
+        ]
+
+    def _report(self, phase: str, share: float) -> None:
+        self._lease.report(
+            share,
+            {
+                "phase": phase,
+                "stored": len(self._ids),
+                "rejected": self._rejected,
+                "skipped": self._found.skipped,
+                "format": self._found.format(),
+                "truncated": self._truncated,
+                "errors": list(self._errors),
+            },
+        )
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What an attempt gives in the end: others may revise the adapter as often as they like meanwhile."""
+        while True:
+            self._lease.check()
+            with suppress(RevisionMoved):
+                return await self._until_stopped(attempt())
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _until_stopped(self, work: Awaitable[T]) -> T:
+        """The work's result, unless there is a reason to stop; then nothing more of it is recorded."""
+        running = asyncio.ensure_future(work)
+        looked = time.monotonic()
+        try:
+            while not (await asyncio.wait([running], timeout=_CHECK_SECONDS))[0]:
+                self._lease.check()
+                now = time.monotonic()
+                # A process that was stopped meanwhile, or had no core, has not been stuck.
+                passed, looked = min(now - looked, 2 * _CHECK_SECONDS), now
+                self._look(passed)
+            return running.result()
+        finally:
+            running.cancel()
+
+    def _look(self, passed: float) -> None:
+        """Gives up a backbone that hangs: who waits for it gets BatcherClosed; another attempt goes on."""
+        if self._batcher.alive and (why := self._standstill.look(passed)) is not None:
+            logger.error("the backbone of the job %s is given up: %s", self._job.id, why)
+            self._batcher.abandon()
+
+
+def _digest(value: object) -> bytes:
+    """Sixteen bytes that tell values apart."""
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def _some(found: Iterator[Record]) -> list[Record]:
+    """The next records: as many as are embedded and stored together, none at the end."""
+    part: list[Record] = []
+    size = 0
+    for record in found:
+        part.append(record)
+        size += 0 if isinstance(record.posted.input, InputError) else len(record.posted.input)
+        if len(part) == _EXAMPLES or size >= _BYTES:
+            break
+    return part
+
+
+def _id_of(posted: Posted) -> str:
+    """The id that an admitted example has; see admit."""
+    assert not isinstance(posted.input, InputError)
+    return input_digest(posted.input) if posted.id is None else posted.id
+
+
+def _without(record: Record, conflicts: Mapping[str, ExampleError]) -> Record:
+    """The record, with the reason in its target's place if its id cannot be used."""
+    posted = record.posted
+    if not conflicts or isinstance(posted.input, InputError):
+        return record
+    error = conflicts.get(_id_of(posted))
+    return record if error is None else Record(record.place, replace(posted, target=error))

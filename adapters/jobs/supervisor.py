@@ -1,0 +1,155 @@
+"""Starts the worker beside the service, and starts it again when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from adapters.processes.child import environment
+from adapters.processes.heartbeat import LOOK_SECONDS, Pulse, drain
+
+logger = logging.getLogger("topwork")
+
+# Time for the work to notice that it is to end, before the process is killed; its job goes on elsewhere.
+_PATIENCE = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a worker needs. scratch: a folder for checkpoints, with which another one can go on."""
+
+    database: str
+    store: str
+    scratch: str
+    store_options: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    lease_seconds: float = 30.0
+    poll_seconds: float = 1.0
+    max_running_per_tenant: int = 1
+    max_upload_examples: int = 100_000
+    max_adapter_examples: int = 100_000
+    max_labels: int = 2_000
+    max_fit_bytes: int = 512 << 20
+    max_image_bytes: int = 16 << 20
+    max_image_pixels: int = 50_000_000
+    max_text_chars: int = 100_000
+
+
+class Supervised:
+    """One worker process. For one event loop. It dies with this process: its input ends then.
+
+    replaced: processes that were started after one that ended, or was killed because it was silent.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.replaced = 0
+        self._config = config
+        self._process: asyncio.subprocess.Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._ending = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker runs, or is about to be started again."""
+        return self._watching is not None and not self._watching.done()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Starts the worker; it comes up by itself, and nobody waits for it."""
+        self._watching = asyncio.create_task(self._watch(), name="worker")
+
+    def end(self) -> None:
+        """From now on no other worker is started: this one may have been told to end, too."""
+        self._ending = True
+
+    async def close(self) -> None:
+        """Ends the worker; what it was at goes on in another one."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), _PATIENCE)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _watch(self) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            begun = time.monotonic()
+            try:
+                status = await self._run()
+            except OSError as error:
+                status = -1
+                logger.warning("the worker cannot be started: %s", error)
+            if self._ending:
+                return
+            if time.monotonic() - begun > _LONGEST_PAUSE:
+                pause = _FIRST_PAUSE
+            logger.warning("the worker ended with %d; it is started again in %.1f s", status, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            self.replaced += 1
+
+    async def _run(self) -> int:
+        pulse, beating = os.pipe()
+        os.set_blocking(pulse, False)
+        try:
+            try:
+                process = self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "adapters.jobs.worker",
+                    str(beating),
+                    stdin=asyncio.subprocess.PIPE,
+                    pass_fds=(beating,),
+                    env=environment(clouds=True),
+                )
+            finally:
+                os.close(beating)
+            return await self._until_it_ends(process, pulse)
+        finally:
+            os.close(pulse)
+
+    async def _until_it_ends(self, process: asyncio.subprocess.Process, pulse: int) -> int:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await process.stdin.drain()
+        listening = asyncio.create_task(self._listen(process, pulse))
+        try:
+            return await process.wait()
+        finally:
+            listening.cancel()
+            await asyncio.wait([listening])
+
+    async def _listen(self, process: asyncio.subprocess.Process, pipe: int) -> None:
+        """Kills the worker once it gives no sign of life; until its first one it may take its time."""
+        pulse: Pulse | None = None
+        while process.returncode is None:
+            if drain(pipe):
+                pulse = pulse or Pulse(process.pid)
+                pulse.beat()
+            if pulse is not None and (silent := pulse.look()) is not None:
+                logger.warning("the worker was silent for %.1f s, and is replaced", silent)
+                process.kill()
+                return
+            await asyncio.sleep(LOOK_SECONDS)

@@ -1,0 +1,297 @@
+"""`python -m adapters.jobs.worker`: claims jobs and runs them, one at a time, in a niced process of its own.
+
+Its settings come as one line of JSON on standard input, for a database URL may hold a password and a process
+list shows arguments. It ends when its standard input does, which is also when its parent is killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from adapters.jobs.callbacks import call_back
+from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
+from adapters.jobs.supervisor import WorkerConfig
+from adapters.processes.child import environment
+from adapters.processes.heartbeat import beat
+from adapters.redaction import tells_of_the_inside
+from adapters.registry.jobs import upload_of
+from adapters.registry.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable, open_store
+from models.priority import give_way_but_for_commits
+
+if TYPE_CHECKING:
+    from models.preprocess.preprocessor import InputLimits
+
+logger = logging.getLogger("topwork")
+
+_KINDS: tuple[JobKind, ...] = ("fine_tune", "bulk_adapt")
+_RETRY_SECONDS = 2.0
+_LONGEST_PAUSE = 600.0
+_LOOK_SECONDS = 0.2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _ExportFailed(RuntimeError):
+    code = "export_failed"
+
+
+# None of them is the job's doing: it is tried again until its deadline.
+_OUTAGES = {
+    RegistryUnavailable.code,
+    StoreUnavailable.code,
+    _ExportFailed.code,
+    # Of the fitter and the batcher, whose modules a worker without bulk jobs does without.
+    "fitter_unavailable",
+    "backbone_unavailable",
+}
+
+
+class Worker:
+    """Claims and runs jobs until `stopping` is set."""
+
+    def __init__(
+        self, config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None
+    ) -> None:
+        """writer: see Registry."""
+        self._config = config
+        self._stopping = stopping
+        self._registry = Registry(config.database, writer=writer)
+        self._store = open_store(config.store, config.store_options)
+        self._began = False
+
+    def run(self) -> None:
+        """Returns once it is to stop and nothing runs any more."""
+        while not self._stopping.is_set():
+            try:
+                self._begin()
+                for job in self._registry.jobs.settle():
+                    self._ended(job)
+                claim = self._registry.jobs.claim(
+                    self._config.lease_seconds,
+                    kinds=_KINDS,
+                    max_running_per_tenant=self._config.max_running_per_tenant,
+                )
+            except (RegistryUnavailable, StoreFull, StoreUnavailable) as error:
+                logger.warning("no job can be claimed: %s", error)
+                self._stopping.wait(_RETRY_SECONDS)
+                continue
+            if claim is None:
+                self._tidy()
+                self._stopping.wait(self._config.poll_seconds)
+            else:
+                self._do(claim)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._registry.close()
+
+    def _begin(self) -> None:
+        """Before the first job: current tables, and the store that belongs to them. Raises WrongStore."""
+        if not self._began:
+            self._registry.migrate()
+            self._registry.identity.check(self._store)
+            self._began = True
+
+    def _do(self, claim: Claim) -> None:
+        """One attempt, and what becomes of the job."""
+        job = claim.job
+        logger.info("job %s of %s: attempt %d", job.id, job.adapter, job.attempt)
+        lease = Lease(self._registry.jobs, claim, self._config.lease_seconds, self._stopping)
+        try:
+            with lease:
+                if job.kind == "bulk_adapt":
+                    self._take_in(lease)
+                else:
+                    self._tune(lease)
+        except Exception as error:
+            if not self._give_up(lease, error):
+                return
+        else:
+            logger.info("job %s succeeded", job.id)
+        self._ended(job)
+
+    def _give_up(self, lease: Lease, error: Exception) -> bool:
+        """Records what becomes of a job whose attempt failed; whether it has ended with that."""
+        jobs, claim, job = self._registry.jobs, lease.claim, lease.claim.job
+        if lease.recorded is not None:
+            # Whatever the work met with since then, it had lost its lease.
+            return not isinstance(lease.recorded, ShuttingDown)
+        if isinstance(error, LeaseLost):
+            logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
+            # The job may be gone, with its adapter or its tenant.
+            self._tidy()
+            return False
+        if isinstance(error, Stopped):
+            return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)
+        # Others' exceptions have codes too: SQLAlchemy's, with the statement as their text.
+        ours = type(error).__module__.partition(".")[0] in ("adapters", "models")
+        code, detail = getattr(error, "code", None) if ours else None, str(error)
+        if code in _OUTAGES:
+            logger.warning("job %s is left to another attempt: %s", job.id, error)
+            # Longer each time: what is called an outage may be this job's doing after all.
+            pause = min(_RETRY_SECONDS + self._config.lease_seconds * job.released, _LONGEST_PAUSE)
+            self._recorded(lambda: jobs.release(claim, pause))
+            return False
+        if isinstance(error, OSError) and error.errno in _FULL:
+            code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
+        if code is None or tells_of_the_inside(detail):
+            traceback.print_exception(error)
+            code, detail = code or "internal_error", "The worker's log has the cause."
+        return self._recorded(lambda: jobs.fail(claim, code, detail))
+
+    def _ended(self, job: JobRecord) -> None:
+        """Removes what only the job needed, and tells of its end."""
+        checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
+        try:
+            self._store.delete(job.tenant, job.adapter_uid, upload_of(job.request))
+        except StoreError as error:
+            logger.warning("the upload of the job %s stays until the next sweep: %s", job.id, error)
+        try:
+            call_back(self._registry.jobs.job(job.tenant, job.id))
+        except (RegistryError, StoreFull) as error:
+            logger.warning("nobody is called back for the job %s: %s", job.id, error)
+
+    def _take_in(self, lease: Lease) -> None:
+        from adapters.adaptation.revision import AdapterLimits
+        from adapters.examples.upload import UploadLimits
+        from adapters.jobs.bulk_adapt import Bulk
+        from adapters.probe.fit import ProbeConfig
+
+        config = self._config
+        limits = AdapterLimits(
+            config.max_adapter_examples, config.max_labels, ProbeConfig(memory_bytes=config.max_fit_bytes)
+        )
+        bulk = Bulk(
+            self._registry,
+            self._store,
+            device="cuda" if config.device == "cuda" else "cpu",
+            threads=config.threads,
+            uploads=UploadLimits(config.max_upload_examples, self._input_limits),
+            limits=limits,
+        )
+        self._export_missing(lease)
+        bulk.run(lease)
+
+    def _export_missing(self, lease: Lease) -> None:
+        """Exports the job's backbone where this host lacks it, in another process that ends with the work."""
+        from models.model_store import find
+
+        name = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
+        if find(name) is not None:
+            return
+        logger.info("exporting %s: once, about a minute", name)
+        command = [sys.executable, "-m", "models.export", name]
+        with subprocess.Popen(command, env=environment()) as process:
+            try:
+                while process.poll() is None:
+                    lease.check()
+                    time.sleep(_LOOK_SECONDS)
+            finally:
+                process.terminate()
+        if process.returncode:
+            raise _ExportFailed(f"Exporting {name} failed; the lines above say why.")
+
+    def _tune(self, lease: Lease) -> None:
+        # Torch takes seconds and hundreds of megabytes: a worker without work does without, and one with work
+        # holds its lease meanwhile.
+        import torch
+
+        from adapters.jobs.fine_tune import Tuning
+
+        torch.set_num_threads(self._config.threads)
+        scratch = Path(self._config.scratch)
+        Tuning(self._registry, self._store, scratch, self._config.device, self._input_limits).run(lease)
+
+    @property
+    def _input_limits(self) -> InputLimits:
+        from models.preprocess.preprocessor import InputLimits
+
+        config = self._config
+        return InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)
+
+    def _tidy(self) -> None:
+        """Removes checkpoints of jobs that have ended, or went with their adapter."""
+        left = checkpoints(Path(self._config.scratch))
+        if not left:
+            return
+        try:
+            wanted = self._registry.jobs.open_ids()
+        except RegistryUnavailable as error:
+            logger.warning("checkpoints stay for now: %s", error)
+            return
+        for path in left:
+            if path.name.partition(".")[0] not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _recorded(self, end: Callable[[], None]) -> bool:
+        """Ends the attempt; whether that is recorded. Tried again while the lease may last."""
+        while True:
+            try:
+                end()
+                return True
+            except LeaseLost as error:
+                logger.warning("the end of a job is not recorded: %s", error)
+                return False
+            except (RegistryUnavailable, StoreFull) as error:
+                logger.warning("the end of a job cannot be recorded: %s", error)
+                if self._stopping.wait(_RETRY_SECONDS):
+                    return False
+
+
+def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
+    """Stops when the pipe closes: there is nobody left to work for."""
+
+    def wait() -> None:
+        pipe.read()
+        stopping.set()
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def work(config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None) -> None:
+    """Runs jobs until `stopping` is set. writer: see Registry."""
+    worker = Worker(config, stopping, writer)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
+def main() -> None:
+    """Runs jobs at low priority until standard input ends.
+
+    The first argument, if there is one, is the number of the pipe on which it shows that it lives.
+    """
+    writer = give_way_but_for_commits()
+    if len(sys.argv) > 1:
+        pulse = int(sys.argv[1])
+        os.set_inheritable(pulse, False)
+        beat(lambda: os.write(pulse, b"."))
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logger.setLevel(logging.INFO)
+    stopping = threading.Event()
+    # Ctrl-C in a terminal reaches every process, and so may SIGTERM from BentoML's supervisor or systemd: the
+    # parent decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config = WorkerConfig(**json.loads(sys.stdin.readline()))
+    _end_with(sys.stdin, stopping)
+    work(config, stopping, writer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What can be made whole again of what examining found damaged, without a backup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from sqlalchemy import Connection
+
+from adapters.maintenance.inspection import Damage, Examined, Examining, Finding
+from adapters.registry.commit import commit, drop_evidence, drop_versions, recount
+from adapters.registry.database import Database
+from adapters.registry.jobs import uploads_of
+from adapters.registry.queries import artifacts_by_id
+from adapters.registry.records import Change, ExampleRecord, Repoint, RevisionMoved, UnknownAdapter
+from adapters.storage.artifact import Artifact, Store, StoreError
+from adapters.storage.formats import decode_inputs, encode_embeddings
+from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans
+from models.backbone import Backbone
+
+Open = Callable[[str], Backbone | None]
+"""A backbone by its name; None where this machine has no export of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All of a run. findings: how many; left: those that are not repaired."""
+
+    adapters: int
+    artifacts: int
+    artifact_bytes: int
+    findings: int
+    repaired: int
+    left: int
+
+
+class Doctor:
+    """Looks at everything, and repairs what it may. Blocking; services may run meanwhile.
+
+    open_backbone: for embedding again, called once for each name. The caller closes what it opened.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        open_backbone: Open,
+        *,
+        repair: bool = False,
+        older_than: float = SWEPT_AGE,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._open = open_backbone
+        self._repair = repair
+        self._older_than = older_than
+        self._examining = Examining(database, store)
+        self._backbones: dict[str, Backbone | None] = {}
+        self._found = 0
+        self._repaired = 0
+
+    def findings(self) -> Iterator[Finding]:
+        """Each finding, as it is found and, if asked for, repaired."""
+        for finding in self._all():
+            self._found += 1
+            self._repaired += finding.repaired
+            yield finding
+
+    def summary(self) -> Summary:
+        """Of what was looked at by now."""
+        read = asdict(self._examining.read)
+        return Summary(
+            **read, findings=self._found, repaired=self._repaired, left=self._found - self._repaired
+        )
+
+    def _all(self) -> Iterator[Finding]:
+        if self._repair:
+            bring_back(self._store, self._referenced)
+        yield from self._examining.database()
+        for uid in self._examining.uids():
+            state, damages = self._examining.adapter(uid)
+            if state is None or not damages:
+                continue
+            if self._repair:
+                yield from self._mend(state, damages)
+            else:
+                yield from (damage.finding for damage in damages)
+        yield from self._unreferenced()
+
+    def _unreferenced(self) -> Iterator[Finding]:
+        for left in orphans(self._store.objects(), self._referenced, self._older_than):
+            if self._repair:
+                self._store.put_aside(left)
+            tenant, uid = left[0].tenant, left[0].adapter_uid
+            detail = (
+                f"{len(left)} files of the adapter {uid} that no row refers to. --repair puts them aside; "
+                "the service deletes them after a week."
+            )
+            yield Finding(tenant, "", "files", "unreferenced", detail, repaired=self._repair)
+
+    def _referenced(self, uid: str) -> set[Artifact]:
+        with self._database.reading() as connection:
+            return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)
+
+    def _mend(self, state: Examined, damages: Sequence[Damage]) -> Iterator[Finding]:
+        """Versions first: what becomes live must not be another damaged one."""
+        uid = state.record.uid
+        versions = {number for damage in damages for number in damage.versions}
+        evidence = {number for damage in damages for number in damage.evidence} - versions
+        try:
+            if versions or any(damage.live for damage in damages):
+                self._write(state, lambda connection: drop_versions(connection, uid, versions))
+            if evidence:
+                self._write(state, lambda connection: drop_evidence(connection, uid, evidence))
+            if any(damage.recount for damage in damages):
+                self._write(state, lambda connection: recount(connection, uid))
+        except UnknownAdapter:
+            # With the adapter all that was damaged is gone.
+            yield from (replace(damage.finding, repaired=True) for damage in damages)
+            return
+        for damage in damages:
+            if damage.examples:
+                yield self._mend_examples(state, damage)
+            else:
+                simple = damage.versions or damage.evidence or damage.live or damage.recount
+                yield replace(damage.finding, repaired=bool(simple))
+
+    def _write(self, state: Examined, change: Callable[[Connection], tuple[Artifact, ...]]) -> None:
+        """Change the rows, and delete the files that nothing refers to any more."""
+        with self._database.writing() as connection:
+            unreferenced = change(connection)
+        # What cannot be deleted now is swept later.
+        with suppress(StoreError):
+            self._store.delete(state.record.tenant, state.record.uid, unreferenced)
+
+    def _mend_examples(self, state: Examined, damage: Damage) -> Finding:
+        if damage.segment is None:
+            moved = [Repoint(one.id, one.segment, one.row, None) for one in damage.examples]
+            return self._repoint(state, damage, moved)
+        inputs = damage.examples[0].inputs
+        if inputs is None or damage.inputs is not None:
+            return damage.finding
+        record = state.record
+        if record.backbone not in self._backbones:
+            self._backbones[record.backbone] = self._open(record.backbone)
+        backbone = self._backbones[record.backbone]
+        if backbone is None or backbone.fingerprint != record.fingerprint:
+            detail = f"The backbone {record.backbone} with which it was embedded is not exported here."
+            return replace(damage.finding, detail=detail)
+        embedded = backbone.embed(decode_inputs(self._store.read(record.tenant, record.uid, inputs)))
+        if embedded.errors.keys() & {one.row for one in damage.examples}:
+            return replace(damage.finding, detail="Some of the inputs cannot be embedded any more.")
+        vectors = np.ascontiguousarray(embedded.embeddings)
+        new = self._store.publish(record.tenant, record.uid, encode_embeddings(vectors, record.fingerprint))
+        return self._repoint(
+            state, damage, [Repoint(one.id, new, one.row, one.inputs) for one in damage.examples]
+        )
+
+    def _repoint(self, state: Examined, damage: Damage, moved: Sequence[Repoint]) -> Finding:
+        """Have the examples lie elsewhere, unless they were changed since they were read."""
+        uid = state.record.uid
+        try:
+            with self._database.writing() as connection:
+                now = Examined.read(connection, uid)
+                if _places(now.examples, damage) != _places(damage.examples, damage):
+                    raise RevisionMoved("The examples changed meanwhile.")
+                change = Change(
+                    tenant=now.record.tenant,
+                    name=now.record.name,
+                    uid=uid,
+                    revision=now.record.revision,
+                    repoints=tuple(moved),
+                )
+                unreferenced = commit(connection, change).unreferenced
+        except (RevisionMoved, UnknownAdapter):
+            return replace(damage.finding, detail="The examples changed meanwhile; run this again.")
+        with suppress(StoreError):
+            self._store.delete(state.record.tenant, uid, unreferenced)
+        return replace(damage.finding, repaired=True)
+
+
+def _places(examples: Sequence[ExampleRecord], damage: Damage) -> set[tuple[str, str, int]]:
+    """Which examples lie where, of those in the damaged files."""
+    files = {damage.examples[0].segment, damage.examples[0].inputs}
+    return {
+        (one.id, one.segment.name, one.row) for one in examples if one.segment in files or one.inputs in files
+    }

@@ -1,0 +1,154 @@
+"""Erasures done again in a copy of an older state, so that what was erased is not restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+import numpy as np
+from sqlalchemy import Connection, delete, insert, select, update
+
+from adapters.adaptation.layout import Place, Stored, locate, plan_change
+from adapters.registry.commit import commit
+from adapters.registry.database import Database
+from adapters.registry.erasures import ALL, digest
+from adapters.registry.queries import adapter_by_uid, example_records
+from adapters.registry.records import AdapterRecord, Change, ExampleRecord
+from adapters.registry.schema import (
+    adapters,
+    artifacts,
+    erasures,
+    examples,
+    jobs,
+    keys,
+    replies,
+    tenants,
+    versions,
+)
+from adapters.storage.artifact import Artifact, Buffer
+from adapters.storage.formats import decode_embeddings, decode_inputs, encode_embeddings, encode_inputs
+
+
+class Files(Protocol):
+    """Where artifacts are read from and rewritten ones go. See Store."""
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        """See Store.read."""
+        ...
+
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
+        """See Store.publish."""
+        ...
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What was taken away. without_live: tenant and name of adapters whose live version went."""
+
+    tenants: int = 0
+    adapters: int = 0
+    examples: int = 0
+    jobs: int = 0
+    without_live: set[tuple[str, str]] = field(default_factory=set)
+
+
+def erasures_of(database: Database) -> dict[str, dict[str, Any]]:
+    """The rows of the table, by id."""
+    with database.reading() as connection:
+        return {row.id: dict(row._mapping) for row in connection.execute(select(erasures))}
+
+
+def replay(
+    database: Database, files: Files, todo: Sequence[dict[str, Any]], replayed: Replayed | None = None
+) -> Replayed:
+    """Do these erasures in the database, oldest first, and record them there. Adds to `replayed`."""
+    replayed = replayed or Replayed()
+    for row in sorted(todo, key=lambda one: (one["at"], one["id"])):
+        with database.writing() as connection:
+            if row["adapter_uid"] is None:
+                _tenant(connection, row["tenant"], row["at"], replayed)
+            elif row["examples"] is None:
+                replayed.adapters += _adapter(connection, row["adapter_uid"])
+            else:
+                _examples(connection, files, row, replayed)
+            connection.execute(insert(erasures), [row])
+    return replayed
+
+
+def _tenant(connection: Connection, tenant: str, at: datetime, replayed: Replayed) -> None:
+    """All of the tenant that was there at the time."""
+    mine = select(adapters.c.uid).where(adapters.c.tenant == tenant, adapters.c.created_at <= at)
+    for uid in connection.scalars(mine).all():
+        replayed.adapters += _adapter(connection, uid)
+    for table, moment in ((jobs, jobs.c.created_at), (replies, replies.c.at), (keys, keys.c.created_at)):
+        connection.execute(delete(table).where(table.c.tenant == tenant, moment <= at))
+    if connection.scalar(select(keys.c.id).where(keys.c.tenant == tenant).limit(1)) is None:
+        gone = delete(tenants).where(tenants.c.name == tenant, tenants.c.created_at <= at)
+        replayed.tenants += connection.execute(gone).rowcount
+
+
+def _adapter(connection: Connection, uid: str) -> int:
+    for table in (replies, jobs, examples, versions, artifacts):
+        connection.execute(delete(table).where(table.c.adapter_uid == uid))
+    return connection.execute(delete(adapters).where(adapters.c.uid == uid)).rowcount
+
+
+def _examples(connection: Connection, files: Files, row: dict[str, Any], replayed: Replayed) -> None:
+    uid, at = row["adapter_uid"], row["at"]
+    if connection.scalar(select(adapters.c.uid).where(adapters.c.uid == uid)) is None:
+        return
+    # An upload that was not taken in yet, and an answer, may hold what was erased.
+    unfinished = jobs.c.state.in_(("queued", "running")) & (jobs.c.kind == "bulk_adapt")
+    ended = update(jobs).where(jobs.c.adapter_uid == uid, unfinished, jobs.c.created_at <= at)
+    values = {"state": "cancelled", "lease_until": None, "finished_at": at}
+    replayed.jobs += connection.execute(ended.values(values)).rowcount
+    connection.execute(delete(replies).where(replies.c.adapter_uid == uid, replies.c.at <= at))
+    kept = example_records(connection, uid)
+    digests = set(row["examples"].split(","))
+    if row["examples"] == ALL:
+        removals = [one.id for one in kept if one.created_at <= at]
+    else:
+        removals = [one.id for one in kept if digest(one.id) in digests]
+    if not removals:
+        return
+    adapter = adapter_by_uid(connection, uid)
+    committed = commit(connection, _change(files, adapter, kept, removals))
+    # It is remembered as what it was, and not as another one of now.
+    connection.execute(delete(erasures).where(erasures.c.id == committed.erasure))
+    replayed.examples += len(removals)
+    if adapter.live is not None and committed.adapter.live is None:
+        replayed.without_live.add((adapter.tenant, adapter.name))
+
+
+def _change(
+    files: Files, adapter: AdapterRecord, kept: Sequence[ExampleRecord], removals: Sequence[str]
+) -> Change:
+    """What takes the examples away, once what lies beside them in a file is rewritten without them."""
+    plan = plan_change(kept, (), removals=removals)
+    starts = [_rewrite(files, adapter, bundle) for bundle in plan.bundles]
+    _, repoints = locate(plan, None, starts)
+    return Change(
+        tenant=adapter.tenant,
+        name=adapter.name,
+        uid=adapter.uid,
+        revision=adapter.revision,
+        removals=tuple(removals),
+        repoints=repoints,
+    )
+
+
+def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> Place:
+    """The places, one after the other in new files."""
+    tenant, uid = adapter.tenant, adapter.uid
+    read = {place.segment: files.read(tenant, uid, place.segment) for place in bundle}
+    embeddings = {segment: decode_embeddings(data) for segment, data in read.items()}
+    moved = np.stack([embeddings[place.segment][place.row] for place in bundle])
+    segment = files.publish(tenant, uid, encode_embeddings(moved, adapter.fingerprint))
+    kept = {place.inputs for place in bundle if place.inputs is not None}
+    if not kept:
+        return Place(segment, 0, None)
+    inputs = {one: decode_inputs(files.read(tenant, uid, one)) for one in kept}
+    values = [inputs[place.inputs][place.row] for place in bundle if place.inputs is not None]
+    return Place(segment, 0, files.publish(tenant, uid, encode_inputs(values)))

@@ -1,0 +1,289 @@
+"""Every row held against its artifact, and every artifact against the rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from sqlalchemy import Connection, Table, func, select, text
+
+from adapters.heads.head import Head
+from adapters.registry.database import Database
+from adapters.registry.jobs import uploads_of
+from adapters.registry.queries import adapter_by_uid, example_records, version_records
+from adapters.registry.records import AdapterRecord, ExampleRecord, UnknownAdapter, VersionRecord
+from adapters.registry.schema import adapters, metadata
+from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact, Store
+from adapters.storage.formats import decode_embeddings, decode_evidence, decode_inputs
+from models.runtime.session import open_session
+
+T = TypeVar("T")
+
+_LOOKS = 5
+_PAGE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be; never what an example holds.
+
+    tenant, adapter: names, empty where it is about no adapter. what: the thing, e.g. "version 3". code is
+    stable, detail tells a person what to do.
+    """
+
+    tenant: str
+    adapter: str
+    what: str
+    code: str
+    detail: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A finding with what a repair needs to know.
+
+    versions: to be deleted. evidence: versions that have lost it. segment, inputs: of the examples whose
+    files are damaged, the one or the other or both. recount: counts are wrong.
+    """
+
+    finding: Finding
+    versions: frozenset[int] = frozenset()
+    evidence: frozenset[int] = frozenset()
+    segment: Artifact | None = None
+    inputs: Artifact | None = None
+    examples: tuple[ExampleRecord, ...] = ()
+    live: bool = False
+    recount: bool = False
+
+
+@dataclass(slots=True)
+class Read:
+    """How much was read."""
+
+    adapters: int = 0
+    artifacts: int = 0
+    artifact_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """An adapter as it was read in one transaction."""
+
+    record: AdapterRecord
+    next_version: int
+    examples: Sequence[ExampleRecord]
+    versions: Sequence[VersionRecord]
+    uploads: frozenset[Artifact]
+
+    @classmethod
+    def read(cls, connection: Connection, uid: str) -> Examined:
+        """Raises UnknownAdapter."""
+        record = adapter_by_uid(connection, uid)
+        query = select(adapters.c.next_version).where(adapters.c.uid == uid)
+        return cls(
+            record,
+            connection.execute(query).scalar_one(),
+            example_records(connection, uid),
+            version_records(connection, uid),
+            frozenset(uploads_of(connection, uid)),
+        )
+
+
+class Examining:
+    """Looks at everything, while services may run. Blocking."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self.read = Read()
+        self._database = database
+        self._store = store
+
+    def database(self) -> Iterator[Finding]:
+        """What is wrong with the database as a whole."""
+        with self._database.reading() as connection:
+            if self._database.is_sqlite:
+                for (line,) in connection.execute(text("PRAGMA integrity_check")):
+                    if line != "ok":
+                        yield Finding("", "", "database", "damaged_database", f"{line}. Restore a backup.")
+            for table in metadata.sorted_tables:
+                yield from _strays(connection, table)
+
+    def uids(self) -> Iterator[str]:
+        """Of every adapter."""
+        after = ""
+        while True:
+            query = select(adapters.c.uid).where(adapters.c.uid > after).order_by(adapters.c.uid).limit(_PAGE)
+            with self._database.reading() as connection:
+                page = list(connection.scalars(query))
+            if not page:
+                return
+            yield from page
+            after = page[-1]
+
+    def adapter(self, uid: str) -> tuple[Examined | None, list[Damage]]:
+        """An adapter with all that is damaged of it; None where it is gone.
+
+        What is found of one that changes meanwhile is looked for again.
+        """
+        state: Examined | None = None
+        found: list[Damage] = []
+        before = replace(self.read)
+        for _ in range(_LOOKS):
+            earlier = state
+            try:
+                with self._database.reading() as connection:
+                    state = Examined.read(connection, uid)
+            except UnknownAdapter:
+                return None, []
+            if earlier is not None and _same(earlier, state):
+                break
+            self.read = replace(before, adapters=before.adapters + 1)
+            found = list(self._damages(state))
+            if not found:
+                break
+        return state, found
+
+    def _damages(self, state: Examined) -> Iterator[Damage]:
+        for version in state.versions:
+            yield from self._version(state, version)
+        yield from self._examples(state)
+        for upload in sorted(state.uploads, key=lambda part: part.name):
+            _, problem = self._load(state, upload, lambda data: data)
+            if problem:
+                yield Damage(_finding(state, "upload", problem, "Cancel the job and upload again."))
+        yield from _counts(state)
+
+    def _version(self, state: Examined, version: VersionRecord) -> Iterator[Damage]:
+        number = version.number
+        head, problem = self._load(state, version.artifact, Head.from_bytes)
+        if problem is None and head is not None and version.labels != len(head.labels):
+            problem = "wrong_labels"
+        if problem:
+            detail = "--repair deletes the version; the newest whole one becomes live in its place."
+            yield Damage(
+                _finding(state, f"head of version {number}", problem, detail), versions=frozenset({number})
+            )
+        if version.network is not None:
+            _, problem = self._load(state, version.network, _open_network)
+            if problem:
+                detail = "--repair deletes the version; the newest whole one becomes live in its place."
+                finding = _finding(state, f"network of version {number}", problem, detail)
+                yield Damage(finding, versions=frozenset({number}))
+        if version.evidence is not None:
+            evidence, problem = self._load(state, version.evidence, decode_evidence)
+            if evidence is not None and len(evidence.ids) != len(evidence.scores):
+                problem = "unreadable_artifact"
+            if problem:
+                detail = "--repair lets the version go on without it; nothing is compared with it then."
+                finding = _finding(state, f"evidence of version {number}", problem, detail)
+                yield Damage(finding, evidence=frozenset({number}))
+
+    def _examples(self, state: Examined) -> Iterator[Damage]:
+        lying: dict[tuple[Artifact, Artifact | None], list[ExampleRecord]] = defaultdict(list)
+        for example in state.examples:
+            lying[example.segment, example.inputs].append(example)
+        for (segment, inputs), here in lying.items():
+            last = max(example.row for example in here)
+            vectors, segment_problem = self._load(state, segment, decode_embeddings)
+            if vectors is not None:
+                segment_problem = _wrong_rows(vectors, last)
+            inputs_problem: str | None = None
+            if inputs is not None:
+                values, inputs_problem = self._load(state, inputs, decode_inputs)
+                if values is not None and last >= len(values):
+                    inputs_problem = "row_out_of_range"
+            if segment_problem or inputs_problem:
+                yield _damaged_examples(state, (segment, segment_problem), (inputs, inputs_problem), here)
+
+    def _load(
+        self, state: Examined, artifact: Artifact, decode: Callable[[bytes], T]
+    ) -> tuple[T | None, str | None]:
+        """What an artifact holds, or the code of what is wrong with it."""
+        try:
+            data = self._store.read(state.record.tenant, state.record.uid, artifact)
+        except (MissingArtifact, CorruptArtifact) as error:
+            return None, error.code
+        self.read.artifacts += 1
+        self.read.artifact_bytes += len(data)
+        try:
+            return decode(data), None
+        # Whatever a decoder stumbles over, the bytes are not what they should be.
+        except Exception:
+            return None, "unreadable_artifact"
+
+
+def _open_network(data: bytes) -> bool:
+    open_session(data, device="cpu")
+    return True
+
+
+def _wrong_rows(vectors: Any, last: int) -> str | None:
+    if vectors.ndim != 2 or last >= len(vectors):
+        return "row_out_of_range"
+    return None if np.isfinite(vectors).all() else "not_finite"
+
+
+def _same(one: Examined, other: Examined) -> bool:
+    return (one.record.epoch, one.uploads) == (other.record.epoch, other.uploads)
+
+
+def _finding(state: Examined, what: str, code: str, detail: str) -> Finding:
+    return Finding(state.record.tenant, state.record.name, what, code, detail)
+
+
+def _damaged_examples(
+    state: Examined,
+    segment: tuple[Artifact, str | None],
+    inputs: tuple[Artifact | None, str | None],
+    here: Sequence[ExampleRecord],
+) -> Damage:
+    """segment, inputs: each with the code of what is wrong with it, if anything."""
+    count = f"{len(here)} examples"
+    lost_inputs = inputs[0] is None or inputs[1] is not None
+    if segment[1] is None:
+        assert inputs[1] is not None
+        detail = "--repair lets the examples go on without their inputs."
+        finding = _finding(state, f"inputs of {count}", inputs[1], detail)
+    elif not lost_inputs:
+        detail = "--repair embeds the inputs again."
+        finding = _finding(state, f"embeddings of {count}", segment[1], detail)
+    else:
+        detail = "Embeddings and inputs are both lost: restore a backup, or remove the examples."
+        finding = _finding(state, f"embeddings and inputs of {count}", segment[1], detail)
+    return Damage(
+        finding,
+        segment=segment[0] if segment[1] else None,
+        inputs=inputs[0] if inputs[1] else None,
+        examples=tuple(here),
+    )
+
+
+def _counts(state: Examined) -> Iterator[Damage]:
+    record = state.record
+    numbers = {version.number for version in state.versions}
+    if record.live is not None and record.live not in numbers:
+        detail = "--repair makes the newest version live."
+        yield Damage(_finding(state, f"live version {record.live}", "no_such_version", detail), live=True)
+    if record.examples != len(state.examples):
+        detail = f"It says {record.examples}, and there are {len(state.examples)}. --repair counts again."
+        yield Damage(_finding(state, "examples", "wrong_count", detail), recount=True)
+    if numbers and state.next_version <= max(numbers):
+        detail = "The next version would have a number that is taken. --repair counts again."
+        yield Damage(_finding(state, "next version", "number_taken", detail), recount=True)
+
+
+def _strays(connection: Connection, table: Table) -> Iterator[Finding]:
+    """Rows that refer to rows that are not there."""
+    for key in table.foreign_keys:
+        parent = key.column
+        there = select(parent).where(parent == key.parent).exists()
+        query = select(func.count()).select_from(table).where(key.parent.is_not(None), ~there)
+        count = connection.execute(query).scalar_one()
+        if count:
+            detail = (
+                f"{count} rows refer to rows of {parent.table.name} that are not there. Restore a backup."
+            )
+            yield Finding("", "", f"{table.name}.{key.parent.name}", "broken_reference", detail)

@@ -1,0 +1,363 @@
+"""A backup put in the place of what a database and a store hold, but for what was erased since."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, insert, select, text
+
+from adapters.maintenance.backup import (
+    ARTIFACTS,
+    REGISTRY,
+    BadBackup,
+    Manifest,
+    Reference,
+    read_manifest,
+    sha256_of,
+)
+from adapters.maintenance.erasure_replay import Replayed, erasures_of, replay
+from adapters.maintenance.table_copy import KEPT, TABLES, Row, copy_rows, counters, raise_counters, references
+from adapters.registry.commit import next_epoch
+from adapters.registry.database import Database
+from adapters.registry.erasures import ERASURES_KEPT
+from adapters.registry.queries import current_time
+from adapters.registry.schema import adapters, changes, erasures, jobs, keys, tenants
+from adapters.storage.artifact import Artifact, Buffer, MissingArtifact, Store, StoreError
+from adapters.storage.identity import Identity
+from adapters.storage.local import LocalStore
+
+# Services that run meanwhile may still delete what an older commit left over.
+_LOOKS = 3
+_LOOK_SECONDS = 0.5
+_PARALLEL = 8
+# As a commit takes them, so that the two do not wait for each other; readers go on.
+_LOCK = (
+    "LOCK TABLE tenants, keys, adapters, jobs, artifacts, versions, examples, erasures, replies, changes "
+    "IN EXCLUSIVE MODE"
+)
+
+
+class TargetInUse(RuntimeError):
+    """The database has tenants or adapters, and was not to be replaced."""
+
+    code = "target_in_use"
+
+
+class BackupTooOld(RuntimeError):
+    """Some of what was erased since the backup may be remembered nowhere."""
+
+    code = "backup_too_old"
+
+
+class _ErasedMeanwhile(Exception):
+    """The target knows of erasures that are not done in the copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What there is now. replaced: adapters that the target had before. replayed: what was erased again."""
+
+    manifest: Manifest
+    adapters: int
+    artifacts: int
+    replaced: int
+    replayed: Replayed
+
+
+def restore(
+    backup: Path, database: Database, store: Store, *, replace: bool = False, old: bool = False
+) -> Restored:
+    """Put the backup in the place of what is there; services may run, and notice within a second.
+
+    Everything is verified, and what was erased since is erased, in a copy, before anything changes. Raises
+    BadBackup, BackupTooOld unless `old`, TargetInUse, WrongStore, RegistryTooNew, and
+    what database and store raise.
+    """
+    manifest = read_manifest(backup)
+    if not old and datetime.now(UTC) - _time(manifest) > ERASURES_KEPT:
+        raise BackupTooOld(
+            f"The backup is older than the {ERASURES_KEPT.days} days for which erasures are remembered: what "
+            "was erased before that would be there again. With --old it is restored all the same."
+        )
+    with _opened(backup, manifest) as (copy, files):
+        _verify(copy, files)
+        later = _erased_later(backup, manifest)
+        database.migrate()
+        _refuse_if_used(database, replace)
+        _pair(copy, database, store)
+        replayed = Replayed()
+        while True:
+            known = erasures_of(copy)
+            wanted = later | erasures_of(database)
+            replay(copy, files, [row for id, row in wanted.items() if id not in known], replayed)
+            with copy.reading() as connection:
+                held = references(connection)
+            with ThreadPoolExecutor(_PARALLEL) as pool:
+                list(pool.map(partial(_put, store, files), held))
+            try:
+                with copy.reading() as source, database.writing() as target:
+                    written, replaced = _write(source, target, replace)
+                break
+            except _ErasedMeanwhile:
+                continue
+        if replaced:
+            _make_sure(store, files, held)
+    return Restored(manifest, written, len(held), replaced, replayed)
+
+
+class _Overlay:
+    """The files of a backup, and over them what is rewritten, which never goes into the backup."""
+
+    def __init__(self, below: LocalStore, above: LocalStore) -> None:
+        self._below, self._above = below, above
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        """See Store.read."""
+        try:
+            return self._above.read(tenant, adapter_uid, artifact)
+        except MissingArtifact:
+            return self._below.read(tenant, adapter_uid, artifact)
+
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
+        """See Store.publish."""
+        return self._above.publish(tenant, adapter_uid, data)
+
+
+@contextmanager
+def _opened(backup: Path, manifest: Manifest) -> Iterator[tuple[Database, _Overlay]]:
+    """A copy of the backup's database with current tables, and its files. Raises BadBackup."""
+    artifacts = backup / ARTIFACTS
+    if not artifacts.is_dir():
+        raise BadBackup(f"{backup} has no folder {ARTIFACTS!r}.")
+    with tempfile.TemporaryDirectory(prefix="topwork-restore-") as scratch:
+        copy = _open_registry(backup, manifest, Path(scratch))
+        try:
+            yield copy, _Overlay(LocalStore(artifacts), LocalStore(Path(scratch) / ARTIFACTS))
+        finally:
+            copy.close()
+
+
+def _open_registry(backup: Path, manifest: Manifest, scratch: Path) -> Database:
+    """A copy of the backup's database, migrated. Raises BadBackup, RegistryTooNew."""
+    path = scratch / REGISTRY
+    try:
+        shutil.copyfile(backup / REGISTRY, path)
+    except FileNotFoundError:
+        raise BadBackup(f"{backup} has no {REGISTRY}.") from None
+    if sha256_of(path) != manifest.registry_sha256:
+        raise BadBackup(f"The {REGISTRY} of {backup} is damaged; use another backup.")
+    copy = Database(f"sqlite:///{path}")
+    try:
+        copy.migrate()
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def _verify(copy: Database, files: _Overlay) -> None:
+    """Raises BadBackup unless every artifact that the rows refer to is there whole."""
+    with copy.reading() as connection:
+        held = references(connection)
+    for tenant, uid, artifact in held:
+        try:
+            files.read(tenant, uid, artifact)
+        except StoreError as error:
+            raise BadBackup(
+                f"The backup's artifact {tenant}/{uid}/{artifact.name} is missing or damaged; "
+                "use another backup."
+            ) from error
+
+
+def _erased_later(backup: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What the newer complete backups beside this one know to be erased, by id. Raises BadBackup."""
+    found: dict[str, dict[str, Any]] = {}
+    mine = backup.resolve()
+    for other in sorted(mine.parent.iterdir()):
+        if other == mine or not other.is_dir():
+            continue
+        try:
+            theirs = read_manifest(other)
+        except BadBackup:
+            # Not one, or not a complete one.
+            continue
+        if _time(theirs) < _time(manifest):
+            continue
+        with tempfile.TemporaryDirectory(prefix="topwork-restore-") as scratch:
+            copy = _open_registry(other, theirs, Path(scratch))
+            try:
+                found |= erasures_of(copy)
+            finally:
+                copy.close()
+    return found
+
+
+def _time(manifest: Manifest) -> datetime:
+    return datetime.fromisoformat(manifest.created_at)
+
+
+def _pair(copy: Database, database: Database, store: Store) -> None:
+    """A new database in the place of a lost one takes its name, and so its store. Raises WrongStore."""
+    theirs, mine = Identity(copy), Identity(database)
+    if store.identity() == theirs.name:
+        mine.take_over(theirs.name)
+    mine.check(store)
+
+
+def _refuse_if_used(database: Database, replace: bool) -> None:
+    with database.reading() as connection:
+        _refuse(connection, replace)
+
+
+def _refuse(connection: Connection, replace: bool) -> None:
+    if replace:
+        return
+    for column in (adapters.c.uid, tenants.c.name):
+        if connection.scalar(select(column).limit(1)) is not None:
+            raise TargetInUse(
+                "The database has tenants or adapters already. With --replace the backup takes their place."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What the target holds that must not come again.
+
+    names: uid by tenant and name. adapters: revision, next version and epoch by uid. attempts: by job. keys:
+    when they were revoked and when they expire, by id.
+    """
+
+    names: Mapping[tuple[str, str], str]
+    adapters: Mapping[str, tuple[int, int, int]]
+    attempts: Mapping[str, int]
+    keys: Mapping[str, tuple[datetime | None, datetime | None]]
+    tenants: frozenset[str]
+
+    @classmethod
+    def read(cls, connection: Connection) -> _Before:
+        """As it is in the transaction."""
+        columns = (adapters.c.tenant, adapters.c.name, adapters.c.uid)
+        counted = (adapters.c.revision, adapters.c.next_version, adapters.c.epoch)
+        rows = connection.execute(select(*columns, *counted)).all()
+        return cls(
+            {(row[0], row[1]): row[2] for row in rows},
+            {row[2]: (row[3], row[4], row[5]) for row in rows},
+            {row[0]: row[1] for row in connection.execute(select(jobs.c.id, jobs.c.attempt))},
+            {
+                row[0]: (row[1], row[2])
+                for row in connection.execute(select(keys.c.id, keys.c.revoked_at, keys.c.expires_at))
+            },
+            frozenset(connection.scalars(select(tenants.c.name))),
+        )
+
+
+class _Arriving:
+    """What becomes of the backup's rows on their way into the target.
+
+    restored: the adapters, by tenant and name. gone: what the target had, and has no more.
+    """
+
+    def __init__(self, before: _Before, now: datetime) -> None:
+        self.restored: set[tuple[str, str]] = set()
+        self.gone = set(before.names)
+        self._before = before
+        self._now = now
+
+    def alter(self, table: Table) -> Callable[[Row], Row]:
+        """What to do with each row of the table."""
+        special = {adapters.name: self._adapter, jobs.name: self._job, keys.name: self._key}
+        return special.get(table.name, lambda row: row)
+
+    def _adapter(self, row: Row) -> Row:
+        name = (row["tenant"], row["name"])
+        self.restored.add(name)
+        if self._before.names.get(name) == row["uid"]:
+            self.gone.discard(name)
+        revision, next_version, epoch = self._before.adapters.get(row["uid"], (0, 0, 0))
+        return row | {
+            # One more than either: whoever still has the examples of that revision in mind must read again.
+            "revision": max(row["revision"], revision) + 1,
+            "next_version": max(row["next_version"], next_version),
+            "epoch": next_epoch(max(row["epoch"], epoch), self._now),
+        }
+
+    def _job(self, row: Row) -> Row:
+        """As another attempt may begin it; a worker that has one of the target's may write nothing."""
+        if row["state"] not in ("queued", "running"):
+            return row
+        attempt = max(row["attempt"], self._before.attempts.get(row["id"], 0))
+        interrupted = attempt - row["attempt"] + (row["state"] == "running")
+        return row | {
+            "state": "queued",
+            "lease_until": None,
+            "attempt": attempt,
+            "released": row["released"] + interrupted,
+        }
+
+    def _key(self, row: Row) -> Row:
+        """In use no longer than it is now: a restore gives no revoked key back."""
+        revoked, expires = self._before.keys.get(row["id"], (None, None))
+        ends = [end for end in (expires, row["expires_at"]) if end is not None]
+        return row | {"revoked_at": revoked or row["revoked_at"], "expires_at": min(ends, default=None)}
+
+
+def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, int]:
+    """Replace all rows; how many adapters there are now, and how many there were."""
+    if target.dialect.name == "postgresql":
+        target.execute(text(_LOCK))
+    _refuse(target, replace)
+    if set(target.scalars(select(erasures.c.id))) - set(source.scalars(select(erasures.c.id))):
+        raise _ErasedMeanwhile
+    before = _Before.read(target)
+    theirs = counters(source)
+    highest = {name: max(number, theirs[name]) for name, number in counters(target).items()}
+    arriving = _Arriving(before, current_time(target))
+    replaced = [table for table in TABLES if table not in KEPT]
+    for table in reversed(replaced):
+        target.execute(delete(table))
+    for table in replaced:
+        copy_rows(source, target, table, arriving.alter(table))
+    tenants_gone = before.tenants - set(target.scalars(select(tenants.c.name)))
+    _announce(target, arriving, tenants_gone)
+    raise_counters(target, highest)
+    return len(arriving.restored), len(before.names)
+
+
+def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterable[str]) -> None:
+    """Tell running services, as late as can be: they look back only so far for what becomes visible late."""
+    told = {name: name in arriving.gone for name in arriving.restored}
+    told |= dict.fromkeys(arriving.gone - arriving.restored, True)
+    told |= {(tenant, ""): True for tenant in tenants_gone}
+    if not told:
+        return
+    now = current_time(connection)
+    rows = [
+        {"tenant": tenant, "name": name, "gone": gone, "at": now} for (tenant, name), gone in told.items()
+    ]
+    connection.execute(insert(changes), rows)
+
+
+def _make_sure(store: Store, files: _Overlay, held: Iterable[Reference]) -> None:
+    """Put again what a running service has just deleted of the rows that were there before."""
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_LOOK_SECONDS)
+        there = {(found.tenant, found.adapter_uid, found.name) for found in store.objects()}
+        for tenant, uid, artifact in held:
+            if (tenant, uid, artifact.name) not in there:
+                _put(store, files, (tenant, uid, artifact))
+
+
+def _put(store: Store, files: _Overlay, reference: Reference) -> None:
+    tenant, uid, artifact = reference
+    store.put(tenant, uid, artifact, files.read(tenant, uid, artifact))

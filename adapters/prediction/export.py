@@ -1,0 +1,79 @@
+"""A version as a file that runs elsewhere: the head alone, or one ONNX network from input to prediction."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, Literal
+
+from tokenizers import Tokenizer
+
+from adapters.heads.onnx import append_head
+from adapters.prediction.predictor import Loaded, Predicting
+from models.preprocess.pixels import with_byte_input
+from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
+
+# Version of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads. 3: the
+# graph takes images as bytes and normalises them.
+FORMAT: Final = "3"
+
+Format = Literal["onnx", "safetensors"]
+
+
+class Exporting:
+    """Makes export files.
+
+    For one event loop. One ONNX file at a time, for each is as large as its backbone.
+    """
+
+    def __init__(self, predicting: Predicting) -> None:
+        self._predicting = predicting
+        self._turn = asyncio.Semaphore(1)
+
+    async def export(self, tenant: str, name: str, number: int, form: Format) -> bytes:
+        """The version as a file. Raises UnknownAdapter, UnknownVersion, and what Predicting.load raises."""
+        loaded = await self._predicting.load(tenant, name, number)
+        if form == "safetensors":
+            return loaded.head.to_bytes()
+        async with self._turn:
+            graph = await self._predicting.graph(loaded)
+            return await asyncio.to_thread(_with_head, graph, loaded)
+
+
+def _with_head(graph: bytes, loaded: Loaded) -> bytes:
+    transform = loaded.batcher.backbone.spec.transform
+    if isinstance(transform, ImageTransform):
+        graph = with_byte_input(graph, transform)
+    return append_head(graph, loaded.head, _metadata(loaded), loaded.batcher.backbone.silence)
+
+
+def _metadata(loaded: Loaded) -> Mapping[str, str]:
+    """What a program needs besides the network: how inputs are prepared, and what the outputs mean."""
+    backbone = loaded.batcher.backbone
+    transform = backbone.spec.transform
+    metadata = {
+        "format": FORMAT,
+        "adapter": loaded.alias.name,
+        "version": str(loaded.version),
+        "task": loaded.head.task,
+        "backbone": backbone.spec.name,
+        "fingerprint": loaded.head.fingerprint,
+        "kind": backbone.spec.kind,
+        "licence": backbone.spec.licence,
+        "preprocessing": json.dumps(asdict(transform)),
+    }
+    if isinstance(transform, TextTransform):
+        metadata["tokenizer"] = _tokenizer(backbone.path / TOKENIZER_FILE, transform)
+    return metadata
+
+
+def _tokenizer(path: Path, transform: TextTransform) -> str:
+    """The tokenizer, which truncates and pads as the backbone does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(transform.max_tokens)
+    padding = tokenizer.id_to_token(transform.pad_id) or ""
+    tokenizer.enable_padding(pad_id=transform.pad_id, pad_token=padding)
+    return str(tokenizer.to_str())

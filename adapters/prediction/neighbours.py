@@ -1,0 +1,115 @@
+"""The nearest examples, as evidence for a prediction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.adaptation.repository import Keeping
+from adapters.cache.lru import Cache
+from adapters.examples.target import Target
+from adapters.registry.records import Alias, ExampleRecord
+from adapters.storage.artifact import Artifact
+from adapters.storage.formats import Evidence, decode_evidence
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A training example near an input.
+
+    target: as it was when the version was fitted. similarity: cosine, -1..1.
+    """
+
+    id: str
+    target: Target
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The examples that a version was fitted on and that are still kept, by the segment that they lie in."""
+
+    ids: Sequence[str]
+    targets: Sequence[Target]
+    segments: Mapping[Artifact, tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, roughly."""
+        return 300 * len(self.ids) + 200
+
+
+class Explaining:
+    """Finds nearest examples. For one event loop. Reads the database and the segments, once per commit."""
+
+    def __init__(self, keeping: Keeping, *, max_bytes: int = 16 << 20) -> None:
+        self._keeping = keeping
+        self._known: Cache[Known] = Cache(max_bytes, lambda known: known.nbytes)
+
+    def drop_of(self, tenant: str, name: str | None = None) -> None:
+        """Forget what is in memory of the tenant, or of its adapter of that name."""
+        self._known.drop_of(tenant, name)
+
+    async def nearest(self, alias: Alias, embeddings: Floats, count: int) -> list[tuple[Neighbour, ...]]:
+        """For each embedding, float32 (n, dim), the `count` most similar examples, the nearest first.
+
+        Examples removed or replaced by another input since the version was fitted are not among them. Raises
+        MissingArtifact, CorruptArtifact, RegistryUnavailable.
+        """
+        if alias.evidence is None:
+            return [() for _ in embeddings]
+        key = f"{alias.evidence.name}@{alias.epoch}"
+        known = await self._known.get(key, lambda: self._load(alias), (alias.tenant, alias.name))
+        queries = _unit(embeddings)
+        best: list[list[tuple[float, int]]] = [[] for _ in embeddings]
+        for segment, (indexes, rows) in known.segments.items():
+            vectors = await self._keeping.segment(alias.tenant, alias.uid, segment)
+            similarities = await asyncio.to_thread(_similarities, queries, vectors, rows)
+            for row, found in enumerate(similarities):
+                top = np.argsort(-found, kind="stable")[:count].tolist()
+                best[row] += [(-float(found[place]), int(indexes[place])) for place in top]
+        return [
+            tuple(
+                Neighbour(known.ids[index], known.targets[index], -negative)
+                for negative, index in sorted(candidates)[:count]
+            )
+            for candidates in best
+        ]
+
+    async def _load(self, alias: Alias) -> Known:
+        assert alias.evidence is not None
+        evidence = await self._keeping.read(alias.tenant, alias.uid, alias.evidence, decode_evidence)
+        _, examples = await asyncio.to_thread(self._keeping.registry.all_examples, alias.uid)
+        return await asyncio.to_thread(_join, evidence, examples)
+
+
+def _join(evidence: Evidence, examples: Sequence[ExampleRecord]) -> Known:
+    """What a version was fitted on, where it lies now. An id with another input is another example."""
+    kept = {example.id: example for example in examples}
+    places: dict[Artifact, list[tuple[int, int]]] = {}
+    for index, (name, digest) in enumerate(zip(evidence.ids, evidence.digests, strict=True)):
+        example = kept.get(name)
+        if example is not None and example.digest == digest:
+            places.setdefault(example.segment, []).append((index, example.row))
+    segments = {}
+    for segment, pairs in places.items():
+        array = np.array(pairs, np.int64)
+        segments[segment] = (array[:, 0], array[:, 1])
+    return Known(evidence.ids, evidence.targets, segments)
+
+
+def _similarities(queries: Floats, vectors: Floats, rows: NDArray[np.int64]) -> Floats:
+    similarities: Floats = queries @ _unit(vectors[rows]).T
+    return similarities
+
+
+def _unit(vectors: Floats) -> Floats:
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    unit: Floats = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit

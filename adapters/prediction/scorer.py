@@ -1,0 +1,221 @@
+"""Heads applied to embeddings: what comes at the same time for the same head is answered in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.heads.head import Head, Predictions
+from adapters.prediction.neighbours import Neighbour
+
+Floats = NDArray[np.float32]
+
+Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
+"""Why an answer had better not be relied on; of several reasons, the first of these."""
+
+# Probabilities are answered with six digits, because more are not known. They are never 0 or 1.
+_DIGITS = 6
+_LEAST, _MOST = 0.000001, 0.999999
+# Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
+_WEIGHTS_ON_LOOP = 1 << 16
+# With more, arrays are faster.
+_LABELS_OF_A_SINGLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is answered for one input; see head.Predictions.
+
+    confidence and probabilities: rounded to six digits, above 0 and below 1. distance: see
+    head.Predictions, six digits; None where too few examples were there to tell. label: of a classification.
+    labels: those assigned of a multilabel adapter. uncertain: of those and of the labels in probabilities,
+    the ones whose decision had better not be relied on. value: of a regression. probabilities: the top_k
+    labels with the highest first. truncated: of the text, only the start was read.
+    """
+
+    confidence: float
+    abstention_score: float
+    distance: float | None = None
+    abstention_reason: Reason | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    uncertain: tuple[str, ...] | None = None
+    value: float | None = None
+    probabilities: tuple[tuple[str, float], ...] = ()
+    nearest: tuple[Neighbour, ...] | None = None
+    truncated: bool = False
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the answer had better not be relied on."""
+        return self.abstention_reason is not None
+
+
+# Embeddings that wait, and who waits for their predictions.
+_Waiting = tuple[Floats, asyncio.Future[list[Prediction]]]
+
+
+class Answering:
+    """For one event loop. observe(seconds) is called with the seconds of each pass.
+
+    Callers whose inputs were in one batch of a backbone wake together. A head is forty small operations of
+    numpy, whatever the number of rows, so those that share one share the pass.
+    """
+
+    def __init__(self, observe: Callable[[float], None]) -> None:
+        self._observe = observe
+        self._waiting: dict[tuple[int, int], tuple[Head, list[_Waiting]]] = {}
+
+    async def answer(
+        self, head: Head, embeddings: Floats, top_k: int, *, alone: bool = False
+    ) -> list[Prediction]:
+        """A prediction for each row of the embeddings, float32 (n, dim). alone: nobody comes with it."""
+        if head.weight.size > _WEIGHTS_ON_LOOP:
+            return await asyncio.to_thread(self._pass, head, embeddings, top_k)
+        if alone and not self._waiting:
+            return self._pass(head, embeddings, top_k)
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # Runs after everybody who woke in this round of the loop has come here.
+            loop.call_soon(self._flush)
+        future: asyncio.Future[list[Prediction]] = loop.create_future()
+        _, waiting = self._waiting.setdefault((id(head), top_k), (head, []))
+        waiting.append((embeddings, future))
+        return await future
+
+    def _flush(self) -> None:
+        groups, self._waiting = self._waiting, {}
+        for (_, top_k), (head, waiting) in groups.items():
+            try:
+                answers = self._pass(head, np.concatenate([rows for rows, _ in waiting]), top_k)
+            except Exception as error:
+                for _, future in waiting:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            begin = 0
+            for rows, future in waiting:
+                end = begin + len(rows)
+                if not future.done():  # the caller may have gone
+                    future.set_result(answers[begin:end])
+                begin = end
+
+    def _pass(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
+        started = time.perf_counter()
+        if len(embeddings) == 1 and head.task == "classification" and len(head.labels) <= _LABELS_OF_A_SINGLE:
+            answers = [single(head, embeddings[0], top_k)]
+        else:
+            answers = shape(head, head.predict(embeddings), top_k)
+        self._observe(time.perf_counter() - started)
+        return answers
+
+
+def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
+    """What `shape` makes of `predict`, for one row, (dim,), of a classification.
+
+    A call of numpy costs microseconds when a network has just thrown it out of the processor's caches, and
+    the other way has sixty; here Python's own arithmetic, in double precision, goes over the labels.
+    """
+    logits: list[float] = head.logits(embedding).tolist()
+    top = max(logits)
+    chances = [math.exp(logit - top) for logit in logits]
+    total = sum(chances)
+    kept, spread = (1.0 - head.smoothing) / total, head.smoothing / len(chances)
+    chances = [chance * kept + spread for chance in chances]
+    energy = top + math.log(total)
+    score = _evidence((head.doubt.energy_mean - energy) / head.doubt.energy_deviation)
+    distance = None
+    if (region := head.region) is not None:
+        squared = region.squared_distance_of(embedding)
+        distance = math.sqrt(squared / region.limit)
+        score += _evidence((math.log(max(squared, 1e-30)) - region.log_mean) / region.log_deviation)
+    order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:top_k]
+    far = distance is not None and distance > 1.0
+    reason = _reason(head, far=far, doubtful=chances[order[0]] < head.threshold)
+    shown = tuple(
+        (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), _MOST)) for place in order
+    )
+    return Prediction(
+        confidence=shown[0][1],
+        abstention_score=score,
+        distance=None if distance is None else round(distance, _DIGITS),
+        abstention_reason=reason,
+        label=shown[0][0],
+        probabilities=shown,
+    )
+
+
+def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
+    """Why to abstain from an answer for an embedding."""
+    if not head.measured:
+        return "not_measured"
+    if far:
+        return "far_from_examples"
+    return "low_confidence" if doubtful else None
+
+
+def _evidence(surprise: float) -> float:
+    """See head.py."""
+    return float((max(surprise, 0.0) + math.log1p(math.exp(-abs(surprise)))) ** 2)
+
+
+def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
+    """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
+    count = min(top_k, len(head.labels))
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
+    chances = _shown(found.probabilities[np.arange(len(order))[:, None], order]).tolist()
+    values = None if found.values is None else found.values.tolist()
+    single = head.task == "classification"
+    answers = []
+    for row, (places, confidence, abstained, distance, score) in enumerate(
+        zip(
+            order.tolist(),
+            _shown(found.confidence).tolist(),
+            found.abstained.tolist(),
+            found.distance.tolist(),
+            found.abstention_score.tolist(),
+            strict=True,
+        )
+    ):
+        ranked = [head.labels[place] for place in places]
+        answers.append(
+            Prediction(
+                confidence=confidence,
+                abstention_score=score,
+                distance=None if head.region is None else round(distance, _DIGITS),
+                abstention_reason=_reason(head, far=distance > 1.0, doubtful=True) if abstained else None,
+                label=ranked[0] if single else None,
+                labels=_assigned(head, found, row),
+                uncertain=_uncertain(head, found, row, places),
+                value=None if values is None else values[row],
+                probabilities=tuple(zip(ranked, chances[row], strict=True)),
+            )
+        )
+    return answers
+
+
+def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | None:
+    if found.assigned is None:
+        return None
+    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.assigned[row]))
+
+
+def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -> tuple[str, ...] | None:
+    """Those of the labels in the answer whose decision is uncertain. shown: places of its probabilities."""
+    if found.assigned is None or found.uncertain is None:
+        return None
+    answered = found.assigned[row].copy()
+    answered[list(shown)] = True
+    return tuple(head.labels[int(place)] for place in np.flatnonzero(found.uncertain[row] & answered))
+
+
+def _shown(chances: Floats) -> NDArray[np.float64]:
+    """Probabilities as they are answered."""
+    return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)

@@ -1,0 +1,1 @@
+"""Fits a head on embeddings. Numpy alone."""

@@ -1,0 +1,291 @@
+"""Fits and measures a head that gives every input one label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.heads.head import Head, directions_for, doubt_of, smoothed, softmax, storable
+from adapters.heads.novelty import fit_region
+from adapters.heads.scaling import basis_of, scaling_of
+from adapters.probe import calibration
+from adapters.probe.budget import Plan
+from adapters.probe.cross_validation import CrossValidation, Prepared, strength_penalty
+from adapters.probe.lda import Discriminant
+from adapters.probe.logistic import Softmax
+
+Floats = NDArray[np.float32]
+
+# Pseudo-examples that are added to each label's count.
+_PRIOR_EXAMPLES = 20.0
+_MOST_SUSPECTS = 50
+_MOST_CONFUSIONS = 500
+# A label that is recognised less often than this is worth a warning, which names so many.
+_LOW_RECALL = 0.5
+_MOST_NAMED = 5
+
+
+def fit_classification(
+    data: Prepared, labels: NDArray[np.int64], names: tuple[str, ...]
+) -> tuple[Head, dict[str, Any], Floats]:
+    """Head, report and scores (n,) for labels, numbers of names (n,); see linear_probe.fit."""
+    count = len(names)
+    region = fit_region(data.embeddings, labels, data.folds, directions_for(count, data.embeddings.shape[1]))
+    scaling = scaling_of(data.embeddings)
+    features = scaling.apply(data.embeddings, into=data.embeddings)
+    basis = basis_of(features, data.plan.columns)
+    sizes = np.bincount(labels, minlength=count)
+    rows = basis.design.rows[:, :-1]
+    discriminant = Discriminant(rows, labels, count, data.folds, features.shape[1])
+    measured_folds = range(_held_out(data.plan, data.folds))
+    others = np.zeros((count, len(labels)), dtype=np.float32)
+    others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
+    # How frequent labels were in training is taken out of the logits, and what is known of it put in.
+    trained = np.log(sizes / sizes.sum()).astype(np.float32)
+    priors = _priors(labels[data.sampled], count, data.balanced)
+    measured = data.sampled & (data.folds >= 0)
+    tellable = len(np.unique(labels[measured])) > 1
+    # Each example held out was missing with the others of its fold.
+    trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
+    usual = calibration.usual_spread(count, trained_share * len(labels) / count)
+
+    def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:
+        some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
+        return calibration.blend(
+            logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], usual
+        )
+
+    def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:
+        found = blend(logits, rows)
+        return found.loss + strength_penalty(strength, len(rows)), found.stretch
+
+    chosen = CrossValidation(
+        basis.design,
+        Softmax(labels),
+        count,
+        data.folds,
+        _training(labels, data.folds, sizes),
+        data.memory_bytes,
+    ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
+    found = calibration.grown(blend(chosen.logits, chosen.rows), trained_share)
+    kept = data.sampled[chosen.rows]
+    held, own = chosen.rows[kept], labels[chosen.rows[kept]]
+    logits = found.slope * (chosen.logits[:, kept] - trained[:, None]) + found.other * others[:, held]
+    logits = np.ascontiguousarray((logits + priors[:, None]).T)
+    groups = len(np.unique(data.groups[held]))
+    smoothing = calibration.smoothing(groups)
+    probabilities = smoothed(softmax(logits), smoothing, count)
+    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    right = answers == own
+    threshold = calibration.answer_threshold(confidence, right, data.answer_accuracy)
+    solved = found.slope * chosen.weights
+    solved[:, -1] -= found.slope * trained
+    if found.other:
+        solved += found.other * discriminant.weights()
+    solved[:, -1] += priors
+    weight, bias = basis.weights(solved)
+    head = Head(
+        task="classification",
+        fingerprint=data.fingerprint,
+        labels=names,
+        scaling=scaling,
+        weight=storable(weight),
+        bias=bias,
+        doubt=doubt_of(threshold, logits, "classification"),
+        region=region,
+        smoothing=smoothing,
+        measured=tellable,
+    )
+    scores = np.full(len(labels), np.nan, dtype=np.float32)
+    scores[held] = right
+    unmeasured = data.sampled & (data.folds < 0)
+    report = report_of(
+        Measured(probabilities, held, own),
+        sizes,
+        names,
+        groups=groups,
+        unmeasured=labels[unmeasured],
+        trained_share=trained_share,
+    ) | {
+        "strength": chosen.strength,
+        "temperature": 1.0 / found.slope,
+        "discriminant": found.other,
+        "threshold": threshold,
+    }
+    return head, report, scores
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was held out: probabilities (m, labels), which rows they are of (m,), and their labels (m,)."""
+
+    probabilities: Floats
+    rows: NDArray[np.int64]
+    own: NDArray[np.int64]
+
+
+def report_of(
+    held_out: Measured,
+    sizes: NDArray[np.int64],
+    names: tuple[str, ...],
+    *,
+    groups: int | None = None,
+    unmeasured: NDArray[np.int64] | None = None,
+    trained_share: float = 1.0,
+) -> dict[str, Any]:
+    """What examples held out say of labels, numbers of names.
+
+    sizes: how many examples each label has in all. unmeasured: labels (u,) of examples to be measured that
+    could not be held out, for each is the only one of its label: what cannot be predicted when it is held
+    out was predicted wrongly. groups, trained_share: see calibration.accuracy_interval.
+    """
+    probabilities, own = held_out.probabilities, held_out.own
+    alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
+    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    right = answers == own
+    # Two labels have to be told apart.
+    measured = len(np.unique(own)) > 1
+    wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
+    hits = np.bincount(own[right], minlength=len(names))
+    doubtful = calibration.suspects(probabilities, own)
+    report: dict[str, Any] = {
+        "accuracy": float(right.sum() / (len(own) + len(alone))) if measured else None,
+        "accuracy_interval": calibration.accuracy_interval(
+            right, groups=groups, unmeasured=len(alone), trained_share=trained_share
+        )
+        if measured
+        else None,
+        "balanced_accuracy": float(np.mean((hits / np.maximum(wanted, 1))[wanted > 0])) if measured else None,
+        "majority_share": float(wanted.max() / wanted.sum()) if wanted.sum() else None,
+        "labels_not_measured": int((np.bincount(own, minlength=len(names)) == 0).sum()),
+        "per_label": _per_label(own, answers, sizes, names),
+        "confusion": _confusion(own, answers, names),
+        "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
+        "suspects": _suspects(held_out, doubtful[:_MOST_SUSPECTS], names),
+        "suspects_total": len(doubtful),
+    }
+    return report | {"warnings": _warnings(report)}
+
+
+def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a person should know who reads the accuracy alone."""
+    if report["accuracy"] is None:
+        return []
+    found = []
+    if report["labels_not_measured"]:
+        detail = (
+            f"{report['labels_not_measured']} labels have too few examples to be measured; where they should "
+            "be answered counts as wrong. Send two examples of each label, or more."
+        )
+        found.append({"code": "labels_not_measured", "detail": detail})
+    if report["accuracy_interval"][0] <= report["majority_share"]:
+        detail = (
+            f"The most frequent label is right in {100 * report['majority_share']:.0f} % of the examples, "
+            "and these are too few, or too hard, to show that the adapter does better."
+        )
+        found.append({"code": "no_better_than_majority", "detail": detail})
+    missed = [name for name, one in report["per_label"].items() if (one["recall"] or 0.0) < _LOW_RECALL]
+    missed = [name for name in missed if report["per_label"][name]["recall"] is not None]
+    if missed:
+        shown = ", ".join(repr(name) for name in missed[:_MOST_NAMED]) + (
+            " and others" if len(missed) > _MOST_NAMED else ""
+        )
+        detail = (
+            f"Less than half is recognised of {shown}. Send more examples of them, or, if they are rare and "
+            'matter as much as others, use "weights": "balanced".'
+        )
+        found.append({"code": "low_recall", "detail": detail})
+    return found
+
+
+def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
+    """Log frequencies (count,) of labels (m,), drawn to equal ones as far as chance would explain the rest.
+
+    James and Stein's estimate (1961), positive part: what the counts differ by more than they would if all
+    labels were equally frequent. A few more examples of each label are counted, too.
+    """
+    sizes = np.bincount(labels, minlength=count).astype(np.float64)
+    equal = max(sizes.sum(), 1.0) / count
+    differing = float(((sizes - equal) ** 2).sum() / equal)
+    share = 0.0 if balanced or not differing else max(0.0, 1.0 - (count - 1) / differing)
+    result: Floats = np.log(equal + share * (sizes - equal) + _PRIOR_EXAMPLES).astype(np.float32)
+    return result - np.float32(np.log(np.exp(result).sum()))
+
+
+def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:
+    """How many folds, the first ones, the search or the report holds out."""
+    return min(max(plan.searched, plan.held_out), int(folds.max(initial=-1)) + 1)
+
+
+def _share(labels: NDArray[np.int64], sizes: NDArray[np.int64], every: int) -> NDArray[np.int64]:
+    """Ascending rows of every so manyth example of each label, at least two of it."""
+    order = np.argsort(labels, kind="stable")
+    places = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[(places % every == 0) | (places < 2)])
+
+
+def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+    """Row weights (k, n) of each fold's training.
+
+    Without a fold a label is rarer than it is. In few examples that is a lot, and what was held out would
+    look less likely than it is: the rest of the label stands in for it.
+    """
+    weights = np.empty((int(folds.max()) + 1, len(labels)), dtype=np.float32)
+    for fold, row in enumerate(weights):
+        trained = folds != fold
+        left = np.bincount(labels[trained], minlength=len(sizes))
+        row[:] = (sizes / np.maximum(left, 1)).astype(np.float32)[labels]
+        row[~trained] = 0.0
+    return weights
+
+
+def _per_label(
+    own: NDArray[np.int64], answers: NDArray[np.int64], sizes: NDArray[np.int64], names: tuple[str, ...]
+) -> dict[str, dict[str, float | int | None]]:
+    """Precision, recall and F1 held out, None where nothing is to divide by. support: all examples."""
+    count = len(names)
+    hits = np.bincount(own[own == answers], minlength=count).tolist()
+    given = np.bincount(answers, minlength=count).tolist()
+    held = np.bincount(own, minlength=count).tolist()
+    return {
+        name: {
+            "precision": hit / answered if answered else None,
+            "recall": hit / there if there else None,
+            "f1": 2.0 * hit / (answered + there) if there else None,
+            "support": support,
+        }
+        for name, hit, answered, there, support in zip(names, hits, given, held, sizes.tolist(), strict=True)
+    }
+
+
+def _confusion(
+    own: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """label -> label answered -> examples; of many labels the right answers and the usual mistakes."""
+    pairs, counts = np.unique(own * len(names) + answers, return_counts=True)
+    mistakes = np.flatnonzero(pairs // len(names) != pairs % len(names))
+    left_out = set(mistakes[np.argsort(-counts[mistakes], kind="stable")][_MOST_CONFUSIONS:].tolist())
+    confusion: dict[str, dict[str, int]] = {}
+    for place, (pair, number) in enumerate(zip(pairs.tolist(), counts.tolist(), strict=True)):
+        if place not in left_out:
+            confusion.setdefault(names[pair // len(names)], {})[names[pair % len(names)]] = number
+    return confusion
+
+
+def _suspects(
+    held_out: Measured, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Doubtful labels by row, with the probability of what the example looks like."""
+    return [
+        {
+            "index": int(held_out.rows[place]),
+            "label": names[held_out.own[place]],
+            "looks_like": names[other],
+            "confidence": float(held_out.probabilities[place, other]),
+        }
+        for place, other in doubtful
+    ]

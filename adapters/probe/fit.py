@@ -1,0 +1,224 @@
+"""Fits a head on embeddings and measures it on examples that it did not see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.examples.copies import together, with_misled
+from adapters.examples.target import ANSWER_ACCURACY, Target, Task, folds, labels_of
+from adapters.heads.head import Head
+from adapters.probe.budget import Plan, plan, predicted_seconds
+from adapters.probe.classification import fit_classification
+from adapters.probe.cross_validation import Prepared
+from adapters.probe.multilabel import fit_multilabel
+from adapters.probe.regression import fit_ridge
+
+Floats = NDArray[np.float32]
+
+__all__ = [
+    "Dataset",
+    "Fitted",
+    "OneLabel",
+    "ProbeConfig",
+    "TooCostly",
+    "expected_seconds",
+    "fit",
+    "predicted_seconds",
+]
+
+
+_NOT_MEASURED = {
+    "code": "not_measured",
+    "detail": "There are too few examples to say how good it is, so it abstains on everything. Send two "
+    "distinct examples of each label, or three numbers.",
+}
+
+
+class OneLabel(ValueError):
+    """There is nothing to tell apart: all examples have one label."""
+
+    code = "one_label"
+
+
+class TooCostly(ValueError):
+    """The fit is predicted to take longer than allowed; predicted_seconds says how long."""
+
+    code = "fit_too_large"
+
+    def __init__(self, predicted_seconds: float, limit_seconds: float) -> None:
+        super().__init__(
+            f"Fitting these examples would take about {predicted_seconds:.0f} s and at most "
+            f"{limit_seconds:.0f} s are allowed; send fewer examples or labels."
+        )
+        self.predicted_seconds = predicted_seconds
+        self.limit_seconds = limit_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Examples ready to be fitted: one row per example, in any order.
+
+    embeddings: float32 (n, dim), finite. targets: n, normalised. digests: n, of the inputs. fingerprint: of
+    the backbone that made the embeddings. groups: n, the tenant's name for what belongs together (a customer,
+    a video), "" for none; examples of one group never judge each other. sampled: n, False for what was
+    chosen for being wrong or hard: it is learned from and not measured on. Both may be empty: no groups, all
+    sampled.
+    """
+
+    embeddings: Floats
+    targets: Sequence[Target]
+    digests: Sequence[str]
+    task: Task
+    fingerprint: str
+    groups: Sequence[str] = ()
+    sampled: Sequence[bool] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """How to fit.
+
+    answer_accuracy: wanted of what is not abstained on. balanced: labels count as equally frequent, whatever
+    the examples say. memory_bytes: bound above the inputs. limit_seconds: fits that are predicted to take
+    longer are refused.
+    """
+
+    answer_accuracy: float = ANSWER_ACCURACY
+    balanced: bool = False
+    memory_bytes: int = 512 << 20
+    limit_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A head with what is known of it.
+
+    report: JSON-able; suspects name rows of the dataset by "index". scores: float32 (n,), out of fold: 1 or
+    0 for right or wrong (F1 of its labels, for multilabel), minus the squared error for regression; NaN for
+    examples that were never held out.
+    """
+
+    head: Head
+    report: dict[str, Any]
+    scores: Floats
+
+
+def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
+    """A head for the examples, with everything reported from out-of-fold predictions.
+
+    Deterministic: the same examples in any order give the same bytes. Raises OneLabel, TooCostly.
+    """
+    expected_seconds(data, config)
+    names = _names(data)
+    n, dim = data.embeddings.shape
+    order = _canonical_order(data)
+    embeddings = np.ascontiguousarray(data.embeddings[order], dtype=np.float32)
+    targets = [data.targets[row] for row in order]
+    digests = [data.digests[row] for row in order]
+    tenant_groups = [data.groups[row] for row in order] if data.groups else ()
+    sampled = np.array([data.sampled[row] for row in order] if data.sampled else np.ones(n), dtype=np.bool_)
+    belonging = together(embeddings, digests, tenant_groups)
+    keys = with_misled(belonging.keys, embeddings, targets, sampled)
+    groups = np.unique(np.array(keys), return_inverse=True)[1]
+    per_label = _per_label(keys, targets) if data.task == "classification" else None
+    course = plan(n, dim, len(names), int(groups.max()) + 1, per_label)
+    dealt = folds(keys, targets, course.folds)
+    used = np.unique(dealt[dealt >= 0])
+    # One fold alone measures nothing.
+    dealt = (
+        np.where(dealt < 0, -1, np.searchsorted(used, dealt)) if len(used) > 1 else np.full_like(dealt, -1)
+    )
+    prepared = Prepared(
+        embeddings=embeddings,
+        folds=dealt,
+        groups=groups,
+        sampled=sampled,
+        plan=course,
+        fingerprint=data.fingerprint,
+        answer_accuracy=config.answer_accuracy,
+        balanced=config.balanced,
+        memory_bytes=config.memory_bytes - embeddings.nbytes,
+    )
+    more = {"near_copies": belonging.near_copies}
+    if data.task == "regression":
+        head, report, scores = fit_ridge(prepared, np.array(targets, dtype=np.float64))
+        return _in_order(order, head, {**report, **more}, scores)
+    place = {name: index for index, name in enumerate(names)}
+    if data.task == "classification":
+        labels = np.array([place[str(target)] for target in targets], dtype=np.int64)
+        head, report, scores = fit_classification(prepared, labels, names)
+    else:
+        assigned = np.zeros((n, len(names)), dtype=np.bool_)
+        for row, target in enumerate(targets):
+            assigned[row, [place[label] for label in labels_of(target)]] = True
+        head, report, scores = fit_multilabel(prepared, assigned, names)
+    method = _method(len(used), course) if head.measured else "not measured"
+    return _in_order(order, head, {**report, **more, "method": method}, scores)
+
+
+def expected_seconds(data: Dataset, config: ProbeConfig = ProbeConfig()) -> float:
+    """Seconds that `fit` is expected to take. Raises OneLabel and TooCostly, as it does."""
+    n, dim = data.embeddings.shape
+    predicted = predicted_seconds(n, dim, len(_names(data)), data.task)
+    if predicted > config.limit_seconds:
+        raise TooCostly(predicted, config.limit_seconds)
+    return predicted
+
+
+def _method(folds: int, course: Plan) -> str:
+    measured = max(course.held_out, 0 if course.share > 1 else course.searched)
+    if measured < folds:
+        return f"{measured} of {folds} folds held out"
+    return f"{folds}-fold out-of-fold"
+
+
+def _names(data: Dataset) -> tuple[str, ...]:
+    """The labels in order. Raises OneLabel."""
+    if len(set(data.targets)) < 2:
+        raise OneLabel(
+            "All examples have the same target, so there is nothing to tell apart; "
+            "send examples of at least two labels."
+        )
+    if data.task == "classification":
+        return tuple(sorted({str(target) for target in data.targets}))
+    if data.task == "multilabel":
+        return tuple(sorted({label for target in data.targets for label in labels_of(target)}))
+    return ()
+
+
+def _per_label(keys: Sequence[str], targets: Sequence[Target]) -> int | None:
+    """How many groups an example's label usually has, of labels that have two or more; None without any."""
+    sizes = Counter(target for _, target in set(zip(keys, targets, strict=True)))
+    many = sorted(size for size in sizes.values() if size > 1)
+    half = sum(many) / 2.0
+    return next((size for size, there in zip(many, accumulate(many), strict=True) if there >= half), None)
+
+
+def _canonical_order(data: Dataset) -> list[int]:
+    """Rows in an order that depends on what they hold only, so that sums round alike."""
+    copies = Counter(zip(data.digests, data.targets, strict=True))
+
+    def key(row: int) -> tuple[str, Target, bytes]:
+        digest, target = data.digests[row], data.targets[row]
+        # The embedding of one input may differ in its last bits between batches.
+        return digest, target, data.embeddings[row].tobytes() if copies[digest, target] > 1 else b""
+
+    return sorted(range(len(data.digests)), key=key)
+
+
+def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> Fitted:
+    """Back from canonical rows to the caller's, and told what was not measured."""
+    if not head.measured:
+        report["warnings"] = [*report["warnings"], dict(_NOT_MEASURED)]
+    back = np.empty(len(order), dtype=np.float32)
+    back[order] = scores
+    for suspect in report.get("suspects", ()):
+        suspect["index"] = order[suspect["index"]]
+    return Fitted(head, report, back)

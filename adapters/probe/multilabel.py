@@ -1,0 +1,341 @@
+"""Fits and measures a head that gives every input any number of labels: one logistic regression for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.heads.head import Head, directions_for, doubt_of, sigmoid, smoothed, storable
+from adapters.heads.novelty import fit_region
+from adapters.heads.scaling import basis_of, scaling_of
+from adapters.probe import calibration
+from adapters.probe.cross_validation import CrossValidation, Prepared
+from adapters.probe.logistic import Sigmoid
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+
+# The threshold that gives the best F1 is half of it (Lipton et al. 2014): for rare labels far below 0.05.
+_GRID = np.concatenate([np.arange(1, 5) / 100.0, np.arange(1, 20) / 20.0]).astype(np.float32)
+# A label's own best threshold counts as much as the common one when it has this many examples.
+_PRIOR_EXAMPLES = 10.0
+# Examples with a label, and without it, as if seen beforehand: few examples do not make a label rare.
+_PRIOR_COUNT = 0.5
+_MOST_SUSPECTS = 50
+# Decisions of as many examples as give about so many: more move no temperature and no threshold.
+_MOST_DECISIONS = 1 << 21
+# A decision is suspect where it is less than this share of as likely as such decisions usually are.
+_SUSPECT_SHARE = 0.25
+_LAST = np.array([-1])
+
+
+def fit_multilabel(
+    data: Prepared, targets: Bools, names: tuple[str, ...]
+) -> tuple[Head, dict[str, Any], Floats]:
+    """Head, report and scores (n,) for targets, which names are there (n, labels); see linear_probe.fit."""
+    count = len(names)
+    together = np.zeros(len(targets), dtype=np.int64)
+    region = fit_region(
+        data.embeddings, together, data.folds, directions_for(count, data.embeddings.shape[1])
+    )
+    scaling = scaling_of(data.embeddings)
+    features = scaling.apply(data.embeddings, into=data.embeddings)
+    basis = basis_of(features, data.plan.columns)
+    truth = np.ascontiguousarray(targets.T, dtype=np.float32)
+    training = (data.folds != np.arange(int(data.folds.max()) + 1)[:, None]).astype(np.float32)
+    frequencies = _Frequencies.of(truth, training)
+
+    def calibrate(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
+        """The loss of logits (labels, m) held out, and the slope by which they count beyond frequencies."""
+        sampled = np.flatnonzero(data.sampled[rows])
+        some = sampled[:: 1 + count * len(sampled) // _MOST_DECISIONS]
+        folds = data.folds[rows[some]]
+        temperature, loss = calibration.sigmoid_temperature(
+            frequencies.beyond(logits[:, some], folds),
+            truth[:, rows[some]],
+            strength,
+            frequencies.base[:, folds],
+        )
+        return loss, 1.0 / temperature
+
+    def loss(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
+        value, slope = calibrate(logits, rows, strength)
+        return value, slope / calibration.usual_slope(strength)
+
+    chosen = CrossValidation(
+        basis.design, Sigmoid(truth), count, data.folds, training, data.memory_bytes
+    ).choose(
+        data.plan, np.arange(0, len(targets), data.plan.share), loss, intercepts=frequencies.trained[:, :-1]
+    )
+    sampled = data.sampled[chosen.rows]
+    rows = chosen.rows[sampled]
+    folds = data.folds[rows]
+    slope = calibrate(chosen.logits, chosen.rows, chosen.strength)[1]
+    beyond = frequencies.beyond(chosen.logits[:, sampled], folds)
+    logits = np.ascontiguousarray((np.float32(slope) * beyond + frequencies.base[:, folds]).T)
+    del beyond
+    smoothing = calibration.smoothing(len(np.unique(data.groups[rows])))
+    held = _HeldOut(
+        probabilities=smoothed(sigmoid(logits), smoothing, 2),
+        own=targets[rows],
+        known=frequencies.known[:, folds].T,
+        usual=frequencies.usual[:, folds].T,
+        folds=folds,
+        groups=data.groups[rows],
+    )
+    decisions, assigned = held.decide()
+    certain = held.certain(assigned, data.answer_accuracy)
+    weight, intercept = basis.weights(np.where(frequencies.known[:, -1:], chosen.weights, np.float32(0.0)))
+    bias = frequencies.base[:, -1] + np.float32(slope) * frequencies.beyond(intercept[:, None], _LAST)[:, 0]
+    head = Head(
+        task="multilabel",
+        fingerprint=data.fingerprint,
+        labels=names,
+        scaling=scaling,
+        weight=storable(np.float32(slope) * weight),
+        bias=bias,
+        doubt=doubt_of(0.0, logits, "multilabel"),
+        region=region,
+        decisions=decisions,
+        smoothing=smoothing,
+        certain=certain,
+        measured=bool(held.known.any()),
+    )
+    scores = np.full(len(targets), np.nan, dtype=np.float32)
+    if head.measured:
+        answers = assigned.sum(axis=1) + held.own.sum(axis=1)
+        scores[rows] = np.where(
+            answers, 2.0 * (assigned & held.own).sum(axis=1) / np.maximum(answers, 1), 1.0
+        )
+    report = held.report(assigned) | {
+        "per_label": held.per_label(assigned, targets.sum(axis=0), decisions, names),
+        **held.suspects(rows, names),
+        "strength": chosen.strength,
+        "temperature": 1.0 / slope,
+        "certain": {"given": certain[0], "not_given": certain[1]},
+    }
+    return head, report, scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Frequencies:
+    """How frequent labels are among what solutions were trained on: what is said without seeing an input.
+
+    (labels, folds + 1), a column for the training of each fold, and the last one for all examples. trained:
+    float32, log-odds. base: the same drawn to even odds, as it counts in predictions. known: bool, whether
+    there were examples with the label and without, so that something could be learned. usual: bool, whether
+    most had the label.
+    """
+
+    trained: Floats
+    base: Floats
+    known: Bools
+    usual: Bools
+
+    @classmethod
+    def of(cls, truth: Floats, training: Floats) -> _Frequencies:
+        """Of targets (labels, n), and the rows that each fold's solution is trained on, (folds, n)."""
+        parts = np.concatenate([training, np.ones((1, truth.shape[1]), dtype=np.float32)])
+        have = (truth @ parts.T).astype(np.float64)
+        lack = parts.sum(axis=1) - have
+        known = (have > 0) & (lack > 0)
+        trained = np.log(np.where(known, have, 1.0) / np.where(known, lack, 1.0))
+        base = np.log((have + _PRIOR_COUNT) / (lack + _PRIOR_COUNT))
+        return cls(trained.astype(np.float32), base.astype(np.float32), known, have > lack)
+
+    def beyond(self, logits: Floats, columns: Integers) -> Floats:
+        """What logits (labels, m) of these solutions (m,) add to the log-odds; 0 where nothing is known."""
+        more: Floats = np.where(self.known[:, columns], logits - self.trained[:, columns], np.float32(0.0))
+        return more
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    """Decisions on m examples held out, and what is measured on them.
+
+    probabilities: float32 (m, labels). own: bool (m, labels), the labels that are there. known, usual: bool
+    (m, labels), see _Frequencies. folds, groups: (m,).
+    """
+
+    probabilities: Floats
+    own: Bools
+    known: Bools
+    usual: Bools
+    folds: Integers
+    groups: Integers
+
+    def decide(self) -> tuple[Floats, Bools]:
+        """Probabilities from which labels are assigned (labels,), and what is assigned held out (m, labels).
+
+        The thresholds that measure a fold come from the others, as everything else does. A label that all
+        of its training had, or none, is assigned to all of the fold, or to none.
+        """
+        folds = np.unique(self.folds)
+        counts = [self._counts(self.folds == fold) for fold in folds]
+        total = sum(counts, np.zeros((2 * len(_GRID) + 1, self.own.shape[1])))
+        assigned = self.usual.copy()
+        for fold, part in zip(folds, counts, strict=True):
+            there = self.folds == fold
+            given = self.probabilities[there] >= _best_thresholds(total - part)
+            assigned[there] = np.where(self.known[there], given, self.usual[there])
+        return _best_thresholds(total), assigned
+
+    def _counts(self, there: Bools) -> Doubles:
+        """Of these rows: hits and labels given at each threshold, and labels there, (2 grid + 1, labels)."""
+        probabilities, known = self.probabilities[there], self.known[there]
+        own = self.own[there] & known
+        result = np.empty((2 * len(_GRID) + 1, own.shape[1]))
+        for place, edge in enumerate(_GRID):
+            given = (probabilities >= edge) & known
+            result[place], result[len(_GRID) + place] = (given & own).sum(axis=0), given.sum(axis=0)
+        result[-1] = own.sum(axis=0)
+        return result
+
+    def certain(self, assigned: Bools, wanted: float) -> tuple[float, float]:
+        """The confidence from which the wanted share of decisions is right: labels given, and not given.
+
+        Apart, because labels not given are nearly always right and would vouch for those that are.
+        """
+        some = slice(None, None, 1 + assigned.size // _MOST_DECISIONS)
+        answer, known, probabilities = assigned[some], self.known[some], self.probabilities[some]
+        right = answer == self.own[some]
+        given, absent = answer & known, ~answer & known
+        return (
+            calibration.answer_threshold(probabilities[given], right[given], wanted),
+            calibration.answer_threshold(1.0 - probabilities[absent], right[absent], wanted),
+        )
+
+    def report(self, assigned: Bools) -> dict[str, Any]:
+        """The numbers of all labels together; a label that could not be learned counts as missed."""
+        measured = bool(self.known.any())
+        hits, given, there = _counts(self.own, assigned).sum(axis=1).tolist()
+        micro_f1 = _f1(hits, given, there) if measured else None
+        interval = self._f1_interval(assigned) if micro_f1 is not None else None
+        constant = _constant_f1(self.own.sum(axis=0), len(self.own)) if measured else None
+        warnings = []
+        if interval is not None and constant is not None and interval[0] <= constant:
+            detail = (
+                f"The same labels for every input have an F1 of {constant:.2f}: it is not known to do better."
+            )
+            warnings.append({"code": "no_better_than_constant", "detail": detail})
+        known = self.known
+        return {
+            "micro_f1": micro_f1,
+            "micro_f1_interval": interval,
+            "constant_f1": constant,
+            "exact_match": float((assigned == self.own).all(axis=1).mean()) if measured else None,
+            "labels_not_measured": int((~(self.own & known).any(axis=0)).sum()),
+            "calibration_error": calibration.calibration_error(self.probabilities[known], self.own[known])
+            if measured
+            else None,
+            "warnings": warnings,
+        }
+
+    def _f1_interval(self, assigned: Bools) -> list[float]:
+        """Where, with 95 % confidence, micro-F1 will lie on a test; see calibration.share_interval.
+
+        F1 is a share: of labels hit, in the mean of labels given and labels there. By how much this differs
+        from group to group of examples says how many independent answers they are worth.
+        """
+        place = np.unique(self.groups, return_inverse=True)[1]
+        hits = np.bincount(place, weights=(self.own & assigned).sum(axis=1))
+        answers = np.bincount(place, weights=0.5 * (self.own.sum(axis=1) + assigned.sum(axis=1)))
+        n, total = len(answers), float(answers.sum())
+        share = float(hits.sum()) / total
+        scatter = float(((hits - share * answers) ** 2).sum()) * n / max(n - 1, 1)
+        spread = share * (1.0 - share) * total**2
+        # Never more than there are: chance makes the scatter too small now and then.
+        worth = min(spread / scatter, total) if spread and scatter else total
+        return calibration.share_interval(share, worth, n)
+
+    def per_label(
+        self, assigned: Bools, support: Integers, decisions: Floats, names: tuple[str, ...]
+    ) -> dict[str, dict[str, float | int | None]]:
+        """Precision, recall and F1, None for labels not measured; support (labels,): all examples."""
+        hits, given, there = _counts(self.own & self.known, assigned & self.known).tolist()
+        return {
+            name: {
+                "precision": hit / answered if answered else None,
+                "recall": hit / present if present else None,
+                "f1": _f1(hit, answered, present) if present else None,
+                "support": count,
+                "threshold": threshold,
+            }
+            for name, hit, answered, present, count, threshold in zip(
+                names, hits, given, there, support.tolist(), decisions.tolist(), strict=True
+            )
+        }
+
+    def suspects(self, rows: Integers, names: tuple[str, ...]) -> dict[str, Any]:
+        """Labels that look missing or wrong, the most doubtful first; rows (m,): which examples these are.
+
+        Confident learning (Northcutt et al. 2021) for each label, yes or no: the other answer is at least as
+        likely as it usually is where it is given, and the one given a quarter as likely as usual.
+        """
+        there, absent = self.own & self.known, ~self.own & self.known
+        # The mean probability of the right answer, where the label is there and where it is not.
+        yes = np.sum(self.probabilities, axis=0, where=there) / np.maximum(there.sum(axis=0), 1)
+        no = 1.0 - np.sum(self.probabilities, axis=0, where=absent) / np.maximum(absent.sum(axis=0), 1)
+        removed = np.minimum(np.minimum(_SUSPECT_SHARE * yes, 1.0 - no), 0.5)
+        added = np.maximum(np.maximum(1.0 - _SUSPECT_SHARE * no, yes), 0.5)
+        doubtful = there & (self.probabilities < removed)
+        doubtful |= absent & there.any(axis=0) & (self.probabilities > added)
+        places, labels = np.nonzero(doubtful)
+        chances, remove = self.probabilities[places, labels], self.own[places, labels]
+        confidence = np.where(remove, 1.0 - chances, chances)
+        first = np.argsort(-confidence, kind="stable")[:_MOST_SUSPECTS]
+        return {
+            "suspects": [
+                {
+                    "index": int(rows[places[one]]),
+                    "label": names[labels[one]],
+                    "suggests": "remove" if remove[one] else "add",
+                    "confidence": float(confidence[one]),
+                }
+                for one in first
+            ],
+            "suspects_total": len(places),
+        }
+
+
+def _counts(own: Bools, assigned: Bools) -> Integers:
+    """Hits, labels assigned, labels there: (3, labels)."""
+    counts: Integers = np.stack([(own & assigned).sum(axis=0), assigned.sum(axis=0), own.sum(axis=0)])
+    return counts
+
+
+def _f1(hits: float, assigned: float, there: float) -> float | None:
+    return 2.0 * hits / (assigned + there) if assigned + there else None
+
+
+def _constant_f1(there: Integers, n: int) -> float:
+    """The best micro-F1 of n examples with one answer for all; there (labels,): how often labels are."""
+    hits = np.cumsum(np.sort(there)[::-1])
+    labels = np.arange(1, len(hits) + 1)
+    return float((2.0 * hits / (n * labels + hits[-1])).max())
+
+
+def _best_thresholds(counts: Doubles) -> Floats:
+    """Per label the threshold with the best F1, drawn to the best common one; counts: of _HeldOut._counts."""
+    size = len(_GRID)
+    hits, assigned, there = counts[:size], counts[size:-1], counts[-1]
+    if not there.any():
+        return np.full(counts.shape[1], 0.5, dtype=np.float32)
+    common = 2.0 * hits.sum(axis=1) / np.maximum(assigned.sum(axis=1) + there.sum(), 1.0)
+    # As if every label had a few more examples, which fare as all labels do together.
+    share = _PRIOR_EXAMPLES / float(there.sum())
+    smooth = (
+        2.0
+        * (hits + share * hits.sum(axis=1, keepdims=True))
+        / np.maximum(assigned + there + share * (assigned.sum(axis=1, keepdims=True) + there.sum()), 1e-9)
+    )
+    # Ties go to the threshold nearest to a half.
+    distance = np.abs(_GRID - 0.5)
+    best = (smooth + 1e-6 * common[:, None] - 1e-9 * distance[:, None]).argmax(axis=0)
+    result: Floats = _GRID[best]
+    return result

@@ -1,0 +1,1 @@
+"""Processes that fit, and how they are watched."""

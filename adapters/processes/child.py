@@ -1,0 +1,28 @@
+"""What a child process needs to be one of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+# Secrets of the service. A child process that needs one reads it from its standard input.
+_SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS", "PGPASSWORD")
+# Prefixes of cloud credentials. A worker needs them to open a bucket.
+_CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
+
+
+def environment(*, clouds: bool = False) -> dict[str, str]:
+    """This process's without its secrets, with which a child finds our packages whatever its folder.
+
+    clouds: keep the variables by which buckets are opened.
+    """
+    path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _SECRETS and (clouds or not name.startswith(_CLOUDS))
+    }
+    return {**kept, "PYTHONPATH": path}

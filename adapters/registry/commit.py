@@ -1,0 +1,498 @@
+"""The one transaction that writes a Change."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter, erase_examples
+from adapters.registry.jobs import end, held
+from adapters.registry.queries import (
+    Used,
+    adapter_by_name,
+    adapter_by_uid,
+    alias_of,
+    chunks,
+    current_time,
+    version_record,
+)
+from adapters.registry.records import (
+    AdapterExists,
+    AdapterRecord,
+    AliasMoved,
+    Change,
+    Claim,
+    Committed,
+    ExampleWrite,
+    NewVersion,
+    Repoint,
+    RevisionMoved,
+    UnknownExample,
+    VersionRecord,
+)
+from adapters.registry.retention import (
+    Previous,
+    check_erased,
+    delete_versions,
+    drop_fitted_on,
+    prune,
+    release,
+)
+from adapters.registry.row_sets import all_rows, insert_rows, update_rows
+from adapters.registry.schema import (
+    adapters,
+    artifacts,
+    changes,
+    database_now,
+    encode_target,
+    examples,
+    versions,
+)
+from adapters.registry.tenants import add_tenant, check_adapters, check_examples
+from adapters.storage.artifact import Artifact
+
+CHANGES_KEPT = 3600.0
+"""Seconds for which the database remembers who changed."""
+_FORGOTTEN_AT_ONCE = 100
+_SINCE = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def commit(connection: Connection, change: Change) -> Committed:
+    """Write the change. See Registry.commit. The connection is in a writing transaction."""
+    _check(change)
+    adapter = _create(connection, change) if change.create else _locked(connection, change)
+    now = current_time(connection)
+    wanted = _wanted(change, adapter)
+    touches = bool(change.clear_first or change.upserts or change.removals or change.repoints or wanted)
+    revision = adapter.revision + touches
+    previous = _previous(connection, change)
+    numbers = _artifact_numbers(connection, adapter.uid, _artifacts_of(change))
+    added = _write_examples(connection, change, previous, numbers, revision, now)
+    gone, released = drop_fitted_on(connection, adapter.uid, change.removals, previous)
+    live = None if adapter.live in gone else adapter.live
+    if change.fallback is not None:
+        live = _staying(connection, adapter, change.fallback)
+
+    number: int | None = None
+    if change.version is not None:
+        number = _record_version(connection, adapter, change, change.version, numbers, revision, now)
+        live = number if change.promote else live
+    pruned, more_released = prune(connection, adapter.uid, live)
+    unreferenced = release(connection, previous.released | released | more_released)
+    erasure: str | None = None
+    if change.removals:
+        check_erased(connection, change.removals, previous)
+        erasure = erase_examples(connection, adapter, change.removals).id
+
+    if change.clear_first:
+        total, removed = len(change.upserts), len(previous.used) - (len(change.upserts) - added)
+    else:
+        total, removed = adapter.examples + added - len(change.removals), len(change.removals)
+    values: dict[str, Any] = {"revision": revision, "live": live, "examples": total, **wanted}
+    if change.promote or change.restores or live is None:
+        values["rolled_back_at"] = None
+    if change.restores:
+        values["restored_at"] = now
+    if change.rebase is not None:
+        values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
+    after = _finish(connection, adapter, values, gone=erasure is not None)
+    if added:
+        check_examples(connection, adapter.tenant)
+    return Committed(
+        adapter=after,
+        alias=alias_of(connection, after),
+        version=None if number is None else version_record(connection, after.uid, number),
+        added=added,
+        replaced=len(change.upserts) - added,
+        removed=removed,
+        gone=tuple(sorted(gone | pruned)),
+        unreferenced=unreferenced,
+        erasure=erasure,
+        erased=tuple(sorted(gone)),
+    )
+
+
+def commit_job(connection: Connection, change: Change, claim: Claim) -> Committed:
+    """Write the change that a job made; with a version, the job has succeeded. See Registry.commit."""
+    # The adapter's row first, as in its deletion: two that lock both rows must not wait for each other.
+    query = select(adapters.c.uid).where(adapters.c.uid == claim.job.adapter_uid)
+    connection.execute(query.with_for_update())
+    held(connection, claim)
+    if change.uid != claim.job.adapter_uid:
+        raise ValueError("the change is to another adapter than the job's")
+    committed = commit(connection, change)
+    if committed.version is not None:
+        end(connection, claim, "succeeded", version=committed.version.number)
+    return committed
+
+
+def promote(connection: Connection, uid: str, number: int, if_match: str | None) -> Committed:
+    """Point `live` at the version. See Registry.promote. The connection is in a writing transaction."""
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    if if_match is not None and if_match != adapter.etag:
+        raise AliasMoved(f"The alias now points to version {adapter.live}; read it again before moving it.")
+    version = version_record(connection, uid, number)
+    released: set[int] = set()
+    gone: set[int] = set()
+    standing = number, _rolled_back_at(connection, adapter, version)
+    if adapter.standing != standing:
+        # The version that was live may be kept for that only.
+        connection.execute(update(adapters).where(adapters.c.uid == uid).values(live=number))
+        gone, released = prune(connection, uid, number)
+        adapter = _finish(connection, adapter, {"live": number, "rolled_back_at": standing[1]})
+    return Committed(
+        adapter=adapter,
+        alias=alias_of(connection, adapter),
+        version=version,
+        added=0,
+        replaced=0,
+        removed=0,
+        gone=tuple(sorted(gone)),
+        unreferenced=release(connection, released),
+    )
+
+
+def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
+    """Delete damaged versions; what nothing refers to any more.
+
+    Where the live one is not there any more, the newest that is left is made live. The connection is in a
+    writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    _, released = delete_versions(connection, uid, numbers)
+    left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
+    live, held = adapter.standing
+    if live is not None and live not in left:
+        # Under a rollback, newer versions are used only if no older one is left.
+        older = {number for number in left if number < live}
+        live = max(older if held and older else left, default=None)
+        held = held if older else None
+    _finish(connection, adapter, {"live": live, "rolled_back_at": held})
+    return release(connection, released)
+
+
+def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
+    """Forget what versions were fitted on, where it is lost; what nothing refers to any more.
+
+    The connection is in a writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    which = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
+    released = set(connection.scalars(select(versions.c.evidence_id).where(which))) - {None}
+    connection.execute(update(versions).where(which).values(evidence_id=None))
+    _finish(connection, adapter, {})
+    return release(connection, {number for number in released if number is not None})
+
+
+def recount(connection: Connection, uid: str) -> tuple[Artifact, ...]:
+    """Set the adapter's counts to what its rows say; nothing becomes unreferenced.
+
+    The connection is in a writing transaction. Raises UnknownAdapter.
+    """
+    adapter = adapter_by_uid(connection, uid, lock=True)
+    mine = adapters.c.uid == uid
+    kept = connection.scalar(select(func.count()).where(examples.c.adapter_uid == uid))
+    highest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.adapter_uid == uid)) or 0
+    low = mine & (adapters.c.next_version <= highest)
+    connection.execute(update(adapters).where(low).values(next_version=highest + 1))
+    _finish(connection, adapter, {"examples": kept})
+    return ()
+
+
+def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
+    """Delete all rows of the adapter. See Registry.delete_adapter."""
+    receipt, uid = erase_adapter(connection, tenant, name)
+    _announce(connection, tenant, name, gone=True)
+    return receipt, uid
+
+
+def _check(change: Change) -> None:
+    """Refuse what no caller should send: a change that contradicts itself."""
+    ids = [example.id for example in change.upserts]
+    ids += [*change.removals, *(example.id for example in change.repoints)]
+    if len(set(ids)) != len(ids):
+        raise ValueError("a change names an example twice")
+    if change.create is not None and (
+        change.revision or change.clear_first or change.removals or change.repoints
+    ):
+        raise ValueError("an adapter that is to be created has no revision and no examples")
+    if change.clear_first and (change.removals or change.repoints):
+        raise ValueError("clear_first leaves no examples to remove or to repoint")
+    if change.promote and change.version is None:
+        raise ValueError("there is no version to promote")
+    if change.promote and change.fallback is not None:
+        raise ValueError("two versions cannot be live")
+
+
+def _create(connection: Connection, change: Change) -> AdapterRecord:
+    assert change.create is not None
+    created = change.create
+    values = {
+        "uid": change.uid,
+        "tenant": change.tenant,
+        "name": change.name,
+        "backbone": created.backbone,
+        "fingerprint": created.fingerprint,
+        "kind": created.kind,
+        "task": created.task,
+        "keep_inputs": created.keep_inputs,
+        "answer_accuracy": created.answer_accuracy,
+        "weights": created.weights,
+        "revision": 0,
+        "next_version": 1,
+        "epoch": 0,
+        "examples": 0,
+        "created_at": database_now(),
+    }
+    check_not_erased(connection, change.tenant, time.monotonic() - created.began)
+    add_tenant(connection, change.tenant)
+    check_adapters(connection, change.tenant)
+    try:
+        connection.execute(insert(adapters).values(values))
+    except IntegrityError as error:
+        raise AdapterExists(f"Another request has just created the adapter {change.name!r}.") from error
+    return adapter_by_uid(connection, change.uid)
+
+
+def _locked(connection: Connection, change: Change) -> AdapterRecord:
+    adapter = adapter_by_name(connection, change.tenant, change.name, lock=True)
+    if adapter.uid != change.uid or adapter.revision != change.revision:
+        raise RevisionMoved(f"The examples of {change.name!r} changed meanwhile; send the request again.")
+    if change.standing not in (None, adapter.standing):
+        raise RevisionMoved(f"`live` of {change.name!r} moved meanwhile; send the request again.")
+    return adapter
+
+
+def _rolled_back_at(
+    connection: Connection, adapter: AdapterRecord, version: VersionRecord
+) -> datetime | None:
+    """Since when a rollback holds, if a person makes that version live; None if that promotes it.
+
+    What was fitted since a rollback is promoted, whatever came behind it: its examples have been judged.
+    """
+    newest = select(func.max(versions.c.number)).where(versions.c.adapter_uid == adapter.uid)
+    before = adapter.rolled_back_at
+    if version.number == connection.scalar(newest) or (before is not None and version.created_at > before):
+        return None
+    return before if before is not None and version.number == adapter.live else current_time(connection)
+
+
+def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
+    """What the change makes another of what is wanted of the adapter's versions."""
+    asked = {"answer_accuracy": change.answer_accuracy, "weights": change.weights}
+    return {
+        name: value for name, value in asked.items() if value is not None and value != getattr(adapter, name)
+    }
+
+
+def _staying(connection: Connection, adapter: AdapterRecord, number: int) -> int:
+    """The number, if that version is still there."""
+    query = select(versions.c.number).where(versions.c.adapter_uid == adapter.uid)
+    if connection.execute(query.where(versions.c.number == number)).first() is None:
+        raise RevisionMoved(f"Version {number} of {adapter.name!r} went meanwhile; send the request again.")
+    return number
+
+
+def _placed(change: Change) -> tuple[ExampleWrite | Repoint, ...]:
+    return (*change.upserts, *change.repoints)
+
+
+def _artifacts_of(change: Change) -> set[Artifact]:
+    found: set[Artifact | None] = set()
+    for example in _placed(change):
+        found |= {example.segment, example.inputs}
+    if change.version is not None:
+        found |= {change.version.artifact, change.version.evidence, change.version.network}
+    return {artifact for artifact in found if artifact is not None}
+
+
+def _artifact_numbers(connection: Connection, uid: str, wanted: Collection[Artifact]) -> dict[Artifact, int]:
+    """Row ids of the artifacts; rows are made for those that the adapter does not know yet."""
+
+    def known(some: Iterable[Artifact]) -> dict[Artifact, int]:
+        query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
+        keys = [(artifact.sha256, artifact.nonce) for artifact in some]
+        rows: dict[Artifact, int] = {}
+        for chunk in chunks(keys, 1000):
+            narrowed = query.where(
+                artifacts.c.adapter_uid == uid, tuple_(artifacts.c.sha256, artifacts.c.nonce).in_(chunk)
+            )
+            for number, sha256, length, nonce in connection.execute(narrowed):
+                rows[Artifact(sha256, length, nonce)] = number
+        return rows
+
+    numbers = known(wanted)
+    new = [artifact for artifact in wanted if artifact not in numbers]
+    if new:
+        rows = [
+            {
+                "adapter_uid": uid,
+                "sha256": artifact.sha256,
+                "nonce": artifact.nonce,
+                "length": artifact.length,
+            }
+            for artifact in new
+        ]
+        connection.execute(insert(artifacts), rows)
+        numbers |= known(new)
+    return numbers
+
+
+def _previous(connection: Connection, change: Change) -> Previous:
+    query = select(
+        examples.c.id,
+        examples.c.first_revision,
+        examples.c.excluded_since,
+        examples.c.digest,
+        examples.c.created_at,
+        examples.c.segment_id,
+        examples.c.inputs_id,
+        examples.c.row,
+    ).where(examples.c.adapter_uid == change.uid)
+    if change.clear_first:
+        rows = list(all_rows(connection, query))
+    else:
+        ids = [*(example.id for example in _placed(change)), *change.removals]
+        rows = [
+            row
+            for chunk in chunks(ids)
+            for row in all_rows(connection, query.where(examples.c.id.in_(chunk)))
+        ]
+    previous = Previous()
+    for name, first_revision, excluded_since, digest, created_at, segment, inputs, row in rows:
+        previous.used[name] = Used(first_revision, excluded_since)
+        previous.created[name] = digest, created_at
+        previous.places[name] = [(stored, row) for stored in (segment, inputs) if stored is not None]
+        previous.released.update(stored for stored, _ in previous.places[name])
+    for name in (*change.removals, *(example.id for example in change.repoints)):
+        if name not in previous.used:
+            raise UnknownExample(name)
+    return previous
+
+
+def _write_examples(
+    connection: Connection,
+    change: Change,
+    previous: Previous,
+    numbers: dict[Artifact, int],
+    revision: int,
+    now: datetime,
+) -> int:
+    """Delete, insert and repoint; returns how many of the upserted are new to the adapter."""
+    mine = examples.c.adapter_uid == change.uid
+    known = [example.id for example in change.upserts if example.id in previous.used]
+    if change.clear_first:
+        connection.execute(delete(examples).where(mine))
+    else:
+        for chunk in chunks([*known, *change.removals]):
+            connection.execute(delete(examples).where(mine, examples.c.id.in_(chunk)))
+    if change.upserts:
+        rows: list[dict[str, Any]] = []
+        for example in change.upserts:
+            first, until = previous.used.get(example.id, (revision, None))
+            digest, created_at = previous.created.get(example.id, ("", now))
+            rows.append(
+                {
+                    "adapter_uid": change.uid,
+                    "id": example.id,
+                    "digest": example.digest,
+                    "target": encode_target(example.target),
+                    "segment_id": numbers[example.segment],
+                    "row": example.row,
+                    "inputs_id": None if example.inputs is None else numbers[example.inputs],
+                    "first_revision": first,
+                    # The same input is the same example, whatever else is said of it.
+                    "created_at": created_at if example.digest == digest else now,
+                    "group": example.group,
+                    "sampled": example.sampled,
+                    "excluded_since": (until or revision) if example.excluded else None,
+                }
+            )
+        insert_rows(connection, examples, rows)
+    if change.repoints:
+        moved = [
+            {
+                "id": example.id,
+                "segment_id": numbers[example.segment],
+                "row": example.row,
+                "inputs_id": None if example.inputs is None else numbers[example.inputs],
+            }
+            for example in change.repoints
+        ]
+        columns = (examples.c.segment_id, examples.c.row, examples.c.inputs_id)
+        update_rows(connection, update(examples).where(mine), examples.c.id, columns, moved)
+    return len(change.upserts) - len(known)
+
+
+def _record_version(
+    connection: Connection,
+    adapter: AdapterRecord,
+    change: Change,
+    version: NewVersion,
+    numbers: dict[Artifact, int],
+    revision: int,
+    now: datetime,
+) -> int:
+    # A counter, and not the highest number plus one: numbers of deleted versions are never used again.
+    mine = adapters.c.uid == adapter.uid
+    number: int = connection.execute(select(adapters.c.next_version).where(mine)).scalar_one()
+    connection.execute(update(adapters).where(mine).values(next_version=number + 1))
+    basis = change.rebase or adapter
+    values = {
+        "adapter_uid": adapter.uid,
+        "number": number,
+        "revision": revision if version.revision is None else version.revision,
+        "method": version.method,
+        "backbone": basis.backbone,
+        "fingerprint": basis.fingerprint,
+        "artifact_id": numbers[version.artifact],
+        "evidence_id": None if version.evidence is None else numbers[version.evidence],
+        "network_id": None if version.network is None else numbers[version.network],
+        "report": json.dumps(version.report, allow_nan=False),
+        "labels": version.labels,
+        "created_at": now,
+    }
+    connection.execute(insert(versions).values(values))
+    return number
+
+
+def _finish(
+    connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
+) -> AdapterRecord:
+    now = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    epoch = next_epoch(adapter.epoch, now)
+    connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
+    return adapter_by_uid(connection, adapter.uid)
+
+
+def next_epoch(last: int, now: datetime) -> int:
+    """The epoch of a change to an adapter whose last one was `last`: the time, in microseconds since 1970.
+
+    It grows with every change whatever the clock does, and tells nothing of other adapters.
+    """
+    return max(last + 1, (now - _SINCE) // _MICROSECOND)
+
+
+def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:
+    """Tell other processes, as late as can be: they look back only so far for what becomes visible late.
+
+    Returns the time.
+    """
+    now = current_time(connection)
+    connection.execute(insert(changes).values(tenant=tenant, name=name, at=now, gone=gone))
+    old = (
+        select(changes.c.epoch)
+        .where(changes.c.at < now - timedelta(seconds=CHANGES_KEPT))
+        .limit(_FORGOTTEN_AT_ONCE)
+        # Two commits at once must not wait for each other over what both would forget.
+        .with_for_update(skip_locked=True)
+    )
+    connection.execute(delete(changes).where(changes.c.epoch.in_(old)))
+    return now

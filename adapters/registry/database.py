@@ -1,0 +1,344 @@
+"""Connections to the registry's database: durable SQLite, or PostgreSQL; transactions and migrations."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from adapters.registry.migrations import HEAD
+from adapters.registry.records import RegistryTooNew, RegistryTooOld, RegistryUnavailable
+from adapters.registry.schema import metadata
+from adapters.storage.artifact import StoreFull
+
+if TYPE_CHECKING:
+    import psycopg
+
+# Any constant will do; it must only never change between releases that may start together.
+_MIGRATION_LOCK = 0x746F70776F726B
+# So much is rewritten in a second or two.
+_REWRITTEN_BYTES = 256 << 20
+_REWRITING_WAITS = "500ms"
+# A larger SQLite file is left to `topwork doctor`: this one is read in half a second.
+_CHECKED_BYTES = 128 << 20
+_HOW_TO_MIGRATE = "`topwork migrate` makes the tables of this release, and so does the start of the service."
+
+
+class DatabaseUnusable(RegistryUnavailable):
+    """The database is damaged, or this process may not use it; waiting does not help."""
+
+    code = "database_unusable"
+
+
+def wal_is_safe(version: tuple[int, int, int]) -> bool:
+    """Whether this SQLite is free of the WAL-reset bug, by which committed rows can be lost."""
+    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
+
+
+def take_turns(connection: Connection, name: str) -> None:
+    """Wait until no other writing transaction has taken the turn of this name; it lasts until the end.
+
+    Any two writers of SQLite take turns anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+class Database:
+    """A pool of connections. Thread-safe, blocking. `patience`: seconds to wait for others' locks.
+
+    Raises RegistryUnavailable where the database does not answer, StoreFull where its disk is full.
+    """
+
+    def __init__(self, url: str, *, patience: float = 30.0) -> None:
+        self._patience = patience
+        parsed = make_url(url)
+        self._sqlite = parsed.get_backend_name() == "sqlite"
+        # Threads of one process queue here: SQLite's own waiting is a poll with ever longer naps.
+        self._write_lock = threading.Lock()
+        self._file: Path | None = None
+        if self._sqlite:
+            if parsed.database is None or parsed.database in ("", ":memory:"):
+                raise ValueError("the registry needs a database file: sqlite:///<path>")
+            self._file = Path(parsed.database).absolute()
+            self._engine = create_engine(parsed, connect_args={"timeout": patience}, pool_size=16)
+            event.listen(self._engine, "connect", _prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        else:
+            if "connect_timeout" not in parsed.query:
+                parsed = parsed.update_query_dict({"connect_timeout": "10"})
+            self._engine = create_engine(
+                parsed, pool_pre_ping=True, pool_size=8, max_overflow=8, pool_timeout=patience
+            )
+            event.listen(self._engine, "connect", self._prepare_postgresql)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a SQLite file."""
+        return self._sqlite
+
+    def check_pages(self) -> None:
+        """Make sure that the pages of a SQLite file of up to 128 MB are whole. Raises DatabaseUnusable."""
+        if self._file is None or not self._file.is_file() or self._file.stat().st_size > _CHECKED_BYTES:
+            return
+        with self.reading() as connection:
+            first: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+        if first != "ok":
+            raise DatabaseUnusable(f"The database {self._file} is damaged ({first}). {_DAMAGED}")
+
+    def copy_to(self, path: Path) -> None:
+        """Copy one state of a SQLite database into a new file; writers wait for it, some milliseconds."""
+        try:
+            with (
+                self._translated(),
+                self._engine.connect() as connection,
+                closing(sqlite3.connect(path)) as target,
+            ):
+                source = connection.connection.driver_connection
+                assert isinstance(source, sqlite3.Connection)
+                # All pages in one step: between several, each commit would start the copy again.
+                source.backup(target, sleep=0.01)
+                target.execute("PRAGMA journal_mode = delete")
+        except sqlite3.Error as error:
+            if _is_full(error):
+                raise StoreFull("There is no space left for the copy of the database.") from error
+            raise RegistryUnavailable(f"The database cannot be copied: {error}.") from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database throughout."""
+        with self._translated(), self._engine.connect() as connection:
+            if not self._sqlite:
+                connection = connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that may write: durable when the block has ended, undone if it raises."""
+        if not self._sqlite:
+            with self._translated(), self._engine.begin() as connection:
+                yield connection
+            return
+        with (
+            self._translated(),
+            self._in_turn(),
+            self._engine.connect() as connection,
+            connection.execution_options(begin_immediate=True).begin(),
+        ):
+            yield connection
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of the tables; None where there are none."""
+        with self.reading() as connection:
+            return _stored_revision(connection)
+
+    def require_current(self) -> None:
+        """Make sure that the tables are this release's, without a change to them.
+
+        Raises RegistryTooOld, RegistryTooNew.
+        """
+        if self._file is not None and not self._file.exists():
+            raise RegistryTooOld(f"There is no database {self._file} yet. {_HOW_TO_MIGRATE}")
+        stored = self.revision
+        if stored is None:
+            raise RegistryTooOld(f"The database has no tables yet. {_HOW_TO_MIGRATE}")
+        if stored > HEAD:
+            raise _too_new(stored)
+        if stored != HEAD:
+            raise RegistryTooOld(
+                f"The database has the tables of an earlier release (revision {stored}; this release has "
+                f"{HEAD}). Use that release, or make a backup with it and then migrate. {_HOW_TO_MIGRATE}"
+            )
+
+    def migrate(self) -> None:
+        """Bring the tables to HEAD. See Registry.migrate."""
+        if self._sqlite:
+            self._set_journal_mode()
+        with self.reading() as connection:
+            stored = _stored_revision(connection)
+        if stored == HEAD:
+            return
+        with self.writing() as connection:
+            if not self._sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            # Another process may have migrated while this one waited for the lock.
+            if _stored_revision(connection) != HEAD:
+                _upgrade(connection)
+
+    def clear_pages(self) -> None:
+        """Rewrite the tables, for their pages keep bytes of rows that were deleted.
+
+        PostgreSQL leaves them where they were; SQLite overwrites them (secure_delete), but not the copies
+        that it made earlier, when it moved rows within a page. What is too large to be rewritten while others
+        wait is left to their vacuuming and overwriting.
+        """
+        if self._sqlite:
+            self._rewrite_sqlite()
+            return
+        with self._translated(), self._engine.connect() as connection:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            preparer = connection.dialect.identifier_preparer
+            # Whoever waits for a whole table has all others wait behind it.
+            connection.execute(text(f"SET lock_timeout = '{_REWRITING_WAITS}'"))
+            try:
+                for table in metadata.sorted_tables:
+                    size = connection.execute(select(func.pg_total_relation_size(table.name))).scalar_one()
+                    full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
+                    connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
+            finally:
+                connection.execute(text(f"SET lock_timeout = {int(self._patience * 1000)}"))
+
+    def _rewrite_sqlite(self) -> None:
+        with self._translated(), self._in_turn(), self._engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            (pages,), (size,) = (
+                driver.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
+            )
+            try:
+                if pages * size <= _REWRITTEN_BYTES:
+                    driver.execute("VACUUM")
+                # In WAL mode pages as they were lie in the log until it is overwritten.
+                driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.OperationalError as error:
+                # As SQLAlchemy does for what goes through it.
+                raise OperationalError("VACUUM", None, error) from error
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._write_lock.acquire(timeout=self._patience):
+            raise RegistryUnavailable("The database is busy with other changes; try again.")
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except PoolTimeout as error:
+            raise RegistryUnavailable("All connections to the database are busy; try again.") from error
+        except DBAPIError as error:
+            if _is_full(error.orig):
+                raise StoreFull(
+                    "There is no space left for the database; make room, then try again."
+                ) from error
+            if self._file is not None and (why := _unusable(error.orig)):
+                raise DatabaseUnusable(f"The database {self._file} {why}") from error
+            if isinstance(error, OperationalError):
+                raise RegistryUnavailable("The database does not answer; try again later.") from error
+            if error.connection_invalidated:
+                raise RegistryUnavailable("The connection to the database broke; try again later.") from error
+            raise
+
+    def _prepare_postgresql(self, connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
+        # Whoever holds a row's lock may hang with its host; the others are told, and go on.
+        connection.autocommit = True
+        connection.execute(f"SET lock_timeout = {int(self._patience * 1000)}")
+        connection.execute("SET idle_in_transaction_session_timeout = '60s'")
+        connection.autocommit = False
+
+    def _set_journal_mode(self) -> None:
+        wanted = "wal" if wal_is_safe(sqlite3.sqlite_version_info) else "delete"
+        with self._translated(), self._engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            got = driver.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
+        if got != wanted:
+            raise RegistryUnavailable(
+                f"The database is in {got} mode, which SQLite {sqlite3.sqlite_version} must not use; "
+                "stop what else has it open, then start again."
+            )
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, entry: ConnectionPoolEntry) -> None:
+    # The driver's own transactions begin late and end early around DDL; _begin_sqlite begins them instead.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")
+    # In DELETE mode only EXTRA syncs the directory after the journal is unlinked, which is the commit.
+    wal = wal_is_safe(sqlite3.sqlite_version_info)
+    connection.execute(f"PRAGMA synchronous = {'FULL' if wal else 'EXTRA'}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later could fail halfway, so writers take the lock at once.
+    immediate = connection.get_execution_options().get("begin_immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _stored_revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    stored: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return stored
+
+
+def _upgrade(connection: Connection) -> None:
+    # Alembic takes a third of a second to import, and a start with current tables does not need it.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    stored = _stored_revision(connection)
+    if stored is not None and stored not in known:
+        raise _too_new(stored)
+    config.attributes["connection"] = connection
+    command.upgrade(config, HEAD)
+
+
+def _too_new(stored: str) -> RegistryTooNew:
+    return RegistryTooNew(
+        f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
+    )
+
+
+_DAMAGED = "Stop what uses it, move it away, and put a backup in its place with `topwork restore`."
+# By SQLite's result codes.
+_UNUSABLE = {
+    sqlite3.SQLITE_NOTADB: "is no SQLite file, or its header is damaged. " + _DAMAGED,
+    sqlite3.SQLITE_CORRUPT: "is damaged. " + _DAMAGED,
+    sqlite3.SQLITE_CANTOPEN: (
+        "cannot be opened. Its folder must be there and be this user's to write to, and it must be a file; "
+        "TOPWORK_HOME or TOPWORK_DATABASE_URL says where it is."
+    ),
+    sqlite3.SQLITE_READONLY: "cannot be written. Give this user the right to write to it and to its folder.",
+    sqlite3.SQLITE_PERM: "cannot be used. Give this user the right to write to it and to its folder.",
+}
+
+
+def _unusable(error: Any) -> str | None:
+    """Why a SQLite file cannot be used, and what to do; None where waiting may help."""
+    if isinstance(error, sqlite3.OperationalError) and str(error).startswith(
+        ("no such table", "no such col")
+    ):
+        return f"lacks a part of its tables ({error}). {_DAMAGED}"
+    code = getattr(error, "sqlite_errorcode", None)
+    # The low byte is the primary code.
+    return None if code is None else _UNUSABLE.get(code & 0xFF)
+
+
+def _is_full(error: Any) -> bool:
+    disk_full = "53100"  # PostgreSQL's SQLSTATE
+    sqlite_code, sqlstate = getattr(error, "sqlite_errorcode", None), getattr(error, "sqlstate", None)
+    return sqlite_code == sqlite3.SQLITE_FULL or sqlstate == disk_full

@@ -1,0 +1,352 @@
+"""Tenants and their keys in SQLite or PostgreSQL. Rows only: who may do what is decided at the edge."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timedelta
+from typing import Any, Literal, cast
+
+from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from adapters.registry.database import Database, take_turns
+from adapters.registry.erasures import check_not_erased
+from adapters.registry.queries import current_time
+from adapters.registry.records import RegistryError, UnknownTenant
+from adapters.registry.schema import adapters, database_now, keys, tenants
+
+Scope = Literal["predict", "adapt", "admin"]
+"""predict: ask, and see what there is to ask. adapt: teach, and all that changes an adapter. admin: keys."""
+
+MAX_KEYS = 100
+"""How many keys of a tenant may be in use at once."""
+_FORGOTTEN_AFTER = timedelta(days=30)
+_PREFIX = "tw"
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
+
+
+class TenantExists(RegistryError):
+    """A tenant has the name."""
+
+    code = "tenant_exists"
+
+
+class UnknownKey(RegistryError):
+    """The tenant has no key of that id."""
+
+    code = "unknown_key"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no key {key_id[:16]!r}. GET the tenant's keys lists their ids.")
+
+
+class KeyNotInUse(RegistryError):
+    """The key was revoked or has expired."""
+
+    code = "key_not_in_use"
+
+
+class QuotaExceeded(RegistryError):
+    """What was to be kept is more than the tenant may keep."""
+
+    code = "quota_exceeded"
+
+
+class TooManyKeys(RegistryError):
+    """The tenant has as many keys in use as it may."""
+
+    code = "too_many_keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What a tenant may have; None where nothing is said.
+
+    By the second: of requests with its keys, of their inputs and examples, of the bytes of their bodies. At
+    once: adapters, examples of all of them together, jobs that run.
+    """
+
+    requests_per_second: float | None = None
+    items_per_second: float | None = None
+    bytes_per_second: float | None = None
+    max_adapters: int | None = None
+    max_examples: int | None = None
+    max_running_jobs: int | None = None
+
+
+_QUOTAS = tuple(tenants.c[field.name] for field in fields(Quotas))
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant, and how many adapters it has, examples in them, and keys that are in use."""
+
+    name: str
+    created_at: datetime
+    quotas: Quotas
+    adapters: int
+    examples: int
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is known of a key: all but its secret."""
+
+    id: str
+    tenant: str
+    scopes: tuple[Scope, ...]
+    note: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKey:
+    """A key as it is checked. in_use_for: seconds from when it was read, None without end, 0 not at all."""
+
+    id: str
+    tenant: str
+    scopes: frozenset[Scope]
+    secret_sha256: str
+    in_use_for: float | None
+    quotas: Quotas = Quotas()
+
+    def opens_with(self, secret: str) -> bool:
+        """Whether this is the key's secret. Takes as long for a wrong one."""
+        return hmac.compare_digest(_digest(secret), self.secret_sha256)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(id, secret) of tw_<id>_<secret>; None of what is no key."""
+    prefix, _, rest = key.partition("_")
+    key_id, _, secret = rest.partition("_")
+    return (key_id, secret) if prefix == _PREFIX and _KEY_ID.fullmatch(key_id) else None
+
+
+class Tenants:
+    """The tenants and their keys. Thread-safe, blocking. Times are by the database's clock.
+
+    Every method may raise RegistryUnavailable.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, name: str) -> TenantRecord:
+        """Make a tenant. Raises TenantExists, TenantErased."""
+        with self._database.writing() as connection:
+            check_not_erased(connection, name, 0.0)
+            try:
+                connection.execute(insert(tenants).values(name=name, created_at=database_now()))
+            except IntegrityError as error:
+                raise TenantExists(f"There is a tenant {name!r} already.") from error
+            return _tenant(connection, name)
+
+    def tenant(self, name: str) -> TenantRecord:
+        """One tenant. Raises UnknownTenant."""
+        with self._database.reading() as connection:
+            return _tenant(connection, name)
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> list[TenantRecord]:
+        """The tenants in the order of their names, those after `after`."""
+        with self._database.reading() as connection:
+            query = _counted(current_time(connection)).order_by(tenants.c.name).limit(limit)
+            if after is not None:
+                query = query.where(tenants.c.name > after)
+            return [_tenant_record(row) for row in connection.execute(query)]
+
+    def set_quotas(self, name: str, quotas: Quotas) -> TenantRecord:
+        """What the tenant may have from now on; what it has already, it keeps. Raises UnknownTenant."""
+        with self._database.writing() as connection:
+            values = asdict(quotas)
+            connection.execute(update(tenants).where(tenants.c.name == name).values(values))
+            return _tenant(connection, name)
+
+    def create_key(
+        self, tenant: str, scopes: Sequence[Scope], *, note: str = "", lifetime: timedelta | None = None
+    ) -> tuple[KeyRecord, str]:
+        """A new key, and the whole of it, which is kept nowhere. Raises UnknownTenant, TooManyKeys."""
+        with self._database.writing() as connection:
+            _lock(connection, tenant)
+            return _add_key(connection, tenant, scopes, note, lifetime)
+
+    def keys(self, tenant: str) -> list[KeyRecord]:
+        """The tenant's keys, oldest first, for a month also those no longer in use. Raises UnknownTenant."""
+        with self._database.reading() as connection:
+            _tenant(connection, tenant)
+            query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created_at, keys.c.id)
+            return [_record(row) for row in connection.execute(query)]
+
+    def revoke(self, tenant: str, key_id: str) -> KeyRecord:
+        """Take the key out of use, at once; again it changes nothing. Raises UnknownTenant, UnknownKey."""
+        with self._database.writing() as connection:
+            _lock(connection, tenant)
+            record = _key(connection, tenant, key_id)
+            if record.revoked_at is not None:
+                return record
+            connection.execute(update(keys).where(keys.c.id == key_id).values(revoked_at=database_now()))
+            return _key(connection, tenant, key_id)
+
+    def rotate(self, tenant: str, key_id: str, grace: timedelta) -> tuple[KeyRecord, str]:
+        """A key like this one in its place; the old one is in use for `grace` more, at most.
+
+        The new one lasts as long as the old one was given. Raises UnknownTenant, UnknownKey, KeyNotInUse,
+        TooManyKeys.
+        """
+        with self._database.writing() as connection:
+            _lock(connection, tenant)
+            old = _key(connection, tenant, key_id)
+            now = current_time(connection)
+            if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
+                raise KeyNotInUse(f"The key {key_id!r} is not in use; make a new one.")
+            lifetime = None if old.expires_at is None else old.expires_at - old.created_at
+            ends = now + grace if old.expires_at is None else min(old.expires_at, now + grace)
+            connection.execute(update(keys).where(keys.c.id == key_id).values(expires_at=ends))
+            return _add_key(connection, tenant, old.scopes, old.note, lifetime)
+
+    def find(self, key_id: str) -> HeldKey | None:
+        """The key of that id, whosever it is."""
+        with self._database.reading() as connection:
+            query = select(keys, *_QUOTAS).join(tenants, keys.c.tenant == tenants.c.name)
+            row = connection.execute(query.where(keys.c.id == key_id)).one_or_none()
+            if row is None:
+                return None
+            record = _record(row)
+            left = None
+            if record.expires_at is not None:
+                left = max(0.0, (record.expires_at - current_time(connection)).total_seconds())
+            if record.revoked_at is not None:
+                left = 0.0
+            return HeldKey(
+                record.id, record.tenant, frozenset(record.scopes), row.secret_sha256, left, _quotas(row)
+            )
+
+
+def add_tenant(connection: Connection, name: str) -> None:
+    """A row for a tenant that may have one."""
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    values = dialect.insert(tenants).values(name=name, created_at=database_now())
+    connection.execute(values.on_conflict_do_nothing())
+
+
+def check_adapters(connection: Connection, tenant: str) -> None:
+    """Raises QuotaExceeded where the tenant has as many adapters as it may. For a writing transaction."""
+    quotas = _quotas_of(connection, tenant)
+    if quotas.max_adapters is None:
+        return
+    take_turns(connection, f"adapters of {tenant}")
+    have = select(func.count()).where(adapters.c.tenant == tenant)
+    if connection.execute(have).scalar_one() >= quotas.max_adapters:
+        raise QuotaExceeded(f"The tenant may have {quotas.max_adapters} adapters; delete one.")
+
+
+def check_examples(connection: Connection, tenant: str) -> None:
+    """Raises QuotaExceeded where the transaction leaves the tenant with more examples than it may have."""
+    quotas = _quotas_of(connection, tenant)
+    if quotas.max_examples is None:
+        return
+    take_turns(connection, f"examples of {tenant}")
+    have = select(func.coalesce(func.sum(adapters.c.examples), 0)).where(adapters.c.tenant == tenant)
+    if connection.execute(have).scalar_one() > quotas.max_examples:
+        raise QuotaExceeded(f"The tenant may keep {quotas.max_examples} examples; remove some.")
+
+
+def _quotas_of(connection: Connection, tenant: str) -> Quotas:
+    row = connection.execute(select(*_QUOTAS).where(tenants.c.name == tenant)).one_or_none()
+    return Quotas() if row is None else _quotas(row)
+
+
+def _quotas(row: Row[Any]) -> Quotas:
+    return Quotas(**{column.name: getattr(row, column.name) for column in _QUOTAS})
+
+
+def _digest(secret: str) -> str:
+    # A secret is 256 random bits: nobody finds it by trying, so a slow digest would only slow down the owner.
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _in_use(now: datetime) -> Any:
+    return keys.c.revoked_at.is_(None) & or_(keys.c.expires_at.is_(None), keys.c.expires_at > now)
+
+
+def _counted(now: datetime) -> Any:
+    own = adapters.c.tenant == tenants.c.name
+    keys_of = select(func.count()).where(keys.c.tenant == tenants.c.name, _in_use(now))
+    return select(
+        tenants,
+        select(func.count()).where(own).scalar_subquery().label("adapters"),
+        select(func.coalesce(func.sum(adapters.c.examples), 0))
+        .where(own)
+        .scalar_subquery()
+        .label("examples"),
+        keys_of.scalar_subquery().label("keys"),
+    )
+
+
+def _tenant_record(row: Row[Any]) -> TenantRecord:
+    return TenantRecord(row.name, row.created_at, _quotas(row), row.adapters, int(row.examples), row.keys)
+
+
+def _tenant(connection: Connection, name: str) -> TenantRecord:
+    query = _counted(current_time(connection)).where(tenants.c.name == name)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise UnknownTenant(name)
+    return _tenant_record(row)
+
+
+def _lock(connection: Connection, tenant: str) -> None:
+    """Writers of one tenant's keys take turns: two at once would both see room for one."""
+    take_turns(connection, f"keys of {tenant}")
+    _tenant(connection, tenant)
+
+
+def _key(connection: Connection, tenant: str, key_id: str) -> KeyRecord:
+    query = select(keys).where(keys.c.tenant == tenant, keys.c.id == key_id)
+    row = connection.execute(query).one_or_none() if _KEY_ID.fullmatch(key_id) else None
+    if row is None:
+        raise UnknownKey(key_id)
+    return _record(row)
+
+
+def _add_key(
+    connection: Connection, tenant: str, scopes: Sequence[Scope], note: str, lifetime: timedelta | None
+) -> tuple[KeyRecord, str]:
+    now = current_time(connection)
+    of_tenant = keys.c.tenant == tenant
+    gone = or_(keys.c.revoked_at < now - _FORGOTTEN_AFTER, keys.c.expires_at < now - _FORGOTTEN_AFTER)
+    connection.execute(delete(keys).where(of_tenant, gone))
+    if connection.execute(select(func.count()).where(of_tenant, _in_use(now))).scalar_one() >= MAX_KEYS:
+        raise TooManyKeys(f"{MAX_KEYS} keys of a tenant may be in use at once; revoke one.")
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    values = {
+        "id": key_id,
+        "tenant": tenant,
+        "secret_sha256": _digest(secret),
+        "scopes": " ".join(sorted(set(scopes))),
+        "note": note,
+        "created_at": now,
+        "expires_at": None if lifetime is None else now + lifetime,
+    }
+    connection.execute(insert(keys).values(values))
+    return _key(connection, tenant, key_id), f"{_PREFIX}_{key_id}_{secret}"
+
+
+def _record(row: Row[Any]) -> KeyRecord:
+    return KeyRecord(
+        id=row.id,
+        tenant=row.tenant,
+        scopes=cast(tuple[Scope, ...], tuple(row.scopes.split())),
+        note=row.note,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+    )

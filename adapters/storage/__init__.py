@@ -1,0 +1,1 @@
+"""The bytes of artifacts, in a folder or a bucket."""

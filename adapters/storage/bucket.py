@@ -1,0 +1,170 @@
+"""The artifact store in a bucket: S3, or what speaks its protocol; Google's and Azure's too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import from_url
+
+from adapters.storage.artifact import (
+    ASIDE,
+    IDENTITY,
+    Artifact,
+    Buffer,
+    StoredObject,
+    StoreUnavailable,
+    adapter_key,
+    check,
+    missing,
+    object_key,
+    parse_key,
+    tenant_key,
+    verified,
+)
+
+_PARALLEL_PUTS = 4
+# Shorter than a request may take, so that its caller hears of the bucket and not of a timeout.
+_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
+
+
+class BucketStore:
+    """Artifacts in a bucket, durable when the bucket acknowledged them. See Store."""
+
+    def __init__(self, url: str, options: Mapping[str, str]) -> None:
+        self._url = url
+        arguments: dict[str, Any] = {**options, "retry_config": _RETRIES}
+        if options.get("endpoint", "").startswith("http://"):
+            arguments["client_options"] = {"allow_http": True}
+        with _translated():
+            self._bucket = from_url(url, **arguments)
+
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
+        """See Store.publish."""
+        artifact = Artifact.describe(data)
+        self._put(object_key(tenant, adapter_uid, artifact.name), data)
+        return artifact
+
+    def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
+        """See Store.put."""
+        check(artifact, data)
+        self._put(object_key(tenant, adapter_uid, artifact.name), data)
+
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
+        """See Store.publish_all. A few requests at a time."""
+        with ThreadPoolExecutor(_PARALLEL_PUTS) as pool:
+            return tuple(pool.map(lambda data: self.publish(tenant, adapter_uid, data), blobs))
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        """See Store.read."""
+        key = object_key(tenant, adapter_uid, artifact.name)
+        with _translated():
+            try:
+                data = bytes(obstore.get(self._bucket, key).bytes())
+            except FileNotFoundError:
+                raise missing(artifact) from None
+        return verified(artifact, data)
+
+    def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
+        """See Store.delete."""
+        self._delete([object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts])
+
+    def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
+        """See Store.delete_adapter."""
+        key = adapter_key(tenant, adapter_uid)
+        self._delete_below(key)
+        self._delete_below(f"{ASIDE}/{key}")
+
+    def delete_tenant(self, tenant: str) -> None:
+        """See Store.delete_tenant."""
+        key = tenant_key(tenant)
+        self._delete_below(key)
+        self._delete_below(f"{ASIDE}/{key}")
+
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
+        """See Store.objects. Ages by the bucket's time of writing and this machine's clock."""
+        prefix = f"{ASIDE}/" if aside else ""
+        with _translated():
+            for chunk in obstore.list(self._bucket, prefix or None, chunk_size=1000):
+                now = datetime.now(UTC)
+                for found in chunk:
+                    parsed = parse_key(found["path"].removeprefix(prefix))
+                    if parsed is not None:
+                        yield StoredObject(*parsed, age=(now - found["last_modified"]).total_seconds())
+
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
+        """See Store.discard."""
+        prefix = f"{ASIDE}/" if aside else ""
+        self._delete([prefix + _key(found) for found in objects])
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_aside. Each is copied, then deleted: a bucket moves nothing."""
+        self._move({_key(found): f"{ASIDE}/{_key(found)}" for found in objects})
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_back."""
+        self._move({f"{ASIDE}/{_key(found)}": _key(found) for found in objects})
+
+    @property
+    def location(self) -> str:
+        """See Store.location."""
+        return self._url
+
+    def identity(self) -> str | None:
+        """See Store.identity."""
+        with _translated():
+            try:
+                return bytes(obstore.get(self._bucket, IDENTITY).bytes()).decode("latin-1").strip()
+            except FileNotFoundError:
+                return None
+
+    def claim(self, identity: str) -> None:
+        """See Store.claim."""
+        with _translated(), suppress(AlreadyExistsError):
+            obstore.put(self._bucket, IDENTITY, identity.encode() + b"\n", mode="create")
+
+    def _move(self, keys: Mapping[str, str]) -> None:
+        with _translated():
+            for source, target in keys.items():
+                with suppress(FileNotFoundError):
+                    obstore.rename(self._bucket, source, target)
+
+    def _delete_below(self, prefix: str) -> None:
+        with _translated():
+            for chunk in obstore.list(self._bucket, prefix, chunk_size=1000):
+                self._delete([found["path"] for found in chunk])
+
+    def _put(self, key: str, data: Buffer) -> None:
+        with _translated():
+            # One request and not in parts: parts of an interrupted upload would stay, and cost, unseen.
+            obstore.put(self._bucket, key, data, use_multipart=False)
+
+    def _delete(self, keys: list[str]) -> None:
+        if not keys:
+            return
+        with _translated():
+            try:
+                obstore.delete(self._bucket, keys)
+            except FileNotFoundError:
+                # Some services refuse the whole list for one key that is gone already.
+                for key in keys:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._bucket, key)
+
+
+def _key(found: StoredObject) -> str:
+    return object_key(found.tenant, found.adapter_uid, found.name)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    # obstore raises its own errors, and the built-in ones where there is a fitting one.
+    except (BaseError, OSError) as error:
+        raise StoreUnavailable("The bucket does not answer as it should; try again later.") from error

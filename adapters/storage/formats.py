@@ -1,0 +1,177 @@
+"""The files beside a head: embeddings, inputs and evidence, each as safetensors bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from adapters.examples.target import Target
+from adapters.storage.artifact import CorruptArtifact
+
+Floats = NDArray[np.float32]
+
+EMBEDDINGS = "topwork.embeddings/1"
+INPUTS = "topwork.inputs/1"
+EVIDENCE = "topwork.evidence/1"
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What earlier versions said of a version's examples; n of each, in the order of the evidence.
+
+    agreed, expected: float32 (n,), whether a version agreed with the example before it was learned, and what
+    it claimed, as in agreement.Agreement; NaN where none was asked. asked: int64 (n,), the number of the
+    version that was live then, or 0. best: the number of the best version when this one was fitted;
+    best_scores: float32 (n,), its scores, NaN where it has none.
+    """
+
+    agreed: Floats
+    expected: Floats
+    asked: NDArray[np.int64]
+    best: int
+    best_scores: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a version was fitted on, and how well each example was predicted by a head that had not seen it.
+
+    One entry per example, in the same order everywhere. scores: float32 (n,), as in linear_probe.Fitted.
+    sampled: n, False for what was chosen for being wrong or hard; empty if all were sampled. history: None
+    where no comparison made the version live, but a person, or that it was the first.
+    Where an example's embedding lies is not said: it moves when its neighbours in a segment are erased.
+    """
+
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    targets: tuple[Target, ...]
+    scores: Floats
+    sampled: tuple[bool, ...] = ()
+    history: History | None = None
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """bool (n,): the examples that it was measured on."""
+        scored: NDArray[np.bool_] = np.isfinite(self.scores)
+        return scored & np.array(self.sampled, np.bool_) if self.sampled else scored
+
+
+def encode_embeddings(embeddings: Floats, fingerprint: str) -> bytes:
+    """A segment of embeddings, float32 (n, dim), made by the backbone of that fingerprint."""
+    tensors = {"embeddings": np.ascontiguousarray(embeddings, dtype=np.float32)}
+    return save(tensors, _about(EMBEDDINGS, fingerprint=fingerprint))
+
+
+def decode_embeddings(data: bytes) -> Floats:
+    """The embeddings of a segment, float32 (n, dim). Raises CorruptArtifact for anything else."""
+    return _tensors(data, EMBEDDINGS)["embeddings"]
+
+
+def encode_inputs(inputs: Sequence[bytes | str]) -> bytearray:
+    """A segment of inputs as they were posted: encoded images, or texts in UTF-8. Not empty, of one kind.
+
+    Put together input by input: joining tens of megabytes in one go, as safetensors does, would keep the
+    interpreter's lock from every other request.
+    """
+    kind = "text" if isinstance(inputs[0], str) else "image"
+    parts = [item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item for item in inputs]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    size = int(ends[-1])
+    header = json.dumps(
+        {
+            "__metadata__": _about(INPUTS, kind=kind),
+            "ends": {"dtype": "I64", "shape": [len(ends)], "data_offsets": [0, ends.nbytes]},
+            "bytes": {"dtype": "U8", "shape": [size], "data_offsets": [ends.nbytes, ends.nbytes + size]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    segment = bytearray(8 + len(header) + ends.nbytes + size)
+    place = 0
+    for part in (len(header).to_bytes(8, "little"), header, ends.astype("<i8").tobytes(), *parts):
+        segment[place : place + len(part)] = part
+        place += len(part)
+    return segment
+
+
+def decode_inputs(data: bytes) -> list[bytes | str]:
+    """The inputs of a segment, in order. Raises CorruptArtifact for anything else."""
+    tensors = _tensors(data, INPUTS)
+    ends = [int(end) for end in tensors["ends"]]
+    content = tensors["bytes"].tobytes()
+    parts = [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if _header(data)["kind"] == "text":
+        return [part.decode("utf-8", "surrogatepass") for part in parts]
+    return list(parts)
+
+
+def encode_evidence(evidence: Evidence) -> bytes:
+    """The evidence of a version as a file."""
+    listed = {"ids": evidence.ids, "targets": evidence.targets}
+    tensors: dict[str, NDArray[Any]] = {
+        "listed": np.frombuffer(json.dumps(listed).encode(), np.uint8),
+        "digests": np.frombuffer(bytes.fromhex("".join(evidence.digests)), np.uint8),
+        "scores": evidence.scores.astype(np.float32, copy=False),
+    }
+    if evidence.sampled:
+        tensors["sampled"] = np.array(evidence.sampled, np.uint8)
+    if (history := evidence.history) is not None:
+        tensors |= {
+            "history.agreed": history.agreed,
+            "history.expected": history.expected,
+            "history.asked": history.asked,
+            "history.best": np.array([history.best], np.int64),
+            "history.best_scores": history.best_scores,
+        }
+    return save(tensors, _about(EVIDENCE))
+
+
+def decode_evidence(data: bytes) -> Evidence:
+    """The evidence in a file. Raises CorruptArtifact for anything else."""
+    tensors = _tensors(data, EVIDENCE)
+    listed = json.loads(tensors["listed"].tobytes())
+    digests = tensors["digests"].tobytes().hex()
+    return Evidence(
+        ids=tuple(listed["ids"]),
+        digests=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),
+        targets=tuple(tuple(target) if isinstance(target, list) else target for target in listed["targets"]),
+        scores=tensors["scores"],
+        # Files of the first releases have neither.
+        sampled=tuple(tensors["sampled"].astype(bool).tolist()) if "sampled" in tensors else (),
+        history=_history(tensors) if "history.best" in tensors else None,
+    )
+
+
+def _history(tensors: Mapping[str, NDArray[Any]]) -> History:
+    return History(
+        agreed=tensors["history.agreed"],
+        expected=tensors["history.expected"],
+        asked=tensors["history.asked"],
+        best=int(tensors["history.best"][0]),
+        best_scores=tensors["history.best_scores"],
+    )
+
+
+def _about(form: str, **more: str) -> dict[str, str]:
+    return {"format": form, **more}
+
+
+def _header(data: bytes) -> Mapping[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    try:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except ValueError as error:
+        raise CorruptArtifact("A stored file is not what its name says; restore it from a backup.") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _tensors(data: bytes, form: str) -> dict[str, NDArray[Any]]:
+    found = _header(data).get("format")
+    if found != form:
+        raise CorruptArtifact(f"A stored file has the format {found!r} where {form!r} is expected.")
+    return load(data)

@@ -1,0 +1,326 @@
+"""The artifact store in a local folder: <root>/<tenant>/<adapter uid>/<sha256>-<nonce>."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from adapters.storage.artifact import (
+    ASIDE,
+    IDENTITY,
+    PARTIAL,
+    Artifact,
+    Buffer,
+    StoredObject,
+    StoreFull,
+    StoreUnavailable,
+    adapter_key,
+    check,
+    missing,
+    object_key,
+    parse_key,
+    tenant_key,
+    verified,
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Each deletion of the folder can cost a publication one attempt.
+_ATTEMPTS = 20
+_PAUSE = 0.005  # seconds, times the attempts so far
+_DELETIONS = 100
+# Where folders go that are being deleted. No tenant has such a name.
+_DELETED = ".deleted"
+_REMEMBERED_FOLDERS = 10_000
+
+
+class LocalStore:
+    """Artifacts in a folder of this machine. See Store. Only the owner can read its folders and files."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._synced: set[str] = set()
+        with _translated():
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (self._root, *self._root.parents[:1]):
+                _sync_folder(made)
+
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
+        """See Store.publish."""
+        return self.publish_all(tenant, adapter_uid, (data,))[0]
+
+    def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
+        """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
+        artifacts = tuple(Artifact.describe(data) for data in blobs)
+        keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            self._write(folder, [self._root / key for key in keys], blobs)
+
+        _persist(write)
+        return artifacts
+
+    def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
+        """See Store.put."""
+        check(artifact, data)
+        path = self._root / object_key(tenant, adapter_uid, artifact.name)
+        partial = path.with_name(path.name + PARTIAL)
+
+        def write() -> None:
+            folder = self._make_folder(tenant, adapter_uid)
+            partial.unlink(missing_ok=True)
+            try:
+                _write_synced(partial, data)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            _sync_folder(folder)
+
+        _persist(write)
+
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
+        """See Store.read."""
+        path = self._root / object_key(tenant, adapter_uid, artifact.name)
+        with _translated():
+            try:
+                with path.open("rb") as file:
+                    # One byte more than expected shows a file that grew, without reading all of it.
+                    data = file.read(artifact.length + 1)
+            except FileNotFoundError:
+                raise missing(artifact) from None
+        return verified(artifact, data)
+
+    def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
+        """See Store.delete."""
+        with _translated():
+            for artifact in artifacts:
+                (self._root / object_key(tenant, adapter_uid, artifact.name)).unlink(missing_ok=True)
+
+    def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
+        """See Store.delete_adapter."""
+        key = adapter_key(tenant, adapter_uid)
+        with _translated():
+            for folder in (self._root / key, self._root / ASIDE / key):
+                self._delete_folder(folder)
+                # The last one takes the tenant's name along.
+                with suppress(OSError):
+                    folder.parent.rmdir()
+
+    def delete_tenant(self, tenant: str) -> None:
+        """See Store.delete_tenant."""
+        key = tenant_key(tenant)
+        with _translated():
+            for folder in (self._root / key, self._root / ASIDE / key):
+                self._delete_folder(folder)
+
+    def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
+        """See Store.objects."""
+        now = time.time()
+        for folder in _folders(self._base(aside)):
+            for inner in _folders(folder):
+                for file in _entries(inner):
+                    parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
+                    if parsed is not None:
+                        with suppress(FileNotFoundError):
+                            yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
+
+    def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
+        """See Store.discard."""
+        base = self._base(aside)
+        with _translated():
+            for found in objects:
+                (base / _key(found)).unlink(missing_ok=True)
+        _remove_empty(base, objects)
+
+    def put_aside(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_aside."""
+        self._move(objects, self._base(False), self._base(True))
+
+    def put_back(self, objects: Collection[StoredObject]) -> None:
+        """See Store.put_back."""
+        self._move(objects, self._base(True), self._base(False))
+
+    @property
+    def location(self) -> str:
+        """See Store.location."""
+        return str(self._root)
+
+    def identity(self) -> str | None:
+        """See Store.identity."""
+        with _translated():
+            try:
+                return (self._root / IDENTITY).read_text().strip()
+            except FileNotFoundError:
+                return None
+
+    def claim(self, identity: str) -> None:
+        """See Store.claim."""
+        path = self._root / IDENTITY
+        # Processes that share a database start together: each writes a file of its own.
+        partial = path.with_name(f"{IDENTITY}-{secrets.token_hex(8)}{PARTIAL}")
+        with _translated():
+            try:
+                _write_synced(partial, identity.encode() + b"\n")
+                # A link, unlike a rename, replaces nothing.
+                with suppress(FileExistsError):
+                    os.link(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            _sync_folder(self._root)
+
+    def _base(self, aside: bool) -> Path:
+        return self._root / ASIDE if aside else self._root
+
+    def _move(self, objects: Collection[StoredObject], source: Path, target: Path) -> None:
+        with _translated():
+            for found in objects:
+                path, goal = source / _key(found), target / _key(found)
+                goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    # Its age begins again. A move forth and back must not look like an old orphan.
+                    os.utime(path)
+                    path.rename(goal)
+            for folder in {(target / _key(found)).parent for found in objects}:
+                _sync_folder(folder)
+        _remove_empty(source, objects)
+
+    def _delete_folder(self, folder: Path) -> None:
+        """Deletes a folder, and what an interrupted deletion left of others.
+
+        It is moved aside first: emptied in its place, it would take file after file from publications.
+        """
+        deleted = self._root / _DELETED
+        deleted.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.rename(deleted / secrets.token_hex(8))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # An overlay of two file systems cannot move a folder of the lower one.
+            _remove(folder)
+        for left in _folders(deleted):
+            _remove(left)
+
+    def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
+        folder = self._root / adapter_key(tenant, adapter_uid)
+        for path in (folder.parent, folder):
+            try:
+                path.mkdir(mode=0o700)
+                made = True
+            except FileExistsError:
+                made = False
+            # A folder that an earlier process made may not have been synced before that process was killed.
+            if made or str(path) not in self._synced:
+                _sync_folder(path.parent)
+                if len(self._synced) >= _REMEMBERED_FOLDERS:
+                    self._synced.clear()
+                self._synced.add(str(path))
+        return folder
+
+    @staticmethod
+    def _write(folder: Path, paths: Sequence[Path], blobs: Sequence[Buffer]) -> None:
+        partial = [path.with_name(path.name + PARTIAL) for path in paths]
+        try:
+            for path, data in zip(partial, blobs, strict=True):
+                _write_synced(path, data)
+            for source, target in zip(partial, paths, strict=True):
+                source.rename(target)
+            _sync_folder(folder)
+        except BaseException:
+            for path in (*partial, *paths):
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+
+def _key(found: StoredObject) -> str:
+    return object_key(found.tenant, found.adapter_uid, found.name)
+
+
+def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
+    for folder in {(base / _key(found)).parent for found in objects}:
+        for empty in (folder, folder.parent):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _persist(write: Callable[[], None]) -> None:
+    """Writes, and writes again where a deletion took the folder away between two steps.
+
+    The commit of what was erased meanwhile is refused then.
+    """
+    with _translated():
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                write()
+                break
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS:
+                    raise
+            time.sleep(_PAUSE * attempt)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder with all that is in it, if it is there."""
+    for attempt in range(1, _DELETIONS + 1):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError as error:
+            if not folder.exists():
+                return
+            # A publication, or another deletion, changed the folder while its files were removed.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _DELETIONS:
+                raise
+
+
+def _write_synced(path: Path, data: Buffer) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull("There is no space left for artifacts; make room, then try again.") from error
+        raise StoreUnavailable(f"The artifact folder failed: {error.strerror or error}.") from error

@@ -1,0 +1,114 @@
+"""What a killed process published and never recorded: found, put aside for days, then deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from adapters.storage.artifact import PARTIAL, Artifact, Store, StoredObject
+
+HOUR, DAY = 3_600.0, 86_400.0  # seconds
+
+SWEPT_AGE = 6 * HOUR
+"""Seconds after which an object that no row refers to is taken for left over. It protects what is published
+and not yet committed: the first part of an upload may wait some hours for the last one."""
+
+KEPT_ASIDE = 7 * DAY
+"""Seconds for which an object that was put aside can be brought back."""
+
+# Most objects that one sweep puts aside. To the wrong database, every object looks left over.
+_SHARE, _FEW = 0.05, 20
+
+
+class Rows(Protocol):
+    """What a sweep asks of the registry."""
+
+    def referenced(self, uid: str) -> set[Artifact]:
+        """The artifacts that rows of the adapter refer to."""
+        ...
+
+    def erased_ago(self, uid: str) -> float | None:
+        """Seconds since something of the adapter was erased; None if nothing was."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did, in objects. spared: left where they are, for they are too many at once."""
+
+    aside: int = 0
+    deleted: int = 0
+    brought_back: int = 0
+    spared: int = 0
+
+
+def orphans(
+    objects: Iterable[StoredObject],
+    referenced: Callable[[str], set[Artifact]],
+    older_than: float = SWEPT_AGE,
+) -> Iterator[list[StoredObject]]:
+    """Objects of an adapter that no row refers to and that are older than `older_than` seconds."""
+    for (_, uid), group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
+        old = [found for found in group if found.age > older_than]
+        if old:
+            # Read after the listing: a name that is old and unreferenced now is never referred to later.
+            kept = {artifact.name for artifact in referenced(uid)}
+            left = [found for found in old if found.name not in kept]
+            if left:
+                yield left
+
+
+def sweep(
+    store: Store, rows: Rows, *, older_than: float = SWEPT_AGE, kept_aside: float = KEPT_ASIDE
+) -> Swept:
+    """Put aside what no row refers to and is older than `older_than` seconds; delete it after `kept_aside`.
+
+    What rows refer to again is brought back. Interrupted publications are deleted at once, and so is what
+    may hold something that was erased since: an erasure leaves nothing aside.
+    """
+    brought_back, deleted = bring_back(store, rows.referenced), 0
+    for group in _groups(store.objects(aside=True)):
+        spent = [found for found in group if found.age > kept_aside]
+        store.discard(spent, aside=True)
+        deleted += len(spent)
+
+    total = 0
+
+    def counted() -> Iterator[StoredObject]:
+        nonlocal total
+        for found in store.objects():
+            total += 1
+            yield found
+
+    left: list[StoredObject] = []
+    for found in orphans(counted(), rows.referenced, older_than):
+        erased = rows.erased_ago(found[0].adapter_uid)
+        gone = [
+            one for one in found if one.name.endswith(PARTIAL) or (erased is not None and one.age >= erased)
+        ]
+        store.discard(gone)
+        deleted += len(gone)
+        left += [one for one in found if one not in gone]
+    left.sort(key=lambda one: -one.age)
+    most = max(_FEW, int(_SHARE * total))
+    store.put_aside(left[:most])
+    return Swept(len(left[:most]), deleted, brought_back, len(left[most:]))
+
+
+def bring_back(store: Store, referenced: Callable[[str], set[Artifact]]) -> int:
+    """Put back what was put aside and rows refer to; how many objects."""
+    count = 0
+    for group in _groups(store.objects(aside=True)):
+        wanted = {artifact.name for artifact in referenced(group[0].adapter_uid)}
+        lost = [found for found in group if found.name in wanted]
+        store.put_back(lost)
+        count += len(lost)
+    return count
+
+
+def _groups(objects: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
+    """The objects of each adapter."""
+    for _, group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
+        yield list(group)

@@ -1,0 +1,1 @@
+"""Real data sets, and inputs made of them."""

@@ -1,0 +1,1 @@
+"""What a service gives, and what it does to some while it serves others."""

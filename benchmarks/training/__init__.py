@@ -1,0 +1,1 @@
+"""What adapters and fine-tunes are worth, and what they take."""

@@ -1,0 +1,619 @@
+"""A bounded queue and worker threads in front of a backbone: an answer per input, predicts before bulk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from models.backbone import Backbone, Embedded, Floats, Ready
+from models.batching.core_sharing import Cores
+from models.batching.fair_queue import Lane, Priority
+from models.batching.request import (
+    BatcherClosed,
+    DeadlineExceeded,
+    EmbeddingFailed,
+    Overloaded,
+    Part,
+    Request,
+    settle,
+)
+from models.batching.turn import LONGEST_RUN, PATIENCE, Turn
+from models.preprocess.decoder import DecoderUnavailable
+from models.preprocess.expense import HEAVY
+from models.preprocess.preprocessor import InputError, Prepared
+from models.priority import HEAVY_NICENESS, NICENESS, give_way
+
+logger = logging.getLogger(__name__)
+
+# While predicts come, and so many seconds after the last one, bulk leaves them one core: a thread that gets
+# ready on a core that another holds may wait for the next tick of the kernel's clock, whatever its priority.
+_PREDICTS_STAY = 0.5
+
+# Weight of the newest batch in the running mean of what an input costs.
+_NEWEST = 0.1
+
+# A run may take so many times what the measured rate says.
+_SLACK = 10.0
+# When it closes: a thread that does nothing for so long is left to itself.
+_CLOSING_SECONDS = 5
+
+# Threads that are left to the inputs that they do not get done with, each of which may keep a core.
+_MOST_LEFT = 3
+# For the lock, which a thread that is stuck may hold.
+_LOCK_SECONDS = 0.1
+
+# An input that was taken: whose it is, and its position there.
+_Taken = tuple[Request, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Inputs that a thread took together.
+
+    good: those that can be run. spent: of each, the seconds that it took to prepare, and why it cannot be
+    run. begun, prepared: when, by time.perf_counter().
+    """
+
+    inputs: list[tuple[Part, int]]
+    good: list[tuple[_Taken, Ready]]
+    spent: list[tuple[_Taken, float, InputError | None]]
+    begun: float
+    prepared: float
+
+    @property
+    def size(self) -> int:
+        """Elements of what is run."""
+        return sum(ready.prepared.size for _, ready in self.good)
+
+    @property
+    def requests(self) -> set[Request]:
+        """Whose they are."""
+        return {request for (request, _), _, _ in self.spent}
+
+
+# A lane of a priority, and what its threads are at.
+_Crew = tuple[Priority[Part], Lane[Part], list[Turn]]
+
+
+class _Left(BaseException):
+    """The turn of the thread that raises it is another's now."""
+
+
+class Batcher:
+    """Shares one backbone between many callers. Use from one event loop; the work is done by its own threads.
+
+    Each worker takes inputs of one or more callers, prepares and runs them, and puts each row where it
+    belongs, so that decoding on one thread overlaps the network on another. Sources take turns by what their
+    inputs cost, and so do each one's callers: a large request does not block a small one, nor do many of one
+    source those of another. Heavy inputs have threads of their own, so that light ones never wait for them.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_queue: int,
+        workers: int,
+        max_wait: float = math.inf,
+        cores: Cores | None = None,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+        observe_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """Starts nothing yet.
+
+        max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
+        away; a request larger than that is taken when nothing waits. workers: threads for light predicts, and
+        as many for heavy ones and for bulk, which are niced; on a CPU as many as cores. max_wait: seconds
+        that a predict may expect to wait, by the cost of what is taken before it and the pace measured; one
+        that would wait longer is refused. cores: shared with those who run on the same ones; None where
+        no others do. observe(stage, seconds), with a stage of Embedded.timings, and observe_batch(size)
+        are called from those threads.
+        """
+        self.backbone = backbone
+        self._max_queue = max_queue
+        self._workers = workers
+        self._max_wait = max_wait
+        self._cores = cores or Cores()
+        self._observe = observe
+        self._observe_batch = observe_batch
+        self._lock = threading.Lock()
+        self._predicts: Priority[Part] = Priority(self._lock)
+        self._bulk: Priority[Part] = Priority(self._lock)
+        self._unanswered: set[Request] = set()
+        # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
+        self._pace = backbone.pace
+        self.turns: list[Turn] = []
+        self._crews: list[_Crew] = []
+        self._threads: list[threading.Thread] = []
+        self._left: list[threading.Thread] = []
+        # Inputs so far, of those that are counted.
+        self.admitted = 0
+        # Batches that the backbone's own thread has yet to run.
+        self._submitted = 0
+        self._ran = threading.Condition(self._lock)
+        self._open = False
+        self._predicts_until = 0.0
+
+    @property
+    def depth(self) -> int:
+        """Inputs waiting, predicts and bulk together."""
+        return self._predicts.depth + self._bulk.depth
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Inputs waiting: of predicts, and of bulk."""
+        return self._predicts.depth, self._bulk.depth
+
+    @property
+    def neglected(self) -> bool:
+        """Whether inputs wait although a thread that is there for them is idle. Seen without the lock, for a
+        thread that is stuck may hold it.
+        """
+        if self._predicts.depth:
+            return any(
+                lane.depth and not all(turn.busy for turn in turns)
+                for priority, lane, turns in self._crews
+                if priority is self._predicts
+            )
+        return self._bulk.depth > 0 and not any(turn.busy for turn in self.turns)
+
+    @property
+    def alive(self) -> bool:
+        """Whether inputs are accepted and every worker thread runs."""
+        return self._open and all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def threads_left(self) -> int:
+        """Worker threads that have not ended."""
+        return sum(thread.is_alive() for thread in (*self._threads, *self._left))
+
+    async def start(self) -> None:
+        """Starts the threads. Once."""
+        if self._threads:
+            raise RuntimeError("a batcher starts once")
+        self._open = True
+        self._cores.join(self._predicts)
+        for kind, priority in (("predict", self._predicts), ("bulk", self._bulk)):
+            for lane in priority.lanes:
+                name = f"{self.backbone.spec.name}-{kind}" + ("-heavy" if lane is priority.heavy else "")
+                turns = [Turn() for _ in range(self._workers)]
+                self.turns += turns
+                self._crews.append((priority, lane, turns))
+                self._threads += [self._hire(name, priority, lane, turn) for turn in turns]
+        if self.backbone.runner is not None:
+            self.turns.append(self.backbone.runner)
+        for thread in self._threads:
+            thread.start()
+
+    def _hire(self, name: str, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> threading.Thread:
+        turn.thread = threading.Thread(target=self._work, args=(priority, lane, turn), name=name, daemon=True)
+        return turn.thread
+
+    def refuse(self, turn: Turn) -> bool:
+        """Refuses the input that a thread prepares and does not get done with, and has another thread go on
+        with the rest; the first one ends once it can. The network is not touched.
+
+        False where the thread prepares nothing, or too many are left to their inputs already.
+        """
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            return False
+        try:
+            suspect, old = turn.input, turn.thread
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            if suspect is None or old is None or len(self._left) == _MOST_LEFT:
+                return False
+            turn.refused[suspect] = InputError(
+                "input_too_costly", "Preparing the input takes longer than any may; send a simpler one."
+            )
+            priority, lane, _ = next(crew for crew in self._crews if turn in crew[-1])
+            thread = self._hire(old.name, priority, lane, turn)
+            self._threads[self._threads.index(old)] = thread
+            self._left.append(old)
+            turn.input, turn.clock, turn.waits = None, None, False
+            turn.steps += 1
+        finally:
+            self._lock.release()
+        thread.start()
+        logger.error(
+            "an input of %d bytes is refused by the backbone %s: preparing it does not end",
+            len(suspect[0].inputs[suspect[1]]),
+            self.backbone.spec.name,
+        )
+        return True
+
+    async def close(self) -> None:
+        """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open.
+
+        A thread that does nothing for five seconds is not waited for; its callers get BatcherClosed.
+        """
+        with self._lock:
+            self._open = False
+            self._wake_all()
+        still, before = 0, -1
+        for thread in self._threads:
+            while thread.is_alive() and still < _CLOSING_SECONDS:
+                await asyncio.to_thread(thread.join, 1.0)
+                steps = sum(turn.steps for turn in self.turns)
+                still, before = (still + 1 if steps == before else 0), steps
+        await asyncio.to_thread(self._wait_for_submitted)
+        self._cores.leave(self._predicts)
+        if self.threads_left or self._submitted:
+            self.abandon()
+
+    def _wait_for_submitted(self) -> None:
+        with self._lock:
+            self._ran.wait_for(lambda: not self._submitted, _CLOSING_SECONDS)
+
+    def abandon(self) -> None:
+        """Takes no more inputs, and raises BatcherClosed for whoever waits, at once and without its threads:
+        those that are stuck are left to themselves, the others end.
+        """
+        self._give_up("This backbone hangs and is replaced; try again in a few seconds.")
+
+    async def embed(
+        self,
+        inputs: Sequence[bytes | str],
+        *,
+        bulk: bool = False,
+        deadline: float | None = None,
+        source: Hashable = None,
+        counted: bool = True,
+    ) -> Embedded:
+        """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic(). source: from
+        whom they come, as far as turns and shares of the queue are concerned. counted: they are somebody's,
+        and not only to see whether they are answered; others are observed by nobody, no measure of what
+        inputs cost, and no reason for bulk to leave a core.
+
+        Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed. When the caller is cancelled or
+        the deadline passes, its inputs that still wait are dropped.
+        """
+        stage = self.backbone.preprocess_stage
+        request = Request(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
+        if not inputs:
+            return Embedded(request.embeddings, request.errors, request.timings)
+        priority = self._bulk if bulk else self._predicts
+        self._share_out(request)
+        try:
+            self._admit(priority, request)
+            if deadline is None:
+                return await request.future
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await request.future
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The deadline passed with {request.pending} of {len(inputs)} inputs to go; send fewer."
+            ) from None
+        finally:
+            self._forget([request])
+            # The parts refer to the request. Without this its inputs stay until a garbage collection.
+            request.parts.clear()
+
+    def check_room(self, source: Hashable = None) -> None:
+        """Raises what embed would for one more light predict of the source, before any work for it."""
+        with self._lock:
+            self._check_room(self._predicts, source, 1, (1.0, 0.0))
+
+    def _share_out(self, request: Request) -> None:
+        """Tells the heavy inputs of a request from the light ones."""
+        costs = [self.backbone.expense(item) for item in request.inputs]
+        for heavy in (False, True):
+            places = [place for place, cost in enumerate(costs) if (cost > HEAVY) is heavy]
+            request.parts.append(Part(request, places, [costs[place] for place in places]))
+
+    def _check_room(
+        self, priority: Priority[Part], source: Hashable, count: int, costs: tuple[float, float]
+    ) -> None:
+        """costs: of the light inputs, and of the heavy ones."""
+        if not self._open:
+            raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
+        surplus = priority.depth + count - self._max_queue
+        if surplus > 0 and priority.depth > 0 and not priority.has_share(source, count, self._max_queue):
+            share = min(1.0, surplus / priority.depth)
+            raise Overloaded(share * priority.seconds / self._workers)
+        if priority is not self._predicts:
+            return
+        for lane, cost in zip(priority.lanes, costs, strict=True):
+            pace = lane.pace / self._workers
+            if cost and lane.cost * pace > self._max_wait:
+                wait = lane.ahead(source, cost) * pace
+                if wait > self._max_wait:
+                    raise Overloaded(wait - self._max_wait)
+
+    def _admit(self, priority: Priority[Part], request: Request) -> None:
+        light, heavy = request.parts
+        with self._lock:
+            costs = sum(light.costs), sum(heavy.costs)
+            self._check_room(priority, request.source, len(request.inputs), costs)
+            self._unanswered.add(request)
+            if request.counted:
+                self.admitted += len(request.inputs)
+            if priority is self._predicts and request.counted:
+                self._predicts_until = time.monotonic() + _PREDICTS_STAY
+            for lane, part in zip(priority.lanes, request.parts, strict=True):
+                if part.places:
+                    lane.add(part)
+                    lane.ready.notify(min(len(part.places), self._workers))
+
+    def _work(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> None:
+        """The life of a thread. However it ends, nobody is left waiting for it."""
+        try:
+            turn.clock = time.pthread_getcpuclockid(threading.get_ident())
+            if priority is self._bulk:
+                give_way(NICENESS)
+            elif lane is priority.heavy:
+                give_way(HEAVY_NICENESS)
+            # What a thread was refused an input of is gone on with.
+            while taken := turn.taken or self._take(priority, lane, turn):
+                self._answer(taken, priority, lane, turn)
+                # The next inputs may come much later. Free the last ones now.
+                del taken
+                with self._lock:
+                    turn.taken, turn.busy = [], False
+                    turn.refused.clear()
+                    lane.running -= 1
+                    if priority is self._bulk:
+                        self._let_bulk_look()
+        except _Left:
+            return
+        except BaseException:
+            logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
+            self._give_up("A worker of this backbone died; try again in a few seconds.")
+
+    def _give_up(self, why: str) -> None:
+        """Without one of its threads the batcher would be late or stuck, and nobody would know."""
+        with self._lock:
+            self._open = False
+            unanswered = list(self._unanswered)
+        self._cores.leave(self._predicts)
+        self._forget(unanswered)
+        with self._lock:
+            self._wake_all()
+        settle(unanswered, lambda: BatcherClosed(why))
+
+    def _wake_all(self) -> None:
+        """Has every idle thread look whether it is to end."""
+        for _, lane, _ in self._crews:
+            lane.ready.notify_all()
+
+    def _forget(self, requests: Iterable[Request]) -> None:
+        """Drops what was not taken of some requests."""
+        with self._lock:
+            for request in requests:
+                if request not in self._unanswered:
+                    continue
+                self._unanswered.discard(request)
+                priority = self._bulk if request.bulk else self._predicts
+                for lane, part in zip(priority.lanes, request.parts, strict=True):
+                    lane.remove(part)
+            self._let_bulk_look()
+
+    def _take(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> list[tuple[Part, int]]:
+        """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
+        with self._lock:
+            while not lane.depth or (priority is self._bulk and not self._bulk_may_run(lane)):
+                if not self._open and not lane.depth:
+                    return []
+                lane.ready.wait(_PREDICTS_STAY if lane.depth else None)
+            taken = lane.take(self._room(priority, lane), self.backbone.budget)
+            now = time.perf_counter()
+            begun = {part.request for part, _ in taken if not part.request.begun}
+            for request in begun:
+                request.begun = True
+                request.timings["queue"] = now - request.arrived
+            lane.running += 1
+            turn.taken = taken
+            turn.allowed = 0.0
+            turn.busy = True
+            turn.steps += 1
+            self._let_bulk_look()
+        for request in begun:
+            if request.counted:
+                self._observe("queue", now - request.arrived)
+        return taken
+
+    def _room(self, priority: Priority[Part], lane: Lane[Part]) -> int:
+        """Inputs that a thread may take at once.
+
+        A share: the others get some of a single caller's inputs too, and the next that is done has something
+        to go on with while callers read their answers and ask again. All, where another backbone has the
+        cores too: a second run of this one would be slower, and has less in it.
+        """
+        bulk = priority is self._bulk
+        most = self.backbone.bulk_batch if bulk else self.backbone.batch
+        if lane is priority.heavy:
+            most = min(most, self.backbone.heavy_batch)
+        shared = bulk or not self._cores.others_run(priority)
+        return max(1, min(most, -(-lane.depth // self._workers) if shared else lane.depth))
+
+    def _let_bulk_look(self) -> None:
+        """Wakes bulk where it waits for predicts: those who have nothing to do would only be in the way."""
+        if not self._predicts.depth:
+            for lane in self._bulk.lanes:
+                if lane.depth:
+                    lane.ready.notify_all()
+
+    def _bulk_may_run(self, lane: Lane[Part]) -> bool:
+        """Whether bulk may begin another batch: not before a predict that waits, and not on the last core.
+
+        Heavy bulk leaves its core to light bulk that waits.
+        """
+        if self._predicts.depth:
+            return False
+        most = max(1, self._workers - (time.monotonic() < self._predicts_until))
+        if lane is self._bulk.light:
+            return lane.running < most
+        return not self._bulk.light.depth and self._bulk.running < most
+
+    def _others(self, priority: Priority[Part]) -> bool:
+        """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
+        threads of a run wait for each other, and so for the one that bulk holds up.
+        """
+        with self._lock:
+            if priority.running > 1 or priority.depth > 0 or self._bulk.running > 0:
+                return True
+        return self._cores.others_run(priority)
+
+    def _answer(
+        self, inputs: list[tuple[Part, int]], priority: Priority[Part], lane: Lane[Part], turn: Turn
+    ) -> None:
+        """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
+        taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
+        begun = time.perf_counter()
+        try:
+            good, spent = self._prepare(taken, turn)
+            batch = _Batch(inputs, good, spent, begun, time.perf_counter())
+            rows = [ready.prepared for _, ready in good]
+            turn.steps += 1
+            if self.backbone.runner is not None:
+                self._submit(batch, rows, lane, turn)
+                return
+            beside = priority is self._bulk or self._others(priority)
+            turn.allowed = min(LONGEST_RUN, max(PATIENCE, _SLACK * batch.size * self._pace))
+            try:
+                embeddings = self.backbone.run(rows, beside=beside)
+            finally:
+                turn.allowed = 0.0
+            turn.steps += 1
+        except Exception as error:
+            self._fail({request for request, _ in taken}, error)
+            return
+        self._finish(batch, embeddings, lane, time.perf_counter() - begun)
+
+    def _submit(self, batch: _Batch, rows: list[Prepared], lane: Lane[Part], turn: Turn) -> None:
+        """Leaves a batch to the backbone's own thread: this one has the next inputs to prepare meanwhile."""
+        with self._lock:
+            self._submitted += 1
+        turn.wait(True)
+        try:
+            future = self.backbone.submit(rows)
+        except BaseException:
+            with self._lock:
+                self._submitted -= 1
+            raise
+        finally:
+            turn.wait(False)
+        occupied = time.perf_counter() - batch.begun
+
+        def done(future: Future[Floats]) -> None:
+            try:
+                error = future.exception()
+                if error is None:
+                    self._finish(batch, future.result(), lane, occupied)
+                else:
+                    self._fail(batch.requests, error)
+            except BaseException:
+                logger.exception("what the backbone %s gave is lost", self.backbone.spec.name)
+                self._give_up("What this backbone gave is lost; try again in a few seconds.")
+            finally:
+                with self._lock:
+                    self._submitted -= 1
+                    self._ran.notify_all()
+
+        future.add_done_callback(done)
+
+    def _finish(self, batch: _Batch, embeddings: Floats, lane: Lane[Part], occupied: float) -> None:
+        """Puts each row where it belongs. occupied: seconds that a thread had no time for other inputs."""
+        end = time.perf_counter()
+        good, spent, embed_seconds = batch.good, batch.spent, end - batch.prepared
+        finished: list[Request] = []
+        stage = self.backbone.preprocess_stage
+        counted = sum(request.counted for (request, _), _ in good)
+        # What cannot be read is refused at once, whatever it claims to be.
+        cost = sum(
+            part.costs[place]
+            for (part, place), (_, _, refusal) in zip(batch.inputs, spent, strict=True)
+            if refusal is None
+        )
+        with self._lock:
+            for (request, index), seconds, refusal in spent:
+                request.timings[stage] += seconds
+                if refusal is not None:
+                    request.errors[index] = refusal
+            for ((request, index), ready), embedding in zip(good, embeddings, strict=True):
+                request.embeddings[index] = embedding
+                request.timings["embed"] += embed_seconds / len(good)
+                request.tokens += ready.tokens
+                if ready.unknown:
+                    request.unknown.add(index)
+                if ready.truncated:
+                    request.truncated.add(index)
+            for (request, _), _, _ in spent:
+                request.pending -= 1
+                if not request.pending:
+                    finished.append(request)
+            if counted:
+                lane.pace += _NEWEST * (occupied / cost - lane.pace)
+            if batch.size and self.backbone.runner is None:
+                self._pace += _NEWEST * (embed_seconds / batch.size - self._pace)
+
+        def report() -> None:
+            for (request, _), seconds, _ in spent:
+                if request.counted:
+                    self._observe(stage, seconds)
+            if counted:
+                self._observe("embed", embed_seconds)
+                self._observe_batch(counted)
+
+        if finished:
+            settle(finished, None, report)
+        else:
+            report()
+
+    def _prepare(
+        self, taken: list[_Taken], turn: Turn
+    ) -> tuple[list[tuple[_Taken, Ready]], list[tuple[_Taken, float, InputError | None]]]:
+        """What can be run, and the seconds and the error of each input."""
+        good: list[tuple[_Taken, Ready]] = []
+        spent: list[tuple[_Taken, float, InputError | None]] = []
+        for one in taken:
+            request, index = one
+            begin = time.perf_counter()
+            refusal = self._turn_to(one, turn)
+            if refusal is not None:
+                spent.append((one, 0.0, refusal))
+                continue
+            try:
+                good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
+            except InputError as error:
+                # A raised error keeps its frames, and this frame keeps the error. A new one has none.
+                refusal = InputError(error.code, error.detail)
+            spent.append((one, time.perf_counter() - begin, refusal))
+            self._turn_to(None, turn)
+            turn.steps += 1
+        return good, spent
+
+    def _turn_to(self, one: _Taken | None, turn: Turn) -> InputError | None:
+        """Notes which input is prepared next, None after each; why it is refused, if it is.
+
+        Raises _Left where the thread was too late.
+        """
+        with self._lock:
+            if turn.thread is not threading.current_thread():
+                raise _Left
+            turn.input = one
+            return None if one is None else turn.refused.get(one)
+
+    def _fail(self, requests: set[Request], error: BaseException) -> None:
+        logger.error(
+            "a batch of %d requests failed on the backbone %s",
+            len(requests),
+            self.backbone.spec.name,
+            exc_info=error,
+        )
+        self._forget(requests)
+
+        def failure() -> Exception:
+            if isinstance(error, DecoderUnavailable):
+                # No fault of the backbone, and it may pass.
+                return DecoderUnavailable(str(error))
+            failed = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
+            failed.__cause__ = error
+            return failed
+
+        settle(requests, failure)

@@ -1,0 +1,1 @@
+"""Networks to ONNX. Torch lives here."""

@@ -1,0 +1,213 @@
+"""`python -m models.export [names…]`: torch network → ONNX, parity-checked, into the BentoML model store."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models import probes
+from models.backbone import Backbone
+from models.export.float16 import halve
+from models.export.loaders import ExportRefused, Network, load_network
+from models.export.quantize import quantize
+from models.manifest import write_manifest
+from models.model_store import find, find_tag, model_name, tag
+from models.preprocess.pixels import with_byte_input
+from models.runtime.cuda import lowest_cosine
+from models.spec import (
+    FLOAT32,
+    GRAPH_FILE,
+    IDS,
+    INT8,
+    MASK,
+    OUTPUT_NAME,
+    PACKAGED,
+    PIXELS,
+    SENTENCE_TRANSFORMERS,
+    TOKENIZER_FILE,
+    BackboneSpec,
+    ImageTransform,
+    UnknownBackbone,
+)
+
+logger = logging.getLogger(__name__)
+
+_LARGE_TABLE = 8 << 20
+
+# Below this, an embedding is not the reference's. float32 graphs give 0.9999999; of 8 bits nothing better is
+# asked than that the graph is not broken: a head is fitted on what the graph gives.
+_MIN_COSINE = {FLOAT32: 0.9999, INT8: 0.9}
+
+
+def export(name: str) -> str:
+    """Exports a backbone named as in the settings, unless it is there; the tag in the BentoML model store.
+
+    Any number of processes may ask for the same one. Raises UnknownBackbone, ExportRefused, and then stores
+    nothing.
+    """
+    with _lock(name):
+        present = find_tag(name)
+        if present is not None:
+            return present
+        network = load_network(name)
+        with tempfile.TemporaryDirectory(prefix="topwork-export-") as scratch:
+            folder = Path(scratch) / "export"
+            folder.mkdir()
+            write(network, folder, half=network.spec.precision == FLOAT32)
+            _check(network, folder)
+            return _store(network.spec, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports what is missing of the names given, by default what a service without settings needs."""
+    parser = argparse.ArgumentParser(prog="python -m models.export", description=main.__doc__)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        default=["efficientnet-lite0", "minilm-l6-v2"],
+        help=f"{', '.join(PACKAGED)}, timm:<name or path>, {SENTENCE_TRANSFORMERS}:<name or path>",
+    )
+    for name in parser.parse_args(arguments).names:
+        try:
+            print(export(name), flush=True)
+        except (UnknownBackbone, ExportRefused) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """One export of a backbone at a time in one model store: BentoML's own copy into it is not atomic."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    store = Path(BentoMLContainer.model_store_dir.get())
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / f".{model_name(name)}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _store(spec: BackboneSpec, folder: Path) -> str:
+    import bentoml
+    from bentoml.exceptions import NotFound
+
+    stored = tag(spec)
+    with contextlib.suppress(NotFound):
+        # What is there under this tag is half of an export that was interrupted, or find() would have had it.
+        bentoml.models.delete(stored)
+    metadata = {
+        "fingerprint": spec.fingerprint,
+        "source": spec.source,
+        "licence": spec.licence,
+        "dim": spec.dim,
+    }
+    with bentoml.models.create(stored, metadata=metadata) as model:
+        shutil.copytree(folder, model.path, dirs_exist_ok=True)
+        # BentoML prepares it in a folder that only this user may read, and a container serves as another.
+        Path(model.path).chmod(0o755)
+    if find(spec.name) is None:
+        raise ExportRefused(
+            f"{stored} was stored and cannot be read back; check the disk of the model store."
+        )
+    return stored
+
+
+def write(network: Network, folder: Path, *, half: bool = False) -> None:
+    """Fills an empty folder as an export: graph, tokenizer, manifest. half: the graph in float16 as well."""
+    import torch
+
+    batch = torch.export.Dim("batch", min=1)
+    if isinstance(network.spec.transform, ImageTransform):
+        size = network.spec.transform.size
+        example: tuple[Any, ...] = (torch.zeros(2, 3, size, size),)
+        names, shapes = [PIXELS], ({0: batch},)
+    else:
+        width = min(16, network.spec.transform.max_tokens)
+        example = (torch.ones(2, width, dtype=torch.int64), torch.ones(2, width, dtype=torch.int64))
+        text = {0: batch, 1: torch.export.Dim("tokens", min=1, max=network.spec.transform.max_tokens)}
+        names, shapes = [IDS, MASK], (text, text)  # type: ignore[assignment]
+    with torch.inference_mode(), warnings.catch_warnings():
+        # About its own workings. What would matter to an embedding, the check after it finds.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.forward,
+            example,
+            str(folder / GRAPH_FILE),
+            input_names=names,
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if network.tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
+    if network.spec.precision == INT8:
+        quantize(folder, network.spec)
+    complete(folder, network.spec, half=half)
+
+
+def complete(folder: Path, spec: BackboneSpec, *, half: bool = False) -> None:
+    """Makes an export of a folder with a graph as torch exports it and, of a text, its tokenizer."""
+    if half:
+        halve(folder)
+    if isinstance(spec.transform, ImageTransform):
+        for graph in folder.glob("*.onnx"):
+            graph.write_bytes(with_byte_input(graph.read_bytes(), spec.transform))
+    write_manifest(folder, spec, _set_tables_aside(folder))
+
+
+def _set_tables_aside(folder: Path) -> dict[str, str]:
+    """Writes large embedding tables once more, each to a file that sessions can share; its name by theirs."""
+    import onnx
+
+    graph = onnx.load(folder / GRAPH_FILE).graph
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    tables: dict[str, str] = {}
+    for constant in graph.initializer:
+        value = onnx.numpy_helper.to_array(constant)
+        # Whatever is multiplied with is rearranged by each session anyway.
+        if value.nbytes >= _LARGE_TABLE and readers.get(constant.name) == {"Gather"}:
+            tables[constant.name] = f"table{len(tables)}.npy"
+            np.save(folder / tables[constant.name], value, allow_pickle=False)
+    return tables
+
+
+def _check(network: Network, folder: Path) -> None:
+    """Compares the whole path, from bytes or text to embedding, with the library the network comes from.
+
+    Alone and together, because a graph may have the example's batch size in it. Raises ExportRefused.
+    """
+    samples = probes.pictures() if network.spec.kind == "image" else probes.TEXTS
+    reference = network.reference(samples)
+    backbone = Backbone.open(folder)
+    prepared = [backbone.preprocess(sample) for sample in samples]
+    alone = np.concatenate([backbone.run([one]) for one in prepared])
+    for kind, embeddings in (("alone", alone), ("together", backbone.run(prepared))):
+        lowest = lowest_cosine(embeddings, reference)
+        least = _MIN_COSINE[network.spec.precision]
+        if not lowest >= least:
+            raise ExportRefused(
+                f"its embeddings ({kind}) have cosine {lowest:.6f} to the reference's; "
+                f"at least {least} is needed"
+            )
+    logger.info("%s equals its reference: cosine %.7f", network.spec.name, lowest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Images and texts as networks take them."""

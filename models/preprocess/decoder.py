@@ -1,0 +1,304 @@
+"""Processes that decode the images whose cost is large or in doubt, and that can be ended.
+
+A thread that decodes cannot be ended, whatever its image costs. So such an image goes to a process of its own
+with limits on CPU time and memory; what exceeds them is refused, and harms nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from typing import IO, Final
+
+from PIL import Image
+
+from models.child import plain_environment
+from models.preprocess.image_file import NOT_AN_IMAGE, ImageFile
+from models.preprocess.limits import InputError, InputLimits
+from models.spec import ImageTransform
+
+MEMORY_BYTES: Final = 512 << 20
+"""What one image may take while it is decoded."""
+PROCESSES: Final = 2
+"""That decode at a time, besides one for small images: each takes up to MEMORY_BYTES."""
+
+_SMALL: Final = 1_200_000  # pixels and bytes together
+_BASE_SECONDS: Final = 1.0  # of CPU time for an image of no pixels
+_SECONDS_PER_PIXEL: Final = 100e-9  # a progressive JPEG takes up to 50 on a machine of 2024
+_WALL_SECONDS: Final = (
+    120.0  # the process is niced, and the machine may be busy: only what hangs takes so long
+)
+_START_SECONDS: Final = 30.0
+_PIPE_BYTES: Final = 1 << 20
+
+# What the process is sent: sizes of a JSON header and of the file. What it answers: width and height, or 0
+# and the size of a JSON error.
+REQUEST: Final = struct.Struct("<QQ")
+ANSWER: Final = struct.Struct("<QQ")
+READY: Final = b"\1"
+
+_CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_OUT_OF_TIME: Final = (signal.SIGPROF, signal.SIGXCPU)
+
+Waiting = Callable[[bool], None]
+
+
+class DecoderUnavailable(RuntimeError):
+    """No process can be started that decodes images."""
+
+    code = "decoder_unavailable"
+
+
+class _Ended(Exception):
+    """The process ended before it answered. status: its exit status, negative where a signal ended it. late:
+    it was ended, for no time was left.
+    """
+
+    def __init__(self, status: int, late: bool) -> None:
+        super().__init__(str(status))
+        self.status = status
+        self.late = late
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the image's decoder failed as a program does."""
+        return -self.status in _CRASHES
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the image may have no part in it: an operator, or a machine without memory, ended it."""
+        return not self.late and not self.crashed and -self.status not in _OUT_OF_TIME
+
+
+def wait_unseen(waits: bool) -> None:
+    """For callers whose waiting is not looked at."""
+
+
+class Decoder:
+    """At most `processes` processes, started when an image comes and kept for the next. Thread-safe.
+
+    One more is for small images, which would wait for seconds behind large ones.
+
+    ended: how many were ended, or ended by themselves, over an image.
+    """
+
+    def __init__(
+        self,
+        processes: int = PROCESSES,
+        *,
+        base_seconds: float = _BASE_SECONDS,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """Starts nothing. base_seconds: of CPU time, besides what its pixels take."""
+        self.ended = 0
+        self._base_seconds = base_seconds
+        self._memory_bytes = memory_bytes
+        self._room = threading.BoundedSemaphore(processes)
+        self._room_for_small = threading.BoundedSemaphore(1)
+        self._lock = threading.Lock()
+        self._idle: list[_Process] = []
+
+    @staticmethod
+    @cache
+    def shared() -> Decoder:
+        """The one of this process."""
+        return Decoder()
+
+    def decode(
+        self,
+        file: ImageFile,
+        transform: ImageTransform,
+        limits: InputLimits = InputLimits(),
+        waiting: Waiting = wait_unseen,
+    ) -> Image.Image:
+        """What ImagePreprocessor.square gives for the file. waiting(True) is called before, waiting(False)
+        after: meanwhile this thread does nothing, for a time that is bounded.
+
+        Raises InputError, also where the process had to be ended over the image, and DecoderUnavailable.
+        """
+        small = file.width * file.height + len(file.data) <= _SMALL
+        waiting(True)
+        try:
+            with self._room_for_small if small else self._room:
+                try:
+                    return self._decode(file, transform, limits)
+                except _Ended as ended:
+                    if not ended.by_chance:
+                        raise
+                    return self._decode(file, transform, limits)
+        except _Ended as ended:
+            if ended.crashed:
+                raise InputError("undecodable_image", NOT_AN_IMAGE) from None
+            raise InputError(
+                "input_too_costly",
+                "Decoding the image takes more time or memory than its size allows; save it anew or smaller.",
+            ) from None
+        finally:
+            waiting(False)
+
+    def _decode(self, file: ImageFile, transform: ImageTransform, limits: InputLimits) -> Image.Image:
+        """Raises InputError, DecoderUnavailable and _Ended."""
+        process = self._take()
+        seconds = self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
+        try:
+            square = process.decode(file, transform, limits, seconds)
+        except InputError:
+            self._keep(process)
+            raise
+        except _Ended:
+            with self._lock:
+                self.ended += 1
+            raise
+        except BaseException:
+            process.end()
+            raise
+        self._keep(process)
+        return square
+
+    def close(self) -> None:
+        """Ends the processes that are idle."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.end()
+
+    def _take(self) -> _Process:
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None:
+                return _Process(self._memory_bytes)
+            if process.alive:
+                return process
+            process.end()
+
+    def _keep(self, process: _Process) -> None:
+        with self._lock:
+            self._idle.append(process)
+
+
+class _Process:
+    """One process, ready to decode. For one thread at a time."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        """Raises DecoderUnavailable."""
+        self._late = False
+        # Libraries for linear algebra reserve memory for each thread that they might use.
+        environment = plain_environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "models.preprocess.decoder_process", str(memory_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env=environment,
+            )
+        except OSError as error:
+            raise DecoderUnavailable(f"No process for decoding images can be started: {error}") from error
+        for pipe in (self._input, self._output):
+            # More of an image at once; where that is not allowed, in smaller pieces.
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        try:
+            with self._ended_after(_START_SECONDS):
+                self._read(len(READY))
+        except _Ended as ended:
+            raise DecoderUnavailable(
+                f"The process for decoding images ended with {ended.status} before it was ready."
+            ) from None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def _input(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    @property
+    def _output(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def decode(
+        self, file: ImageFile, transform: ImageTransform, limits: InputLimits, seconds: float
+    ) -> Image.Image:
+        """Raises InputError as the process found it, and _Ended; it is not to be used after that."""
+        header = json.dumps(
+            {
+                "seconds": seconds,
+                "max_pixels": limits.max_pixels,
+                "transform": asdict(transform),
+                "file": {name: value for name, value in asdict(file).items() if name != "data"},
+            }
+        ).encode()
+        with self._ended_after(_WALL_SECONDS):
+            self._write(REQUEST.pack(len(header), len(file.data)) + header)
+            self._write(file.data)
+            width, height = ANSWER.unpack(self._read(ANSWER.size))
+            if not width:
+                error: dict[str, str] = json.loads(self._read(height))
+                if error["code"] == "input_too_costly":
+                    # It ends by itself, and is not to be asked meanwhile.
+                    self.end()
+                raise InputError(error["code"], error["detail"])
+            pixels = self._read(3 * width * height)
+        return Image.frombytes("RGB", (width, height), pixels)
+
+    def end(self) -> None:
+        """Whatever it is at."""
+        self._process.kill()
+        self._wait()
+
+    @contextlib.contextmanager
+    def _ended_after(self, seconds: float) -> Iterator[None]:
+        def end() -> None:
+            self._late = True
+            self._process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._input.fileno(), view) :]
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def _read(self, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size:
+            part = os.read(self._output.fileno(), size - len(found))
+            if not part:
+                self._process.kill()
+                raise self._ended()
+            found += part
+        return bytes(found)
+
+    def _ended(self) -> _Ended:
+        return _Ended(self._wait(), self._late)
+
+    def _wait(self) -> int:
+        for pipe in (self._input, self._output):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        return self._process.wait()

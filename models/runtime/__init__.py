@@ -1,0 +1,1 @@
+"""ONNX Runtime, and how a backbone runs best on it."""

@@ -1,0 +1,408 @@
+"""The routes: HTTP in, one call of the domain, HTTP out.
+
+What is refused, and how, is in service/errors.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
+
+from adapters.examples.validation import check_id
+from adapters.prediction.export import Format
+from adapters.registry.records import UnknownAdapter, UnknownJob
+from models.preprocess.limits import InputError
+from service import __version__, errors
+from service.api.docs import add_docs
+from service.api.embeddings import add_openai
+from service.api.events import brief
+from service.api.idempotency import Once, Replying
+from service.api.openapi import body, describe, once, problems
+from service.api.paging import Behind, Limit
+from service.api.tenants import add_tenants
+from service.composition import Components
+from service.edge.access import needs
+from service.edge.auth import Tenant, count_items, in_vain, tenant_of
+from service.edge.gateway import BULK, UPLOAD_PATIENCE
+from service.errors import Problem
+from service.monitoring.metrics import CONTENT_TYPE
+from service.payloads import render as answers
+from service.payloads import requests as schemas
+from service.payloads import responses as answer_schemas
+from service.payloads.reader import Bodies, media_type
+
+_NAME = re.compile(schemas.ADAPTER_PATTERN)
+_JOB = re.compile(r"[0-9a-f]{32}")
+
+# What follows is async for FastAPI's sake, which runs any other dependency in a thread: 0.2 ms of every
+# request.
+
+
+async def adapter_name(adapter: str) -> str:
+    """The adapter in the path. A name that no adapter can have is unknown like any other."""
+    if _NAME.fullmatch(adapter) is None:
+        raise UnknownAdapter(adapter[:63])
+    return adapter
+
+
+async def example_id(example: str) -> str:
+    """The example in the path; its id may hold slashes."""
+    check_id(example)
+    return example
+
+
+async def job_id(job: str) -> str:
+    """The job in the path. An id that no job can have is unknown like any other."""
+    if _JOB.fullmatch(job) is None:
+        raise UnknownJob(job[:63])
+    return job
+
+
+async def jobs_adapter(adapter: str | None = None) -> str | None:
+    """The adapter whose jobs are meant, None for all. No adapter has the empty name."""
+    return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
+
+
+async def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
+    """The entity tag that must still hold. Any will do for `*`, and without the header."""
+    return None if if_match is None or if_match.strip() == "*" else if_match.strip()
+
+
+Adapter = Annotated[str, Depends(adapter_name)]
+Example = Annotated[str, Depends(example_id)]
+Expected = Annotated[str | None, Depends(expected)]
+Job = Annotated[str, Depends(job_id)]
+JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
+Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
+
+
+def build_api(components: Components) -> FastAPI:
+    """The application. Its routes hold no state; everything is in the components."""
+    # A redirect to the path without its last slash would name the host that the caller named.
+    api = FastAPI(
+        title="Topwork",
+        version=__version__,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    settings = components.settings
+    bodies = Bodies(
+        settings.max_examples, settings.max_inputs, settings.max_openai_inputs, settings.max_text_chars
+    )
+    keyed = Once(components.registry.replies)
+    errors.install(api)
+    add_flows(api, components, bodies, keyed)
+    add_openai(api, components.predicting, bodies)
+    add_adapters(api, components, bodies, keyed)
+    add_examples(api, components, bodies, keyed)
+    add_jobs(api, components)
+    add_tenants(api, components.registry.tenants, components.forgetting, bodies)
+    describe(api)
+    add_docs(api)
+    return api
+
+
+def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+    """Adapting, predicting and embedding."""
+    adapting, predicting, batchers = components.adapting, components.predicting, components.batchers
+    submitting, uploads = components.submitting, components.uploads
+
+    @api.post(
+        "/adapt",
+        openapi_extra=once(
+            body(schemas.AdaptRequest, files="examples", bulk=schemas.UploadRequest), 200, 202
+        ),
+        responses={
+            200: {"model": answer_schemas.AdaptResponse},
+            202: {"model": answer_schemas.SubmittedOut},
+            **problems(400, 404, 408, 409, 413, 415, 422, 429),
+        },
+    )
+    @needs("adapt", bulk=True)
+    async def adapt(request: Request, tenant: Tenant) -> Response:
+        """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
+        learn = upload if media_type(request) in BULK else teach
+        return await keyed.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
+
+    async def upload(request: Request, tenant: str, reply: Replying) -> Response:
+        form = BULK[media_type(request)]
+        async with uploads.wait(tenant, UPLOAD_PATIENCE):
+            command, content = bodies.bulk(request, form)
+            job = await submitting.bulk(tenant, form, command, content, reply(answers.submitted))
+        return answers.submitted(job)
+
+    async def teach(request: Request, tenant: str, reply: Replying) -> Response:
+        command = await bodies.adapt(request)
+        count_items(request, len(command.posted))
+        if command.fine_tune is not None:
+            return answers.tuning(await submitting.fine_tune(tenant, command, reply(answers.tuning)))
+        return answers.adapted(await adapting.adapt(tenant, command, reply(answers.adapted)))
+
+    @api.post(
+        "/predict",
+        openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
+        responses={200: {"model": answer_schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
+    )
+    @needs("predict", direct=True)
+    async def predict(request: Request) -> Response:
+        """Predict with the live version, or with the one named."""
+        tenant = await tenant_of(request)
+        if (name := bodies.adapter(request)) is not None:
+            predicting.check_room(tenant, name)
+        asked = await bodies.predict(request)
+        count_items(request, len(asked.query.inputs))
+        found = await predicting.predict(tenant, asked.query)
+        if all(isinstance(item, InputError) for item in found.items):
+            in_vain(request)
+        return answers.predicted(found, raw=asked.raw)
+
+    @api.post(
+        "/embed",
+        openapi_extra=body(schemas.EmbedRequest, files="inputs", query=schemas.EmbedRequest),
+        responses={200: {"model": answer_schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
+    )
+    @needs("predict", direct=True)
+    async def embed(request: Request) -> Response:
+        """The bare embeddings of inputs."""
+        tenant = await tenant_of(request)
+        name, inputs, raw = await bodies.embed(request)
+        count_items(request, len(inputs))
+        found = await predicting.embed(tenant, name, inputs)
+        if len(found.errors) == len(inputs):
+            in_vain(request)
+        content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
+        return Response(content, media_type="application/json")
+
+    @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
+    @needs("key")
+    async def backbones() -> Response:
+        """What can be adapted."""
+        return answers.backbones(batchers, components.surveyor.measured)
+
+    # Prometheus scrapes it, whose configuration should not hold a key.
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @needs("nothing")
+    async def metrics() -> Response:
+        """What Prometheus scrapes."""
+        return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
+
+
+def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+    """Adapters, their versions and their live alias."""
+    browsing, curating, exporting = components.browsing, components.curating, components.exporting
+    forgetting, restorer = components.forgetting, components.restorer
+
+    @api.get("/adapters", responses={200: {"model": answer_schemas.AdaptersOut}})
+    @needs("key")
+    async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
+        """The tenant's adapters in the order of their names."""
+        return answers.adapters(await browsing.adapters(tenant, cursor, limit + 1), limit)
+
+    @api.get("/adapters/{adapter}", responses={200: {"model": answer_schemas.AdapterOut}, **problems(404)})
+    @needs("key")
+    async def adapter(tenant: Tenant, adapter: Adapter) -> Response:
+        """One adapter. Its entity tag stands for what `live` points to."""
+        return answers.one_adapter(await browsing.adapter(tenant, adapter))
+
+    @api.delete("/adapters/{adapter}", responses={200: {"model": answer_schemas.ErasureOut}, **problems(404)})
+    @needs("adapt")
+    async def delete_adapter(tenant: Tenant, adapter: Adapter) -> Response:
+        """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
+        return answers.erased(await forgetting.adapter(tenant, adapter))
+
+    @api.get(
+        "/adapters/{adapter}/versions",
+        responses={200: {"model": answer_schemas.VersionsOut}, **problems(404)},
+    )
+    @needs("key")
+    async def versions(tenant: Tenant, adapter: Adapter) -> Response:
+        """The versions that are kept, with their reports, the newest first."""
+        return answers.versions(*await browsing.versions(tenant, adapter))
+
+    @api.get(
+        "/adapters/{adapter}/versions/{version}",
+        responses={200: {"model": answer_schemas.VersionOut}, **problems(404)},
+    )
+    @needs("key")
+    async def version(tenant: Tenant, adapter: Adapter, version: Version) -> Response:
+        """One version with its report."""
+        return answers.one_version(*await browsing.version(tenant, adapter, version))
+
+    @api.get(
+        "/adapters/{adapter}/versions/{version}/export",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {}}}, **problems(404, 409)},
+    )
+    @needs("adapt")
+    async def export(tenant: Tenant, adapter: Adapter, version: Version, format: Format = "onnx") -> Response:
+        """The version as one ONNX file, from prepared inputs to probabilities, or its head as safetensors."""
+        content = await exporting.export(tenant, adapter, version, format)
+        return answers.file(content, f"{adapter}-{version}.{format}")
+
+    @api.put(
+        "/adapters/{adapter}/aliases/live",
+        openapi_extra=body(schemas.PromoteRequest),
+        responses={200: {"model": answer_schemas.AdapterOut}, **problems(404, 412, 415, 422)},
+    )
+    @needs("adapt")
+    async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
+        """Promote a version, or roll back to it: then newer ones are withheld until a person lifts that."""
+        wanted = await bodies.model(request, schemas.PromoteRequest)
+        return answers.one_adapter(await browsing.promote(tenant, adapter, wanted.version, etag))
+
+    @api.post(
+        "/adapters/{adapter}/versions/{version}/restore",
+        openapi_extra=once({}, 200),
+        responses={200: {"model": answer_schemas.RestoreResponse}, **problems(400, 404, 409, 412)},
+    )
+    @needs("adapt")
+    async def restore(
+        request: Request, tenant: Tenant, adapter: Adapter, version: Version, etag: Expected
+    ) -> Response:
+        """Make a version live, and the examples those that it was fitted on; the others are set aside."""
+
+        async def go_back(asked: Request, reply: Replying) -> Response:
+            await bodies.nothing(asked)
+            done = await restorer.restore(tenant, adapter, version, etag, reply(answers.restored))
+            return answers.restored(done)
+
+        return await keyed.answer(request, tenant, go_back)
+
+    @api.post(
+        "/adapters/{adapter}/rebase",
+        openapi_extra=body(schemas.RebaseRequest),
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
+    )
+    @needs("adapt")
+    async def rebase(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
+        wanted = await bodies.model(request, schemas.RebaseRequest)
+        return answers.revised(await curating.rebase(tenant, adapter, wanted.backbone, wanted.promote))
+
+
+def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+    """Examples and feedback."""
+    browsing, curating = components.browsing, components.curating
+
+    @api.get(
+        "/adapters/{adapter}/examples",
+        responses={200: {"model": answer_schemas.ExamplesPage}, **problems(404)},
+    )
+    @needs("adapt")
+    async def examples(
+        tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100, excluded: bool | None = None
+    ) -> Response:
+        """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
+        found = await browsing.examples(tenant, adapter, cursor, limit + 1, excluded)
+        return answers.examples(*found, limit)
+
+    @api.delete(
+        "/adapters/{adapter}/examples",
+        responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 422, 429)},
+    )
+    @needs("adapt")
+    async def remove_examples(
+        tenant: Tenant,
+        adapter: Adapter,
+        id: Annotated[list[str] | None, Query(max_length=1_000)] = None,
+        all: bool = False,
+    ) -> Response:
+        """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
+        return answers.removed(await curating.remove(tenant, adapter, which(id, all)))
+
+    @api.get(
+        "/adapters/{adapter}/examples/{example:path}",
+        responses={200: {"model": answer_schemas.ExampleOut}, **problems(404)},
+    )
+    @needs("adapt")
+    async def example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """One example with its input, if inputs are kept."""
+        return answers.one_example(*await browsing.example(tenant, adapter, example))
+
+    @api.delete(
+        "/adapters/{adapter}/examples/{example:path}",
+        responses={200: {"model": answer_schemas.RemovalResponse}, **problems(404, 409, 429)},
+    )
+    @needs("adapt")
+    async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Erase one example, and the versions that were fitted on it; then fit what is left."""
+        return answers.removed(await curating.remove(tenant, adapter, [example]))
+
+    @api.patch(
+        "/adapters/{adapter}/examples/{example:path}",
+        openapi_extra=once(body(schemas.AmendRequest), 200),
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
+    )
+    @needs("adapt")
+    async def amend_example(request: Request, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Relabel one example, set it aside or take it back, or group it; then fit."""
+        return await keyed.answer(
+            request, tenant, lambda asked, reply: amend(asked, tenant, adapter, example, reply)
+        )
+
+    async def amend(request: Request, tenant: str, adapter: str, example: str, reply: Replying) -> Response:
+        wanted = await bodies.amendment(request)
+        done = await curating.amend(tenant, adapter, example, wanted, reply(answers.revised))
+        return answers.revised(done)
+
+    @api.post(
+        "/adapters/{adapter}/feedback",
+        openapi_extra=once(body(schemas.FeedbackRequest), 200),
+        responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
+    )
+    @needs("adapt")
+    async def feedback(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Tell what is right for an input, or for a kept example."""
+        return await keyed.answer(
+            request, tenant, lambda asked, reply: correct(asked, tenant, adapter, reply)
+        )
+
+    async def correct(request: Request, tenant: str, adapter: str, reply: Replying) -> Response:
+        told = await bodies.feedback(request)
+        return answers.revised(await curating.feedback(tenant, adapter, told, reply(answers.revised)))
+
+
+def add_jobs(api: FastAPI, components: Components) -> None:
+    """Work that outlives its request."""
+    submitting = components.submitting
+
+    @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
+    @needs("adapt")
+    async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
+        """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
+        found = await submitting.jobs(tenant, adapter, cursor, limit + 1)
+        return answers.jobs([brief(one) for one in found], limit)
+
+    @api.get("/jobs/{job}", responses={200: {"model": answer_schemas.JobOut}, **problems(404)})
+    @needs("adapt")
+    async def job(tenant: Tenant, job: Job) -> Response:
+        """One job."""
+        return answers.one_job(await submitting.job(tenant, job))
+
+    @api.get(
+        "/jobs/{job}/events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
+    )
+    @needs("adapt")
+    async def events(tenant: Tenant, job: Job) -> Response:
+        """The job with each change, as server-sent events, until it has ended."""
+        return await components.events.stream(tenant, job)
+
+    @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
+    @needs("adapt")
+    async def cancel(tenant: Tenant, job: Job) -> Response:
+        """Cancel a job; one that runs ends within seconds, and publishes nothing."""
+        return answers.one_job(await submitting.cancel(tenant, job))
+
+
+def which(ids: list[str] | None, everything: bool) -> list[str] | None:
+    """The ids to remove, None for all. Raises a 422 Problem unless exactly one of both is asked for."""
+    if bool(ids) == everything:
+        raise Problem(422, "invalid_request", "Name the examples as `id`, or say `all=true`.")
+    return ids

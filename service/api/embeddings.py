@@ -1,0 +1,125 @@
+"""OpenAI's embeddings and models, for clients that speak its protocol already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+
+from adapters.prediction.predictor import Predicting
+from models.backbone import Embedded
+from models.batching.batcher import Batcher
+from models.batching.request import Overloaded
+from models.preprocess.preprocessor import InputError
+from service.api.openapi import body, openai_problems
+from service.edge.access import needs
+from service.edge.auth import count_items, tenant_of
+from service.errors import Problem
+from service.payloads import render as answers
+from service.payloads import requests as schemas
+from service.payloads import responses as answer_schemas
+from service.payloads.reader import Bodies
+
+PART = 32
+"""Texts that wait for the backbone at once: other tenants' turns come between the parts of a request."""
+_MOST_ERRORS = 100
+_SHORTEST_WAIT = 0.05  # seconds
+
+
+def add_openai(api: FastAPI, predicting: Predicting, bodies: Bodies) -> None:
+    """The routes below /v1."""
+    batchers = predicting.batchers
+
+    @api.post(
+        "/v1/embeddings",
+        openapi_extra=body(schemas.OpenAIRequest),
+        responses={200: {"model": answer_schemas.OpenAIResponse}, **openai_problems(404, 413, 415, 422, 429)},
+    )
+    @needs("predict", direct=True)
+    async def embeddings(request: Request) -> Response:
+        """The embeddings of texts, as OpenAI's clients ask for them."""
+        tenant = await tenant_of(request)
+        asked = await bodies.openai(request)
+        count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
+        return await openai_embeddings(tenant, predicting, asked)
+
+    @api.get("/v1/models", responses={200: {"model": answer_schemas.OpenAIModels}, **openai_problems()})
+    @needs("key")
+    async def models() -> Response:
+        """The backbones that /v1/embeddings takes."""
+        return answers.openai_models(batchers)
+
+    @api.get(
+        "/v1/models/{model:path}",
+        responses={200: {"model": answer_schemas.OpenAIModel}, **openai_problems(404)},
+    )
+    @needs("key")
+    async def model(model: str) -> Response:
+        """One of them."""
+        return answers.openai_model(model, text_batcher(batchers, model))
+
+
+def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
+    """The batcher of a backbone for texts. Raises a 404 Problem if there is none of that name."""
+    batcher = batchers.get(model)
+    if batcher is None or batcher.backbone.spec.kind != "text":
+        raise Problem(
+            404, "model_not_found", f"There is no model {model[:100]!r} for texts. GET /v1/models lists them."
+        )
+    return batcher
+
+
+async def openai_embeddings(tenant: str, predicting: Predicting, asked: schemas.OpenAIRequest) -> Response:
+    """The embeddings of all texts, or a 422 Problem that names those that cannot be embedded."""
+    backbone = text_batcher(predicting.batchers, asked.model).backbone
+    texts = [asked.input] if isinstance(asked.input, str) else asked.input
+    if not texts:
+        raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
+    if asked.dimensions not in (None, backbone.spec.dim):
+        detail = (
+            f"The embeddings of {asked.model!r} have {backbone.spec.dim} dimensions, and are not shortened. "
+            "Leave `dimensions` out."
+        )
+        blamed = {"pointer": "/dimensions", "code": "invalid_dimensions", "detail": detail}
+        raise Problem(422, "invalid_dimensions", detail, errors=[blamed])
+    embedded = await _embed(tenant, predicting, asked.model, texts)
+
+    def render() -> bytes:
+        return answers.openai(asked.model, embedded, asked.encoding_format)
+
+    return Response(await asyncio.to_thread(render), media_type="application/json")
+
+
+async def _embed(tenant: str, predicting: Predicting, model: str, texts: Sequence[str]) -> Embedded:
+    """All texts, part by part. Where there is no room, only the first part is refused; the others wait for
+    it, until the request has taken too long.
+    """
+    found: list[Embedded] = []
+    errors: dict[int, InputError] = {}
+    truncated: set[int] = set()
+    start = 0
+    while start < len(texts):
+        try:
+            part = await predicting.embed(tenant, model, texts[start : start + PART])
+        except Overloaded as error:
+            if start == 0:
+                raise
+            await asyncio.sleep(max(_SHORTEST_WAIT, error.retry_after))
+            continue
+        found.append(part)
+        errors |= {start + index: error for index, error in part.errors.items()}
+        truncated |= {start + index for index in part.truncated}
+        start += PART
+    if errors:
+        blamed = [
+            {"pointer": f"/input/{index}", "code": error.code, "detail": error.detail}
+            for index, error in sorted(errors.items())[:_MOST_ERRORS]
+        ]
+        raise Problem(422, "invalid_input", "Some inputs cannot be embedded.", errors=blamed)
+    return Embedded(
+        np.concatenate([part.embeddings for part in found]),
+        truncated=frozenset(truncated),
+        tokens=sum(part.tokens for part in found),
+    )

@@ -1,0 +1,128 @@
+"""A job as it goes on, as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from types import FrameType
+
+from pydantic_core import to_json
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from adapters.jobs.submission import Submitting
+from adapters.registry.records import JobRecord
+from service.edge.gateway import Slots
+from service.payloads import render as answers
+
+_STREAMS = 50
+# As many as a tenant may have jobs under way, unless that is set otherwise.
+_STREAMS_OF_A_TENANT = 10
+# A worker tells how far it is every two seconds.
+_POLL_SECONDS = 1.0
+# A comment so often keeps proxies from thinking that nothing comes any more.
+_SILENCE_SECONDS = 15.0
+_FINISHED = ("succeeded", "failed", "cancelled")
+
+Hearing = Callable[[int, FrameType | None], object]
+"""What is called with a signal."""
+
+
+class Events:
+    """The streams of events that are open. For one event loop. seconds: how long a stream lasts at most."""
+
+    def __init__(self, submitting: Submitting, seconds: float) -> None:
+        self._submitting = submitting
+        self._seconds = seconds
+        self._slots = Slots("streams", _STREAMS, _STREAMS_OF_A_TENANT)
+        self._closing = asyncio.Event()
+
+    async def stream(self, tenant: str, job_id: str) -> Response:
+        """An event named after the job's state with each change, until it has ended or the seconds are over.
+
+        An EventSource asks again by itself, and begins with how the job is then. Raises UnknownJob, and a 429
+        Problem where too many streams are open.
+        """
+        with ExitStack() as slot:
+            slot.enter_context(self._slots.take(tenant))
+            first = await self._submitting.job(tenant, job_id)
+            return _Stream(self._events(tenant, first), slot.pop_all())
+
+    def close(self) -> None:
+        """Ends every stream: at once, for a server waits for all that it answers before it stops."""
+        self._closing.set()
+
+    async def _events(self, tenant: str, record: JobRecord) -> AsyncIterator[bytes]:
+        end = time.monotonic() + self._seconds
+        sent, quiet = b"", time.monotonic()
+        while True:
+            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(answers.job(brief(record))))
+            if event != sent:
+                sent, quiet = event, time.monotonic()
+                yield event
+            elif time.monotonic() - quiet > _SILENCE_SECONDS:
+                quiet = time.monotonic()
+                yield b":\n\n"
+            if record.state in _FINISHED or time.monotonic() > end:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
+            if self._closing.is_set():
+                return
+            record = await self._submitting.job(tenant, record.id)
+
+
+class _Stream(StreamingResponse):
+    """Gives its slot back however it ends: a generator that nobody began has no end of its own."""
+
+    def __init__(self, events: AsyncIterator[bytes], slot: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._slot = slot
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._slot:
+            await super().__call__(scope, receive, send)
+
+
+def brief(record: JobRecord) -> JobRecord:
+    """The job without what is wrong with each line of an upload: where there are many, or again and again."""
+    if record.progress is None or "errors" not in record.progress:
+        return record
+    progress = {name: value for name, value in record.progress.items() if name != "errors"}
+    return replace(record, progress=progress)
+
+
+@contextmanager
+def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls `tell` in this event loop as soon as the process is told to end.
+
+    The server tells the application only once it has drained. Its own handling of the signals goes on; where
+    nobody handles them, nothing is done.
+    """
+    loop = asyncio.get_running_loop()
+    ours: dict[signal.Signals, Hearing] = {}
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+        for sign, known in before.items():
+            if callable(known):
+                ours[sign] = _after(loop, tell, known)
+                signal.signal(sign, ours[sign])
+    try:
+        yield
+    finally:
+        for sign, own in ours.items():
+            if signal.getsignal(sign) is own:
+                signal.signal(sign, before[sign])
+
+
+def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: Hearing) -> Hearing:
+    def heard(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(tell)
+        known(number, frame)
+
+    return heard

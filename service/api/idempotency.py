@@ -1,0 +1,173 @@
+"""Requests with an Idempotency-Key: each is done once, and answered alike however often it is sent.
+
+As in https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/, section 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+from pydantic_core import to_json
+from python_multipart.multipart import parse_options_header
+from starlette.responses import Response
+from starlette.types import Message
+
+from adapters.registry.idempotency import AlreadyAnswered, Answered, Replies, Reply
+from service.errors import Problem
+from service.payloads import render as answers
+from service.payloads.reader import media_type
+
+T = TypeVar("T")
+
+HEADER = "Idempotency-Key"
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+class Replying(Protocol):
+    """Makes of how an outcome is answered what is recorded with it: nothing, without a key."""
+
+    def __call__(self, answer: Callable[[T], Response]) -> Reply[T] | None:
+        """The reply to be recorded. answer: called in a thread, before anybody is told."""
+        ...
+
+
+Work = Callable[[Request, Replying], Awaitable[Response]]
+"""What a route does. Whatever it changes, it changes in the transaction that it hands the reply to."""
+
+
+class Once:
+    """Answers requests of one process. For one event loop. Of `rejected` what is kept has the beginning.
+
+    Of what is in flight only its own process knows; between processes the first commit decides.
+    """
+
+    def __init__(self, replies: Replies) -> None:
+        self._replies = replies
+        self._in_flight: set[tuple[str, str]] = set()
+
+    async def answer(self, request: Request, tenant: str, work: Work) -> Response:
+        """What the work answers, or what the same request was answered before.
+
+        Refusals are not kept: they have changed nothing. Raises a Problem for a key that is none (400), that
+        another request was sent with (422), or that is in flight (409), and what the work raises.
+        """
+        key = _key_of(request)
+        if key is None:
+            return await work(request, _unkept)
+        with self._alone(tenant, key):
+            keyed = _Keyed(request, key)
+            found = await asyncio.to_thread(self._replies.find, tenant, key)
+            if found is None:
+                try:
+                    return await keyed.do(work)
+                except AlreadyAnswered as error:
+                    # Another process was first, or a request whose caller hung up while it was committed.
+                    found = error.answered
+            return await keyed.repeat(found)
+
+    @contextmanager
+    def _alone(self, tenant: str, key: str) -> Iterator[None]:
+        if (tenant, key) in self._in_flight:
+            detail = f"A request with this {HEADER} is still worked on; send this one again later."
+            raise Problem(409, "idempotency_in_flight", detail, headers={"Retry-After": "1"})
+        self._in_flight.add((tenant, key))
+        try:
+            yield
+        finally:
+            self._in_flight.discard((tenant, key))
+
+
+class _Keyed:
+    """One request with a key: what it is, and how it is answered."""
+
+    def __init__(self, request: Request, key: str) -> None:
+        self._key = key
+        self._scope = request.scope
+        self._receive = request.receive
+        self._digest = _Digest(request)
+        self._read_whole = False
+        self._rendered: Response | None = None
+
+    async def do(self, work: Work) -> Response:
+        """What was recorded as the answer of the work."""
+        answer = await work(Request(self._scope, self._read), self._reply)
+        return self._rendered or answer
+
+    async def repeat(self, found: Answered) -> Response:
+        """The same answer again. Raises a 422 Problem if it was given to another request."""
+        if not self._read_whole:
+            async for _ in Request(self._scope, self._read).stream():
+                pass
+        if found.request_sha256 != self._digest.hexdigest():
+            detail = f"Another request was sent with this {HEADER}. Give every request a key of its own."
+            raise Problem(422, "idempotency_key_reused", detail)
+        return answers.repeated(found)
+
+    def _reply(self, answer: Callable[[T], Response]) -> Reply[T]:
+        def render(outcome: T) -> Answered:
+            self._rendered = response = answer(outcome)
+            kept = answers.kept(bytes(response.body))
+            return Answered(self._digest.hexdigest(), response.status_code, kept.decode())
+
+        return Reply(self._key, render)
+
+    async def _read(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._digest.update(message.get("body", b""))
+            self._read_whole = not message.get("more_body", False)
+        return message
+
+
+class _Digest:
+    """The sha256 of a request: method, path, query, media type and body.
+
+    A multipart boundary counts as any other in its place, for clients make a new one whenever they send.
+    """
+
+    def __init__(self, request: Request) -> None:
+        media, scope = media_type(request), request.scope
+        parts = [scope["method"], scope["path"], scope["query_string"].decode("latin-1"), media]
+        self._sha256 = hashlib.sha256(to_json(parts) + b"\n")
+        self._boundary = b""
+        if media == "multipart/form-data":
+            _, options = parse_options_header(request.headers["content-type"])
+            self._boundary = options.get(b"boundary", b"")
+        self._held = b""
+
+    def update(self, data: bytes) -> None:
+        """More of the body, in pieces of any size."""
+        if self._boundary:
+            data = (self._held + data).replace(self._boundary, b"\0")
+            # Of a boundary that goes on in the next piece.
+            whole = max(0, len(data) - len(self._boundary) + 1)
+            data, self._held = data[:whole], data[whole:]
+        self._sha256.update(data)
+
+    def hexdigest(self) -> str:
+        """Of what has come by now."""
+        found = self._sha256.copy()
+        found.update(self._held)
+        return found.hexdigest()
+
+
+def _unkept(answer: Callable[[T], Response]) -> None:
+    """Replying, without a key."""
+
+
+def _key_of(request: Request) -> str | None:
+    """The sha256 of the request's key, if it has one. Raises a 400 Problem for what is none."""
+    given = request.headers.getlist(HEADER)
+    if not given:
+        return None
+    key = ", ".join(given)
+    if _KEY.fullmatch(key) is None:
+        detail = f"An {HEADER} has 1 to 255 visible ASCII characters, and a request has one at most."
+        raise Problem(400, "invalid_idempotency_key", detail)
+    return hashlib.sha256(key.encode()).hexdigest()

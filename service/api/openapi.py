@@ -1,0 +1,166 @@
+"""The parts of the OpenAPI document that FastAPI cannot see: bodies that the routes read themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.errors import is_openai
+from service.payloads import requests as schemas
+from service.payloads import responses as answer_schemas
+from service.payloads import tenants as tenant_schemas
+
+_REF = "#/components/schemas/{model}"
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    schemas.AdaptRequest,
+    schemas.PredictRequest,
+    schemas.EmbedRequest,
+    schemas.OpenAIRequest,
+    schemas.PromoteRequest,
+    schemas.FeedbackRequest,
+    schemas.AmendRequest,
+    schemas.RebaseRequest,
+    tenant_schemas.TenantRequest,
+    tenant_schemas.QuotasIn,
+    tenant_schemas.KeyRequest,
+    tenant_schemas.RotateRequest,
+)
+# What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
+# or cannot be answered now, or in time.
+_ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
+_METHODS = {"get", "put", "post", "patch", "delete"}
+_FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
+_FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
+_IN_QUERY = (
+    "Its other fields are in the query string; of a CSV table also text_column, label_column, labels_column, "
+    "target_column, id_column and group_column, where columns have other names."
+)
+_UPLOAD = {"type": "string", "format": "binary", "description": _IN_QUERY}
+_UPLOADS = {media: {"schema": _UPLOAD} for media in ("application/x-ndjson", "text/csv", "application/zip")}
+_RAW = {
+    "image/*": {"schema": {"type": "string", "format": "binary"}},
+    "text/plain": {"schema": {"type": "string"}},
+}
+
+
+def body(
+    model: type[BaseModel],
+    *,
+    files: str | None = None,
+    query: type[BaseModel] | None = None,
+    bulk: type[BaseModel] | None = None,
+) -> dict[str, Any]:
+    """`openapi_extra` of a route with a JSON body.
+
+    files: the field that a multipart body gives as files. query: the body may be one raw input, and the
+    model's other fields are then in the query string. bulk: so they are of an upload, those of this model.
+    """
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+    if files is not None:
+        content["multipart/form-data"] = {"schema": _form(model, files)}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if bulk is not None:
+        content |= _UPLOADS
+        extra["parameters"] = _in_query(bulk, "examples", "With multipart or a bulk upload.")
+    if query is not None:
+        content |= _RAW
+        extra["parameters"] = _in_query(query, "inputs", "With multipart or a raw body.")
+    return extra
+
+
+def _in_query(model: type[BaseModel], left_out: str, description: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "query", "schema": schema, "description": description}
+        for name, schema in _plain_properties(model, left_out).items()
+    ]
+
+
+def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
+    """`openapi_extra` of a route whose requests may have an Idempotency-Key. statuses: of what is kept."""
+    answered = {str(status): {"headers": {"Idempotency-Replayed": _REPLAYED}} for status in statuses}
+    return {**extra, "parameters": [*extra.get("parameters", ()), _KEY], "responses": answered}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that may answer with problems of these statuses."""
+    return _refusals(statuses, "application/problem+json", answer_schemas.ProblemOut)
+
+
+def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route below /v1, which answers with problems in OpenAI's form."""
+    return _refusals(statuses, "application/json", answer_schemas.OpenAIProblem)
+
+
+def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {
+        status: {"description": "A problem.", "content": {media: {"schema": schema}}} for status in statuses
+    }
+
+
+def describe(app: FastAPI) -> None:
+    """Adds the schemas of the bodies, and the header that names the tenant, to the app's document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        answered = (answer_schemas.ProblemOut, answer_schemas.OpenAIProblem)
+        models = [(model, "validation") for model in (*_REQUESTS, *answered)]
+        _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        for path, operations in document["paths"].items():
+            for method in _METHODS & operations.keys():
+                _add_problems(operations[method]["responses"], is_openai(path))
+            if not path.startswith("/tenants"):
+                operations["parameters"] = [_TENANT]
+        for name in _FASTAPIS_OWN:
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+_TENANT = {
+    "name": "X-Tenant",
+    "in": "header",
+    "schema": {"type": "string", "pattern": schemas.ADAPTER_PATTERN, "default": "default"},
+    "description": "Whose adapters are meant; a tenant's key says it already.",
+}
+
+
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    "description": "A name of the request's own. Sent again with it within 24 hours, the same request is "
+    "answered as before and not done again; 409 while it is still worked on, 422 for another request.",
+}
+_REPLAYED = {
+    "schema": {"type": "string", "enum": ["true"]},
+    "description": "There where this was answered before, to a request with the same Idempotency-Key.",
+}
+
+
+def _add_problems(responses: dict[str, Any], openai: bool) -> None:
+    """What any path may be refused with, and problems where FastAPI thinks of its own form of a 422."""
+    form = openai_problems if openai else problems
+    for status, response in form(*_ANYWHERE).items():
+        if str(status) == "422" or str(status) not in responses:
+            responses[str(status)] = response
+
+
+def _plain_properties(model: type[BaseModel], left_out: str) -> dict[str, Any]:
+    """What a form field or a query parameter can say: all but that one, and what is an object itself."""
+    properties: dict[str, Any] = model.model_json_schema()["properties"]
+    return {
+        name: schema for name, schema in properties.items() if name != left_out and "$ref" not in str(schema)
+    }
+
+
+def _form(model: type[BaseModel], files: str) -> dict[str, Any]:
+    items = {"type": "array", "items": {"type": "string", "format": "binary"}, "description": _FILES}
+    return {"type": "object", "properties": {**_plain_properties(model, files), files: items}}

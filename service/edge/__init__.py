@@ -1,0 +1,1 @@
+"""What every request passes before its route: who asks, how much, how long, and what is recorded."""

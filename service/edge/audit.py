@@ -1,0 +1,67 @@
+"""The audit log: a line for each request that changes something, or tries to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+from adapters.storage.artifact import is_tenant
+from service.edge.access_log import logged
+from service.edge.rate_limits import Bucket
+
+_logger = logging.getLogger("topwork.audit")
+
+# Lines of refusals for each key, and for all requests without a known key together: a flood of them must not
+# fill a disk.
+REFUSALS_AT_ONCE = 100
+_REFUSALS_PER_SECOND = 1.0
+_TOLD_AFTER = 60.0  # seconds from the first line that is left out to the one that counts them
+_MOST_KEYS = 10_000
+
+
+class Audit:
+    """Writes the lines. For one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._left_out: Counter[str] = Counter()
+        self._due: asyncio.TimerHandle | None = None
+
+    def add(
+        self, method: str, path: str, status: int, *, tenant: str, key: str, request_id: str, refused: bool
+    ) -> None:
+        """One request. key: the id of its key, or a word. refused: it never came as far as its route."""
+        if refused and not self._has_room(key):
+            self._left_out[key] += 1
+            if self._due is None:
+                self._due = asyncio.get_running_loop().call_later(_TOLD_AFTER, self.write)
+            return
+        who = tenant if is_tenant(tenant) else "-"
+        _logger.info("%s %s %d tenant=%s key=%s %s", method, logged(path), status, who, key, request_id)
+
+    def write(self) -> None:
+        """Say how many lines were left out since this was said last."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        left_out, self._left_out = self._left_out, Counter()
+        for key, count in left_out.items():
+            _logger.info("%d more refused requests are not listed key=%s", count, key)
+
+    def _has_room(self, key: str) -> bool:
+        now = self._clock()
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            saved = REFUSALS_AT_ONCE / _REFUSALS_PER_SECOND
+            bucket = self._buckets[key] = Bucket(_REFUSALS_PER_SECOND, now, saved)
+        self._buckets.move_to_end(key)
+        while len(self._buckets) > _MOST_KEYS:
+            self._buckets.popitem(last=False)
+        if bucket.wait(_REFUSALS_PER_SECOND, now):
+            return False
+        bucket.take(1)
+        return True

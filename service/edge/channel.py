@@ -1,0 +1,257 @@
+"""A request's channel: counts its body, notes the status, and stops the work when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from service.edge.pace import SMALL_BYTES
+from service.errors import Problem, is_openai, respond
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from service.edge.pace import Pace
+
+# What an upload must come at, over all of it.
+_SLOWEST_BYTES_PER_SECOND = 64 << 10
+# For so much of the request timeout nothing may come, while somebody waits for it.
+_SILENT = 0.25
+
+# Ids drawn from the system's generator and not given yet: to ask it for each one takes three times as long.
+_drawn: list[str] = []
+_DRAWN_AT_ONCE = 256
+_ID_DIGITS = 32
+
+
+def new_id() -> str:
+    """The id of a request: random, so that ids tell nothing of how many requests there are. Thread-safe."""
+    try:
+        return _drawn.pop()
+    except IndexError:
+        digits = os.urandom(_DRAWN_AT_ONCE * _ID_DIGITS // 2).hex()
+        starts = range(_ID_DIGITS, len(digits), _ID_DIGITS)
+        _drawn.extend([digits[start : start + _ID_DIGITS] for start in starts])
+        return digits[:_ID_DIGITS]
+
+
+# How a server tells that a caller has hung up: in the scope's extensions, the set of what it calls then. A
+# server without one is asked, by a task for each request.
+GONE = "topwork.gone"
+# What the server puts beside it for a body that comes too slowly: why it waits no longer. It wakes who reads.
+SLOW = "topwork.slow"
+# What says there that the body has a time of its own.
+UNHURRIED = "topwork.unhurried"
+
+
+class Exchange:
+    """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
+
+    TOO_LONG = "The request took more than {:g} seconds. Send less at once."
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, request_id: str) -> None:
+        self.status: int | None = None
+        self.ended: Exception | None = None
+        self.request_id = request_id
+        self._openai = is_openai(scope["path"])
+        self._head = scope["method"] == "HEAD"
+        self._receive = receive
+        self._send = send
+        self._bodies = bodies
+        self._state = scope["state"]
+        self.bytes = 0
+        # Whose pace a large body is read at, if at any; and what was set aside for it.
+        self._pace: tuple[Pace, str] | None = None
+        self._reserved = 0.0
+        # When it has taken too long, on time.monotonic.
+        self.until = math.inf
+        self._body_read = False
+        self._has_gone = False
+        # Whoever waits for the caller to hang up; few do.
+        self._gone: asyncio.Event | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._when_gone: set[Callable[[], None]] | None = None
+        self._extensions: dict[str, Any] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._cancelled = False
+
+    def pace_by(self, pace: Pace, tenant: str) -> None:
+        """Has the body, unless it is small, wait until those of the tenant before it are made up for."""
+        self._pace = pace, tenant
+
+    def refusal(self, error: Exception) -> Response | None:
+        """What to answer instead of what failed; None where an answer has begun."""
+        return self.respond(error) if self.status is None else None
+
+    def respond(self, error: Exception) -> Response:
+        """The response for any exception, in the form that the path has."""
+        return respond(error, self.request_id, openai=self._openai)
+
+    async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
+        """Runs the application, for at most so many seconds if somebody looks at `until`; cancels it once the
+        caller has gone, for nobody will read the answer.
+        """
+        self.until = time.monotonic() + seconds
+        self._work = asyncio.current_task()
+        self._extensions = scope.get("extensions", self._extensions)
+        self._when_gone = self._extensions.get(GONE)
+        if self._when_gone is not None:
+            self._when_gone.add(self._hung_up)
+        try:
+            await app(scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            if not self._cancelled or self._work is None or self._work.uncancel():
+                raise
+        finally:
+            # What comes after it is not broken off.
+            self._work = None
+            self.until = math.inf
+
+    async def _cancel_when_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._hung_up()
+
+    def end(self, why: Exception) -> None:
+        """Breaks off the work; an answer that has begun stays unfinished. The first reason counts."""
+        if self._work is not None and not self._cancelled:
+            self.ended = why
+            self._cancel(self._work)
+
+    def _hung_up(self) -> None:
+        self._has_gone = True
+        if self._gone is not None:
+            self._gone.set()
+        if self.status is None and self._work is not None and not self._cancelled:
+            self._cancel(self._work)
+
+    def _cancel(self, work: asyncio.Task[None]) -> None:
+        self._cancelled = True
+        work.cancel()
+
+    async def receive(self) -> Message:
+        if self._body_read:
+            if not self._has_gone:
+                self._gone = self._gone or asyncio.Event()
+                await self._gone.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._has_gone = self._body_read = True
+            return message
+        body = message.get("body", b"")
+        if not body and SLOW in self._extensions:
+            raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
+        before, self.bytes = self.bytes, self._bodies.take(self.bytes, len(body))
+        if self._pace is not None and before <= SMALL_BYTES < self.bytes:
+            pace, tenant = self._pace
+            # One that is refused here, or hangs up, has cost nothing by now.
+            self._pace = None
+            self._reserved = await pace.wait(tenant)
+            self._pace = pace, tenant
+        if not message.get("more_body", False):
+            self._body_read = True
+            if self._when_gone is None:
+                self._watch = asyncio.create_task(self._cancel_when_gone())
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {
+                **message,
+                "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())],
+            }
+        elif self._head:
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    def close(self) -> None:
+        """Ends the watch for the caller's hanging up; the body counts no more."""
+        self._bodies.give_back(self.bytes)
+        if self._pace is not None and self.bytes > SMALL_BYTES:
+            pace, tenant = self._pace
+            refused = 400 <= (self.status or 0) < 500 or "in_vain" in self._state
+            items = self._state.get("items", 0)
+            pace.settle(tenant, self._reserved, self.bytes, items, refused=refused)
+        if self._when_gone is not None:
+            self._when_gone.discard(self._hung_up)
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+class Upload(Exchange):
+    """A bulk upload's channel. It gets time for what it has sent, and may not fall silent."""
+
+    TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
+
+    async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
+        self._seconds = seconds
+        self._began = time.monotonic()
+        scope.get("extensions", {})[UNHURRIED] = True
+        await super().answer(app, scope, seconds)
+
+    async def receive(self) -> Message:
+        if self._body_read:
+            return await super().receive()
+        silent = _SILENT * self._seconds
+        try:
+            async with asyncio.timeout(silent):
+                message = await super().receive()
+        except TimeoutError as error:
+            detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
+            raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
+        since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
+        if not message.get("more_body", False):
+            # What is left to do has the time of any request.
+            since = time.monotonic()
+        self.until = since + self._seconds
+        return message
+
+
+class Bodies:
+    """Counts the bytes of request bodies, of each and of all that are being answered."""
+
+    def __init__(self, max_one: int, max_all: float) -> None:
+        self._max_one = max_one
+        self._max_all = max_all
+        self._held = 0
+
+    def refuse_declared(self, headers: dict[bytes, bytes]) -> Problem | None:
+        """The refusal of a body whose announced length is too large, before a byte of it is read."""
+        try:
+            length = int(headers.get(b"content-length", b"0"))
+        except ValueError:
+            return Problem(400, "bad_request", "Content-Length is not a number.")
+        return self._too_large() if length > self._max_one else None
+
+    def take(self, before: int, more: int) -> int:
+        """Bytes of the body so far. Raises a 413 Problem for this body, a 429 one for all bodies together."""
+        if before + more > self._max_one:
+            raise self._too_large()
+        if self._held + more > self._max_all:
+            raise Problem(
+                429,
+                "overloaded",
+                "Too many bytes of requests are being worked on; try again later.",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
+        self._held += more
+        return before + more
+
+    def give_back(self, taken: int) -> None:
+        """The request is answered."""
+        self._held -= taken
+
+    def _too_large(self) -> Problem:
+        return Problem(
+            413,
+            "body_too_large",
+            f"The body is larger than {self._max_one:,} bytes. Send fewer items at once.",
+            headers={"Connection": "close"},
+        )

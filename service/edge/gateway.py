@@ -1,0 +1,332 @@
+"""What every request passes through around the routes: id, guard, limits, deadline, metrics, log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections import Counter
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from service.edge.access import Access, Doors
+from service.edge.access_log import AccessLog
+from service.edge.audit import Audit
+from service.edge.auth import STRANGER, Admission
+from service.edge.channel import Bodies, Exchange, Upload, new_id
+from service.edge.pace import Pace
+from service.errors import Problem, is_openai, respond
+from service.server.threads import TENANT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from adapters.examples.upload_forms import Form
+    from service.edge.auth import Caller, Guard
+    from service.monitoring.metrics import Metrics
+    from service.settings import Settings
+
+logger = logging.getLogger("topwork")
+
+BULK: Mapping[str, Form] = {
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "text/csv": "csv",
+    "application/zip": "zip",
+    "application/x-zip-compressed": "zip",
+}
+"""The form of a bulk upload by its media type."""
+
+# Each has one part of adapters/jobs/submission.py in memory, whatever its pace.
+UPLOADS = 48
+UPLOADS_OF_A_TENANT = 2
+UPLOAD_PATIENCE = 3.0  # seconds that an upload waits for a place
+# Between looks for keys of requests under way that are in use no more.
+_LOOK_SECONDS = 1.0
+# Between looks for requests past their deadlines, which end so much late: a share of what each may take, and
+# at most. A timer for each request would be set and taken back for nothing.
+_LATE_SHARE = 0.1
+_LATE_SECONDS = 0.25
+
+# Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another
+# the last.
+_ONCE = frozenset(
+    {
+        b"host",
+        b"authorization",
+        b"x-tenant",
+        b"x-request-id",
+        b"origin",
+        b"sec-fetch-site",
+        b"sec-fetch-mode",
+        b"sec-fetch-dest",
+        b"content-type",
+        b"content-length",
+        b"content-encoding",
+    }
+)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Patterns of routes end before a final newline too, and no name in a path may have any of these.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
+
+
+class Slots:
+    """What may be open at once, of all tenants and of one. For one event loop.
+
+    Once half of all are taken, a tenant that has one gets no more.
+    """
+
+    def __init__(self, what: str, most: int, most_of_a_tenant: int) -> None:
+        self._what = what
+        self._most = most
+        self._most_of_a_tenant = most_of_a_tenant
+        self._open: Counter[str] = Counter()
+        self._freed = asyncio.Event()
+
+    @contextmanager
+    def take(self, tenant: str) -> Iterator[None]:
+        """Holds one meanwhile. Raises a 429 Problem where there is none left."""
+        if not self._has_room(tenant):
+            raise Problem(
+                429,
+                f"too_many_{self._what}",
+                f"{self._most_of_a_tenant} {self._what} of a tenant may be open at once, and {self._most} "
+                "of all; wait for one to end.",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            self._open = +self._open
+            self._freed.set()
+
+    @asynccontextmanager
+    async def wait(self, tenant: str, seconds: float) -> AsyncIterator[None]:
+        """Holds one meanwhile, once there is one. Raises a 429 Problem if there is none in that time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._has_room(tenant):
+                    self._freed.clear()
+                    await self._freed.wait()
+        with self.take(tenant):
+            yield
+
+    def _has_room(self, tenant: str) -> bool:
+        own, of_all = self._open[tenant], self._open.total()
+        share = self._most if own == 0 else self._most / 2
+        return own < self._most_of_a_tenant and of_all < share
+
+
+class Edge:
+    """An ASGI application around the routes. Mounted before the routes exist; until `open` it answers 503."""
+
+    def __init__(self) -> None:
+        self._inner: _Inner | None = None
+
+    def open(
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        *,
+        settings: Settings,
+        guard: Guard,
+        metrics: Metrics,
+    ) -> None:
+        """Lets requests through to the application. routes: the application's own."""
+        self._inner = _Inner(app, Doors(routes), settings, guard, metrics)
+
+    def close(self) -> None:
+        """Answers 503 from now on."""
+        if self._inner is not None:
+            self._inner.log.write()
+            self._inner.audit.write()
+        self._inner = None
+
+    def end(self, tenant: str, why: Exception) -> None:
+        """Breaks off the tenant's requests, with that for an answer; those about it by the operator go on."""
+        if self._inner is not None:
+            self._inner.end(tenant, why)
+
+    async def watch(self) -> None:
+        """Breaks off what goes on under keys that were revoked or have expired, until it is cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                if self._inner is not None:
+                    await self._inner.check_keys()
+            except Exception:
+                # Whoever watches must not be the first to fall.
+                logger.exception("keys of requests under way cannot be looked at")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000, "reason": "no websockets here"})
+            return
+        if self._inner is None:
+            problem = Problem(
+                503, "not_ready", "The service is starting or stopping.", headers={"Retry-After": "1"}
+            )
+            await respond(problem, new_id(), openai=is_openai(scope["path"]))(scope, receive, send)
+            return
+        await self._inner(scope, receive, send)
+
+
+class _Inner:
+    def __init__(
+        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Guard, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._doors = doors
+        self._settings = settings
+        self._guard = guard
+        self._metrics = metrics
+        self._bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+        # Uploads go through in parts: their bytes are on the way, and not in memory.
+        self._uploads = Bodies(settings.max_upload_bytes, math.inf)
+        self._pace = Pace()
+        # Whose they are; the operator's, which are about all tenants, are nobody's.
+        self._open: dict[Exchange, tuple[str, Caller] | None] = {}
+        self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
+        self._look: asyncio.TimerHandle | None = None
+        self.log = AccessLog()
+        self.audit = Audit()
+
+    def end(self, tenant: str, why: Exception) -> None:
+        """See Edge.end."""
+        for exchange, whose in list(self._open.items()):
+            if whose is not None and whose[0] == tenant:
+                exchange.end(why)
+
+    def _end_late(self) -> None:
+        """Breaks off what is past its deadline; looks again as long as there is something."""
+        now = time.monotonic()
+        for exchange in list(self._open):
+            if exchange.until <= now:
+                detail = exchange.TOO_LONG.format(self._settings.request_timeout)
+                exchange.end(Problem(504, "deadline_exceeded", detail))
+        self._look = None
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._look is None and self._open:
+            self._look = asyncio.get_running_loop().call_later(self._pause, self._end_late)
+
+    async def check_keys(self) -> None:
+        """Breaks off what goes on under keys that are in use no more."""
+        for exchange, whose in list(self._open.items()):
+            refusal = None if whose is None else await self._guard.check(whose[1])
+            # It may have been answered meanwhile.
+            if refusal is not None and exchange in self._open:
+                exchange.end(refusal)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        access = self._find(scope)
+        media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
+        bulk = access.bulk and media in BULK
+        bodies = self._uploads if bulk else self._bodies
+        exchange = (Upload if bulk else Exchange)(scope, receive, send, bodies, request_id)
+        caller, refusal = STRANGER, None
+        try:
+            admission = await self._admit(scope, access, headers)
+            caller = admission.caller
+            refusal = _bad_path(scope) or admission.refusal or bodies.refuse_declared(headers)
+            if refusal is not None:
+                await exchange.respond(refusal)(scope, exchange.receive, exchange.send)
+            else:
+                scope["state"]["caller"] = caller
+                whose = None if access.is_about_tenants else (_tenant(caller, headers), caller)
+                self._open[exchange] = whose
+                TENANT.set(whose[0] if whose is not None else "")
+                if whose is not None and not bulk:
+                    self._pace.seen(whose[0])
+                    exchange.pace_by(self._pace, whose[0])
+                self._look_later()
+                await self._run(scope, exchange)
+        finally:
+            self._open.pop(exchange, None)
+            exchange.close()
+            caller.use("bytes", exchange.bytes)
+            seconds = time.perf_counter() - started
+            template = getattr(scope.get("route"), "path", None) if refusal is None else None
+            method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
+            self._metrics.request(method, template, status, seconds)
+            if self._settings.access_log:
+                self.log.add(method, path, status, seconds, request_id)
+            if access.may_change(method):
+                self.audit.add(
+                    method,
+                    path,
+                    status,
+                    tenant=_tenant(caller, headers),
+                    key=caller.key,
+                    request_id=request_id,
+                    refused=refusal is not None,
+                )
+
+    def _find(self, scope: Scope) -> Access:
+        """What the request's route needs; the scope says which it is, if there is one."""
+        route, access = self._doors.find(scope)
+        if route is not None:
+            scope["route"] = route
+        scope["state"]["access"] = access
+        return access
+
+    async def _admit(self, scope: Scope, access: Access, headers: dict[bytes, bytes]) -> Admission:
+        doubtful = _doubtful(scope, headers)
+        if doubtful is not None:
+            return Admission(STRANGER, doubtful)
+        return await self._guard.admit(access, scope["method"], headers)
+
+    async def _run(self, scope: Scope, exchange: Exchange) -> None:
+        """The routes' answer, or a problem: whatever escapes them, or why they were broken off."""
+        try:
+            await exchange.answer(self._app, scope, self._settings.request_timeout)
+            if exchange.ended is None:
+                return
+            answer = exchange.refusal(exchange.ended)
+        # No name for the error outlives this: its traceback holds this frame, which would hold the error, and
+        # only a garbage collection would end that.
+        except Exception as error:
+            answer = exchange.refusal(error)
+        if answer is not None:
+            await answer(scope, exchange.receive, exchange.send)
+
+
+def _bad_path(scope: Scope) -> Problem | None:
+    if _CONTROL.search(scope["path"]) is None:
+        return None
+    return Problem(400, "bad_request", "The path holds a control character. Leave it out.")
+
+
+def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
+    """The refusal of a request that can be read in more ways than one (RFC 9112, 3.2)."""
+    if b"host" not in headers and scope.get("http_version", "1.1") == "1.1":
+        return Problem(400, "bad_request", "The header Host is missing.")
+    if len(headers) == len(scope["headers"]):
+        return None
+    twice = Counter(name for name, _ in scope["headers"] if name in _ONCE)
+    if not twice or (found := twice.most_common(1)[0])[1] == 1:
+        return None
+    return Problem(400, "bad_request", f"The header {found[0].decode('latin-1')} is there more than once.")
+
+
+def _tenant(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
+    """Who the request is for, or what the operator's header says."""
+    if caller.tenant is not None or caller is STRANGER:
+        return caller.tenant or ""
+    return headers.get(b"x-tenant", b"default").decode("latin-1")

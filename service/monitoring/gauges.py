@@ -1,0 +1,157 @@
+"""What is read when the metrics are scraped."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, get_args
+
+from adapters.registry.records import JobState, RegistryError
+from models.preprocess.decoder import Decoder
+from service import __version__
+from service.server.connections import CUT, connections
+
+if TYPE_CHECKING:
+    from adapters.cache.networks import Networks
+    from adapters.registry.registry import Registry
+    from models.batching.batcher import Batcher
+    from service.composition import Components
+    from service.monitoring.metrics import Metrics
+    from service.monitoring.surveyor import Surveyor
+
+
+def add_gauges(components: Components, networks: Networks) -> None:
+    """Has the metrics tell of the parts, of what is in memory and of what is in the database."""
+    gauge, counter = components.metrics.gauge, components.metrics.counter
+    build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
+    gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
+    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(components.ready))
+    for name, batcher in components.batchers.items():
+        backbone = batcher.backbone
+        about = {
+            "backbone": name,
+            "device": backbone.device,
+            "precision": backbone.precision,
+            "fingerprint": backbone.spec.fingerprint,
+        }
+        gauge(
+            "topwork_backbone_info", "Always 1; the labels say what a backbone runs on.", lambda: 1.0, about
+        )
+        gauge(
+            "topwork_queue_depth",
+            "Inputs waiting for a backbone.",
+            partial(_depth, components.batchers, name),
+            {"backbone": name},
+        )
+        for setting in ("alone", "workers", "beside", "batch"):
+            gauge(
+                "topwork_backbone_plan",
+                "How a backbone runs: threads alone, runs beside each other, threads of each, batch.",
+                partial(_plan, components.batchers, name, setting),
+                {"backbone": name, "setting": setting},
+            )
+        gauge(
+            "topwork_backbone_plan_confirmed",
+            "1 if that was measured while the machine was quiet.",
+            partial(_confirmed, components.surveyor, name),
+            {"backbone": name},
+        )
+        for stage in backbone.seconds_by_stage:
+            counter(
+                "topwork_gpu_seconds",
+                "Seconds that the thread which runs on the GPU has spent, by what it did.",
+                partial(_seconds, components.batchers, name, stage),
+                {"backbone": name, "stage": stage},
+            )
+    _watch_replacements(components)
+    _watch_connections(components.metrics)
+    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
+    heads = components.heads
+    counter(
+        "topwork_head_cache_hits", "Predictions that found their head in memory.", lambda: float(heads.hits)
+    )
+    counter("topwork_head_cache_misses", "Predictions that loaded their head.", lambda: float(heads.misses))
+    counter(
+        "topwork_head_cache_evictions", "Heads that made room for others.", lambda: float(heads.evictions)
+    )
+    gauge("topwork_head_cache_bytes", "Bytes of the heads in memory.", lambda: float(heads.bytes))
+    gauge(
+        "topwork_network_cache_bytes",
+        "Bytes of the fine-tuned networks in memory, about.",
+        lambda: float(networks.bytes),
+    )
+    counter(
+        "topwork_network_cache_misses",
+        "Predictions that waited for their fine-tuned network.",
+        lambda: float(networks.misses),
+    )
+    for state in get_args(JobState):
+        gauge(
+            "topwork_jobs",
+            "Jobs by state, over all processes that share the database.",
+            partial(_jobs, components.registry, state),
+            {"state": state},
+        )
+    gauge(
+        "topwork_live_versions", "Adapters with a live version.", partial(_live_versions, components.registry)
+    )
+
+
+def _watch_replacements(components: Components) -> None:
+    watching, fitter, workers = components.watching, components.fitter, components.workers
+    parts: dict[str, Callable[[], int]] = {
+        "backbone": lambda: watching.replaced["backbone"],
+        "network": lambda: watching.replaced["network"],
+        "fitter": lambda: fitter.replaced,
+        "worker": lambda: sum(worker.replaced for worker in workers),
+        "decoder": lambda: Decoder.shared().ended,
+    }
+    for part, count in parts.items():
+        components.metrics.counter(
+            "topwork_replaced", "Parts that died or were stuck, and were replaced.", count, {"part": part}
+        )
+
+
+def _watch_connections(metrics: Metrics) -> None:
+    metrics.gauge("topwork_connections", "Connections that are open.", lambda: float(len(connections)))
+    for why in CUT:
+        metrics.counter(
+            "topwork_connections_cut",
+            "Connections that were cut off, by reason.",
+            partial(connections.cut.__getitem__, why),
+            {"why": why},
+        )
+
+
+def _plan(batchers: Mapping[str, Batcher], name: str, setting: str) -> float:
+    return float(getattr(batchers[name].backbone.plan, setting))
+
+
+def _seconds(batchers: Mapping[str, Batcher], name: str, stage: str) -> float:
+    return batchers[name].backbone.seconds_by_stage[stage]
+
+
+def _confirmed(surveyor: Surveyor, name: str) -> float:
+    return float(surveyor.measured[name].confirmed)
+
+
+def _depth(batchers: Mapping[str, Batcher], name: str) -> float:
+    return float(batchers[name].depth)
+
+
+def _jobs(registry: Registry, state: JobState) -> float:
+    try:
+        return float(registry.jobs.counts()[state])
+    except RegistryError:
+        return math.nan
+
+
+def _live_versions(registry: Registry) -> float:
+    """NaN while the database is away: a scrape of everything else must not fail with it."""
+    try:
+        return float(registry.live_versions())
+    except RegistryError:
+        return math.nan

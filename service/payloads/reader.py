@@ -1,0 +1,440 @@
+"""Bodies of requests: JSON, multipart, or one raw input, read into what the domain takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.datastructures import QueryParams, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from adapters.adaptation.adapt import AdaptCommand
+from adapters.adaptation.example_editor import Amendment, Feedback
+from adapters.examples.target import ExampleError
+from adapters.examples.upload_forms import Form
+from adapters.examples.validation import Posted
+from adapters.jobs.submission import FINE_TUNE
+from adapters.prediction.predictor import Input, PredictQuery
+from models.preprocess.preprocessor import InputError
+from service.errors import Problem
+from service.payloads.lifting import Lifted, NotJson, TooIntricate, parse
+from service.payloads.requests import (
+    AdaptRequest,
+    AmendRequest,
+    EmbedRequest,
+    ExampleIn,
+    FeedbackRequest,
+    InputIn,
+    OpenAIRequest,
+    PredictRequest,
+    TargetIn,
+    UploadRequest,
+)
+from service.payloads.validation import Fault, apart, lax, refuse_parameters, strict
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
+
+# Bodies up to this size and with so many commas are parsed where they are, in about a millisecond; a thread
+# would take longer to begin.
+_AT_ONCE = 128 << 10
+_ITEMS_AT_ONCE = 200
+_REST = 16 << 20
+_ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
+_FIELDS = 64
+# Of which many are remembered.
+_SHORT_QUERY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """Whether the body was one raw input, whose error is then the request's own."""
+
+    query: PredictQuery
+    raw: bool
+
+
+class _InMemoryParser(MultiPartParser):
+    """Starlette's parser without its temporary files: the body is bounded, and inputs touch no disk here."""
+
+    spool_max_size = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Bodies:
+    """Reads bodies within the limits of one request.
+
+    Every method raises Problem.
+    """
+
+    max_examples: int
+    max_inputs: int
+    max_openai_inputs: int
+    max_text_chars: int
+
+    async def adapt(self, request: Request) -> AdaptCommand:
+        """Examples as JSON or multipart."""
+        media = media_type(request)
+        if media == "multipart/form-data":
+            return await self._adapt_form(request)
+        if media != "application/json":
+            raise unsupported(media, "application/json, multipart/form-data, NDJSON, CSV or a zip")
+        return await self._json(request, self._adapt_command)
+
+    def bulk(self, request: Request, form: Form) -> tuple[AdaptCommand, AsyncIterator[bytes]]:
+        """An upload: what to do with it, which is in the query string, and its bytes as they come."""
+        body = lax(UploadRequest, dict(request.query_params))
+        columns = body.columns()
+        if columns and form != "csv":
+            named = ", ".join(f"`{field}_column`" for field in columns)
+            raise Problem(422, "invalid_request", f"Only a CSV table has columns; leave out {named}.")
+        if body.method == FINE_TUNE or body.strict:
+            raise Problem(
+                422, "invalid_request", f"A bulk upload ({form}) is fitted by linear_probe, and not strict."
+            )
+        return replace(_command(body, (), job=True), columns=columns), request.stream()
+
+    def adapter(self, request: Request) -> str | None:
+        """Of a raw input, the adapter that is to predict: known before the input is read."""
+        return _asked(request).adapter if _is_raw(media_type(request)) else None
+
+    async def predict(self, request: Request) -> Single:
+        """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
+        media = media_type(request)
+        if media == "application/json":
+            return await self._json(request, self._predict_query)
+        raw = media != "multipart/form-data"
+        inputs, fields = await self._inputs(request, media)
+        body = _asked(request) if raw else lax(PredictRequest, dict(request.query_params), fields)
+        return Single(_query(body, inputs), raw=raw)
+
+    async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
+        """A backbone's name and inputs, as predict takes them, and whether the body was one raw input."""
+        media = media_type(request)
+        if media == "application/json":
+            return await self._json(request, self._embed_query)
+        inputs, fields = await self._inputs(request, media)
+        body = lax(EmbedRequest, dict(request.query_params), fields)
+        return body.backbone, inputs, media != "multipart/form-data"
+
+    async def openai(self, request: Request) -> OpenAIRequest:
+        """A request to OpenAI's embeddings endpoint."""
+        _want_json(request)
+
+        def build(lifted: Lifted) -> OpenAIRequest:
+            # Of token ids there are many more than of texts.
+            texts = lifted.value.get("input") if isinstance(lifted.value, dict) else None
+            if isinstance(texts, list) and isinstance(next(iter(texts), None), str):
+                self._count(texts, self.max_openai_inputs, "texts")
+            return strict(OpenAIRequest, lifted.value)
+
+        return await self._json(request, build)
+
+    async def feedback(self, request: Request) -> Feedback:
+        """An input or an example's id, with the right label."""
+        _want_json(request)
+        return await self._json(request, self._feedback)
+
+    async def amendment(self, request: Request) -> Amendment:
+        """What is another of a kept example."""
+        body = await self.model(request, AmendRequest)
+        target = _target(body)
+        given = any(value is not None for value in (body.label, body.labels, body.target))
+        if given and isinstance(target, ExampleError):
+            raise target
+        if not given and body.excluded is None and body.group is None:
+            raise Problem(
+                422,
+                "invalid_request",
+                "Send what is to change: `label`, `labels` or `target`, `excluded`, `group`.",
+            )
+        return Amendment(
+            target=target if given else None,
+            excluded=body.excluded,
+            group=body.group,
+            promote=body.promote,
+            fit=body.fit,
+        )
+
+    async def nothing(self, request: Request) -> None:
+        """No body, or an empty JSON object."""
+        if (await request.body()).strip() not in (b"", b"{}"):
+            raise Problem(422, "invalid_request", "This request takes no body; leave it out.")
+
+    async def model(self, request: Request, model: type[M]) -> M:
+        """A small JSON body."""
+        _want_json(request)
+        return await self._json(request, lambda lifted: strict(model, lifted.value))
+
+    async def _json(self, request: Request, build: Callable[[Lifted], T]) -> T:
+        refuse_parameters(request.query_params, (), why=_ALL_IN_BODY)
+        body = await _whole(request)
+
+        def read() -> T:
+            try:
+                return build(parse(body, max_rest=_REST))
+            except TooIntricate as error:
+                raise Problem(413, error.code, str(error)) from error
+            except NotJson as error:
+                raise Problem(400, error.code, str(error)) from error
+
+        at_once = len(body) <= _AT_ONCE and body.count(b",") <= _ITEMS_AT_ONCE
+        return read() if at_once else await asyncio.to_thread(read)
+
+    def _adapt_command(self, lifted: Lifted) -> AdaptCommand:
+        self._count_in(lifted.value, "examples", self.max_examples)
+        body, faults = apart(AdaptRequest, lifted.value, "examples")
+        good = (self._posted(example, lifted) for example in body.examples)
+        return _command(body, _merged(good, {at: _faulty(lifted, at, one) for at, one in faults.items()}))
+
+    def _predict_query(self, lifted: Lifted) -> Single:
+        self._count_in(lifted.value, "inputs", self.max_inputs)
+        body, inputs = self._items(PredictRequest, lifted)
+        return Single(_query(body, inputs), raw=False)
+
+    def _embed_query(self, lifted: Lifted) -> tuple[str, Sequence[Input], bool]:
+        self._count_in(lifted.value, "inputs", self.max_inputs)
+        body, inputs = self._items(EmbedRequest, lifted)
+        return body.backbone, inputs, False
+
+    def _items(self, model: type[Asking], lifted: Lifted) -> tuple[Asking, Sequence[Input]]:
+        """A request with `inputs`, and these, an error in the place of each that has not their form."""
+        body, faults = apart(model, lifted.value, "inputs")
+        good = (self._input(one, lifted) for one in body.inputs)
+        errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
+        inputs = _merged(good, errors)
+        _some(inputs)
+        return body, inputs
+
+    async def _adapt_form(self, request: Request) -> AdaptCommand:
+        files, fields = await self._form(request, self.max_examples)
+        body = lax(AdaptRequest, dict(request.query_params), fields)
+        return _command(body, [Posted(await _content(file), _folder(file.filename)) for file in files])
+
+    async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], dict[str, str]]:
+        if media == "multipart/form-data":
+            files, fields = await self._form(request, self.max_inputs)
+            inputs = [await _content(file) for file in files]
+            _some(inputs)
+            return inputs, fields
+        if not _is_raw(media):
+            raise unsupported(media, "application/json, multipart/form-data, image/* or text/plain")
+        body = await request.body()
+        return [_decoded(body) if media == "text/plain" else body], {}
+
+    async def _form(self, request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
+        parser = _InMemoryParser(
+            request.headers, _stream(request), max_files=most, max_fields=_FIELDS, max_part_size=_AT_ONCE
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            if error.message.startswith("Too many files"):
+                raise too_many(most, "files") from error
+            raise Problem(
+                400, "invalid_multipart", f"The multipart body cannot be read: {error.message}"
+            ) from error
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        return files, {key: value for key, value in form.multi_items() if isinstance(value, str)}
+
+    def _feedback(self, lifted: Lifted) -> Feedback:
+        body = strict(FeedbackRequest, lifted.value)
+        if (body.id is None) == (body.image is None and body.text is None):
+            raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
+        target = _target(body)
+        if isinstance(target, ExampleError):
+            raise target
+        value = None if body.id is not None else self._input(body, lifted)
+        return Feedback(
+            target=target,
+            input=value,
+            id=body.id,
+            promote=body.promote,
+            fit=body.fit,
+            group=body.group,
+            sampled=body.sampled,
+        )
+
+    def _posted(self, example: ExampleIn, lifted: Lifted) -> Posted:
+        return Posted(
+            input=self._input(example, lifted),
+            blamed=_source(example),
+            target=_target(example),
+            id=example.id,
+            group=example.group,
+            sampled=example.sampled,
+        )
+
+    def _input(self, one: InputIn, lifted: Lifted) -> Input:
+        if (one.image is None) == (one.text is None):
+            return InputError("input_missing", "Give exactly one of image and text.")
+        try:
+            return (
+                lifted.text(one.text, self.max_text_chars)
+                if one.text is not None
+                else lifted.image(one.image or "")
+            )
+        except InputError as error:
+            return error
+
+    def _count_in(self, value: Any, key: str, most: int) -> None:
+        if isinstance(value, dict):
+            self._count(value.get(key), most, key)
+
+    @staticmethod
+    def _count(items: Any, most: int, what: str) -> None:
+        # Before each is validated: every one of millions of wrong items would become an error of its own.
+        if isinstance(items, list) and len(items) > most:
+            raise too_many(most, what)
+
+
+def media_type(request: Request) -> str:
+    """The body's media type in lower case without parameters. Raises a 415 Problem for a compressed body."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Problem(415, "unsupported_encoding", f"A body in {encoding} is not read. Send it uncompressed.")
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _is_raw(media: str) -> bool:
+    return media.startswith("image/") or media in ("text/plain", "application/octet-stream")
+
+
+def unsupported(media: str, wanted: str) -> Problem:
+    """The refusal of a media type."""
+    return Problem(
+        415,
+        "unsupported_media_type",
+        f"A body of {media or 'no media type'} is not read here. Send {wanted}.",
+    )
+
+
+def too_many(most: int, what: str) -> Problem:
+    """The refusal of more items than one request may have."""
+    return Problem(413, "too_many_items", f"A request has at most {most:,} {what}. Send several requests.")
+
+
+async def _whole(request: Request) -> bytearray:
+    """The body. One of a known size has its memory at once, for growing costs more than all else here."""
+    size = int(request.headers.get("content-length", "0"))
+    if size <= _AT_ONCE:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+        return body
+    body, filled = bytearray(size), 0
+    async for chunk in request.stream():
+        body[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    del body[filled:]
+    return body
+
+
+def _want_json(request: Request) -> None:
+    media = media_type(request)
+    if media != "application/json":
+        raise unsupported(media, "application/json")
+
+
+async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
+    async for chunk in request.stream():
+        yield chunk
+
+
+def _asked(request: Request) -> PredictRequest:
+    query: bytes = request.scope["query_string"]
+    return (_parsed_query if len(query) <= _SHORT_QUERY else _parsed_query.__wrapped__)(query)
+
+
+@lru_cache(1024)
+def _parsed_query(query: bytes) -> PredictRequest:
+    """Callers ask the same of one input after the other."""
+    return lax(PredictRequest, dict(QueryParams(query)))
+
+
+def _some(inputs: Sequence[object]) -> None:
+    if not inputs:
+        raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
+
+
+def _command(body: AdaptRequest, posted: Sequence[Posted], *, job: bool = False) -> AdaptCommand:
+    tunes = body.method == FINE_TUNE
+    if body.callback is not None and not (tunes or job):
+        raise Problem(422, "invalid_request", "`callback` is of jobs; this request is answered at once.")
+    if body.fine_tune is not None and not tunes:
+        raise Problem(422, "invalid_request", "`fine_tune` says how; set `method` to fine_tune as well.")
+    return AdaptCommand(
+        adapter=body.adapter,
+        posted=posted,
+        backbone=body.backbone,
+        task=body.task,
+        update=body.update,
+        promote=body.promote,
+        fit=body.fit,
+        strict=body.strict,
+        keep_inputs=body.keep_inputs,
+        answer_accuracy=body.answer_accuracy,
+        weights=body.weights,
+        callback=body.callback,
+        fine_tune=(body.fine_tune.model_dump() if body.fine_tune else {}) if tunes else None,
+    )
+
+
+def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
+    return PredictQuery(body.adapter, inputs, body.version, body.top_k, body.explain, body.min_epoch)
+
+
+def _source(one: InputIn) -> str:
+    """The field that the input is in, "" unless it is in exactly one."""
+    if (one.image is None) == (one.text is None):
+        return ""
+    return "text" if one.image is None else "image"
+
+
+def _faulty(lifted: Lifted, index: int, fault: Fault) -> Posted:
+    """The example, whose form is wrong, as one that cannot be used."""
+    example = lifted.value["examples"][index]
+    name = example.get("id") if isinstance(example, dict) else None
+    known = name if isinstance(name, str) else None
+    return Posted(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
+
+
+def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:
+    """All of them in their order; others: by their places."""
+    rest = list(good)
+    following = iter(rest)
+    return [others[at] if at in others else next(following) for at in range(len(rest) + len(others))]
+
+
+def _target(one: TargetIn) -> object:
+    given = [value for value in (one.label, one.labels, one.target) if value is not None]
+    if len(given) > 1:
+        return ExampleError("label_invalid", "Give only one of label, labels and target.")
+    return given[0] if given else None
+
+
+async def _content(file: UploadFile) -> Input:
+    content = await file.read()
+    name, media = (file.filename or "").lower(), (file.content_type or "").lower()
+    if media.startswith("text/") or (not media.startswith("image/") and name.endswith(".txt")):
+        return _decoded(content)
+    return content
+
+
+def _decoded(content: bytes) -> Input:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return InputError("invalid_text", f"The text is not UTF-8: {error.reason} at byte {error.start}.")
+
+
+def _folder(filename: str | None) -> str | None:
+    """The label in `label/file.jpg`: the innermost folder of a file's name."""
+    parts = [part for part in (filename or "").replace("\\", "/").split("/") if part]
+    return parts[-2] if len(parts) > 1 else None

@@ -1,0 +1,454 @@
+"""What the domain answered, in the form of service/payloads/requests.py.
+
+Plain JSON values: a model for each would cost more.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import from_json, to_json
+from starlette.responses import Response
+
+from adapters.adaptation.adapt import AdaptOutcome
+from adapters.adaptation.revision import Revised
+from adapters.adaptation.rollback import Restored
+from adapters.examples.target import Target
+from adapters.examples.validation import Rejected
+from adapters.jobs.submission import Submitted
+from adapters.prediction.neighbours import Neighbour
+from adapters.prediction.predictor import PredictAnswer
+from adapters.prediction.scorer import Prediction
+from adapters.registry.erasures import Receipt
+from adapters.registry.idempotency import Answered
+from adapters.registry.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
+from models.backbone import Embedded
+from models.batching.batcher import Batcher
+from models.preprocess.preprocessor import InputError
+from models.runtime.autotune import Measured
+
+Json = dict[str, Any]
+_MOST_MISSING = 1_000
+
+REJECTED_KEPT = 100
+"""Of the examples that a request was told to be rejected, those that it is told again."""
+_SHORT = 4_096  # bytes; a shorter answer has fewer rejected examples
+
+_THREADED = frozenset({"decode", "tokenize", "embed"})
+
+
+def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    """A JSON response."""
+    return Response(to_json(value, inf_nan_mode="null"), status, headers, "application/json")
+
+
+def adapted(outcome: AdaptOutcome) -> Response:
+    """AdaptResponse."""
+    return answer(_revised(outcome.revised, outcome.rejected, outcome.timings))
+
+
+def revised(done: Revised) -> Response:
+    """AdaptResponse, of feedback or of a rebase."""
+    return answer(_revised(done, [], done.timings))
+
+
+def kept(body: bytes) -> bytes:
+    """What is kept of an answer, to be given again: all of it, but for rejected examples beyond the first."""
+    if len(body) < _SHORT:
+        return body
+    value = from_json(body)
+    rejected = (value.get("examples") or {}).get("rejected", [])
+    if len(rejected) <= REJECTED_KEPT:
+        return body
+    del rejected[REJECTED_KEPT:]
+    return to_json(value)
+
+
+def repeated(found: Answered) -> Response:
+    """What was answered before to the same request with an Idempotency-Key."""
+    headers = {"Idempotency-Replayed": "true"}
+    if found.status == 202:
+        headers |= _where(json.loads(found.body)["id"])
+    return Response(found.body, found.status, headers, "application/json")
+
+
+def job(record: JobRecord) -> Json:
+    """JobOut."""
+    failed = record.error_code is not None
+    return {
+        "id": record.id,
+        "adapter": record.adapter,
+        "kind": record.kind,
+        "state": record.state,
+        "attempt": record.attempt,
+        "cancel_requested": record.cancel_requested,
+        "progress": None if record.progress is None else dict(record.progress),
+        "version": record.version,
+        "error": {"code": record.error_code, "detail": record.error_detail} if failed else None,
+        "created_at": record.created_at,
+        "started_at": record.started_at,
+        "finished_at": record.finished_at,
+    }
+
+
+def submitted(record: JobRecord, stored: AdaptOutcome | None = None) -> Response:
+    """SubmittedOut, and where to look for the job again. stored: what became of examples sent with it."""
+    examples = None if stored is None else _examples(stored.revised, stored.rejected)
+    return answer({**job(record), "examples": examples}, _where(record.id), status=202)
+
+
+def tuning(done: Submitted) -> Response:
+    """SubmittedOut, of a fine-tune."""
+    return submitted(*done)
+
+
+def one_job(record: JobRecord) -> Response:
+    """JobOut."""
+    return answer(job(record))
+
+
+def jobs(records: Sequence[JobRecord], limit: int) -> Response:
+    """JobsOut, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].id) if len(records) > limit else None
+    return answer({"jobs": [job(record) for record in page], "next": following})
+
+
+def removed(done: Revised) -> Response:
+    """RemovalResponse."""
+    committed = done.committed
+    more = {"gone": committed.erased, "erasure": committed.erasure}
+    return answer(_revised(done, [], done.timings) | more)
+
+
+def restored(done: Restored) -> Response:
+    """RestoreResponse."""
+    rollback, missing = done.rollback, done.rollback.missing
+    return answer(
+        {
+            "adapter": done.adapter.name,
+            "version": done.version,
+            "live": True,
+            "epoch": done.adapter.epoch,
+            "examples": {
+                "total": done.adapter.examples,
+                "in_use": rollback.in_use,
+                "taken_back": rollback.taken_back,
+                "relabelled": rollback.relabelled,
+                "set_aside": rollback.set_aside,
+                "missing_total": len(missing),
+                "missing": [{"id": one.id, "reason": one.reason} for one in missing[:_MOST_MISSING]],
+            },
+        }
+    )
+
+
+def erased(receipt: Receipt) -> Response:
+    """ErasureOut."""
+    counts = {name: getattr(receipt, name) for name in ("adapters", "examples", "versions", "jobs", "keys")}
+    return answer({"erasure": receipt.id, "tenant": receipt.tenant, "erased_at": receipt.at, **counts})
+
+
+def predicted(found: PredictAnswer, *, raw: bool) -> Response:
+    """PredictResponse; for a raw input that failed, raises its error instead."""
+    if raw and isinstance(found.items[0], InputError):
+        raise found.items[0]
+    return answer(
+        {
+            "adapter": found.adapter,
+            "version": found.version,
+            "predictions": [_prediction(item, found.task) for item in found.items],
+            "timing_ms": _milliseconds(found.timings),
+        }
+    )
+
+
+def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> bytes:
+    """EmbedResponse as JSON; for a raw input that failed, raises its error instead. Slow: for a thread."""
+    if raw and found.errors:
+        raise found.errors[0]
+    spec = batcher.backbone.spec
+    head = {"backbone": name, "fingerprint": spec.fingerprint, "dim": spec.dim}
+    # One by one, so that other threads get their turn in between.
+    items = [
+        to_json(
+            _failed(found.errors[index])
+            if index in found.errors
+            else {"embedding": row.tolist(), **_cut(index in found.truncated)}
+        )
+        for index, row in enumerate(found.embeddings)
+    ]
+    tail = to_json({"timing_ms": _milliseconds(found.timings)})
+    return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def openai(model: str, found: Embedded, encoding: str) -> bytes:
+    """OpenAIResponse as JSON. Slow: for a thread."""
+    embeddings = found.embeddings.astype(np.float32, copy=False)
+    items = [
+        to_json(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(row, encoding),
+                **_cut(index in found.truncated),
+            }
+        )
+        for index, row in enumerate(embeddings)
+    ]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    tail = to_json({"model": model, "usage": usage})
+    return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def openai_models(batchers: Mapping[str, Batcher]) -> Response:
+    """OpenAIModels: of backbones for texts."""
+    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
+    return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
+
+
+def openai_model(name: str, batcher: Batcher) -> Response:
+    """OpenAIModel."""
+    return answer(_openai_model(name, batcher))
+
+
+def _openai_model(name: str, batcher: Batcher) -> Json:
+    exported = int(batcher.backbone.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
+
+
+def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
+    """BackbonesOut."""
+    return answer(
+        {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
+    )
+
+
+def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
+    spec, plan = batcher.backbone.spec, batcher.backbone.plan
+    return {
+        "name": name,
+        "kind": spec.kind,
+        "dim": spec.dim,
+        "licence": spec.licence,
+        "fingerprint": spec.fingerprint,
+        "device": batcher.backbone.device,
+        "precision": batcher.backbone.precision,
+        "source": spec.source,
+        "plan": {
+            "threads_alone": plan.alone,
+            "runs_beside": plan.workers,
+            "threads_beside": plan.beside,
+            "batch": plan.batch,
+            "confirmed": measured.confirmed,
+        },
+    }
+
+
+def adapter(record: AdapterRecord) -> Json:
+    """AdapterOut."""
+    return {
+        "adapter": record.name,
+        "backbone": record.backbone,
+        "fingerprint": record.fingerprint,
+        "kind": record.kind,
+        "task": record.task,
+        "keep_inputs": record.keep_inputs,
+        "answer_accuracy": record.answer_accuracy,
+        "weights": record.weights,
+        "examples": record.examples,
+        "live": record.live,
+        "rolled_back_at": record.rolled_back_at,
+        "revision": record.revision,
+        "epoch": record.epoch,
+        "created_at": record.created_at,
+    }
+
+
+def adapters(records: Sequence[AdapterRecord], limit: int) -> Response:
+    """AdaptersOut, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].name) if len(records) > limit else None
+    return answer({"adapters": [adapter(record) for record in page], "next": following})
+
+
+def one_adapter(record: AdapterRecord) -> Response:
+    """AdapterOut with the entity tag of its alias."""
+    return answer(adapter(record), {"ETag": record.etag})
+
+
+def version(record: VersionRecord, owner: AdapterRecord) -> Json:
+    """VersionOut."""
+    return {
+        "version": record.number,
+        "live": record.number == owner.live,
+        "method": record.method,
+        "backbone": record.backbone,
+        "fingerprint": record.fingerprint,
+        "revision": record.revision,
+        "labels": record.labels,
+        "sha256": record.artifact.sha256,
+        "bytes": record.artifact.length,
+        "created_at": record.created_at,
+        "report": dict(record.report),
+    }
+
+
+def versions(owner: AdapterRecord, records: Sequence[VersionRecord]) -> Response:
+    """VersionsOut."""
+    return answer({"adapter": owner.name, "versions": [version(record, owner) for record in records]})
+
+
+def one_version(owner: AdapterRecord, record: VersionRecord) -> Response:
+    """VersionOut."""
+    return answer(version(record, owner))
+
+
+def file(content: bytes, name: str) -> Response:
+    """A file to download."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+def example(record: ExampleRecord) -> Json:
+    """KeptExampleOut."""
+    return {
+        "id": record.id,
+        **_target(record.target),
+        "group": record.group,
+        "sampled": record.sampled,
+        "excluded": record.excluded,
+        "digest": record.digest,
+        "created_at": record.created_at,
+    }
+
+
+def examples(owner: AdapterRecord, records: Sequence[ExampleRecord], limit: int) -> Response:
+    """ExamplesPage, of one record more than the page has where there is a next one."""
+    page = records[:limit]
+    following = cursor(page[-1].id) if len(records) > limit else None
+    return answer(
+        {"adapter": owner.name, "examples": [example(record) for record in page], "next": following}
+    )
+
+
+def one_example(owner: AdapterRecord, record: ExampleRecord, value: bytes | str | None) -> Response:
+    """ExampleOut."""
+    if isinstance(value, bytes):
+        return answer(example(record) | {"image": base64.b64encode(value).decode()})
+    return answer(example(record) | ({} if value is None else {"text": value}))
+
+
+def cursor(last: str) -> str:
+    """An opaque cursor that stands behind a name or an id."""
+    return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
+
+
+def _where(job_id: str) -> dict[str, str]:
+    """Where and when to look for a job again."""
+    return {"Location": f"/jobs/{job_id}", "Retry-After": "5"}
+
+
+def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
+    committed = done.committed
+    return {
+        "total": done.adapter.examples,
+        "added": committed.added,
+        "replaced": committed.replaced,
+        "removed": committed.removed,
+        "rejected": [
+            {"index": one.index, "id": one.id, "code": one.code, "detail": one.detail} for one in rejected
+        ],
+        **({"truncated": done.truncated} if done.truncated else {}),
+    }
+
+
+def _revised(done: Revised, rejected: Sequence[Rejected], timings: Mapping[str, float]) -> Json:
+    made = done.version
+    return {
+        "adapter": done.adapter.name,
+        "version": None if made is None else made.number,
+        "live": done.live,
+        "backbone": done.adapter.backbone,
+        "epoch": done.adapter.epoch,
+        "examples": _examples(done, rejected),
+        "report": None if made is None else dict(made.report),
+        "timing_ms": _milliseconds(timings),
+    }
+
+
+def _prediction(item: Prediction | InputError, task: str) -> Json:
+    if isinstance(item, InputError):
+        return _failed(item)
+    found: Json
+    if task == "regression":
+        found = {"value": item.value}
+    else:
+        named = {"label": item.label} if task == "classification" else {"labels": item.labels}
+        found = {
+            **named,
+            "confidence": item.confidence,
+            "probabilities": [
+                {"label": label, "probability": chance} for label, chance in item.probabilities
+            ],
+        }
+        if item.uncertain is not None:
+            found["uncertain"] = item.uncertain
+    found |= {
+        "abstained": item.abstained,
+        "abstention_reason": item.abstention_reason,
+        "abstention_score": item.abstention_score,
+        "distance": item.distance,
+    }
+    found |= _cut(item.truncated)
+    if item.nearest is not None:
+        found["nearest"] = [_neighbour(one) for one in item.nearest]
+    return found
+
+
+def _neighbour(one: Neighbour) -> Json:
+    return {"id": one.id, **_target(one.target), "similarity": one.similarity}
+
+
+def _target(target: Target) -> Json:
+    if isinstance(target, str):
+        return {"label": target}
+    return {"labels": target} if isinstance(target, tuple) else {"target": target}
+
+
+def _cut(truncated: bool) -> Json:
+    """What is said of a text of which only the start was read."""
+    return {"truncated": True} if truncated else {}
+
+
+def _failed(error: InputError) -> Json:
+    return {"error": {"code": error.code, "detail": error.detail}}
+
+
+def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
+    values: list[float] = row.tolist()
+    return values
+
+
+def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
+    """Stages that add up to the total, with `other` for what is none of them.
+
+    Of what several threads did at once, each stage gets its share of the time that passed.
+    """
+    stages = {stage: seconds for stage, seconds in timings.items() if stage != "total"}
+    total = timings.get("total", sum(stages.values()))
+    work = sum(seconds for stage, seconds in stages.items() if stage in _THREADED)
+    passed = total - (sum(stages.values()) - work)
+    if work > passed:
+        share = max(passed, 0.0) / work
+        stages = {stage: one * share if stage in _THREADED else one for stage, one in stages.items()}
+    found = {stage: round(seconds * 1e3, 3) for stage, seconds in stages.items()}
+    whole = round(total * 1e3, 3)
+    return {**found, "other": max(0.0, round(whole - sum(found.values()), 3)), "total": whole}

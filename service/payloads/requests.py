@@ -1,0 +1,320 @@
+"""Bodies of requests, as they stand in the API's documentation. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from adapters.adaptation.promotion import Promote
+from adapters.examples.target import Task, Weights
+
+ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+BIGGEST = 2**31 - 1
+"""The largest number of a version, an epoch or a revision that every database can hold."""
+MOST_BATCH_PIXELS = 64 * 224**2
+"""Of all images of a batch together. On a GPU they go through the network at once."""
+
+AdapterName = Annotated[
+    str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
+]
+VersionNumber = Annotated[int, Field(ge=1, le=BIGGEST)]
+ColumnName = Annotated[
+    str | None,
+    Field(min_length=1, max_length=256, description="Of a CSV table, where the column has another name."),
+]
+BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["efficientnet-lite0"])]
+Timings = Annotated[
+    dict[str, float],
+    Field(
+        description="Milliseconds by stage, which add up to total, what the caller waited. queue is the wait "
+        "until the work on the inputs began; other is what is none of the stages. Of what several threads "
+        "did at once, decode, tokenize and embed have their shares of the time that passed."
+    ),
+]
+
+
+class Request(BaseModel):
+    """Common to all requests: exact types, no unknown fields. null is as good as leaving a field out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: one for name, one in value.items() if one is not None or name not in optional}
+
+
+class InputIn(Request):
+    """One input: an image or a text."""
+
+    image: str | None = Field(
+        default=None,
+        description="An encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF) in base64, or a data: URI.",
+    )
+    text: str | None = Field(default=None, examples=["Win a free cruise now!"])
+
+
+def _in_field(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+Inputs = Annotated[
+    list[Annotated[InputIn, BeforeValidator(_in_field, json_schema_input_type=InputIn | str)]],
+    Field(description="Objects with an image or a text, or texts as they are."),
+]
+
+
+class TargetIn(Request):
+    """What is right for an input; exactly one field, which one depends on the task."""
+
+    label: str | None = Field(default=None, description="Of a classification.", examples=["spam"])
+    labels: list[str] | None = Field(default=None, description="Of a multilabel adapter; may be empty.")
+    target: float | None = Field(default=None, description="Of a regression: a finite number.")
+
+
+class GroupIn(Request):
+    """What an example belongs to."""
+
+    group: str | None = Field(
+        default=None,
+        description="1 to 256 characters: a customer, a video, a thread. Examples of one group never judge "
+        "each other.",
+        examples=["customer 17"],
+    )
+
+
+class ExampleIn(InputIn, TargetIn, GroupIn):
+    """One example. Without an id it is named by the sha256 of its input."""
+
+    id: str | None = Field(
+        default=None, description="1 to 256 characters. A known id replaces that example.", examples=["a1"]
+    )
+    sampled: bool = Field(
+        default=True,
+        description="false: chosen for being wrong or hard. It is learned from and not measured on.",
+    )
+
+
+class FineTuneIn(Request):
+    """How a network is fine-tuned. See docs/fine-tuning.md."""
+
+    epochs: int = Field(default=8, ge=1, le=100, description="Of everything, at most.")
+    full_size_epochs: int = Field(
+        default=7, ge=0, le=100, description="The last epochs, in which images have the backbone's own size."
+    )
+    pixels: int = Field(
+        default=128,
+        ge=32,
+        le=512,
+        description="Of an image's side in the other epochs. batch × pixels² is at most 64 × 224².",
+    )
+    batch: int = Field(default=16, ge=2, le=64, description="Examples in a step.")
+    head_rate: float = Field(default=1e-3, gt=0, le=1, description="Learning rate of the head.")
+    backbone_rate: float = Field(
+        default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
+    )
+    patience: int = Field(
+        default=3, ge=1, le=100, description="Epochs without progress, in its second half, before it stops."
+    )
+    refit: bool = Field(
+        default=True,
+        description="Train once more, on the examples held out too, in the way that was found best. Takes "
+        "as long again.",
+    )
+    seed: int = Field(default=0, ge=0, le=BIGGEST)
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> FineTuneIn:
+        most = MOST_BATCH_PIXELS // self.pixels**2
+        if self.batch > most:
+            raise ValueError(f"at {self.pixels} pixels a batch has at most {most} images, not {self.batch}")
+        return self
+
+
+class AdaptRequest(Request):
+    """Examples to learn from. Without any, the adapter is fitted again on what it keeps."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "adapter": "mails",
+                "examples": [
+                    {"id": "m1", "text": "Win a free cruise now!", "label": "spam"},
+                    {"id": "m2", "text": "Lunch at noon?", "label": "ham"},
+                ],
+            }
+        }
+    )
+
+    adapter: AdapterName
+    backbone: BackboneName | None = Field(
+        default=None, description="Chosen by the inputs' kind at creation if not given; fixed after."
+    )
+    task: Task | None = Field(
+        default=None, description="classification at creation if not given; fixed after."
+    )
+    method: Literal["linear_probe", "fine_tune"] = Field(
+        default="linear_probe",
+        description="fine_tune trains the whole network on all that is kept: a job, answered with 202.",
+    )
+    fine_tune: FineTuneIn | None = Field(default=None, description="How; only with method fine_tune.")
+    update: Literal["append", "replace"] = Field(
+        default="append", description="append: a known id replaces that example. replace: forget all others."
+    )
+    promote: Promote = Field(
+        default="if_better", description="if_better withholds only a version that is significantly worse."
+    )
+    fit: bool = Field(default=True, description="false only stores the examples, to send many in parts.")
+    strict: bool = Field(default=False, description="Refuse the request if any example is bad.")
+    callback: str | None = Field(
+        default=None,
+        max_length=2_048,
+        description="Of a job: a URL, allowed by the operator, that is told by POST when it has ended.",
+    )
+    keep_inputs: bool | None = Field(
+        default=None, description="Whether inputs are kept beside embeddings (true at creation); fixed after."
+    )
+    answer_accuracy: float | None = Field(
+        default=None,
+        ge=0.5,
+        le=0.999,
+        description="Share of right answers wanted of what is not abstained on (0.95 at creation); given for "
+        "a known adapter, from this fit on.",
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Of a classification: balanced, and all labels count as equally frequent (none at "
+        "creation); given for a known adapter, from this fit on.",
+    )
+    examples: list[ExampleIn] = Field(default_factory=list)
+
+
+class UploadRequest(AdaptRequest):
+    """What is done with a bulk upload; in the query string."""
+
+    text_column: ColumnName = None
+    label_column: ColumnName = None
+    labels_column: ColumnName = None
+    target_column: ColumnName = None
+    id_column: ColumnName = None
+    group_column: ColumnName = None
+
+    def columns(self) -> dict[str, str]:
+        """The names of a table's columns that are given, by field."""
+        fields = ("text", "label", "labels", "target", "id", "group")
+        given = {field: getattr(self, f"{field}_column") for field in fields}
+        return {field: name for field, name in given.items() if name is not None}
+
+
+class PredictRequest(Request):
+    """Inputs to predict for."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"adapter": "mails", "inputs": [{"text": "Free cruise for lunch?"}]}}
+    )
+
+    adapter: AdapterName
+    version: VersionNumber | None = Field(default=None, description="null: the live one.")
+    top_k: int = Field(default=3, ge=1, le=10_000, description="Probabilities in each answer.")
+    explain: int = Field(default=0, ge=0, le=100, description="Nearest examples in each answer.")
+    min_epoch: int | None = Field(
+        default=None, ge=0, description="The epoch that /adapt answered: see at least what it wrote."
+    )
+    inputs: Inputs = Field(default_factory=list)
+
+
+class EmbedRequest(Request):
+    """Inputs to embed."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"backbone": "minilm-l6-v2", "inputs": [{"text": "Lunch at noon?"}]}}
+    )
+
+    backbone: BackboneName
+    inputs: Inputs = Field(default_factory=list)
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+def _no_token_ids(value: Any) -> Any:
+    if isinstance(value, int | list):
+        raise PydanticCustomError("token_ids", "Token ids are not taken; send text.")
+    return value
+
+
+_Text = Annotated[str, BeforeValidator(_no_token_ids)]
+
+
+class OpenAIRequest(Request):
+    """The request of OpenAI's embeddings endpoint. Texts only; token ids are not taken."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "minilm-l6-v2", "input": ["Lunch at noon?"]}}
+    )
+
+    model: BackboneName = Field(description="A backbone for texts.")
+    input: Annotated[
+        Annotated[str, Tag("one")]
+        | Annotated[list[Annotated[str, BeforeValidator(_no_token_ids)]], Tag("many")],
+        Discriminator(_one_or_many),
+    ]
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64: of little-endian float32."
+    )
+    dimensions: int | None = Field(default=None, description="Only the backbone's own number.")
+    user: str | None = Field(default=None, description="Not used.")
+
+
+class PromoteRequest(Request):
+    """The version that is to be live."""
+
+    version: VersionNumber = Field(examples=[3])
+
+
+class FeedbackRequest(InputIn, TargetIn, GroupIn):
+    """An input, or the id of a kept example, with the right label.
+
+    A kept example, also one of the same input, keeps its own group, and is sampled as before.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"example": {"text": "Free lunch today", "label": "ham"}})
+
+    id: str | None = Field(default=None, description="Of a kept example, instead of an input.")
+    sampled: bool = Field(
+        default=False,
+        description="true where you send the right label of every k-th answer, right or wrong. false: it is "
+        "learned from and not measured on, for corrections alone are a sample of mistakes.",
+    )
+    promote: Promote = "if_better"
+    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+
+
+class AmendRequest(TargetIn):
+    """What is another of a kept example from now on: its label, whether it is used, its group, or several."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"excluded": True}})
+
+    excluded: bool | None = Field(
+        default=None,
+        description="true sets the example aside: it is kept, and neither learned from nor measured on. "
+        "false takes it back.",
+    )
+    group: str | None = Field(
+        default=None, description="Its new group; empty for none.", examples=["customer 17"]
+    )
+    promote: Promote = "if_better"
+    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+
+
+class RebaseRequest(Request):
+    """The backbone to move to."""
+
+    backbone: BackboneName
+    promote: Promote = "if_better"

@@ -1,0 +1,109 @@
+"""Bodies of requests and answers about tenants and keys, as they stand in the API's documentation."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from adapters.registry.tenants import Scope
+from service.payloads.requests import ADAPTER_PATTERN, BIGGEST, Request
+
+_YEARS = 10 * 365 * 86_400
+
+
+class TenantRequest(Request):
+    """A tenant to make."""
+
+    tenant: str = Field(pattern=ADAPTER_PATTERN, examples=["acme"])
+
+
+class KeyRequest(Request):
+    """A key to make."""
+
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=3)] = Field(
+        description="predict: ask. adapt: teach, and change or see what was taught. admin: make and revoke "
+        "the tenant's keys.",
+        examples=[["predict"]],
+    )
+    note: str = Field(
+        default="",
+        max_length=200,
+        # PostgreSQL takes no NUL, and a note is one line.
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="What it is for.",
+        examples=["web shop"],
+    )
+    expires_in: int | None = Field(
+        default=None, ge=60, le=_YEARS, description="Seconds; without it the key does not expire."
+    )
+
+
+class RotateRequest(Request):
+    """How a key is replaced."""
+
+    grace: int = Field(
+        default=3_600, ge=0, le=30 * 86_400, description="Seconds for which the old key goes on."
+    )
+
+
+_Rate = Annotated[float | None, Field(default=None, gt=0, le=1e12)]
+_Count = Annotated[int | None, Field(default=None, ge=0, le=BIGGEST)]
+
+
+class QuotasIn(Request):
+    """What a tenant may have; null or left out where nothing is said. All of it is set at once.
+
+    By the second: requests with its keys, their inputs and examples together, the bytes of their bodies. At
+    once: adapters, examples of all of them together, jobs that run.
+    """
+
+    requests_per_second: _Rate
+    items_per_second: _Rate
+    bytes_per_second: _Rate
+    max_adapters: _Count
+    max_examples: _Count
+    max_running_jobs: _Count
+
+
+class TenantOut(BaseModel):
+    """A tenant. adapters: it has. examples: in them. keys: in use."""
+
+    tenant: str
+    created_at: datetime
+    quotas: QuotasIn
+    adapters: int
+    examples: int
+    keys: int
+
+
+class TenantsOut(BaseModel):
+    """A page of tenants. next: the cursor of the next page, null on the last."""
+
+    tenants: list[TenantOut]
+    next: str | None
+
+
+class KeyOut(BaseModel):
+    """A key without its secret."""
+
+    id: str
+    tenant: str
+    scopes: list[Scope]
+    note: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+class NewKeyOut(KeyOut):
+    """A key just made. key: the whole of it, which is shown this once."""
+
+    key: str = Field(examples=["tw_2f7c61d09be34a58_…"])
+
+
+class KeysOut(BaseModel):
+    """A tenant's keys, oldest first; those no longer in use for a month."""
+
+    keys: list[KeyOut]

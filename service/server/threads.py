@@ -1,0 +1,98 @@
+"""The threads for what blocks: files, databases, megabytes of JSON. Tenants take turns on them."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from adapters.processes.turns import Turns
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="")
+"""Whose request is answered. Empty for what is nobody's."""
+
+# A tenant has all threads while no other one has asked for so long, and else a third of them: threads that
+# compute hold each other up.
+_ALONE_SECONDS = 1.0
+_SHARES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    tenant: str
+    run: Callable[[], None]
+
+
+class FairThreads(ThreadPoolExecutor):
+    """An executor for an event loop, where nobody waits behind all that another one asks.
+
+    Work is of the tenant in whose context it is submitted. A tenant's work is begun in its order.
+    """
+
+    def __init__(self, most: int) -> None:
+        """most: threads."""
+        super().__init__(most, "blocking")
+        self._most = most
+        self._changing = threading.Lock()
+        self._waiting: Turns[_Work] = Turns()
+        self._running: Counter[str] = Counter()
+        # Who asked last, and who did before him.
+        self._last = self._before = ("", -math.inf)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """See ThreadPoolExecutor.submit."""
+        future: Future[T] = Future()
+        tenant = TENANT.get()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._changing:
+            # The service's own work, which never ends, takes no threads from a tenant that is alone.
+            if tenant:
+                if tenant != self._last[0]:
+                    self._before = self._last
+                self._last = (tenant, time.monotonic())
+            self._waiting.add(tenant, _Work(tenant, run))
+        # Some thread will look. What it finds may be another's: whoever is done looks again.
+        super().submit(self._work)
+        return future
+
+    def _work(self) -> None:
+        while (work := self._take()) is not None:
+            try:
+                work.run()
+            finally:
+                with self._changing:
+                    self._running[work.tenant] -= 1
+                    self._running += Counter()
+
+    def _take(self) -> _Work | None:
+        """What comes next, of those who do not have their share of the threads."""
+        with self._changing:
+            try:
+                work = self._waiting.take(lambda tenant: self._running[tenant] < self._share(tenant))
+            except LookupError:
+                return None
+            self._running[work.tenant] += 1
+            return work
+
+    def _share(self, tenant: str) -> int:
+        other = self._before if self._last[0] == tenant else self._last
+        return self._most if time.monotonic() - other[1] > _ALONE_SECONDS else max(1, self._most // _SHARES)

@@ -1,0 +1,114 @@
+"""The thread that beats for a job: what it hears it records, whatever the work is at."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, event
+
+from adapters.jobs import lease
+from adapters.jobs.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown
+from adapters.registry.records import LeaseLost
+from adapters.registry.registry import Registry
+from tests.adapters.registry.test_jobs import PAST, begin, expire, now_of, set_row, submit
+from tests.adapters.registry.test_registry import create
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_MOST_SECONDS", 0.05)
+
+
+def until(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@contextmanager
+def working(registry: Registry, stopping: threading.Event | None = None) -> Iterator[Lease]:
+    create(registry)
+    submit(registry, deadline=3_600.0)
+    with Lease(registry.jobs, begin(registry), 60.0, stopping or threading.Event()) as held:
+        yield held
+
+
+def test_a_cancelled_job_has_ended_before_its_work_looks(registry: Registry) -> None:
+    with working(registry) as held:
+        job = registry.jobs.request_cancel("acme", held.claim.job.id)
+        assert job.state == "running"
+        until(lambda: now_of(registry, job).state == "cancelled")
+        until(lambda: isinstance(held.recorded, Cancelled))
+        with pytest.raises(Cancelled):
+            held.check()
+        with pytest.raises(LeaseLost):
+            held.tell()
+
+
+def test_a_job_past_its_deadline_has_ended_before_its_work_looks(registry: Registry) -> None:
+    with working(registry) as held:
+        job = held.claim.job
+        set_row(registry, job, deadline_at=PAST)
+        until(lambda: now_of(registry, job).error_code == "deadline_exceeded")
+        until(lambda: isinstance(held.recorded, DeadlinePassed))
+        with pytest.raises(DeadlinePassed):
+            held.check()
+
+
+def test_a_worker_that_ends_gives_the_job_away_before_its_work_looks(registry: Registry) -> None:
+    stopping = threading.Event()
+    with working(registry, stopping) as held:
+        stopping.set()
+        with pytest.raises(ShuttingDown):
+            held.check()
+        until(lambda: isinstance(held.recorded, ShuttingDown))
+        again = begin(registry)
+        assert (again.job.id, again.job.attempt, again.job.released) == (held.claim.job.id, 2, 1)
+
+
+def test_a_lost_lease_ends_the_work_and_records_nothing(registry: Registry) -> None:
+    with working(registry) as held:
+        expire(registry, held.claim)
+        newer = begin(registry)
+        until(lambda: isinstance(held._why, LeaseLost))
+        with pytest.raises(LeaseLost):
+            held.check()
+    assert held.recorded is None
+    assert now_of(registry, newer.job) == newer.job
+
+
+def test_a_full_database_costs_heartbeats_and_not_the_lease(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(f"sqlite:///{tmp_path / 'topwork.db'}")
+    registry.migrate()
+    full = False
+
+    @event.listens_for(registry._database._engine, "begin")
+    def limit(connection: Connection) -> None:
+        # SQLite answers the same for a full disk and for a database at its largest.
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {1 if full else 1 << 30}")
+
+    with working(registry) as held:
+        full = True
+        held.report(0.5, {"log": "x" * 100_000})
+        until(lambda: "no space left" in caplog.text)
+        held.check()
+        full = False
+        until(lambda: now_of(registry, held.claim.job).progress is not None)
+        held.check()
+    registry.close()
+
+
+def test_what_nobody_foresaw_in_a_heartbeat_ends_the_work(registry: Registry) -> None:
+    with working(registry) as held:
+        held.report(0.5, {"loss": float("nan")})
+        until(lambda: held._why is not None)
+        with pytest.raises(ValueError, match="JSON"):
+            held.check()

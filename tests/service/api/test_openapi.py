@@ -1,0 +1,155 @@
+"""The API's document: complete, and true of what is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from service.payloads import responses as answer_schemas
+from tests.support.client import UNSEEN, Caller, image, pictures, reviews
+
+ROUTES = {
+    ("post", "/adapt"),
+    ("post", "/predict"),
+    ("post", "/embed"),
+    ("post", "/v1/embeddings"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
+    ("get", "/backbones"),
+    ("get", "/metrics"),
+    ("get", "/adapters"),
+    ("get", "/adapters/{adapter}"),
+    ("delete", "/adapters/{adapter}"),
+    ("get", "/adapters/{adapter}/versions"),
+    ("get", "/adapters/{adapter}/versions/{version}"),
+    ("get", "/adapters/{adapter}/versions/{version}/export"),
+    ("post", "/adapters/{adapter}/versions/{version}/restore"),
+    ("put", "/adapters/{adapter}/aliases/live"),
+    ("get", "/adapters/{adapter}/examples"),
+    ("delete", "/adapters/{adapter}/examples"),
+    ("get", "/adapters/{adapter}/examples/{example}"),
+    ("patch", "/adapters/{adapter}/examples/{example}"),
+    ("delete", "/adapters/{adapter}/examples/{example}"),
+    ("post", "/adapters/{adapter}/feedback"),
+    ("post", "/adapters/{adapter}/rebase"),
+    ("get", "/jobs"),
+    ("get", "/jobs/{job}"),
+    ("get", "/jobs/{job}/events"),
+    ("post", "/jobs/{job}/cancel"),
+    ("get", "/tenants"),
+    ("post", "/tenants"),
+    ("get", "/tenants/{tenant}"),
+    ("delete", "/tenants/{tenant}"),
+    ("put", "/tenants/{tenant}/quotas"),
+    ("get", "/tenants/{tenant}/keys"),
+    ("post", "/tenants/{tenant}/keys"),
+    ("post", "/tenants/{tenant}/keys/{key}/rotate"),
+    ("delete", "/tenants/{tenant}/keys/{key}"),
+}
+
+
+@pytest.fixture
+def document(caller: Caller) -> Any:
+    """The OpenAPI document of the running service."""
+    return caller.call("GET", "/openapi.json")
+
+
+def test_every_route_is_there(document: Any) -> None:
+    methods = ("get", "put", "post", "patch", "delete")
+    assert {
+        (method, path) for path, found in document["paths"].items() for method in found if method in methods
+    } == ROUTES
+
+
+def test_every_reference_leads_somewhere(document: Any) -> None:
+    def references(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            return own + [found for item in value.values() for found in references(item)]
+        return [found for item in value for found in references(item)] if isinstance(value, list) else []
+
+    found = references(document)
+    assert len(found) > 30
+    for reference in found:
+        place = document
+        for part in reference.removeprefix("#/").split("/"):
+            place = place[part]
+
+
+def test_every_route_says_what_it_does_and_takes(document: Any) -> None:
+    for path, operations in document["paths"].items():
+        named = any(one["name"] == "X-Tenant" for one in operations.get("parameters", ()))
+        assert named != path.startswith("/tenants")
+        for method in ("get", "put", "post", "patch", "delete"):
+            if method in operations:
+                assert operations[method]["description"], path
+                bodyless = path.endswith(("/cancel", "/restore"))
+                if method in ("post", "put", "patch") and not bodyless:
+                    assert "application/json" in operations[method]["requestBody"]["content"]
+
+
+def test_examples_of_the_document_are_accepted(caller: Caller, document: Any) -> None:
+    found = document["components"]["schemas"]
+    caller.call("POST", "/adapt", json=found["AdaptRequest"]["example"])
+    caller.call("POST", "/predict", json=found["PredictRequest"]["example"])
+    caller.call("POST", "/embed", json=found["EmbedRequest"]["example"])
+    caller.call("POST", "/v1/embeddings", json=found["OpenAIRequest"]["example"])
+    caller.call("POST", "/adapters/mails/feedback", json=found["FeedbackRequest"]["example"])
+    body = {"fit": False, **found["AmendRequest"]["example"]}
+    caller.call("PATCH", "/adapters/mails/examples/m1", json=body)
+
+
+def exactly(model: type[BaseModel], value: Any) -> None:
+    """Raises unless the value has the model's form, with no field anywhere that the model does not name."""
+    model.model_validate(value, extra="forbid")
+
+
+def test_answers_have_the_documented_form(caller: Caller) -> None:
+    exactly(answer_schemas.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
+    exactly(answer_schemas.AdaptResponse, caller.adapt("things", pictures(), fit=False))
+    exactly(answer_schemas.AdaptResponse, caller.adapt("things", []))
+    inputs = [image(UNSEEN["cow"]), {"text": "x"}]
+    exactly(answer_schemas.PredictResponse, caller.predict("things", inputs, explain=2))
+    exactly(
+        answer_schemas.EmbedResponse,
+        caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs}),
+    )
+    body = {"model": "minilm-l6-v2", "input": "x"}
+    exactly(answer_schemas.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
+    exactly(answer_schemas.BackbonesOut, caller.call("GET", "/backbones"))
+    exactly(answer_schemas.AdaptersOut, caller.call("GET", "/adapters"))
+    exactly(answer_schemas.AdapterOut, caller.call("GET", "/adapters/films"))
+    exactly(answer_schemas.VersionsOut, caller.call("GET", "/adapters/films/versions"))
+    exactly(answer_schemas.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
+    exactly(answer_schemas.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
+    exactly(answer_schemas.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
+    amended = caller.call("PATCH", "/adapters/films/examples/good1", json={"excluded": True})
+    exactly(answer_schemas.AdaptResponse, amended)
+    restored = caller.call("POST", "/adapters/films/versions/1/restore")
+    exactly(answer_schemas.RestoreResponse, restored)
+    exactly(answer_schemas.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
+    exactly(
+        answer_schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3})
+    )
+    exactly(answer_schemas.JobsOut, caller.call("GET", "/jobs"))
+    exactly(answer_schemas.ProblemOut, caller.call("GET", "/adapters/none", 404))
+    exactly(answer_schemas.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
+
+
+def test_routes_stay_short() -> None:
+    """A route validates, calls and shapes; what is longer belongs elsewhere."""
+    import ast
+    import inspect
+
+    from service.api import app as routes
+
+    tree = ast.parse(inspect.getsource(routes))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AsyncFunctionDef):
+            first, last = node.body[0].lineno, node.body[-1].end_lineno or 0
+            assert last - first < 10, node.name
+            assert not any(isinstance(inner, ast.Try | ast.For | ast.While) for inner in ast.walk(node)), (
+                node.name
+            )

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from service.monitoring.metrics import Metrics
+from service.settings import Settings
+from tests.support.edge_app import Shell
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def series(metrics: Metrics) -> set[str]:
+    return {
+        line.rsplit(" ", 1)[0] for line in metrics.render().decode().splitlines() if not line.startswith("#")
+    }
+
+
+@pytest.mark.anyio
+async def test_requests_are_counted_by_template_and_status(tmp_path: Path) -> None:
+    shell = Shell(Settings(home=tmp_path, access_log=False))
+    async with shell.client() as client:
+        for name in "abc":
+            await client.get(f"/things/{name}")
+        await client.delete("/things/a")
+        await client.post("/failing")
+    text = shell.metrics.render().decode()
+    assert 'topwork_requests_total{method="GET",route="/things/{name}",status="200"} 3.0' in text
+    assert 'topwork_requests_total{method="DELETE",route="/things/{name}",status="405"} 1.0' in text
+    assert 'topwork_requests_total{method="POST",route="/failing",status="500"} 1.0' in text
+    assert 'topwork_request_seconds_count{route="/things/{name}"} 4.0' in text
+
+
+@pytest.mark.anyio
+async def test_ten_thousand_unknown_paths_add_no_series(tmp_path: Path) -> None:
+    shell = Shell(Settings(home=tmp_path, access_log=False))
+    async with shell.client() as client:
+        await client.get("/first")
+        await client.request("BREW", "/first")
+        before = series(shell.metrics)
+        for number in range(10_000):
+            await client.request(f"M{number}" if number % 100 == 0 else "GET", f"/wp-{number}.php?a={number}")
+        assert series(shell.metrics) == before
+    assert 'route="unmatched",status="404"} 10002.0' in shell.metrics.render().decode()
+
+
+@pytest.mark.anyio
+async def test_invented_methods_on_a_known_path_add_no_series(tmp_path: Path) -> None:
+    shell = Shell(Settings(home=tmp_path, access_log=False))
+    async with shell.client() as client:
+        await client.request("BREW", "/things/1")
+        before = series(shell.metrics)
+        for number in range(50):
+            await client.request(f"BREW{number}", "/things/1")
+        assert series(shell.metrics) == before
+
+
+def test_stages_batches_and_adapts() -> None:
+    metrics = Metrics()
+    metrics.stage("embed", 0.003)
+    metrics.batch("minilm-l6-v2", 17)
+    metrics.adapt("promoted")
+    text = metrics.render().decode()
+    assert 'topwork_stage_seconds_count{stage="embed"} 1.0' in text
+    assert 'topwork_batch_items_sum{backbone="minilm-l6-v2"} 17.0' in text
+    assert 'topwork_adapts_total{outcome="promoted"} 1.0' in text
+
+
+def test_watched_values_are_read_at_every_scrape() -> None:
+    metrics, depth = Metrics(), [3.0]
+    metrics.gauge("topwork_depth", "Depth.", lambda: depth[0], {"backbone": "a"})
+    metrics.gauge("topwork_depth", "Depth.", lambda: 9.0, {"backbone": "b"})
+    metrics.counter("topwork_hits", "Hits.", lambda: 5.0)
+    assert 'topwork_depth{backbone="a"} 3.0' in metrics.render().decode()
+    depth[0] = 4.0
+    text = metrics.render().decode()
+    assert 'topwork_depth{backbone="a"} 4.0' in text
+    assert 'topwork_depth{backbone="b"} 9.0' in text
+    assert "topwork_hits_total 5.0" in text
+    assert text.count("# TYPE topwork_depth gauge") == 1
+
+
+def test_no_series_tells_when_it_was_created() -> None:
+    """They would double the number of series for nothing that a scrape needs."""
+    metrics = Metrics()
+    metrics.adapt("promoted")
+    assert "_created" not in metrics.render().decode()
+
+
+def test_what_many_threads_note_is_counted_once_each() -> None:
+    metrics = Metrics()
+
+    def note(_: int) -> None:
+        for _ in range(1_000):
+            metrics.stage("head", 0.001)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(note, range(8)))
+        assert 'topwork_stage_seconds_count{stage="head"} 8000.0' in metrics.render().decode()
+    metrics.stage("head", 0.001)
+    assert metrics.registry.get_sample_value("topwork_stage_seconds_count", {"stage": "head"}) == 8_001

@@ -1,0 +1,156 @@
+"""What is wrong with a request is told with pointers that lead to something in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from service.api.openapi import _REQUESTS
+from service.errors import Problem
+from service.payloads import requests as schemas
+from service.payloads import tenants as tenant_schemas
+from service.payloads.validation import apart, lax, strict
+
+WRONG: list[Any] = [5, 1.5, True, "x" * 3_000, [], {}, [5], [[5]], [None], {"str": 1}, [{"list[str]": [2]}]]
+EXAMPLE = {"text": "a", "label": "b", "id": "c", "group": "d", "sampled": True}
+VALID: dict[type[BaseModel], dict[str, Any]] = {
+    schemas.AdaptRequest: {
+        "adapter": "films",
+        "method": "fine_tune",
+        "fine_tune": {"epochs": 3},
+        "examples": [EXAMPLE, {**EXAMPLE, "labels": ["a", "b"]}],
+    },
+    schemas.PredictRequest: {
+        "adapter": "films",
+        "version": 1,
+        "inputs": [{"text": "a"}, "b", {"image": "c"}],
+    },
+    schemas.EmbedRequest: {"backbone": "minilm-l6-v2", "inputs": ["a", {"text": "b"}]},
+    schemas.OpenAIRequest: {"model": "minilm-l6-v2", "input": ["a", "b"], "dimensions": 384, "user": "u"},
+    schemas.PromoteRequest: {"version": 1},
+    schemas.FeedbackRequest: EXAMPLE,
+    schemas.AmendRequest: {"label": "spam", "excluded": True, "group": "a", "promote": "never", "fit": False},
+    schemas.RebaseRequest: {"backbone": "minilm-l6-v2", "promote": "never"},
+    tenant_schemas.TenantRequest: {"tenant": "acme"},
+    tenant_schemas.QuotasIn: {"requests_per_second": 1.0, "max_adapters": 3},
+    tenant_schemas.KeyRequest: {"scopes": ["predict"], "note": "n", "expires_in": 60},
+    tenant_schemas.RotateRequest: {"grace": 5},
+}
+ITEMS = {schemas.AdaptRequest: "examples", schemas.PredictRequest: "inputs", schemas.EmbedRequest: "inputs"}
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """The value with each part of it, in turn, left out, renamed, or of another type."""
+    yield from WRONG
+    if isinstance(value, dict):
+        for name, one in value.items():
+            rest = {other: held for other, held in value.items() if other != name}
+            yield rest
+            yield {**rest, name + "~/x": one}
+            yield from ({**value, name: other} for other in changed(one))
+    if isinstance(value, list):
+        for place, one in enumerate(value):
+            yield from ([*value[:place], other, *value[place + 1 :]] for other in changed(one))
+
+
+def lookup(document: Any, pointer: str) -> Any:
+    """What a JSON pointer (RFC 6901) leads to. Raises KeyError, IndexError or ValueError."""
+    for part in pointer.split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        document = document[int(name)] if isinstance(document, list) else document[name]
+    return document
+
+
+def told(model: type[BaseModel], body: Any) -> list[tuple[str, str]]:
+    """Pointer and detail of all that is wrong with the body."""
+    try:
+        if model not in ITEMS:
+            strict(model, body)
+            return []
+        items = ITEMS[model]
+        _, faults = apart(model, body, items)
+        places = {index: f"/{items}/{index}" for index in faults}
+        return [
+            (f"{places[index]}/{one.place}" if one.place else places[index], one.detail)
+            for index, one in faults.items()
+        ]
+    except Problem as problem:
+        return [(one["pointer"], one["detail"]) for one in problem.errors] or [("/nothing", "is told")]
+
+
+def test_every_model_is_tried() -> None:
+    assert VALID.keys() == set(_REQUESTS)
+    for model, value in VALID.items():
+        strict(model, value)
+
+
+@pytest.mark.parametrize("model", VALID, ids=lambda model: model.__name__)
+def test_pointers_lead_to_what_is_in_the_request(model: type[BaseModel]) -> None:
+    refused = 0
+    for body in changed(VALID[model]):
+        for place, detail in told(model, body):
+            lookup(body, place)
+            assert 0 < len(detail) < 400
+            refused += 1
+    assert refused > len(WRONG)
+
+
+@pytest.mark.parametrize("model", VALID, ids=lambda model: model.__name__)
+def test_null_is_as_good_as_leaving_a_field_out(model: type[BaseModel]) -> None:
+    required = {name: VALID[model][name] for name, field in model.model_fields.items() if field.is_required()}
+    nulls = {name: None for name in model.model_fields if name not in required}
+    assert strict(model, {**required, **nulls}) == strict(model, required)
+    for name in required:
+        with pytest.raises(Problem) as caught:
+            strict(model, {**required, name: None})
+        assert [one["pointer"] for one in caught.value.errors] == [f"/{name}"]
+
+
+def test_null_inside_of_what_is_nested_is_as_good_as_leaving_it_out() -> None:
+    tune = dict.fromkeys(schemas.FineTuneIn.model_fields)
+    example = {**dict.fromkeys(schemas.ExampleIn.model_fields), "text": "a", "label": "b"}
+    body = {"adapter": "films", "fine_tune": tune, "examples": [example]}
+    plain = {"adapter": "films", "fine_tune": {}, "examples": [{"text": "a", "label": "b"}]}
+    assert strict(schemas.AdaptRequest, body) == strict(schemas.AdaptRequest, plain)
+    with pytest.raises(Problem) as caught:
+        strict(schemas.AdaptRequest, {"adapter": "films", "nothing": None})
+    assert [one["code"] for one in caught.value.errors] == ["unknown_field"]
+
+
+def test_what_is_wrong_with_one_example_is_told_of_it_alone() -> None:
+    wrong: dict[str, tuple[Any, str, str]] = {
+        "label": (3, "label_invalid", "label"),
+        "labels": (["a", 3], "label_invalid", "labels/1"),
+        "target": ("1", "target_invalid", "target"),
+        "id": (7, "id_invalid", "id"),
+        "group": (7, "group_invalid", "group"),
+        "sampled": ("no", "sampled_invalid", "sampled"),
+        "text": (5, "invalid_text", "text"),
+        "image": (5, "invalid_base64", "image"),
+        "lable": ("x", "unknown_field", "lable"),
+    }
+    examples = (
+        [{"text": "fine", "label": "a"}] + [{name: value} for name, (value, _, _) in wrong.items()] + [5]
+    )
+    body, faults = apart(schemas.AdaptRequest, {"adapter": "x", "examples": examples}, "examples")
+    assert [one.text for one in body.examples] == ["fine"]
+    told = {index: (one.code, one.place) for index, one in faults.items()}
+    expected = {index: (code, place) for index, (_, code, place) in enumerate(wrong.values(), 1)}
+    assert told == {**expected, len(examples) - 1: ("not_an_object", "")}
+    assert "Did you mean `label`?" in faults[9].detail
+    assert faults[1].detail == '`label` is a number; send a string, such as "3".'
+
+
+def test_a_parameter_s_pointer_says_whether_it_is_of_the_query_or_of_the_form() -> None:
+    with pytest.raises(Problem) as caught:
+        lax(schemas.PredictRequest, {"adapter": "a", "colour": "red"}, {"top_k": "many"})
+    assert {one["pointer"]: one["code"] for one in caught.value.errors} == {
+        "/query/colour": "unknown_parameter",
+        "/fields/top_k": "int_parsing",
+    }
+    with pytest.raises(Problem) as caught:
+        lax(schemas.PredictRequest, {}, {})
+    assert [one["pointer"] for one in caught.value.errors] == ["/query"]

@@ -1,0 +1,147 @@
+"""How a server ends: what was accepted is answered, and what comes later is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from service.server.connections import Connections
+from service.server.drain import begin_no_more, take
+from tests.faults import times
+from tests.service.server.test_protocol import connected
+from tests.support.load_callers import answer, post
+from tests.support.raw_server import Bare
+
+ONE = post("/", b"12345", "text/plain")
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers; at once, or after half a second in which it holds up everything, or not."""
+    count = len(await Request(scope, receive).body())
+    if scope["path"] == "/stops":
+        time.sleep(0.5)  # noqa: ASYNC251
+    if scope["path"] == "/works":
+        await asyncio.sleep(0.5)
+    await PlainTextResponse(str(count))(scope, receive, send)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bare]:
+    own = Connections()
+    for module in ("protocol", "draining"):
+        monkeypatch.setattr(f"service.{module}.connections", own)
+    with Bare(app, own) as running:
+        yield running
+
+
+def test_what_waits_to_be_accepted_is_answered(bare: Bare) -> None:
+    """Connections that the system has accepted while the loop was busy, at the moment of the end."""
+    address = bare.address
+    with connected(bare.url) as first:
+        first.sendall(post("/stops", b"1", "text/plain"))
+        time.sleep(0.1)
+        waiting = [socket.create_connection(address, timeout=10) for _ in range(20)]
+        for connection in waiting:
+            connection.sendall(ONE)
+        bare.server.should_exit = True
+        for connection in (first, *waiting):
+            with connection:
+                assert answer(connection)[0] == "200"
+                assert connection.recv(1) == b""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=10)
+    bare.stop()
+
+
+def test_the_queue_of_a_listener_is_emptied_before_it_ends() -> None:
+    """Whoever else has the same listener, as a supervisor does, takes no more connections either."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+    address = listener.getsockname()
+    with listener, listener.dup() as supervisors:
+        waiting = [socket.create_connection(address, timeout=10) for _ in range(10)]
+        taken = take(listener.dup())
+        assert len(taken) == 10
+        assert supervisors.fileno() > 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=10)
+        for connection in (*waiting, *taken):
+            assert connection.getpeername()
+            connection.close()
+
+
+@pytest.mark.parametrize("_", range(times(50, 2)))
+def test_nobody_comes_between_the_last_look_and_the_end(_: int) -> None:
+    """Whoever is connected is taken, however many come at that moment; others are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = probe.getsockname()
+    # A port that was asked for is kept, as that of a service.
+    listener = socket.create_server(address, backlog=4_096)
+    connected: list[socket.socket] = []
+    begin = threading.Barrier(5)
+
+    def come() -> None:
+        begin.wait()
+        for _ in range(400):
+            try:
+                connected.append(socket.create_connection(address, timeout=10))
+            except ConnectionRefusedError:
+                return
+
+    comers = [threading.Thread(target=come) for _ in range(4)]
+    for comer in comers:
+        comer.start()
+    with listener, listener.dup():
+        begin.wait()
+        time.sleep(0.005)
+        begin_no_more(listener)
+        time.sleep(0.1)
+        taken = take(listener.dup())
+        for comer in comers:
+            comer.join()
+        # For another worker, who listens on what is left.
+        listener.listen(16)
+        with socket.create_connection(address, timeout=10):
+            taken.append(listener.accept()[0])
+            connected.append(taken[-1])
+    assert len(connected) == len(taken)
+    for connection in (*connected, *taken):
+        connection.close()
+
+
+def test_the_next_request_of_a_connection_is_answered_too(bare: Bare) -> None:
+    with connected(bare.url) as used, connected(bare.url) as fresh, connected(bare.url) as working:
+        used.sendall(ONE)
+        assert answer(used)[0] == "200"
+        working.sendall(post("/works", b"12345", "text/plain"))
+        time.sleep(0.1)
+        bare.server.should_exit = True
+        time.sleep(0.3)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(bare.address, timeout=10)
+        for connection in (used, fresh):
+            connection.sendall(ONE)
+        for connection in (used, fresh, working):
+            status, headers = answer(connection)
+            assert (status, headers["connection"]) == ("200", "close")
+            assert connection.recv(1) == b""
+    begun = time.monotonic()
+    bare.stop()
+    assert time.monotonic() - begun < 1.0
+
+
+def test_idle_connections_do_not_hold_up_the_end(bare: Bare) -> None:
+    with connected(bare.url) as used, connected(bare.url) as fresh:
+        used.sendall(ONE)
+        assert answer(used)[0] == "200"
+        begun = time.monotonic()
+        bare.stop()
+        assert time.monotonic() - begun < 4.0
+        assert used.recv(1) == fresh.recv(1) == b""
