@@ -15,6 +15,6 @@ _INSIDE = re.compile(
 )
 
 
-def tells_of_the_inside(text: str) -> bool:
+def leaks_internals(text: str) -> bool:
     """Whether a file's path, a statement of SQL, an address with a password or a stack is in the text."""
     return _INSIDE.search(text) is not None

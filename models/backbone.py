@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import probes
-from models.batching.turn import Turn
+from models.batching.turn import WorkerProgress
 from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
 from models.preprocess.decoder import Waiting, wait_unseen
 from models.preprocess.expense import HEAVY, image_expense, text_expense
@@ -34,8 +34,8 @@ from models.runtime import driver
 from models.runtime.autotune import (
     BATCHES,
     BATCHES_ON_GPU,
+    ExecutionPlan,
     Measured,
-    Plan,
     Run,
     is_quiet,
     keep_plan,
@@ -44,7 +44,7 @@ from models.runtime.autotune import (
     read_plan,
     ways_on_gpu,
 )
-from models.runtime.cuda import Runner, shapes_for
+from models.runtime.cuda import CudaRunner, shapes_for
 from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
 from models.runtime.trial import try_out
 from models.spec import (
@@ -117,7 +117,7 @@ class Backbone:
         beside: Any,
         preprocessor: ImagePreprocessor | TextPreprocessor,
         device: Device,
-        plan: Plan,
+        plan: ExecutionPlan,
     ) -> None:
         self.spec = spec
         self.fingerprint = spec.fingerprint
@@ -136,7 +136,7 @@ class Backbone:
         *,
         device: Device = "cpu",
         threads: int = 1,
-        plan: Plan | None = None,
+        plan: ExecutionPlan | None = None,
         limits: InputLimits = InputLimits(),
     ) -> Backbone:
         """Loads the export folder, and runs it once: the first run of a session is slow.
@@ -150,7 +150,7 @@ class Backbone:
             if isinstance(spec.transform, ImageTransform)
             else TextPreprocessor(spec.transform, export / TOKENIZER_FILE, limits)
         )
-        plan = plan or Plan.usual(spec.kind, device, threads)
+        plan = plan or ExecutionPlan.usual(spec.kind, device, threads)
         # Both sessions look up in one table. A GPU has a copy of its own.
         tables = {name: open_table(path) for name, path in read_tables(export).items() if device == "cpu"}
         images = spec.kind == "image"
@@ -211,22 +211,22 @@ class Backbone:
     @property
     def nbytes(self) -> int:
         """Of memory beside its graph that it keeps for its runs."""
-        return self._session.nbytes if isinstance(self._session, Runner) else 0
+        return self._session.nbytes if isinstance(self._session, CudaRunner) else 0
 
     @property
     def lost(self) -> bool:
         """Whether its device has failed, so that only another process can use it."""
-        return isinstance(self._session, Runner) and self._session.lost
+        return isinstance(self._session, CudaRunner) and self._session.lost
 
     @property
-    def runner(self) -> Turn | None:
+    def runner(self) -> WorkerProgress | None:
         """What the thread is at that runs whatever is submitted; None where callers run it themselves."""
-        return self._session.turn if isinstance(self._session, Runner) else None
+        return self._session.turn if isinstance(self._session, CudaRunner) else None
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:
         """What the thread that runs on a GPU has spent, see models.runtime.cuda.STAGES; nothing on a CPU."""
-        return self._session.seconds if isinstance(self._session, Runner) else {}
+        return self._session.seconds if isinstance(self._session, CudaRunner) else {}
 
     @property
     def budget(self) -> float:
@@ -313,7 +313,7 @@ class Backbone:
         session = self._beside if beside else self._session
         if session is None:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
-        if isinstance(session, Runner):
+        if isinstance(session, CudaRunner):
             return session.run(prepared)
         session.crew.make_room()
         embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
@@ -322,7 +322,7 @@ class Backbone:
         return embeddings
 
     def submit(self, prepared: Sequence[Prepared]) -> Future[Floats]:
-        """What run gives, later: for a backbone with a runner. See Runner.submit."""
+        """What run gives, later: for a backbone with a runner. See CudaRunner.submit."""
         session = self._session
         if session is None:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
@@ -365,7 +365,7 @@ class Backbone:
 
     def close(self) -> None:
         """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
-        if isinstance(self._session, Runner):
+        if isinstance(self._session, CudaRunner):
             self._session.close()
         self._session = self._beside = None
 
@@ -420,7 +420,7 @@ def planned(export: Path, *, device: Device, threads: int) -> Measured:
 def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
     """What was measured here before, None if nothing was. Raises as planned does."""
     spec = _spec_for(export, device, verify=False)
-    return read_plan(export, Plan.usual(spec.kind, device, threads), device)
+    return read_plan(export, ExecutionPlan.usual(spec.kind, device, threads), device)
 
 
 def survey(export: Path, *, device: Device, threads: int) -> Measured:
@@ -429,7 +429,7 @@ def survey(export: Path, *, device: Device, threads: int) -> Measured:
     Of two that are confirmed, this. Raises as planned does.
     """
     spec = _spec_for(export, device, verify=False)
-    usual = Plan.usual(spec.kind, device, threads)
+    usual = ExecutionPlan.usual(spec.kind, device, threads)
     before = read_plan(export, usual, device)
     found = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
     if before is not None and not found.confirmed and before.doubt < found.doubt:
@@ -438,7 +438,7 @@ def survey(export: Path, *, device: Device, threads: int) -> Measured:
     return found
 
 
-def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
+def _measure(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
     def open_run(count: int) -> Run:
         session = open_session(
             _graph(export, spec), device="cpu", threads=count, one_shape=spec.kind == "image"
@@ -449,7 +449,7 @@ def _measure(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
     return measure(usual, BATCHES[spec.kind], open_run, lambda count: _feed(spec, [blank] * count))
 
 
-def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
+def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
     if driver.gpu_name() is None:
         raise DeviceUnavailable(GPU_ADVICE)
     ways = ways_on_gpu(usual, (export / HALF_FILE).exists(), spec.kind == "image")
@@ -462,12 +462,12 @@ def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: Plan) -> Measured:
 def _runner(
     spec: BackboneSpec,
     graph: Path | bytes,
-    plan: Plan,
+    plan: ExecutionPlan,
     preprocessor: ImagePreprocessor | TextPreprocessor,
     *,
     few: bool = False,
-) -> Runner:
-    return Runner(
+) -> CudaRunner:
+    return CudaRunner(
         spec,
         partial(
             open_session,

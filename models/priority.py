@@ -18,7 +18,7 @@ DECODER_NICENESS = 15
 _PROCESS_CLOCK = 2
 
 
-def give_way(niceness: int = NICENESS) -> None:
+def lower_thread_priority(niceness: int = NICENESS) -> None:
     """Nices this thread alone: Linux nices threads, not only processes."""
     thread = threading.get_native_id()
     # Less than it has by now would need a privilege.
@@ -37,7 +37,7 @@ def give_way_but_for_commits() -> Executor:
     return writer
 
 
-def step_aside() -> None:
+def use_idle_scheduling() -> None:
     """Takes this thread behind everything else that wants its core.
 
     A niced thread keeps a core for the rest of its slice, milliseconds that a prediction would wait for.
@@ -48,7 +48,7 @@ def step_aside() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-class Other:
+class ProcessCpuClock:
     """The CPU time of another process, of all its threads. Linux alone has such clocks."""
 
     def __init__(self, pid: int) -> None:

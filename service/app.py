@@ -20,7 +20,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from service.edge.gateway import Edge
 from service.server.connections import connections
-from service.server.drain import Server
+from service.server.drain import DrainingServer
 from service.server.image import image
 from service.server.process import (
     configure_logging,
@@ -29,7 +29,7 @@ from service.server.process import (
     give_up,
     raise_descriptor_limit,
 )
-from service.server.protocol import Protocol
+from service.server.protocol import BoundedHttpProtocol
 from service.settings import (
     Settings,
     serving_environment,
@@ -53,7 +53,7 @@ class TooManyWorkers(RuntimeError):
     code = "too_many_workers"
 
 
-class Front:
+class HealthSplit:
     """Sends requests to our edge, past BentoML's middlewares and routes, which take four times as long.
 
     What BentoML answers itself is its lifespan and its health checks.
@@ -67,15 +67,15 @@ class Front:
         await (edge if ours else self._app)(scope, receive, send)
 
 
-class Shell(bentoml.Service[Any]):  # type: ignore[misc]
+class BentoShell(bentoml.Service[Any]):  # type: ignore[misc]
     """BentoML's application behind our edge, less what the edge does better, or must do itself."""
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
         """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
         # Whoever runs the application, `bentoml serve` too, leaves uvicorn to choose.
-        HTTP_PROTOCOLS["auto"] = f"{Protocol.__module__}:{Protocol.__name__}"
+        HTTP_PROTOCOLS["auto"] = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
         # And asks it for its server, after this.
-        uvicorn.Server = Server  # type: ignore[misc]
+        uvicorn.Server = DrainingServer  # type: ignore[misc]
         app: Starlette = super().to_asgi(is_main=is_main)
         # Traces are of all requests, where they are wanted. TimeoutMiddleware answers with a body of its own
         # form and keeps a timer for each request, answered or not, until the time is over.
@@ -86,7 +86,7 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
         build = app.build_middleware_stack
 
         def build_behind_front() -> ASGIApp:
-            front: ASGIApp = Front(build())
+            front: ASGIApp = HealthSplit(build())
             if tracing is not None and tracing_wanted():
                 front = tracing.cls(front, *tracing.args, **tracing.kwargs)
             return front
@@ -97,7 +97,7 @@ class Shell(bentoml.Service[Any]):  # type: ignore[misc]
 
 @bentoml.service(
     name="topwork",
-    service_class=Shell,
+    service_class=BentoShell,
     image=image(),
     workers=1,
     envs=[{"name": name, "value": value} for name, value in serving_environment().items()],
@@ -114,7 +114,7 @@ class Topwork:
         from bentoml._internal.configuration.containers import BentoMLContainer
         from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
-        from service.edge.auth import Guard
+        from service.edge.auth import Authenticator
 
         # BentoML has read already whether it may report to its maker, and keeps what it read.
         set_serving_environment()
@@ -126,7 +126,7 @@ class Topwork:
         try:
             settings = Settings()
             if context is not None:
-                Guard(settings.admin_key, [host or BentoMLContainer.http.host.get()])
+                Authenticator(settings.admin_key, [host or BentoMLContainer.http.host.get()])
         except Exception as error:
             raise SystemExit(f"topwork: {explain(error)}") from None
 
@@ -136,7 +136,7 @@ class Topwork:
         from service.api.app import build_api
         from service.api.direct import Direct
         from service.composition import compose
-        from service.edge.auth import Guard, listening_addresses
+        from service.edge.auth import Authenticator, listening_addresses
         from service.edge.contract import Contract
 
         # `topwork serve` has done it; a bento under another server has not.
@@ -152,13 +152,13 @@ class Topwork:
             warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
             # First, for without a key nothing need be started.
-            Guard(settings.admin_key, listening_addresses())
+            Authenticator(settings.admin_key, listening_addresses())
             self.components = await compose(settings, edge.end)
-            guard = Guard(settings.admin_key, listening_addresses(), self.components.keyring.get)
+            guard = Authenticator(settings.admin_key, listening_addresses(), self.components.keyring.get)
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
-        self.watching = asyncio.create_task(edge.watch())
+        self.monitor = asyncio.create_task(edge.watch())
         metrics = self.components.metrics
         front = Contract(Direct(api), api.routes)
         edge.open(front, api.routes, settings=settings, guard=guard, metrics=metrics)
@@ -177,7 +177,7 @@ class Topwork:
     async def stop(self) -> None:
         """Lets running work end and closes everything."""
         edge.close()
-        self.watching.cancel()
+        self.monitor.cancel()
         await self.components.aclose()
 
     async def __is_ready__(self) -> bool:

@@ -13,24 +13,24 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from adapters.adaptation.adapt import Adapting
-from adapters.adaptation.catalog import Browsing
-from adapters.adaptation.erasure import Clearing, Forgetting
-from adapters.adaptation.example_editor import Curating
-from adapters.adaptation.repository import Keeping
-from adapters.adaptation.revision import AdapterLimits, Revising
+from adapters.adaptation.adapt import AdaptPipeline
+from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.erasure import Eraser, ErasureSweeper
+from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.repository import AdapterRepository
+from adapters.adaptation.revision import AdapterLimits, RevisionWriter
 from adapters.adaptation.rollback import Restorer
-from adapters.cache.aliases import Aliases
-from adapters.cache.lru import Cache
-from adapters.cache.networks import Networks
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
+from adapters.cache.networks import NetworkPool
 from adapters.heads.head import Head
-from adapters.jobs.submission import Submitting
-from adapters.jobs.supervisor import Supervised
-from adapters.prediction.export import Exporting
-from adapters.prediction.neighbours import Explaining
-from adapters.prediction.predictor import Predicting
+from adapters.jobs.submission import JobSubmitter
+from adapters.jobs.supervisor import WorkerSupervisor
+from adapters.prediction.export import VersionExporter
+from adapters.prediction.neighbours import NeighbourIndex
+from adapters.prediction.predictor import Predictor
 from adapters.probe.fit import ProbeConfig
-from adapters.processes.child import environment
+from adapters.processes.child import child_environment
 from adapters.processes.fitter import Fitter
 from adapters.registry.records import Alias
 from adapters.registry.registry import Registry, RegistryError
@@ -38,14 +38,14 @@ from adapters.storage.artifact import Store, StoreError, open_store
 from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone, planned
 from models.batching.batcher import Batcher
-from models.batching.core_sharing import Cores
+from models.batching.core_sharing import CoreSharing
 from models.model_store import find
 from models.preprocess.preprocessor import InputLimits
 from models.runtime.autotune import Measured
 from service.api.events import Events, told_to_end
-from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, Slots
-from service.edge.key_cache import Keyring
-from service.monitoring.backbone_monitor import Watching
+from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
+from service.edge.key_cache import KeyCache
+from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.gauges import add_gauges
 from service.monitoring.metrics import Metrics
 from service.monitoring.surveyor import Surveyor
@@ -85,23 +85,23 @@ class Components:
     settings: Settings
     registry: Registry
     store: Store
-    aliases: Aliases
-    heads: Cache[Head]
+    aliases: AliasCache
+    heads: ByteLRU[Head]
     batchers: dict[str, Batcher]
     fitter: Fitter
-    adapting: Adapting
-    browsing: Browsing
-    curating: Curating
+    pipeline: AdaptPipeline
+    catalog: AdapterCatalog
+    editor: ExampleEditor
     restorer: Restorer
-    exporting: Exporting
-    forgetting: Forgetting
-    predicting: Predicting
-    submitting: Submitting
+    exporter: VersionExporter
+    eraser: Eraser
+    predictor: Predictor
+    submitter: JobSubmitter
     events: Events
-    uploads: Slots
-    keyring: Keyring
-    workers: tuple[Supervised, ...]
-    watching: Watching
+    uploads: ConcurrencyLimit
+    keyring: KeyCache
+    workers: tuple[WorkerSupervisor, ...]
+    monitor: BackboneMonitor
     surveyor: Surveyor
     metrics: Metrics
     closing: AsyncExitStack
@@ -112,7 +112,7 @@ class Components:
         run. Not whether the database is there: predictions go on without it.
         """
         workers = all(worker.alive for worker in self.workers)
-        return self.fitter.alive and self.aliases.alive and self.watching.ready and workers
+        return self.fitter.alive and self.aliases.alive and self.monitor.ready and workers
 
     async def aclose(self) -> None:
         """Lets queued work end, then closes everything in the reverse order of its making."""
@@ -139,10 +139,10 @@ async def compose(
             fitter.start(),
         )
         stack.callback(registry.close)
-        keyring = Keyring(registry.tenants.find)
+        keyring = KeyCache(registry.tenants.find)
         stack.push_async_callback(keyring.close)
 
-        cores = Cores()
+        cores = CoreSharing()
 
         def batcher_for(backbone: Backbone) -> Batcher:
             # A tenant's network is counted with its backbone: a series for each would be without bound.
@@ -163,55 +163,55 @@ async def compose(
             batchers[name] = batcher_for(backbone)
             await batchers[name].start()
 
-        networks = Networks(store, settings.network_cache_bytes, batcher_for)
+        networks = NetworkPool(store, settings.network_cache_bytes, batcher_for)
         stack.push_async_callback(networks.close)
 
         def reopen(name: str) -> Backbone:
             return _open_backbone(settings, folders[name], measured[name])
 
-        watching = Watching(batchers, networks, reopen, batcher_for, end_stuck)
+        monitor = BackboneMonitor(batchers, networks, reopen, batcher_for, end_stuck)
 
         async def load(alias: Alias) -> None:
             batcher = batchers.get(alias.backbone)
             if batcher is not None and batcher.backbone.spec.fingerprint == alias.fingerprint:
                 await networks.prepare(alias, batcher.backbone)
 
-        aliases = Aliases(registry, load=load)
-        heads: Cache[Head] = Cache(settings.head_cache_bytes, lambda head: head.nbytes)
-        keeping = Keeping(registry, store, aliases)
-        stack.callback(keeping.close)
-        explaining = Explaining(keeping)
-        forgetting = Forgetting(keeping, (heads, networks, explaining, keyring), end)
-        await aliases.start(forgetting.heard)
+        aliases = AliasCache(registry, load=load)
+        heads: ByteLRU[Head] = ByteLRU(settings.head_cache_bytes, lambda head: head.nbytes)
+        repository = AdapterRepository(registry, store, aliases)
+        stack.callback(repository.close)
+        neighbour_index = NeighbourIndex(repository)
+        eraser = Eraser(repository, (heads, networks, neighbour_index, keyring), end)
+        await aliases.start(eraser.heard)
         stack.push_async_callback(aliases.close)
         limits = AdapterLimits(
             max_examples=settings.max_adapter_examples,
             max_labels=settings.max_labels,
             probe=ProbeConfig(memory_bytes=settings.max_fit_bytes, limit_seconds=settings.max_fit_seconds),
         )
-        revising = Revising(keeping, fitter, heads, limits, metrics.stage)
-        adapting = Adapting(revising, batchers, metrics.adapt)
-        predicting = Predicting(aliases, store, heads, batchers, explaining, networks, metrics.stage)
-        workers = tuple(Supervised(settings.worker) for _ in range(settings.workers))
+        writer = RevisionWriter(repository, fitter, heads, limits, metrics.stage)
+        pipeline = AdaptPipeline(writer, batchers, metrics.adapt)
+        predictor = Predictor(aliases, store, heads, batchers, neighbour_index, networks, metrics.stage)
+        workers = tuple(WorkerSupervisor(settings.worker) for _ in range(settings.workers))
         for worker in workers:
             await worker.start()
             stack.push_async_callback(worker.close)
             stack.enter_context(told_to_end(worker.end))
-        await watching.start()
-        stack.push_async_callback(watching.close)
-        surveyor = Surveyor(measured, batchers, networks, watching.exchange)
+        await monitor.start()
+        stack.push_async_callback(monitor.close)
+        surveyor = Surveyor(measured, batchers, networks, monitor.exchange)
         await surveyor.start()
         stack.push_async_callback(surveyor.close)
         closing = threading.Event()
         stack.callback(closing.set)
-        submitting = Submitting(
-            adapting,
+        submitter = JobSubmitter(
+            pipeline,
             max_open=settings.max_jobs,
             deadline_seconds=settings.max_job_seconds,
             callback_urls=settings.callback_urls,
         )
         # A stream ends by itself before the edge would break it off.
-        events = Events(submitting, 0.9 * settings.request_timeout)
+        events = Events(submitter, 0.9 * settings.request_timeout)
         stack.enter_context(told_to_end(events.close))
         stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
         # Daemons: a bucket may be long, and nobody waits for it at shutdown.
@@ -226,19 +226,19 @@ async def compose(
             heads=heads,
             batchers=batchers,
             fitter=fitter,
-            adapting=adapting,
-            browsing=Browsing(keeping),
-            curating=Curating(adapting),
-            restorer=Restorer(revising),
-            exporting=Exporting(predicting),
-            forgetting=forgetting,
-            predicting=predicting,
-            submitting=submitting,
+            pipeline=pipeline,
+            catalog=AdapterCatalog(repository),
+            editor=ExampleEditor(pipeline),
+            restorer=Restorer(writer),
+            exporter=VersionExporter(predictor),
+            eraser=eraser,
+            predictor=predictor,
+            submitter=submitter,
             events=events,
-            uploads=Slots("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
+            uploads=ConcurrencyLimit("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
             keyring=keyring,
             workers=workers,
-            watching=watching,
+            monitor=monitor,
             surveyor=surveyor,
             metrics=metrics,
             closing=stack.pop_all(),
@@ -303,7 +303,7 @@ async def _export_missing(names: Sequence[str]) -> None:
         "-m",
         "models.export.onnx_export",
         *missing,
-        env=environment(),
+        env=child_environment(),
     )
     try:
         status = await process.wait()
@@ -355,7 +355,7 @@ def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
 
 def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
     """Removes what is left, or still comes, of what was erased, by whichever process."""
-    clearing = Clearing(registry, store)
+    clearing = ErasureSweeper(registry, store)
     while not closing.wait(_CLEAR_SECONDS):
         try:
             clearing.clear()

@@ -33,7 +33,7 @@ from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel, TooCostly
 from adapters.processes.fitter import FitFailed, FitterOverloaded, FitterUnavailable
-from adapters.redaction import tells_of_the_inside
+from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
 from adapters.registry.records import (
     AliasMoved,
@@ -220,7 +220,7 @@ def _refusal(error: Exception, request_id: str) -> _Refusal:
     status = next((STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES), None)
     detail = str(getattr(error, "detail", "") or error)
     errors: Sequence[Mapping[str, str]] = getattr(error, "errors", ())
-    if status is None or status == 500 or any(map(tells_of_the_inside, (detail, *_details(errors)))):
+    if status is None or status == 500 or any(map(leaks_internals, (detail, *_details(errors)))):
         logger.error("request %s failed", request_id, exc_info=error)
         detail, errors = f"The service failed. Its log has the cause under {request_id}.", ()
     if status is None:

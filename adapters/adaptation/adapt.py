@@ -15,20 +15,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.gathering import Subject
+from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import plan_change
 from adapters.adaptation.promotion import Promote, labels_of
-from adapters.adaptation.repository import Ahead, State
-from adapters.adaptation.revision import Edit, NothingToFit, Revised, Revising
+from adapters.adaptation.repository import AdapterSnapshot, BackgroundPublish
+from adapters.adaptation.revision import ExampleEdit, NothingToFit, RevisionResult, RevisionWriter
 from adapters.examples.target import Task, Weights
-from adapters.examples.validation import Admitted, Posted, Rejected, admit, common_kind
+from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit, common_kind
 from adapters.processes.turns import Gate
-from adapters.registry.idempotency import Reply
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Creation, Kind, UnknownAdapter
 from adapters.storage.formats import encode_inputs
 from models.batching.batcher import Batcher
 from models.preprocess.preprocessor import InputError
-from models.priority import give_way
+from models.priority import lower_thread_priority
 from models.spec import BackboneSpec, UnknownBackbone
 
 Floats = NDArray[np.float32]
@@ -47,7 +47,7 @@ class ExamplesRejected(ValueError):
 
     code = "examples_rejected"
 
-    def __init__(self, rejected: Sequence[Rejected], *, strict: bool) -> None:
+    def __init__(self, rejected: Sequence[RejectedExample], *, strict: bool) -> None:
         reason = "The request is strict, and" if strict else "None can be used:"
         super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
         self.rejected = tuple(rejected)
@@ -55,7 +55,7 @@ class ExamplesRejected(ValueError):
 
 
 @contextmanager
-def telling_rejected(rejected: Sequence[Rejected]) -> Iterator[None]:
+def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
     """Puts the rejected examples into an error of the block, for they may be its cause.
 
     They are its `errors`, as those of ExamplesRejected, and its `detail` says how many there are.
@@ -70,7 +70,7 @@ def telling_rejected(rejected: Sequence[Rejected]) -> Iterator[None]:
         raise
 
 
-def _blamed(rejected: Sequence[Rejected]) -> list[dict[str, str]]:
+def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:
     return [
         {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
         for one in rejected[:100]
@@ -117,7 +117,7 @@ class AdaptCommand:
     """
 
     adapter: str
-    posted: Sequence[Posted] = ()
+    posted: Sequence[PostedExample] = ()
     backbone: str | None = None
     task: Task | None = None
     update: Update = "append"
@@ -138,8 +138,8 @@ class AdaptCommand:
 class AdaptOutcome:
     """What became of an adapt. timings: seconds by stage."""
 
-    revised: Revised
-    rejected: Sequence[Rejected] = ()
+    revised: RevisionResult
+    rejected: Sequence[RejectedExample] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -152,13 +152,13 @@ class New:
     """
 
     vectors: dict[str, Floats]
-    rejected: Sequence[Rejected]
+    rejected: Sequence[RejectedExample]
     timings: Mapping[str, float]
     truncated: frozenset[str]
     embedded: AbstractSet[str]
 
 
-class Adapting:
+class AdaptPipeline:
     """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
 
     count(outcome) is called once per adapt with promoted, withheld, stored, cancelled or the code of the
@@ -167,26 +167,26 @@ class Adapting:
 
     def __init__(
         self,
-        revising: Revising,
+        writer: RevisionWriter,
         batchers: Mapping[str, Batcher],
         count: Callable[[str], None] = lambda outcome: None,
     ) -> None:
-        self.revising = revising
+        self.writer = writer
         self.batchers = batchers
         self._count = count
-        self._looking = ThreadPoolExecutor(1, "look", initializer=give_way)
+        self._looking = ThreadPoolExecutor(1, "look", initializer=lower_thread_priority)
         self._looking_gate = Gate(1)
 
     async def adapt(
-        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None = None
+        self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None = None
     ) -> AdaptOutcome:
         """Teaches the adapter, creating it on first use. All or nothing: an error leaves no trace.
 
         reply: recorded with what was learned; to it, only the time that was spent by then is known.
 
         Raises ExamplesRejected, MixedInputs, ContractChanged, WeightsNotForTask, FingerprintMismatch,
-        UnknownBackbone, and what Batcher.embed and Revising.revise raise. When cancelled, either nothing is
-        recorded or all of it.
+        UnknownBackbone, and what Batcher.embed and RevisionWriter.revise raise. When cancelled, either
+        nothing is recorded or all of it.
         """
         outcome = "cancelled"
         try:
@@ -202,7 +202,7 @@ class Adapting:
             self._count(outcome)
 
     async def embed_new(
-        self, tenant: str, terms: Creation, admitted: Sequence[Admitted], known: AbstractSet[str]
+        self, tenant: str, terms: Creation, admitted: Sequence[ValidExample], known: AbstractSet[str]
     ) -> New:
         """What became of the inputs that are not known.
 
@@ -212,7 +212,7 @@ class Adapting:
         # In an order of their own: a batch's neighbours move the last digits of an embedding.
         ordered = sorted(admitted, key=lambda one: one.digest)
         new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
-        vectors = await self.revising.keeping.known(tenant, terms.fingerprint, new)
+        vectors = await self.writer.repository.known(tenant, terms.fingerprint, new)
         found = {digest: new.pop(digest) for digest in vectors}
         batcher = self.batchers[terms.backbone]
         unknown = no_known_tokens(terms.backbone)
@@ -235,14 +235,14 @@ class Adapting:
                 elif place in embedded.truncated:
                     truncated.add(digest)
         rejected = [
-            Rejected(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
+            RejectedExample(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
             for one in admitted
             if one.index is not None and one.digest in errors
         ]
         return New(vectors, rejected, timings, frozenset(truncated), new.keys())
 
     async def count_truncated(
-        self, tenant: str, terms: Creation, usable: Sequence[Admitted], new: New
+        self, tenant: str, terms: Creation, usable: Sequence[ValidExample], new: New
     ) -> int:
         """How many of some examples are texts of which the backbone reads only the start."""
         known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
@@ -286,17 +286,17 @@ class Adapting:
         return self.batchers[name].backbone.spec
 
     async def _adapt(
-        self, tenant: str, command: AdaptCommand, reply: Reply[AdaptOutcome] | None
+        self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None
     ) -> AdaptOutcome:
         started = time.perf_counter()
-        seen = await self.revising.keeping.state(tenant, command.adapter)
+        seen = await self.writer.repository.state(tenant, command.adapter)
         terms = self.terms(command, seen)
-        admitted, rejected, fresh = await self.revising.keeping.aside(
+        admitted, rejected, fresh = await self.writer.repository.aside(
             tenant, lambda: _admit(command, terms, seen)
         )
         if command.strict and rejected:
             raise ExamplesRejected(rejected, strict=True)
-        subject = Subject.of(tenant, command.adapter, terms, seen)
+        subject = AdapterContext.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
             new = await self.embed_new(tenant, terms, admitted, known)
@@ -308,31 +308,33 @@ class Adapting:
                 raise ExamplesRejected(rejected, strict=command.strict)
             truncated = await self.count_truncated(tenant, terms, usable, new)
 
-            def outcome(revised: Revised) -> AdaptOutcome:
+            def outcome(revised: RevisionResult) -> AdaptOutcome:
                 total = time.perf_counter() - started
                 revised = replace(revised, truncated=truncated)
                 return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
-            async def step(state: State | None) -> Revised:
+            async def step(state: AdapterSnapshot | None) -> RevisionResult:
                 terms = self.terms(command, state)
                 # What the adapter knew a moment ago may have been removed since.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
                 vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
-                edit = Edit(
+                edit = ExampleEdit(
                     usable,
                     clear=command.update == "replace",
                     fit=command.fit,
                     promote=command.promote,
                     uploaded=command.uploaded,
                 )
-                now = Subject.of(tenant, command.adapter, terms, state, subject.uid)
-                return await self.revising.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
+                now = AdapterContext.of(tenant, command.adapter, terms, state, subject.uid)
+                return await self.writer.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
 
             with telling_rejected(rejected):
-                return outcome(await self.revising.in_turn(tenant, command.adapter, step, seen))
+                return outcome(await self.writer.in_turn(tenant, command.adapter, step, seen))
 
     @asynccontextmanager
-    async def _ahead(self, subject: Subject, fresh: Sequence[Admitted]) -> AsyncIterator[Ahead | None]:
+    async def _ahead(
+        self, subject: AdapterContext, fresh: Sequence[ValidExample]
+    ) -> AsyncIterator[BackgroundPublish | None]:
         """Large inputs are published while they are embedded, so that nobody waits for the disk."""
         inputs = [one.input for one in fresh if one.input is not None]
         if not subject.terms.keep_inputs or sum(map(len, inputs)) < _PUBLISHED_AHEAD:
@@ -340,10 +342,10 @@ class Adapting:
             return
         digests = [one.digest for one in fresh]
         encode = partial(encode_inputs, inputs)
-        async with self.revising.keeping.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
+        async with self.writer.repository.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
             yield ahead
 
-    def terms(self, command: AdaptCommand, state: State | None) -> Creation:
+    def terms(self, command: AdaptCommand, state: AdapterSnapshot | None) -> Creation:
         """What holds for the adapter: what was fixed at its creation, or what the command creates.
 
         Raises ContractChanged, WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs,
@@ -427,8 +429,8 @@ def pointer(index: int, part: str) -> str:
 
 
 def _admit(
-    command: AdaptCommand, terms: Creation, state: State | None
-) -> tuple[list[Admitted], list[Rejected], Sequence[Admitted]]:
+    command: AdaptCommand, terms: Creation, state: AdapterSnapshot | None
+) -> tuple[list[ValidExample], list[RejectedExample], Sequence[ValidExample]]:
     """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
     if not command.posted and command.update == "replace":
         raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")

@@ -9,21 +9,21 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
-from adapters.adaptation.repository import Keeping
+from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
 from adapters.registry.records import AdapterRecord, ExampleRecord, VersionRecord
 from adapters.storage.artifact import MissingArtifact
 
 
-class Browsing:
+class AdapterCatalog:
     """Reads of the registry, off the event loop.
 
     Everything starts from the tenant, so that none sees another's.
     """
 
-    def __init__(self, keeping: Keeping) -> None:
-        self._keeping = keeping
-        self._registry = keeping.registry
+    def __init__(self, repository: AdapterRepository) -> None:
+        self._repository = repository
+        self._registry = repository.registry
 
     async def adapters(self, tenant: str, after: str | None, limit: int) -> list[AdapterRecord]:
         """The tenant's adapters in the order of their names."""
@@ -50,13 +50,13 @@ class Browsing:
         """
         adapter = await self.adapter(tenant, name)
         # Loaded before it is live anywhere, so that no prediction waits for it here.
-        await self._keeping.aliases.prepare(
+        await self._repository.aliases.prepare(
             await asyncio.to_thread(self._registry.resolve, tenant, name, number)
         )
 
         async def move() -> AdapterRecord:
             committed = await asyncio.to_thread(self._registry.promote, adapter.uid, number, if_match)
-            await self._keeping.settle(committed)
+            await self._repository.settle(committed)
             return committed.adapter
 
         return await to_its_end(move())
@@ -80,13 +80,13 @@ class Browsing:
         if record.inputs is None:
             return adapter, record, None
         try:
-            return adapter, record, (await self._keeping.inputs(adapter, record.inputs))[record.row]
+            return adapter, record, (await self._repository.inputs(adapter, record.inputs))[record.row]
         except MissingArtifact:
             # The example may have gone a moment ago, or been moved to another file.
             adapter, now = await self._example(tenant, name, example_id)
             if now.inputs in (None, record.inputs):
                 raise
-            return adapter, now, (await self._keeping.inputs(adapter, now.inputs))[now.row]
+            return adapter, now, (await self._repository.inputs(adapter, now.inputs))[now.row]
 
     async def _example(self, tenant: str, name: str, example_id: str) -> tuple[AdapterRecord, ExampleRecord]:
         adapter = await self.adapter(tenant, name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from adapters.adaptation.repository import Keeping
+from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
 from adapters.registry.erasures import NAME_TAKEN, Receipt, TenantErased
 from adapters.registry.registry import Registry
@@ -31,17 +31,17 @@ class Keeps(Protocol):
         ...
 
 
-class Forgetting:
+class Eraser:
     """Erases tenants and adapters. For one event loop.
 
     memories: all that has something of them in memory. end(tenant, why): breaks off what is done for one.
     """
 
     def __init__(
-        self, keeping: Keeping, memories: Iterable[Keeps], end: Callable[[str, Exception], None]
+        self, repository: AdapterRepository, memories: Iterable[Keeps], end: Callable[[str, Exception], None]
     ) -> None:
-        self._keeping = keeping
-        self._memories = (keeping, *memories)
+        self._repository = repository
+        self._memories = (repository, *memories)
         self._end = end
 
     async def tenant(self, tenant: str) -> Receipt:
@@ -52,10 +52,10 @@ class Forgetting:
         """
 
         async def erase() -> Receipt:
-            receipt = await asyncio.to_thread(self._keeping.registry.erasures.tenant, tenant)
-            self._keeping.aliases.drop_tenant(tenant)
+            receipt = await asyncio.to_thread(self._repository.registry.erasures.tenant, tenant)
+            self._repository.aliases.drop_tenant(tenant)
             self.heard(tenant)
-            await self._keeping.drop_files(tenant)
+            await self._repository.drop_files(tenant)
             return receipt
 
         return await to_its_end(erase())
@@ -64,10 +64,10 @@ class Forgetting:
         """Erases an adapter with all that it has. As `tenant`. Raises UnknownAdapter."""
 
         async def erase() -> Receipt:
-            receipt, uid = await asyncio.to_thread(self._keeping.registry.delete_adapter, tenant, name)
-            self._keeping.aliases.drop(tenant, name)
+            receipt, uid = await asyncio.to_thread(self._repository.registry.delete_adapter, tenant, name)
+            self._repository.aliases.drop(tenant, name)
             self.heard(tenant, name)
-            await self._keeping.drop_files(tenant, uid)
+            await self._repository.drop_files(tenant, uid)
             return receipt
 
         return await to_its_end(erase())
@@ -80,7 +80,7 @@ class Forgetting:
             self._end(tenant, TenantErased(tenant))
 
 
-class Clearing:
+class ErasureSweeper:
     """Deletes again and again what may still come of what was erased. Blocking, for one thread.
 
     Whoever was writing a file when its adapter was erased deletes it again; where it was killed in between,

@@ -11,15 +11,22 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.adapt import Adapting, no_known_tokens, terms_of
-from adapters.adaptation.gathering import Subject
-from adapters.adaptation.layout import Row
+from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
+from adapters.adaptation.gathering import AdapterContext
+from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion import Promote, labels_of
-from adapters.adaptation.repository import Keeping, State
-from adapters.adaptation.revision import Edit, Revised, Revising, new_version
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
+from adapters.adaptation.revision import ExampleEdit, RevisionResult, RevisionWriter, new_version
 from adapters.examples.target import ExampleError, Target, normalise_target
-from adapters.examples.validation import Admitted, Posted, Rejected, admit, check_group, drop_collisions
-from adapters.registry.idempotency import Reply
+from adapters.examples.validation import (
+    PostedExample,
+    RejectedExample,
+    ValidExample,
+    admit,
+    check_group,
+    drop_collisions,
+)
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint, UnknownAdapter, UnknownExample
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import encode_embeddings, encode_evidence
@@ -64,52 +71,52 @@ class Amendment:
     fit: bool = True
 
 
-class Curating:
+class ExampleEditor:
     """Corrects, sets aside, removes and moves examples, refitting each time. For one event loop."""
 
-    def __init__(self, adapting: Adapting) -> None:
-        self._adapting = adapting
-        self._revising: Revising = adapting.revising
-        self._keeping: Keeping = adapting.revising.keeping
+    def __init__(self, pipeline: AdaptPipeline) -> None:
+        self._pipeline = pipeline
+        self._writer: RevisionWriter = pipeline.writer
+        self._repository: AdapterRepository = pipeline.writer.repository
 
     async def feedback(
-        self, tenant: str, name: str, feedback: Feedback, reply: Reply[Revised] | None = None
-    ) -> Revised:
+        self, tenant: str, name: str, feedback: Feedback, reply: PendingReply[RevisionResult] | None = None
+    ) -> RevisionResult:
         """Makes the feedback an example; what is kept of the same input, or under the id, is corrected by it.
 
         reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
-        Revising.revise raises.
+        RevisionWriter.revise raises.
         """
         started = time.perf_counter()
         vectors: dict[str, Floats] = {}
 
-        def timed(revised: Revised) -> Revised:
+        def timed(revised: RevisionResult) -> RevisionResult:
             return _timed(revised, started)
 
-        async def step(state: State | None) -> Revised:
+        async def step(state: AdapterSnapshot | None) -> RevisionResult:
             if state is None:
                 raise UnknownAdapter(name)
             terms = terms_of(state.adapter)
-            self._adapting.check_served(terms)
+            self._pipeline.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            new = await self._adapting.embed_new(tenant, terms, upserts, known)
+            new = await self._pipeline.embed_new(tenant, terms, upserts, known)
             _raise_first(new.rejected)
             vectors.update(new.vectors)
-            truncated = await self._adapting.count_truncated(tenant, terms, upserts, new)
+            truncated = await self._pipeline.count_truncated(tenant, terms, upserts, new)
 
-            def whole(revised: Revised) -> Revised:
+            def whole(revised: RevisionResult) -> RevisionResult:
                 return replace(revised, truncated=truncated)
 
-            def told(revised: Revised) -> Revised:
+            def told(revised: RevisionResult) -> RevisionResult:
                 return timed(whole(revised))
 
-            edit = Edit(upserts, promote=feedback.promote, fit=feedback.fit)
-            subject = Subject.of(tenant, name, terms, state)
-            revised = await self._revising.revise(subject, edit, vectors, reply=reply and reply.of(told))
+            edit = ExampleEdit(upserts, promote=feedback.promote, fit=feedback.fit)
+            subject = AdapterContext.of(tenant, name, terms, state)
+            revised = await self._writer.revise(subject, edit, vectors, reply=reply and reply.of(told))
             return whole(revised)
 
-        return timed(await self._revising.in_turn(tenant, name, step))
+        return timed(await self._writer.in_turn(tenant, name, step))
 
     async def amend(
         self,
@@ -117,32 +124,34 @@ class Curating:
         name: str,
         example: str,
         amendment: Amendment,
-        reply: Reply[Revised] | None = None,
-    ) -> Revised:
+        reply: PendingReply[RevisionResult] | None = None,
+    ) -> RevisionResult:
         """Makes the kept example what the amendment says, and fits.
 
         reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, and what
-        Revising.revise raises.
+        RevisionWriter.revise raises.
         """
 
-        async def step(state: State | None) -> Revised:
+        async def step(state: AdapterSnapshot | None) -> RevisionResult:
             if state is None:
                 raise UnknownAdapter(name)
-            edit = Edit([_amended(state, example, amendment)], promote=amendment.promote, fit=amendment.fit)
-            subject = Subject.of(tenant, name, terms_of(state.adapter), state)
-            return await self._revising.revise(subject, edit, {}, reply=reply)
+            edit = ExampleEdit(
+                [_amended(state, example, amendment)], promote=amendment.promote, fit=amendment.fit
+            )
+            subject = AdapterContext.of(tenant, name, terms_of(state.adapter), state)
+            return await self._writer.revise(subject, edit, {}, reply=reply)
 
-        return await self._revising.in_turn(tenant, name, step)
+        return await self._writer.in_turn(tenant, name, step)
 
-    async def remove(self, tenant: str, name: str, ids: Sequence[str] | None) -> Revised:
+    async def remove(self, tenant: str, name: str, ids: Sequence[str] | None) -> RevisionResult:
         """Erases examples, all of them where `ids` is None, and the versions that were fitted on them.
 
         If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
-        Raises UnknownAdapter, UnknownExample, and what Revising.revise raises.
+        Raises UnknownAdapter, UnknownExample, and what RevisionWriter.revise raises.
         """
         started = time.perf_counter()
 
-        async def step(state: State | None) -> Revised:
+        async def step(state: AdapterSnapshot | None) -> RevisionResult:
             if state is None:
                 raise UnknownAdapter(name)
             kept = {one.id for one in state.examples}
@@ -150,30 +159,30 @@ class Curating:
             for example in chosen:
                 if example not in kept:
                     raise UnknownExample(example)
-            edit = Edit(removals=chosen, fit=state.adapter.live is not None, required=False)
-            return await self._revising.revise(
-                Subject.of(tenant, name, terms_of(state.adapter), state), edit, {}
+            edit = ExampleEdit(removals=chosen, fit=state.adapter.live is not None, required=False)
+            return await self._writer.revise(
+                AdapterContext.of(tenant, name, terms_of(state.adapter), state), edit, {}
             )
 
-        return _timed(await self._revising.in_turn(tenant, name, step), started)
+        return _timed(await self._writer.in_turn(tenant, name, step), started)
 
-    async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> Revised:
+    async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> RevisionResult:
         """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
 
         Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
-        Batcher.embed and Revising.fit raise.
+        Batcher.embed and RevisionWriter.fit raise.
         """
         started = time.perf_counter()
 
-        async def step(state: State | None) -> Revised:
+        async def step(state: AdapterSnapshot | None) -> RevisionResult:
             if state is None:
                 raise UnknownAdapter(name)
             return await self._rebase(state, backbone, promote)
 
-        return _timed(await self._revising.in_turn(tenant, name, step), started)
+        return _timed(await self._writer.in_turn(tenant, name, step), started)
 
-    async def _rebase(self, state: State, backbone: str, promote: Promote) -> Revised:
-        spec = self._adapting.spec(backbone)
+    async def _rebase(self, state: AdapterSnapshot, backbone: str, promote: Promote) -> RevisionResult:
+        spec = self._pipeline.spec(backbone)
         adapter = state.adapter
         if spec.kind != adapter.kind:
             raise InputError(
@@ -185,14 +194,14 @@ class Curating:
             )
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
         segments, truncated = await self._embed_again(state, backbone)
-        rows = [Row.of(one, one) for one in state.in_use]
+        rows = [PlannedExample.of(one, one) for one in state.in_use]
         embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
         timings: dict[str, float] = {}
-        fit = await self._revising.fit(
+        fit = await self._writer.fit(
             adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
         )
         encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
-        published = await self._keeping.publish(
+        published = await self._repository.publish(
             adapter.tenant,
             adapter.uid,
             [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)],
@@ -209,11 +218,11 @@ class Curating:
             promote=fit.decision.promote,
             standing=adapter.standing,
         )
-        committed = await self._keeping.commit(change, published)
-        await self._revising.warm(committed, fit)
-        return Revised(committed, fit.decision, timings, truncated)
+        committed = await self._repository.commit(change, published)
+        await self._writer.warm(committed, fit)
+        return RevisionResult(committed, fit.decision, timings, truncated)
 
-    async def _embed_again(self, state: State, backbone: str) -> tuple[dict[Artifact, Floats], int]:
+    async def _embed_again(self, state: AdapterSnapshot, backbone: str) -> tuple[dict[Artifact, Floats], int]:
         """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
         of the examples are texts of which it reads only the start.
 
@@ -228,8 +237,8 @@ class Curating:
         segments: dict[Artifact, Floats] = {}
         truncated = 0
         for segment, source in inputs.items():
-            values = await self._keeping.inputs(state.adapter, source)
-            batcher = self._adapting.batchers[backbone]
+            values = await self._repository.inputs(state.adapter, source)
+            batcher = self._pipeline.batchers[backbone]
             embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
             for row in rows[segment] & embedded.errors.keys():
                 raise embedded.errors[row]
@@ -243,18 +252,18 @@ class Curating:
         return segments, truncated
 
 
-def _timed(done: Revised, started: float) -> Revised:
+def _timed(done: RevisionResult, started: float) -> RevisionResult:
     """With the seconds since `started` as the total."""
     return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
 
 
-def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
+def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExample]:
     """What the feedback says of which examples."""
     task, kind = state.adapter.task, state.adapter.kind
     if feedback.id is not None:
         return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
     assert feedback.input is not None
-    posted = Posted(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
+    posted = PostedExample(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
     labels = labels_of(task, [one.target for one in state.in_use])
     admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
     _raise_first(rejected)
@@ -265,7 +274,9 @@ def _corrections(state: State, feedback: Feedback) -> list[Admitted]:
     return [_kept_as(one, example.target) for one in used or same] or [example]
 
 
-def _amended(state: State, example: str, amendment: Amendment, *, required: bool = False) -> Admitted:
+def _amended(
+    state: AdapterSnapshot, example: str, amendment: Amendment, *, required: bool = False
+) -> ValidExample:
     """The kept example as it is to be. required: with the target that is given, if none too.
 
     Raises UnknownExample, ExampleError.
@@ -289,12 +300,12 @@ def _amended(state: State, example: str, amendment: Amendment, *, required: bool
     return amended
 
 
-def _kept_as(record: ExampleRecord, target: Target) -> Admitted:
+def _kept_as(record: ExampleRecord, target: Target) -> ValidExample:
     """The kept example in use, with this target."""
-    return Admitted(record.id, record.digest, target, None, 0, record.group, record.sampled)
+    return ValidExample(record.id, record.digest, target, None, 0, record.group, record.sampled)
 
 
-def _raise_first(rejected: Sequence[Rejected]) -> None:
+def _raise_first(rejected: Sequence[RejectedExample]) -> None:
     for one in rejected:
         refusal = InputError if one.field in ("image", "text") else ExampleError
         raise refusal(one.code, one.detail)

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.layout import Place, Plan, Stored
-from adapters.adaptation.repository import Keeping, State
+from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.registry.records import AdapterRecord, Creation, ExampleRecord
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, Buffer
@@ -21,19 +21,19 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class AdapterContext:
     """The adapter that a revision is about: as it is, or, with state None, as it will be created."""
 
     tenant: str
     name: str
     terms: Creation
-    state: State | None
+    state: AdapterSnapshot | None
     uid: str
 
     @classmethod
     def of(
-        cls, tenant: str, name: str, terms: Creation, state: State | None, uid: str | None = None
-    ) -> Subject:
+        cls, tenant: str, name: str, terms: Creation, state: AdapterSnapshot | None, uid: str | None = None
+    ) -> AdapterContext:
         """The subject; `uid` is what it gets if it is to be created."""
         return cls(tenant, name, terms, state, (uid or new_uid()) if state is None else state.adapter.uid)
 
@@ -49,7 +49,7 @@ class Subject:
 
 
 async def complete(
-    keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]
+    repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
 ) -> Mapping[str, Floats]:
     """`fresh` with the embeddings of inputs that the adapter has and the plan moves to the new segment."""
     missing = {example.digest for example in plan.fresh} - fresh.keys()
@@ -57,21 +57,23 @@ async def complete(
         return fresh
     assert subject.adapter is not None
     places = {one.digest: one for one in subject.examples if one.digest in missing}
-    found = await keeping.embeddings(subject.adapter, list(places.values()))
+    found = await repository.embeddings(subject.adapter, list(places.values()))
     return {**fresh, **dict(zip(places, found, strict=True))}
 
 
-async def gather(keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]) -> Floats:
+async def gather(
+    repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
+) -> Floats:
     """The embeddings of the planned rows, float32 (n, dim), in their order. fresh: see complete."""
     places = [row.source for row in plan.rows if not isinstance(row.source, int)]
     if not places:
         return _interleave(plan, None, fresh)
     assert subject.adapter is not None
-    kept = await keeping.embeddings(subject.adapter, places)
+    kept = await repository.embeddings(subject.adapter, places)
     return await asyncio.to_thread(_interleave, plan, kept, fresh)
 
 
-def _interleave(plan: Plan, kept: Floats | None, fresh: Mapping[str, Floats]) -> Floats:
+def _interleave(plan: LayoutPlan, kept: Floats | None, fresh: Mapping[str, Floats]) -> Floats:
     """Kept embeddings, in the order of their rows, and fresh ones, each in its row."""
     is_new = np.fromiter((isinstance(row.source, int) for row in plan.rows), np.bool_, len(plan.rows))
     new = [fresh[row.digest] for row in plan.rows if isinstance(row.source, int)]
@@ -86,7 +88,7 @@ def _interleave(plan: Plan, kept: Floats | None, fresh: Mapping[str, Floats]) ->
 
 
 async def encoders(
-    keeping: Keeping, subject: Subject, plan: Plan, fresh: Mapping[str, Floats]
+    repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
 ) -> list[Callable[[], Buffer]]:
     """What to publish: the new segment's embeddings, its inputs if kept, then the same of every bundle."""
     files: list[Callable[[], Buffer]] = []
@@ -99,30 +101,32 @@ async def encoders(
             files.append(partial(encode_inputs, inputs))
     for bundle in plan.bundles:
         assert subject.adapter is not None
-        moved = await keeping.embeddings(subject.adapter, bundle)
+        moved = await repository.embeddings(subject.adapter, bundle)
         files.append(partial(encode_embeddings, moved, fingerprint))
         if bundle[0].inputs is not None:
-            files.append(partial(encode_inputs, await kept_inputs(keeping, subject.adapter, bundle)))
+            files.append(partial(encode_inputs, await kept_inputs(repository, subject.adapter, bundle)))
     return files
 
 
 def starts(
-    plan: Plan, keep_inputs: bool, published: Sequence[Artifact]
-) -> tuple[Place | None, list[Place], Sequence[Artifact]]:
+    plan: LayoutPlan, keep_inputs: bool, published: Sequence[Artifact]
+) -> tuple[SegmentSlot | None, list[SegmentSlot], Sequence[Artifact]]:
     """Where the new segment and the bundles begin once they are published, and the artifacts left over."""
     left = iter(published)
-    start = Place(next(left), 0, next(left) if keep_inputs else None) if plan.fresh else None
-    bundles = [Place(next(left), 0, next(left) if bundle[0].inputs else None) for bundle in plan.bundles]
+    start = SegmentSlot(next(left), 0, next(left) if keep_inputs else None) if plan.fresh else None
+    bundles = [
+        SegmentSlot(next(left), 0, next(left) if bundle[0].inputs else None) for bundle in plan.bundles
+    ]
     return start, bundles, list(left)
 
 
 async def kept_inputs(
-    keeping: Keeping, adapter: AdapterRecord, bundle: Sequence[Stored]
+    repository: AdapterRepository, adapter: AdapterRecord, bundle: Sequence[Stored]
 ) -> list[bytes | str]:
     """The inputs at the places, which are all kept."""
     found: dict[Artifact, list[bytes | str]] = {}
     for place in bundle:
         assert place.inputs is not None
         if place.inputs not in found:
-            found[place.inputs] = await keeping.inputs(adapter, place.inputs)
+            found[place.inputs] = await repository.inputs(adapter, place.inputs)
     return [found[place.inputs][place.row] for place in bundle if place.inputs is not None]

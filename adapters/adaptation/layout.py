@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from adapters.examples.target import Target
-from adapters.examples.validation import Admitted
+from adapters.examples.validation import ValidExample
 from adapters.registry.records import ExampleRecord, ExampleWrite, Repoint
 from adapters.storage.artifact import Artifact
 
@@ -22,7 +22,7 @@ _MOST_MERGED = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SegmentSlot:
     """Where an embedding lies, and its input at the same row of another file, if inputs are kept."""
 
     segment: Artifact
@@ -30,12 +30,12 @@ class Place:
     inputs: Artifact | None
 
 
-Stored = Place | ExampleRecord
+Stored = SegmentSlot | ExampleRecord
 """What has a place: for tens of thousands of examples, making one of each would take longer than the rest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlannedExample:
     """An example as it is after the change. source: what lay where it lies, or its row in the new segment."""
 
     id: str
@@ -47,7 +47,7 @@ class Row:
     source: Stored | int
 
     @classmethod
-    def of(cls, example: ExampleRecord | Admitted, source: Stored | int) -> Row:
+    def of(cls, example: ExampleRecord | ValidExample, source: Stored | int) -> PlannedExample:
         """The example, lying there."""
         return cls(
             example.id,
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LayoutPlan:
     """What a change does to the files.
 
     rows: all examples after it, in the order of their ids. upserted: ids of those that the change writes.
@@ -69,24 +69,24 @@ class Plan:
     into a rewritten segment each.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PlannedExample, ...]
     upserted: frozenset[str]
-    fresh: tuple[Admitted, ...]
+    fresh: tuple[ValidExample, ...]
     bundles: tuple[tuple[Stored, ...], ...]
 
     @property
-    def in_use(self) -> tuple[Row, ...]:
+    def in_use(self) -> tuple[PlannedExample, ...]:
         """The examples that are learned from."""
         return tuple(row for row in self.rows if not row.excluded)
 
 
 def plan_change(
     kept: Sequence[ExampleRecord],
-    upserts: Sequence[Admitted],
+    upserts: Sequence[ValidExample],
     *,
     removals: Collection[str] = (),
     clear: bool = False,
-) -> Plan:
+) -> LayoutPlan:
     """The plan for adding or replacing `upserts` and dropping `removals`, or with `clear` all that is not
     upserted.
 
@@ -100,15 +100,15 @@ def plan_change(
     leaving: list[ExampleRecord] = []
     for one in kept:
         (leaving if clear or one.id in written or one.id in removals else staying).append(one)
-    fresh: dict[str, tuple[int, Admitted]] = {}
-    rows = [Row.of(one, one) for one in staying]
+    fresh: dict[str, tuple[int, ValidExample]] = {}
+    rows = [PlannedExample.of(one, one) for one in staying]
     for example in upserts:
         source: Stored | int | None = places.get(example.digest)
         if source is None:
             source = fresh.setdefault(example.digest, (len(fresh), example))[0]
-        rows.append(Row.of(example, source))
+        rows.append(PlannedExample.of(example, source))
     used = [row.source for row in rows if not isinstance(row.source, int)]
-    return Plan(
+    return LayoutPlan(
         rows=tuple(sorted(rows, key=lambda row: row.id)),
         upserted=frozenset(written),
         fresh=tuple(example for _, example in fresh.values()),
@@ -117,22 +117,22 @@ def plan_change(
 
 
 def locate(
-    plan: Plan, fresh: Place | None, bundles: Sequence[Place]
+    plan: LayoutPlan, fresh: SegmentSlot | None, bundles: Sequence[SegmentSlot]
 ) -> tuple[tuple[ExampleWrite, ...], tuple[Repoint, ...]]:
     """The rows to write, once the files of the plan are published.
 
     Each file is given as the place of its first row.
     """
-    moved: dict[tuple[str, int], Place] = {}
+    moved: dict[tuple[str, int], SegmentSlot] = {}
     for bundle, start in zip(plan.bundles, bundles, strict=True):
-        moved |= {_key(old): Place(start.segment, row, start.inputs) for row, old in enumerate(bundle)}
+        moved |= {_key(old): SegmentSlot(start.segment, row, start.inputs) for row, old in enumerate(bundle)}
     writes: list[ExampleWrite] = []
     repoints: list[Repoint] = []
     for row in plan.rows:
         place: Stored
         if isinstance(row.source, int):
             assert fresh is not None
-            place = Place(fresh.segment, row.source, fresh.inputs)
+            place = SegmentSlot(fresh.segment, row.source, fresh.inputs)
         else:
             place = moved.get(_key(row.source), row.source)
         if row.id in plan.upserted:

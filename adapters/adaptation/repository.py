@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adaptation.layout import Stored
-from adapters.cache.aliases import Aliases
-from adapters.cache.lru import Cache
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.processes.turns import Gate
-from adapters.registry.idempotency import Reply
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -33,7 +33,7 @@ from adapters.registry.records import (
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 from adapters.storage.formats import Evidence, decode_embeddings, decode_evidence, decode_inputs
-from models.priority import give_way
+from models.priority import lower_thread_priority
 
 logger = logging.getLogger("topwork")
 
@@ -47,7 +47,7 @@ _ASIDE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class AdapterSnapshot:
     """An adapter with all its examples, as of one revision."""
 
     adapter: AdapterRecord
@@ -59,13 +59,13 @@ class State:
         """The examples that are learned from: all that are not set aside."""
         return tuple(one for one in self.examples if not one.excluded)
 
-    def same_as(self, other: State) -> bool:
+    def same_as(self, other: AdapterSnapshot) -> bool:
         """Whether nothing changed between the two."""
         return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)
 
 
 @dataclass(slots=True)
-class Ahead:
+class BackgroundPublish:
     """A file that is published while other work goes on, of the inputs with these digests, in their order."""
 
     uid: str
@@ -78,13 +78,13 @@ class Ahead:
         return not self.taken and self.uid == uid and self.digests == tuple(digests)
 
     async def take(self) -> Artifact:
-        """The file, from now on the caller's to commit or to delete. Raises as Keeping.publish does."""
+        """The file, which the caller must commit or delete. Raises as AdapterRepository.publish does."""
         (artifact,) = await asyncio.shield(self.publishing)
         self.taken = True
         return artifact
 
 
-class Keeping:
+class AdapterRepository:
     """The registry and the store as one, for one event loop.
 
     Embeddings that were read stay in a bounded cache. job: what every commit is a part of, see
@@ -95,7 +95,7 @@ class Keeping:
         self,
         registry: Registry,
         store: Store,
-        aliases: Aliases,
+        aliases: AliasCache,
         *,
         embeddings_bytes: int = 64 << 20,
         job: Claim | None = None,
@@ -104,9 +104,11 @@ class Keeping:
         self.aliases = aliases
         self._job = job
         self._store = store
-        self._embeddings: Cache[Floats] = Cache(embeddings_bytes, lambda array: array.nbytes)
+        self._embeddings: ByteLRU[Floats] = ByteLRU(embeddings_bytes, lambda array: array.nbytes)
         self._tasks: set[asyncio.Future[None]] = set()
-        self._aside = ThreadPoolExecutor(_ASIDE, thread_name_prefix="aside", initializer=give_way)
+        self._aside = ThreadPoolExecutor(
+            _ASIDE, thread_name_prefix="aside", initializer=lower_thread_priority
+        )
         self._aside_gate = Gate(_ASIDE)
 
     def close(self) -> None:
@@ -121,21 +123,23 @@ class Keeping:
         async with self._aside_gate.passed(tenant):
             return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
-    async def state(self, tenant: str, name: str, known: State | None = None) -> State | None:
+    async def state(
+        self, tenant: str, name: str, known: AdapterSnapshot | None = None
+    ) -> AdapterSnapshot | None:
         """The adapter and its examples, or None if there is none.
 
         What `known` still holds is not read again.
         """
 
-        def read() -> State | None:
+        def read() -> AdapterSnapshot | None:
             try:
                 adapter = self.registry.adapter(tenant, name)
                 if known and (known.adapter.uid, known.revision) == (adapter.uid, adapter.revision):
-                    return State(adapter, known.revision, known.examples)
+                    return AdapterSnapshot(adapter, known.revision, known.examples)
                 revision, examples = self.registry.all_examples(adapter.uid)
             except UnknownAdapter:
                 return None
-            return State(adapter, revision, tuple(examples))
+            return AdapterSnapshot(adapter, revision, tuple(examples))
 
         return await asyncio.to_thread(read)
 
@@ -249,10 +253,10 @@ class Keeping:
     @asynccontextmanager
     async def ahead(
         self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
-    ) -> AsyncIterator[Ahead]:
+    ) -> AsyncIterator[BackgroundPublish]:
         """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
         publishing = asyncio.ensure_future(self.aside(tenant, lambda: self._publish(tenant, uid, [encode])))
-        file = Ahead(uid, tuple(digests), publishing)
+        file = BackgroundPublish(uid, tuple(digests), publishing)
         try:
             yield file
         finally:
@@ -265,7 +269,7 @@ class Keeping:
             await self.drop(tenant, uid, await publishing)
 
     async def commit(
-        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None = None
+        self, change: Change, published: Sequence[Artifact], reply: PendingReply[Committed] | None = None
     ) -> Committed:
         """Commit, let this process's predictions know, and delete the files that are no longer referred to.
 
@@ -275,7 +279,7 @@ class Keeping:
         return await to_its_end(self._commit(change, published, reply))
 
     async def _commit(
-        self, change: Change, published: Sequence[Artifact], reply: Reply[Committed] | None
+        self, change: Change, published: Sequence[Artifact], reply: PendingReply[Committed] | None
     ) -> Committed:
         try:
             committed = await asyncio.to_thread(

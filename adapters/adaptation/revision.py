@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adaptation.agreement import Agreement, ask
-from adapters.adaptation.gathering import Subject, complete, encoders, gather, starts
-from adapters.adaptation.layout import Plan, Row, locate, plan_change
+from adapters.adaptation.gathering import AdapterContext, complete, encoders, gather, starts
+from adapters.adaptation.layout import LayoutPlan, PlannedExample, locate, plan_change
 from adapters.adaptation.promotion import Decision, Promote, best_of, decide, labels_of, remember, unlearned
-from adapters.adaptation.repository import Ahead, Keeping, State
-from adapters.cache.lru import Cache
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
+from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
-from adapters.examples.validation import Admitted
+from adapters.examples.validation import ValidExample
 from adapters.heads.head import CorruptHead, Head
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig
 from adapters.processes.fitter import Fitter
-from adapters.registry.idempotency import Reply
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -73,7 +73,7 @@ class AdapterLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
+class ExampleEdit:
     """What is to become of an adapter's examples.
 
     clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
@@ -82,7 +82,7 @@ class Edit:
     live: the version that a person makes live with it, where none is made.
     """
 
-    upserts: Sequence[Admitted] = ()
+    upserts: Sequence[ValidExample] = ()
     removals: Sequence[str] = ()
     clear: bool = False
     fit: bool = True
@@ -93,7 +93,7 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
-class Revised:
+class RevisionResult:
     """What an edit left behind.
 
     version and decision are None where nothing was fitted. timings: seconds by stage. truncated: how many of
@@ -139,7 +139,7 @@ class _Turn:
     wanted: int = 0
 
 
-class Revising:
+class RevisionWriter:
     """Revises adapters, one revision at a time each. For one event loop.
 
     observe(stage, seconds) is called with the stages fit and publish.
@@ -147,13 +147,13 @@ class Revising:
 
     def __init__(
         self,
-        keeping: Keeping,
+        repository: AdapterRepository,
         fitter: Fitter,
-        heads: Cache[Head],
+        heads: ByteLRU[Head],
         limits: AdapterLimits = AdapterLimits(),
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
-        self.keeping = keeping
+        self.repository = repository
         self.limits = limits
         self._fitter = fitter
         self._heads = heads
@@ -161,7 +161,11 @@ class Revising:
         self._turns: dict[tuple[str, str], _Turn] = {}
 
     async def in_turn(
-        self, tenant: str, name: str, step: Callable[[State | None], Awaitable[T]], known: State | None = None
+        self,
+        tenant: str,
+        name: str,
+        step: Callable[[AdapterSnapshot | None], Awaitable[T]],
+        known: AdapterSnapshot | None = None,
     ) -> T:
         """The result of `step` on the adapter as it is, while no other request of this process revises it.
 
@@ -170,17 +174,17 @@ class Revising:
         """
         async with self._turn((tenant, name)):
             for _ in range(ATTEMPTS - 1):
-                known = await self.keeping.state(tenant, name, known)
+                known = await self.repository.state(tenant, name, known)
                 try:
                     return await step(known)
                 except RevisionMoved:
                     continue
                 except MissingArtifact:
                     # A file that went with what it belonged to is no loss: the next step sees that it went.
-                    now = await self.keeping.state(tenant, name)
+                    now = await self.repository.state(tenant, name)
                     if now is not None and known is not None and now.same_as(known):
                         raise
-            return await step(await self.keeping.state(tenant, name, known))
+            return await step(await self.repository.state(tenant, name, known))
 
     @asynccontextmanager
     async def _turn(self, key: tuple[str, str]) -> AsyncIterator[None]:
@@ -196,12 +200,12 @@ class Revising:
 
     async def revise(
         self,
-        subject: Subject,
-        edit: Edit,
+        subject: AdapterContext,
+        edit: ExampleEdit,
         fresh: Mapping[str, Floats],
-        ahead: Ahead | None = None,
-        reply: Reply[Revised] | None = None,
-    ) -> Revised:
+        ahead: BackgroundPublish | None = None,
+        reply: PendingReply[RevisionResult] | None = None,
+    ) -> RevisionResult:
         """Plans, fits, publishes and commits one edit of the adapter as it is, or creates it.
 
         fresh: embeddings, float32 (dim,), by digest, of the inputs that the adapter has not; it may hold
@@ -210,42 +214,49 @@ class Revising:
         RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise. Nothing is recorded then.
         """
         plan = await asyncio.to_thread(self._plan, subject, edit)
-        fresh = await complete(self.keeping, subject, plan, fresh)
+        fresh = await complete(self.repository, subject, plan, fresh)
         timings: dict[str, float] = {}
         fit = await self._fit(subject, plan, edit, fresh, timings)
 
-        def revised(committed: Committed) -> Revised:
-            return Revised(committed, None if fit is None else fit.decision, timings)
+        def revised(committed: Committed) -> RevisionResult:
+            return RevisionResult(committed, None if fit is None else fit.decision, timings)
 
         with _timed(timings, "publish", self._observe):
             published = await self._publish(subject, plan, fresh, fit, ahead)
             change = _change(subject, edit, plan, published, fit)
-            committed = await self.keeping.commit(change, published, reply and reply.of(revised))
+            committed = await self.repository.commit(change, published, reply and reply.of(revised))
         await self.warm(committed, fit)
         return revised(committed)
 
     async def _publish(
-        self, subject: Subject, plan: Plan, fresh: Mapping[str, Floats], fit: Fit | None, ahead: Ahead | None
+        self,
+        subject: AdapterContext,
+        plan: LayoutPlan,
+        fresh: Mapping[str, Floats],
+        fit: Fit | None,
+        ahead: BackgroundPublish | None,
     ) -> list[Artifact]:
         """The plan's files in the order of gathering.encoders, then the head and its evidence."""
-        files = await encoders(self.keeping, subject, replace(plan, bundles=()), fresh)
+        files = await encoders(self.repository, subject, replace(plan, bundles=()), fresh)
         placed = len(files)
         if fit is not None:
             files += [fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
         early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
         if early:
             del files[_NEW_INPUTS]
-        published = list(await self.keeping.publish(subject.tenant, subject.uid, files))
+        published = list(await self.repository.publish(subject.tenant, subject.uid, files))
         moved: list[Artifact] = []
         try:
             if ahead is not None and early:
                 published.insert(_NEW_INPUTS, await ahead.take())
             # One after the other: together they may be all that the adapter keeps.
             for bundle in plan.bundles:
-                files = await encoders(self.keeping, subject, replace(plan, fresh=(), bundles=(bundle,)), {})
-                moved += await self.keeping.publish(subject.tenant, subject.uid, files)
+                files = await encoders(
+                    self.repository, subject, replace(plan, fresh=(), bundles=(bundle,)), {}
+                )
+                moved += await self.repository.publish(subject.tenant, subject.uid, files)
         except BaseException:
-            dropping = self.keeping.drop(subject.tenant, subject.uid, [*published, *moved])
+            dropping = self.repository.drop(subject.tenant, subject.uid, [*published, *moved])
             await to_its_end(dropping)
             raise
         return [*published[:placed], *moved, *published[placed:]]
@@ -254,7 +265,7 @@ class Revising:
         self,
         adapter: AdapterRecord | None,
         terms: Creation,
-        rows: Sequence[Row],
+        rows: Sequence[PlannedExample],
         embeddings: Floats,
         promote: Promote,
         timings: dict[str, float],
@@ -304,12 +315,12 @@ class Revising:
     ) -> tuple[Evidence, Decision]:
         """The decision on a fit with this evidence, and the evidence with the history to keep."""
         task = dataset.task
-        rival = None if adapter is None else await self.keeping.rival(adapter, removals)
+        rival = None if adapter is None else await self.repository.rival(adapter, removals)
         if adapter is None or rival is None:
             decision = decide(promote, task, evidence, None)
             erased = adapter is not None and adapter.live is not None and promote == "if_better"
             return evidence, replace(decision, reason="example_removed") if erased else decision
-        live = await self.keeping.evidence(adapter, rival.number)
+        live = await self.repository.evidence(adapter, rival.number)
         if live is not None:
             said = await self._ask(adapter, rival, live, dataset, evidence)
             evidence = await asyncio.to_thread(remember, evidence, live, rival.number, *said)
@@ -349,7 +360,7 @@ class Revising:
             return (), None
 
         async def read() -> Head:
-            return await self.keeping.read(adapter.tenant, adapter.uid, asked.artifact, Head.from_bytes)
+            return await self.repository.read(adapter.tenant, adapter.uid, asked.artifact, Head.from_bytes)
 
         try:
             head = await self._heads.get(asked.artifact.sha256, read, (adapter.tenant, adapter.name))
@@ -363,7 +374,7 @@ class Revising:
 
     def _kept(self, adapter: AdapterRecord, number: int) -> VersionRecord | None:
         try:
-            return self.keeping.registry.version(adapter.uid, number)
+            return self.repository.registry.version(adapter.uid, number)
         except UnknownVersion:
             return None
 
@@ -378,7 +389,7 @@ class Revising:
         adapter = committed.adapter
         await self._heads.get(committed.version.artifact.sha256, loaded, (adapter.tenant, adapter.name))
 
-    def _plan(self, subject: Subject, edit: Edit) -> Plan:
+    def _plan(self, subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
         """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""
         plan = _plan_of(subject, edit)
         kept, rows = subject.examples, plan.rows
@@ -396,9 +407,9 @@ class Revising:
 
     async def _fit(
         self,
-        subject: Subject,
-        plan: Plan,
-        edit: Edit,
+        subject: AdapterContext,
+        plan: LayoutPlan,
+        edit: ExampleEdit,
         fresh: Mapping[str, Floats],
         timings: dict[str, float],
     ) -> Fit | None:
@@ -406,7 +417,7 @@ class Revising:
             return None
         learned = replace(plan, rows=plan.in_use)
         try:
-            embeddings = await gather(self.keeping, subject, learned, fresh)
+            embeddings = await gather(self.repository, subject, learned, fresh)
             return await self.fit(
                 subject.adapter,
                 subject.terms,
@@ -423,7 +434,7 @@ class Revising:
             return None
 
 
-def _plan_of(subject: Subject, edit: Edit) -> Plan:
+def _plan_of(subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
     if not edit.clear or edit.uploaded is None:
         return plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
     others = {one.id for one in subject.examples} - edit.uploaded
@@ -433,7 +444,11 @@ def _plan_of(subject: Subject, edit: Edit) -> Plan:
 
 
 def _change(
-    subject: Subject, edit: Edit, plan: Plan, published: Sequence[Artifact], fit: Fit | None
+    subject: AdapterContext,
+    edit: ExampleEdit,
+    plan: LayoutPlan,
+    published: Sequence[Artifact],
+    fit: Fit | None,
 ) -> Change:
     start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
     upserts, repoints = locate(plan, start, bundles)

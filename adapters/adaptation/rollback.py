@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from adapters.adaptation.adapt import terms_of
-from adapters.adaptation.gathering import Subject
-from adapters.adaptation.repository import Keeping, State
-from adapters.adaptation.revision import Edit, Revised, Revising
-from adapters.examples.validation import Admitted
-from adapters.registry.idempotency import Reply
+from adapters.adaptation.gathering import AdapterContext
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
+from adapters.adaptation.revision import ExampleEdit, RevisionResult, RevisionWriter
+from adapters.examples.validation import ValidExample
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, AliasMoved, ExampleRecord, UnknownAdapter
 from adapters.storage.formats import Evidence
 
@@ -47,7 +47,7 @@ class Rollback:
     examples are then. missing: those that cannot come back.
     """
 
-    changed: Sequence[Admitted]
+    changed: Sequence[ValidExample]
     taken_back: int
     relabelled: int
     set_aside: int
@@ -61,7 +61,7 @@ class Restored:
 
     version: int
     rollback: Rollback
-    revised: Revised
+    revised: RevisionResult
 
     @property
     def adapter(self) -> AdapterRecord:
@@ -72,9 +72,9 @@ class Restored:
 class Restorer:
     """Restores versions. For one event loop."""
 
-    def __init__(self, revising: Revising) -> None:
-        self._revising = revising
-        self._keeping: Keeping = revising.keeping
+    def __init__(self, writer: RevisionWriter) -> None:
+        self._writer = writer
+        self._repository: AdapterRepository = writer.repository
 
     async def restore(
         self,
@@ -82,17 +82,17 @@ class Restorer:
         name: str,
         number: int,
         if_match: str | None = None,
-        reply: Reply[Restored] | None = None,
+        reply: PendingReply[Restored] | None = None,
     ) -> Restored:
         """Makes the version live, and the adapter's examples those that it was fitted on.
 
         They have the targets again that they had then, and their groups of now. All others are set aside. No
         version is made, and a rollback that holds has ended: with what came later set aside, there is nothing
         left to withhold. if_match: an AdapterRecord.etag that must still hold. reply: recorded with it.
-        Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and what Revising.revise raises.
+        Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and as RevisionWriter.revise does.
         """
 
-        async def step(state: State | None) -> Restored:
+        async def step(state: AdapterSnapshot | None) -> Restored:
             if state is None:
                 raise UnknownAdapter(name)
             if if_match is not None and if_match != state.adapter.etag:
@@ -101,26 +101,26 @@ class Restorer:
                 )
             rollback = await self._rollback(state, number)
 
-            def restored(revised: Revised) -> Restored:
+            def restored(revised: RevisionResult) -> Restored:
                 return Restored(number, rollback, revised)
 
-            edit = Edit(rollback.changed, fit=False, live=number)
-            subject = Subject.of(tenant, name, terms_of(state.adapter), state)
-            return restored(
-                await self._revising.revise(subject, edit, {}, reply=reply and reply.of(restored))
-            )
+            edit = ExampleEdit(rollback.changed, fit=False, live=number)
+            subject = AdapterContext.of(tenant, name, terms_of(state.adapter), state)
+            return restored(await self._writer.revise(subject, edit, {}, reply=reply and reply.of(restored)))
 
-        return await self._revising.in_turn(tenant, name, step)
+        return await self._writer.in_turn(tenant, name, step)
 
-    async def _rollback(self, state: State, number: int) -> Rollback:
+    async def _rollback(self, state: AdapterSnapshot, number: int) -> Rollback:
         adapter = state.adapter
         # Loaded before it is live anywhere, so that no prediction waits for it here.
-        alias = await asyncio.to_thread(self._keeping.registry.resolve, adapter.tenant, adapter.name, number)
-        await self._keeping.aliases.prepare(alias)
-        evidence = await self._keeping.evidence(adapter, number)
+        alias = await asyncio.to_thread(
+            self._repository.registry.resolve, adapter.tenant, adapter.name, number
+        )
+        await self._repository.aliases.prepare(alias)
+        evidence = await self._repository.evidence(adapter, number)
         if evidence is None:
             # Unless the version has just gone, with what it learned from.
-            await asyncio.to_thread(self._keeping.registry.version, adapter.uid, number)
+            await asyncio.to_thread(self._repository.registry.version, adapter.uid, number)
             raise CannotRestore(
                 "evidence_lost",
                 f"What version {number} was fitted on is lost. PUT aliases/live makes it live without that.",
@@ -138,7 +138,7 @@ def plan_rollback(kept: Sequence[ExampleRecord], evidence: Evidence) -> Rollback
     """What becomes of the kept examples so that those in use are the evidence's again."""
     there = {one.id: one for one in kept}
     sampled = evidence.sampled or (None,) * len(evidence.ids)
-    wanted: dict[str, Admitted] = {}
+    wanted: dict[str, ValidExample] = {}
     missing: list[Missing] = []
     for example, digest, target, measured in zip(
         evidence.ids, evidence.digests, evidence.targets, sampled, strict=True
@@ -164,7 +164,7 @@ def plan_rollback(kept: Sequence[ExampleRecord], evidence: Evidence) -> Rollback
     )
 
 
-def _changes(kept: Sequence[ExampleRecord], wanted: dict[str, Admitted]) -> Iterator[Admitted]:
+def _changes(kept: Sequence[ExampleRecord], wanted: dict[str, ValidExample]) -> Iterator[ValidExample]:
     for one in kept:
         now = _as_it_is(one)
         then = wanted.get(one.id) or replace(now, excluded=True)
@@ -172,5 +172,7 @@ def _changes(kept: Sequence[ExampleRecord], wanted: dict[str, Admitted]) -> Iter
             yield then
 
 
-def _as_it_is(one: ExampleRecord) -> Admitted:
-    return Admitted(one.id, one.digest, one.target, None, None, one.group, one.sampled, excluded=one.excluded)
+def _as_it_is(one: ExampleRecord) -> ValidExample:
+    return ValidExample(
+        one.id, one.digest, one.target, None, None, one.group, one.sampled, excluded=one.excluded
+    )

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from adapters.cache.lru import Flights
+from adapters.cache.lru import SingleFlight
 from adapters.completion import to_its_end
 from adapters.registry.records import Alias, Changed, UnknownAdapter
 from adapters.registry.registry import CHANGES_KEPT, Registry
@@ -45,7 +45,7 @@ def _nobody(tenant: str, name: str | None) -> None:
     """Nobody keeps anything."""
 
 
-class Aliases:
+class AliasCache:
     """The aliases in use. For one event loop; not thread-safe.
 
     This process's own commits are told by `put` and `drop` and hold at once; those of other processes are
@@ -71,7 +71,7 @@ class Aliases:
         self._max_entries = max_entries
         self._interval = interval
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._flights: Flights[Alias] = Flights()
+        self._flights: SingleFlight[Alias] = SingleFlight()
         self._loads: set[asyncio.Task[None]] = set()
         self._asked: set[asyncio.Future[Any]] = set()
         self._poller: asyncio.Task[None] | None = None

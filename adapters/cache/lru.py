@@ -12,7 +12,7 @@ Owner = tuple[str, str | None]
 """A tenant, and the name of its adapter where that is known."""
 
 
-class Flights(Generic[T]):
+class SingleFlight(Generic[T]):
     """One load at a time for each key, shared by all who ask meanwhile. For one event loop.
 
     A load runs in a task of its own, so it goes on when a caller is cancelled. All who wait see its error.
@@ -65,7 +65,7 @@ class Flights(Generic[T]):
             task.exception()
 
 
-class Cache(Generic[T]):
+class ByteLRU(Generic[T]):
     """Least recently used by bytes, each key loaded once at a time. For one event loop; not thread-safe.
 
     Keys are sha256 of the bytes that a thing was loaded from, so a key never means two things. An owner is a
@@ -87,7 +87,7 @@ class Cache(Generic[T]):
         self._entries: OrderedDict[str, tuple[T, int, Owner]] = OrderedDict()
         self._loading: dict[str, Owner] = {}
         self._pins: Counter[str] = Counter()
-        self._flights: Flights[T] = Flights()
+        self._flights: SingleFlight[T] = SingleFlight()
 
     def __len__(self) -> int:
         return len(self._entries)

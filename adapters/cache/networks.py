@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.cache.lru import Cache
+from adapters.cache.lru import ByteLRU
 from adapters.registry.records import Alias
 from adapters.storage.artifact import Artifact, Store
 from models.backbone import Backbone
@@ -30,7 +30,7 @@ class _Running:
     retired: bool = False
 
 
-class Networks:
+class NetworkPool:
     """Loads the networks of fine-tuned versions when they are asked for, or before. For one event loop.
 
     start(backbone) gives a batcher for it, to be started here. misses: predictions that waited for a load.
@@ -40,7 +40,7 @@ class Networks:
         self.misses = 0
         self._store = store
         self._start = start
-        self._kept: Cache[_Running] = Cache(max_bytes, lambda one: one.nbytes, self._retire)
+        self._kept: ByteLRU[_Running] = ByteLRU(max_bytes, lambda one: one.nbytes, self._retire)
         self._open: set[_Running] = set()
         self._waiting: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 
 _MOST_CHARACTERS = 200
@@ -39,7 +39,7 @@ class Record:
     """One example of an upload, and where it stands: "line 17", or the name of its file."""
 
     place: str
-    posted: Posted
+    posted: PostedExample
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bounded
 from adapters.examples.upload_tables import TARGETS, layout_of, records_of
 from adapters.examples.upload_zip import files, kind_of_files
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.registry.records import Kind
 from models.preprocess.preprocessor import InputError, InputLimits
 
@@ -115,37 +115,41 @@ def _lines(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Recor
     try:
         for line in lines:
             if isinstance(line, InputError):
-                yield Record(f"line {lines.number}", Posted(line))
+                yield Record(f"line {lines.number}", PostedExample(line))
             elif line.strip():
                 yield Record(f"line {lines.number}", _of_line(line, limits.inputs))
     finally:
         lines.close()
 
 
-def _of_line(line: str, limits: InputLimits) -> Posted:
+def _of_line(line: str, limits: InputLimits) -> PostedExample:
     if not is_text(line):
-        return Posted(InputError("invalid_json", "The line has bytes that are no text; send JSON in UTF-8."))
+        return PostedExample(
+            InputError("invalid_json", "The line has bytes that are no text; send JSON in UTF-8.")
+        )
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
-        return Posted(InputError("invalid_json", "The line is not JSON."))
+        return PostedExample(InputError("invalid_json", "The line is not JSON."))
     if not isinstance(fields, dict) or not fields.keys() <= _FIELDS:
         known = ", ".join(sorted(_FIELDS))
-        return Posted(InputError("invalid_line", f"A line is an object with some of the fields {known}."))
+        return PostedExample(
+            InputError("invalid_line", f"A line is an object with some of the fields {known}.")
+        )
     example_id = fields.get("id")
     if example_id is not None and not isinstance(example_id, str):
-        return Posted(InputError("id_invalid", "An id is text."))
+        return PostedExample(InputError("id_invalid", "An id is text."))
     group = fields.get("group")
     if group is not None and not isinstance(group, str):
-        return Posted(InputError("group_invalid", "A group is text."), id=example_id)
+        return PostedExample(InputError("group_invalid", "A group is text."), id=example_id)
     sampled = True if fields.get("sampled") is None else fields["sampled"]
     if not isinstance(sampled, bool):
-        return Posted(InputError("sampled_invalid", "`sampled` is true or false."), id=example_id)
+        return PostedExample(InputError("sampled_invalid", "`sampled` is true or false."), id=example_id)
     given = [name for name in TARGETS if fields.get(name) is not None]
     target: object = fields[given[0]] if given else None
     if len(given) > 1:
         target = ExampleError("label_invalid", "Give only one of label, labels and target.")
-    return Posted(_input_of(fields, limits), target, example_id, group, sampled)
+    return PostedExample(_input_of(fields, limits), target, example_id, group, sampled)
 
 
 def _input_of(fields: Mapping[str, Any], limits: InputLimits) -> bytes | str | InputError:

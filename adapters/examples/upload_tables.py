@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from adapters.examples.charset import Lines, is_text
 from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload, Record, bounded, cut
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 
 TARGETS = ("label", "labels", "target")
@@ -144,14 +144,14 @@ def records_of(lines: Lines, layout: Layout, limits: InputLimits, longest: int) 
         except StopIteration:
             return
         except InputError as error:
-            yield Record(rows.place, Posted(error))
+            yield Record(rows.place, PostedExample(error))
         except (csv.Error, _Endless):
             rows.go_back()
-            yield Record(rows.place, Posted(_stray_quote()))
+            yield Record(rows.place, PostedExample(_stray_quote()))
         else:
             if len(row) != layout.width and any(row):
                 text = f"{rows.extent} has {len(row)} columns, not {layout.width}."
-                yield Record(rows.place, Posted(InputError("invalid_line", text)))
+                yield Record(rows.place, PostedExample(InputError("invalid_line", text)))
             elif any(map(str.strip, row)):
                 yield Record(rows.place, _posted(row, layout, limits))
 
@@ -228,19 +228,21 @@ class _Rows:
         return self._lines.number, line
 
 
-def _posted(row: Sequence[str], layout: Layout, limits: InputLimits) -> Posted:
+def _posted(row: Sequence[str], layout: Layout, limits: InputLimits) -> PostedExample:
     value = {field: row[place] for field, place in layout.places.items()}
     if not is_text("".join(value.values())):
-        return Posted(
+        return PostedExample(
             InputError("invalid_text", "The row has bytes that are no text. Save the table as UTF-8.")
         )
     example_id = value.get("id") or None
     sampled = _TRUTHS.get(value.get("sampled", "").strip().lower())
     if sampled is None:
         text = "`sampled` is true, false, 1, 0, or empty for true."
-        return Posted(InputError("sampled_invalid", text), id=example_id)
+        return PostedExample(InputError("sampled_invalid", text), id=example_id)
     target = _target(layout.target, value[layout.target])
-    return Posted(bounded(value["text"], limits), target, example_id, value.get("group") or None, sampled)
+    return PostedExample(
+        bounded(value["text"], limits), target, example_id, value.get("group") or None, sampled
+    )
 
 
 def _target(field: str, value: str) -> object:

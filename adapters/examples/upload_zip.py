@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from adapters.examples.charset import decoded, encoding_of
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bounded, cut, too_long
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.registry.records import Kind
 from models.preprocess.preprocessor import InputError, InputLimits
 
@@ -143,13 +143,13 @@ def files(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Record
                 name = _name(info)
             except InputError as error:
                 raw = info.orig_filename.encode("cp437")
-                yield Record(raw.decode(errors="backslashreplace"), Posted(error))
+                yield Record(raw.decode(errors="backslashreplace"), PostedExample(error))
                 continue
             path = _path(name)
             if path:
                 label = path[-2] if len(path) > 1 else None
                 content = _content(archive, info, limits.inputs, room, found)
-                yield Record(name, Posted(content, label))
+                yield Record(name, PostedExample(content, label))
             elif not name.endswith(("/", "\\")):
                 found.skipped += 1
 

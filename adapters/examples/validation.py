@@ -22,12 +22,12 @@ TARGET_FIELDS: Mapping[Task, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
+class PostedExample:
     """One example as it was posted; its place in the request is its index.
 
     input: encoded image bytes, a text, or why there is none, or why the example cannot be used. target: of
     any type, not checked yet, or an ExampleError that says why there is none. group, sampled: see Dataset.
-    blamed: of an input that is an error, what it is about, as Rejected.field; None: the input.
+    blamed: of an input that is an error, what it is about, as RejectedExample.field; None: the input.
     """
 
     input: bytes | str | InputError
@@ -39,7 +39,7 @@ class Posted:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedExample:
     """A posted example that is not used.
 
     field: the part of it to blame, as it was posted: id, image, text, label, labels, target, group, or a path
@@ -54,7 +54,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class ValidExample:
     """An example to keep.
 
     input is None where the adapter has it already; index None where it was not posted. excluded: it is set
@@ -100,8 +100,8 @@ def wrong_kind(kind: Kind) -> InputError:
 
 
 def admit(
-    posted: Sequence[Posted], *, task: Task, kind: Kind, known_labels: Iterable[str]
-) -> tuple[list[Admitted], list[Rejected]]:
+    posted: Sequence[PostedExample], *, task: Task, kind: Kind, known_labels: Iterable[str]
+) -> tuple[list[ValidExample], list[RejectedExample]]:
     """The examples to keep, distinct by id, and the rejected ones, both in the posted order.
 
     An example without an id is named by the digest of its input. One id with two targets, two inputs or two
@@ -109,11 +109,11 @@ def admit(
     after Unicode compatibility normalisation is rejected: the adapter's spelling holds, else the first one
     posted.
     """
-    admitted: list[Admitted] = []
-    rejected: list[Rejected] = []
+    admitted: list[ValidExample] = []
+    rejected: list[RejectedExample] = []
     for index, example in enumerate(posted):
         verdict = _check(index, example, task, kind)
-        if isinstance(verdict, Admitted):
+        if isinstance(verdict, ValidExample):
             admitted.append(verdict)
         else:
             rejected.append(verdict)
@@ -122,7 +122,7 @@ def admit(
     return admitted, sorted(rejected + conflicting + colliding, key=lambda one: one.index)
 
 
-def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Rejected:
+def _check(index: int, example: PostedExample, task: Task, kind: Kind) -> ValidExample | RejectedExample:
     field: str = kind if example.blamed is None else example.blamed
     try:
         if isinstance(example.input, InputError):
@@ -142,9 +142,9 @@ def _check(index: int, example: Posted, task: Task, kind: Kind) -> Admitted | Re
         field = _sent_as(example.target)
         target = normalise_target(task, example.target)
     except (InputError, ExampleError) as error:
-        return Rejected(index, example.id, error.code, error.detail, field)
+        return RejectedExample(index, example.id, error.code, error.detail, field)
     digest = input_digest(example.input)
-    return Admitted(
+    return ValidExample(
         id=digest if example.id is None else example.id,
         digest=digest,
         target=target,
@@ -172,12 +172,12 @@ def _check_name(name: str, code: str, what: str) -> None:
         raise ExampleError(code, f"{what} must not contain control characters.")
 
 
-def _drop_conflicts(admitted: Sequence[Admitted]) -> tuple[list[Admitted], list[Rejected]]:
-    by_id: dict[str, list[Admitted]] = defaultdict(list)
+def _drop_conflicts(admitted: Sequence[ValidExample]) -> tuple[list[ValidExample], list[RejectedExample]]:
+    by_id: dict[str, list[ValidExample]] = defaultdict(list)
     for example in admitted:
         by_id[example.id].append(example)
-    kept: list[Admitted] = []
-    rejected: list[Rejected] = []
+    kept: list[ValidExample] = []
+    rejected: list[RejectedExample] = []
     for same in by_id.values():
         targets = {example.target for example in same}
         if len(targets) > 1:
@@ -203,12 +203,12 @@ def _drop_conflicts(admitted: Sequence[Admitted]) -> tuple[list[Admitted], list[
 
 
 def drop_collisions(
-    admitted: Sequence[Admitted], task: Task, known_labels: Iterable[str]
-) -> tuple[list[Admitted], list[Rejected]]:
+    admitted: Sequence[ValidExample], task: Task, known_labels: Iterable[str]
+) -> tuple[list[ValidExample], list[RejectedExample]]:
     """The examples without those whose label only looks like a known one or an earlier example's."""
     spelling = {_skeleton(label): label for label in known_labels}
-    kept: list[Admitted] = []
-    rejected: list[Rejected] = []
+    kept: list[ValidExample] = []
+    rejected: list[RejectedExample] = []
     for example in admitted:
         labels = labels_of(task, [example.target])
         clash = _first_clash(labels, spelling)
@@ -249,6 +249,6 @@ def _sent_as(target: object) -> str:
     return "labels" if isinstance(target, Sequence) else "target"
 
 
-def _reject(example: Admitted, code: str, detail: str, field: str) -> Rejected:
+def _reject(example: ValidExample, code: str, detail: str, field: str) -> RejectedExample:
     assert example.index is not None
-    return Rejected(example.index, example.id, code, detail, field)
+    return RejectedExample(example.index, example.id, code, detail, field)

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.finetune.data import Tensors, batches, seeded
-from adapters.finetune.model import Lesson, Model
+from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.trainer import FineTuned
-from adapters.heads.head import Head, directions_for, doubt_of, smoothed, softmax, storable
+from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe import calibration
@@ -36,7 +36,7 @@ _AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TunedVersion:
     """A fine-tuned version, ready to be published.
 
     head: for the embeddings of that network alone. spec: of the network, with a fingerprint of its own. onnx:
@@ -52,8 +52,13 @@ class Tuned:
 
 
 def finish(
-    network: Network, model: Model, lesson: Lesson, names: tuple[str, ...], outcome: FineTuned, wanted: float
-) -> Tuned:
+    network: Network,
+    model: Model,
+    lesson: TrainingSet,
+    names: tuple[str, ...],
+    outcome: FineTuned,
+    wanted: float,
+) -> TunedVersion:
     """The head with what is known of it, and the exported network.
 
     wanted: the accuracy of what is not abstained on. Raises ExportRefused if ONNX Runtime answers otherwise
@@ -77,7 +82,7 @@ def finish(
             },
             "export": check_parity(model, head, backbone, lesson),
         }
-        return Tuned(head, spec, (folder / GRAPH_FILE).read_bytes(), report, scores)
+        return TunedVersion(head, spec, (folder / GRAPH_FILE).read_bytes(), report, scores)
 
 
 def weights_sha256(model: Model) -> str:
@@ -92,7 +97,7 @@ def weights_sha256(model: Model) -> str:
 def _measured(
     model: Model,
     backbone: Backbone,
-    lesson: Lesson,
+    lesson: TrainingSet,
     names: tuple[str, ...],
     wanted: float,
     logits: Floats | None,
@@ -129,7 +134,7 @@ def _measured(
         scaling=Scaling(layer.transform, layer.mean.numpy().copy(), float(layer.scale)),
         weight=storable(layer.weight.detach().numpy() / np.float32(temperature)),
         bias=layer.bias.detach().numpy() / np.float32(temperature),
-        doubt=doubt_of(threshold, logits, "classification"),
+        doubt=fit_abstention(threshold, logits, "classification"),
         region=fit_region(rows, lesson.labels, held, directions_for(len(names), rows.shape[1])),
         smoothing=smoothing,
     )
@@ -140,7 +145,7 @@ def _measured(
     return head, report | {"temperature": temperature, "threshold": threshold}, scores
 
 
-def check_parity(model: Model, head: Head, backbone: Backbone, lesson: Lesson) -> dict[str, float]:
+def check_parity(model: Model, head: Head, backbone: Backbone, lesson: TrainingSet) -> dict[str, float]:
     """Compares logits of ONNX Runtime and torch on 512 probes: examples held out, trained on, then changed.
 
     The number of probes and the largest difference. Raises ExportRefused.
@@ -160,7 +165,7 @@ def check_parity(model: Model, head: Head, backbone: Backbone, lesson: Lesson) -
     return {"probes": count, "largest_difference": largest}
 
 
-def _probes(lesson: Lesson) -> Iterator[Tensors]:
+def _probes(lesson: TrainingSet) -> Iterator[Tensors]:
     rows = [*lesson.testing, *lesson.training]
     for some in batches(rows[:_PROBES], _AT_ONCE):
         yield lesson.samples.plain(some)

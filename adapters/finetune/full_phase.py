@@ -11,10 +11,10 @@ import torch
 
 from adapters.finetune.data import batches, seeded
 from adapters.finetune.model import (
-    Lesson,
     Model,
     Score,
     State,
+    TrainingSet,
     class_weights,
     evaluate,
     on_device,
@@ -106,7 +106,7 @@ class Checkpoint:
     measured: Measured | None = None
 
 
-class SecondPhase:
+class FullNetworkPhase:
     """Training epoch by epoch, from the start or from where another attempt was.
 
     refit: what was measured and the network that it was measured on. Then as many epochs as were best are
@@ -116,7 +116,7 @@ class SecondPhase:
     def __init__(
         self,
         model: Model,
-        lesson: Lesson,
+        lesson: TrainingSet,
         config: FineTuneConfig,
         first: Score,
         resume: Checkpoint | None = None,

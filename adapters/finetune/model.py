@@ -105,7 +105,7 @@ def unfreeze(network: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingSet:
     """What is learned from: rows of samples, their labels (n,), and which of them are held out (n,).
 
     embeddings: of all rows by the network as it came, float32 (n, dim), where they are known; else the first
@@ -124,7 +124,7 @@ class Lesson:
         return [int(row) for row in np.flatnonzero(~self.held_out)]
 
     @property
-    def whole(self) -> Lesson:
+    def whole(self) -> TrainingSet:
         """The same with nothing held out."""
         return replace(self, held_out=np.zeros_like(self.held_out))
 
@@ -154,12 +154,12 @@ def embed(model: Model, samples: Samples, rows: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def evaluate(model: Model, lesson: Lesson) -> Score:
+def evaluate(model: Model, lesson: TrainingSet) -> Score:
     """Loss and accuracy on the rows held out."""
     return score_of(model, lesson, embed(model, lesson.samples, lesson.testing))
 
 
-def score_of(model: Model, lesson: Lesson, embeddings: torch.Tensor) -> Score:
+def score_of(model: Model, lesson: TrainingSet, embeddings: torch.Tensor) -> Score:
     """The same, of the embeddings (held out, dim) of these rows."""
     with torch.inference_mode():
         logits = model.head(embeddings.to(model.device)).cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from models.priority import Other
+from models.priority import ProcessCpuClock
 
 _GAP_SECONDS = 5e-5
 # From one gap to the next, at least.
@@ -24,7 +24,7 @@ _BUSY = 0.1
 
 
 @contextlib.contextmanager
-def gaps(network: Any, first: int | None = None) -> Iterator[None]:
+def cooperative_pauses(network: Any, first: int | None = None) -> Iterator[None]:
     """While it lasts, training leaves its core for a moment every few layers, and between optimizers.
 
     Linux hands a core what waits at another one when it falls idle; for one that never does, only at the next
@@ -35,7 +35,7 @@ def gaps(network: Any, first: int | None = None) -> Iterator[None]:
     rests, or three times as long as what was done since the last one, for with a core for each the two would
     still share cache and memory.
     """
-    other = None if first is None else Other(first)
+    other = None if first is None else ProcessCpuClock(first)
     since, used = time.perf_counter(), 0.0 if other is None else other.seconds()
 
     def pause(*_: object) -> None:

@@ -14,12 +14,19 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.finetune.full_phase import Checkpoint, Diverged, FineTuneConfig, Measured, Progress, SecondPhase
+from adapters.finetune.full_phase import (
+    Checkpoint,
+    Diverged,
+    FineTuneConfig,
+    FullNetworkPhase,
+    Measured,
+    Progress,
+)
 from adapters.finetune.model import (
     Floats,
-    Lesson,
     Model,
     State,
+    TrainingSet,
     class_weights,
     embed,
     evaluate,
@@ -78,7 +85,7 @@ def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, str
 
 def fine_tune(
     model: Model,
-    lesson: Lesson,
+    lesson: TrainingSet,
     strength: float,
     config: FineTuneConfig = FineTuneConfig(),
     *,
@@ -92,7 +99,7 @@ def fine_tune(
     """
     if resume is not None and resume.measured is not None:
         measured = resume.measured
-        training = SecondPhase(
+        training = FullNetworkPhase(
             model, lesson.whole, config, measured.first, resume, (measured, state_of(model))
         )
     else:
@@ -104,7 +111,7 @@ def fine_tune(
         model.load_state_dict(training.start)
         whole = lesson.whole
         _first_phase(model, whole, strength)
-        training = SecondPhase(model, whole, config, measured.first, refit=(measured, state))
+        training = FullNetworkPhase(model, whole, config, measured.first, refit=(measured, state))
     for progress, checkpoint in training.epochs():
         tell(progress, checkpoint)
     refitted = _between(training.start, state_of(model), measured.mix)
@@ -119,12 +126,12 @@ def fine_tune(
 
 def _phases(
     model: Model,
-    lesson: Lesson,
+    lesson: TrainingSet,
     strength: float,
     config: FineTuneConfig,
     resume: Checkpoint | None,
     tell: Tell,
-) -> SecondPhase:
+) -> FullNetworkPhase:
     """Both phases on the training rows, to their end."""
     if resume is None:
         embeddings = _first_phase(model, lesson, strength)
@@ -132,13 +139,13 @@ def _phases(
         tell(Progress(1, 0, config.epochs, None, first, 0.1), None)
     else:
         first = resume.first
-    training = SecondPhase(model, lesson, config, first, resume)
+    training = FullNetworkPhase(model, lesson, config, first, resume)
     for progress, checkpoint in training.epochs():
         tell(progress, checkpoint)
     return training
 
 
-def _first_phase(model: Model, lesson: Lesson, strength: float) -> torch.Tensor:
+def _first_phase(model: Model, lesson: TrainingSet, strength: float) -> torch.Tensor:
     """Phase 1 on the training rows, of a network as it came; its embeddings of all rows."""
     if lesson.embeddings is None:
         embeddings = embed(model, lesson.samples, range(len(lesson.labels)))
@@ -148,7 +155,7 @@ def _first_phase(model: Model, lesson: Lesson, strength: float) -> torch.Tensor:
     return embeddings
 
 
-def _mixed(model: Model, lesson: Lesson, training: SecondPhase) -> Measured:
+def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> Measured:
     """Leaves the model at the mix of both phases with the lowest loss."""
     start, best = training.start, training.best_state
     found, found_mix = training.first, 0.0

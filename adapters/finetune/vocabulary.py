@@ -10,7 +10,7 @@ import torch
 
 
 @contextlib.contextmanager
-def narrowed(table: Any, ids: torch.Tensor | None) -> Iterator[None]:
+def restricted_vocabulary(table: Any, ids: torch.Tensor | None) -> Iterator[None]:
     """While it lasts, the table has the rows of these ids alone; then all again, with what these learned.
 
     Rows that no input names have no gradient, and yet cost an optimizer as much as the others: of MiniLM-L6's

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from adapters.examples.target import Task
-from adapters.heads.novelty import Region
+from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
 
 Floats = NDArray[np.float32]
@@ -61,7 +61,7 @@ class Predictions:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
+class AbstentionRule:
     """When to abstain for lack of confidence, and how little the logits of familiar inputs say.
 
     threshold: the confidence under which no answer is given; 0 answers always. energy_mean,
@@ -100,8 +100,8 @@ class Head:
     weight: Floats
     bias: Floats
     temperature: float = 1.0
-    doubt: Doubt = Doubt()
-    region: Region | None = None
+    doubt: AbstentionRule = AbstentionRule()
+    region: NoveltyRegion | None = None
     decisions: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     value_mean: float = 0.0
     value_scale: float = 1.0
@@ -239,7 +239,7 @@ class Head:
         region = None
         if "region" in facts:
             rest, log_mean, log_deviation, limit = map(float, facts["region"])
-            region = Region(
+            region = NoveltyRegion(
                 mean=arrays["region.mean"].astype(np.float32),
                 directions=arrays["region.directions"],
                 steps=arrays["region.steps"],
@@ -258,7 +258,7 @@ class Head:
             weight=arrays["weight"].astype(np.float32),
             bias=arrays["bias"],
             temperature=float(facts["temperature"]),
-            doubt=Doubt(*map(float, facts["doubt"])),
+            doubt=AbstentionRule(*map(float, facts["doubt"])),
             region=region,
             decisions=arrays["decisions"],
             value_mean=float(facts["value_mean"]),
@@ -310,12 +310,12 @@ def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
     return probabilities
 
 
-def doubt_of(threshold: float, logits: Floats, task: Task) -> Doubt:
+def fit_abstention(threshold: float, logits: Floats, task: Task) -> AbstentionRule:
     """The doubt measured on the logits of examples held out, (n, labels), temperature included."""
     if len(logits) < 2:
-        return Doubt(threshold)
+        return AbstentionRule(threshold)
     energies = energy(logits, task)
-    return Doubt(threshold, float(energies.mean()), max(float(energies.std()), 0.01))
+    return AbstentionRule(threshold, float(energies.mean()), max(float(energies.std()), 0.01))
 
 
 def energy(logits: Floats, task: Task) -> Floats:

@@ -26,7 +26,7 @@ _JITTER = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class NoveltyRegion:
     """Mahalanobis distance to the nearest label's mean: a few directions and an isotropic rest.
 
     Of the embeddings as they are: what evens out their variances for the weights also hides strangers (AUROC
@@ -89,7 +89,7 @@ def nearest(along: Floats, centres: Floats) -> Floats:
 
 def fit_region(
     embeddings: Floats, labels: NDArray[np.int64], folds: NDArray[np.int64], most_directions: int
-) -> Region | None:
+) -> NoveltyRegion | None:
     """The region of embeddings (n, dim) with labels 0.. (n,), measured on examples held out by folds (n,).
 
     None where too few examples are held out. Means, spreads and, where few examples leave a mark on them,
@@ -143,7 +143,7 @@ def fit_region(
         directions if short is None else np.linalg.solve(rows.T, directions.T).T @ short
     )
     centres = _means(rows @ directions.T - directions @ middle, labels, count) / plain
-    return Region(
+    return NoveltyRegion(
         mean=mean,
         directions=codes,
         steps=(steps / plain).astype(np.float32),

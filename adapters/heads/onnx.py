@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.heads.head import Head
-from adapters.heads.novelty import Region
+from adapters.heads.novelty import NoveltyRegion
 from models import protobuf
 from models.preprocess.preprocessor import Silence
 from models.protobuf import InvalidGraph
@@ -144,8 +144,8 @@ class _Appended:
         self._give(ASSIGNED, len(head.labels), protobuf.BOOL)
         return self._node("ReduceMin", certainty, self._ints(1), keepdims=0)
 
-    def _distance(self, region: Region | None) -> None:
-        """See Region.squared_distance; without a region it is zero."""
+    def _distance(self, region: NoveltyRegion | None) -> None:
+        """See NoveltyRegion.squared_distance; without a region it is zero."""
         self._give(DISTANCE, None, protobuf.FLOAT)
         if region is None:
             rows = self._node("Shape", OUTPUT_NAME, start=0, end=1)

@@ -12,17 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, TypeVar, cast
 
-from adapters.adaptation.adapt import AdaptCommand, Adapting, ExamplesRejected, terms_of, wanted
-from adapters.adaptation.gathering import Subject
+from adapters.adaptation.adapt import AdaptCommand, AdaptPipeline, ExamplesRejected, terms_of, wanted
+from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.promotion import as_asked
-from adapters.adaptation.repository import Keeping, State
-from adapters.adaptation.revision import AdapterLimits, Edit, Revised, Revising
-from adapters.cache.aliases import Aliases
-from adapters.cache.lru import Cache
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
+from adapters.adaptation.revision import AdapterLimits, ExampleEdit, RevisionResult, RevisionWriter
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
 from adapters.examples.target import ExampleError, input_digest
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, cut
 from adapters.examples.upload_forms import Form, records
-from adapters.examples.validation import Admitted, Posted, Rejected, admit
+from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit
 from adapters.heads.head import Head
 from adapters.jobs.lease import Lease
 from adapters.probe.fit import OneLabel
@@ -33,7 +33,7 @@ from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
-from models.batching.stall_detector import Standstill
+from models.batching.stall_detector import StallDetector
 from models.model_store import find
 from models.preprocess.preprocessor import InputError
 from models.spec import UnknownBackbone
@@ -62,7 +62,7 @@ _CONFLICTING_GROUPS = ExampleError(
 )
 
 
-class Bulk:
+class BulkAdaptJob:
     """Does bulk jobs. Blocking, one at a time. threads: of the backbone."""
 
     def __init__(
@@ -104,12 +104,16 @@ class Bulk:
         )
         batcher = Batcher(backbone, max_queue=_EXAMPLES, workers=self._threads)
         fitter = Fitter()
-        keeping = Keeping(self._registry, self._store, Aliases(self._registry), job=lease.claim)
+        repository = AdapterRepository(
+            self._registry, self._store, AliasCache(self._registry), job=lease.claim
+        )
         try:
             await asyncio.gather(batcher.start(), fitter.start())
-            revising = Revising(keeping, fitter, Cache[Head](0, lambda head: head.nbytes), self._limits)
+            writer = RevisionWriter(
+                repository, fitter, ByteLRU[Head](0, lambda head: head.nbytes), self._limits
+            )
             work = _Work(
-                lease, adapter, Adapting(revising, {adapter.backbone: batcher}), batcher, self._uploads
+                lease, adapter, AdaptPipeline(writer, {adapter.backbone: batcher}), batcher, self._uploads
             )
             with tempfile.TemporaryFile(prefix="topwork-upload-") as file:
                 for part in upload_of(job.request):
@@ -121,7 +125,7 @@ class Bulk:
             await asyncio.to_thread(lease.tell)
             raise
         finally:
-            keeping.close()
+            repository.close()
             await batcher.close()
             await fitter.close()
             backbone.close()
@@ -134,7 +138,7 @@ class _Work:
         self,
         lease: Lease,
         adapter: AdapterRecord,
-        adapting: Adapting,
+        pipeline: AdaptPipeline,
         batcher: Batcher,
         limits: UploadLimits,
     ) -> None:
@@ -142,9 +146,9 @@ class _Work:
         self._job = lease.claim.job
         self._request = self._job.request
         self._adapter = adapter
-        self._adapting = adapting
+        self._pipeline = pipeline
         self._batcher = batcher
-        self._standstill = Standstill(batcher)
+        self._standstill = StallDetector(batcher)
         self._limits = limits
         self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
@@ -171,7 +175,7 @@ class _Work:
             raise BadUpload("no_examples", "None of the examples can be used; `progress.errors` says why.")
         fit = self._request["fit"]
 
-        async def step(state: State | None) -> Revised | None:
+        async def step(state: AdapterSnapshot | None) -> RevisionResult | None:
             if state is None:
                 raise UnknownAdapter(self._job.adapter)
             stale = self._replaces and any(example.id not in self._ids for example in state.examples)
@@ -181,22 +185,22 @@ class _Work:
             if not fit and not stale and terms == before:
                 return None
             promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
-            edit = Edit(fit=fit, promote=promote)
+            edit = ExampleEdit(fit=fit, promote=promote)
             if stale:
                 edit = replace(edit, clear=True, uploaded=self._ids)
-            subject = Subject.of(self._job.tenant, self._job.adapter, terms, state)
-            return await self._adapting.revising.revise(subject, edit, {})
+            subject = AdapterContext.of(self._job.tenant, self._job.adapter, terms, state)
+            return await self._pipeline.writer.revise(subject, edit, {})
 
-        revising = self._adapting.revising
+        writer = self._pipeline.writer
         try:
-            await self._persist(lambda: revising.in_turn(self._job.tenant, self._job.adapter, step))
+            await self._persist(lambda: writer.in_turn(self._job.tenant, self._job.adapter, step))
         except OneLabel as error:
             if not self._rejected:
                 raise
             text = f"{error} {self._rejected:,} were rejected; `progress.errors` says why."
             raise OneLabel(text) from error
         if not fit:
-            await asyncio.to_thread(revising.keeping.registry.jobs.succeed, self._lease.claim)
+            await asyncio.to_thread(writer.repository.registry.jobs.succeed, self._lease.claim)
 
     async def _read(self, file: BinaryIO) -> Mapping[str, ExampleError]:
         """Reads all of the upload, and says why ids cannot be used, see _conflicts.
@@ -243,7 +247,7 @@ class _Work:
             elif before != whole:
                 conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
 
-    def _checked(self, posted: Posted) -> tuple[Sequence[Admitted], Sequence[Rejected]]:
+    def _checked(self, posted: PostedExample) -> tuple[Sequence[ValidExample], Sequence[RejectedExample]]:
         """The example, if it is one, or why not; its input may still turn out to be none."""
         adapter = self._adapter
         return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())
@@ -255,9 +259,9 @@ class _Work:
             fit=False,
             uploaded=self._ids if self._replaces else None,
         )
-        rejected: Sequence[Rejected]
+        rejected: Sequence[RejectedExample]
         try:
-            outcome = await self._adapting.adapt(self._job.tenant, command)
+            outcome = await self._pipeline.adapt(self._job.tenant, command)
             rejected = outcome.rejected
             self._truncated += outcome.revised.truncated
         except ExamplesRejected as error:
@@ -266,7 +270,7 @@ class _Work:
         self._ids |= {_id_of(record.posted) for index, record in enumerate(part) if index not in bad}
         self._reject([(part[one.index].place, one) for one in rejected])
 
-    def _reject(self, rejected: Sequence[tuple[str, Rejected]]) -> None:
+    def _reject(self, rejected: Sequence[tuple[str, RejectedExample]]) -> None:
         """Counts what is not used, by the place where it stands, and remembers why of the first ones."""
         self._rejected += len(rejected)
         room = _MOST_ERRORS - len(self._errors)
@@ -336,7 +340,7 @@ def _some(found: Iterator[Record]) -> list[Record]:
     return part
 
 
-def _id_of(posted: Posted) -> str:
+def _id_of(posted: PostedExample) -> str:
     """The id that an admitted example has; see admit."""
     assert not isinstance(posted.input, InputError)
     return input_digest(posted.input) if posted.id is None else posted.id

@@ -55,7 +55,7 @@ def _is_below(url: str, allowed: str) -> bool:
     return asked.path == known.path or (known.path.endswith("/") and asked.path.startswith(known.path))
 
 
-def call_back(job: JobRecord) -> None:
+def send_callback(job: JobRecord) -> None:
     """Posts how the job ended to the URL that its request names, in a thread of its own, a few times at most.
 
     Best effort: a process that is killed meanwhile does not try again.

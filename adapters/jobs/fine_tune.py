@@ -23,15 +23,15 @@ from adapters.examples.copies import together
 from adapters.examples.target import folds
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.data import Samples, Tensors, samples_of
-from adapters.finetune.export import Tuned, finish
+from adapters.finetune.export import TunedVersion, finish
 from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
-from adapters.finetune.model import Lesson, Model
-from adapters.finetune.pacing import gaps
+from adapters.finetune.model import Model, TrainingSet
+from adapters.finetune.pacing import cooperative_pauses
 from adapters.finetune.trainer import fine_tune
-from adapters.finetune.vocabulary import narrowed
+from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.submission import FINE_TUNE, CannotTune, check_tunable
-from adapters.probe.fit import Dataset, Fitted, ProbeConfig, fit
+from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -54,7 +54,7 @@ from adapters.storage.formats import (
 )
 from models.export.loaders import Network, load_network
 from models.preprocess.preprocessor import InputLimits
-from models.priority import step_aside
+from models.priority import use_idle_scheduling
 from models.spec import FLOAT32, TOKENIZER_FILE
 
 logger = logging.getLogger("topwork")
@@ -107,7 +107,7 @@ class _Watched:
         return self._samples.pieces(rows, size)
 
 
-class Tuning:
+class FineTuneJob:
     """Fine-tunes adapters. Blocking, one at a time.
 
     scratch: a folder for checkpoints, made where missing. limits: those that inputs were accepted with.
@@ -143,8 +143,10 @@ class Tuning:
         kept = self._read(job.tenant, job.adapter, job.request)
         config = FineTuneConfig(**job.request.get("config", {}))
         # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
-        with ThreadPoolExecutor(1, "training", step_aside) as training:
-            found: Tuned | Fitted | None = training.submit(self._train, kept, config, lease).result()
+        with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training:
+            found: TunedVersion | FittedProbe | None = training.submit(
+                self._train, kept, config, lease
+            ).result()
             if found is None and kept.adapter.live is None:
                 # There would be nothing to answer from.
                 found = training.submit(_probe, kept, range(len(kept.examples))).result()
@@ -158,7 +160,7 @@ class Tuning:
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
-    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> Tuned | None:
+    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> TunedVersion | None:
         network = load_network(kept.adapter.backbone)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
@@ -180,10 +182,10 @@ class Tuning:
 
         resume = load_checkpoint(path, about)
         with contextlib.ExitStack() as meanwhile:
-            meanwhile.enter_context(narrowed(network.words, lesson.samples.vocabulary))
+            meanwhile.enter_context(restricted_vocabulary(network.words, lesson.samples.vocabulary))
             if self._device == "cpu":
                 # A GPU's work waits for no core. The service goes first, where it has started this process.
-                meanwhile.enter_context(gaps(network.forward, os.getppid() or None))
+                meanwhile.enter_context(cooperative_pauses(network.forward, os.getppid() or None))
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
         if outcome.measured.mix == 0.0:
             # The network would be the backbone's copy, with a head of fewer examples than the probe's.
@@ -213,7 +215,7 @@ class Tuning:
             [inputs[example.inputs][example.row] for example in examples if example.inputs is not None],
         )
 
-    def _lesson(self, kept: _Kept, network: Network, lease: Lease) -> tuple[tuple[str, ...], Lesson]:
+    def _lesson(self, kept: _Kept, network: Network, lease: Lease) -> tuple[tuple[str, ...], TrainingSet]:
         targets = [str(example.target) for example in kept.examples]
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
@@ -230,10 +232,10 @@ class Tuning:
             samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
         # What is trained is in single precision, whatever the backbone is served in.
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
-        return names, Lesson(_Watched(samples, lease), labels, held_out, own, sampled)
+        return names, TrainingSet(_Watched(samples, lease), labels, held_out, own, sampled)
 
     def _commit(
-        self, kept: _Kept, found: Tuned | Fitted, request: Mapping[str, Any], lease: Lease
+        self, kept: _Kept, found: TunedVersion | FittedProbe, request: Mapping[str, Any], lease: Lease
     ) -> Committed:
         """Publishes the files, then records the version as the job's success, at whatever revision that is.
 
@@ -250,7 +252,7 @@ class Tuning:
             tuple(example.sampled for example in kept.examples),
         )
         blobs = [found.head.to_bytes(), encode_evidence(evidence)]
-        if isinstance(found, Tuned):
+        if isinstance(found, TunedVersion):
             blobs.append(found.onnx)
         published = self._store.publish_all(tenant, adapter.uid, blobs)
         try:
@@ -329,7 +331,7 @@ class Tuning:
             logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
 
 
-def _probe(kept: _Kept, rows: Sequence[int]) -> Fitted:
+def _probe(kept: _Kept, rows: Sequence[int]) -> FittedProbe:
     """The linear probe of these examples: of those trained on it is what the first phase begins with."""
     examples = [kept.examples[row] for row in rows]
     data = Dataset(
@@ -359,7 +361,7 @@ def _told(progress: Progress) -> Mapping[str, Any]:
     }
 
 
-def _about(kept: _Kept, lesson: Lesson, config: FineTuneConfig) -> str:
+def _about(kept: _Kept, lesson: TrainingSet, config: FineTuneConfig) -> str:
     """What a checkpoint belongs to: these examples, those of them held out, and this way of training."""
     digest = hashlib.sha256(repr((_CHECKPOINTS, sorted(asdict(config).items()))).encode())
     for example in kept.examples:

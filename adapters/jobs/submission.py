@@ -10,16 +10,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from adapters.adaptation.adapt import AdaptCommand, Adapting, AdaptOutcome, telling_rejected
+from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome, AdaptPipeline, telling_rejected
 from adapters.adaptation.example_editor import InputsNotKept
-from adapters.adaptation.repository import Keeping
+from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
 from adapters.examples.upload import BadUpload
 from adapters.examples.upload_forms import Beginning, Form, look_at
-from adapters.examples.validation import TARGET_FIELDS, Posted
+from adapters.examples.validation import TARGET_FIELDS, PostedExample
 from adapters.jobs.callbacks import check_callback
 from adapters.processes.turns import Gate
-from adapters.registry.idempotency import Reply
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_of, upload_request
 from adapters.registry.records import (
     AdapterExists,
@@ -80,7 +80,7 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
         )
 
 
-class Submitting:
+class JobSubmitter:
     """Queues jobs and tells of them. For one event loop.
 
     max_open: jobs that a tenant may have queued and running. deadline_seconds: what a job may take from its
@@ -89,29 +89,29 @@ class Submitting:
 
     def __init__(
         self,
-        adapting: Adapting,
+        pipeline: AdaptPipeline,
         *,
         max_open: int,
         deadline_seconds: float,
         callback_urls: Sequence[str] = (),
     ) -> None:
-        self._adapting = adapting
+        self._pipeline = pipeline
         self._callback_urls = callback_urls
         self._publishing = Gate(_PUBLISHED_AT_ONCE)
-        self._keeping: Keeping = adapting.revising.keeping
-        self._jobs = self._keeping.registry.jobs
+        self._repository: AdapterRepository = pipeline.writer.repository
+        self._jobs = self._repository.registry.jobs
         self._max_open = max_open
         self._deadline_seconds = deadline_seconds
 
     async def fine_tune(
-        self, tenant: str, command: AdaptCommand, reply: Reply[Submitted] | None = None
+        self, tenant: str, command: AdaptCommand, reply: PendingReply[Submitted] | None = None
     ) -> Submitted:
         """Keeps the command's examples, if it has any, and queues a fine-tune of all that is kept then.
 
         reply: recorded with the job. Where only the examples were kept, to keep them again changes nothing:
         they make no version, and have the same ids.
 
-        Raises what Adapting.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
+        Raises what AdaptPipeline.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
         FingerprintMismatch, CallbackNotAllowed, AlreadyAnswered.
         """
         self._check_callback(command.callback)
@@ -119,13 +119,13 @@ class Submitting:
         if command.posted:
             # What is wanted of answers changes with the version that answers so.
             keep = replace(command, fit=False, answer_accuracy=None, weights=None)
-            stored = await self._adapting.adapt(tenant, keep)
-        state = await self._keeping.state(tenant, command.adapter)
+            stored = await self._pipeline.adapt(tenant, keep)
+        state = await self._repository.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
         with telling_rejected(() if stored is None else stored.rejected):
             check_tunable(state.adapter, state.examples)
-        self._adapting.check_served(state.adapter)
+        self._pipeline.check_served(state.adapter)
         request = {
             "promote": command.promote,
             "config": dict(command.fine_tune or {}),
@@ -146,13 +146,13 @@ class Submitting:
         form: Form,
         command: AdaptCommand,
         body: AsyncIterator[bytes],
-        reply: Reply[JobRecord] | None = None,
+        reply: PendingReply[JobRecord] | None = None,
     ) -> JobRecord:
         """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
 
         The command's own examples are none. Parts of uploads are published in turns by tenant, and what comes
         slowly delays no other upload. reply: recorded with the job. Raises BadUpload, TooManyJobs,
-        CallbackNotAllowed, AlreadyAnswered, what Adapting.terms raises, and what the store and the registry
+        CallbackNotAllowed, AlreadyAnswered, and what AdaptPipeline.terms, the store and the registry
         raise. The upload is deleted then, or swept later.
         """
         self._check_callback(command.callback)
@@ -166,7 +166,7 @@ class Submitting:
         try:
             while part:
                 async with self._publishing.passed(tenant):
-                    publication = self._keeping.publish(tenant, adapter.uid, [partial(bytes, part)])
+                    publication = self._repository.publish(tenant, adapter.uid, [partial(bytes, part)])
                     publishing.append(asyncio.ensure_future(publication))
                     await asyncio.shield(publishing[-1])
                 part = await anext(parts, b"")
@@ -184,7 +184,7 @@ class Submitting:
         form: Form,
         command: AdaptCommand,
         kept: Sequence[Artifact],
-        reply: Reply[JobRecord] | None,
+        reply: PendingReply[JobRecord] | None,
     ) -> JobRecord:
         """The job of a kept upload, or the upload goes. To be run to its end, whoever hangs up meanwhile."""
         request = {
@@ -203,7 +203,7 @@ class Submitting:
             # The job may be recorded all the same; if not, a sweep finds the upload.
             raise
         except Exception:
-            await self._keeping.drop(tenant, uid, kept)
+            await self._repository.drop(tenant, uid, kept)
             raise
 
     async def _let_go(
@@ -213,14 +213,14 @@ class Submitting:
         for publication in publishing:
             # A store that failed has stored nothing, and whoever sent the upload has been told.
             with suppress(StoreError):
-                await self._keeping.drop(tenant, uid, await publication)
+                await self._repository.drop(tenant, uid, await publication)
 
     async def _adapter(self, tenant: str, command: AdaptCommand, beginning: Beginning) -> AdapterRecord:
         """The adapter, created without examples if there is none; an upload that fails leaves it."""
-        state = await self._keeping.state(tenant, command.adapter)
+        state = await self._repository.state(tenant, command.adapter)
         # Something of that kind, which names the backbone where the command does not.
-        something = Posted("" if beginning.kind == "text" else b"")
-        terms = self._adapting.terms(replace(command, posted=(something,)), state)
+        something = PostedExample("" if beginning.kind == "text" else b"")
+        terms = self._pipeline.terms(replace(command, posted=(something,)), state)
         wanted = TARGET_FIELDS[terms.task]
         if beginning.target not in (None, wanted):
             raise BadUpload(
@@ -232,7 +232,7 @@ class Submitting:
             return state.adapter
         change = Change(tenant, command.adapter, new_uid(), 0, create=terms)
         try:
-            return (await self._keeping.commit(change, ())).adapter
+            return (await self._repository.commit(change, ())).adapter
         except AdapterExists:
             return await self._adapter(tenant, command, beginning)
 
@@ -242,7 +242,7 @@ class Submitting:
         command: AdaptCommand,
         kind: JobKind,
         request: Mapping[str, Any],
-        reply: Reply[JobRecord] | None,
+        reply: PendingReply[JobRecord] | None,
     ) -> JobRecord:
         if command.callback is not None:
             request = {**request, "callback": command.callback}
@@ -276,8 +276,8 @@ class Submitting:
         job = await asyncio.to_thread(self._jobs.job, tenant, job_id)
         if job.version is not None:
             with suppress(UnknownAdapter, RegistryUnavailable):
-                adapter = await asyncio.to_thread(self._keeping.registry.adapter, tenant, job.adapter)
-                await self._keeping.aliases.get(tenant, job.adapter, min_epoch=adapter.epoch)
+                adapter = await asyncio.to_thread(self._repository.registry.adapter, tenant, job.adapter)
+                await self._repository.aliases.get(tenant, job.adapter, min_epoch=adapter.epoch)
         return job
 
     async def jobs(
@@ -290,7 +290,7 @@ class Submitting:
         """Cancels a queued job, or has a running one end within seconds. Raises UnknownJob, JobFinished."""
         job = await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
         if job.state == "cancelled":
-            await self._keeping.drop(tenant, job.adapter_uid, upload_of(job.request))
+            await self._repository.drop(tenant, job.adapter_uid, upload_of(job.request))
         return job
 
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from adapters.processes.child import environment
-from adapters.processes.heartbeat import LOOK_SECONDS, Pulse, drain
+from adapters.processes.child import child_environment
+from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, drain
 
 logger = logging.getLogger("topwork")
 
@@ -44,7 +44,7 @@ class WorkerConfig:
     max_text_chars: int = 100_000
 
 
-class Supervised:
+class WorkerSupervisor:
     """One worker process. For one event loop. It dies with this process: its input ends then.
 
     replaced: processes that were started after one that ended, or was killed because it was silent.
@@ -54,13 +54,13 @@ class Supervised:
         self.replaced = 0
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._monitor: asyncio.Task[None] | None = None
         self._ending = False
 
     @property
     def alive(self) -> bool:
         """Whether the worker runs, or is about to be started again."""
-        return self._watching is not None and not self._watching.done()
+        return self._monitor is not None and not self._monitor.done()
 
     @property
     def pid(self) -> int | None:
@@ -69,7 +69,7 @@ class Supervised:
 
     async def start(self) -> None:
         """Starts the worker; it comes up by itself, and nobody waits for it."""
-        self._watching = asyncio.create_task(self._watch(), name="worker")
+        self._monitor = asyncio.create_task(self._watch(), name="worker")
 
     def end(self) -> None:
         """From now on no other worker is started: this one may have been told to end, too."""
@@ -77,9 +77,9 @@ class Supervised:
 
     async def close(self) -> None:
         """Ends the worker; what it was at goes on in another one."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
+        if self._monitor is not None:
+            self._monitor.cancel()
+            await asyncio.wait([self._monitor])
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -121,7 +121,7 @@ class Supervised:
                     str(beating),
                     stdin=asyncio.subprocess.PIPE,
                     pass_fds=(beating,),
-                    env=environment(clouds=True),
+                    env=child_environment(clouds=True),
                 )
             finally:
                 os.close(beating)
@@ -143,10 +143,10 @@ class Supervised:
 
     async def _listen(self, process: asyncio.subprocess.Process, pipe: int) -> None:
         """Kills the worker once it gives no sign of life; until its first one it may take its time."""
-        pulse: Pulse | None = None
+        pulse: HeartbeatMonitor | None = None
         while process.returncode is None:
             if drain(pipe):
-                pulse = pulse or Pulse(process.pid)
+                pulse = pulse or HeartbeatMonitor(process.pid)
                 pulse.beat()
             if pulse is not None and (silent := pulse.look()) is not None:
                 logger.warning("the worker was silent for %.1f s, and is replaced", silent)

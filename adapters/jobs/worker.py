@@ -21,12 +21,12 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from adapters.jobs.callbacks import call_back
+from adapters.jobs.callbacks import send_callback
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.jobs.supervisor import WorkerConfig
-from adapters.processes.child import environment
-from adapters.processes.heartbeat import beat
-from adapters.redaction import tells_of_the_inside
+from adapters.processes.child import child_environment
+from adapters.processes.heartbeat import start_heartbeat
+from adapters.redaction import leaks_internals
 from adapters.registry.jobs import upload_of
 from adapters.registry.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry.registry import Registry
@@ -148,7 +148,7 @@ class Worker:
             return False
         if isinstance(error, OSError) and error.errno in _FULL:
             code, detail = StoreFull.code, "The worker's disk is full; make room, then try again."
-        if code is None or tells_of_the_inside(detail):
+        if code is None or leaks_internals(detail):
             traceback.print_exception(error)
             code, detail = code or "internal_error", "The worker's log has the cause."
         return self._recorded(lambda: jobs.fail(claim, code, detail))
@@ -161,21 +161,21 @@ class Worker:
         except StoreError as error:
             logger.warning("the upload of the job %s stays until the next sweep: %s", job.id, error)
         try:
-            call_back(self._registry.jobs.job(job.tenant, job.id))
+            send_callback(self._registry.jobs.job(job.tenant, job.id))
         except (RegistryError, StoreFull) as error:
             logger.warning("nobody is called back for the job %s: %s", job.id, error)
 
     def _take_in(self, lease: Lease) -> None:
         from adapters.adaptation.revision import AdapterLimits
         from adapters.examples.upload import UploadLimits
-        from adapters.jobs.bulk_adapt import Bulk
+        from adapters.jobs.bulk_adapt import BulkAdaptJob
         from adapters.probe.fit import ProbeConfig
 
         config = self._config
         limits = AdapterLimits(
             config.max_adapter_examples, config.max_labels, ProbeConfig(memory_bytes=config.max_fit_bytes)
         )
-        bulk = Bulk(
+        bulk = BulkAdaptJob(
             self._registry,
             self._store,
             device="cuda" if config.device == "cuda" else "cpu",
@@ -195,7 +195,7 @@ class Worker:
             return
         logger.info("exporting %s: once, about a minute", name)
         command = [sys.executable, "-m", "models.export", name]
-        with subprocess.Popen(command, env=environment()) as process:
+        with subprocess.Popen(command, env=child_environment()) as process:
             try:
                 while process.poll() is None:
                     lease.check()
@@ -210,11 +210,11 @@ class Worker:
         # holds its lease meanwhile.
         import torch
 
-        from adapters.jobs.fine_tune import Tuning
+        from adapters.jobs.fine_tune import FineTuneJob
 
         torch.set_num_threads(self._config.threads)
         scratch = Path(self._config.scratch)
-        Tuning(self._registry, self._store, scratch, self._config.device, self._input_limits).run(lease)
+        FineTuneJob(self._registry, self._store, scratch, self._config.device, self._input_limits).run(lease)
 
     @property
     def _input_limits(self) -> InputLimits:
@@ -280,7 +280,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         pulse = int(sys.argv[1])
         os.set_inheritable(pulse, False)
-        beat(lambda: os.write(pulse, b"."))
+        start_heartbeat(lambda: os.write(pulse, b"."))
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()

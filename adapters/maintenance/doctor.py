@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from sqlalchemy import Connection
 
-from adapters.maintenance.inspection import Damage, Examined, Examining, Finding
+from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
 from adapters.registry.commit import commit, drop_evidence, drop_versions, recount
 from adapters.registry.database import Database
 from adapters.registry.jobs import uploads_of
@@ -56,7 +56,7 @@ class Doctor:
         self._open = open_backbone
         self._repair = repair
         self._older_than = older_than
-        self._examining = Examining(database, store)
+        self._inspector = Inspector(database, store)
         self._backbones: dict[str, Backbone | None] = {}
         self._found = 0
         self._repaired = 0
@@ -70,7 +70,7 @@ class Doctor:
 
     def summary(self) -> Summary:
         """Of what was looked at by now."""
-        read = asdict(self._examining.read)
+        read = asdict(self._inspector.read)
         return Summary(
             **read, findings=self._found, repaired=self._repaired, left=self._found - self._repaired
         )
@@ -78,9 +78,9 @@ class Doctor:
     def _all(self) -> Iterator[Finding]:
         if self._repair:
             bring_back(self._store, self._referenced)
-        yield from self._examining.database()
-        for uid in self._examining.uids():
-            state, damages = self._examining.adapter(uid)
+        yield from self._inspector.database()
+        for uid in self._inspector.uids():
+            state, damages = self._inspector.adapter(uid)
             if state is None or not damages:
                 continue
             if self._repair:
@@ -104,7 +104,7 @@ class Doctor:
         with self._database.reading() as connection:
             return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)
 
-    def _mend(self, state: Examined, damages: Sequence[Damage]) -> Iterator[Finding]:
+    def _mend(self, state: InspectedAdapter, damages: Sequence[Damage]) -> Iterator[Finding]:
         """Versions first: what becomes live must not be another damaged one."""
         uid = state.record.uid
         versions = {number for damage in damages for number in damage.versions}
@@ -127,7 +127,7 @@ class Doctor:
                 simple = damage.versions or damage.evidence or damage.live or damage.recount
                 yield replace(damage.finding, repaired=bool(simple))
 
-    def _write(self, state: Examined, change: Callable[[Connection], tuple[Artifact, ...]]) -> None:
+    def _write(self, state: InspectedAdapter, change: Callable[[Connection], tuple[Artifact, ...]]) -> None:
         """Change the rows, and delete the files that nothing refers to any more."""
         with self._database.writing() as connection:
             unreferenced = change(connection)
@@ -135,7 +135,7 @@ class Doctor:
         with suppress(StoreError):
             self._store.delete(state.record.tenant, state.record.uid, unreferenced)
 
-    def _mend_examples(self, state: Examined, damage: Damage) -> Finding:
+    def _mend_examples(self, state: InspectedAdapter, damage: Damage) -> Finding:
         if damage.segment is None:
             moved = [Repoint(one.id, one.segment, one.row, None) for one in damage.examples]
             return self._repoint(state, damage, moved)
@@ -158,12 +158,12 @@ class Doctor:
             state, damage, [Repoint(one.id, new, one.row, one.inputs) for one in damage.examples]
         )
 
-    def _repoint(self, state: Examined, damage: Damage, moved: Sequence[Repoint]) -> Finding:
+    def _repoint(self, state: InspectedAdapter, damage: Damage, moved: Sequence[Repoint]) -> Finding:
         """Have the examples lie elsewhere, unless they were changed since they were read."""
         uid = state.record.uid
         try:
             with self._database.writing() as connection:
-                now = Examined.read(connection, uid)
+                now = InspectedAdapter.read(connection, uid)
                 if _places(now.examples, damage) != _places(damage.examples, damage):
                     raise RevisionMoved("The examples changed meanwhile.")
                 change = Change(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from sqlalchemy import Connection, delete, insert, select, update
 
-from adapters.adaptation.layout import Place, Stored, locate, plan_change
+from adapters.adaptation.layout import SegmentSlot, Stored, locate, plan_change
 from adapters.registry.commit import commit
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, digest
@@ -139,7 +139,7 @@ def _change(
     )
 
 
-def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> Place:
+def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> SegmentSlot:
     """The places, one after the other in new files."""
     tenant, uid = adapter.tenant, adapter.uid
     read = {place.segment: files.read(tenant, uid, place.segment) for place in bundle}
@@ -148,7 +148,7 @@ def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> 
     segment = files.publish(tenant, uid, encode_embeddings(moved, adapter.fingerprint))
     kept = {place.inputs for place in bundle if place.inputs is not None}
     if not kept:
-        return Place(segment, 0, None)
+        return SegmentSlot(segment, 0, None)
     inputs = {one: decode_inputs(files.read(tenant, uid, one)) for one in kept}
     values = [inputs[place.inputs][place.row] for place in bundle if place.inputs is not None]
-    return Place(segment, 0, files.publish(tenant, uid, encode_inputs(values)))
+    return SegmentSlot(segment, 0, files.publish(tenant, uid, encode_inputs(values)))

@@ -70,7 +70,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
+class InspectedAdapter:
     """An adapter as it was read in one transaction."""
 
     record: AdapterRecord
@@ -80,7 +80,7 @@ class Examined:
     uploads: frozenset[Artifact]
 
     @classmethod
-    def read(cls, connection: Connection, uid: str) -> Examined:
+    def read(cls, connection: Connection, uid: str) -> InspectedAdapter:
         """Raises UnknownAdapter."""
         record = adapter_by_uid(connection, uid)
         query = select(adapters.c.next_version).where(adapters.c.uid == uid)
@@ -93,7 +93,7 @@ class Examined:
         )
 
 
-class Examining:
+class Inspector:
     """Looks at everything, while services may run. Blocking."""
 
     def __init__(self, database: Database, store: Store) -> None:
@@ -123,19 +123,19 @@ class Examining:
             yield from page
             after = page[-1]
 
-    def adapter(self, uid: str) -> tuple[Examined | None, list[Damage]]:
+    def adapter(self, uid: str) -> tuple[InspectedAdapter | None, list[Damage]]:
         """An adapter with all that is damaged of it; None where it is gone.
 
         What is found of one that changes meanwhile is looked for again.
         """
-        state: Examined | None = None
+        state: InspectedAdapter | None = None
         found: list[Damage] = []
         before = replace(self.read)
         for _ in range(_LOOKS):
             earlier = state
             try:
                 with self._database.reading() as connection:
-                    state = Examined.read(connection, uid)
+                    state = InspectedAdapter.read(connection, uid)
             except UnknownAdapter:
                 return None, []
             if earlier is not None and _same(earlier, state):
@@ -146,7 +146,7 @@ class Examining:
                 break
         return state, found
 
-    def _damages(self, state: Examined) -> Iterator[Damage]:
+    def _damages(self, state: InspectedAdapter) -> Iterator[Damage]:
         for version in state.versions:
             yield from self._version(state, version)
         yield from self._examples(state)
@@ -156,7 +156,7 @@ class Examining:
                 yield Damage(_finding(state, "upload", problem, "Cancel the job and upload again."))
         yield from _counts(state)
 
-    def _version(self, state: Examined, version: VersionRecord) -> Iterator[Damage]:
+    def _version(self, state: InspectedAdapter, version: VersionRecord) -> Iterator[Damage]:
         number = version.number
         head, problem = self._load(state, version.artifact, Head.from_bytes)
         if problem is None and head is not None and version.labels != len(head.labels):
@@ -181,7 +181,7 @@ class Examining:
                 finding = _finding(state, f"evidence of version {number}", problem, detail)
                 yield Damage(finding, evidence=frozenset({number}))
 
-    def _examples(self, state: Examined) -> Iterator[Damage]:
+    def _examples(self, state: InspectedAdapter) -> Iterator[Damage]:
         lying: dict[tuple[Artifact, Artifact | None], list[ExampleRecord]] = defaultdict(list)
         for example in state.examples:
             lying[example.segment, example.inputs].append(example)
@@ -199,7 +199,7 @@ class Examining:
                 yield _damaged_examples(state, (segment, segment_problem), (inputs, inputs_problem), here)
 
     def _load(
-        self, state: Examined, artifact: Artifact, decode: Callable[[bytes], T]
+        self, state: InspectedAdapter, artifact: Artifact, decode: Callable[[bytes], T]
     ) -> tuple[T | None, str | None]:
         """What an artifact holds, or the code of what is wrong with it."""
         try:
@@ -226,16 +226,16 @@ def _wrong_rows(vectors: Any, last: int) -> str | None:
     return None if np.isfinite(vectors).all() else "not_finite"
 
 
-def _same(one: Examined, other: Examined) -> bool:
+def _same(one: InspectedAdapter, other: InspectedAdapter) -> bool:
     return (one.record.epoch, one.uploads) == (other.record.epoch, other.uploads)
 
 
-def _finding(state: Examined, what: str, code: str, detail: str) -> Finding:
+def _finding(state: InspectedAdapter, what: str, code: str, detail: str) -> Finding:
     return Finding(state.record.tenant, state.record.name, what, code, detail)
 
 
 def _damaged_examples(
-    state: Examined,
+    state: InspectedAdapter,
     segment: tuple[Artifact, str | None],
     inputs: tuple[Artifact | None, str | None],
     here: Sequence[ExampleRecord],
@@ -261,7 +261,7 @@ def _damaged_examples(
     )
 
 
-def _counts(state: Examined) -> Iterator[Damage]:
+def _counts(state: InspectedAdapter) -> Iterator[Damage]:
     record = state.record
     numbers = {version.number for version in state.versions}
     if record.live is not None and record.live not in numbers:

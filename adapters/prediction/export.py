@@ -12,7 +12,7 @@ from typing import Final, Literal
 from tokenizers import Tokenizer
 
 from adapters.heads.onnx import append_head
-from adapters.prediction.predictor import Loaded, Predicting
+from adapters.prediction.predictor import Loaded, Predictor
 from models.preprocess.pixels import with_byte_input
 from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
 
@@ -23,23 +23,23 @@ FORMAT: Final = "3"
 Format = Literal["onnx", "safetensors"]
 
 
-class Exporting:
+class VersionExporter:
     """Makes export files.
 
     For one event loop. One ONNX file at a time, for each is as large as its backbone.
     """
 
-    def __init__(self, predicting: Predicting) -> None:
-        self._predicting = predicting
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
         self._turn = asyncio.Semaphore(1)
 
     async def export(self, tenant: str, name: str, number: int, form: Format) -> bytes:
-        """The version as a file. Raises UnknownAdapter, UnknownVersion, and what Predicting.load raises."""
-        loaded = await self._predicting.load(tenant, name, number)
+        """The version as a file. Raises UnknownAdapter, UnknownVersion, and what Predictor.load raises."""
+        loaded = await self._predictor.load(tenant, name, number)
         if form == "safetensors":
             return loaded.head.to_bytes()
         async with self._turn:
-            graph = await self._predicting.graph(loaded)
+            graph = await self._predictor.graph(loaded)
             return await asyncio.to_thread(_with_head, graph, loaded)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.repository import Keeping
-from adapters.cache.lru import Cache
+from adapters.adaptation.repository import AdapterRepository
+from adapters.cache.lru import ByteLRU
 from adapters.examples.target import Target
 from adapters.registry.records import Alias, ExampleRecord
 from adapters.storage.artifact import Artifact
@@ -45,12 +45,12 @@ class Known:
         return 300 * len(self.ids) + 200
 
 
-class Explaining:
+class NeighbourIndex:
     """Finds nearest examples. For one event loop. Reads the database and the segments, once per commit."""
 
-    def __init__(self, keeping: Keeping, *, max_bytes: int = 16 << 20) -> None:
-        self._keeping = keeping
-        self._known: Cache[Known] = Cache(max_bytes, lambda known: known.nbytes)
+    def __init__(self, repository: AdapterRepository, *, max_bytes: int = 16 << 20) -> None:
+        self._repository = repository
+        self._known: ByteLRU[Known] = ByteLRU(max_bytes, lambda known: known.nbytes)
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
         """Forget what is in memory of the tenant, or of its adapter of that name."""
@@ -69,7 +69,7 @@ class Explaining:
         queries = _unit(embeddings)
         best: list[list[tuple[float, int]]] = [[] for _ in embeddings]
         for segment, (indexes, rows) in known.segments.items():
-            vectors = await self._keeping.segment(alias.tenant, alias.uid, segment)
+            vectors = await self._repository.segment(alias.tenant, alias.uid, segment)
             similarities = await asyncio.to_thread(_similarities, queries, vectors, rows)
             for row, found in enumerate(similarities):
                 top = np.argsort(-found, kind="stable")[:count].tolist()
@@ -84,8 +84,8 @@ class Explaining:
 
     async def _load(self, alias: Alias) -> Known:
         assert alias.evidence is not None
-        evidence = await self._keeping.read(alias.tenant, alias.uid, alias.evidence, decode_evidence)
-        _, examples = await asyncio.to_thread(self._keeping.registry.all_examples, alias.uid)
+        evidence = await self._repository.read(alias.tenant, alias.uid, alias.evidence, decode_evidence)
+        _, examples = await asyncio.to_thread(self._repository.registry.all_examples, alias.uid)
         return await asyncio.to_thread(_join, evidence, examples)
 
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.cache.aliases import Aliases
-from adapters.cache.lru import Cache
-from adapters.cache.networks import Networks
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
+from adapters.cache.networks import NetworkPool
 from adapters.examples.target import Task
 from adapters.examples.validation import kind_of, wrong_kind
 from adapters.heads.head import Head
-from adapters.prediction.neighbours import Explaining, Neighbour
-from adapters.prediction.scorer import Answering, Prediction
+from adapters.prediction.neighbours import Neighbour, NeighbourIndex
+from adapters.prediction.scorer import HeadScorer, Prediction
 from adapters.registry.records import Alias
 from adapters.storage.artifact import MissingArtifact, Store
 from models.backbone import Embedded
@@ -79,7 +79,7 @@ class Loaded:
     batcher: Batcher  # of the backbone, from which a fine-tuned version has its own network
 
 
-class Predicting:
+class Predictor:
     """Answers with heads in memory.
 
     For one event loop. observe(stage, seconds) is called with the stage head.
@@ -87,21 +87,21 @@ class Predicting:
 
     def __init__(
         self,
-        aliases: Aliases,
+        aliases: AliasCache,
         store: Store,
-        heads: Cache[Head],
+        heads: ByteLRU[Head],
         batchers: Mapping[str, Batcher],
-        explaining: Explaining,
-        networks: Networks,
+        neighbour_index: NeighbourIndex,
+        networks: NetworkPool,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
         self.batchers = batchers
         self._aliases = aliases
         self._store = store
         self._heads = heads
-        self._explaining = explaining
+        self._neighbour_index = neighbour_index
         self._networks = networks
-        self._answering = Answering(lambda seconds: observe("head", seconds))
+        self._scorer = HeadScorer(lambda seconds: observe("head", seconds))
 
     def check_room(self, tenant: str, name: str) -> None:
         """Raises Overloaded or BatcherClosed where a prediction would end so, as far as is known.
@@ -125,7 +125,7 @@ class Predicting:
             embedded = await embed(batcher, query.inputs, tenant)
         good = [index for index in range(len(query.inputs)) if index not in embedded.errors]
         vectors = embedded.embeddings[good] if embedded.errors else embedded.embeddings
-        answers = await self._answering.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
+        answers = await self._scorer.answer(loaded.head, vectors, query.top_k, alone=embedded.callers == 1)
         if embedded.unknown:
             answers = [
                 _without_words(one, loaded.head) if index in embedded.unknown else one
@@ -172,14 +172,14 @@ class Predicting:
     async def _nearest(
         self, alias: Alias, query: PredictQuery, vectors: Floats
     ) -> list[tuple[Neighbour, ...]]:
-        """See Explaining.nearest. What went a moment ago is looked for where it is now."""
+        """See NeighbourIndex.nearest. What went a moment ago is looked for where it is now."""
         try:
-            return await self._explaining.nearest(alias, vectors, query.explain)
+            return await self._neighbour_index.nearest(alias, vectors, query.explain)
         except MissingArtifact:
             newer = await self._newer(alias, query.version)
             if newer.epoch == alias.epoch:
                 raise
-            return await self._explaining.nearest(newer, vectors, query.explain)
+            return await self._neighbour_index.nearest(newer, vectors, query.explain)
 
     async def _load(self, alias: Alias) -> Loaded:
         if alias.version is None or alias.artifact is None:

@@ -62,7 +62,7 @@ class Prediction:
 _Waiting = tuple[Floats, asyncio.Future[list[Prediction]]]
 
 
-class Answering:
+class HeadScorer:
     """For one event loop. observe(seconds) is called with the seconds of each pass.
 
     Callers whose inputs were in one batch of a backbone wake together. A head is forty small operations of

@@ -34,7 +34,7 @@ _COLUMNS_OF_DEAR = 192
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FitBudget:
     """How a fit of logistic regressions goes.
 
     folds: how many the examples are dealt into. searched: folds on which strengths are compared. held_out:
@@ -62,7 +62,9 @@ def fold_count(examples: int, per_label: int | None = None) -> int:
     return max(2, min(most, examples, most if per_label is None else per_label))
 
 
-def plan(n: int, dim: int, labels: int, distinct: int | None = None, per_label: int | None = None) -> Plan:
+def plan(
+    n: int, dim: int, labels: int, distinct: int | None = None, per_label: int | None = None
+) -> FitBudget:
     """How to fit n examples (distinct of them different) with so many columns and labels.
 
     per_label: distinct examples that a label usually has.
@@ -74,14 +76,14 @@ def plan(n: int, dim: int, labels: int, distinct: int | None = None, per_label: 
     steps = searched * _SEARCH_STEPS + (folds - searched) * _FOLD_STEPS + _FINAL_STEPS
     fixed = _SECONDS_AT_LEAST + n * _SECONDS_PER_EXAMPLE + _basis_seconds(n, dim)
     if step * steps <= _DEAR:
-        return Plan(folds, searched, folds, 1, dim, 1e-6, fixed + step * steps)
+        return FitBudget(folds, searched, folds, 1, dim, 1e-6, fixed + step * steps)
     columns = min(columns, _COLUMNS_OF_DEAR)
     step = _step_seconds(n, columns, labels)
     # Two examples of every label must be left, or there is nothing to hold out.
     share = int(max(1, min(2 * _SEARCH_STEPS * step // _SEARCH_SECONDS, n // (4 * labels))))
     held_out = int(max(1, min(folds, _HELD_OUT_SECONDS // (_COLD_STEPS * step))))
     seconds = step * (2 * _SEARCH_STEPS / share + held_out * _COLD_STEPS + _DEAR_FINAL_STEPS)
-    return Plan(folds, 2, held_out, share, columns, 1e-5, fixed + seconds)
+    return FitBudget(folds, 2, held_out, share, columns, 1e-5, fixed + seconds)
 
 
 def predicted_seconds(n: int, dim: int, labels: int, task: Task) -> float:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.heads.head import Head, directions_for, doubt_of, smoothed, softmax, storable
+from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import basis_of, scaling_of
 from adapters.probe import calibration
-from adapters.probe.budget import Plan
-from adapters.probe.cross_validation import CrossValidation, Prepared, strength_penalty
+from adapters.probe.budget import FitBudget
+from adapters.probe.cross_validation import CrossValidation, FitInputs, strength_penalty
 from adapters.probe.lda import Discriminant
 from adapters.probe.logistic import Softmax
 
@@ -30,7 +30,7 @@ _MOST_NAMED = 5
 
 
 def fit_classification(
-    data: Prepared, labels: NDArray[np.int64], names: tuple[str, ...]
+    data: FitInputs, labels: NDArray[np.int64], names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for labels, numbers of names (n,); see linear_probe.fit."""
     count = len(names)
@@ -95,7 +95,7 @@ def fit_classification(
         scaling=scaling,
         weight=storable(weight),
         bias=bias,
-        doubt=doubt_of(threshold, logits, "classification"),
+        doubt=fit_abstention(threshold, logits, "classification"),
         region=region,
         smoothing=smoothing,
         measured=tellable,
@@ -216,7 +216,7 @@ def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
     return result - np.float32(np.log(np.exp(result).sum()))
 
 
-def _held_out(plan: Plan, folds: NDArray[np.int64]) -> int:
+def _held_out(plan: FitBudget, folds: NDArray[np.int64]) -> int:
     """How many folds, the first ones, the search or the report holds out."""
     return min(max(plan.searched, plan.held_out), int(folds.max(initial=-1)) + 1)
 

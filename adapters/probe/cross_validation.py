@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.probe.budget import Plan
+from adapters.probe.budget import FitBudget
 from adapters.probe.logistic import Design, Link, solve
 
 Floats = NDArray[np.float32]
@@ -33,7 +33,7 @@ _FINAL_STEPS = 150
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class FitInputs:
     """What fitting labels starts from.
 
     embeddings: float32 (n, dim) in canonical order; they are overwritten. folds: (n,) in 0..k-1, or -1 for
@@ -46,7 +46,7 @@ class Prepared:
     folds: NDArray[np.int64]
     groups: NDArray[np.int64]
     sampled: NDArray[np.bool_]
-    plan: Plan
+    plan: FitBudget
     fingerprint: str
     answer_accuracy: float
     balanced: bool
@@ -79,7 +79,7 @@ class CrossValidation:
     memory_bytes: int
 
     def choose(
-        self, plan: Plan, share: NDArray[np.int64], loss: Loss, intercepts: Floats | None = None
+        self, plan: FitBudget, share: NDArray[np.int64], loss: Loss, intercepts: Floats | None = None
     ) -> Chosen:
         """Seeks the strength as planned, solves the folds to hold out, then all rows.
 

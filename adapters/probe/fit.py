@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from adapters.examples.copies import together, with_misled
 from adapters.examples.target import ANSWER_ACCURACY, Target, Task, folds, labels_of
 from adapters.heads.head import Head
-from adapters.probe.budget import Plan, plan, predicted_seconds
+from adapters.probe.budget import FitBudget, plan, predicted_seconds
 from adapters.probe.classification import fit_classification
-from adapters.probe.cross_validation import Prepared
+from adapters.probe.cross_validation import FitInputs
 from adapters.probe.multilabel import fit_multilabel
 from adapters.probe.regression import fit_ridge
 
@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 
 __all__ = [
     "Dataset",
-    "Fitted",
+    "FittedProbe",
     "OneLabel",
     "ProbeConfig",
     "TooCostly",
@@ -97,7 +97,7 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedProbe:
     """A head with what is known of it.
 
     report: JSON-able; suspects name rows of the dataset by "index". scores: float32 (n,), out of fold: 1 or
@@ -110,7 +110,7 @@ class Fitted:
     scores: Floats
 
 
-def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
+def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
     """A head for the examples, with everything reported from out-of-fold predictions.
 
     Deterministic: the same examples in any order give the same bytes. Raises OneLabel, TooCostly.
@@ -135,7 +135,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> Fitted:
     dealt = (
         np.where(dealt < 0, -1, np.searchsorted(used, dealt)) if len(used) > 1 else np.full_like(dealt, -1)
     )
-    prepared = Prepared(
+    prepared = FitInputs(
         embeddings=embeddings,
         folds=dealt,
         groups=groups,
@@ -172,7 +172,7 @@ def expected_seconds(data: Dataset, config: ProbeConfig = ProbeConfig()) -> floa
     return predicted
 
 
-def _method(folds: int, course: Plan) -> str:
+def _method(folds: int, course: FitBudget) -> str:
     measured = max(course.held_out, 0 if course.share > 1 else course.searched)
     if measured < folds:
         return f"{measured} of {folds} folds held out"
@@ -213,7 +213,7 @@ def _canonical_order(data: Dataset) -> list[int]:
     return sorted(range(len(data.digests)), key=key)
 
 
-def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> Fitted:
+def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> FittedProbe:
     """Back from canonical rows to the caller's, and told what was not measured."""
     if not head.measured:
         report["warnings"] = [*report["warnings"], dict(_NOT_MEASURED)]
@@ -221,4 +221,4 @@ def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floa
     back[order] = scores
     for suspect in report.get("suspects", ()):
         suspect["index"] = order[suspect["index"]]
-    return Fitted(head, report, back)
+    return FittedProbe(head, report, back)

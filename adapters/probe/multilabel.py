@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.heads.head import Head, directions_for, doubt_of, sigmoid, smoothed, storable
+from adapters.heads.head import Head, directions_for, fit_abstention, sigmoid, smoothed, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import basis_of, scaling_of
 from adapters.probe import calibration
-from adapters.probe.cross_validation import CrossValidation, Prepared
+from adapters.probe.cross_validation import CrossValidation, FitInputs
 from adapters.probe.logistic import Sigmoid
 
 Floats = NDArray[np.float32]
@@ -35,7 +35,7 @@ _LAST = np.array([-1])
 
 
 def fit_multilabel(
-    data: Prepared, targets: Bools, names: tuple[str, ...]
+    data: FitInputs, targets: Bools, names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for targets, which names are there (n, labels); see linear_probe.fit."""
     count = len(names)
@@ -99,7 +99,7 @@ def fit_multilabel(
         scaling=scaling,
         weight=storable(np.float32(slope) * weight),
         bias=bias,
-        doubt=doubt_of(0.0, logits, "multilabel"),
+        doubt=fit_abstention(0.0, logits, "multilabel"),
         region=region,
         decisions=decisions,
         smoothing=smoothing,

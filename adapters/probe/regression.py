@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adapters.heads.head import Head, directions_for
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
-from adapters.probe.cross_validation import Prepared
+from adapters.probe.cross_validation import FitInputs
 from adapters.probe.leverage import LeftOut, left_out, spectrum_of
 
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ class _Chosen:
     without: Doubles
 
 
-def fit_ridge(data: Prepared, values: Doubles) -> tuple[Head, dict[str, Any], Floats]:
+def fit_ridge(data: FitInputs, values: Doubles) -> tuple[Head, dict[str, Any], Floats]:
     """Head, report and scores (n,) for rows in canonical order; see linear_probe.fit.
 
     Errors are those on groups left out, exactly; only sampled rows count. The strength is the one with the
@@ -117,7 +117,7 @@ def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Cho
 
 
 def _explained(
-    chosen: _Chosen, left: LeftOut, shrinkage: Doubles, standard: Doubles, data: Prepared
+    chosen: _Chosen, left: LeftOut, shrinkage: Doubles, standard: Doubles, data: FitInputs
 ) -> dict[str, Any]:
     """R² and where, with 95 % confidence, that of the head lies; None if the sampled targets are all alike.
 

@@ -14,7 +14,7 @@ _SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS"
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
 
 
-def environment(*, clouds: bool = False) -> dict[str, str]:
+def child_environment(*, clouds: bool = False) -> dict[str, str]:
     """This process's without its secrets, with which a child finds our packages whatever its folder.
 
     clouds: keep the variables by which buckets are opened.

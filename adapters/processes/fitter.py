@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.heads.head import Head
-from adapters.probe.fit import Dataset, Fitted, OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
-from adapters.processes.child import environment
-from adapters.processes.heartbeat import LOOK_SECONDS, Headway, Pulse, beat
+from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
+from adapters.processes.child import child_environment
+from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, ProgressClock, start_heartbeat
 from adapters.processes.turns import Turns
 from models.priority import NICENESS
 
@@ -84,7 +84,7 @@ class _Request:
     tenant: str
     dataset: Dataset
     config: ProbeConfig
-    answer: asyncio.Future[Fitted]
+    answer: asyncio.Future[FittedProbe]
 
 
 class Fitter:
@@ -126,7 +126,9 @@ class Fitter:
         for line in self._lines:
             line.start()
 
-    async def fit(self, dataset: Dataset, config: ProbeConfig = ProbeConfig(), *, tenant: str = "") -> Fitted:
+    async def fit(
+        self, dataset: Dataset, config: ProbeConfig = ProbeConfig(), *, tenant: str = ""
+    ) -> FittedProbe:
         """linear_probe.fit in another process.
 
         Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
@@ -173,7 +175,7 @@ class _Line:
         self._current: _Request | None = None
         self._starting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._monitor: asyncio.Task[None] | None = None
         # Blocking pipes in a thread: 100 MB of embeddings pass without the event loop taking part.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitter")
 
@@ -194,9 +196,9 @@ class _Line:
     def start(self) -> None:
         """Takes fits from now on."""
         self._serving = asyncio.create_task(self._serve())
-        self._watching = asyncio.create_task(self._watch())
+        self._monitor = asyncio.create_task(self._watch())
 
-    async def fit(self, tenant: str, dataset: Dataset, config: ProbeConfig) -> Fitted:
+    async def fit(self, tenant: str, dataset: Dataset, config: ProbeConfig) -> FittedProbe:
         """See Fitter.fit."""
         if not self.open:
             raise FitterUnavailable("The fitter is closed.")
@@ -209,7 +211,7 @@ class _Line:
             self._waiting.remove(tenant, request)
 
     async def close(self) -> None:
-        for task in filter(None, (self._watching, self._serving)):
+        for task in filter(None, (self._monitor, self._serving)):
             task.cancel()
             await asyncio.wait([task])
         if self.process is not None:
@@ -258,7 +260,7 @@ class _Line:
             if not request.answer.done():
                 request.answer.set_result(fitted)
 
-    async def _fit(self, request: _Request) -> Fitted:
+    async def _fit(self, request: _Request) -> FittedProbe:
         dataset, config = request.dataset, request.config
         header = {
             "task": dataset.task,
@@ -276,7 +278,7 @@ class _Line:
                 break
             started = time.monotonic()
 
-            def ask(process: _Process = process) -> Fitted:
+            def ask(process: _Process = process) -> FittedProbe:
                 process.write(header, [embeddings])
                 return _fitted(*process.read())
 
@@ -348,9 +350,9 @@ class _Process:
             [sys.executable, "-m", "adapters.processes.fitter", str(niceness)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment() | _ONE_THREAD,
+            env=child_environment() | _ONE_THREAD,
         )
-        self.pulse = Pulse(self._child.pid)
+        self.pulse = HeartbeatMonitor(self._child.pid)
         self._answers: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
         self._hearing = threading.Thread(target=self._hear, name="fitter-answers", daemon=True)
         self._hearing.start()
@@ -436,12 +438,12 @@ def _read_frame(pipe: IO[bytes]) -> _Frame | None:
     return header, arrays
 
 
-def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Fitted:
+def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> FittedProbe:
     """The answer of the process, or what it raised."""
     match header.get("error"):
         case None:
             scores, head = arrays
-            return Fitted(Head.from_bytes(head.tobytes()), header["report"], scores)
+            return FittedProbe(Head.from_bytes(head.tobytes()), header["report"], scores)
         case {"code": OneLabel.code, "detail": str(detail)}:
             raise OneLabel(detail)
         case {"code": TooCostly.code, "predicted": float(predicted), "limit": float(limit)}:
@@ -493,7 +495,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
-    headway, writing = Headway(), threading.Lock()
+    headway, writing = ProgressClock(), threading.Lock()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # Whatever prints must not get between the frames.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -511,7 +513,7 @@ def main() -> None:
     try:
         _warm()
         answer({"ready": True}, [])
-        beat(lambda: answer({"beat": True}, []), headway.made)
+        start_heartbeat(lambda: answer({"beat": True}, []), headway.made)
         threading.Thread(target=read, daemon=True).start()
         while True:
             header, (embeddings,) = requests.get()

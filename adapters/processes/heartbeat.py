@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from models.priority import Other
+from models.priority import ProcessCpuClock
 
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.5
@@ -21,7 +21,7 @@ _WORK_SECONDS = 0.01
 _LEAST_SECONDS = 1e-4
 
 
-class Pulse:
+class HeartbeatMonitor:
     """What is known of a child's life. For one thread, but for `beat`, which any may call.
 
     Time is that between looks, as far as they came: one who was stopped together with the child, or starved,
@@ -30,7 +30,7 @@ class Pulse:
 
     def __init__(self, pid: int) -> None:
         self._beats = 0
-        self._cpu = Other(pid)
+        self._cpu = ProcessCpuClock(pid)
         self._heard = -1
         self._used = 0.0
         self._silent = 0.0
@@ -57,7 +57,7 @@ class Pulse:
         return None if computes and self._silent < _LONGEST_SECONDS else self._silent
 
 
-def beat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -> None:
+def start_heartbeat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -> None:
     """Calls tell each second from a thread of its own while `lives`; ends when there is nobody to tell."""
 
     def go_on() -> None:
@@ -72,7 +72,7 @@ def beat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -
     threading.Thread(target=go_on, name="pulse", daemon=True).start()
 
 
-class Headway:
+class ProgressClock:
     """Whether a thread is idle or uses its core: one that waits for a lock for ever does neither.
 
     Made in that thread, which says when it is idle.

@@ -39,7 +39,7 @@ _FASTEST = 1  # others wait for the transaction
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class StoredReply:
     """An answer, and the sha256 of the request that it was given to."""
 
     request_sha256: str
@@ -49,7 +49,7 @@ class Answered:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Reply(Generic[T]):
+class PendingReply(Generic[T]):
     """How a request with a key is answered once it is known what became of it.
 
     key_sha256: of the key. render: called in the transaction that makes the change, so that both are written
@@ -57,11 +57,11 @@ class Reply(Generic[T]):
     """
 
     key_sha256: str
-    render: Callable[[T], Answered]
+    render: Callable[[T], StoredReply]
 
-    def of(self, outcome: Callable[[S], T]) -> Reply[S]:
+    def of(self, outcome: Callable[[S], T]) -> PendingReply[S]:
         """The reply to what `outcome` makes a T of: a commit is less than the answer tells of."""
-        return Reply(self.key_sha256, lambda found: self.render(outcome(found)))
+        return PendingReply(self.key_sha256, lambda found: self.render(outcome(found)))
 
 
 class AlreadyAnswered(RegistryError):
@@ -69,7 +69,7 @@ class AlreadyAnswered(RegistryError):
 
     code = "already_answered"
 
-    def __init__(self, answered: Answered) -> None:
+    def __init__(self, answered: StoredReply) -> None:
         super().__init__("A request with this Idempotency-Key was answered before.")
         self.answered = answered
 
@@ -80,20 +80,20 @@ class Replies:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def find(self, tenant: str, key_sha256: str) -> Answered | None:
+    def find(self, tenant: str, key_sha256: str) -> StoredReply | None:
         """What the tenant was answered under the key in the last REPLIES_KEPT seconds."""
         with self._database.reading() as connection:
             return _find(connection, tenant, key_sha256)
 
 
-def check_unanswered(connection: Connection, tenant: str, reply: Reply[Any] | None) -> None:
+def check_unanswered(connection: Connection, tenant: str, reply: PendingReply[Any] | None) -> None:
     """Raises AlreadyAnswered for a known key: before any other refusal, which would hide the answer."""
     found = None if reply is None else _find(connection, tenant, reply.key_sha256)
     if found is not None:
         raise AlreadyAnswered(found)
 
 
-def keep(connection: Connection, tenant: str, uid: str, reply: Reply[T] | None, outcome: T) -> None:
+def keep(connection: Connection, tenant: str, uid: str, reply: PendingReply[T] | None, outcome: T) -> None:
     """Write the reply to what the transaction does to the adapter; for its very end.
 
     It waits for a transaction that has just written the same key. Raises AlreadyAnswered if that is
@@ -165,11 +165,11 @@ def _unpack(stored: str) -> str:
     return zlib.decompress(base64.b64decode(stored.removeprefix(_PACKED))).decode()
 
 
-def _find(connection: Connection, tenant: str, key_sha256: str) -> Answered | None:
+def _find(connection: Connection, tenant: str, key_sha256: str) -> StoredReply | None:
     young = replies.c.at >= current_time(connection) - timedelta(seconds=REPLIES_KEPT)
     query = select(replies.c.request_sha256, replies.c.status, replies.c.body)
     row = connection.execute(query.where(_under(tenant, key_sha256), young)).one_or_none()
-    return None if row is None else Answered(row.request_sha256, row.status, _unpack(row.body))
+    return None if row is None else StoredReply(row.request_sha256, row.status, _unpack(row.body))
 
 
 def _under(tenant: str, key_sha256: str) -> Any:

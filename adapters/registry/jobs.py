@@ -16,7 +16,7 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
 
 from adapters.registry.database import Database, take_turns
-from adapters.registry.idempotency import Reply, check_unanswered, keep
+from adapters.registry.idempotency import PendingReply, check_unanswered, keep
 from adapters.registry.queries import adapter_by_name, current_time
 from adapters.registry.records import (
     Claim,
@@ -61,7 +61,7 @@ class Jobs:
         *,
         deadline_seconds: float | None,
         max_open: int,
-        reply: Reply[JobRecord] | None = None,
+        reply: PendingReply[JobRecord] | None = None,
     ) -> JobRecord:
         """Queue a job. Raises UnknownAdapter, and TooManyJobs where max_open are queued or running.
 

@@ -14,7 +14,7 @@ from adapters.registry import commit as committing
 from adapters.registry.commit import CHANGES_KEPT
 from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
-from adapters.registry.idempotency import Replies, Reply, check_unanswered, keep
+from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
 from adapters.registry.jobs import Jobs, uploads_of
 from adapters.registry.queries import (
     adapter_by_name,
@@ -242,7 +242,7 @@ class Registry:
             return alias_of(connection, adapter_by_name(connection, tenant, name), version)
 
     def commit(
-        self, change: Change, *, job: Claim | None = None, reply: Reply[Committed] | None = None
+        self, change: Change, *, job: Claim | None = None, reply: PendingReply[Committed] | None = None
     ) -> Committed:
         """Write the change in one durable transaction, or nothing of it.
 

@@ -21,7 +21,7 @@ import numpy as np
 from adapters.finetune.data import Images
 from adapters.finetune.export import finish
 from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
-from adapters.finetune.model import Lesson, Model
+from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.trainer import fine_tune
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scaling = Scaling("none", np.zeros(spec.dim, np.float32), 1.0)
     head = Head("classification", spec.fingerprint, names, scaling, weight, np.zeros(len(names), np.float32))
     labels = np.arange(options.pictures) % len(names)
-    lesson = Lesson(
+    lesson = TrainingSet(
         Images(spec.transform, [jpeg(seed) for seed in range(options.pictures)]),
         labels,
         np.arange(options.pictures) % 4 == 3,

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.harness import bare_loop as bare
+from benchmarks.harness import bare_loop
 from benchmarks.harness.service_process import ROOT
 
 _PATIENCE = 300.0
@@ -44,7 +44,7 @@ class BareLoop:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
-        self.best = next(iter(bare.WAYS))
+        self.best = next(iter(bare_loop.WAYS))
         self._answer()
 
     def seconds(self, way: str, times: int = 1) -> float:
@@ -58,7 +58,7 @@ class BareLoop:
 
     def seek(self, rounds: int = 3) -> dict[str, float]:
         """Inputs a second of every way, the best of some rounds; the fastest becomes `best`."""
-        rates = {way: self.count / min(self.seconds(way) for _ in range(rounds)) for way in bare.WAYS}
+        rates = {way: self.count / min(self.seconds(way) for _ in range(rounds)) for way in bare_loop.WAYS}
         self.best = max(rates, key=lambda way: rates[way])
         return rates
 

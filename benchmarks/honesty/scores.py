@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.examples.target import Target, Task
 from adapters.heads.head import Head, Predictions
-from adapters.probe.fit import Dataset, Fitted
+from adapters.probe.fit import Dataset, FittedProbe
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -72,7 +72,7 @@ class Claim:
         return self.low <= self.true <= self.high
 
 
-def claim(fitted: Fitted, task: Task, true: float) -> Claim:
+def claim(fitted: FittedProbe, task: Task, true: float) -> Claim:
     """What the report says, beside the truth."""
     reported = fitted.report[SCORES[task]]
     interval = fitted.report[f"{SCORES[task]}_interval"]

@@ -38,18 +38,18 @@ class Asked:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.answering = 0
+        self.scorer = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """A request, meanwhile."""
         with self.lock:
-            self.answering += 1
+            self.scorer += 1
         try:
             yield
         finally:
             with self.lock:
-                self.answering -= 1
+                self.scorer -= 1
 
 
 class Said(Asked):

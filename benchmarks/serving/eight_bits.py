@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.harness import client
 from benchmarks.harness.options import asked
 from benchmarks.harness.report import Report, Spread, table
-from benchmarks.training import splits as experiments
+from benchmarks.training import splits
 from benchmarks.training.splits import Split
 
 SEEDS = 3
@@ -36,17 +36,15 @@ def accuracy(split: Split, service: client.Client, backbone: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the groups and writes benchmarks/results/eight_bits.md and .json; 1 if a target is missed."""
-    options = asked(
-        "eight_bits", __doc__, [name for name in experiments.GROUPS if name != LEFT_OUT], arguments
-    )
+    options = asked("eight_bits", __doc__, [name for name in splits.GROUPS if name != LEFT_OUT], arguments)
     report = Report("eight_bits", "8 bits")
-    sets = experiments.Sets(options.data)
+    sets = splits.Sets(options.data)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = [name for base in BACKBONES.values() for name in (base, f"{base}-int8")]
     with client.running({"TOPWORK_BACKBONES": ",".join(names)}) as server:
         service = client.Client(server)
         for group in options.parts:
-            for split in experiments.GROUPS[group](sets):
+            for split in splits.GROUPS[group](sets):
                 if split.seed >= SEEDS:
                     continue
                 base = BACKBONES[split.kind]

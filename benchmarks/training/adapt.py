@@ -18,8 +18,7 @@ import numpy as np
 from benchmarks.data import datasets
 from benchmarks.data.datasets import Sample
 from benchmarks.data.pictures import photographs
-from benchmarks.harness import bare_loop as bare
-from benchmarks.harness import client
+from benchmarks.harness import bare_loop, client
 from benchmarks.harness.caller import Line, Repeater, Request, Timer, json_request
 from benchmarks.harness.contenders import BareLoop
 from benchmarks.harness.options import asked
@@ -69,11 +68,11 @@ def beside_bare_loop(report: Report, server: client.Server, folder: Path) -> Non
         "multipart": multipart_adapt("bare", images, tenant),
         "JSON": json_adapt("bare", images, tenant),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in [*bare.WAYS, *bodies]}
+    seconds: dict[str, list[float]] = {name: [] for name in [*bare_loop.WAYS, *bodies]}
     stages: list[dict[str, float]] = []
     with BareLoop("efficientnet-lite0", [sample.input for sample in images]) as loops:
         for round_number in range(ROUNDS + 1):
-            for name in bare.WAYS:
+            for name in bare_loop.WAYS:
                 seconds[name].append(loops.seconds(name))
             line = Line(server.url)  # a new one each round: the service closes connections idle for long
             for name, body in bodies.items():
@@ -87,9 +86,9 @@ def beside_bare_loop(report: Report, server: client.Server, folder: Path) -> Non
                     times.clear()
                 stages.clear()
     spreads = {name: Spread(tuple(times)) for name, times in seconds.items()}
-    best = min(bare.WAYS, key=lambda name: spreads[name].median)
+    best = min(bare_loop.WAYS, key=lambda name: spreads[name].median)
     rows = [
-        [f"bare: {name}" if name in bare.WAYS else f"/adapt, {name}", spread.text(".3f", " s"),
+        [f"bare: {name}" if name in bare_loop.WAYS else f"/adapt, {name}", spread.text(".3f", " s"),
          f"{spread.median / spreads[best].median:.2f}"]
         for name, spread in spreads.items()
     ]  # fmt: skip

@@ -113,7 +113,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
 
     from adapters.finetune.data import batches, samples_of
     from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
-    from adapters.finetune.model import Lesson, Model
+    from adapters.finetune.model import Model, TrainingSet
     from adapters.finetune.trainer import fine_tune
     from adapters.heads.head import Head
     from adapters.heads.scaling import Scaling
@@ -146,7 +146,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     model = Model(network.forward, blank, network.spec.transform)
     labels = np.array([names.index(sample.label) for sample in train])
     samples = samples_of(network.spec, [sample.input for sample in train], tokenizer)
-    lesson = Lesson(samples, labels, np.arange(len(train)) % 5 == 4)
+    lesson = TrainingSet(samples, labels, np.arange(len(train)) % 5 == 4)
     end = time.monotonic() + seconds
 
     def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from adapters.probe.fit import Dataset, Fitted, fit
+from adapters.probe.fit import Dataset, FittedProbe, fit
 from benchmarks.data.datasets import DEFAULT_FOLDER, Sample, load, stratified_order
 from benchmarks.harness.report import Report, Spread, table
 from models.backbone import Backbone
@@ -88,7 +88,7 @@ def split(data: Embedded, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray
     return first, rest[:_TEST]
 
 
-def ours(data: Embedded, train: NDArray[np.int64], test: NDArray[np.int64]) -> tuple[Timed, Fitted]:
+def ours(data: Embedded, train: NDArray[np.int64], test: NDArray[np.int64]) -> tuple[Timed, FittedProbe]:
     """One fit with all that an adapt reports."""
     dataset = Dataset(
         data.rows[train],

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import baselines
-from benchmarks.harness import client
-from benchmarks.harness import metrics as scores
+from benchmarks.harness import client, metrics
 from benchmarks.harness.options import asked
 from benchmarks.harness.report import Report, Spread, table
-from benchmarks.training import splits as experiments
+from benchmarks.training import splits
 from benchmarks.training.splits import Split
 
 Array = NDArray[np.float64]
@@ -74,14 +73,14 @@ class Outcome:
     @property
     def calibration_error(self) -> float:
         """Over the test inputs."""
-        return scores.calibration_error(self.confidence, self.correct)
+        return metrics.calibration_error(self.confidence, self.correct)
 
     @property
     def calibration_limit(self) -> float:
         """What the calibration error may be at this size of test set."""
         if len(self.correct) >= LARGE_TEST:
             return CALIBRATION_TARGET
-        return scores.calibrated_limit(self.confidence)
+        return metrics.calibrated_limit(self.confidence)
 
 
 def _share(predicted: Sequence[str], true: Sequence[str]) -> float:
@@ -102,7 +101,7 @@ def measure(split: Split, service: client.Client, embeddings: baselines.Embeddin
     clock.append(time.perf_counter())
     doubt = _doubt(predictions)
     worlds = {
-        name: scores.auroc(_doubt(service.predict(adapter, samples)), doubt)
+        name: metrics.auroc(_doubt(service.predict(adapter, samples)), doubt)
         for name, samples in split.worlds.items()
     }
     service.delete(adapter)
@@ -119,9 +118,9 @@ def measure(split: Split, service: client.Client, embeddings: baselines.Embeddin
     return Outcome(
         split=split,
         accuracy=_share(answers, true),
-        spam_f1=scores.f1(answers, true, "spam") if spam else None,
+        spam_f1=metrics.f1(answers, true, "spam") if spam else None,
         logistic=_share(logistic, true),
-        logistic_spam_f1=scores.f1(logistic, true, "spam") if spam else None,
+        logistic_spam_f1=metrics.f1(logistic, true, "spam") if spam else None,
         plain=None if plain is None else _share(plain, true),
         majority=_share(baselines.majority(split.train, split.test), true),
         reported=report["accuracy"],
@@ -200,7 +199,7 @@ def _honesty(report: Report, grouped: Mapping[str, Sequence[Outcome]]) -> None:
             "limit", "answered", "accuracy of answers"]  # fmt: skip
     note = (
         "\n\n\\* not judged: the test inputs are of another origin than the training ones, or (interval) "
-        f"fewer than {experiments.COVERAGE_TEST} times the examples, so that the test accuracy is noisy."
+        f"fewer than {splits.COVERAGE_TEST} times the examples, so that the test accuracy is noisy."
     )
     report.add("Honesty of the report, mean over seeds", table(head, rows) + note)
     judged = [run.covered for runs in grouped.values() for run in runs if run.split.judges_interval]
@@ -254,15 +253,15 @@ def _record(run: Outcome) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named groups and writes benchmarks/results/quality.md and .json; 1 if a target is missed."""
-    options = asked("quality", __doc__, experiments.GROUPS, arguments)
+    options = asked("quality", __doc__, splits.GROUPS, arguments)
     report = Report("quality", "Quality")
-    sets = experiments.Sets(options.data)
+    sets = splits.Sets(options.data)
     grouped: dict[str, list[Outcome]] = defaultdict(list)
     with client.running() as server:
         service = client.Client(server)
         embeddings = baselines.Embeddings(service, options.data / "embeddings")
         for group in options.parts:
-            for split in experiments.GROUPS[group](sets):
+            for split in splits.GROUPS[group](sets):
                 run = measure(split, service, embeddings)
                 grouped[split.experiment].append(run)
                 print(_line(run), file=sys.stderr, flush=True)
@@ -272,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _honesty(report, grouped)
     _worlds(report, grouped)
     report.data["runs"] = [_record(run) for runs in grouped.values() for run in runs]
-    if set(options.parts) == set(experiments.GROUPS):
+    if set(options.parts) == set(splits.GROUPS):
         judged = sum(run.split.judges_interval for runs in grouped.values() for run in runs)
         report.expect("runs that judge the interval", judged, ">=", COVERAGE_RUNS)
     return report.finish()

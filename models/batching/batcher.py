@@ -12,22 +12,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from models.backbone import Backbone, Embedded, Floats, Ready
-from models.batching.core_sharing import Cores
-from models.batching.fair_queue import Lane, Priority
+from models.batching.core_sharing import CoreSharing
+from models.batching.fair_queue import FairQueue, Priority
 from models.batching.request import (
     BatcherClosed,
     DeadlineExceeded,
     EmbeddingFailed,
+    EmbedRequest,
     Overloaded,
     Part,
-    Request,
     settle,
 )
-from models.batching.turn import LONGEST_RUN, PATIENCE, Turn
+from models.batching.turn import LONGEST_RUN, PATIENCE, WorkerProgress
 from models.preprocess.decoder import DecoderUnavailable
 from models.preprocess.expense import HEAVY
 from models.preprocess.preprocessor import InputError, Prepared
-from models.priority import HEAVY_NICENESS, NICENESS, give_way
+from models.priority import HEAVY_NICENESS, NICENESS, lower_thread_priority
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ _MOST_LEFT = 3
 _LOCK_SECONDS = 0.1
 
 # An input that was taken: whose it is, and its position there.
-_Taken = tuple[Request, int]
+_Taken = tuple[EmbedRequest, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ class _Batch:
         return sum(ready.prepared.size for _, ready in self.good)
 
     @property
-    def requests(self) -> set[Request]:
+    def requests(self) -> set[EmbedRequest]:
         """Whose they are."""
         return {request for (request, _), _, _ in self.spent}
 
 
 # A lane of a priority, and what its threads are at.
-_Crew = tuple[Priority[Part], Lane[Part], list[Turn]]
+_Crew = tuple[Priority[Part], FairQueue[Part], list[WorkerProgress]]
 
 
 class _Left(BaseException):
@@ -101,7 +101,7 @@ class Batcher:
         max_queue: int,
         workers: int,
         max_wait: float = math.inf,
-        cores: Cores | None = None,
+        cores: CoreSharing | None = None,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
         observe_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
@@ -119,16 +119,16 @@ class Batcher:
         self._max_queue = max_queue
         self._workers = workers
         self._max_wait = max_wait
-        self._cores = cores or Cores()
+        self._cores = cores or CoreSharing()
         self._observe = observe
         self._observe_batch = observe_batch
         self._lock = threading.Lock()
         self._predicts: Priority[Part] = Priority(self._lock)
         self._bulk: Priority[Part] = Priority(self._lock)
-        self._unanswered: set[Request] = set()
+        self._unanswered: set[EmbedRequest] = set()
         # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
         self._pace = backbone.pace
-        self.turns: list[Turn] = []
+        self.turns: list[WorkerProgress] = []
         self._crews: list[_Crew] = []
         self._threads: list[threading.Thread] = []
         self._left: list[threading.Thread] = []
@@ -182,7 +182,7 @@ class Batcher:
         for kind, priority in (("predict", self._predicts), ("bulk", self._bulk)):
             for lane in priority.lanes:
                 name = f"{self.backbone.spec.name}-{kind}" + ("-heavy" if lane is priority.heavy else "")
-                turns = [Turn() for _ in range(self._workers)]
+                turns = [WorkerProgress() for _ in range(self._workers)]
                 self.turns += turns
                 self._crews.append((priority, lane, turns))
                 self._threads += [self._hire(name, priority, lane, turn) for turn in turns]
@@ -191,11 +191,13 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def _hire(self, name: str, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> threading.Thread:
+    def _hire(
+        self, name: str, priority: Priority[Part], lane: FairQueue[Part], turn: WorkerProgress
+    ) -> threading.Thread:
         turn.thread = threading.Thread(target=self._work, args=(priority, lane, turn), name=name, daemon=True)
         return turn.thread
 
-    def refuse(self, turn: Turn) -> bool:
+    def refuse(self, turn: WorkerProgress) -> bool:
         """Refuses the input that a thread prepares and does not get done with, and has another thread go on
         with the rest; the first one ends once it can. The network is not touched.
 
@@ -274,7 +276,7 @@ class Batcher:
         the deadline passes, its inputs that still wait are dropped.
         """
         stage = self.backbone.preprocess_stage
-        request = Request(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
+        request = EmbedRequest(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
         priority = self._bulk if bulk else self._predicts
@@ -299,7 +301,7 @@ class Batcher:
         with self._lock:
             self._check_room(self._predicts, source, 1, (1.0, 0.0))
 
-    def _share_out(self, request: Request) -> None:
+    def _share_out(self, request: EmbedRequest) -> None:
         """Tells the heavy inputs of a request from the light ones."""
         costs = [self.backbone.expense(item) for item in request.inputs]
         for heavy in (False, True):
@@ -325,7 +327,7 @@ class Batcher:
                 if wait > self._max_wait:
                     raise Overloaded(wait - self._max_wait)
 
-    def _admit(self, priority: Priority[Part], request: Request) -> None:
+    def _admit(self, priority: Priority[Part], request: EmbedRequest) -> None:
         light, heavy = request.parts
         with self._lock:
             costs = sum(light.costs), sum(heavy.costs)
@@ -340,14 +342,14 @@ class Batcher:
                     lane.add(part)
                     lane.ready.notify(min(len(part.places), self._workers))
 
-    def _work(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> None:
+    def _work(self, priority: Priority[Part], lane: FairQueue[Part], turn: WorkerProgress) -> None:
         """The life of a thread. However it ends, nobody is left waiting for it."""
         try:
             turn.clock = time.pthread_getcpuclockid(threading.get_ident())
             if priority is self._bulk:
-                give_way(NICENESS)
+                lower_thread_priority(NICENESS)
             elif lane is priority.heavy:
-                give_way(HEAVY_NICENESS)
+                lower_thread_priority(HEAVY_NICENESS)
             # What a thread was refused an input of is gone on with.
             while taken := turn.taken or self._take(priority, lane, turn):
                 self._answer(taken, priority, lane, turn)
@@ -381,7 +383,7 @@ class Batcher:
         for _, lane, _ in self._crews:
             lane.ready.notify_all()
 
-    def _forget(self, requests: Iterable[Request]) -> None:
+    def _forget(self, requests: Iterable[EmbedRequest]) -> None:
         """Drops what was not taken of some requests."""
         with self._lock:
             for request in requests:
@@ -393,7 +395,9 @@ class Batcher:
                     lane.remove(part)
             self._let_bulk_look()
 
-    def _take(self, priority: Priority[Part], lane: Lane[Part], turn: Turn) -> list[tuple[Part, int]]:
+    def _take(
+        self, priority: Priority[Part], lane: FairQueue[Part], turn: WorkerProgress
+    ) -> list[tuple[Part, int]]:
         """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
         with self._lock:
             while not lane.depth or (priority is self._bulk and not self._bulk_may_run(lane)):
@@ -417,7 +421,7 @@ class Batcher:
                 self._observe("queue", now - request.arrived)
         return taken
 
-    def _room(self, priority: Priority[Part], lane: Lane[Part]) -> int:
+    def _room(self, priority: Priority[Part], lane: FairQueue[Part]) -> int:
         """Inputs that a thread may take at once.
 
         A share: the others get some of a single caller's inputs too, and the next that is done has something
@@ -438,7 +442,7 @@ class Batcher:
                 if lane.depth:
                     lane.ready.notify_all()
 
-    def _bulk_may_run(self, lane: Lane[Part]) -> bool:
+    def _bulk_may_run(self, lane: FairQueue[Part]) -> bool:
         """Whether bulk may begin another batch: not before a predict that waits, and not on the last core.
 
         Heavy bulk leaves its core to light bulk that waits.
@@ -460,7 +464,11 @@ class Batcher:
         return self._cores.others_run(priority)
 
     def _answer(
-        self, inputs: list[tuple[Part, int]], priority: Priority[Part], lane: Lane[Part], turn: Turn
+        self,
+        inputs: list[tuple[Part, int]],
+        priority: Priority[Part],
+        lane: FairQueue[Part],
+        turn: WorkerProgress,
     ) -> None:
         """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
         taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
@@ -485,7 +493,9 @@ class Batcher:
             return
         self._finish(batch, embeddings, lane, time.perf_counter() - begun)
 
-    def _submit(self, batch: _Batch, rows: list[Prepared], lane: Lane[Part], turn: Turn) -> None:
+    def _submit(
+        self, batch: _Batch, rows: list[Prepared], lane: FairQueue[Part], turn: WorkerProgress
+    ) -> None:
         """Leaves a batch to the backbone's own thread: this one has the next inputs to prepare meanwhile."""
         with self._lock:
             self._submitted += 1
@@ -517,11 +527,11 @@ class Batcher:
 
         future.add_done_callback(done)
 
-    def _finish(self, batch: _Batch, embeddings: Floats, lane: Lane[Part], occupied: float) -> None:
+    def _finish(self, batch: _Batch, embeddings: Floats, lane: FairQueue[Part], occupied: float) -> None:
         """Puts each row where it belongs. occupied: seconds that a thread had no time for other inputs."""
         end = time.perf_counter()
         good, spent, embed_seconds = batch.good, batch.spent, end - batch.prepared
-        finished: list[Request] = []
+        finished: list[EmbedRequest] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
         # What cannot be read is refused at once, whatever it claims to be.
@@ -566,7 +576,7 @@ class Batcher:
             report()
 
     def _prepare(
-        self, taken: list[_Taken], turn: Turn
+        self, taken: list[_Taken], turn: WorkerProgress
     ) -> tuple[list[tuple[_Taken, Ready]], list[tuple[_Taken, float, InputError | None]]]:
         """What can be run, and the seconds and the error of each input."""
         good: list[tuple[_Taken, Ready]] = []
@@ -588,7 +598,7 @@ class Batcher:
             turn.steps += 1
         return good, spent
 
-    def _turn_to(self, one: _Taken | None, turn: Turn) -> InputError | None:
+    def _turn_to(self, one: _Taken | None, turn: WorkerProgress) -> InputError | None:
         """Notes which input is prepared next, None after each; why it is refused, if it is.
 
         Raises _Left where the thread was too late.
@@ -599,7 +609,7 @@ class Batcher:
             turn.input = one
             return None if one is None else turn.refused.get(one)
 
-    def _fail(self, requests: set[Request], error: BaseException) -> None:
+    def _fail(self, requests: set[EmbedRequest], error: BaseException) -> None:
         logger.error(
             "a batch of %d requests failed on the backbone %s",
             len(requests),

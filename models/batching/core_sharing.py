@@ -8,7 +8,7 @@ from models.batching.fair_queue import Priority
 from models.batching.request import Part
 
 
-class Cores:
+class CoreSharing:
     """Predicts of several batchers on the same cores: each sees whether those of another run. Thread-safe."""
 
     def __init__(self) -> None:

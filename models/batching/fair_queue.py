@@ -92,7 +92,7 @@ class _Source(Generic[R]):
         self.cost = 0.0
 
 
-class Lane(Generic[R]):
+class FairQueue(Generic[R]):
     """Requests that have inputs not yet taken. Guarded by the lock.
 
     A cost is in units of a small input's. depth: inputs that wait. cost: of all of them. pace: seconds of a
@@ -194,11 +194,11 @@ class Priority(Generic[R]):
     __slots__ = ("heavy", "light")
 
     def __init__(self, lock: threading.Lock) -> None:
-        self.light: Lane[R] = Lane(lock)
-        self.heavy: Lane[R] = Lane(lock)
+        self.light: FairQueue[R] = FairQueue(lock)
+        self.heavy: FairQueue[R] = FairQueue(lock)
 
     @property
-    def lanes(self) -> tuple[Lane[R], Lane[R]]:
+    def lanes(self) -> tuple[FairQueue[R], FairQueue[R]]:
         """Both."""
         return self.light, self.heavy
 

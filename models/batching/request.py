@@ -49,7 +49,7 @@ class Part:
 
     __slots__ = ("costs", "next", "places", "request")
 
-    def __init__(self, request: Request, places: Sequence[int], costs: Sequence[float]) -> None:
+    def __init__(self, request: EmbedRequest, places: Sequence[int], costs: Sequence[float]) -> None:
         """places: of the inputs in the request. costs: of each, in units of a small input's."""
         self.request = request
         self.places = places
@@ -62,7 +62,7 @@ class Part:
         return self.request.source
 
 
-class Request:
+class EmbedRequest:
     """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
 
     __slots__ = (
@@ -110,7 +110,7 @@ class Request:
 
 
 def settle(
-    requests: Collection[Request],
+    requests: Collection[EmbedRequest],
     failure: Callable[[], Exception] | None,
     report: Callable[[], None] = lambda: None,
 ) -> None:

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.batching.request import Part, Request
+    from models.batching.request import EmbedRequest, Part
     from models.preprocess.preprocessor import InputError
 
 # A run may take so many times what the measured rate says, and any run, prepared input or answer the lower
@@ -15,7 +15,7 @@ PATIENCE = 4.5
 LONGEST_RUN = 60.0
 
 
-class Turn:
+class WorkerProgress:
     """What one thread of a batcher is at. It alone writes, and whoever watches reads, without a lock.
 
     steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
@@ -41,8 +41,8 @@ class Turn:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.taken: list[tuple[Part, int]] = []
-        self.input: tuple[Request, int] | None = None
-        self.refused: dict[tuple[Request, int], InputError] = {}
+        self.input: tuple[EmbedRequest, int] | None = None
+        self.refused: dict[tuple[EmbedRequest, int], InputError] = {}
         self.waits = False
         self.steps = 0
         self.busy = False

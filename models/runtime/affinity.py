@@ -16,7 +16,7 @@ _numbers = itertools.count(1)
 _current_core = getattr(ctypes.PyDLL(None), "sched_getcpu", lambda: -1)
 
 
-class Crew:
+class IntraOpThreads:
     """Threads that are kept off the core of the one that they work for.
 
     A kernel may wake them on that very core while another is idle: in a virtual machine one that has been
@@ -42,7 +42,7 @@ class Crew:
 
 
 @contextlib.contextmanager
-def gathered() -> Iterator[list[int]]:
+def capture_new_threads() -> Iterator[list[int]]:
     """The threads that this one starts meanwhile, in a list that is filled at the end.
 
     They are known by their name, which they inherit and keep. Empty where the kernel tells no names.

@@ -54,7 +54,7 @@ _LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExecutionPlan:
     """alone: threads of a run that has the machine to itself. workers: runs beside each other where inputs
     wait, with `beside` threads each. batch: inputs of one run at most.
 
@@ -71,7 +71,7 @@ class Plan:
     channels_last: bool = False
 
     @classmethod
-    def usual(cls, kind: Kind, device: Device, threads: int) -> Plan:
+    def usual(cls, kind: Kind, device: Device, threads: int) -> ExecutionPlan:
         """What is taken without measuring.
 
         On a CPU convolutions gain little by batching (the activations leave the cache), and short texts much.
@@ -84,7 +84,7 @@ class Plan:
 class Measured:
     """A plan, and what the machine was like when it was measured."""
 
-    plan: Plan
+    plan: ExecutionPlan
     others: float  # share of the cores' time that other processes used
     spread: float  # see spread_of
     cosine: float = 1.0  # the least one between its embeddings and a CPU's; 1.0 on a CPU
@@ -125,7 +125,7 @@ class TrialFailed(RuntimeError):
 
 
 def measure(
-    usual: Plan,
+    usual: ExecutionPlan,
     batches: Sequence[int],
     open_run: Callable[[int], Run],
     feed: Callable[[int], Mapping[str, Any]],
@@ -160,14 +160,14 @@ def measure(
     best = {way: max(found) for way, found in rates.items()}
     found = Measured(usual, usage.others(), spread_of(list(rates.values())))
     clearly = _CLEARLY if found.confirmed else _CLEARLY_IN_DOUBT
-    plan = Plan(
+    plan = ExecutionPlan(
         _best({threads: best[way] for way, threads in alone.items()}, clearly),
         *_best({chosen: best[way] for way, chosen in beside.items()}, clearly),
     )
     return replace(found, plan=plan)
 
 
-def ways_on_gpu(usual: Plan, halves: bool, images: bool) -> tuple[Plan, ...]:
+def ways_on_gpu(usual: ExecutionPlan, halves: bool, images: bool) -> tuple[ExecutionPlan, ...]:
     """What is worth trying, the likely best first. halves: there is a graph in half precision."""
     return tuple(
         replace(usual, half=half, graphs=graphs, channels_last=channels_last)
@@ -180,7 +180,10 @@ def ways_on_gpu(usual: Plan, halves: bool, images: bool) -> tuple[Plan, ...]:
 
 
 def measure_on_gpu(
-    usual: Plan, ways: Sequence[Plan], batches: Sequence[int], try_out: Callable[[Plan], Trial]
+    usual: ExecutionPlan,
+    ways: Sequence[ExecutionPlan],
+    batches: Sequence[int],
+    try_out: Callable[[ExecutionPlan], Trial],
 ) -> Measured:
     """The fastest way on this GPU whose embeddings are those of a CPU. A minute or less.
 
@@ -188,8 +191,8 @@ def measure_on_gpu(
     usual, in single precision, where every way that works gives other embeddings. Raises TrialFailed where
     none works.
     """
-    found: dict[Plan, float] = {}
-    cosines: dict[Plan, float] = {}
+    found: dict[ExecutionPlan, float] = {}
+    cosines: dict[ExecutionPlan, float] = {}
     rounds: list[Sequence[float]] = []
     others = 0.0
     failed: TrialFailed | None = None
@@ -258,20 +261,22 @@ def is_quiet(seconds: float = _LOOK_SECONDS) -> bool:
     return usage.others() <= _MOST_OTHERS
 
 
-def read_plan(export: Path, usual: Plan, device: Device) -> Measured | None:
+def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> Measured | None:
     """What was measured on this machine, if there is something that can be read."""
     try:
         kept = json.loads((export / PLAN_FILE).read_text())
         if kept["about"] != _about(usual, device):
             return None
-        plan = Plan(**{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()})
+        plan = ExecutionPlan(
+            **{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()}
+        )
         found = Measured(plan, float(kept["others"]), float(kept["spread"]), float(kept["cosine"]))
         return found if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_plan(export: Path, usual: Plan, device: Device, measured: Measured) -> None:
+def keep_plan(export: Path, usual: ExecutionPlan, device: Device, measured: Measured) -> None:
     """Writes the plan beside the export; where that cannot be, the next start measures again."""
     content = json.dumps({"about": _about(usual, device), **asdict(measured)}, indent=2)
     scratch = export / f".{PLAN_FILE}.{os.getpid()}"
@@ -284,7 +289,7 @@ def keep_plan(export: Path, usual: Plan, device: Device, measured: Measured) -> 
             scratch.unlink(missing_ok=True)
 
 
-def _about(usual: Plan, device: Device) -> dict[str, Any]:
+def _about(usual: ExecutionPlan, device: Device) -> dict[str, Any]:
     """What a plan depends on."""
     return {
         "format": _FORMAT,

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models.batching.turn import PATIENCE, Turn
+from models.batching.turn import PATIENCE, WorkerProgress
 from models.preprocess.preprocessor import Prepared
 from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
 
@@ -122,7 +122,7 @@ DEVICE = Access()
 """To the GPU of this process."""
 
 
-class Runner:
+class CudaRunner:
     """A network on a GPU, run for whoever asks. Thread-safe.
 
     ONNX Runtime keeps CUDA graphs for each thread apart and cannot replay one beside another, so one thread
@@ -153,7 +153,7 @@ class Runner:
         inputs, at least one, with which they are tried. graphs: the sessions capture CUDA graphs. is_lost():
         whether the device has failed for good, asked when a run has failed.
         """
-        self.turn = Turn()
+        self.turn = WorkerProgress()
         self.lost = False
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnxruntime
 
-from models.runtime.affinity import Crew, gathered
+from models.runtime.affinity import IntraOpThreads, capture_new_threads
 from models.runtime.driver import gpu_name, load_libraries
 
 # models/__init__.py has turned it off before this import; a program may have imported it earlier.
@@ -110,7 +110,7 @@ def open_session(
         wished = {"enable_cuda_graph": graphs, "use_tf32": half, "prefer_nhwc": channels_last}
         settings = settings | {key: "1" for key, value in wished.items() if value}
         providers = [(name, settings), *providers[1:]]
-    with gathered() as threads_beside:
+    with capture_new_threads() as threads_beside:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
@@ -119,7 +119,7 @@ def open_session(
         )
     # They must live as long as the session, which does not see to that.
     session.tables = tables
-    session.crew = Crew(threads_beside)
+    session.crew = IntraOpThreads(threads_beside)
     wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]
     if wanted not in session.get_providers():
         raise DeviceUnavailable(GPU_ADVICE)

@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from models.child import plain_environment
-from models.runtime.autotune import Plan, Trial, TrialFailed
+from models.runtime.autotune import ExecutionPlan, Trial, TrialFailed
 from models.runtime.session import Device
 
 # For opening, capturing all shapes and measuring.
 _MOST_SECONDS = 90.0
 
 
-def try_out(export: Path, plan: Plan, batches: Sequence[int], device: Device = "cuda") -> Trial:
+def try_out(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: Device = "cuda") -> Trial:
     """Tries a plan with batches of so many inputs. Raises TrialFailed."""
     asked = {"export": str(export), "plan": asdict(plan), "batches": batches, "device": device}
     try:

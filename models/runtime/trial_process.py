@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models.backbone import Backbone
-from models.runtime.autotune import Plan, Trial, rate
+from models.runtime.autotune import ExecutionPlan, Trial, rate
 from models.runtime.cuda import lowest_cosine
 from models.runtime.session import Device
 from models.runtime.usage import Usage
@@ -23,12 +23,12 @@ _ROUND_SECONDS = 0.05
 def main() -> int:
     """Reads what is to be tried from standard input, as JSON, and writes the trial to standard output."""
     asked: dict[str, Any] = json.load(sys.stdin)
-    trial = measured(Path(asked["export"]), Plan(**asked["plan"]), asked["batches"], asked["device"])
+    trial = measured(Path(asked["export"]), ExecutionPlan(**asked["plan"]), asked["batches"], asked["device"])
     print(json.dumps(asdict(trial)))
     return 0
 
 
-def measured(export: Path, plan: Plan, batches: Sequence[int], device: Device) -> Trial:
+def measured(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: Device) -> Trial:
     """How the plan did in this process."""
     reference = Backbone.open(export)
     probes = reference.probes()

@@ -19,7 +19,7 @@ from service import __version__, errors
 from service.api.docs import add_docs
 from service.api.embeddings import add_openai
 from service.api.events import brief
-from service.api.idempotency import Once, Replying
+from service.api.idempotency import IdempotencyGuard, Replying
 from service.api.openapi import body, describe, once, problems
 from service.api.paging import Behind, Limit
 from service.api.tenants import add_tenants
@@ -29,12 +29,11 @@ from service.edge.auth import Tenant, count_items, in_vain, tenant_of
 from service.edge.gateway import BULK, UPLOAD_PATIENCE
 from service.errors import Problem
 from service.monitoring.metrics import CONTENT_TYPE
-from service.payloads import render as answers
-from service.payloads import requests as schemas
+from service.payloads import render, requests
 from service.payloads import responses as answer_schemas
-from service.payloads.reader import Bodies, media_type
+from service.payloads.reader import RequestReader, media_type
 
-_NAME = re.compile(schemas.ADAPTER_PATTERN)
+_NAME = re.compile(requests.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
 
 # What follows is async for FastAPI's sake, which runs any other dependency in a thread: 0.2 ms of every
@@ -76,7 +75,7 @@ Example = Annotated[str, Depends(example_id)]
 Expected = Annotated[str | None, Depends(expected)]
 Job = Annotated[str, Depends(job_id)]
 JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
-Version = Annotated[int, Path(ge=1, le=schemas.BIGGEST)]
+Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
 
 
 def build_api(components: Components) -> FastAPI:
@@ -91,31 +90,31 @@ def build_api(components: Components) -> FastAPI:
         redirect_slashes=False,
     )
     settings = components.settings
-    bodies = Bodies(
+    bodies = RequestReader(
         settings.max_examples, settings.max_inputs, settings.max_openai_inputs, settings.max_text_chars
     )
-    keyed = Once(components.registry.replies)
+    keyed = IdempotencyGuard(components.registry.replies)
     errors.install(api)
     add_flows(api, components, bodies, keyed)
-    add_openai(api, components.predicting, bodies)
+    add_openai(api, components.predictor, bodies)
     add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
     add_jobs(api, components)
-    add_tenants(api, components.registry.tenants, components.forgetting, bodies)
+    add_tenants(api, components.registry.tenants, components.eraser, bodies)
     describe(api)
     add_docs(api)
     return api
 
 
-def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard) -> None:
     """Adapting, predicting and embedding."""
-    adapting, predicting, batchers = components.adapting, components.predicting, components.batchers
-    submitting, uploads = components.submitting, components.uploads
+    pipeline, predictor, batchers = components.pipeline, components.predictor, components.batchers
+    submitter, uploads = components.submitter, components.uploads
 
     @api.post(
         "/adapt",
         openapi_extra=once(
-            body(schemas.AdaptRequest, files="examples", bulk=schemas.UploadRequest), 200, 202
+            body(requests.AdaptRequest, files="examples", bulk=requests.UploadRequest), 200, 202
         ),
         responses={
             200: {"model": answer_schemas.AdaptResponse},
@@ -133,19 +132,19 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         form = BULK[media_type(request)]
         async with uploads.wait(tenant, UPLOAD_PATIENCE):
             command, content = bodies.bulk(request, form)
-            job = await submitting.bulk(tenant, form, command, content, reply(answers.submitted))
-        return answers.submitted(job)
+            job = await submitter.bulk(tenant, form, command, content, reply(render.submitted))
+        return render.submitted(job)
 
     async def teach(request: Request, tenant: str, reply: Replying) -> Response:
         command = await bodies.adapt(request)
         count_items(request, len(command.posted))
         if command.fine_tune is not None:
-            return answers.tuning(await submitting.fine_tune(tenant, command, reply(answers.tuning)))
-        return answers.adapted(await adapting.adapt(tenant, command, reply(answers.adapted)))
+            return render.tuning(await submitter.fine_tune(tenant, command, reply(render.tuning)))
+        return render.adapted(await pipeline.adapt(tenant, command, reply(render.adapted)))
 
     @api.post(
         "/predict",
-        openapi_extra=body(schemas.PredictRequest, files="inputs", query=schemas.PredictRequest),
+        openapi_extra=body(requests.PredictRequest, files="inputs", query=requests.PredictRequest),
         responses={200: {"model": answer_schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
     )
     @needs("predict", direct=True)
@@ -153,17 +152,17 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         """Predict with the live version, or with the one named."""
         tenant = await tenant_of(request)
         if (name := bodies.adapter(request)) is not None:
-            predicting.check_room(tenant, name)
+            predictor.check_room(tenant, name)
         asked = await bodies.predict(request)
         count_items(request, len(asked.query.inputs))
-        found = await predicting.predict(tenant, asked.query)
+        found = await predictor.predict(tenant, asked.query)
         if all(isinstance(item, InputError) for item in found.items):
             in_vain(request)
-        return answers.predicted(found, raw=asked.raw)
+        return render.predicted(found, raw=asked.raw)
 
     @api.post(
         "/embed",
-        openapi_extra=body(schemas.EmbedRequest, files="inputs", query=schemas.EmbedRequest),
+        openapi_extra=body(requests.EmbedRequest, files="inputs", query=requests.EmbedRequest),
         responses={200: {"model": answer_schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
     )
     @needs("predict", direct=True)
@@ -172,17 +171,17 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         tenant = await tenant_of(request)
         name, inputs, raw = await bodies.embed(request)
         count_items(request, len(inputs))
-        found = await predicting.embed(tenant, name, inputs)
+        found = await predictor.embed(tenant, name, inputs)
         if len(found.errors) == len(inputs):
             in_vain(request)
-        content = await asyncio.to_thread(answers.embedded, batchers[name], name, found, raw=raw)
+        content = await asyncio.to_thread(render.embedded, batchers[name], name, found, raw=raw)
         return Response(content, media_type="application/json")
 
     @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
     @needs("key")
     async def backbones() -> Response:
         """What can be adapted."""
-        return answers.backbones(batchers, components.surveyor.measured)
+        return render.backbones(batchers, components.surveyor.measured)
 
     # Prometheus scrapes it, whose configuration should not hold a key.
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -192,28 +191,30 @@ def add_flows(api: FastAPI, components: Components, bodies: Bodies, keyed: Once)
         return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
 
 
-def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+def add_adapters(
+    api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard
+) -> None:
     """Adapters, their versions and their live alias."""
-    browsing, curating, exporting = components.browsing, components.curating, components.exporting
-    forgetting, restorer = components.forgetting, components.restorer
+    catalog, editor, exporter = components.catalog, components.editor, components.exporter
+    eraser, restorer = components.eraser, components.restorer
 
     @api.get("/adapters", responses={200: {"model": answer_schemas.AdaptersOut}})
     @needs("key")
     async def adapters(tenant: Tenant, cursor: Behind, limit: Limit = 100) -> Response:
         """The tenant's adapters in the order of their names."""
-        return answers.adapters(await browsing.adapters(tenant, cursor, limit + 1), limit)
+        return render.adapters(await catalog.adapters(tenant, cursor, limit + 1), limit)
 
     @api.get("/adapters/{adapter}", responses={200: {"model": answer_schemas.AdapterOut}, **problems(404)})
     @needs("key")
     async def adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """One adapter. Its entity tag stands for what `live` points to."""
-        return answers.one_adapter(await browsing.adapter(tenant, adapter))
+        return render.one_adapter(await catalog.adapter(tenant, adapter))
 
     @api.delete("/adapters/{adapter}", responses={200: {"model": answer_schemas.ErasureOut}, **problems(404)})
     @needs("adapt")
     async def delete_adapter(tenant: Tenant, adapter: Adapter) -> Response:
         """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
-        return answers.erased(await forgetting.adapter(tenant, adapter))
+        return render.erased(await eraser.adapter(tenant, adapter))
 
     @api.get(
         "/adapters/{adapter}/versions",
@@ -222,7 +223,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @needs("key")
     async def versions(tenant: Tenant, adapter: Adapter) -> Response:
         """The versions that are kept, with their reports, the newest first."""
-        return answers.versions(*await browsing.versions(tenant, adapter))
+        return render.versions(*await catalog.versions(tenant, adapter))
 
     @api.get(
         "/adapters/{adapter}/versions/{version}",
@@ -231,7 +232,7 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @needs("key")
     async def version(tenant: Tenant, adapter: Adapter, version: Version) -> Response:
         """One version with its report."""
-        return answers.one_version(*await browsing.version(tenant, adapter, version))
+        return render.one_version(*await catalog.version(tenant, adapter, version))
 
     @api.get(
         "/adapters/{adapter}/versions/{version}/export",
@@ -241,19 +242,19 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @needs("adapt")
     async def export(tenant: Tenant, adapter: Adapter, version: Version, format: Format = "onnx") -> Response:
         """The version as one ONNX file, from prepared inputs to probabilities, or its head as safetensors."""
-        content = await exporting.export(tenant, adapter, version, format)
-        return answers.file(content, f"{adapter}-{version}.{format}")
+        content = await exporter.export(tenant, adapter, version, format)
+        return render.file(content, f"{adapter}-{version}.{format}")
 
     @api.put(
         "/adapters/{adapter}/aliases/live",
-        openapi_extra=body(schemas.PromoteRequest),
+        openapi_extra=body(requests.PromoteRequest),
         responses={200: {"model": answer_schemas.AdapterOut}, **problems(404, 412, 415, 422)},
     )
     @needs("adapt")
     async def promote(request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
         """Promote a version, or roll back to it: then newer ones are withheld until a person lifts that."""
-        wanted = await bodies.model(request, schemas.PromoteRequest)
-        return answers.one_adapter(await browsing.promote(tenant, adapter, wanted.version, etag))
+        wanted = await bodies.model(request, requests.PromoteRequest)
+        return render.one_adapter(await catalog.promote(tenant, adapter, wanted.version, etag))
 
     @api.post(
         "/adapters/{adapter}/versions/{version}/restore",
@@ -268,26 +269,28 @@ def add_adapters(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
         async def go_back(asked: Request, reply: Replying) -> Response:
             await bodies.nothing(asked)
-            done = await restorer.restore(tenant, adapter, version, etag, reply(answers.restored))
-            return answers.restored(done)
+            done = await restorer.restore(tenant, adapter, version, etag, reply(render.restored))
+            return render.restored(done)
 
         return await keyed.answer(request, tenant, go_back)
 
     @api.post(
         "/adapters/{adapter}/rebase",
-        openapi_extra=body(schemas.RebaseRequest),
+        openapi_extra=body(requests.RebaseRequest),
         responses={200: {"model": answer_schemas.AdaptResponse}, **problems(404, 409, 415, 422, 429)},
     )
     @needs("adapt")
     async def rebase(request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
-        wanted = await bodies.model(request, schemas.RebaseRequest)
-        return answers.revised(await curating.rebase(tenant, adapter, wanted.backbone, wanted.promote))
+        wanted = await bodies.model(request, requests.RebaseRequest)
+        return render.revised(await editor.rebase(tenant, adapter, wanted.backbone, wanted.promote))
 
 
-def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: Once) -> None:
+def add_examples(
+    api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard
+) -> None:
     """Examples and feedback."""
-    browsing, curating = components.browsing, components.curating
+    catalog, editor = components.catalog, components.editor
 
     @api.get(
         "/adapters/{adapter}/examples",
@@ -298,8 +301,8 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         tenant: Tenant, adapter: Adapter, cursor: Behind, limit: Limit = 100, excluded: bool | None = None
     ) -> Response:
         """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
-        found = await browsing.examples(tenant, adapter, cursor, limit + 1, excluded)
-        return answers.examples(*found, limit)
+        found = await catalog.examples(tenant, adapter, cursor, limit + 1, excluded)
+        return render.examples(*found, limit)
 
     @api.delete(
         "/adapters/{adapter}/examples",
@@ -313,7 +316,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
         all: bool = False,
     ) -> Response:
         """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
-        return answers.removed(await curating.remove(tenant, adapter, which(id, all)))
+        return render.removed(await editor.remove(tenant, adapter, which(id, all)))
 
     @api.get(
         "/adapters/{adapter}/examples/{example:path}",
@@ -322,7 +325,7 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @needs("adapt")
     async def example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """One example with its input, if inputs are kept."""
-        return answers.one_example(*await browsing.example(tenant, adapter, example))
+        return render.one_example(*await catalog.example(tenant, adapter, example))
 
     @api.delete(
         "/adapters/{adapter}/examples/{example:path}",
@@ -331,11 +334,11 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
     @needs("adapt")
     async def remove_example(tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """Erase one example, and the versions that were fitted on it; then fit what is left."""
-        return answers.removed(await curating.remove(tenant, adapter, [example]))
+        return render.removed(await editor.remove(tenant, adapter, [example]))
 
     @api.patch(
         "/adapters/{adapter}/examples/{example:path}",
-        openapi_extra=once(body(schemas.AmendRequest), 200),
+        openapi_extra=once(body(requests.AmendRequest), 200),
         responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
     )
     @needs("adapt")
@@ -347,12 +350,12 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
     async def amend(request: Request, tenant: str, adapter: str, example: str, reply: Replying) -> Response:
         wanted = await bodies.amendment(request)
-        done = await curating.amend(tenant, adapter, example, wanted, reply(answers.revised))
-        return answers.revised(done)
+        done = await editor.amend(tenant, adapter, example, wanted, reply(render.revised))
+        return render.revised(done)
 
     @api.post(
         "/adapters/{adapter}/feedback",
-        openapi_extra=once(body(schemas.FeedbackRequest), 200),
+        openapi_extra=once(body(requests.FeedbackRequest), 200),
         responses={200: {"model": answer_schemas.AdaptResponse}, **problems(400, 404, 409, 415, 422, 429)},
     )
     @needs("adapt")
@@ -364,25 +367,25 @@ def add_examples(api: FastAPI, components: Components, bodies: Bodies, keyed: On
 
     async def correct(request: Request, tenant: str, adapter: str, reply: Replying) -> Response:
         told = await bodies.feedback(request)
-        return answers.revised(await curating.feedback(tenant, adapter, told, reply(answers.revised)))
+        return render.revised(await editor.feedback(tenant, adapter, told, reply(render.revised)))
 
 
 def add_jobs(api: FastAPI, components: Components) -> None:
     """Work that outlives its request."""
-    submitting = components.submitting
+    submitter = components.submitter
 
     @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
     @needs("adapt")
     async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
         """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
-        found = await submitting.jobs(tenant, adapter, cursor, limit + 1)
-        return answers.jobs([brief(one) for one in found], limit)
+        found = await submitter.jobs(tenant, adapter, cursor, limit + 1)
+        return render.jobs([brief(one) for one in found], limit)
 
     @api.get("/jobs/{job}", responses={200: {"model": answer_schemas.JobOut}, **problems(404)})
     @needs("adapt")
     async def job(tenant: Tenant, job: Job) -> Response:
         """One job."""
-        return answers.one_job(await submitting.job(tenant, job))
+        return render.one_job(await submitter.job(tenant, job))
 
     @api.get(
         "/jobs/{job}/events",
@@ -398,7 +401,7 @@ def add_jobs(api: FastAPI, components: Components) -> None:
     @needs("adapt")
     async def cancel(tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
-        return answers.one_job(await submitting.cancel(tenant, job))
+        return render.one_job(await submitter.cancel(tenant, job))
 
 
 def which(ids: list[str] | None, everything: bool) -> list[str] | None:

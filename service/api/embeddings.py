@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
-from adapters.prediction.predictor import Predicting
+from adapters.prediction.predictor import Predictor
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.batching.request import Overloaded
@@ -18,9 +18,9 @@ from service.edge.access import needs
 from service.edge.auth import count_items, tenant_of
 from service.errors import Problem
 from service.payloads import render as answers
-from service.payloads import requests as schemas
+from service.payloads import requests
 from service.payloads import responses as answer_schemas
-from service.payloads.reader import Bodies
+from service.payloads.reader import RequestReader
 
 PART = 32
 """Texts that wait for the backbone at once: other tenants' turns come between the parts of a request."""
@@ -28,13 +28,13 @@ _MOST_ERRORS = 100
 _SHORTEST_WAIT = 0.05  # seconds
 
 
-def add_openai(api: FastAPI, predicting: Predicting, bodies: Bodies) -> None:
+def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> None:
     """The routes below /v1."""
-    batchers = predicting.batchers
+    batchers = predictor.batchers
 
     @api.post(
         "/v1/embeddings",
-        openapi_extra=body(schemas.OpenAIRequest),
+        openapi_extra=body(requests.OpenAIRequest),
         responses={200: {"model": answer_schemas.OpenAIResponse}, **openai_problems(404, 413, 415, 422, 429)},
     )
     @needs("predict", direct=True)
@@ -43,7 +43,7 @@ def add_openai(api: FastAPI, predicting: Predicting, bodies: Bodies) -> None:
         tenant = await tenant_of(request)
         asked = await bodies.openai(request)
         count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
-        return await openai_embeddings(tenant, predicting, asked)
+        return await openai_embeddings(tenant, predictor, asked)
 
     @api.get("/v1/models", responses={200: {"model": answer_schemas.OpenAIModels}, **openai_problems()})
     @needs("key")
@@ -71,9 +71,9 @@ def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
     return batcher
 
 
-async def openai_embeddings(tenant: str, predicting: Predicting, asked: schemas.OpenAIRequest) -> Response:
+async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.OpenAIRequest) -> Response:
     """The embeddings of all texts, or a 422 Problem that names those that cannot be embedded."""
-    backbone = text_batcher(predicting.batchers, asked.model).backbone
+    backbone = text_batcher(predictor.batchers, asked.model).backbone
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     if not texts:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
@@ -84,7 +84,7 @@ async def openai_embeddings(tenant: str, predicting: Predicting, asked: schemas.
         )
         blamed = {"pointer": "/dimensions", "code": "invalid_dimensions", "detail": detail}
         raise Problem(422, "invalid_dimensions", detail, errors=[blamed])
-    embedded = await _embed(tenant, predicting, asked.model, texts)
+    embedded = await _embed(tenant, predictor, asked.model, texts)
 
     def render() -> bytes:
         return answers.openai(asked.model, embedded, asked.encoding_format)
@@ -92,7 +92,7 @@ async def openai_embeddings(tenant: str, predicting: Predicting, asked: schemas.
     return Response(await asyncio.to_thread(render), media_type="application/json")
 
 
-async def _embed(tenant: str, predicting: Predicting, model: str, texts: Sequence[str]) -> Embedded:
+async def _embed(tenant: str, predictor: Predictor, model: str, texts: Sequence[str]) -> Embedded:
     """All texts, part by part. Where there is no room, only the first part is refused; the others wait for
     it, until the request has taken too long.
     """
@@ -102,7 +102,7 @@ async def _embed(tenant: str, predicting: Predicting, model: str, texts: Sequenc
     start = 0
     while start < len(texts):
         try:
-            part = await predicting.embed(tenant, model, texts[start : start + PART])
+            part = await predictor.embed(tenant, model, texts[start : start + PART])
         except Overloaded as error:
             if start == 0:
                 raise

@@ -15,10 +15,10 @@ from pydantic_core import to_json
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from adapters.jobs.submission import Submitting
+from adapters.jobs.submission import JobSubmitter
 from adapters.registry.records import JobRecord
-from service.edge.gateway import Slots
-from service.payloads import render as answers
+from service.edge.gateway import ConcurrencyLimit
+from service.payloads import render
 
 _STREAMS = 50
 # As many as a tenant may have jobs under way, unless that is set otherwise.
@@ -36,10 +36,10 @@ Hearing = Callable[[int, FrameType | None], object]
 class Events:
     """The streams of events that are open. For one event loop. seconds: how long a stream lasts at most."""
 
-    def __init__(self, submitting: Submitting, seconds: float) -> None:
-        self._submitting = submitting
+    def __init__(self, submitter: JobSubmitter, seconds: float) -> None:
+        self._submitter = submitter
         self._seconds = seconds
-        self._slots = Slots("streams", _STREAMS, _STREAMS_OF_A_TENANT)
+        self._slots = ConcurrencyLimit("streams", _STREAMS, _STREAMS_OF_A_TENANT)
         self._closing = asyncio.Event()
 
     async def stream(self, tenant: str, job_id: str) -> Response:
@@ -50,7 +50,7 @@ class Events:
         """
         with ExitStack() as slot:
             slot.enter_context(self._slots.take(tenant))
-            first = await self._submitting.job(tenant, job_id)
+            first = await self._submitter.job(tenant, job_id)
             return _Stream(self._events(tenant, first), slot.pop_all())
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Events:
         end = time.monotonic() + self._seconds
         sent, quiet = b"", time.monotonic()
         while True:
-            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(answers.job(brief(record))))
+            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(render.job(brief(record))))
             if event != sent:
                 sent, quiet = event, time.monotonic()
                 yield event
@@ -74,7 +74,7 @@ class Events:
                 await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
             if self._closing.is_set():
                 return
-            record = await self._submitting.job(tenant, record.id)
+            record = await self._submitter.job(tenant, record.id)
 
 
 class _Stream(StreamingResponse):

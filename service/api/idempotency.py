@@ -18,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.responses import Response
 from starlette.types import Message
 
-from adapters.registry.idempotency import AlreadyAnswered, Answered, Replies, Reply
+from adapters.registry.idempotency import AlreadyAnswered, PendingReply, Replies, StoredReply
 from service.errors import Problem
 from service.payloads import render as answers
 from service.payloads.reader import media_type
@@ -32,7 +32,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 class Replying(Protocol):
     """Makes of how an outcome is answered what is recorded with it: nothing, without a key."""
 
-    def __call__(self, answer: Callable[[T], Response]) -> Reply[T] | None:
+    def __call__(self, answer: Callable[[T], Response]) -> PendingReply[T] | None:
         """The reply to be recorded. answer: called in a thread, before anybody is told."""
         ...
 
@@ -41,7 +41,7 @@ Work = Callable[[Request, Replying], Awaitable[Response]]
 """What a route does. Whatever it changes, it changes in the transaction that it hands the reply to."""
 
 
-class Once:
+class IdempotencyGuard:
     """Answers requests of one process. For one event loop. Of `rejected` what is kept has the beginning.
 
     Of what is in flight only its own process knows; between processes the first commit decides.
@@ -99,7 +99,7 @@ class _Keyed:
         answer = await work(Request(self._scope, self._read), self._reply)
         return self._rendered or answer
 
-    async def repeat(self, found: Answered) -> Response:
+    async def repeat(self, found: StoredReply) -> Response:
         """The same answer again. Raises a 422 Problem if it was given to another request."""
         if not self._read_whole:
             async for _ in Request(self._scope, self._read).stream():
@@ -109,13 +109,13 @@ class _Keyed:
             raise Problem(422, "idempotency_key_reused", detail)
         return answers.repeated(found)
 
-    def _reply(self, answer: Callable[[T], Response]) -> Reply[T]:
-        def render(outcome: T) -> Answered:
+    def _reply(self, answer: Callable[[T], Response]) -> PendingReply[T]:
+        def render(outcome: T) -> StoredReply:
             self._rendered = response = answer(outcome)
             kept = answers.kept(bytes(response.body))
-            return Answered(self._digest.hexdigest(), response.status_code, kept.decode())
+            return StoredReply(self._digest.hexdigest(), response.status_code, kept.decode())
 
-        return Reply(self._key, render)
+        return PendingReply(self._key, render)
 
     async def _read(self) -> Message:
         message = await self._receive()

@@ -10,24 +10,23 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.errors import is_openai
-from service.payloads import requests as schemas
+from service.payloads import requests, tenants
 from service.payloads import responses as answer_schemas
-from service.payloads import tenants as tenant_schemas
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
-    schemas.AdaptRequest,
-    schemas.PredictRequest,
-    schemas.EmbedRequest,
-    schemas.OpenAIRequest,
-    schemas.PromoteRequest,
-    schemas.FeedbackRequest,
-    schemas.AmendRequest,
-    schemas.RebaseRequest,
-    tenant_schemas.TenantRequest,
-    tenant_schemas.QuotasIn,
-    tenant_schemas.KeyRequest,
-    tenant_schemas.RotateRequest,
+    requests.AdaptRequest,
+    requests.PredictRequest,
+    requests.EmbedRequest,
+    requests.OpenAIRequest,
+    requests.PromoteRequest,
+    requests.FeedbackRequest,
+    requests.AmendRequest,
+    requests.RebaseRequest,
+    tenants.TenantRequest,
+    tenants.QuotasIn,
+    tenants.KeyRequest,
+    tenants.RotateRequest,
 )
 # What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
 # or cannot be answered now, or in time.
@@ -127,7 +126,7 @@ def describe(app: FastAPI) -> None:
 _TENANT = {
     "name": "X-Tenant",
     "in": "header",
-    "schema": {"type": "string", "pattern": schemas.ADAPTER_PATTERN, "default": "default"},
+    "schema": {"type": "string", "pattern": requests.ADAPTER_PATTERN, "default": "default"},
     "description": "Whose adapters are meant; a tenant's key says it already.",
 }
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from adapters.adaptation.erasure import Forgetting
+from adapters.adaptation.erasure import Eraser
 from adapters.registry.tenants import KeyRecord, Quotas, TenantRecord, Tenants
 from service.api.openapi import body, problems
 from service.api.paging import Behind, Limit
 from service.edge.access import needs
 from service.edge.auth import NamedTenant
-from service.payloads import render as answers
-from service.payloads.reader import Bodies
+from service.payloads import render
+from service.payloads.reader import RequestReader
 from service.payloads.responses import ErasureOut
 from service.payloads.tenants import (
     KeyOut,
@@ -31,7 +31,7 @@ from service.payloads.tenants import (
 )
 
 
-def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: Bodies) -> None:
+def add_tenants(api: FastAPI, tenants: Tenants, eraser: Eraser, bodies: RequestReader) -> None:
     """Tenants and keys."""
 
     @api.post(
@@ -44,21 +44,21 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
     async def create_tenant(request: Request) -> Response:
         """Make a tenant."""
         wanted = await bodies.model(request, TenantRequest)
-        return answers.answer(_tenant(await asyncio.to_thread(tenants.create, wanted.tenant)), status=201)
+        return render.answer(_tenant(await asyncio.to_thread(tenants.create, wanted.tenant)), status=201)
 
     @api.get("/tenants", responses={200: {"model": TenantsOut}, **problems(403)})
     @needs("operator")
     async def list_tenants(cursor: Behind, limit: Limit = 100) -> Response:
         """The tenants in the order of their names."""
         found = await asyncio.to_thread(tenants.tenants, cursor, limit + 1)
-        following = answers.cursor(found[limit - 1].name) if len(found) > limit else None
-        return answers.answer({"tenants": [_tenant(one) for one in found[:limit]], "next": following})
+        following = render.cursor(found[limit - 1].name) if len(found) > limit else None
+        return render.answer({"tenants": [_tenant(one) for one in found[:limit]], "next": following})
 
     @api.get("/tenants/{tenant}", responses={200: {"model": TenantOut}, **problems(404)})
     @needs("admin")
     async def tenant(tenant: NamedTenant) -> Response:
         """One tenant."""
-        return answers.answer(_tenant(await asyncio.to_thread(tenants.tenant, tenant)))
+        return render.answer(_tenant(await asyncio.to_thread(tenants.tenant, tenant)))
 
     @api.delete(
         "/tenants/{tenant}",
@@ -70,7 +70,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
 
         What is being done for it is broken off. All of it is gone within 5 seconds, in every process.
         """
-        return answers.erased(await forgetting.tenant(tenant))
+        return render.erased(await eraser.tenant(tenant))
 
     @api.put(
         "/tenants/{tenant}/quotas",
@@ -82,14 +82,14 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
         """Say what a tenant may have: all of it at once. Every process heeds it within 5 seconds."""
         wanted = await bodies.model(request, QuotasIn)
         quotas = Quotas(**wanted.model_dump())
-        return answers.answer(_tenant(await asyncio.to_thread(tenants.set_quotas, tenant, quotas)))
+        return render.answer(_tenant(await asyncio.to_thread(tenants.set_quotas, tenant, quotas)))
 
     @api.get("/tenants/{tenant}/keys", responses={200: {"model": KeysOut}, **problems(404)})
     @needs("admin")
     async def keys(tenant: NamedTenant) -> Response:
         """The tenant's keys, without their secrets."""
         found = await asyncio.to_thread(tenants.keys, tenant)
-        return answers.answer({"keys": [_key(one) for one in found]})
+        return render.answer({"keys": [_key(one) for one in found]})
 
     @api.post(
         "/tenants/{tenant}/keys",
@@ -125,7 +125,7 @@ def add_tenants(api: FastAPI, tenants: Tenants, forgetting: Forgetting, bodies: 
     @needs("admin")
     async def revoke_key(tenant: NamedTenant, key: str) -> Response:
         """Revoke a key: within 5 seconds it opens nothing any more, in every process."""
-        return answers.answer(_key(await asyncio.to_thread(tenants.revoke, tenant, key)))
+        return render.answer(_key(await asyncio.to_thread(tenants.revoke, tenant, key)))
 
 
 def _tenant(record: TenantRecord) -> dict[str, Any]:
@@ -153,4 +153,4 @@ def _key(record: KeyRecord) -> dict[str, Any]:
 
 def _new_key(record: KeyRecord, key: str) -> Response:
     headers = {"Cache-Control": "no-store"}
-    return answers.answer({**_key(record), "key": key}, headers, status=201)
+    return render.answer({**_key(record), "key": key}, headers, status=201)

@@ -15,9 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from service.cli import plan as plan_commands
-from service.cli import storage as storage_commands
-from service.cli import tenants as tenant_commands
+from service.cli import plan, storage, tenants
 
 if TYPE_CHECKING:
     import uvicorn
@@ -43,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--port", type=_port, default=None, help="port to bind, 0 for a free one (default: PORT, else 3000)"
     )
     commands.add_parser("worker", help="do the jobs of services that share the database, until interrupted")
-    tenant_commands.add_commands(commands)
-    storage_commands.add_commands(commands)
-    plan_commands.add_commands(commands)
+    tenants.add_commands(commands)
+    storage.add_commands(commands)
+    plan.add_commands(commands)
     options = parser.parse_args(arguments)
 
     from service.settings import set_serving_environment
@@ -58,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _serve(options.host, options.port)
             case "worker":
                 return _work()
-            case name if name in storage_commands.COMMANDS:
-                return storage_commands.run(options)
-            case name if name in plan_commands.COMMANDS:
-                return plan_commands.run(options)
+            case name if name in storage.COMMANDS:
+                return storage.run(options)
+            case name if name in plan.COMMANDS:
+                return plan.run(options)
             case _:
-                return tenant_commands.run(options)
+                return tenants.run(options)
     except Exception as error:
         from service.server.process import complain
 
@@ -91,9 +89,9 @@ def _serve(host: str, port: int | None) -> int:
     import uvicorn
 
     from service.app import application
-    from service.server.drain import Server
+    from service.server.drain import DrainingServer
 
-    server = Server(
+    server = DrainingServer(
         uvicorn.Config(
             application(),
             log_config=None,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from adapters.storage.artifact import is_tenant
 from service.edge.access_log import logged
-from service.edge.rate_limits import Bucket
+from service.edge.rate_limits import TokenBucket
 
 _logger = logging.getLogger("topwork.audit")
 
@@ -27,7 +27,7 @@ class Audit:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
         self._left_out: Counter[str] = Counter()
         self._due: asyncio.TimerHandle | None = None
 
@@ -57,7 +57,7 @@ class Audit:
         bucket = self._buckets.get(key)
         if bucket is None:
             saved = REFUSALS_AT_ONCE / _REFUSALS_PER_SECOND
-            bucket = self._buckets[key] = Bucket(_REFUSALS_PER_SECOND, now, saved)
+            bucket = self._buckets[key] = TokenBucket(_REFUSALS_PER_SECOND, now, saved)
         self._buckets.move_to_end(key)
         while len(self._buckets) > _MOST_KEYS:
             self._buckets.popitem(last=False)

@@ -20,7 +20,7 @@ from adapters.registry.records import RegistryUnavailable, UnknownTenant
 from adapters.registry.tenants import HeldKey, Scope, split_key
 from adapters.storage.artifact import is_tenant
 from service.edge.access import Access
-from service.edge.rate_limits import Meter, Meters
+from service.edge.rate_limits import Meter, RateLimiter
 from service.errors import Problem
 
 # What a browser on this machine calls the service. Names that only resolve to it are not among them.
@@ -111,7 +111,7 @@ async def _no_keys(key_id: str) -> HeldKey | None:
     return None
 
 
-class Guard:
+class Authenticator:
     """Decides whether a request may pass, and as whom.
 
     With an admin key, everybody needs that or a tenant's. Without one only on loopback addresses: every
@@ -137,7 +137,7 @@ class Guard:
             raise KeyMissing(NEEDS_KEY.format(address=foreign[0]))
         self._key = admin_key.get_secret_value().encode() if admin_key else None
         self._find = find
-        self._meters = Meters()
+        self._meters = RateLimiter()
 
     async def admit(self, access: Access, method: str, headers: Headers) -> Admission:
         """Who the request is from, and its refusal. access: what its route needs."""

@@ -49,12 +49,14 @@ SLOW = "topwork.slow"
 UNHURRIED = "topwork.unhurried"
 
 
-class Exchange:
+class RequestChannel:
     """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
 
     TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, request_id: str) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, bodies: BodyBudget, request_id: str
+    ) -> None:
         self.status: int | None = None
         self.ended: Exception | None = None
         self.request_id = request_id
@@ -185,7 +187,7 @@ class Exchange:
             self._watch.cancel()
 
 
-class Upload(Exchange):
+class UploadChannel(RequestChannel):
     """A bulk upload's channel. It gets time for what it has sent, and may not fall silent."""
 
     TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
@@ -214,7 +216,7 @@ class Upload(Exchange):
         return message
 
 
-class Bodies:
+class BodyBudget:
     """Counts the bytes of request bodies, of each and of all that are being answered."""
 
     def __init__(self, max_one: int, max_all: float) -> None:

@@ -15,7 +15,7 @@ from service.edge.access import Access, Doors
 from service.edge.access_log import AccessLog
 from service.edge.audit import Audit
 from service.edge.auth import STRANGER, Admission
-from service.edge.channel import Bodies, Exchange, Upload, new_id
+from service.edge.channel import BodyBudget, RequestChannel, UploadChannel, new_id
 from service.edge.pace import Pace
 from service.errors import Problem, is_openai, respond
 from service.server.threads import TENANT
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from adapters.examples.upload_forms import Form
-    from service.edge.auth import Caller, Guard
+    from service.edge.auth import Authenticator, Caller
     from service.monitoring.metrics import Metrics
     from service.settings import Settings
 
@@ -78,7 +78,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
-class Slots:
+class ConcurrencyLimit:
     """What may be open at once, of all tenants and of one. For one event loop.
 
     Once half of all are taken, a tenant that has one gets no more.
@@ -139,7 +139,7 @@ class Edge:
         routes: Sequence[BaseRoute],
         *,
         settings: Settings,
-        guard: Guard,
+        guard: Authenticator,
         metrics: Metrics,
     ) -> None:
         """Lets requests through to the application. routes: the application's own."""
@@ -183,19 +183,19 @@ class Edge:
 
 class _Inner:
     def __init__(
-        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Guard, metrics: Metrics
+        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Authenticator, metrics: Metrics
     ) -> None:
         self._app = app
         self._doors = doors
         self._settings = settings
         self._guard = guard
         self._metrics = metrics
-        self._bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+        self._bodies = BodyBudget(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
-        self._uploads = Bodies(settings.max_upload_bytes, math.inf)
+        self._uploads = BodyBudget(settings.max_upload_bytes, math.inf)
         self._pace = Pace()
         # Whose they are; the operator's, which are about all tenants, are nobody's.
-        self._open: dict[Exchange, tuple[str, Caller] | None] = {}
+        self._open: dict[RequestChannel, tuple[str, Caller] | None] = {}
         self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
         self._look: asyncio.TimerHandle | None = None
         self.log = AccessLog()
@@ -239,7 +239,7 @@ class _Inner:
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
         bulk = access.bulk and media in BULK
         bodies = self._uploads if bulk else self._bodies
-        exchange = (Upload if bulk else Exchange)(scope, receive, send, bodies, request_id)
+        exchange = (UploadChannel if bulk else RequestChannel)(scope, receive, send, bodies, request_id)
         caller, refusal = STRANGER, None
         try:
             admission = await self._admit(scope, access, headers)
@@ -292,7 +292,7 @@ class _Inner:
             return Admission(STRANGER, doubtful)
         return await self._guard.admit(access, scope["method"], headers)
 
-    async def _run(self, scope: Scope, exchange: Exchange) -> None:
+    async def _run(self, scope: Scope, exchange: RequestChannel) -> None:
         """The routes' answer, or a problem: whatever escapes them, or why they were broken off."""
         try:
             await exchange.answer(self._app, scope, self._settings.request_timeout)

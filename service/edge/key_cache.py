@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from adapters.cache.lru import Flights
+from adapters.cache.lru import SingleFlight
 from adapters.registry.records import RegistryUnavailable
 from adapters.registry.tenants import HeldKey
 
@@ -37,7 +37,7 @@ class _Read:
     until: float
 
 
-class Keyring:
+class KeyCache:
     """For one event loop. find(id) reads one key, in a thread; it may raise RegistryUnavailable.
 
     While the database does not answer, keys that were read before go on as they were.
@@ -46,7 +46,7 @@ class Keyring:
     def __init__(self, find: Callable[[str], HeldKey | None]) -> None:
         self._find = find
         self._known: OrderedDict[str, _Read] = OrderedDict()
-        self._flights: Flights[_Read] = Flights()
+        self._flights: SingleFlight[_Read] = SingleFlight()
         self._reading = asyncio.Semaphore(_READS_AT_ONCE)
         self._away = False
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.edge.rate_limits import Bucket
+from service.edge.rate_limits import TokenBucket
 from service.errors import Problem
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _MOST_TENANTS = 10_000
 
 @dataclass(slots=True)
 class _Debt:
-    bucket: Bucket
+    bucket: TokenBucket
     # The last request took so long. The next one is expected to take as long.
     usual: float = 0.0
 
@@ -92,7 +92,7 @@ class Pace:
         if not refused and self._is_alone(tenant):
             return
         if debt is None:
-            debt = self._debts[tenant] = _Debt(Bucket(_MS_A_SECOND, self._clock()))
+            debt = self._debts[tenant] = _Debt(TokenBucket(_MS_A_SECOND, self._clock()))
             if len(self._debts) > _MOST_TENANTS:
                 self._debts.popitem(last=False)
         self._debts.move_to_end(tenant)

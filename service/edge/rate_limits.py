@@ -14,7 +14,7 @@ _SAVED_SECONDS = 2.0
 _MOST = 10_000
 
 
-class Bucket:
+class TokenBucket:
     """Fills at a rate. What is taken may leave a debt: then nothing is given for a while. So a request is let
     in while there is anything left, and pays for all that turned out to be in it.
 
@@ -50,7 +50,7 @@ class Meter:
     __slots__ = ("_buckets",)
 
     def __init__(self) -> None:
-        self._buckets: dict[str, Bucket] = {}
+        self._buckets: dict[str, TokenBucket] = {}
 
     def wait(self, quotas: Quotas, now: float) -> tuple[float, str] | None:
         """Seconds until another request may come, and which quota says so; None where one may come now."""
@@ -64,7 +64,7 @@ class Meter:
             if rate is None:
                 self._buckets.pop(what, None)
                 continue
-            bucket = self._buckets.setdefault(what, Bucket(rate, now))
+            bucket = self._buckets.setdefault(what, TokenBucket(rate, now))
             longest = max(longest, (bucket.wait(rate, now), what))
         return longest if longest[0] > 0 else None
 
@@ -75,7 +75,7 @@ class Meter:
             bucket.take(amount)
 
 
-class Meters:
+class RateLimiter:
     """The meters of all tenants with a quota. For one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

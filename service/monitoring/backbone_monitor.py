@@ -15,11 +15,11 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from adapters.cache.networks import Networks
+from adapters.cache.networks import NetworkPool
 from models.backbone import Backbone, Floats
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed, EmbeddingFailed, Overloaded
-from models.batching.stall_detector import Standstill
+from models.batching.stall_detector import StallDetector
 from models.batching.turn import PATIENCE
 from models.spec import FLOAT16
 
@@ -49,7 +49,7 @@ _WATCH_SECONDS = 0.5
 class _Watched:
     """What is known of one backbone. right: its newest canary was as its first one."""
 
-    standstill: Standstill
+    standstill: StallDetector
     first: Floats | None = None
     right: bool = True
     wrong: int = 0
@@ -57,7 +57,7 @@ class _Watched:
     replacing: asyncio.Task[None] | None = None
 
 
-class Watching:
+class BackboneMonitor:
     """Looks after the batchers, in their own mapping, and after those of networks. For one event loop.
 
     replaced: how many were, of the parts `backbone` and `network`.
@@ -66,7 +66,7 @@ class Watching:
     def __init__(
         self,
         batchers: dict[str, Batcher],
-        networks: Networks,
+        networks: NetworkPool,
         reopen: Callable[[str], Backbone],
         batcher_for: Callable[[Backbone], Batcher],
         end: Callable[[str], NoReturn],
@@ -78,12 +78,12 @@ class Watching:
         self._reopen = reopen
         self._batcher_for = batcher_for
         self._end = end
-        self._watched = {name: _Watched(Standstill(batcher)) for name, batcher in batchers.items()}
-        self._tuned: dict[Batcher, Standstill] = {}
+        self._watched = {name: _Watched(StallDetector(batcher)) for name, batcher in batchers.items()}
+        self._tuned: dict[Batcher, StallDetector] = {}
         self._left: list[Batcher] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._retiring: list[asyncio.Task[None]] = []
-        self._watchdog = Watchdog(end)
+        self._watchdog = LoopWatchdog(end)
 
     @property
     def ready(self) -> bool:
@@ -137,7 +137,7 @@ class Watching:
 
     def _look_at_networks(self, passed: float) -> None:
         batchers = [batcher for batcher in self._networks.batchers if batcher not in self._left]
-        self._tuned = {batcher: self._tuned.get(batcher) or Standstill(batcher) for batcher in batchers}
+        self._tuned = {batcher: self._tuned.get(batcher) or StallDetector(batcher) for batcher in batchers}
         for batcher, standstill in self._tuned.items():
             if batcher.backbone.lost:
                 self._end(f"the GPU failed under a fine-tuned network of {batcher.backbone.spec.name}")
@@ -195,7 +195,7 @@ class Watching:
         batcher = self._batcher_for(backbone)
         await batcher.start()
         self._batchers[name] = batcher
-        one.standstill = Standstill(batcher)
+        one.standstill = StallDetector(batcher)
         one.replacing = None
         await self._ask(name)
         logger.warning("the backbone %s is there again after %.1f s", name, time.monotonic() - begun)
@@ -215,7 +215,7 @@ class Watching:
             batcher = self._batcher_for(backbone)
             await batcher.start()
             self._batchers[name] = batcher
-            one.standstill = Standstill(batcher)
+            one.standstill = StallDetector(batcher)
         finally:
             one.replacing = None
         logger.info("the backbone %s runs by another plan", name)
@@ -236,7 +236,7 @@ class Watching:
             self._end(f"the threads of {len(self._left)} abandoned batchers have not ended")
 
 
-class Watchdog:
+class LoopWatchdog:
     """A thread that ends the process once the event loop has not turned for ten seconds, for then nobody is
     answered, and nothing in the loop can help.
 

@@ -15,7 +15,7 @@ from service import __version__
 from service.server.connections import CUT, connections
 
 if TYPE_CHECKING:
-    from adapters.cache.networks import Networks
+    from adapters.cache.networks import NetworkPool
     from adapters.registry.registry import Registry
     from models.batching.batcher import Batcher
     from service.composition import Components
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from service.monitoring.surveyor import Surveyor
 
 
-def add_gauges(components: Components, networks: Networks) -> None:
+def add_gauges(components: Components, networks: NetworkPool) -> None:
     """Has the metrics tell of the parts, of what is in memory and of what is in the database."""
     gauge, counter = components.metrics.gauge, components.metrics.counter
     build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
@@ -101,10 +101,10 @@ def add_gauges(components: Components, networks: Networks) -> None:
 
 
 def _watch_replacements(components: Components) -> None:
-    watching, fitter, workers = components.watching, components.fitter, components.workers
+    monitor, fitter, workers = components.monitor, components.fitter, components.workers
     parts: dict[str, Callable[[], int]] = {
-        "backbone": lambda: watching.replaced["backbone"],
-        "network": lambda: watching.replaced["network"],
+        "backbone": lambda: monitor.replaced["backbone"],
+        "network": lambda: monitor.replaced["network"],
         "fitter": lambda: fitter.replaced,
         "worker": lambda: sum(worker.replaced for worker in workers),
         "decoder": lambda: Decoder.shared().ended,

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from adapters.cache.networks import Networks
-from adapters.processes.child import environment
+from adapters.cache.networks import NetworkPool
+from adapters.processes.child import child_environment
 from models.batching.batcher import Batcher
-from models.runtime.autotune import Measured, Plan, is_quiet
+from models.runtime.autotune import ExecutionPlan, Measured, is_quiet
 
 logger = logging.getLogger("topwork")
 
@@ -50,7 +50,7 @@ class Surveyor:
         self,
         measured: dict[str, Measured],
         batchers: Mapping[str, Batcher],
-        networks: Networks,
+        networks: NetworkPool,
         exchange: Callable[[str], Awaitable[None]],
         *,
         quiet: Callable[[float], bool] = is_quiet,
@@ -126,7 +126,7 @@ class Surveyor:
             *self._command(name),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env=environment(),
+            env=child_environment(),
         )
         begun = time.monotonic()
         try:
@@ -161,7 +161,7 @@ def _read(output: bytes) -> Measured | None:
     try:
         told = json.loads(output)
         return Measured(
-            Plan(**told["plan"]), float(told["others"]), float(told["spread"]), float(told["cosine"])
+            ExecutionPlan(**told["plan"]), float(told["others"]), float(told["spread"]), float(told["cosine"])
         )
     except (ValueError, KeyError, TypeError):
         return None

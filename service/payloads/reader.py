@@ -17,7 +17,7 @@ from adapters.adaptation.adapt import AdaptCommand
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.examples.target import ExampleError
 from adapters.examples.upload_forms import Form
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.preprocessor import InputError
@@ -53,7 +53,7 @@ _SHORT_QUERY = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Single:
+class ParsedPredict:
     """Whether the body was one raw input, whose error is then the request's own."""
 
     query: PredictQuery
@@ -67,7 +67,7 @@ class _InMemoryParser(MultiPartParser):
 
 
 @dataclass(frozen=True, slots=True)
-class Bodies:
+class RequestReader:
     """Reads bodies within the limits of one request.
 
     Every method raises Problem.
@@ -104,7 +104,7 @@ class Bodies:
         """Of a raw input, the adapter that is to predict: known before the input is read."""
         return _asked(request).adapter if _is_raw(media_type(request)) else None
 
-    async def predict(self, request: Request) -> Single:
+    async def predict(self, request: Request) -> ParsedPredict:
         """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
         media = media_type(request)
         if media == "application/json":
@@ -112,7 +112,7 @@ class Bodies:
         raw = media != "multipart/form-data"
         inputs, fields = await self._inputs(request, media)
         body = _asked(request) if raw else lax(PredictRequest, dict(request.query_params), fields)
-        return Single(_query(body, inputs), raw=raw)
+        return ParsedPredict(_query(body, inputs), raw=raw)
 
     async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
         """A backbone's name and inputs, as predict takes them, and whether the body was one raw input."""
@@ -193,10 +193,10 @@ class Bodies:
         good = (self._posted(example, lifted) for example in body.examples)
         return _command(body, _merged(good, {at: _faulty(lifted, at, one) for at, one in faults.items()}))
 
-    def _predict_query(self, lifted: Lifted) -> Single:
+    def _predict_query(self, lifted: Lifted) -> ParsedPredict:
         self._count_in(lifted.value, "inputs", self.max_inputs)
         body, inputs = self._items(PredictRequest, lifted)
-        return Single(_query(body, inputs), raw=False)
+        return ParsedPredict(_query(body, inputs), raw=False)
 
     def _embed_query(self, lifted: Lifted) -> tuple[str, Sequence[Input], bool]:
         self._count_in(lifted.value, "inputs", self.max_inputs)
@@ -215,7 +215,7 @@ class Bodies:
     async def _adapt_form(self, request: Request) -> AdaptCommand:
         files, fields = await self._form(request, self.max_examples)
         body = lax(AdaptRequest, dict(request.query_params), fields)
-        return _command(body, [Posted(await _content(file), _folder(file.filename)) for file in files])
+        return _command(body, [PostedExample(await _content(file), _folder(file.filename)) for file in files])
 
     async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], dict[str, str]]:
         if media == "multipart/form-data":
@@ -261,8 +261,8 @@ class Bodies:
             sampled=body.sampled,
         )
 
-    def _posted(self, example: ExampleIn, lifted: Lifted) -> Posted:
-        return Posted(
+    def _posted(self, example: ExampleIn, lifted: Lifted) -> PostedExample:
+        return PostedExample(
             input=self._input(example, lifted),
             blamed=_source(example),
             target=_target(example),
@@ -363,7 +363,7 @@ def _some(inputs: Sequence[object]) -> None:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
 
 
-def _command(body: AdaptRequest, posted: Sequence[Posted], *, job: bool = False) -> AdaptCommand:
+def _command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: bool = False) -> AdaptCommand:
     tunes = body.method == FINE_TUNE
     if body.callback is not None and not (tunes or job):
         raise Problem(422, "invalid_request", "`callback` is of jobs; this request is answered at once.")
@@ -397,12 +397,12 @@ def _source(one: InputIn) -> str:
     return "text" if one.image is None else "image"
 
 
-def _faulty(lifted: Lifted, index: int, fault: Fault) -> Posted:
+def _faulty(lifted: Lifted, index: int, fault: Fault) -> PostedExample:
     """The example, whose form is wrong, as one that cannot be used."""
     example = lifted.value["examples"][index]
     name = example.get("id") if isinstance(example, dict) else None
     known = name if isinstance(name, str) else None
-    return Posted(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
+    return PostedExample(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
 
 
 def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:

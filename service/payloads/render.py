@@ -16,16 +16,16 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from adapters.adaptation.adapt import AdaptOutcome
-from adapters.adaptation.revision import Revised
+from adapters.adaptation.revision import RevisionResult
 from adapters.adaptation.rollback import Restored
 from adapters.examples.target import Target
-from adapters.examples.validation import Rejected
+from adapters.examples.validation import RejectedExample
 from adapters.jobs.submission import Submitted
 from adapters.prediction.neighbours import Neighbour
 from adapters.prediction.predictor import PredictAnswer
 from adapters.prediction.scorer import Prediction
 from adapters.registry.erasures import Receipt
-from adapters.registry.idempotency import Answered
+from adapters.registry.idempotency import StoredReply
 from adapters.registry.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
@@ -52,7 +52,7 @@ def adapted(outcome: AdaptOutcome) -> Response:
     return answer(_revised(outcome.revised, outcome.rejected, outcome.timings))
 
 
-def revised(done: Revised) -> Response:
+def revised(done: RevisionResult) -> Response:
     """AdaptResponse, of feedback or of a rebase."""
     return answer(_revised(done, [], done.timings))
 
@@ -69,7 +69,7 @@ def kept(body: bytes) -> bytes:
     return to_json(value)
 
 
-def repeated(found: Answered) -> Response:
+def repeated(found: StoredReply) -> Response:
     """What was answered before to the same request with an Idempotency-Key."""
     headers = {"Idempotency-Replayed": "true"}
     if found.status == 202:
@@ -119,7 +119,7 @@ def jobs(records: Sequence[JobRecord], limit: int) -> Response:
     return answer({"jobs": [job(record) for record in page], "next": following})
 
 
-def removed(done: Revised) -> Response:
+def removed(done: RevisionResult) -> Response:
     """RemovalResponse."""
     committed = done.committed
     more = {"gone": committed.erased, "erasure": committed.erasure}
@@ -354,7 +354,7 @@ def _where(job_id: str) -> dict[str, str]:
     return {"Location": f"/jobs/{job_id}", "Retry-After": "5"}
 
 
-def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
+def _examples(done: RevisionResult, rejected: Sequence[RejectedExample]) -> Json:
     committed = done.committed
     return {
         "total": done.adapter.examples,
@@ -368,7 +368,7 @@ def _examples(done: Revised, rejected: Sequence[Rejected]) -> Json:
     }
 
 
-def _revised(done: Revised, rejected: Sequence[Rejected], timings: Mapping[str, float]) -> Json:
+def _revised(done: RevisionResult, rejected: Sequence[RejectedExample], timings: Mapping[str, float]) -> Json:
     made = done.version
     return {
         "adapter": done.adapter.name,

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from service.server.protocol import Protocol
+    from service.server.protocol import BoundedHttpProtocol
 
 MOST = 4_096
 # Descriptors for everything else: databases, artifacts, pipes, what is being read and written.
@@ -22,7 +22,7 @@ CUT = ("head", "body", "unread", "silent", "idle", "refused")
 that it makes room for another, or that there is none for it."""
 
 
-class Connections:
+class ConnectionTable:
     """Those of this process. For one event loop. cut: how many were cut off, by reason.
 
     draining: no more are taken, and those that are there end with their next answer. drain_seconds: what a
@@ -34,9 +34,9 @@ class Connections:
         self.draining = False
         self.drain_seconds = 20
         self._most = most
-        self._open: set[Protocol] = set()
-        self._idle: dict[Protocol, None] = {}
-        self._parts: list[set[Protocol]] = [set() for _ in range(_PARTS)]
+        self._open: set[BoundedHttpProtocol] = set()
+        self._idle: dict[BoundedHttpProtocol, None] = {}
+        self._parts: list[set[BoundedHttpProtocol]] = [set() for _ in range(_PARTS)]
         self._looked = [0.0] * _PARTS
         self._next = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -49,7 +49,7 @@ class Connections:
         """Leaves room among so many descriptors for what else is opened."""
         self._most = max(_LEAST, min(MOST, descriptors - _ROOM))
 
-    def admit(self, connection: Protocol) -> bool:
+    def admit(self, connection: BoundedHttpProtocol) -> bool:
         """Takes the connection up, closing an idle one for it if need be; False where there is no room."""
         if len(self._open) >= self._most and not self._make_room():
             self.cut["refused"] += 1
@@ -63,7 +63,7 @@ class Connections:
             self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look)
         return True
 
-    def discard(self, connection: Protocol) -> None:
+    def discard(self, connection: BoundedHttpProtocol) -> None:
         """The connection is closed, or somebody else's."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
@@ -99,5 +99,5 @@ class Connections:
                 self._idle.setdefault(connection, None)
 
 
-connections = Connections()
+connections = ConnectionTable()
 """Those of this process: servers make a protocol for each without asking."""

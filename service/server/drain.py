@@ -20,7 +20,7 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn's, but for its end. `bentoml serve` is given it too: see service/app.py."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

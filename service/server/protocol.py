@@ -43,7 +43,7 @@ _UNREAD_BYTES = 256 << 10
 _INTERIM = b"HTTP/1.1 1"
 
 
-class Whole:
+class CoalescingTransport:
     """A transport that sends the head of an answer together with what follows at once.
 
     uvicorn writes them one after the other, and each write is a system call, a packet, and a client that
@@ -94,7 +94,7 @@ class _Phase(Enum):
     """Everything is answered."""
 
 
-class Protocol(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection.
 
     llhttp keeps a head of any length, so what is read between pieces of bodies is counted: more than the
@@ -120,13 +120,13 @@ class Protocol(HttpToolsProtocol):
     _unsent = 0
     _unread = 0.0
     _told = 0.0
-    _answering: Cycle | None = None
+    _scorer: Cycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
         # Every answer is the last one.
         self._leaving = connections.draining
-        super().connection_made(Whole(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
         if not connections.admit(self):
             self.transport.write(_refusal(503, "too_many_connections", _NO_ROOM, b"retry-after: 1"))
             self.transport.close()
@@ -135,9 +135,9 @@ class Protocol(HttpToolsProtocol):
         connections.discard(self)
         super().connection_lost(exc)
         # uvicorn tells the newest request alone, and answers the others into nothing.
-        if self._answering is not None and not self._answering.response_complete:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
+        if self._scorer is not None and not self._scorer.response_complete:
+            self._scorer.disconnected = True
+            self._scorer.message_event.set()
         self.pipeline.clear()
         for tell in tuple(self._when_gone):
             tell()
@@ -192,7 +192,7 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
 
     def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:
-        self._answering = cycle
+        self._scorer = cycle
         super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
@@ -201,11 +201,11 @@ class Protocol(HttpToolsProtocol):
         uvicorn's 400 would be taken for the answer to the request before it, or stand in the midst of it.
         """
         last: Cycle | None = self.cycle
-        answering = self._answering
-        if last is not None and last.more_body and last is not answering and self.pipeline:
+        scorer = self._scorer
+        if last is not None and last.more_body and last is not scorer and self.pipeline:
             # It was to wait, and its own body is what cannot be read.
             self.pipeline.popleft()
-            last = self.pipeline[0][0] if self.pipeline else answering
+            last = self.pipeline[0][0] if self.pipeline else scorer
         if last is None or last.response_complete:
             self._refuse_what_came()
         elif not last.more_body:

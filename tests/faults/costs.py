@@ -28,9 +28,9 @@ from benchmarks.serving import bombs
 from models.preprocess.decoder import Decoder
 from models.preprocess.limits import InputError
 from models.preprocess.preprocessor import ImagePreprocessor
-from models.priority import Other
+from models.priority import ProcessCpuClock
 from models.spec import ImageTransform
-from tests.faults import input_mutations as mutants
+from tests.faults import input_mutations
 
 TRANSFORM = ImageTransform(224, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
 _MOST_BYTES = 16 << 20
@@ -51,7 +51,7 @@ def _heic(image: Image.Image) -> bytes:
 
 def _interlaced(image: Image.Image) -> bytes:
     """As PNG has it, although Pillow writes none: the pixels are those of seven passes or, here, noise."""
-    data = bytearray(mutants.saved(image, "PNG"))
+    data = bytearray(input_mutations.saved(image, "PNG"))
     data[28] = 1
     return bytes(data)
 
@@ -92,7 +92,7 @@ def seeds() -> Sequence[bytes]:
         for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma", "zstd"):
             kinds.append((image, "TIFF", {"compression": compression}))
         kinds += [(image.convert("1"), "TIFF", {"compression": kind}) for kind in ("group3", "group4")]
-        found += [mutants.saved(one, fmt, **options) for one, fmt, options in kinds]
+        found += [input_mutations.saved(one, fmt, **options) for one, fmt, options in kinds]
         found += [_heic(image), _interlaced(image)]
     found += [make(20_000) for make in bombs.BOMBS.values()]
     return found
@@ -237,7 +237,7 @@ class Costs:
         ended = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         pids = [process._process.pid for process in self._decoder._idle if process.alive]
         self.memory_of_decoders = max([self.memory_of_decoders, *(_peak(str(pid)) for pid in pids)])
-        return time.process_time() + ended + sum(Other(pid).seconds() for pid in pids)
+        return time.process_time() + ended + sum(ProcessCpuClock(pid).seconds() for pid in pids)
 
 
 def measure(first: int, last: int) -> Mapping[str, Any]:
@@ -245,7 +245,7 @@ def measure(first: int, last: int) -> Mapping[str, Any]:
     seeds()
     decoder = Decoder(processes=1)
     prepare = ImagePreprocessor(TRANSFORM, decoder=decoder)
-    prepare(mutants.saved(_photo(64), "AVIF"))
+    prepare(input_mutations.saved(_photo(64), "AVIF"))
     costs = Costs(decoder)
     codes: Counter[str] = Counter()
     dearest: list[tuple[float, int, str]] = []

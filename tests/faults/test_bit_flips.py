@@ -16,7 +16,7 @@ from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
 from tests.faults import times
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.adapter_stack import TENANT, taught, world
 
 SEED = 17
@@ -65,7 +65,7 @@ async def published(folder: Path, store: Store) -> tuple[str, dict[str, Artifact
         version = made.registry.version(record.uid, 1)
         example = made.registry.all_examples(record.uid)[1][0]
         # As a fine-tune publishes one: the graph's bytes.
-        graph = (tiny.text_export(folder / "network") / GRAPH_FILE).read_bytes()
+        graph = (tiny_backbones.text_export(folder / "network") / GRAPH_FILE).read_bytes()
         network = store.publish(TENANT, record.uid, graph)
     assert version.evidence is not None
     assert example.inputs is not None
@@ -137,9 +137,9 @@ async def test_what_a_flipped_file_is_needed_for_is_refused(tmp_path: Path, kind
                 await made.predict(["ba be"], explain=1)
         if kind == "inputs":
             with pytest.raises(CorruptArtifact):
-                await made.browsing.example(TENANT, "words", "one0")
+                await made.catalog.example(TENANT, "words", "one0")
         if kind == "network":
-            base = Backbone.open(tiny.text_export(tmp_path / "base"), threads=1)
+            base = Backbone.open(tiny_backbones.text_export(tmp_path / "base"), threads=1)
             with pytest.raises(CorruptArtifact):
                 base.with_network(made.store.read(TENANT, uid, artifacts["network"]))
             base.close()
@@ -168,7 +168,7 @@ def test_over_http_only_the_damaged_version_is_refused(tmp_path: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Of a service with the tiny backbones."""
-    _, text = tiny.install(folder / "bentoml")
+    _, text = tiny_backbones.install(folder / "bentoml")
     return {
         "BENTOML_HOME": str(folder / "bentoml"),
         "TOPWORK_BACKBONES": text,

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
 from tests.service.server.test_process import bentoml_serve, get
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.client import Caller
 from tests.support.faulty_service import environment
 from tests.support.load_callers import Loop, post, total
@@ -64,7 +64,7 @@ def test_sigterm_under_load_drops_nothing(tmp_path: Path, way: object, _: int) -
     with way(tmp_path) as (url, process):
         caller = Caller(url, "default")
         with caller.http:
-            examples = [{"text": tiny.sentence(n), "label": "ab"[n % 2]} for n in range(8)]
+            examples = [{"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]} for n in range(8)]
             caller.adapt("drained", examples)
         loops = [
             Loop(url, post("/predict", BODY, close=not keep_alive), keep_alive)

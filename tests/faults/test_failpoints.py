@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.maintenance.inspection import Examining
+from adapters.maintenance.inspection import Inspector
 from adapters.registry.database import Database
 from adapters.storage.artifact import open_store
 from benchmarks.harness.service_process import Serving
@@ -153,9 +153,9 @@ class Place:
             assert answer is not None
             assert answer.json()["predictions"][0]["label"] in ("r", "s"), name
         database = Database(f"sqlite:///{self.home / 'topwork.db'}")
-        examining = Examining(database, open_store(str(self.home / "artifacts")))
-        found_in_database = list(examining.database())
-        damages = [damage for uid in examining.uids() for damage in examining.adapter(uid)[1]]
+        inspector = Inspector(database, open_store(str(self.home / "artifacts")))
+        found_in_database = list(inspector.database())
+        damages = [damage for uid in inspector.uids() for damage in inspector.adapter(uid)[1]]
         database.close()
         assert (found_in_database, damages) == ([], [])
 

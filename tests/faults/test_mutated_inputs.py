@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.harness.service_process import Serving, resident
-from tests.faults import input_mutations as mutants
-from tests.faults import times
+from tests.faults import input_mutations, times
 from tests.support.client import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
 
 CODES = {
@@ -108,7 +107,7 @@ class Asking:
             if isinstance(one, bytes):
                 value = b'"%s"' % base64.b64encode(one)
             else:
-                value = mutants.json_string(one, len(one)) if place == 1 else json.dumps(one).encode()
+                value = input_mutations.json_string(one, len(one)) if place == 1 else json.dumps(one).encode()
             written.append(b'{"%s": %s%s}' % (self.kind.encode(), value, label))
         name = b"examples" if path == "adapt" else b"inputs"
         return json.dumps(fields).encode()[:-1] + b', "%s": [%s]}' % (name, b", ".join(written))
@@ -175,7 +174,7 @@ def test_each_is_answered_or_refused_in_its_place(serving: Serving, asking: Aski
     failures = []
     with watched(serving) as bytes_held:
         for number in range(count):
-            item = mutants.image(number) if asking.kind == "image" else mutants.text(number)
+            item = input_mutations.image(number) if asking.kind == "image" else input_mutations.text(number)
             path, form = WAYS[number % len(WAYS)]
             found = asking.wrong(path, form, item, medias[number // len(WAYS) % len(medias)])
             if found:
@@ -193,20 +192,23 @@ SIDE = 7_000  # 49 million pixels, of the 50 million that are taken
 def largest() -> Iterator[tuple[str, bytes]]:
     """Images as large as they may be, in the forms that take the most memory to decode."""
     wide = np.full((SIDE, SIDE), 500, np.uint16)
-    yield "transparent", mutants.saved(Image.new("RGBA", (SIDE, SIDE)), "PNG")
-    yield "animation", mutants.saved(Image.new("RGB", (SIDE, SIDE)), "WEBP")
+    yield "transparent", input_mutations.saved(Image.new("RGBA", (SIDE, SIDE)), "PNG")
+    yield "animation", input_mutations.saved(Image.new("RGB", (SIDE, SIDE)), "WEBP")
     yield (
         "progressive",
-        mutants.saved(Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0),
+        input_mutations.saved(Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0),
     )
     yield (
         "half an animation",
-        mutants.saved(Image.new("RGBA", (SIDE, SIDE // 2)), "WEBP", lossless=True, method=0),
+        input_mutations.saved(Image.new("RGBA", (SIDE, SIDE // 2)), "WEBP", lossless=True, method=0),
     )
-    yield "16 bits", mutants.saved(Image.fromarray(wide), "PNG", transparency=500)
-    yield "grey and transparent", mutants.saved(Image.new("LA", (SIDE, SIDE)), "PNG")
-    yield "inks", mutants.saved(Image.new("CMYK", (SIDE, SIDE)), "JPEG", progressive=True)
-    yield "strips", mutants.saved(Image.new("RGBA", (SIDE, SIDE)), "TIFF", compression="tiff_adobe_deflate")
+    yield "16 bits", input_mutations.saved(Image.fromarray(wide), "PNG", transparency=500)
+    yield "grey and transparent", input_mutations.saved(Image.new("LA", (SIDE, SIDE)), "PNG")
+    yield "inks", input_mutations.saved(Image.new("CMYK", (SIDE, SIDE)), "JPEG", progressive=True)
+    yield (
+        "strips",
+        input_mutations.saved(Image.new("RGBA", (SIDE, SIDE)), "TIFF", compression="tiff_adobe_deflate"),
+    )
 
 
 def decoders(serving: Serving) -> list[int]:

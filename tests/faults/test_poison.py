@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.faults import input_mutations as mutants
-from tests.faults import times
+from tests.faults import input_mutations, times
 from tests.service.api.test_bad_input import bomb, png_header
 from tests.support.client import CLOSE, PICTURES, UNSEEN, Caller, image
 
@@ -115,9 +114,10 @@ class Asking:
     def _mutant(self, rng: random.Random) -> Json:
         if self.kind == "text":
             return {
-                "text": "\0" + mutants.text(rng.randrange(1_000)).encode("utf-8", "replace").decode()[:500]
+                "text": "\0"
+                + input_mutations.text(rng.randrange(1_000)).encode("utf-8", "replace").decode()[:500]
             }
-        return image(mutants.image(rng.randrange(1_000))[:-1])
+        return image(input_mutations.image(rng.randrange(1_000))[:-1])
 
     def is_as_alone(self, found: Sequence[Floats | str], places: Sequence[int | None]) -> bool:
         """Whether every good one has the embedding that it has alone."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from service.server.process import raise_descriptor_limit
 from tests.faults import times
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.client import Caller
 from tests.support.faulty_service import Breaking
 from tests.support.load_callers import Loop, post, total
@@ -91,7 +91,9 @@ def test_healthy_requests_do_not_notice_a_crowd_of_slow_ones(tmp_path: Path) -> 
     with Breaking(tmp_path, CONSTANTS) as service:
         caller = Caller(service.url, "default")
         with caller.http:
-            caller.adapt("beside", [{"text": tiny.sentence(n), "label": "ab"[n % 2]} for n in range(8)])
+            caller.adapt(
+                "beside", [{"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]} for n in range(8)]
+            )
         keep = [Loop(service.url, post("/predict", BODY), True) for _ in range(4)]
         anew = [Loop(service.url, post("/predict", BODY, close=True), False) for _ in range(2)]
         asyncio.run(crowd(service.url, found))

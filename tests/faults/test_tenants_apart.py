@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.client import CLOSE
 
 ADMIN = "0123456789abcdef0123456789abcdef"
@@ -37,7 +37,7 @@ Json = dict[str, Any]
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A service with the tiny text backbone that asks for keys."""
     folder: Path = tmp_path_factory.mktemp("apart")
-    _, text = tiny.install(folder / "bentoml")
+    _, text = tiny_backbones.install(folder / "bentoml")
     environment = {
         "BENTOML_HOME": str(folder / "bentoml"),
         "TOPWORK_BACKBONES": text,
@@ -134,7 +134,7 @@ class Apart(RuleBasedStateMachine):
         held = self.tenants[tenant]
         labels = {held.own(name): held.own(("good", "bad")[place % 2]) for place, name in enumerate(IDS)}
         examples = [
-            {"id": name, "text": f"{tiny.sentence(seed + place)} {held.canary}", "label": label}
+            {"id": name, "text": f"{tiny_backbones.sentence(seed + place)} {held.canary}", "label": label}
             for place, (name, label) in enumerate(labels.items())
         ]
         body = {"adapter": adapter, "promote": "always", "examples": examples}
@@ -149,7 +149,7 @@ class Apart(RuleBasedStateMachine):
     def predict(self, tenant: int, adapter: str, explain: int) -> None:
         held = self.tenants[tenant]
         known = held.adapters.get(adapter, {})
-        body = {"adapter": adapter, "inputs": [{"text": tiny.sentence(1)}], "explain": explain}
+        body = {"adapter": adapter, "inputs": [{"text": tiny_backbones.sentence(1)}], "explain": explain}
         answer = self.ask(tenant, "POST", "/predict", 200 if known else 404, 409, json=body)
         if answer.status_code == 200:
             (found,) = answer.json()["predictions"]
@@ -159,11 +159,13 @@ class Apart(RuleBasedStateMachine):
 
     @rule(tenant=st.integers(0, 2))
     def embed(self, tenant: int) -> None:
-        self.ask(tenant, "POST", "/embed", json={"backbone": tiny.TEXT_NAME, "inputs": [{"text": "ba"}]})
-        self.ask(tenant, "POST", "/v1/embeddings", json={"model": tiny.TEXT_NAME, "input": "ba"})
+        self.ask(
+            tenant, "POST", "/embed", json={"backbone": tiny_backbones.TEXT_NAME, "inputs": [{"text": "ba"}]}
+        )
+        self.ask(tenant, "POST", "/v1/embeddings", json={"model": tiny_backbones.TEXT_NAME, "input": "ba"})
         self.ask(tenant, "GET", "/backbones")
         self.ask(tenant, "GET", "/v1/models")
-        self.ask(tenant, "GET", f"/v1/models/{tiny.TEXT_NAME}")
+        self.ask(tenant, "GET", f"/v1/models/{tiny_backbones.TEXT_NAME}")
 
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def look(self, tenant: int, adapter: str) -> None:
@@ -202,7 +204,7 @@ class Apart(RuleBasedStateMachine):
     @rule(tenant=st.integers(0, 2), adapter=st.sampled_from(ADAPTERS))
     def rebase(self, tenant: int, adapter: str) -> None:
         held = self.tenants[tenant]
-        body = {"backbone": tiny.TEXT_NAME}
+        body = {"backbone": tiny_backbones.TEXT_NAME}
         statuses = (200, 409, 422) if adapter in held.adapters else (404,)
         done = self.ask(tenant, "POST", f"/adapters/{adapter}/rebase", *statuses, json=body)
         if done.status_code == 200:
@@ -370,7 +372,9 @@ class Apart(RuleBasedStateMachine):
         held, other = self.tenants[tenant], self.tenants[of]
         if not held.jobs:
             lines = "\n".join(
-                json.dumps({"id": held.own(name), "text": tiny.sentence(place), "label": held.own(name)})
+                json.dumps(
+                    {"id": held.own(name), "text": tiny_backbones.sentence(place), "label": held.own(name)}
+                )
                 for place, name in enumerate(IDS)
             )
             made = self.ask(
@@ -488,13 +492,13 @@ async def test_predicts_of_fifty_tenants_do_not_mix(guarded: Serving) -> None:
         with keyed(guarded.url, admin, name) as http:
             keys.append(http.headers["Authorization"])
             examples = [
-                {"text": tiny.sentence(rng.randrange(10**6)), "label": f"{name}-{place % 3}"}
+                {"text": tiny_backbones.sentence(rng.randrange(10**6)), "label": f"{name}-{place % 3}"}
                 for place in range(9)
             ]
             made = http.post("/adapt", json={"adapter": "own", "examples": examples})
             assert made.status_code == 200, made.text
     admin.close()
-    texts = [tiny.sentence(10**6 + number) for number in range(4)]
+    texts = [tiny_backbones.sentence(10**6 + number) for number in range(4)]
     limits = httpx.Limits(max_connections=CONNECTIONS)
     async with httpx.AsyncClient(base_url=guarded.url, timeout=120, limits=limits) as crowd:
 

@@ -20,45 +20,45 @@ from models.manifest import CorruptExport, read_manifest, write_manifest
 from models.preprocess.preprocessor import InputError
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny.image_backbone(tmp_path_factory.mktemp("images"))
+    return tiny_backbones.image_backbone(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny.text_backbone(tmp_path_factory.mktemp("texts"))
+    return tiny_backbones.text_backbone(tmp_path_factory.mktemp("texts"))
 
 
 def test_what_it_says_of_itself(images: Backbone, texts: Backbone) -> None:
-    assert (images.spec.dim, images.device, images.precision) == (tiny.IMAGE_DIM, "cpu", "float32")
+    assert (images.spec.dim, images.device, images.precision) == (tiny_backbones.IMAGE_DIM, "cpu", "float32")
     assert (images.preprocess_stage, texts.preprocess_stage) == ("decode", "tokenize")
 
 
 def test_rows_keep_their_order_whatever_the_lengths(texts: Backbone) -> None:
-    sentences = [tiny.sentence(seed, words=(seed * 37) % 90 + 1) for seed in range(150)]
+    sentences = [tiny_backbones.sentence(seed, words=(seed * 37) % 90 + 1) for seed in range(150)]
     together = texts.run([texts.preprocess(sentence) for sentence in sentences])
     for row, sentence in zip(together, sentences, strict=True):
         np.testing.assert_allclose(row, texts.run([texts.preprocess(sentence)])[0], atol=1e-5)
 
 
 def test_images_together_equal_images_alone(images: Backbone) -> None:
-    prepared = [images.preprocess(tiny.picture(seed)) for seed in range(20)]
+    prepared = [images.preprocess(tiny_backbones.picture(seed)) for seed in range(20)]
     np.testing.assert_array_equal(
         images.run(prepared), np.concatenate([images.run([one]) for one in prepared])
     )
 
 
 def test_nothing_to_run(images: Backbone, texts: Backbone) -> None:
-    assert images.run([]).shape == (0, tiny.IMAGE_DIM)
-    assert texts.embed([]).embeddings.shape == (0, tiny.TEXT_DIM)
+    assert images.run([]).shape == (0, tiny_backbones.IMAGE_DIM)
+    assert texts.embed([]).embeddings.shape == (0, tiny_backbones.TEXT_DIM)
 
 
 def test_embed_reports_errors_in_their_places(texts: Backbone) -> None:
-    answer = texts.embed([tiny.sentence(1), "", tiny.sentence(2)])
+    answer = texts.embed([tiny_backbones.sentence(1), "", tiny_backbones.sentence(2)])
     assert list(answer.errors) == [1]
     assert not answer.embeddings[1].any()
     np.testing.assert_allclose(np.linalg.norm(answer.embeddings[[0, 2]], axis=1), 1, atol=1e-5)
@@ -73,7 +73,7 @@ def test_the_other_kind_of_input_is_refused(images: Backbone, texts: Backbone) -
 
 
 def test_many_threads_share_a_backbone(texts: Backbone) -> None:
-    sentences = [tiny.sentence(seed, words=seed % 40 + 1) for seed in range(200)]
+    sentences = [tiny_backbones.sentence(seed, words=seed % 40 + 1) for seed in range(200)]
     expected = texts.embed(sentences).embeddings
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda sentence: texts.embed([sentence]).embeddings[0], sentences))
@@ -81,7 +81,7 @@ def test_many_threads_share_a_backbone(texts: Backbone) -> None:
 
 
 def test_a_table_beside_the_graph_is_the_one_that_is_looked_up_in(tmp_path: Path) -> None:
-    folder = tiny.text_export(tmp_path)
+    folder = tiny_backbones.text_export(tmp_path)
     spec = read_manifest(folder, verify=True)
     expected = Backbone.open(folder).embed(["badel dan"]).embeddings
     (table,) = [one for one in onnx.load(folder / GRAPH_FILE).graph.initializer if one.name == "table"]
@@ -98,7 +98,7 @@ def test_a_table_beside_the_graph_is_the_one_that_is_looked_up_in(tmp_path: Path
 
 
 def test_eight_bits_are_for_cpus(tmp_path: Path) -> None:
-    folder = tiny.image_export(tmp_path)
+    folder = tiny_backbones.image_export(tmp_path)
     write_manifest(folder, replace(read_manifest(folder, verify=True), precision=INT8))
     assert Backbone.open(folder).precision == INT8
     for refuse in (Backbone.open, partial(planned, threads=1)):
@@ -106,10 +106,10 @@ def test_eight_bits_are_for_cpus(tmp_path: Path) -> None:
             refuse(folder, device="cuda")
 
 
-@pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+@pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])
 def test_runs_beside_others_give_the_same(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     backbone = Backbone.open(make(tmp_path), threads=2)
-    inputs: list[bytes | str] = [tiny.picture(3), tiny.picture(4)]
+    inputs: list[bytes | str] = [tiny_backbones.picture(3), tiny_backbones.picture(4)]
     if backbone.spec.kind == "text":
         inputs = ["badel", "dan fol kin"]
     prepared = [backbone.preprocess(item) for item in inputs]
@@ -120,8 +120,8 @@ def test_runs_beside_others_give_the_same(tmp_path: Path, make: Callable[[Path],
 
 
 def test_a_closed_backbone_says_so(tmp_path: Path) -> None:
-    backbone = tiny.image_backbone(tmp_path)
-    prepared = backbone.preprocess(tiny.picture(1))
+    backbone = tiny_backbones.image_backbone(tmp_path)
+    prepared = backbone.preprocess(tiny_backbones.picture(1))
     backbone.close()
     with pytest.raises(RuntimeError, match="closed"):
         backbone.run([prepared])
@@ -130,7 +130,7 @@ def test_a_closed_backbone_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [GRAPH_FILE, TOKENIZER_FILE, MANIFEST_FILE])
 @pytest.mark.parametrize("damage", ["missing", "half", "changed"])
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, name: str, damage: str) -> None:
-    folder = tiny.text_export(tmp_path)
+    folder = tiny_backbones.text_export(tmp_path)
     path = folder / name
     content = bytearray(path.read_bytes())
     if damage == "missing":
@@ -148,11 +148,11 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, name: str, damage
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
 def test_asking_for_a_gpu_that_is_not_there_fails(tmp_path: Path) -> None:
     with pytest.raises(DeviceUnavailable, match="nvidia-smi"):
-        Backbone.open(tiny.image_export(tmp_path), device="cuda")
+        Backbone.open(tiny_backbones.image_export(tmp_path), device="cuda")
 
 
 def test_a_cpu_session_runs_on_the_cpu(tmp_path: Path) -> None:
-    session = open_session(tiny.image_export(tmp_path) / GRAPH_FILE, device="cpu", threads=1)
+    session = open_session(tiny_backbones.image_export(tmp_path) / GRAPH_FILE, device="cpu", threads=1)
     assert session.get_providers() == ["CPUExecutionProvider"]
     options = session.get_session_options()
     assert not options.enable_cpu_mem_arena
@@ -162,8 +162,8 @@ def test_a_cpu_session_runs_on_the_cpu(tmp_path: Path) -> None:
 
 def test_images_have_their_memory_laid_out_once_and_texts_do_not(tmp_path: Path) -> None:
     for backbone, once in (
-        (tiny.image_backbone(tmp_path / "images"), True),
-        (tiny.text_backbone(tmp_path / "texts"), False),
+        (tiny_backbones.image_backbone(tmp_path / "images"), True),
+        (tiny_backbones.text_backbone(tmp_path / "texts"), False),
     ):
         options = backbone._session.get_session_options()
         assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (once, once)

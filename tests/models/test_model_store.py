@@ -15,7 +15,7 @@ import pytest
 from models.manifest import folder_sha256, read_manifest, write_manifest
 from models.model_store import local_folder, model_name
 from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, ImageTransform, UnknownBackbone
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 
 def find(home: Path, *names: str) -> list[str | None]:
@@ -36,7 +36,7 @@ def find(home: Path, *names: str) -> list[str | None]:
 
 
 def test_finds_what_is_whole_and_nothing_else(tmp_path: Path) -> None:
-    image, text = tiny.install(tmp_path)
+    image, text = tiny_backbones.install(tmp_path)
     found = find(tmp_path, image, text, "minilm-l6-v2", "timm:another")
     assert [entry and Path(entry[0]).parent.name for entry in found] == [
         model_name(image),
@@ -95,14 +95,14 @@ def test_a_changed_folder_is_not_what_was_exported(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    tiny.install(tmp_path)
+    tiny_backbones.install(tmp_path)
     target = tmp_path / "models" / model_name(f"timm:{folder}")
-    shutil.copytree(tmp_path / "models" / model_name(tiny.IMAGE_NAME), target)
+    shutil.copytree(tmp_path / "models" / model_name(tiny_backbones.IMAGE_NAME), target)
     version = target / (target / "latest").read_text()
     spec = replace(read_manifest(version, verify=True), weights_sha256=folder_sha256(folder))
     write_manifest(version, spec)
     model = version / "model.yaml"
-    model.write_text(model.read_text().replace(model_name(tiny.IMAGE_NAME), target.name))
+    model.write_text(model.read_text().replace(model_name(tiny_backbones.IMAGE_NAME), target.name))
     assert find(tmp_path, f"timm:{folder}") != [None]
     assert isinstance(spec.transform, ImageTransform)
     write_manifest(version, replace(spec, transform=replace(spec.transform, crop_mode="center")))
@@ -113,7 +113,7 @@ def test_a_changed_folder_is_not_what_was_exported(tmp_path: Path) -> None:
 
 
 def test_a_packaged_backbone_s_old_format_is_exported_again_and_others_go_on(tmp_path: Path) -> None:
-    _, text = tiny.install(tmp_path)
+    _, text = tiny_backbones.install(tmp_path)
     own = tmp_path / "models" / model_name(text)
     own /= (own / "latest").read_text()
     packaged = tmp_path / "models" / "minilm-l6-v2" / PACKAGED["minilm-l6-v2"].fingerprint[:16]

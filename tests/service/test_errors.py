@@ -16,12 +16,12 @@ from sqlalchemy.exc import DBAPIError
 
 import adapters
 import models
-from adapters.redaction import tells_of_the_inside
+from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
 from adapters.registry.records import UnknownAdapter
 from models.batching.request import Overloaded
-from service.edge.auth import Guard
-from service.edge.channel import GONE, Exchange, new_id
+from service.edge.auth import Authenticator
+from service.edge.channel import GONE, RequestChannel, new_id
 from service.edge.gateway import Edge
 from service.errors import STATUSES, Problem, pointer, respond
 from service.monitoring.metrics import Metrics
@@ -104,7 +104,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
-    edge.open(refusing, [], settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(refusing, [], settings=settings, guard=Authenticator(None, ["127.0.0.1"]), metrics=Metrics())
     gc.collect()
     before = exchanges()
     gc.disable()
@@ -118,7 +118,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
 def exchanges() -> int:
     # isinstance would ask every object of every library for its class, and some warn when asked.
-    return sum(type(one) is Exchange for one in gc.get_objects())
+    return sum(type(one) is RequestChannel for one in gc.get_objects())
 
 
 @pytest.mark.anyio
@@ -305,7 +305,7 @@ def test_what_a_caller_may_know_is_told() -> None:
                 continue
             if ast.unparse(node.exc.func) in ours:
                 texts = [one.value for one in node.exc.args if isinstance(one, ast.Constant)]
-                assert not any(tells_of_the_inside(text) for text in texts if isinstance(text, str)), path
+                assert not any(leaks_internals(text) for text in texts if isinstance(text, str)), path
     found = respond(UnknownAdapter("pets"), "r")
     assert json.loads(bytes(found.body))["detail"] == str(UnknownAdapter("pets"))
 

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.adaptation.adapt import AdaptCommand, Adapting, AdaptOutcome
-from adapters.adaptation.catalog import Browsing
-from adapters.adaptation.erasure import Forgetting
-from adapters.adaptation.example_editor import Curating
-from adapters.adaptation.repository import Keeping
-from adapters.adaptation.revision import AdapterLimits, Revising
-from adapters.cache.aliases import Aliases
-from adapters.cache.lru import Cache
-from adapters.cache.networks import Networks
-from adapters.examples.validation import Posted
+from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome, AdaptPipeline
+from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.erasure import Eraser
+from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.repository import AdapterRepository
+from adapters.adaptation.revision import AdapterLimits, RevisionWriter
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
+from adapters.cache.networks import NetworkPool
+from adapters.examples.validation import PostedExample
 from adapters.heads.head import Head
-from adapters.prediction.neighbours import Explaining
-from adapters.prediction.predictor import PredictAnswer, Predicting, PredictQuery
+from adapters.prediction.neighbours import NeighbourIndex
+from adapters.prediction.predictor import PredictAnswer, Predictor, PredictQuery
 from adapters.prediction.scorer import Prediction
 from adapters.processes.fitter import Fitter
 from adapters.registry.registry import Registry
@@ -44,30 +44,32 @@ class World:
 
     registry: Registry
     store: Store
-    aliases: Aliases
-    keeping: Keeping
-    revising: Revising
-    adapting: Adapting
-    curating: Curating
-    browsing: Browsing
-    forgetting: Forgetting
-    explaining: Explaining
-    heads: Cache[Head]
+    aliases: AliasCache
+    repository: AdapterRepository
+    writer: RevisionWriter
+    pipeline: AdaptPipeline
+    editor: ExampleEditor
+    catalog: AdapterCatalog
+    eraser: Eraser
+    neighbour_index: NeighbourIndex
+    heads: ByteLRU[Head]
     ended: list[str]
-    predicting: Predicting
+    predictor: Predictor
     batchers: dict[str, Batcher]
     outcomes: list[str] = field(default_factory=list)
     embedded: list[int] = field(default_factory=list)
 
-    async def adapt(self, posted: Sequence[Posted], name: str = "words", **options: object) -> AdaptOutcome:
+    async def adapt(
+        self, posted: Sequence[PostedExample], name: str = "words", **options: object
+    ) -> AdaptOutcome:
         """Adapts the tenant's adapter."""
-        return await self.adapting.adapt(TENANT, replace(AdaptCommand(name, posted), **options))  # type: ignore[arg-type]
+        return await self.pipeline.adapt(TENANT, replace(AdaptCommand(name, posted), **options))  # type: ignore[arg-type]
 
     async def predict(
         self, inputs: Sequence[bytes | str], name: str = "words", **options: object
     ) -> PredictAnswer:
         """Predicts with the tenant's adapter."""
-        return await self.predicting.predict(TENANT, replace(PredictQuery(name, inputs), **options))  # type: ignore[arg-type]
+        return await self.predictor.predict(TENANT, replace(PredictQuery(name, inputs), **options))  # type: ignore[arg-type]
 
     async def labels(self, inputs: Sequence[str], name: str = "words") -> list[str | None]:
         """The labels that the live version answers."""
@@ -93,10 +95,10 @@ def says(label: str, seed: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(syllables.split(), 6))
 
 
-def taught(count: int = 4) -> list[Posted]:
+def taught(count: int = 4) -> list[PostedExample]:
     """Examples of two classes, `count` of each, with the ids one0, two0, one1 and so on."""
     return [
-        Posted(says(label, seed), label, f"{label}{seed}")
+        PostedExample(says(label, seed), label, f"{label}{seed}")
         for seed in range(count)
         for label in ("one", "two")
     ]
@@ -133,18 +135,18 @@ async def world(
         for name, backbone in backbones.items()
     }
     fitter = Fitter()
-    aliases = Aliases(registry, interval=0.05)
-    keeping = Keeping(registry, opened, aliases)
-    networks = Networks(opened, 64 << 20, lambda backbone: Batcher(backbone, max_queue=1_000, workers=2))
-    heads: Cache[Head] = Cache(1 << 20, lambda head: head.nbytes)
-    revising = Revising(keeping, fitter, heads, limits)
-    adapting = Adapting(revising, batchers, outcomes.append)
-    explaining = Explaining(keeping)
-    predicting = Predicting(aliases, opened, heads, batchers, explaining, networks)
+    aliases = AliasCache(registry, interval=0.05)
+    repository = AdapterRepository(registry, opened, aliases)
+    networks = NetworkPool(opened, 64 << 20, lambda backbone: Batcher(backbone, max_queue=1_000, workers=2))
+    heads: ByteLRU[Head] = ByteLRU(1 << 20, lambda head: head.nbytes)
+    writer = RevisionWriter(repository, fitter, heads, limits)
+    pipeline = AdaptPipeline(writer, batchers, outcomes.append)
+    neighbour_index = NeighbourIndex(repository)
+    predictor = Predictor(aliases, opened, heads, batchers, neighbour_index, networks)
     ended: list[str] = []
-    forgetting = Forgetting(keeping, (heads, networks, explaining), lambda tenant, _: ended.append(tenant))
+    eraser = Eraser(repository, (heads, networks, neighbour_index), lambda tenant, _: ended.append(tenant))
     await fitter.start()
-    await aliases.start(forgetting.heard)
+    await aliases.start(eraser.heard)
     for batcher in batchers.values():
         await batcher.start()
     try:
@@ -152,16 +154,16 @@ async def world(
             registry,
             opened,
             aliases,
-            keeping,
-            revising,
-            adapting,
-            Curating(adapting),
-            Browsing(keeping),
-            forgetting,
-            explaining,
+            repository,
+            writer,
+            pipeline,
+            ExampleEditor(pipeline),
+            AdapterCatalog(repository),
+            eraser,
+            neighbour_index,
             heads,
             ended,
-            predicting,
+            predictor,
             batchers,
             outcomes,
             embedded,
@@ -171,7 +173,7 @@ async def world(
             await batcher.close()
         for backbone in backbones.values():
             backbone.close()
-        keeping.close()
+        repository.close()
         await networks.close()
         await aliases.close()
         await fitter.close()

@@ -16,7 +16,7 @@ from adapters.registry.tenants import HeldKey
 from service import errors
 from service.api.docs import add_docs
 from service.edge.access import needs
-from service.edge.auth import Guard, Tenant
+from service.edge.auth import Authenticator, Tenant
 from service.edge.gateway import Edge
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
@@ -47,7 +47,7 @@ class Shell:
         self.app = _app()
         self.cancelled = asyncio.Event()
         self.app.state.shell = self
-        guard = Guard(settings.admin_key, addresses, find)
+        guard = Authenticator(settings.admin_key, addresses, find)
         routes = self.app.router.routes
         self.edge.open(self.app, routes, settings=settings, guard=guard, metrics=self.metrics)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.harness.service_process import Serving
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 # Installed in every Python process of the service by the name that Python looks for at its start. A file with
 # the name of a fault, made by the test, is taken by the first run of a batcher that finds it.
@@ -95,7 +95,7 @@ if FOLDER:
     sys.meta_path.insert(0, Finder())
 """
 
-KINDS = {"image": tiny.IMAGE_NAME, "text": tiny.TEXT_NAME}
+KINDS = {"image": tiny_backbones.IMAGE_NAME, "text": tiny_backbones.TEXT_NAME}
 
 
 Constants = Mapping[str, Mapping[str, float]]
@@ -107,7 +107,7 @@ def environment(folder: Path, constants: Constants | None = None) -> dict[str, s
     for name in ("site", "faults"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(_SITE)
-    names = tiny.install(folder / "bentoml")
+    names = tiny_backbones.install(folder / "bentoml")
     path = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
     return {
         "PYTHONPATH": path,

@@ -11,23 +11,25 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from service.server.connections import Connections
-from service.server.drain import Server
-from service.server.protocol import Protocol
+from service.server.connections import ConnectionTable
+from service.server.drain import DrainingServer
+from service.server.protocol import BoundedHttpProtocol
 
 
 class Bare:
     """A context manager; `url` and `address` are where it answers, `connections` those that it has."""
 
-    def __init__(self, app: ASGIApp, connections: Connections) -> None:
+    def __init__(self, app: ASGIApp, connections: ConnectionTable) -> None:
         """The protocol's own connections must be these by now."""
         self.connections = connections
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address = self.listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
         self.loop = uvloop.new_event_loop()
-        config = uvicorn.Config(app, http=Protocol, log_config=None, lifespan="off", timeout_keep_alive=60)
-        self.server = Server(config)
+        config = uvicorn.Config(
+            app, http=BoundedHttpProtocol, log_config=None, lifespan="off", timeout_keep_alive=60
+        )
+        self.server = DrainingServer(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:

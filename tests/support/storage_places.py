@@ -120,9 +120,9 @@ async def churn(world: World, turned: asyncio.Event, stop: asyncio.Event) -> Non
     while not stop.is_set():
         name = f"busy{number % 3}"
         await world.adapt(taught(2 + number % 3), name)
-        await world.curating.remove(TENANT, name, ["one0"])
+        await world.editor.remove(TENANT, name, ["one0"])
         if number % 3 == 2:
             for one in range(3):
-                await world.forgetting.adapter(TENANT, f"busy{one}")
+                await world.eraser.adapter(TENANT, f"busy{one}")
         number += 1
         turned.set()

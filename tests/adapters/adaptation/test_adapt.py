@@ -13,7 +13,7 @@ import pytest
 from adapters.adaptation.adapt import AdaptCommand, ContractChanged, ExamplesRejected, FingerprintMismatch
 from adapters.adaptation.example_editor import Feedback, InputsNotKept
 from adapters.adaptation.revision import AdapterFull, AdapterLimits
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel
 from adapters.registry.records import UnknownAdapter
@@ -47,13 +47,13 @@ async def test_what_is_stored_is_there_for_the_next_process(tmp_path: Path) -> N
     async with world(tmp_path) as there:
         after = await there.predict(texts)
         assert (after.version, after.items) == (before.version, before.items)
-        await there.adapt([Posted(says("one", 999), "one")])
+        await there.adapt([PostedExample(says("one", 999), "one")])
         there.check()
 
 
 async def test_images_and_texts_have_their_own_backbones(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        pictures = [Posted(picture(seed), "ab"[seed % 2]) for seed in range(6)]
+        pictures = [PostedExample(picture(seed), "ab"[seed % 2]) for seed in range(6)]
         done = await here.adapt(pictures, "pictures")
         assert done.revised.adapter.backbone == "tiny-image"
         assert (await here.adapt(taught())).revised.adapter.backbone == "tiny-text"
@@ -67,7 +67,7 @@ async def test_known_inputs_are_not_embedded_again(tmp_path: Path) -> None:
         await here.adapt(taught(), update="replace")
         await here.adapt([])
         assert here.embedded == []
-        await here.adapt([*taught(), Posted(says("one", 999), "one")])
+        await here.adapt([*taught(), PostedExample(says("one", 999), "one")])
         assert sum(here.embedded) == 1
         here.check()
 
@@ -83,11 +83,11 @@ async def test_what_another_adapter_of_the_tenant_has_embedded_is_known(tmp_path
         # Batches are counted once their callers have been answered.
         await asyncio.sleep(0)
         here.embedded.clear()
-        await here.adapting.adapt("somebody-else", AdaptCommand("again", taught()))
+        await here.pipeline.adapt("somebody-else", AdaptCommand("again", taught()))
         assert sum(here.embedded) == len(taught())
         # Whatever becomes of the other one, each has its own.
-        await here.forgetting.adapter(TENANT, "words")
-        await here.adapt([Posted(says("one", 999), "one")], "again")
+        await here.eraser.adapter(TENANT, "words")
+        await here.adapt([PostedExample(says("one", 999), "one")], "again")
         await here.adapt(taught())
         here.check()
         assert first.revised.live
@@ -110,13 +110,13 @@ async def test_an_embedding_that_is_damaged_elsewhere_is_made_again(tmp_path: Pa
 async def test_nothing_is_left_of_a_refused_adapt(tmp_path: Path) -> None:
     async with world(tmp_path, limits=AdapterLimits(max_examples=10, max_labels=2)) as here:
         with pytest.raises(OneLabel):
-            await here.adapt([Posted(sentence(seed), "one") for seed in range(3)])
+            await here.adapt([PostedExample(sentence(seed), "one") for seed in range(3)])
         with pytest.raises(ExamplesRejected):
-            await here.adapt([*taught(), Posted("", "one")], strict=True)
+            await here.adapt([*taught(), PostedExample("", "one")], strict=True)
         with pytest.raises(AdapterFull):
             await here.adapt(taught(6))
         with pytest.raises(AdapterFull):
-            await here.adapt([Posted(sentence(seed), f"label {seed}") for seed in range(3)])
+            await here.adapt([PostedExample(sentence(seed), f"label {seed}") for seed in range(3)])
         with pytest.raises(UnknownBackbone):
             await here.adapt(taught(), backbone="nothing")
         with pytest.raises(UnknownAdapter):
@@ -140,7 +140,7 @@ async def test_what_was_fixed_stays(tmp_path: Path) -> None:
             with pytest.raises(ContractChanged):
                 await here.adapt(taught(), **change)
         with pytest.raises(InputsNotKept):
-            await here.curating.rebase(TENANT, "words", "tiny-text", "always")
+            await here.editor.rebase(TENANT, "words", "tiny-text", "always")
 
 
 async def test_two_processes_at_one_adapter_lose_nothing(tmp_path: Path, registry_url: str) -> None:
@@ -149,7 +149,9 @@ async def test_two_processes_at_one_adapter_lose_nothing(tmp_path: Path, registr
         await here.adapt(taught(1))
         done = await asyncio.gather(
             *(
-                process.adapt([Posted(sentence(1000 + 10 * number + index), "one", f"{index}-{number}")])
+                process.adapt(
+                    [PostedExample(sentence(1000 + 10 * number + index), "one", f"{index}-{number}")]
+                )
                 for number in range(3)
                 for index, process in enumerate((here, there))
             ),
@@ -170,13 +172,13 @@ async def test_a_bucket_and_a_shared_database(
         world(tmp_path, url=postgres_url, store=store) as there,
     ):
         await here.adapt(taught())
-        done = await there.adapt([Posted(says("one", 999), "one", "more")])
+        done = await there.adapt([PostedExample(says("one", 999), "one", "more")])
         assert done.revised.adapter.examples == 9
-        await here.curating.remove(TENANT, "words", ["one0", "two3"])
+        await here.editor.remove(TENANT, "words", ["one0", "two3"])
         assert await there.labels([str(taught()[2].input)]) == ["one"]
-        assert (await there.browsing.example(TENANT, "words", "more"))[2] == says("one", 999)
+        assert (await there.catalog.example(TENANT, "words", "more"))[2] == says("one", 999)
         here.check()
-        await there.forgetting.adapter(TENANT, "words")
+        await there.eraser.adapter(TENANT, "words")
         assert here.files() == {}
 
 
@@ -202,7 +204,7 @@ async def test_a_removal_elsewhere_is_noticed_before_the_poll(tmp_path: Path) ->
     async with world(tmp_path) as here, world(tmp_path) as there:
         await here.adapt(taught())
         assert (await there.aliases.get(TENANT, "words")).version == 1
-        await here.curating.remove(TENANT, "words", ["one0"])
+        await here.editor.remove(TENANT, "words", ["one0"])
         assert (await there.predict(["x"])).version == 2
 
 
@@ -210,7 +212,7 @@ async def test_a_removal_elsewhere_is_noticed_before_the_poll(tmp_path: Path) ->
 async def test_a_cancelled_adapt_is_all_or_nothing(tmp_path: Path, steps: int) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught())
-        task = asyncio.ensure_future(here.adapt([Posted(says("one", 999), "one", "new")]))
+        task = asyncio.ensure_future(here.adapt([PostedExample(says("one", 999), "one", "new")]))
         for _ in range(steps):
             await asyncio.sleep(0.001 if steps > 20 else 0)
         task.cancel()
@@ -222,25 +224,25 @@ async def test_a_cancelled_adapt_is_all_or_nothing(tmp_path: Path, steps: int) -
         assert (await here.predict(["x"])).version == adapter.live
         sweep(here.store, here.registry, older_than=-1.0)
         here.check()
-        assert (await here.adapt([Posted(says("two", 998), "two", "newer")])).revised.live
-        assert len(here.revising._turns) == 0
+        assert (await here.adapt([PostedExample(says("two", 998), "two", "newer")])).revised.live
+        assert len(here.writer._turns) == 0
 
 
 async def test_removed_bytes_are_nowhere_on_the_disk(tmp_path: Path) -> None:
     secret = "red green blue " + sentence(5)
     other = "blue blue blue " + sentence(6)
     async with world(tmp_path, store=open_store(str(tmp_path / "files"))) as here:
-        await here.adapt([Posted(secret, "one", "secret"), *taught()])
-        await here.adapt([Posted(other, "one", "secret")])
+        await here.adapt([PostedExample(secret, "one", "secret"), *taught()])
+        await here.adapt([PostedExample(other, "one", "secret")])
         assert not _holds(tmp_path / "files", secret)
         assert _holds(tmp_path / "files", other)
-        await here.curating.remove(TENANT, "words", ["secret"])
+        await here.editor.remove(TENANT, "words", ["secret"])
         assert not _holds(tmp_path / "files", other)
         assert _holds(tmp_path / "files", str(taught()[3].input))
         here.check()
-        record, text = (await here.browsing.example(TENANT, "words", "two1"))[1:]
+        record, text = (await here.catalog.example(TENANT, "words", "two1"))[1:]
         assert (record.target, text) == ("two", taught()[3].input)
-        await here.forgetting.adapter(TENANT, "words")
+        await here.eraser.adapter(TENANT, "words")
         assert here.files() == {}
 
 
@@ -249,12 +251,12 @@ async def test_a_corrected_label_changes_the_answer(tmp_path: Path) -> None:
         await here.adapt(taught(2))
         first = str(taught(2)[0].input)
         assert await here.labels([first]) == ["one"]
-        done = await here.curating.feedback(TENANT, "words", Feedback("two", input=first))
+        done = await here.editor.feedback(TENANT, "words", Feedback("two", input=first))
         assert done.live
         assert await here.labels([first]) == ["two"]
         assert done.adapter.examples == 4
         with pytest.raises(InputError):
-            await here.curating.feedback(TENANT, "words", Feedback("two", input=picture(1)))
+            await here.editor.feedback(TENANT, "words", Feedback("two", input=picture(1)))
         here.check()
 
 
@@ -270,7 +272,7 @@ async def test_texts_that_are_known_take_turns_at_being_looked_at(
         return truncated(backbone, inputs)
 
     async with world(tmp_path) as here:
-        long = [Posted(f"ba{' be' * 9_000} {number}", "one", f"long{number}") for number in range(6)]
+        long = [PostedExample(f"ba{' be' * 9_000} {number}", "one", f"long{number}") for number in range(6)]
         await here.adapt([*taught(), *long])
         with monkeypatch.context() as patch:
             patch.setattr(Backbone, "truncated", seen)
@@ -285,9 +287,11 @@ async def test_a_rebase_moves_everything(tmp_path: Path) -> None:
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(taught())
-        await here.adapt([Posted(says("one", 999), "one", "more"), Posted("ba " * 90, "one", "long")])
+        await here.adapt(
+            [PostedExample(says("one", 999), "one", "more"), PostedExample("ba " * 90, "one", "long")]
+        )
         before = here.files()
-        done = await here.curating.rebase(TENANT, "words", "other-text", "always")
+        done = await here.editor.rebase(TENANT, "words", "other-text", "always")
         assert (done.adapter.backbone, done.live, done.truncated) == ("other-text", True, 1)
         assert done.version is not None
         assert done.version.backbone == "other-text"
@@ -299,7 +303,7 @@ async def test_a_rebase_moves_everything(tmp_path: Path) -> None:
         assert item.nearest[0].id == "more"
         # The versions before still answer, each with its own backbone.
         assert (await here.predict(["x"], version=1)).version == 1
-        await here.adapt([Posted(says("two", 998), "two")])
+        await here.adapt([PostedExample(says("two", 998), "two")])
         assert before != here.files()
         here.check()
 
@@ -312,12 +316,12 @@ async def test_another_backbone_under_the_same_name_is_refused_until_a_rebase(tm
         with pytest.raises(HeadMismatch):
             await there.predict(["x"])
         with pytest.raises(FingerprintMismatch):
-            await there.adapt([Posted(says("one", 999), "one")])
+            await there.adapt([PostedExample(says("one", 999), "one")])
         with pytest.raises(FingerprintMismatch):
-            await there.curating.feedback(TENANT, "words", Feedback("one", input="x"))
+            await there.editor.feedback(TENANT, "words", Feedback("one", input="x"))
         # What asks for no embedding works all the same.
-        await there.curating.remove(TENANT, "words", ["one0"])
-        done = await there.curating.rebase(TENANT, "words", "tiny-text", "if_better")
+        await there.editor.remove(TENANT, "words", ["one0"])
+        done = await there.editor.rebase(TENANT, "words", "tiny-text", "if_better")
         assert done.live
         assert await there.labels([str(taught()[1].input)]) == ["two"]
 
@@ -328,15 +332,15 @@ async def test_without_a_live_version_there_is_no_answer(tmp_path: Path) -> None
         with pytest.raises(NoLiveVersion):
             await here.predict(["x"])
         assert here.outcomes == ["stored"]
-        await here.curating.remove(TENANT, "words", ["one0"])
+        await here.editor.remove(TENANT, "words", ["one0"])
         with pytest.raises(NoLiveVersion):
             await here.predict(["x"])
 
 
-def wrong(first: int, count: int) -> list[Posted]:
+def wrong(first: int, count: int) -> list[PostedExample]:
     """Examples of two classes, each with the other's label."""
     return [
-        Posted(says(label, seed), other, f"wrong-{label}{seed}")
+        PostedExample(says(label, seed), other, f"wrong-{label}{seed}")
         for seed in range(first, first + count)
         for label, other in (("one", "two"), ("two", "one"))
     ]
@@ -345,7 +349,7 @@ def wrong(first: int, count: int) -> list[Posted]:
 async def test_examples_that_disagree_are_withheld_until_they_are_corrected(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught(20))
-        agrees = await here.adapt([Posted(says("one", 900), "one", "right")])
+        agrees = await here.adapt([PostedExample(says("one", 900), "one", "right")])
         assert agrees.revised.live
         done = await here.adapt(wrong(100, 10))
         assert done.revised.decision is not None
@@ -355,9 +359,10 @@ async def test_examples_that_disagree_are_withheld_until_they_are_corrected(tmp_
         told = done.revised.version.report["promotion"]["agreement"]
         assert (told["examples"], told["agreed"] < 0.2 < told["expected"]) == (21, True)
         # They stay with the adapter, and in the way, until they are corrected.
-        assert not (await here.adapt([Posted(says("two", 901), "two", "more")])).revised.live
+        assert not (await here.adapt([PostedExample(says("two", 901), "two", "more")])).revised.live
         corrected = [
-            Posted(one.input, "one" if one.target == "two" else "two", one.id) for one in wrong(100, 10)
+            PostedExample(one.input, "one" if one.target == "two" else "two", one.id)
+            for one in wrong(100, 10)
         ]
         assert (await here.adapt(corrected)).revised.live
 
@@ -367,28 +372,30 @@ async def test_whoever_insists_is_not_asked_again(tmp_path: Path) -> None:
         await here.adapt(taught(20))
         assert not (await here.adapt(wrong(100, 10))).revised.live
         assert (await here.adapt([], promote="always")).revised.live
-        assert (await here.adapt([Posted(says("one", 900), "one", "right")])).revised.live
+        assert (await here.adapt([PostedExample(says("one", 900), "one", "right")])).revised.live
     (tmp_path / "by-hand").mkdir()
     async with world(tmp_path / "by-hand") as there:
         await there.adapt(taught(20))
         assert not (await there.adapt(wrong(100, 10))).revised.live
         there.registry.promote(there.registry.adapter(TENANT, "words").uid, 2)
-        assert (await there.adapt([Posted(says("one", 900), "one", "right")])).revised.live
+        assert (await there.adapt([PostedExample(says("one", 900), "one", "right")])).revised.live
 
 
 async def test_after_a_removal_what_is_worse_does_not_follow_the_live_version(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught(20))
-        await here.adapt([*wrong(100, 20), Posted(says("one", 900), "one", "leaves")], promote="always")
-        done = await here.curating.remove(TENANT, "words", ["leaves"])
+        await here.adapt(
+            [*wrong(100, 20), PostedExample(says("one", 900), "one", "leaves")], promote="always"
+        )
+        done = await here.editor.remove(TENANT, "words", ["leaves"])
         assert done.decision is not None
         assert (done.live, done.decision.reason) == (False, "disagrees")
         assert done.adapter.live == 1
         assert (await here.predict(["ba be"])).version == 1
         ids = [str(one.id) for one in wrong(100, 20)]
-        assert (await here.curating.remove(TENANT, "words", ids)).live
+        assert (await here.editor.remove(TENANT, "words", ids)).live
         # Nothing is left that had not learned from this one.
-        last = await here.curating.remove(TENANT, "words", ["one0"])
+        last = await here.editor.remove(TENANT, "words", ["one0"])
         assert last.decision is not None
         assert (last.live, last.decision.reason) == (True, "example_removed")
 
@@ -403,9 +410,9 @@ async def test_lost_evidence_does_not_keep_from_adapting(tmp_path: Path) -> None
         assert (await here.adapt([])).revised.live
 
 
-def large(seed: int) -> Posted:
+def large(seed: int) -> PostedExample:
     """A picture of a few hundred kilobytes."""
-    return Posted(picture(seed) + bytes(400_000), "ab"[seed % 2], f"p{seed}")
+    return PostedExample(picture(seed) + bytes(400_000), "ab"[seed % 2], f"p{seed}")
 
 
 async def test_large_inputs_are_published_while_they_are_embedded(tmp_path: Path) -> None:
@@ -414,13 +421,13 @@ async def test_large_inputs_are_published_while_they_are_embedded(tmp_path: Path
         await here.adapt(pictures, "pictures")
         here.check("pictures")
         for seed in (0, 5):
-            assert (await here.browsing.example(TENANT, "pictures", f"p{seed}"))[2] == pictures[seed].input
+            assert (await here.catalog.example(TENANT, "pictures", f"p{seed}"))[2] == pictures[seed].input
         # One of them cannot be read: the file that holds it is not kept.
-        broken = Posted(bytes(2_000_000), "a", "broken")
+        broken = PostedExample(bytes(2_000_000), "a", "broken")
         done = await here.adapt([*pictures[:2], large(7), broken, large(8)], "pictures")
         assert [one.code for one in done.rejected] == ["undecodable_image"]
         here.check("pictures")
-        assert (await here.browsing.example(TENANT, "pictures", "p8"))[2] == large(8).input
+        assert (await here.catalog.example(TENANT, "pictures", "p8"))[2] == large(8).input
 
 
 async def test_nothing_is_left_of_large_inputs_that_were_refused(tmp_path: Path) -> None:
@@ -458,7 +465,8 @@ async def test_an_input_that_went_meanwhile_is_embedded_again(tmp_path: Path) ->
         await here.adapt(taught())
         known = str(taught()[0].input)
         again, _ = await asyncio.gather(
-            here.adapt([Posted(known, "one", "again")]), here.curating.remove(TENANT, "words", ["one0"])
+            here.adapt([PostedExample(known, "one", "again")]),
+            here.editor.remove(TENANT, "words", ["one0"]),
         )
         assert again.revised.version is not None
         assert {one.id for one in here.registry.examples(_uid(here))} == {

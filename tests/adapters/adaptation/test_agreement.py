@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from adapters.adaptation.agreement import against, ask
 from adapters.examples.target import Target, Task
-from adapters.probe.fit import Dataset, Fitted, fit
+from adapters.probe.fit import Dataset, FittedProbe, fit
 from adapters.storage.formats import Evidence
 
 LIMIT = 25.0
@@ -81,7 +81,7 @@ def taught(task: Task, count: int, seed: int) -> tuple[NDArray[np.float32], list
     return rows, targets, [f"{seed:032x}{row:032x}" for row in range(count)]
 
 
-def learned(task: Task, count: int = 120) -> tuple[Fitted, Evidence]:
+def learned(task: Task, count: int = 120) -> tuple[FittedProbe, Evidence]:
     rows, targets, digests = taught(task, count, 0)
     fitted = fit(Dataset(rows.copy(), targets, digests, task, "f"))
     return fitted, Evidence(tuple(digests), tuple(digests), tuple(targets), fitted.scores)

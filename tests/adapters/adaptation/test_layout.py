@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.adaptation.layout import MERGED_AT_ONCE, SMALL_BYTES, Place, locate, plan_change
+from adapters.adaptation.layout import MERGED_AT_ONCE, SMALL_BYTES, SegmentSlot, locate, plan_change
 from adapters.examples.target import input_digest
-from adapters.examples.validation import Admitted
+from adapters.examples.validation import ValidExample
 from adapters.registry.records import ExampleRecord
 from adapters.storage.artifact import Artifact
 
@@ -24,8 +24,8 @@ def record(name: str, text: str, segment: str, row: int, length: int = SMALL_BYT
     return ExampleRecord(name, input_digest(text), "a", *place, created_at=datetime.now(UTC))
 
 
-def posted(name: str, text: str | None, digest: str | None = None) -> Admitted:
-    return Admitted(name, digest or input_digest(text or ""), "a", text, 0)
+def posted(name: str, text: str | None, digest: str | None = None) -> ValidExample:
+    return ValidExample(name, digest or input_digest(text or ""), "a", text, 0)
 
 
 KEPT = [record("a", "A", "1", 0), record("b", "B", "1", 1), record("c", "C", "2", 0)]
@@ -43,7 +43,7 @@ def test_a_known_input_is_not_stored_again() -> None:
 def test_a_removed_row_takes_its_file_along() -> None:
     plan = plan_change(KEPT, [], removals=["a"])
     assert [[place.row for place in bundle] for bundle in plan.bundles] == [[1]]
-    moved = Place(artifact("9"), 0, artifact("19"))
+    moved = SegmentSlot(artifact("9"), 0, artifact("19"))
     writes, repoints = locate(plan, None, [moved])
     assert writes == ()
     assert [(one.id, one.segment, one.row, one.inputs) for one in repoints] == [
@@ -110,10 +110,10 @@ def test_every_example_finds_its_input_and_nothing_else_is_left(
         for index, bundle in enumerate(plan.bundles):
             moved = artifact(f"b{number}{index}")
             files[moved] = [files[place.segment][place.row] for place in bundle]
-            bundles.append(Place(moved, 0, None))
+            bundles.append(SegmentSlot(moved, 0, None))
         new = artifact(f"f{number}")
         files[new] = [str(one.input) for one in plan.fresh]
-        writes, repoints = locate(plan, Place(new, 0, None) if plan.fresh else None, bundles)
+        writes, repoints = locate(plan, SegmentSlot(new, 0, None) if plan.fresh else None, bundles)
         after = {} if cleared else {one.id: one for one in kept if one.id not in erased}
         for write in writes:
             after[write.id] = ExampleRecord(
@@ -141,5 +141,5 @@ def test_group_and_sampled_go_with_their_example() -> None:
         "b": ("g", False),
         "x": (None, True),
     }
-    writes, _ = locate(plan, Place(artifact("9"), 0, None), [])
+    writes, _ = locate(plan, SegmentSlot(artifact("9"), 0, None), [])
     assert {one.id: (one.group, one.sampled) for one in writes} == {"a": ("h", True), "x": (None, True)}

@@ -13,10 +13,10 @@ import pytest
 from adapters.adaptation.adapt import AdaptOutcome
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.adaptation.promotion import as_asked
-from adapters.adaptation.revision import AdapterFull, AdapterLimits, Revising
+from adapters.adaptation.revision import AdapterFull, AdapterLimits, RevisionWriter
 from adapters.adaptation.rollback import CannotRestore, Missing, Restorer, plan_rollback
 from adapters.examples.target import ExampleError, Target
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.commit import drop_versions
 from adapters.registry.database import Database
@@ -238,14 +238,14 @@ def test_whether_it_was_measured_on_comes_back() -> None:
 # The flows.
 
 
-WRONG = [Posted(says("one", 100 + seed), "two", f"wrong{seed}") for seed in range(4)]
+WRONG = [PostedExample(says("one", 100 + seed), "two", f"wrong{seed}") for seed in range(4)]
 
 
 async def rolled_back(here: World) -> AdapterRecord:
     """Version 1 is live again, after a second one learned from wrong examples."""
     await here.adapt(taught())
     await here.adapt(WRONG, promote="always")
-    return await here.browsing.promote(TENANT, "words", 1, None)
+    return await here.catalog.promote(TENANT, "words", 1, None)
 
 
 def reason(done: AdaptOutcome) -> str:
@@ -254,8 +254,8 @@ def reason(done: AdaptOutcome) -> str:
     return decision.reason
 
 
-def one(seed: int = 500) -> Posted:
-    return Posted(says("one", seed), "one", f"more{seed}")
+def one(seed: int = 500) -> PostedExample:
+    return PostedExample(says("one", seed), "one", f"more{seed}")
 
 
 async def test_after_a_rollback_every_new_version_is_withheld(tmp_path: Path) -> None:
@@ -266,11 +266,11 @@ async def test_after_a_rollback_every_new_version_is_withheld(tmp_path: Path) ->
         assert (reason(withheld), withheld.revised.live) == ("rolled_back", False)
         assert withheld.revised.version is not None
         assert withheld.revised.version.report["promotion"]["reason"] == "rolled_back"
-        told = await here.curating.feedback(TENANT, "words", Feedback("one", says("one", 501)))
-        by_id = await here.curating.feedback(TENANT, "words", Feedback("one", id="one0"))
-        amended = await here.curating.amend(TENANT, "words", "wrong0", Amendment("one"))
-        fewer = await here.curating.remove(TENANT, "words", ["wrong1"])
-        moved = await here.curating.rebase(TENANT, "words", "other-text", "if_better")
+        told = await here.editor.feedback(TENANT, "words", Feedback("one", says("one", 501)))
+        by_id = await here.editor.feedback(TENANT, "words", Feedback("one", id="one0"))
+        amended = await here.editor.amend(TENANT, "words", "wrong0", Amendment("one"))
+        fewer = await here.editor.remove(TENANT, "words", ["wrong1"])
+        moved = await here.editor.rebase(TENANT, "words", "other-text", "if_better")
         for done in (told, by_id, amended, fewer, moved):
             assert done.decision is not None
             assert (done.decision.reason, done.adapter.live) == ("rolled_back", 1)
@@ -287,11 +287,11 @@ async def test_always_and_a_promotion_lift_it(tmp_path: Path) -> None:
         lifted = await here.adapt([one(2)], promote="always")
         assert (lifted.revised.live, lifted.revised.adapter.rolled_back_at) == (True, None)
         assert reason(await here.adapt([one(3)])) != "rolled_back"
-        await here.browsing.promote(TENANT, "words", 1, None)
+        await here.catalog.promote(TENANT, "words", 1, None)
         withheld = await here.adapt([one(4)])
         assert reason(withheld) == "rolled_back"
         assert withheld.revised.version is not None
-        await here.browsing.promote(TENANT, "words", withheld.revised.version.number, None)
+        await here.catalog.promote(TENANT, "words", withheld.revised.version.number, None)
         assert (await here.adapt([one(5)])).revised.live
 
 
@@ -308,8 +308,8 @@ async def test_a_rollback_during_an_adapt_is_not_lost(tmp_path: Path) -> None:
                 moved.append(1)
                 there.registry.promote(uid, 1)
 
-        here.adapting.revising = Revising(
-            here.keeping, here.revising._fitter, here.heads, AdapterLimits(), roll_back
+        here.pipeline.writer = RevisionWriter(
+            here.repository, here.writer._fitter, here.heads, AdapterLimits(), roll_back
         )
         done = await here.adapt([one(2)])
         assert moved == [1]
@@ -325,13 +325,13 @@ async def test_rollbacks_beside_adapts_of_two_processes_hold(tmp_path: Path) -> 
         await here.adapt([one(1)], promote="always")
         for number in range(4):
             adapts = [place.adapt([one(10 + 10 * number + at)]) for at, place in enumerate((here, there))]
-            moving = there.browsing.promote(TENANT, "words", 1, None)
+            moving = there.catalog.promote(TENANT, "words", 1, None)
             await asyncio.gather(*adapts, moving)
             now = here.registry.adapter(TENANT, "words")
             newest = max(version.number for version in here.registry.versions(now.uid))
             assert (now.live, now.rolled_back_at is None) == (1, False)
             assert (await here.adapt([one(1_000 + number)])).revised.adapter.live == 1
-            await here.browsing.promote(TENANT, "words", newest + 1, None)
+            await here.catalog.promote(TENANT, "words", newest + 1, None)
 
 
 async def test_a_removal_of_what_the_live_version_learned_leaves_an_older_one_or_the_new_one(
@@ -341,13 +341,13 @@ async def test_a_removal_of_what_the_live_version_learned_leaves_an_older_one_or
         await here.adapt(taught())
         await here.adapt([one(1)], promote="always")
         await here.adapt(WRONG, promote="always")
-        await here.browsing.promote(TENANT, "words", 2, None)
-        fewer = await here.curating.remove(TENANT, "words", ["more1"])
+        await here.catalog.promote(TENANT, "words", 2, None)
+        fewer = await here.editor.remove(TENANT, "words", ["more1"])
         assert fewer.decision is not None
         assert (fewer.decision.reason, fewer.adapter.live) == ("rolled_back", 1)
         assert fewer.adapter.rolled_back_at is not None
         # Nothing older is left: what is left of the examples answers, and nothing is held any more.
-        last = await here.curating.remove(TENANT, "words", ["one0"])
+        last = await here.editor.remove(TENANT, "words", ["one0"])
         assert (last.live, last.adapter.rolled_back_at) == (True, None)
         here.check()
 
@@ -357,9 +357,9 @@ async def test_a_restored_version_has_its_examples_and_later_ones_are_learned_be
 ) -> None:
     async with world(tmp_path) as here:
         await rolled_back(here)
-        await here.curating.amend(TENANT, "words", "one0", Amendment("two", fit=False))
-        await here.curating.amend(TENANT, "words", "one1", Amendment(excluded=True, fit=False))
-        done = await Restorer(here.revising).restore(TENANT, "words", 1)
+        await here.editor.amend(TENANT, "words", "one0", Amendment("two", fit=False))
+        await here.editor.amend(TENANT, "words", "one1", Amendment(excluded=True, fit=False))
+        done = await Restorer(here.writer).restore(TENANT, "words", 1)
         found = done.rollback
         assert (found.in_use, found.set_aside, found.taken_back, found.relabelled) == (8, 4, 1, 1)
         assert done.adapter.standing == (1, None)
@@ -374,13 +374,13 @@ async def test_a_restored_version_has_its_examples_and_later_ones_are_learned_be
         texts = [str(posted.input) for posted in taught()]
         assert await here.labels(texts) == [posted.target for posted in taught()]
         assert later.revised.version is not None
-        evidence = await here.keeping.evidence(later.revised.adapter, later.revised.version.number)
+        evidence = await here.repository.evidence(later.revised.adapter, later.revised.version.number)
         assert evidence is not None
         assert set(evidence.ids) == {*(str(posted.id) for posted in taught()), "more500"}
         # The same again changes nothing, and what was set aside can be taken back.
-        again = await Restorer(here.revising).restore(TENANT, "words", 3)
+        again = await Restorer(here.writer).restore(TENANT, "words", 3)
         assert again.rollback.changed == []
-        back = await here.curating.amend(TENANT, "words", "wrong0", Amendment(excluded=False))
+        back = await here.editor.amend(TENANT, "words", "wrong0", Amendment(excluded=False))
         assert back.version is not None
         assert not here.registry.example(back.adapter.uid, "wrong0").excluded
         here.check()
@@ -390,9 +390,9 @@ async def test_a_version_of_another_backbone_is_restored_too(tmp_path: Path) -> 
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(taught())
-        await here.curating.rebase(TENANT, "words", "other-text", "always")
+        await here.editor.rebase(TENANT, "words", "other-text", "always")
         await here.adapt(WRONG, promote="always")
-        done = await Restorer(here.revising).restore(TENANT, "words", 1)
+        done = await Restorer(here.writer).restore(TENANT, "words", 1)
         assert (done.adapter.live, done.adapter.backbone) == (1, "other-text")
         texts = [str(posted.input) for posted in taught()]
         assert await here.labels(texts) == [posted.target for posted in taught()]
@@ -405,7 +405,7 @@ async def test_the_same_head_comes_of_restored_examples(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         first = await here.adapt(taught())
         await here.adapt(WRONG)
-        await Restorer(here.revising).restore(TENANT, "words", 1)
+        await Restorer(here.writer).restore(TENANT, "words", 1)
         again = await here.adapt([])
         assert again.revised.version is not None
         assert first.revised.version is not None
@@ -414,9 +414,9 @@ async def test_the_same_head_comes_of_restored_examples(tmp_path: Path) -> None:
 
 async def test_what_cannot_be_restored(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        restorer = Restorer(here.revising)
+        restorer = Restorer(here.writer)
         await here.adapt(taught(), promote="always")
-        await here.adapt([Posted(says("one", 7), "one", "one0"), *taught()[1:4]], update="replace")
+        await here.adapt([PostedExample(says("one", 7), "one", "one0"), *taught()[1:4]], update="replace")
         partly = await restorer.restore(TENANT, "words", 1)
         missing = partly.rollback.missing
         assert missing[0] == Missing("one0", "other_input")
@@ -444,11 +444,11 @@ async def test_an_erased_example_takes_its_versions_and_those_without_it_come_ba
     async with world(tmp_path) as here:
         await here.adapt(taught())
         await here.adapt([one()])
-        fewer = await here.curating.remove(TENANT, "words", ["more500"])
+        fewer = await here.editor.remove(TENANT, "words", ["more500"])
         assert fewer.committed.erased == (2,)
         with pytest.raises(UnknownVersion):
-            await Restorer(here.revising).restore(TENANT, "words", 2)
-        assert (await Restorer(here.revising).restore(TENANT, "words", 1)).rollback.missing == []
+            await Restorer(here.writer).restore(TENANT, "words", 2)
+        assert (await Restorer(here.writer).restore(TENANT, "words", 1)).rollback.missing == []
 
 
 async def test_set_aside_examples_teach_nothing_and_sent_again_they_do(tmp_path: Path) -> None:
@@ -457,9 +457,7 @@ async def test_set_aside_examples_teach_nothing_and_sent_again_they_do(tmp_path:
         await here.adapt(WRONG, promote="always")
         for posted in WRONG:
             fit = posted is WRONG[-1]
-            done = await here.curating.amend(
-                TENANT, "words", str(posted.id), Amendment(excluded=True, fit=fit)
-            )
+            done = await here.editor.amend(TENANT, "words", str(posted.id), Amendment(excluded=True, fit=fit))
         assert done.version is not None
         assert first.revised.version is not None
         assert done.version.artifact.sha256 == first.revised.version.artifact.sha256
@@ -468,7 +466,7 @@ async def test_set_aside_examples_teach_nothing_and_sent_again_they_do(tmp_path:
         assert (back.revised.committed.replaced, back.revised.committed.added) == (1, 0)
         assert not here.registry.example(done.adapter.uid, "wrong0").excluded
         # What is told of an input that is kept is told of the example, set aside or not.
-        await here.curating.feedback(TENANT, "words", Feedback("one", WRONG[1].input, fit=False))
+        await here.editor.feedback(TENANT, "words", Feedback("one", WRONG[1].input, fit=False))
         found = here.registry.example(done.adapter.uid, "wrong1")
         assert (found.target, found.excluded) == ("one", False)
         here.check()
@@ -479,51 +477,51 @@ async def test_nothing_else_of_an_example_changes(tmp_path: Path) -> None:
         await here.adapt([replace(posted, group="first") for posted in taught()])
         uid = here.registry.adapter(TENANT, "words").uid
         before = here.registry.example(uid, "one0")
-        await here.curating.amend(TENANT, "words", "one0", Amendment(excluded=True))
-        await here.curating.amend(TENANT, "words", "one0", Amendment(excluded=False))
+        await here.editor.amend(TENANT, "words", "one0", Amendment(excluded=True))
+        await here.editor.amend(TENANT, "words", "one0", Amendment(excluded=False))
         assert here.registry.example(uid, "one0") == before
-        await here.curating.amend(TENANT, "words", "one0", Amendment(group="second"))
+        await here.editor.amend(TENANT, "words", "one0", Amendment(group="second"))
         assert here.registry.example(uid, "one0") == replace(before, group="second")
-        await here.curating.amend(TENANT, "words", "one0", Amendment(group=""))
+        await here.editor.amend(TENANT, "words", "one0", Amendment(group=""))
         assert here.registry.example(uid, "one0") == replace(before, group=None)
 
 
 async def test_amendments_that_cannot_be(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        await here.adapt([*taught(2), Posted(says("one", 9), "o\u200bne2", "odd")])
+        await here.adapt([*taught(2), PostedExample(says("one", 9), "o\u200bne2", "odd")])
         with pytest.raises(UnknownExample):
-            await here.curating.amend(TENANT, "words", "none", Amendment("one"))
+            await here.editor.amend(TENANT, "words", "none", Amendment("one"))
         for amendment in (Amendment(5.0), Amendment("tw\u200bo"), Amendment(group="\0")):
             with pytest.raises(ExampleError):
-                await here.curating.amend(TENANT, "words", "one0", amendment)
+                await here.editor.amend(TENANT, "words", "one0", amendment)
         # A label that is written in another way goes as soon as its last example is set aside.
-        await here.curating.amend(TENANT, "words", "odd", Amendment(excluded=True))
-        await here.adapt([Posted(says("one", 10), "one2", "even")])
+        await here.editor.amend(TENANT, "words", "odd", Amendment(excluded=True))
+        await here.adapt([PostedExample(says("one", 10), "one2", "even")])
         with pytest.raises(ExampleError) as refused:
-            await here.curating.amend(TENANT, "words", "odd", Amendment(excluded=False))
+            await here.editor.amend(TENANT, "words", "odd", Amendment(excluded=False))
         assert refused.value.code == "label_collision"
-        await here.curating.amend(TENANT, "words", "odd", Amendment("one2", excluded=False))
+        await here.editor.amend(TENANT, "words", "odd", Amendment("one2", excluded=False))
         for name in ("two0", "odd", "even"):
-            await here.curating.amend(TENANT, "words", name, Amendment(excluded=True, fit=False))
+            await here.editor.amend(TENANT, "words", name, Amendment(excluded=True, fit=False))
         revision = here.registry.adapter(TENANT, "words").revision
         with pytest.raises(OneLabel):
-            await here.curating.amend(TENANT, "words", "two1", Amendment(excluded=True))
+            await here.editor.amend(TENANT, "words", "two1", Amendment(excluded=True))
         assert here.registry.adapter(TENANT, "words").revision == revision
-        await here.curating.amend(TENANT, "words", "two1", Amendment(excluded=True, fit=False))
+        await here.editor.amend(TENANT, "words", "two1", Amendment(excluded=True, fit=False))
 
 
 async def test_limits_count_what_is_set_aside_and_not_its_labels(tmp_path: Path) -> None:
     async with world(tmp_path, limits=AdapterLimits(max_examples=6, max_labels=2)) as here:
         await here.adapt(taught(3))
         for name in ("two0", "two1", "two2"):
-            await here.curating.amend(TENANT, "words", name, Amendment(excluded=True, fit=False))
+            await here.editor.amend(TENANT, "words", name, Amendment(excluded=True, fit=False))
         with pytest.raises(AdapterFull, match="examples"):
             await here.adapt([one()])
-        await here.curating.remove(TENANT, "words", ["two0"])
-        three = Posted(says("two", 50), "three", "three")
+        await here.editor.remove(TENANT, "words", ["two0"])
+        three = PostedExample(says("two", 50), "three", "three")
         assert (await here.adapt([three])).revised.adapter.examples == 6
         with pytest.raises(AdapterFull, match="labels"):
-            await here.curating.amend(TENANT, "words", "two1", Amendment(excluded=False))
+            await here.editor.amend(TENANT, "words", "two1", Amendment(excluded=False))
 
 
 async def test_set_aside_examples_survive_a_rebase_and_are_erased_like_others(tmp_path: Path) -> None:
@@ -531,23 +529,23 @@ async def test_set_aside_examples_survive_a_rebase_and_are_erased_like_others(tm
     async with world(tmp_path, exports=exports) as here:
         await here.adapt([*taught(), *WRONG], promote="always")
         for posted in WRONG:
-            await here.curating.amend(TENANT, "words", str(posted.id), Amendment(excluded=True, fit=False))
-        moved = await here.curating.rebase(TENANT, "words", "other-text", "always")
+            await here.editor.amend(TENANT, "words", str(posted.id), Amendment(excluded=True, fit=False))
+        moved = await here.editor.rebase(TENANT, "words", "other-text", "always")
         assert moved.version is not None
-        evidence = await here.keeping.evidence(moved.adapter, moved.version.number)
+        evidence = await here.repository.evidence(moved.adapter, moved.version.number)
         assert evidence is not None
         assert len(evidence.ids) == 8
         uid = moved.adapter.uid
         assert [one.id for one in here.registry.examples(uid, excluded=True)] == [
             str(posted.id) for posted in WRONG
         ]
-        back = await here.curating.amend(TENANT, "words", "wrong3", Amendment("one", excluded=False))
+        back = await here.editor.amend(TENANT, "words", "wrong3", Amendment("one", excluded=False))
         assert back.version is not None
-        _, example, value = await here.browsing.example(TENANT, "words", "wrong0")
+        _, example, value = await here.catalog.example(TENANT, "words", "wrong0")
         assert (example.excluded, value) == (True, WRONG[0].input)
-        await here.curating.remove(TENANT, "words", ["wrong0"])
+        await here.editor.remove(TENANT, "words", ["wrong0"])
         assert "wrong0" not in {one.id for one in here.registry.examples(uid)}
-        await here.curating.remove(TENANT, "words", None)
+        await here.editor.remove(TENANT, "words", None)
         assert here.registry.examples(uid) == []
         assert here.registry.referenced(uid) == set()
     assert list(orphans(open_store(str(tmp_path / "artifacts")).objects(), lambda uid: set(), -60.0)) == []
@@ -555,7 +553,7 @@ async def test_set_aside_examples_survive_a_rebase_and_are_erased_like_others(tm
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 async def test_the_other_tasks_do_it_too(tmp_path: Path, task: str) -> None:
-    def target(posted: Posted) -> object:
+    def target(posted: PostedExample) -> object:
         label = str(posted.target)
         return [label] if task == "multilabel" else float(label == "one")
 
@@ -564,21 +562,21 @@ async def test_the_other_tasks_do_it_too(tmp_path: Path, task: str) -> None:
     async with world(tmp_path) as here:
         first = await here.adapt(right, task=task)
         await here.adapt(wrong, promote="always")
-        await here.browsing.promote(TENANT, "words", 1, None)
+        await here.catalog.promote(TENANT, "words", 1, None)
         more = replace(one(), target=target(one()))
         assert reason(await here.adapt([more])) == "rolled_back"
         other: object = ["one", "two"] if task == "multilabel" else 0.25
-        amended = await here.curating.amend(TENANT, "words", "one0", Amendment(other))
+        amended = await here.editor.amend(TENANT, "words", "one0", Amendment(other))
         assert amended.decision is not None
         assert amended.decision.reason == "rolled_back"
-        done = await Restorer(here.revising).restore(TENANT, "words", 1)
+        done = await Restorer(here.writer).restore(TENANT, "words", 1)
         assert (done.rollback.in_use, done.rollback.set_aside, done.rollback.relabelled) == (8, 5, 1)
         again = await here.adapt([])
         assert again.revised.version is not None
         assert first.revised.version is not None
         assert again.revised.version.artifact.sha256 == first.revised.version.artifact.sha256
         with pytest.raises(ExampleError):
-            await here.curating.amend(TENANT, "words", "one0", Amendment("one"))
+            await here.editor.amend(TENANT, "words", "one0", Amendment("one"))
 
 
 async def test_another_process_sees_it_at_once(tmp_path: Path) -> None:
@@ -586,15 +584,15 @@ async def test_another_process_sees_it_at_once(tmp_path: Path) -> None:
         await here.adapt(taught())
         await there.adapt(WRONG, promote="always")
         texts = [str(posted.input) for posted in taught()]
-        moved = await here.browsing.promote(TENANT, "words", 1, None)
+        moved = await here.catalog.promote(TENANT, "words", 1, None)
         assert (await there.predict(texts, min_epoch=moved.epoch)).version == 1
         assert reason(await there.adapt([one()])) == "rolled_back"
         restored = await here.adapt([], promote="always")
-        back = await Restorer(there.revising).restore(TENANT, "words", 1)
+        back = await Restorer(there.writer).restore(TENANT, "words", 1)
         assert back.adapter.epoch > restored.revised.adapter.epoch
         assert (await here.predict(texts, min_epoch=back.adapter.epoch)).version == 1
         later = await here.adapt([one(9)])
         assert later.revised.version is not None
-        evidence = await there.keeping.evidence(later.revised.adapter, later.revised.version.number)
+        evidence = await there.repository.evidence(later.revised.adapter, later.revised.version.number)
         assert evidence is not None
         assert len(evidence.ids) == 9

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 
-from adapters.cache.aliases import Aliases
+from adapters.cache.aliases import AliasCache
 from adapters.registry.records import AdapterRecord, Alias, Change, Changed, Committed
 from adapters.registry.registry import Registry, RegistryUnavailable, UnknownAdapter, UnknownVersion, new_uid
 from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, refit, version
@@ -58,7 +58,7 @@ def test_a_known_alias_reads_no_database(registry: Registry, counting: CountingR
     committed = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         assert await aliases.get("acme", "pets") == committed.alias
         for _ in range(5):
             assert await aliases.get("acme", "pets", min_epoch=committed.alias.epoch) == committed.alias
@@ -75,7 +75,7 @@ def test_another_version_is_read_once_until_something_changes(
     second = append(registry, first.adapter, "c")
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         aliases.put(second.alias)
         old = [await aliases.get("acme", "pets", version=1) for _ in range(3)]
         assert {alias.version for alias in old} == {1}
@@ -94,7 +94,7 @@ def test_another_version_is_read_once_until_something_changes(
 
 def test_an_unknown_name_is_asked_for_each_time_but_once_at_a_time(counting: CountingRegistry) -> None:
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         counting.go.clear()
         waiting = [asyncio.create_task(aliases.get("acme", "nope")) for _ in range(10)]
         await eventually(lambda: bool(counting.resolved))
@@ -114,7 +114,7 @@ def test_own_commits_and_deletions_hold_at_once(registry: Registry, counting: Co
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         aliases.put(first.alias)
         second = append(registry, first.adapter, "c")
         aliases.put(second.alias)
@@ -138,7 +138,7 @@ def test_a_slow_read_does_not_undo_what_happened_meanwhile(
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         counting.go.clear()
         slow = asyncio.create_task(aliases.get("acme", "pets"))
         await eventually(lambda: bool(counting.resolved))
@@ -150,7 +150,7 @@ def test_a_slow_read_does_not_undo_what_happened_meanwhile(
         assert await aliases.get("acme", "pets") == second.alias
 
         counting.go.clear()
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         counting.resolved.clear()
         slow = asyncio.create_task(aliases.get("acme", "pets"))
         await eventually(lambda: bool(counting.resolved))
@@ -171,7 +171,7 @@ def test_a_process_that_is_behind_the_asked_epoch_reads_again(
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         await aliases.get("acme", "pets")
         second = append(registry, first.adapter, "c")
         assert (await aliases.get("acme", "pets")).version == 1
@@ -192,7 +192,7 @@ def test_what_is_created_again_is_seen_though_the_clock_was_set_back(
     old = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting, interval=0.02)
+        aliases = AliasCache(counting, interval=0.02)
         await aliases.get("acme", "pets")
         registry.delete_adapter("acme", "pets")
         before = old.adapter.created_at - timedelta(hours=1)
@@ -217,7 +217,7 @@ def test_the_asked_epoch_is_reached_even_beside_an_older_read(
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         counting.go.clear()
         slow = asyncio.create_task(aliases.get("acme", "pets"))
         await eventually(lambda: bool(counting.resolved))
@@ -237,7 +237,7 @@ def test_other_processes_commits_arrive_by_themselves(registry: Registry, counti
     other = create(registry, "other")
 
     async def scenario() -> None:
-        aliases = Aliases(counting, interval=0.02)
+        aliases = AliasCache(counting, interval=0.02)
         await aliases.start()
         assert aliases.alive
         for name in ("pets", "other"):
@@ -263,7 +263,7 @@ def test_while_the_database_is_out_of_order_serving_goes_on_and_the_log_says_so_
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting, interval=0.01)
+        aliases = AliasCache(counting, interval=0.01)
         await aliases.start()
         await aliases.get("acme", "pets")
         counting.broken = True
@@ -287,7 +287,7 @@ def test_keeps_a_bounded_number(registry: Registry, counting: CountingRegistry) 
         create(registry, name)
 
     async def scenario() -> None:
-        aliases = Aliases(counting, max_entries=2)
+        aliases = AliasCache(counting, max_entries=2)
         for name in ("a", "b", "a", "c"):
             await aliases.get("acme", name)
         assert len(aliases) == 2
@@ -301,7 +301,7 @@ def test_after_a_long_outage_nothing_old_is_believed(registry: Registry, countin
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting, interval=0.01)
+        aliases = AliasCache(counting, interval=0.01)
         aliases.put(first.alias)
         await aliases.start()
         # As if the last poll that worked were longer ago than the database remembers.
@@ -337,7 +337,7 @@ def test_another_processs_network_holds_once_it_is_loaded(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = Aliases(counting, interval=0.01, load=loading)
+        aliases = AliasCache(counting, interval=0.01, load=loading)
         await aliases.start()
         await aliases.get("acme", "pets")
         second = tune(registry, first.adapter)
@@ -376,7 +376,7 @@ def test_who_asks_for_the_epoch_of_a_network_brings_it_to_the_others(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = Aliases(counting, load=loading)
+        aliases = AliasCache(counting, load=loading)
         await aliases.get("acme", "pets")
         second = tune(registry, first.adapter)
         assert await aliases.get("acme", "pets", min_epoch=second.adapter.epoch) == second.alias
@@ -397,7 +397,7 @@ def test_a_network_that_takes_too_long_or_fails_holds_all_the_same(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = Aliases(counting, interval=0.01, patience=0.3, load=loading)
+        aliases = AliasCache(counting, interval=0.01, patience=0.3, load=loading)
         await aliases.start()
         await aliases.get("acme", "pets")
         second = tune(registry, first.adapter)
@@ -410,7 +410,7 @@ def test_a_network_that_takes_too_long_or_fails_holds_all_the_same(
         assert loading.asked == [second.alias]
         await aliases.close()
 
-        aliases = Aliases(counting, interval=0.01, load=failing)
+        aliases = AliasCache(counting, interval=0.01, load=failing)
         await aliases.start()
         await aliases.get("acme", "pets")
         third = tune(registry, later.adapter, "another")
@@ -430,7 +430,7 @@ def test_what_happens_while_a_network_loads_is_not_undone_by_it(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = Aliases(counting, load=loading)
+        aliases = AliasCache(counting, load=loading)
 
         async def begun(adapter: AdapterRecord, network: str) -> Committed:
             """A network that is to come, and whose load is under way."""
@@ -494,13 +494,13 @@ def test_where_nothing_can_answer_meanwhile_a_network_is_waited_for(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = Aliases(counting, load=loading)
+        aliases = AliasCache(counting, load=loading)
         # Nothing is known, as after a start.
         first = tune(registry, made.adapter)
         assert await aliases.get("acme", "pets") == first.alias
         assert loading.asked == []
         # Nothing is live.
-        aliases = Aliases(counting, interval=0.01, load=loading)
+        aliases = AliasCache(counting, interval=0.01, load=loading)
         aliases.put(made.alias)
         await aliases.start()
         await eventually(lambda: bool(loading.asked))
@@ -522,7 +522,7 @@ def test_nothing_reads_the_database_once_they_are_closed(
     committed = create(registry)
 
     async def scenario() -> None:
-        aliases = Aliases(counting)
+        aliases = AliasCache(counting)
         counting.go.clear()
         reading = asyncio.ensure_future(aliases.get("acme", "pets"))
         await eventually(lambda: bool(counting.resolved))

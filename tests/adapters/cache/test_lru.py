@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from adapters.cache.lru import Cache, Owner
+from adapters.cache.lru import ByteLRU, Owner
 
 OWNER: Owner = ("acme", "pets")
 
@@ -24,7 +24,7 @@ def loader(
 
 def test_keeps_the_recently_used_within_the_bytes() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         calls: list[str] = []
         for value in ("aaaa", "bbbb"):
             assert await cache.get(value[0], loader(value, calls), OWNER) == value
@@ -42,7 +42,7 @@ def test_keeps_the_recently_used_within_the_bytes() -> None:
 
 def test_what_is_larger_than_everything_is_served_and_evicts_nothing() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(4, len)
+        cache: ByteLRU[str] = ByteLRU(4, len)
         calls: list[str] = []
         await cache.get("a", loader("aa", calls), OWNER)
         for _ in range(2):
@@ -55,7 +55,7 @@ def test_what_is_larger_than_everything_is_served_and_evicts_nothing() -> None:
 
 def test_loads_a_key_once_for_all_who_ask_meanwhile() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         calls: list[str] = []
         gate = asyncio.Event()
         waiting = [
@@ -73,7 +73,7 @@ def test_loads_a_key_once_for_all_who_ask_meanwhile() -> None:
 
 def test_a_cancelled_first_caller_takes_nobody_along() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         calls: list[str] = []
         gate = asyncio.Event()
         first = asyncio.create_task(cache.get("a", loader("aa", calls, gate=gate), OWNER))
@@ -93,7 +93,7 @@ def test_a_cancelled_first_caller_takes_nobody_along() -> None:
 
 def test_all_who_wait_see_the_error_and_the_next_caller_loads_again() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         calls = 0
 
         async def fail() -> str:
@@ -115,7 +115,7 @@ def test_an_error_that_nobody_waits_for_any_more_is_silent() -> None:
     async def scenario() -> list[dict[str, object]]:
         complaints: list[dict[str, object]] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         gate = asyncio.Event()
 
         async def fail() -> str:
@@ -137,7 +137,7 @@ def test_an_error_that_nobody_waits_for_any_more_is_silent() -> None:
 
 def test_pinned_keys_stay_until_unpinned_as_often() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         calls: list[str] = []
         cache.pin("a")
         cache.pin("a")
@@ -166,7 +166,7 @@ def test_pinned_keys_stay_until_unpinned_as_often() -> None:
 
 def test_what_is_dropped_while_it_loads_is_not_kept() -> None:
     async def scenario() -> None:
-        cache: Cache[str] = Cache(10, len)
+        cache: ByteLRU[str] = ByteLRU(10, len)
         gate = asyncio.Event()
         early = asyncio.create_task(cache.get("a", loader("old", [], gate=gate), OWNER))
         await asyncio.sleep(0)
@@ -186,7 +186,7 @@ def test_what_is_dropped_while_it_loads_is_not_kept() -> None:
 @pytest.mark.anyio
 async def test_what_an_owner_leaves_is_dropped() -> None:
     left: list[str] = []
-    cache: Cache[str] = Cache(100, len, left.append)
+    cache: ByteLRU[str] = ByteLRU(100, len, left.append)
     gate = asyncio.Event()
     owners: dict[str, Owner] = {
         "a": OWNER,

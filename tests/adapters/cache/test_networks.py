@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from adapters.adaptation.catalog import Browsing
-from adapters.adaptation.repository import Keeping
-from adapters.cache.aliases import Aliases
-from adapters.cache.networks import Networks
+from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.repository import AdapterRepository
+from adapters.cache.aliases import AliasCache
+from adapters.cache.networks import NetworkPool
 from adapters.registry.records import Alias, Committed, UnknownVersion
 from adapters.registry.registry import Registry, new_uid
 from adapters.storage.artifact import Artifact, MissingArtifact
@@ -61,7 +61,7 @@ class Shelf:
     root: Path
     store: HeldStore
     base: Backbone
-    made: list[Networks] = field(default_factory=list)
+    made: list[NetworkPool] = field(default_factory=list)
     started: list[Batcher] = field(default_factory=list)
 
     def graph(self, seed: int) -> bytes:
@@ -96,10 +96,10 @@ class Shelf:
         """The embeddings of ASKED by the network of this seed."""
         return self.base.with_network(self.graph(seed)).embed(ASKED).embeddings
 
-    def networks(self, room: int | None = None) -> Networks:
+    def networks(self, room: int | None = None) -> NetworkPool:
         """Room for so many of the tiny networks, or for all."""
         size = int(1.5 * len(self.graph(1)))
-        self.made.append(Networks(self.store, ROOM_FOR_ALL if room is None else room * size, self.start))
+        self.made.append(NetworkPool(self.store, ROOM_FOR_ALL if room is None else room * size, self.start))
         return self.made[-1]
 
     def start(self, backbone: Backbone) -> Batcher:
@@ -140,7 +140,7 @@ def let_go(batcher: Batcher) -> bool:
     return False
 
 
-async def use(networks: Networks, shelf: Shelf, alias: Alias) -> NDArray[np.float32]:
+async def use(networks: NetworkPool, shelf: Shelf, alias: Alias) -> NDArray[np.float32]:
     async with networks.running(alias, shelf.base) as batcher:
         return (await batcher.embed(ASKED)).embeddings
 
@@ -281,9 +281,9 @@ class Process:
     """What a process knows of aliases and networks, composed as the service does."""
 
     registry: Registry
-    aliases: Aliases
-    networks: Networks
-    browsing: Browsing
+    aliases: AliasCache
+    networks: NetworkPool
+    catalog: AdapterCatalog
 
 
 @pytest.fixture
@@ -295,10 +295,10 @@ def process(shelf: Shelf, tmp_path: Path) -> Iterator[Process]:
     async def load(alias: Alias) -> None:
         await networks.prepare(alias, shelf.base)
 
-    aliases = Aliases(registry, load=load)
-    keeping = Keeping(registry, shelf.store, aliases)
-    yield Process(registry, aliases, networks, Browsing(keeping))
-    keeping.close()
+    aliases = AliasCache(registry, load=load)
+    repository = AdapterRepository(registry, shelf.store, aliases)
+    yield Process(registry, aliases, networks, AdapterCatalog(repository))
+    repository.close()
     registry.close()
 
 
@@ -313,10 +313,10 @@ async def test_a_promoted_network_is_loaded_before_it_is_live(process: Process, 
     committed = tuned(process, shelf)
     assert (await process.aliases.get(TENANT, "words")).version == 1
     shelf.store.go.clear()
-    promoting = asyncio.create_task(process.browsing.promote(TENANT, "words", 2, None))
+    promoting = asyncio.create_task(process.catalog.promote(TENANT, "words", 2, None))
     await eventually(lambda: bool(shelf.store.reads))
     assert (await process.aliases.get(TENANT, "words", min_epoch=committed.adapter.epoch)).version == 1
-    assert (await process.browsing.adapter(TENANT, "words")).live == 1
+    assert (await process.catalog.adapter(TENANT, "words")).live == 1
     shelf.store.go.set()
     promoted = await promoting
     assert promoted.live == 2
@@ -325,9 +325,9 @@ async def test_a_promoted_network_is_loaded_before_it_is_live(process: Process, 
         assert (alias.version, alias.epoch) == (2, promoted.epoch)
     await use(process.networks, shelf, alias)
     assert (len(shelf.store.reads), process.networks.misses) == (1, 0)
-    assert (await process.browsing.promote(TENANT, "words", 1, None)).live == 1
+    assert (await process.catalog.promote(TENANT, "words", 1, None)).live == 1
     with pytest.raises(UnknownVersion):
-        await process.browsing.promote(TENANT, "words", 3, None)
+        await process.catalog.promote(TENANT, "words", 3, None)
 
 
 async def test_a_network_that_cannot_be_loaded_is_promoted_all_the_same(
@@ -337,7 +337,7 @@ async def test_a_network_that_cannot_be_loaded_is_promoted_all_the_same(
     assert committed.version is not None
     shelf.path(committed.version.network).unlink()
     with caplog.at_level(logging.WARNING, "topwork"):
-        assert (await process.browsing.promote(TENANT, "words", 2, None)).live == 2
+        assert (await process.catalog.promote(TENANT, "words", 2, None)).live == 2
     assert "MissingArtifact" in caplog.text
     alias = await process.aliases.get(TENANT, "words")
     with pytest.raises(MissingArtifact):

@@ -11,8 +11,8 @@ import pytest
 
 from adapters.adaptation.adapt import ExamplesRejected, WeightsNotForTask
 from adapters.adaptation.example_editor import Feedback
-from adapters.examples.validation import Posted
-from adapters.probe.fit import Dataset, Fitted, OneLabel, ProbeConfig
+from adapters.examples.validation import PostedExample
+from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig
 from models.backbone import Backbone
 from models.preprocess.preprocessor import InputError
 from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world
@@ -26,10 +26,10 @@ UNHEARD = "สวัสดี"
 @contextmanager
 def watched(here: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Dataset, ProbeConfig]]]:
     """What is handed to the fitting process meanwhile."""
-    fitter, seen = here.revising._fitter, []
+    fitter, seen = here.writer._fitter, []
     fit = fitter.fit
 
-    async def fitting(dataset: Dataset, config: ProbeConfig, *, tenant: str) -> Fitted:
+    async def fitting(dataset: Dataset, config: ProbeConfig, *, tenant: str) -> FittedProbe:
         seen.append((dataset, config))
         return await fit(dataset, config, tenant=tenant)
 
@@ -38,7 +38,7 @@ def watched(here: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple
         yield seen
 
 
-def grouped(count: int = 4) -> list[Posted]:
+def grouped(count: int = 4) -> list[PostedExample]:
     """Examples of two groups, the second half of each label learned from only."""
     return [
         replace(one, group=f"g{row % 4 // 2}", sampled=row < count) for row, one in enumerate(taught(count))
@@ -55,7 +55,7 @@ async def test_a_fit_knows_groups_sampling_and_what_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posted = grouped()
-    ungrouped = Posted(says("one", 99), "one", "alone")
+    ungrouped = PostedExample(says("one", 99), "one", "alone")
     async with world(tmp_path) as here:
         with watched(here, monkeypatch) as seen:
             await here.adapt([*posted, ungrouped], answer_accuracy=0.8, weights="balanced")
@@ -87,12 +87,12 @@ async def test_feedback_is_learned_from_only_unless_it_says_otherwise(tmp_path: 
     async with world(tmp_path) as here:
         await here.adapt(taught())
         correction = says("one", 50)
-        await here.curating.feedback(TENANT, "words", Feedback("two", correction, group="g"))
-        await here.curating.feedback(TENANT, "words", Feedback("two", says("two", 51), sampled=True))
+        await here.editor.feedback(TENANT, "words", Feedback("two", correction, group="g"))
+        await here.editor.feedback(TENANT, "words", Feedback("two", says("two", 51), sampled=True))
         added = {name: found for name, found in kept(here).items() if len(name) == 64}
         assert sorted(added.values(), key=str) == [("g", False), (None, True)]
         with pytest.raises(ValueError, match="256") as refused:
-            await here.curating.feedback(TENANT, "words", Feedback("two", says("one", 52), group=""))
+            await here.editor.feedback(TENANT, "words", Feedback("two", says("one", 52), group=""))
         assert getattr(refused.value, "code", None) == "group_invalid"
 
 
@@ -101,9 +101,9 @@ async def test_a_corrected_example_keeps_its_group_and_its_sampling(tmp_path: Pa
     async with world(tmp_path) as here:
         await here.adapt(posted)
         told = Feedback("two", id="one0", group="another", sampled=False)
-        await here.curating.feedback(TENANT, "words", told)
+        await here.editor.feedback(TENANT, "words", told)
         told = Feedback("one", posted[-1].input, group="another", sampled=True)
-        await here.curating.feedback(TENANT, "words", told)
+        await here.editor.feedback(TENANT, "words", told)
         assert kept(here) == {one.id: (one.group, one.sampled) for one in posted}
 
 
@@ -114,9 +114,9 @@ async def test_removing_and_rebasing_leave_groups_and_sampling(
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(posted, answer_accuracy=0.7, weights="balanced")
-        await here.curating.remove(TENANT, "words", ["two0"])
+        await here.editor.remove(TENANT, "words", ["two0"])
         with watched(here, monkeypatch) as seen:
-            done = await here.curating.rebase(TENANT, "words", "other-text", "always")
+            done = await here.editor.rebase(TENANT, "words", "other-text", "always")
         left = {one.id: (one.group, one.sampled) for one in posted if one.id != "two0"}
         assert kept(here) == left
         ((dataset, config),) = seen
@@ -134,7 +134,7 @@ async def test_what_is_wanted_stays_until_something_else_is(
         with watched(here, monkeypatch) as seen:
             await here.adapt([])
             await here.adapt([], weights="balanced")
-            await here.curating.feedback(TENANT, "words", Feedback("one", says("one", 50)))
+            await here.editor.feedback(TENANT, "words", Feedback("one", says("one", 50)))
             await here.adapt([], answer_accuracy=0.9, fit=False)
             await here.adapt([])
             await here.adapt([], answer_accuracy=0.95, weights="none")
@@ -155,7 +155,7 @@ async def test_a_fit_that_fails_changes_nothing_of_what_is_wanted(tmp_path: Path
 async def test_weights_are_for_classification(
     tmp_path: Path, task: str, targets: tuple[object, object]
 ) -> None:
-    posted = [Posted(says("one", seed), targets[seed % 2]) for seed in range(6)]
+    posted = [PostedExample(says("one", seed), targets[seed % 2]) for seed in range(6)]
     async with world(tmp_path) as here:
         with pytest.raises(WeightsNotForTask) as refused:
             await here.adapt(posted, task=task, weights="balanced")
@@ -168,15 +168,15 @@ async def test_weights_are_for_classification(
 
 async def test_a_text_without_a_known_token_teaches_nothing(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        done = await here.adapt([*taught(), Posted(UNHEARD, "one", "unheard")])
+        done = await here.adapt([*taught(), PostedExample(UNHEARD, "one", "unheard")])
         assert [(one.index, one.code, one.field) for one in done.rejected] == [(8, "no_known_tokens", "text")]
         assert "tiny-text" in done.rejected[0].detail
         assert "unheard" not in kept(here)
-        for told in (Posted(UNHEARD, "one"), Posted(f"{UNHEARD} {UNHEARD}", "two")):
+        for told in (PostedExample(UNHEARD, "one"), PostedExample(f"{UNHEARD} {UNHEARD}", "two")):
             with pytest.raises(ExamplesRejected):
                 await here.adapt([told])
         with pytest.raises(InputError) as refused:
-            await here.curating.feedback(TENANT, "words", Feedback("one", UNHEARD))
+            await here.editor.feedback(TENANT, "words", Feedback("one", UNHEARD))
         assert refused.value.code == "no_known_tokens"
         here.check()
 
@@ -188,13 +188,13 @@ async def test_nor_does_one_that_another_adapter_holds_already(
         with monkeypatch.context() as patch:
             # As an older release took it in.
             patch.setattr(Backbone, "knows_nothing", lambda *arguments: False)
-            await here.adapt([*taught(), Posted(UNHEARD, "one", "unheard")], "older")
+            await here.adapt([*taught(), PostedExample(UNHEARD, "one", "unheard")], "older")
         here.embedded.clear()
-        done = await here.adapt([*taught(), Posted(UNHEARD, "one", "unheard")])
+        done = await here.adapt([*taught(), PostedExample(UNHEARD, "one", "unheard")])
         assert here.embedded == [], "the embedding is there"
         assert [(one.index, one.code) for one in done.rejected] == [(8, "no_known_tokens")]
         with pytest.raises(InputError, match="no_known_tokens"):
-            await here.curating.feedback(TENANT, "words", Feedback("one", UNHEARD))
+            await here.editor.feedback(TENANT, "words", Feedback("one", UNHEARD))
         assert "unheard" in kept(here, "older")
 
 
@@ -205,8 +205,8 @@ async def test_a_rebase_names_the_example_that_the_other_backbone_knows_nothing_
     async with world(tmp_path, exports=exports) as here:
         with monkeypatch.context() as patch:
             patch.setattr(Backbone, "knows_nothing", lambda *arguments: False)
-            await here.adapt([*taught(), Posted(UNHEARD, "one", "unheard")])
+            await here.adapt([*taught(), PostedExample(UNHEARD, "one", "unheard")])
         with pytest.raises(InputError, match="'unheard'") as refused:
-            await here.curating.rebase(TENANT, "words", "other-text", "always")
+            await here.editor.rebase(TENANT, "words", "other-text", "always")
         assert refused.value.code == "no_known_tokens"
         here.check()

@@ -23,14 +23,14 @@ import pytest
 from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits
 from adapters.examples.upload_forms import Form, look_at, records
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 
 LIMITS = UploadLimits(5, InputLimits(max_image_bytes=1_000, max_text_chars=50))
 WIDE = UploadLimits(10**6, LIMITS.inputs)
 
 
-def read(form: Form, data: bytes, limits: UploadLimits = LIMITS) -> list[tuple[str, Posted]]:
+def read(form: Form, data: bytes, limits: UploadLimits = LIMITS) -> list[tuple[str, PostedExample]]:
     return [(record.place, record.posted) for record in records(form, io.BytesIO(data), limits)]
 
 
@@ -48,7 +48,7 @@ def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> 
     return buffer.getvalue()
 
 
-def code(posted: Posted) -> str | None:
+def code(posted: PostedExample) -> str | None:
     for part in (posted.input, posted.target):
         if isinstance(part, InputError | ExampleError):
             return part.code
@@ -60,9 +60,9 @@ def test_lines_are_read_with_their_numbers_and_blank_ones_skipped() -> None:
     data = lines({"text": "a", "label": "x", "id": "7"}, b"", {"image": picture, "labels": ["x", "y"]})
     data += b'{"text": "b", "target": 1.5}'
     assert read("ndjson", data) == [
-        ("line 1", Posted("a", "x", "7")),
-        ("line 3", Posted(b"\x89PNG", ["x", "y"])),
-        ("line 4", Posted("b", 1.5)),
+        ("line 1", PostedExample("a", "x", "7")),
+        ("line 3", PostedExample(b"\x89PNG", ["x", "y"])),
+        ("line 4", PostedExample("b", 1.5)),
     ]
 
 
@@ -90,13 +90,16 @@ def test_lines_are_read_with_their_numbers_and_blank_ones_skipped() -> None:
 def test_a_line_that_cannot_be_used_is_an_error_in_its_place(line: bytes, wanted: str) -> None:
     (place, bad), (_, good) = read("ndjson", lines(line, {"text": "a", "label": "x"}))
     assert (place, code(bad)) == ("line 1", wanted)
-    assert good == Posted("a", "x")
+    assert good == PostedExample("a", "x")
 
 
 def test_a_table_has_its_columns_by_name() -> None:
     data = '\ufeffLabel, text,id\r\nx,"a, ""b""\nc",1\r\ny,d,\r\n'.encode()
-    assert read("csv", data) == [("line 2", Posted('a, "b"\nc', "x", "1")), ("line 4", Posted("d", "y"))]
-    assert read("csv", b"text,target\na,2.5\nb,much\n")[0][1] == Posted("a", 2.5)
+    assert read("csv", data) == [
+        ("line 2", PostedExample('a, "b"\nc', "x", "1")),
+        ("line 4", PostedExample("d", "y")),
+    ]
+    assert read("csv", b"text,target\na,2.5\nb,much\n")[0][1] == PostedExample("a", 2.5)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +121,9 @@ def test_a_table_has_its_columns_by_name() -> None:
 def test_a_row_that_cannot_be_used_is_an_error_in_its_place(row: bytes, wanted: str) -> None:
     data = "text,label\nä,x\n".encode() + row + b'\r\n\r\n,\n5" a,"x"\n"b\n""c""",x'
     first, (place, bad), *others = read("csv", data)
-    assert first == ("line 2", Posted("ä", "x"))
+    assert first == ("line 2", PostedExample("ä", "x"))
     assert (place, code(bad)) == ("line 3", wanted)
-    assert [posted for _, posted in others] == [Posted('5" a', "x"), Posted('b\n"c"', "x")]
+    assert [posted for _, posted in others] == [PostedExample('5" a', "x"), PostedExample('b\n"c"', "x")]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -173,7 +176,7 @@ def test_a_quote_that_never_ends_is_looked_for_in_the_length_of_a_row() -> None:
     found = records("csv", file, WIDE)
     assert code(next(found).posted) == "stray_quote"
     assert file.tell() < 2 * longest
-    assert next(found) == Record("line 3", Posted("a", "x"))
+    assert next(found) == Record("line 3", PostedExample("a", "x"))
 
 
 @pytest.mark.parametrize("row", [b"x" * 5_000_000, b'"x\n",' * 50_000])
@@ -241,9 +244,9 @@ def test_a_zip_has_labels_by_folder() -> None:
         }
     )
     assert read("zip", data) == [
-        ("set/cat/1.png", Posted(b"one", "cat")),
-        ("dog/2.txt", Posted("two", "dog")),
-        ("3.png", Posted(b"three")),
+        ("set/cat/1.png", PostedExample(b"one", "cat")),
+        ("dog/2.txt", PostedExample("two", "dog")),
+        ("3.png", PostedExample(b"three")),
     ]
 
 
@@ -312,8 +315,8 @@ def plain(name: str, encoding: str) -> bytes:
 @pytest.mark.parametrize("name", ["Käse/1.txt", "Ka\u0308se/1.txt", "Größe \u20ac/2.txt", "食べ物/3.txt"])
 def test_names_without_the_flag_are_utf8(name: str) -> None:
     normal = unicodedata.normalize("NFC", name)
-    assert read("zip", plain(name, "utf-8")) == [(normal, Posted("one", normal.split("/")[0]))]
-    assert read("zip", zipped({name: b"one"})) == [(normal, Posted("one", normal.split("/")[0]))]
+    assert read("zip", plain(name, "utf-8")) == [(normal, PostedExample("one", normal.split("/")[0]))]
+    assert read("zip", zipped({name: b"one"})) == [(normal, PostedExample("one", normal.split("/")[0]))]
 
 
 @pytest.mark.parametrize("encoding", ["cp437", "cp850", "latin-1"])
@@ -364,7 +367,7 @@ def test_texts_of_a_zip_are_in_any_of_the_encodings() -> None:
     found = Found()
     data = zipped({**files, "a/shift.txt": "食べ物".encode("shift-jis"), "a/1.png": b"one"})
     posted = [one.posted for one in records("zip", io.BytesIO(data), WIDE, found=found)]
-    assert posted[:4] == [Posted(text, "a")] * 4
+    assert posted[:4] == [PostedExample(text, "a")] * 4
     assert code(posted[4]) == "invalid_text"
     assert found.format() == {"encodings": {"utf-8": 2, "utf-16-le": 1, "windows-1252": 1}}
 
@@ -381,7 +384,7 @@ def test_a_file_that_cannot_be_opened_says_what_to_do(place: int, value: int, de
     (_, bad), (_, good) = read("zip", bytes(data))
     assert isinstance(bad.input, InputError)
     assert (bad.input.code, detail in bad.input.detail) == ("invalid_zip", True)
-    assert good == Posted(b"two", "a")
+    assert good == PostedExample(b"two", "a")
 
 
 def test_a_link_is_not_what_it_leads_to() -> None:
@@ -401,8 +404,8 @@ def test_a_zip_with_64_bit_sizes_is_read() -> None:
                 member.write(b"one")
     assert look_at("zip", buffer.getvalue()).kind == "image"
     assert read("zip", buffer.getvalue()) == [
-        ("a/1.png", Posted(b"one", "a")),
-        ("b/2.png", Posted(b"one", "b")),
+        ("a/1.png", PostedExample(b"one", "a")),
+        ("b/2.png", PostedExample(b"one", "b")),
     ]
 
 
@@ -464,7 +467,7 @@ def test_a_directory_of_too_many_files_is_not_even_read(data: bytes) -> None:
 
 def test_a_zip_with_a_64_bit_end_is_read() -> None:
     data = with_another_end(zipped({"a/1.png": b"one"}))
-    assert read("zip", data) == [("a/1.png", Posted(b"one", "a"))]
+    assert read("zip", data) == [("a/1.png", PostedExample(b"one", "a"))]
 
 
 @pytest.mark.parametrize("form", ["ndjson", "csv", "zip"])
@@ -517,7 +520,7 @@ def test_the_kind_is_told_by_the_field_and_not_by_what_is_in_it(line: object, ki
 def test_what_systems_put_in_front_does_not_tell_the_kind(before: dict[str, bytes]) -> None:
     files = {**before, "./spam/1.txt": b"one"}
     assert look_at("zip", zipped(files)).kind == "text"
-    assert ("./spam/1.txt", Posted("one", "spam")) in read("zip", zipped(files))
+    assert ("./spam/1.txt", PostedExample("one", "spam")) in read("zip", zipped(files))
 
 
 def test_a_zip_that_was_streamed_tells_its_kind() -> None:
@@ -564,7 +567,7 @@ def test_lines_and_rows_say_what_belongs_together_and_what_is_measured_on() -> N
         {"text": "a", "label": "x", "group": "g", "sampled": False},
         {"text": "b", "label": "x", "group": None, "sampled": None},
     )
-    expected = [Posted("a", "x", None, "g", False), Posted("b", "x")]
+    expected = [PostedExample("a", "x", None, "g", False), PostedExample("b", "x")]
     assert [posted for _, posted in read("ndjson", data)] == expected
     table = b"group,text,label,Sampled\ng,a,x,false\n,b,x,\n"
     assert [posted for _, posted in read("csv", table)] == expected
@@ -575,7 +578,7 @@ def test_lines_and_rows_say_what_belongs_together_and_what_is_measured_on() -> N
     [("true", True), ("TRUE", True), ("1", True), (" ", True), ("False", False), ("0", False)],
 )
 def test_a_table_says_true_and_false_in_these_words(word: str, sampled: bool) -> None:
-    assert read("csv", f"text,label,sampled\na,x,{word}\n".encode())[0][1] == Posted(
+    assert read("csv", f"text,label,sampled\na,x,{word}\n".encode())[0][1] == PostedExample(
         "a", "x", sampled=sampled
     )
 
@@ -584,7 +587,7 @@ def test_a_table_says_true_and_false_in_these_words(word: str, sampled: bool) ->
 def test_another_word_is_an_error_of_its_row(word: str) -> None:
     (_, bad), (_, good) = read("csv", f"id,text,label,sampled\n7,a,x,{word}\n8,b,x,0\n".encode())
     assert (code(bad), bad.id) == ("sampled_invalid", "7")
-    assert good == Posted("b", "x", "8", sampled=False)
+    assert good == PostedExample("b", "x", "8", sampled=False)
 
 
 TABLE = "Text;Prüfung;Bemerkung\r\nKäse ist schön;süß;–\r\n\r\nÄpfel auch; süß ;\r\n;;\r\n"
@@ -612,8 +615,8 @@ def test_encoding_and_delimiter_are_found_out_and_told(data: bytes, encoding: st
     found = Found()
     posted = [(one.place, one.posted) for one in records("csv", io.BytesIO(data), LIMITS, asked, found)]
     assert posted == [
-        ("line 2", Posted("Käse ist schön", "süß")),
-        ("line 4", Posted("Äpfel auch", " süß ")),
+        ("line 2", PostedExample("Käse ist schön", "süß")),
+        ("line 4", PostedExample("Äpfel auch", " süß ")),
     ]
     assert found.format() == {
         "encoding": encoding,
@@ -625,11 +628,11 @@ def test_encoding_and_delimiter_are_found_out_and_told(data: bytes, encoding: st
 
 def test_the_first_line_of_excel_names_the_delimiter() -> None:
     data = b"sep=;\r\ntext, more;label\r\na, b;x\r\n"
-    assert read("csv", data.replace(b", more", b"")) == [("line 3", Posted("a, b", "x"))]
+    assert read("csv", data.replace(b", more", b"")) == [("line 3", PostedExample("a, b", "x"))]
     found = list(records("csv", io.BytesIO(data), LIMITS, {"text": "text, more"}))
-    assert found == [Record("line 3", Posted("a, b", "x"))]
+    assert found == [Record("line 3", PostedExample("a, b", "x"))]
     # A table of nothing but this is one all the same.
-    assert read("csv", b"sep=|\ntext|label\na;b|x,y\n") == [("line 3", Posted("a;b", "x,y"))]
+    assert read("csv", b"sep=|\ntext|label\na;b|x,y\n") == [("line 3", PostedExample("a;b", "x,y"))]
 
 
 @pytest.mark.parametrize(
@@ -656,7 +659,7 @@ def test_columns_are_named_by_the_sender() -> None:
     data = b"Ticket,Body,text,Topic,label,Customer\n7,a,b,x,y,c\n"
     asked = {"id": "ticket", "text": "Body", "label": "topic", "group": "customer"}
     assert list(records("csv", io.BytesIO(data), LIMITS, asked)) == [
-        Record("line 2", Posted("a", "x", "7", "c"))
+        Record("line 2", PostedExample("a", "x", "7", "c"))
     ]
     assert look_at("csv", data, {"text": "body", "target": "label"}).target == "target"
 
@@ -687,7 +690,7 @@ def test_a_target_may_have_a_decimal_comma(written: str, value: float) -> None:
         f'text,target\na,"{written}"\n',
         f"text\ttarget\na\t{written}\n",
     ):
-        assert read("csv", data.encode()) == [("line 2", Posted("a", value))]
+        assert read("csv", data.encode()) == [("line 2", PostedExample("a", value))]
 
 
 @pytest.mark.parametrize(
@@ -715,13 +718,13 @@ def test_text_of_another_encoding_is_not_taken_for_windows_1252(encoding: str) -
     (_, bad), (_, good) = [
         (one.place, one.posted) for one in records("csv", io.BytesIO(data), LIMITS, found=found)
     ]
-    assert (code(bad), good, found.encoding) == ("invalid_text", Posted("plain", "x"), "utf-8")
+    assert (code(bad), good, found.encoding) == ("invalid_text", PostedExample("plain", "x"), "utf-8")
 
 
 def test_what_comes_late_in_a_large_table_tells_its_encoding() -> None:
     data = b"text,label\n" + b"a,x\n" * 200_000 + "schön,y\n".encode("cp1252")
     *_, last = records("csv", io.BytesIO(data), WIDE)
-    assert last == Record("line 200002", Posted("schön", "y"))
+    assert last == Record("line 200002", PostedExample("schön", "y"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
@@ -740,7 +743,7 @@ def test_lines_of_json_come_in_any_of_the_encodings(encoding: str, ending: str) 
     found = Found()
     posted = list(records("ndjson", io.BytesIO(data), LIMITS, found=found))
     assert [one.place for one in posted] == ["line 1", "line 4", "line 5", "line 6"]
-    assert posted[0].posted == Posted("schön", "gut")
+    assert posted[0].posted == PostedExample("schön", "gut")
     assert code(posted[2].posted) == "invalid_json"
     names = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "cp1252": "windows-1252"}
     assert found.format() == {"encoding": names.get(encoding, encoding)}

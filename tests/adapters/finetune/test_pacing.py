@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
-from adapters.finetune import pacing as module
+from adapters.finetune import pacing
 from adapters.finetune.model import freeze, unfreeze
-from adapters.finetune.pacing import gaps
+from adapters.finetune.pacing import cooperative_pauses
 
 
 def test_training_pauses_after_each_layer_in_both_directions_and_after_a_step(
@@ -23,13 +23,13 @@ def test_training_pauses_after_each_layer_in_both_directions_and_after_a_step(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(module, "_WORK_SECONDS", 0.0)
+    monkeypatch.setattr(pacing, "_WORK_SECONDS", 0.0)
     network = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU6(inplace=True), torch.nn.Linear(8, 2)
     )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     inputs = torch.randn(3, 4)
-    with gaps(network):
+    with cooperative_pauses(network):
         freeze(network)
         with torch.inference_mode():
             network(inputs)
@@ -60,7 +60,7 @@ def test_gaps_change_no_gradient() -> None:
         return [one.grad.clone() for one in network.parameters()]
 
     plain = gradients()
-    with gaps(network):
+    with cooperative_pauses(network):
         for own, other in zip(plain, gradients(), strict=True):
             assert torch.equal(own, other)
 
@@ -68,9 +68,9 @@ def test_gaps_change_no_gradient() -> None:
 def test_nothing_pauses_that_has_hardly_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(module, "_WORK_SECONDS", 60.0)
+    monkeypatch.setattr(pacing, "_WORK_SECONDS", 60.0)
     network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-    with gaps(network):
+    with cooperative_pauses(network):
         network(torch.randn(3, 4)).sum().backward()
     assert slept == []
 
@@ -89,10 +89,10 @@ def test_gaps_are_longer_while_a_process_that_goes_first_is_at_work(monkeypatch:
     def looks() -> int:
         """How often, in ten passes, a gap went on because the other was at work."""
         slept.clear()
-        with gaps(network, other.pid):
+        with cooperative_pauses(network, other.pid):
             for _ in range(10):
                 network(inputs)
-        assert slept.count(module._GAP_SECONDS) == 20
+        assert slept.count(pacing._GAP_SECONDS) == 20
         return len(slept) - 20
 
     with subprocess.Popen(

@@ -17,16 +17,23 @@ import torch
 from PIL import Image
 
 from adapters.finetune import data as samples
-from adapters.finetune import full_phase as second_phase
+from adapters.finetune import full_phase
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.data import Images, Samples, Tensors, Texts, batches, samples_of, seeded
-from adapters.finetune.export import Tuned, check_parity, finish
-from adapters.finetune.full_phase import Checkpoint, Diverged, FineTuneConfig, Measured, Progress, SecondPhase
+from adapters.finetune.export import TunedVersion, check_parity, finish
+from adapters.finetune.full_phase import (
+    Checkpoint,
+    Diverged,
+    FineTuneConfig,
+    FullNetworkPhase,
+    Measured,
+    Progress,
+)
 from adapters.finetune.model import (
     HeadLayer,
-    Lesson,
     Model,
     Score,
+    TrainingSet,
     class_weights,
     embed,
     evaluate,
@@ -34,7 +41,7 @@ from adapters.finetune.model import (
     unfreeze,
 )
 from adapters.finetune.trainer import fine_tune, train_head
-from adapters.finetune.vocabulary import narrowed
+from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
 from models.backbone import Backbone
@@ -99,13 +106,13 @@ def picture(label: int, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def lesson(count: int = 90) -> Lesson:
+def lesson(count: int = 90) -> TrainingSet:
     rng = np.random.default_rng(1)
     labels = np.arange(count) % 3
     transform = SPEC.transform
     assert isinstance(transform, ImageTransform)
     pictures = [picture(int(label), rng) for label in labels]
-    return Lesson(Images(transform, pictures), labels, np.arange(count) % 4 == 3)
+    return TrainingSet(Images(transform, pictures), labels, np.arange(count) % 4 == 3)
 
 
 def head(transform: str = "sqrt") -> Head:
@@ -191,7 +198,7 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
     embeddings = embed(model, learned.samples, range(len(learned.labels)))
     train_head(model, embeddings, torch.from_numpy(learned.labels), 0.1)
     assert model.head.weight.grad is not None
-    SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
+    FullNetworkPhase(model, learned, CONFIG, Score(1.0, 0.0))
     assert all(one.grad is None for one in model.parameters())
 
 
@@ -199,8 +206,8 @@ def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
     model, learned = Model(network(), head(), SPEC.transform), lesson()
     score = Score(1.0, 0.5)
     measured = Measured(score, score, 1.0, 3, 2)
-    whole = SecondPhase(model, learned, CONFIG, score)
-    refit = SecondPhase(model, learned, CONFIG, score, refit=(measured, whole.start))
+    whole = FullNetworkPhase(model, learned, CONFIG, score)
+    refit = FullNetworkPhase(model, learned, CONFIG, score, refit=(measured, whole.start))
     steps = -(-len(learned.training) // CONFIG.batch)
     assert whole._rate_at(2 * steps - 1) > 0.2
     assert refit._rate_at(2 * steps - 1) < 0.05
@@ -209,14 +216,14 @@ def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
 
 
 def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
+    monkeypatch.setattr(full_phase, "_WEIGHTS_A_STEP", 500)
     model, other, learned = (
         Model(network(), head(), SPEC.transform),
         Model(network(), head(), SPEC.transform),
         lesson(),
     )
     assert same(state(model), state(other))
-    phase = SecondPhase(model, learned, CONFIG, Score(1.0, 0.0))
+    phase = FullNetworkPhase(model, learned, CONFIG, Score(1.0, 0.0))
     assert len(phase._optimizers) == 3
     unfreeze(other.network)
     parts = [(other.head, CONFIG.head_rate), (other.network, CONFIG.backbone_rate)]
@@ -249,7 +256,7 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.
     for at_once in (1_000, 5):
         monkeypatch.setattr(samples, "_PIXELS_AT_ONCE", at_once * SIZE * SIZE)
         model = Model(network(), head(), SPEC.transform)
-        phase = SecondPhase(model, some, CONFIG, Score(1.0, 0.5), None)
+        phase = FullNetworkPhase(model, some, CONFIG, Score(1.0, 0.5), None)
         seeded(7)
         loss = phase._accumulate(some.training[:23], 0)
         found.append((loss, [one.grad for one in model.parameters()]))
@@ -377,7 +384,7 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: int
 ) -> None:
     # Several optimizers, as a larger network has.
-    monkeypatch.setattr(second_phase, "_WEIGHTS_A_STEP", 500)
+    monkeypatch.setattr(full_phase, "_WEIGHTS_A_STEP", 500)
     whole = Model(network(), head(), SPEC.transform)
     expected = fine_tune(whole, lesson(), 0.1, CONFIG)
     assert expected.refit_epochs > 1
@@ -474,7 +481,7 @@ def test_batches_cover_every_row_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned() -> tuple[Model, Lesson, Tuned]:
+def tuned() -> tuple[Model, TrainingSet, TunedVersion]:
     torch.manual_seed(0)
     model, learned = Model(network(), head(), SPEC.transform), lesson()
     outcome = fine_tune(model, learned, 0.1, CONFIG)
@@ -515,11 +522,11 @@ def test_networks_of_both_libraries_are_tuned_and_exported(folders: Path, tmp_pa
         np.zeros(3, np.float32),
     )
     model = Model(whole.forward, blank, whole.spec.transform)
-    learned = Lesson(samples, labels, np.arange(60) % 4 == 3)
+    learned = TrainingSet(samples, labels, np.arange(60) % 4 == 3)
     table, vocabulary = whole.words, samples.vocabulary
     assert (table is None) == (vocabulary is None) == (library == "timm")
     before = None if table is None else table.weight.detach().clone()
-    with narrowed(table, vocabulary):
+    with restricted_vocabulary(table, vocabulary):
         if vocabulary is not None:
             assert len(table.weight) == len(vocabulary)
         outcome = fine_tune(model, learned, 0.1, replace(CONFIG, epochs=2, pixels=32))
@@ -538,7 +545,9 @@ def small(model: Model) -> Network:
     return Network(SPEC, model.network, lambda images: np.zeros((0, DIM), np.float32))
 
 
-def test_the_export_answers_as_torch_does(tuned: tuple[Model, Lesson, Tuned], tmp_path: Path) -> None:
+def test_the_export_answers_as_torch_does(
+    tuned: tuple[Model, TrainingSet, TunedVersion], tmp_path: Path
+) -> None:
     model, learned, made = tuned
     assert made.report["export"]["probes"] == 512
     assert made.report["export"]["largest_difference"] <= 1e-3
@@ -553,7 +562,7 @@ def test_the_export_answers_as_torch_does(tuned: tuple[Model, Lesson, Tuned], tm
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
-def test_the_report_is_of_the_rows_held_out(tuned: tuple[Model, Lesson, Tuned]) -> None:
+def test_the_report_is_of_the_rows_held_out(tuned: tuple[Model, TrainingSet, TunedVersion]) -> None:
     _, learned, made = tuned
     assert np.isnan(made.scores[learned.training]).all()
     assert made.report["accuracy"] == pytest.approx(float(made.scores[learned.testing].mean()))
@@ -562,7 +571,9 @@ def test_the_report_is_of_the_rows_held_out(tuned: tuple[Model, Lesson, Tuned]) 
     assert made.head.region is not None
 
 
-def test_an_export_of_other_weights_is_refused(tuned: tuple[Model, Lesson, Tuned], tmp_path: Path) -> None:
+def test_an_export_of_other_weights_is_refused(
+    tuned: tuple[Model, TrainingSet, TunedVersion], tmp_path: Path
+) -> None:
     model, learned, made = tuned
     other = network()
     write(Network(SPEC, other, lambda images: np.zeros((0, DIM), np.float32)), tmp_path)

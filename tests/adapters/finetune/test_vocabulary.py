@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapters.finetune.data import Texts
-from adapters.finetune.vocabulary import narrowed
+from adapters.finetune.vocabulary import restricted_vocabulary
 
 IDS = torch.tensor([0, 3, 5, 8])
 
@@ -21,7 +21,7 @@ def test_the_same_rows_under_the_same_ids() -> None:
     own = table()
     asked = torch.tensor([[3, 8, 0], [5, 5, 3]])
     expected = own(asked)
-    with narrowed(own, IDS):
+    with restricted_vocabulary(own, IDS):
         assert own.weight.shape == (4, 4)
         assert torch.equal(own(asked), expected)
         with pytest.raises(IndexError):
@@ -43,7 +43,7 @@ def test_what_is_learned_stays_and_the_rest_is_as_it_was() -> None:
             (one(asked) - wanted).square().sum().backward()
             optimizer.step()
 
-    with narrowed(own, IDS):
+    with restricted_vocabulary(own, IDS):
         train(own)
     train(other)
     assert own.weight is parameter
@@ -56,14 +56,14 @@ def test_what_is_learned_stays_and_the_rest_is_as_it_was() -> None:
 
 def test_a_table_that_was_frozen_meanwhile_stays_frozen() -> None:
     own = table()
-    with narrowed(own, IDS):
+    with restricted_vocabulary(own, IDS):
         own.requires_grad_(False)
     assert not own.weight.requires_grad
 
 
 def test_a_table_whose_padding_never_comes_up() -> None:
     own = table(padding=9)
-    with narrowed(own, IDS):
+    with restricted_vocabulary(own, IDS):
         own(torch.tensor([3])).sum().backward()
         assert own.padding_idx is None
     assert own.padding_idx == 9
@@ -71,14 +71,14 @@ def test_a_table_whose_padding_never_comes_up() -> None:
 
 def test_it_is_whole_again_after_an_error() -> None:
     own = table()
-    with pytest.raises(ZeroDivisionError), narrowed(own, IDS):
+    with pytest.raises(ZeroDivisionError), restricted_vocabulary(own, IDS):
         raise ZeroDivisionError
     assert own.weight.shape == (10, 4)
 
 
 def test_a_network_without_a_table_stays_as_it_is() -> None:
     own = table()
-    with narrowed(None, IDS), narrowed(own, None):
+    with restricted_vocabulary(None, IDS), restricted_vocabulary(own, None):
         assert own.weight.shape == (10, 4)
 
 

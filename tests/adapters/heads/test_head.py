@@ -18,7 +18,7 @@ from adapters.probe.fit import fit
 from models.backbone import Backbone
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, IDS, MASK, RGB
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.synthetic_embeddings import classification, clouds, dataset
 
 
@@ -101,8 +101,13 @@ def test_a_head_of_twenty_labels_weighs_kilobytes(dim: int) -> None:
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_the_onnx_file_answers_like_the_head(task: str, kind: str, tmp_path: Path) -> None:
-    backbone = tiny.image_backbone(tmp_path) if kind == "image" else tiny.text_backbone(tmp_path)
-    inputs = [tiny.picture(seed) if kind == "image" else tiny.sentence(seed) for seed in range(30)]
+    backbone = (
+        tiny_backbones.image_backbone(tmp_path) if kind == "image" else tiny_backbones.text_backbone(tmp_path)
+    )
+    inputs = [
+        tiny_backbones.picture(seed) if kind == "image" else tiny_backbones.sentence(seed)
+        for seed in range(30)
+    ]
     embeddings = backbone.embed(inputs).embeddings
     targets = {
         "classification": ["ab"[row % 2] for row in range(30)],
@@ -130,8 +135,8 @@ def test_the_onnx_file_answers_like_the_head(task: str, kind: str, tmp_path: Pat
 
 
 def test_labels_decided_by_the_metadata_of_an_onnx_file_are_those_of_the_head(tmp_path: Path) -> None:
-    backbone = tiny.text_backbone(tmp_path)
-    inputs = [tiny.sentence(seed) for seed in range(120)]
+    backbone = tiny_backbones.text_backbone(tmp_path)
+    inputs = [tiny_backbones.sentence(seed) for seed in range(120)]
     embeddings = backbone.embed(inputs).embeddings
     # Labels that embeddings tell something of, each more frequent than the next.
     along = embeddings - embeddings.mean(axis=0)
@@ -167,8 +172,8 @@ def test_labels_decided_by_the_metadata_of_an_onnx_file_are_those_of_the_head(tm
 @pytest.mark.parametrize(("origin", "unit"), [(1.7e9, 1.0), (1e9, 1e-3), (0.0, 1e28), (0.0, 1e-30)])
 def test_exported_values_keep_the_differences_of_targets(origin: float, unit: float, tmp_path: Path) -> None:
     """Seconds since 1970, small differences of large amounts, and both ends of what a target may be."""
-    backbone = tiny.text_backbone(tmp_path)
-    inputs = [tiny.sentence(seed) for seed in range(30)]
+    backbone = tiny_backbones.text_backbone(tmp_path)
+    inputs = [tiny_backbones.sentence(seed) for seed in range(30)]
     embeddings = backbone.embed(inputs).embeddings
     targets = [origin + unit * row for row in range(30)]
     head = fit(dataset(embeddings, targets, "regression")).head  # type: ignore[arg-type]

@@ -12,16 +12,16 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from adapters.heads.head import Doubt, Head
+from adapters.heads.head import AbstentionRule, Head
 from adapters.heads.novelty import fit_region
 from adapters.heads.onnx import append_head
 from adapters.heads.scaling import Scaling
 from models.preprocess.preprocessor import Silence, TextPreprocessor
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
-DIM = tiny.TEXT_DIM
+DIM = tiny_backbones.TEXT_DIM
 
 
 def head_of(task: Literal["classification", "multilabel", "regression"], **more: Any) -> Head:
@@ -53,16 +53,16 @@ def run(model: bytes, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 def test_outputs_are_predict_s(
     tmp_path: Path, task: Literal["classification", "multilabel", "regression"], measured: bool
 ) -> None:
-    backbone = tiny.text_backbone(tmp_path)
-    embeddings = backbone.embed([tiny.sentence(seed) for seed in range(60)]).embeddings
+    backbone = tiny_backbones.text_backbone(tmp_path)
+    embeddings = backbone.embed([tiny_backbones.sentence(seed) for seed in range(60)]).embeddings
     region = fit_region(embeddings, np.arange(60) % 2, np.arange(60) % 5, 8)
     assert region is not None
     threshold = 0.7 if task == "classification" else 0.0
-    more: dict[str, Any] = {"doubt": Doubt(threshold), "region": region, "measured": measured}
+    more: dict[str, Any] = {"doubt": AbstentionRule(threshold), "region": region, "measured": measured}
     if task == "multilabel":
         more["certain"] = (0.8, 0.9)
     head = head_of(task, smoothing=0.02, value_mean=1e6, value_scale=3.0, **more)
-    prepared = [backbone.preprocess(tiny.sentence(seed, 1 + seed % 9)) for seed in range(100, 200)]
+    prepared = [backbone.preprocess(tiny_backbones.sentence(seed, 1 + seed % 9)) for seed in range(100, 200)]
     graph = (backbone.path / GRAPH_FILE).read_bytes()
     found = run(append_head(graph, head, {}, backbone.silence), backbone.feed(prepared))
     wanted = head.predict(backbone.run(prepared))
@@ -80,7 +80,7 @@ def test_outputs_are_predict_s(
 
 
 def test_a_text_that_says_nothing_abstains_whatever_stands_in_front_of_it(tmp_path: Path) -> None:
-    backbone = tiny.text_backbone(tmp_path)
+    backbone = tiny_backbones.text_backbone(tmp_path)
     assert isinstance(backbone.spec.transform, TextTransform)
     graph = (backbone.path / GRAPH_FILE).read_bytes()
     texts = ("unheard", "unheard of words", "ba unheard", "unheard ba", "ba", "ban bal", "?", "dal " * 100)

@@ -21,11 +21,11 @@ from adapters.adaptation.adapt import AdaptCommand
 from adapters.adaptation.revision import AdapterFull, AdapterLimits
 from adapters.examples.upload import UploadLimits
 from adapters.examples.upload_forms import Form
-from adapters.jobs import bulk_adapt as bulk
-from adapters.jobs.bulk_adapt import Bulk
+from adapters.jobs import bulk_adapt
+from adapters.jobs.bulk_adapt import BulkAdaptJob
 from adapters.jobs.lease import Cancelled, Lease, ShuttingDown
-from adapters.jobs.submission import Submitting
-from adapters.registry.idempotency import Reply
+from adapters.jobs.submission import JobSubmitter
+from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_request
 from adapters.registry.records import (
     Change,
@@ -80,7 +80,9 @@ class Place:
 
     def run(self, lease: Lease, limits: AdapterLimits = AdapterLimits()) -> None:
         uploads = UploadLimits()
-        Bulk(self.registry, self.store, device="cpu", threads=1, uploads=uploads, limits=limits).run(lease)
+        BulkAdaptJob(self.registry, self.store, device="cpu", threads=1, uploads=uploads, limits=limits).run(
+            lease
+        )
 
     def queue(self, content: bytes, form: Form = "ndjson", update: str = "append", **more: Any) -> JobRecord:
         parts = self.store.publish_all("acme", self.uid, [content[:1_000], content[1_000:]])
@@ -133,7 +135,7 @@ NAMES = [f"n{row:02}" for row in range(EXAMPLES)]
 
 @pytest.fixture
 def place(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr(bulk, "_EXAMPLES", PART)
+    monkeypatch.setattr(bulk_adapt, "_EXAMPLES", PART)
     export = find("minilm-l6-v2")
     assert export is not None, "the running service has exported it"
     backbone = Backbone.open(export)
@@ -163,7 +165,7 @@ def stop_after_a_part(monkeypatch: pytest.MonkeyPatch, lease: Lease, why: Except
         raise why
 
     monkeypatch.setattr(lease, "report", reporting)
-    monkeypatch.setattr(bulk, "_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(bulk_adapt, "_CHECK_SECONDS", 0.0)
 
 
 def test_another_attempt_goes_on_where_one_was_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +300,7 @@ async def test_what_is_over_a_limit_may_shrink_and_be_fitted(tmp_path: Path) -> 
     async with world(tmp_path) as wide:
         await wide.adapt(taught(4))
     async with world(tmp_path, limits=AdapterLimits(max_examples=6)) as narrow:
-        assert (await narrow.curating.remove(TENANT, "words", ["one0"])).adapter.examples == 7
+        assert (await narrow.editor.remove(TENANT, "words", ["one0"])).adapter.examples == 7
         assert (await narrow.adapt([])).revised.version is not None
         with pytest.raises(AdapterFull):
             await narrow.adapt(taught(4)[:1])
@@ -353,7 +355,7 @@ class Contested(Registry):
         self._write = write
 
     def commit(
-        self, change: Change, *, job: Claim | None = None, reply: Reply[Committed] | None = None
+        self, change: Change, *, job: Claim | None = None, reply: PendingReply[Committed] | None = None
     ) -> Committed:
         if job is not None and self.others:
             self.others -= 1
@@ -397,8 +399,8 @@ async def sent(content: bytes) -> AsyncIterator[bytes]:
 async def test_a_caller_who_hangs_up_leaves_no_part_behind(tmp_path: Path) -> None:
     store = Slow(tmp_path / "artifacts")
     async with world(tmp_path, store=store) as here:
-        submitting = Submitting(here.adapting, max_open=1, deadline_seconds=60)
-        upload = submitting.bulk(TENANT, "ndjson", AdaptCommand("words"), sent(lines(told(NAMES))))
+        submitter = JobSubmitter(here.pipeline, max_open=1, deadline_seconds=60)
+        upload = submitter.bulk(TENANT, "ndjson", AdaptCommand("words"), sent(lines(told(NAMES))))
         receiving = asyncio.ensure_future(upload)
         await asyncio.to_thread(store.asked.wait, 10)
         receiving.cancel()
@@ -412,22 +414,22 @@ async def test_a_caller_who_hangs_up_leaves_no_part_behind(tmp_path: Path) -> No
 
 async def test_two_first_uploads_to_one_adapter_are_both_taken(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        submitting = Submitting(here.adapting, max_open=100, deadline_seconds=60)
+        submitter = JobSubmitter(here.pipeline, max_open=100, deadline_seconds=60)
         for round_ in range(10):
             command = AdaptCommand(f"words{round_}")
-            uploads = [submitting.bulk(TENANT, "ndjson", command, sent(lines(told(NAMES)))) for _ in "ab"]
+            uploads = [submitter.bulk(TENANT, "ndjson", command, sent(lines(told(NAMES)))) for _ in "ab"]
             first, second = await asyncio.gather(*uploads)
             assert first.adapter_uid == second.adapter_uid
 
 
 async def test_one_job_too_many_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        submitting = Submitting(here.adapting, max_open=1, deadline_seconds=60)
+        submitter = JobSubmitter(here.pipeline, max_open=1, deadline_seconds=60)
         command = AdaptCommand("words")
-        await submitting.bulk(TENANT, "ndjson", command, sent(lines(told(NAMES))))
+        await submitter.bulk(TENANT, "ndjson", command, sent(lines(told(NAMES))))
         body = sent(lines(told(NAMES)))
         with pytest.raises(TooManyJobs):
-            await submitting.bulk(TENANT, "ndjson", command, body)
+            await submitter.bulk(TENANT, "ndjson", command, body)
         assert await anext(body), "nobody has asked for it yet"
 
 

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from adapters.jobs import callbacks as calling_back
-from adapters.jobs.callbacks import CallbackNotAllowed, call_back, check_callback
+from adapters.jobs import callbacks
+from adapters.jobs.callbacks import CallbackNotAllowed, check_callback, send_callback
 from adapters.registry.records import JobRecord
 
 ALLOWED = ("https://hooks.example.com/topwork/", "http://10.0.0.5:8080/done")
@@ -120,9 +120,9 @@ def job(url: str) -> JobRecord:
 def test_the_end_is_told_again_until_it_is_heard_and_no_redirect_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calling_back, "_PAUSES", (0.0, 0.05, 0.05))
+    monkeypatch.setattr(callbacks, "_PAUSES", (0.0, 0.05, 0.05))
     with listening([302, 500]) as listener:
-        call_back(job(f"http://127.0.0.1:{listener.server_port}/done?key=1"))
+        send_callback(job(f"http://127.0.0.1:{listener.server_port}/done?key=1"))
         end = time.monotonic() + 20
         while len(listener.told) < 3 and time.monotonic() < end:
             time.sleep(0.02)

@@ -31,7 +31,7 @@ from adapters.finetune.full_phase import Checkpoint, FineTuneConfig
 from adapters.finetune.model import Score
 from adapters.finetune.trainer import FineTuned, fine_tune
 from adapters.heads.head import Head
-from adapters.jobs.fine_tune import Tuning
+from adapters.jobs.fine_tune import FineTuneJob
 from adapters.jobs.lease import Cancelled, Lease, checkpoint_path
 from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.jobs.supervisor import WorkerConfig
@@ -107,8 +107,8 @@ class Place:
         )
 
     @property
-    def tuning(self) -> Tuning:
-        return Tuning(self.registry, self.store, self.folder / "scratch")
+    def tuning(self) -> FineTuneJob:
+        return FineTuneJob(self.registry, self.store, self.folder / "scratch")
 
     def submit(self, config: dict[str, Any] = CONFIG) -> JobRecord:
         return self.registry.jobs.submit(

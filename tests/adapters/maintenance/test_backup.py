@@ -36,10 +36,10 @@ async def test_a_backup_is_the_rows_and_their_artifacts(place: Place, tmp_path: 
     async with place.world() as world:
         await world.adapt(taught())
         uid = world.registry.adapter(TENANT, "words").uid
-        upload = await world.keeping.publish(TENANT, uid, [lambda: b"lines"])
+        upload = await world.repository.publish(TENANT, uid, [lambda: b"lines"])
         job = {"upload": upload_request(upload)}
         world.registry.jobs.submit(TENANT, "words", "bulk_adapt", job, deadline_seconds=None, max_open=9)
-        orphan = await world.keeping.publish(TENANT, uid, [lambda: b"of nobody"])
+        orphan = await world.repository.publish(TENANT, uid, [lambda: b"of nobody"])
     path, manifest = backup(place.database, place.store, tmp_path / "backups")
     assert [one.name for one in (tmp_path / "backups").iterdir()] == [path.name]
     assert manifest == read_manifest(path)

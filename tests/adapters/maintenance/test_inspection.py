@@ -43,11 +43,11 @@ async def test_nothing_is_wrong_with_what_is_whole(place: Place) -> None:
     async with place.world() as world:
         await world.adapt(taught())
         await world.adapt(taught(6))
-        await world.curating.remove(TENANT, "words", ["one0", "two5"])
+        await world.editor.remove(TENANT, "words", ["one0", "two5"])
         assert place.examine() == []
         # Examples without any version, and an adapter without examples.
         await world.adapt(taught(2), "stored", fit=False)
-        await world.curating.remove(TENANT, "stored", None)
+        await world.editor.remove(TENANT, "stored", None)
         assert place.examine() == []
 
 
@@ -118,11 +118,11 @@ async def test_a_damaged_network_takes_its_version_along(place: Place, backbone:
         await world.adapt(taught())
         adapter = world.registry.adapter(TENANT, "words")
         graph = (backbone.path / GRAPH_FILE).read_bytes()
-        (network,) = await world.keeping.publish(TENANT, adapter.uid, [lambda: graph])
+        (network,) = await world.repository.publish(TENANT, adapter.uid, [lambda: graph])
         first = version(world, 1)
         tuned = NewVersion("fine_tune", first.artifact, first.evidence, {}, first.labels, network)
         change = Change(TENANT, "words", adapter.uid, adapter.revision, version=tuned, promote=True)
-        await world.keeping.commit(change, [])
+        await world.repository.commit(change, [])
         assert place.examine() == []
         place.flip(network)
         assert codes(place.examine()) == [("network of version 2", "corrupt_artifact", False)]
@@ -171,7 +171,7 @@ async def test_damaged_inputs_are_done_without(place: Place) -> None:
         # Those with inputs and those without are merged and rewritten, each with its like.
         for number in range(6, 30):
             await world.adapt(taught(number + 1)[-2:], fit=False)
-        await world.curating.remove(TENANT, "words", ["one0", "one5", "two20"])
+        await world.editor.remove(TENANT, "words", ["one0", "one5", "two20"])
         assert place.examine() == []
         world.check()
 
@@ -189,7 +189,7 @@ async def test_with_embeddings_and_inputs_lost_only_a_removal_helps(place: Place
             assert finding.what == "embeddings and inputs of 8 examples"
             assert "restore a backup, or remove the examples" in finding.detail
             assert not finding.repaired
-        await world.curating.remove(TENANT, "words", [str(example.id) for example in taught()])
+        await world.editor.remove(TENANT, "words", [str(example.id) for example in taught()])
         assert place.examine() == []
 
 
@@ -223,7 +223,7 @@ async def test_files_that_nothing_refers_to_are_swept_once_old(place: Place) -> 
     async with place.world() as world:
         await world.adapt(taught())
         uid = world.registry.adapter(TENANT, "words").uid
-        await world.keeping.publish(TENANT, uid, [lambda: b"left over"])
+        await world.repository.publish(TENANT, uid, [lambda: b"left over"])
         assert place.examine() == []
         assert codes(place.examine(older_than=-60)) == [("files", "unreferenced", False)]
         assert codes(place.examine(older_than=-60, repair=True)) == [("files", "unreferenced", True)]

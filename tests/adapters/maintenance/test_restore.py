@@ -258,10 +258,10 @@ async def test_what_is_set_aside_or_held_is_so_again_and_what_was_erased_since_i
     async with place.world() as world:
         await world.adapt(taught())
         for name in ("one0", "two0"):
-            await world.curating.amend(TENANT, "words", name, Amendment(excluded=True))
-        await world.browsing.promote(TENANT, "words", 1, None)
+            await world.editor.amend(TENANT, "words", name, Amendment(excluded=True))
+        await world.catalog.promote(TENANT, "words", 1, None)
         path = saved(place, tmp_path)
-        await world.curating.remove(TENANT, "words", ["two0"])
+        await world.editor.remove(TENANT, "words", ["two0"])
     restore(path, place.database, place.store, replace=True)
     async with place.world() as there:
         adapter = there.registry.adapter(TENANT, "words")
@@ -275,7 +275,7 @@ async def test_a_rollback_in_a_backup_holds_again(place: Place, make: Make, tmp_
     async with place.world() as world:
         await world.adapt(taught())
         await world.adapt([])
-        held = await world.browsing.promote(TENANT, "words", 1, None)
+        held = await world.catalog.promote(TENANT, "words", 1, None)
     target = make("local", "target")
     restore(saved(place, tmp_path), target.database, target.store)
     async with target.world() as there:
@@ -292,7 +292,7 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
     async with place.world() as world:
         await world.adapt(taught())
         uid = place.uid("words")
-        upload = await world.keeping.publish(TENANT, uid, [lambda: b"lines"])
+        upload = await world.repository.publish(TENANT, uid, [lambda: b"lines"])
         request = {"upload": upload_request(upload)}
         jobs = world.registry.jobs
         jobs.submit(TENANT, "words", "bulk_adapt", request, deadline_seconds=None, max_open=9)
@@ -337,7 +337,7 @@ async def test_an_erased_example_is_not_restored(
         await world.adapt(taught(4), promote="always")
         assert erased in place.contents()
         path = saved(place, tmp_path)
-        row = (await world.curating.remove(TENANT, "words", ["one2"])).committed.erasure
+        row = (await world.editor.remove(TENANT, "words", ["one2"])).committed.erasure
     # Their time is what tells which is newer.
     target, options = place, {"replace": True}
     if beside:
@@ -367,7 +367,7 @@ async def test_all_examples_that_were_there_are_not_restored(place: Place, tmp_p
     async with place.world() as world:
         await world.adapt(taught())
         uid = place.uid("words")
-        upload = await world.keeping.publish(TENANT, uid, [lambda: b"lines of an upload"])
+        upload = await world.repository.publish(TENANT, uid, [lambda: b"lines of an upload"])
         request = {"upload": upload_request(upload)}
         world.registry.jobs.submit(TENANT, "words", "bulk_adapt", request, deadline_seconds=None, max_open=9)
         path = saved(place, tmp_path)
@@ -390,7 +390,7 @@ async def test_an_erased_adapter_and_tenant_are_not_restored(
         await world.adapt(taught(), "others")
         world.registry.tenants.create_key(TENANT, ["predict"])
         path = saved(place, tmp_path)
-        row = (await world.forgetting.adapter(TENANT, "words")).id
+        row = (await world.eraser.adapter(TENANT, "words")).id
     target = make("local", "target")
     saved(place, tmp_path)
     assert restore(path, target.database, target.store).replayed.adapters == 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.examples.validation import Posted
+from adapters.examples.validation import PostedExample
 from adapters.heads.head import Head
 from adapters.prediction.predictor import Loaded
 from adapters.prediction.scorer import Prediction, shape
@@ -59,7 +59,7 @@ async def test_an_adapter_that_is_not_there_costs_no_batch(tmp_path: Path) -> No
             await here.predict(["x"], version=7)
         assert here.embedded == []
         with pytest.raises(UnknownBackbone):
-            await here.predicting.embed(TENANT, "nothing", ["x"])
+            await here.predictor.embed(TENANT, "nothing", ["x"])
 
 
 async def test_a_prediction_reads_no_database(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ async def test_a_damaged_head_is_no_answer(tmp_path: Path) -> None:
 async def test_the_nearest_examples_are_those_of_the_version(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught(3))
-        await here.adapt([Posted(says("one", 999), "one", "late")])
-        await here.adapt([Posted(says("one", 0), "two", "one0")], promote="never")
+        await here.adapt([PostedExample(says("one", 999), "one", "late")])
+        await here.adapt([PostedExample(says("one", 0), "two", "one0")], promote="never")
 
         async def nearest(version: int) -> list[tuple[str, object]]:
             (item,) = (await here.predict([says("one", 0)], version=version, explain=20)).items
@@ -104,17 +104,19 @@ async def test_the_nearest_examples_are_those_of_the_version(tmp_path: Path) -> 
         assert (await nearest(3))[0] == ("one0", "two")
         assert len(await nearest(1)) == 6
         assert "late" in dict(await nearest(2))
-        await here.curating.remove(TENANT, "words", ["late"])
+        await here.editor.remove(TENANT, "words", ["late"])
         assert "late" not in dict(await nearest(1))
         # Replaced by another input, it is no longer there to be shown.
-        await here.adapt([Posted(says("two", 77), "two", "two2")])
+        await here.adapt([PostedExample(says("two", 77), "two", "two2")])
         assert "two2" not in dict(await nearest(1))
 
 
 async def test_many_at_once_each_get_their_own(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught())
-        swapped = [Posted(one.input, "two" if one.target == "one" else "one", one.id) for one in taught()]
+        swapped = [
+            PostedExample(one.input, "two" if one.target == "one" else "one", one.id) for one in taught()
+        ]
         await here.adapt(swapped, "other")
         texts = [str(one.input) for one in taught()]
         expected = {name: await here.labels(texts, name) for name in ("words", "other")}
@@ -128,7 +130,7 @@ async def test_many_at_once_each_get_their_own(tmp_path: Path) -> None:
 async def test_equal_probabilities_come_in_the_order_of_the_labels(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught())
-        head: Head = (await here.predicting.load(TENANT, "words")).head
+        head: Head = (await here.predictor.load(TENANT, "words")).head
     found = head.predict(np.zeros((1, head.dim), np.float32))
     found.probabilities[:] = 0.5
     (one,) = shape(head, found, top_k=10)
@@ -154,13 +156,13 @@ async def test_an_adapter_that_is_not_measured_says_so_first(
 ) -> None:
     async with world(tmp_path) as here:
         await here.adapt(taught(8))
-        load = here.predicting.load
+        load = here.predictor.load
 
         async def unmeasured(*arguments: Any) -> Loaded:
             loaded = await load(*arguments)
             return replace(loaded, head=replace(loaded.head, measured=False))
 
-        monkeypatch.setattr(here.predicting, "load", unmeasured)
+        monkeypatch.setattr(here.predictor, "load", unmeasured)
         items = (await here.predict(["สวัสดี", says("one", 70)])).items
         reasons = [one.abstention_reason for one in items if isinstance(one, Prediction)]
         assert reasons == ["not_measured", "not_measured"]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adapters.heads.head import Doubt, Head, Predictions
+from adapters.heads.head import AbstentionRule, Head, Predictions
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
-from adapters.prediction.scorer import Answering, Prediction, shape, single
+from adapters.prediction.scorer import HeadScorer, Prediction, shape, single
 
 pytestmark = pytest.mark.anyio
 
@@ -37,13 +37,13 @@ def rows(seed: int, count: int) -> np.ndarray:
 
 async def test_a_pass_for_each_head_whoever_asks() -> None:
     passes: list[float] = []
-    answering = Answering(passes.append)
+    scorer = HeadScorer(passes.append)
     heads = [head(seed) for seed in range(3)]
     calls = [(heads[number % 3], rows(number, 1 + number % 4), 1 + number % 2) for number in range(60)]
-    alone = [await answering.answer(*call) for call in calls]
+    alone = [await scorer.answer(*call) for call in calls]
     assert len(passes) == len(calls)
     passes.clear()
-    together = await asyncio.gather(*(answering.answer(*call) for call in calls))
+    together = await asyncio.gather(*(scorer.answer(*call) for call in calls))
     assert len(passes) == 6  # three heads, each with two values of top_k
     for (one, embeddings, top_k), expected, found in zip(calls, alone, together, strict=True):
         assert len(found) == len(embeddings)
@@ -56,11 +56,11 @@ async def test_a_pass_for_each_head_whoever_asks() -> None:
 
 async def test_who_wakes_alone_is_answered_at_once_and_joins_those_who_wait() -> None:
     passes: list[float] = []
-    answering = Answering(passes.append)
+    scorer = HeadScorer(passes.append)
     one = head(0)
 
     async def ask(*, alone: bool) -> None:
-        await answering.answer(one, rows(0, 1), 1, alone=alone)
+        await scorer.answer(one, rows(0, 1), 1, alone=alone)
 
     asking = ask(alone=True)
     with pytest.raises(StopIteration):
@@ -71,22 +71,22 @@ async def test_who_wakes_alone_is_answered_at_once_and_joins_those_who_wait() ->
 
 
 async def test_a_head_that_fails_fails_alone() -> None:
-    answering = Answering(lambda seconds: None)
+    scorer = HeadScorer(lambda seconds: None)
     broken = replace(head(1), weight=np.zeros((3, DIM + 1), np.float32))
     results = await asyncio.gather(
-        answering.answer(head(0), rows(0, 2), 1),
-        answering.answer(broken, rows(1, 2), 1),
-        answering.answer(broken, rows(2, 2), 1),
+        scorer.answer(head(0), rows(0, 2), 1),
+        scorer.answer(broken, rows(1, 2), 1),
+        scorer.answer(broken, rows(2, 2), 1),
         return_exceptions=True,
     )
     assert [type(one) for one in results] == [list, ValueError, ValueError]
-    assert isinstance((await answering.answer(head(0), rows(0, 1), 1))[0], Prediction)
+    assert isinstance((await scorer.answer(head(0), rows(0, 1), 1))[0], Prediction)
 
 
 async def test_a_caller_who_has_gone_takes_nobody_along() -> None:
-    answering = Answering(lambda seconds: None)
+    scorer = HeadScorer(lambda seconds: None)
     one = head(0)
-    tasks = [asyncio.create_task(answering.answer(one, rows(seed, 2), 1)) for seed in range(3)]
+    tasks = [asyncio.create_task(scorer.answer(one, rows(seed, 2), 1)) for seed in range(3)]
     await asyncio.sleep(0)
     tasks[1].cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -126,7 +126,7 @@ def test_why_an_answer_is_abstained_in_the_order_of_reasons() -> None:
     region = fit_region(embeddings, targets, np.arange(60) % 5, 2)
     assert region is not None
     near, far = embeddings[0], embeddings[0] + 100
-    confident, doubtful = sure(1.0), replace(sure(1.0), doubt=Doubt(1.1))
+    confident, doubtful = sure(1.0), replace(sure(1.0), doubt=AbstentionRule(1.1))
     cases = [
         (replace(confident, region=region), near, None),
         (replace(doubtful, region=region), near, "low_confidence"),

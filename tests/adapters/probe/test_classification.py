@@ -10,7 +10,7 @@ import pytest
 
 from adapters.heads.head import Head
 from adapters.probe import calibration
-from adapters.probe.fit import Dataset, Fitted, ProbeConfig, fit
+from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from tests.support.synthetic_embeddings import Floats, clouds, dataset
 
 
@@ -18,7 +18,7 @@ def unseen(labels: int, dim: int, apart: float) -> tuple[Floats, list[str]]:
     return clouds(100 * labels, dim, labels, apart=apart, seed=99)
 
 
-def accuracy(fitted: Fitted, rows: Floats, names: list[str]) -> float:
+def accuracy(fitted: FittedProbe, rows: Floats, names: list[str]) -> float:
     answers = fitted.head.predict(rows).probabilities.argmax(axis=1)
     return float((np.array(fitted.head.labels)[answers] == np.array(names)).mean())
 

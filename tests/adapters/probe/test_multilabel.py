@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from adapters.heads.head import Head
 from adapters.probe import calibration
-from adapters.probe.fit import Dataset, Fitted, fit
+from adapters.probe.fit import Dataset, FittedProbe, fit
 from tests.support.synthetic_embeddings import dataset, permuted
 
 Floats = NDArray[np.float32]
@@ -232,7 +232,7 @@ def learnable(n: int, labels: int, *, apart: float = 4.0, seed: int = 0) -> tupl
 
 def taught(
     rows: Floats, own: Bools, digests: list[str] | None = None, sampled: Bools | None = None
-) -> Fitted:
+) -> FittedProbe:
     return fit(_dataset(rows, own, digests, sampled))
 
 

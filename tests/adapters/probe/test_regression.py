@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge, RidgeCV
 
 from adapters.probe import leverage
-from adapters.probe.fit import Dataset, Fitted, fit
+from adapters.probe.fit import Dataset, FittedProbe, fit
 from adapters.probe.leverage import left_out, spectrum_of
 from tests.support.synthetic_embeddings import permuted
 
@@ -46,7 +46,7 @@ def linear(seed: int, n: int, dim: int, share: float) -> tuple[Doubles, Doubles]
     return rows, np.sqrt(share) * signal + np.sqrt(1.0 - share) * noise
 
 
-def values(fitted: Fitted, rows: NDArray[np.floating]) -> Doubles:
+def values(fitted: FittedProbe, rows: NDArray[np.floating]) -> Doubles:
     found = fitted.head.predict(rows.astype(np.float32)).values
     assert found is not None
     return found

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from adapters.processes import heartbeat as beating
+from adapters.processes import heartbeat
 from adapters.processes.fitter import Fitter
-from adapters.processes.heartbeat import Headway, Pulse
+from adapters.processes.heartbeat import HeartbeatMonitor, ProgressClock
 from tests.support.synthetic_embeddings import classification
 
 
@@ -37,10 +37,10 @@ COMPUTING = "print(flush=True)\nwhile True: pass"
 
 @pytest.mark.parametrize(("program", "dead"), [(SLEEPING, True), (COMPUTING, False)])
 def test_silence_without_cpu_time_is_death(program: str, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beating, "_SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(beating, "_LONGEST_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "_LONGEST_SECONDS", 1.5)
     with process(program) as child:
-        pulse = Pulse(child.pid)
+        pulse = HeartbeatMonitor(child.pid)
         looks = []
         for _ in range(20):
             looks.append(pulse.look())
@@ -52,10 +52,10 @@ def test_silence_without_cpu_time_is_death(program: str, dead: bool, monkeypatch
 
 
 def test_who_was_stopped_as_well_does_not_take_the_child_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beating, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(beating, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "_SILENT_SECONDS", 0.5)
     with process(SLEEPING) as child:
-        pulse = Pulse(child.pid)
+        pulse = HeartbeatMonitor(child.pid)
         assert pulse.look() is None
         time.sleep(1.0)
         assert pulse.look() is None
@@ -66,7 +66,7 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
     asked, waited, done, seen = (threading.Event() for _ in range(4))
 
     def work() -> None:
-        headway = Headway()
+        headway = ProgressClock()
         ways.append(headway)
         asked.set()
         waited.wait(10)
@@ -76,7 +76,7 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
         done.set()
         seen.wait(10)
 
-    ways: list[Headway] = []
+    ways: list[ProgressClock] = []
     thread = threading.Thread(target=work)
     thread.start()
     assert asked.wait(10)
@@ -95,7 +95,7 @@ def test_headway_is_idleness_or_work_and_not_waiting() -> None:
 
 @pytest.mark.anyio
 async def test_a_stopped_fit_is_noticed_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beating, "_SILENT_SECONDS", 2.5)
+    monkeypatch.setattr(heartbeat, "_SILENT_SECONDS", 2.5)
     fitter = Fitter()
     await fitter.start()
     try:

@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import select, text, update
 
 from adapters.adaptation.adapt import AdaptCommand
-from adapters.adaptation.erasure import Clearing
-from adapters.examples.validation import Posted
+from adapters.adaptation.erasure import ErasureSweeper
+from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, ERASURES_KEPT, TenantErased, digest
@@ -290,7 +290,7 @@ def test_what_comes_late_is_deleted_too(registry: Registry, store: Store) -> Non
     """A publication that ends after the erasure, by a process that was killed before it could delete it."""
     adapter = create(registry).adapter
     store.publish("acme", adapter.uid, b"early")
-    clearing = Clearing(registry, store)
+    clearing = ErasureSweeper(registry, store)
     registry.delete_adapter("acme", "pets")
     clearing.clear()
     assert list(store.objects()) == []
@@ -309,12 +309,12 @@ def test_what_no_row_knows_of_goes_with_its_tenant(registry: Registry, store: St
     store.publish("acme", new_uid(), b"of nobody")
     store.publish("acme-2", new_uid(), b"of another tenant")
     registry.erasures.tenant("acme")
-    Clearing(registry, store).clear()
+    ErasureSweeper(registry, store).clear()
     assert [found.tenant for found in store.objects()] == ["acme-2"]
     # Once the name can be used again, what has it is another's.
     _age(registry, 6.0)
     store.publish("acme", new_uid(), b"new")
-    Clearing(registry, store).clear()
+    ErasureSweeper(registry, store).clear()
     assert sorted(found.tenant for found in store.objects()) == ["acme", "acme-2"]
 
 
@@ -357,7 +357,7 @@ async def test_an_erased_tenant_is_in_no_memory_of_any_process(tmp_path: Path) -
             for name in ("words", "others"):
                 await process.predict([says("one", 1)], name, explain=1)
             assert len(process.heads) > 0
-        receipt = await here.forgetting.tenant(TENANT)
+        receipt = await here.eraser.tenant(TENANT)
         assert (receipt.adapters, receipt.examples) == (2, 16)
         assert set(here.ended) == {TENANT}
         assert here.files() == {}
@@ -365,8 +365,8 @@ async def test_an_erased_tenant_is_in_no_memory_of_any_process(tmp_path: Path) -
         for process in (here, there):
             assert len(process.heads) == 0
             assert len(process.aliases) == 0
-            assert len(process.explaining._known) == 0
-            assert len(process.keeping._embeddings) == 0
+            assert len(process.neighbour_index._known) == 0
+            assert len(process.repository._embeddings) == 0
             with pytest.raises(UnknownAdapter):
                 await process.predict([says("one", 1)])
 
@@ -374,12 +374,12 @@ async def test_an_erased_tenant_is_in_no_memory_of_any_process(tmp_path: Path) -
 @anyio
 async def test_a_removed_example_leaves_the_memory_of_other_processes(tmp_path: Path) -> None:
     async with world(tmp_path) as here, world(tmp_path) as there:
-        await here.adapt([*taught(), Posted(says("one", 99), "one", "wanted-gone")])
+        await here.adapt([*taught(), PostedExample(says("one", 99), "one", "wanted-gone")])
         await there.predict([says("one", 1)], explain=9)
-        assert len(there.keeping._embeddings) > 0
-        revised = await here.curating.remove(TENANT, "words", ["wanted-gone"])
+        assert len(there.repository._embeddings) > 0
+        revised = await here.editor.remove(TENANT, "words", ["wanted-gone"])
         assert revised.committed.erasure is not None
-        await _eventually(lambda: len(there.keeping._embeddings) == 0)
+        await _eventually(lambda: len(there.repository._embeddings) == 0)
         await _eventually(lambda: len(there.heads) == 0)
         assert there.ended == []
         (item,) = (await there.predict([says("one", 1)], explain=9)).items
@@ -392,8 +392,8 @@ async def test_another_tenant_keeps_what_it_has_in_memory(tmp_path: Path) -> Non
     async with world(tmp_path) as here:
         await here.adapt(taught())
         await here.predict([says("one", 1)])
-        await here.adapting.adapt("other", AdaptCommand("words", taught(3)))
-        await here.forgetting.tenant("other")
+        await here.pipeline.adapt("other", AdaptCommand("words", taught(3)))
+        await here.eraser.tenant("other")
         misses = here.heads.misses
         await here.predict([says("one", 1)])
         assert here.heads.misses == misses
@@ -406,12 +406,12 @@ async def test_adapts_that_race_with_the_erasure_leave_nothing(tmp_path: Path) -
             await here.adapt(taught(), f"words{number}")
         racing = [
             asyncio.create_task(
-                here.adapt([Posted(says("one", 100 + number), "one", "new")], f"words{number}")
+                here.adapt([PostedExample(says("one", 100 + number), "one", "new")], f"words{number}")
             )
             for number in range(8)
         ] + [asyncio.create_task(here.adapt(taught(), f"new{number}")) for number in range(4)]
         await asyncio.sleep(0.02)
-        await here.forgetting.tenant(TENANT)
+        await here.eraser.tenant(TENANT)
         results = await asyncio.gather(*racing, return_exceptions=True)
         failed = [one for one in results if isinstance(one, BaseException)]
         assert {type(one) for one in failed} <= {UnknownAdapter, TenantErased, OneLabel}, failed
@@ -442,7 +442,7 @@ async def test_who_reads_while_the_adapter_is_erased_hears_that_it_is_gone(tmp_p
 
         reads: list[Callable[[], Awaitable[object]]] = [
             lambda: here.predict([says("one", 1)], explain=2),
-            lambda: here.browsing.example(TENANT, "words", "one0"),
+            lambda: here.catalog.example(TENANT, "words", "one0"),
         ]
         for read in reads:
             await here.adapt(taught())
@@ -450,7 +450,7 @@ async def test_who_reads_while_the_adapter_is_erased_hears_that_it_is_gone(tmp_p
             store.meanwhile = erase
             with pytest.raises(UnknownAdapter):
                 await read()
-            here.forgetting.heard(TENANT, "words")
+            here.eraser.heard(TENANT, "words")
 
 
 async def _eventually(condition: Any) -> None:

@@ -16,9 +16,9 @@ from sqlalchemy import func, insert, select, update
 
 from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome
 from adapters.adaptation.example_editor import Feedback
-from adapters.adaptation.revision import Revised
-from adapters.jobs.submission import Submitting
-from adapters.registry.idempotency import MOST_BYTES, REPLIES_KEPT, AlreadyAnswered, Answered, Reply
+from adapters.adaptation.revision import RevisionResult
+from adapters.jobs.submission import JobSubmitter
+from adapters.registry.idempotency import MOST_BYTES, REPLIES_KEPT, AlreadyAnswered, PendingReply, StoredReply
 from adapters.registry.records import Committed, JobRecord, TooManyJobs, UnknownAdapter
 from adapters.registry.registry import Change, Registry, new_uid
 from adapters.registry.schema import database_now, replies
@@ -29,14 +29,14 @@ KEY = hashlib.sha256(b"a key").hexdigest()
 REQUEST = "1" * 64
 
 
-def reply(key: str = KEY, request: str = REQUEST) -> Reply[Committed]:
+def reply(key: str = KEY, request: str = REQUEST) -> PendingReply[Committed]:
     """Tells the number of the version and an example's id, as answers do."""
 
-    def render(committed: Committed) -> Answered:
+    def render(committed: Committed) -> StoredReply:
         number = committed.version and committed.version.number
-        return Answered(request, 200, json.dumps({"version": number, "suspects": ["ünï"]}))
+        return StoredReply(request, 200, json.dumps({"version": number, "suspects": ["ünï"]}))
 
-    return Reply(key, render)
+    return PendingReply(key, render)
 
 
 def creation(name: str = "pets", tenant: str = "acme") -> Change:
@@ -44,11 +44,11 @@ def creation(name: str = "pets", tenant: str = "acme") -> Change:
     return Change(tenant, name, new_uid(), 0, create=TEXTS, upserts=upserts, version=version(), promote=True)
 
 
-def told(number: int, request: str = REQUEST) -> Answered:
-    return Answered(request, 200, json.dumps({"version": number, "suspects": ["ünï"]}))
+def told(number: int, request: str = REQUEST) -> StoredReply:
+    return StoredReply(request, 200, json.dumps({"version": number, "suspects": ["ünï"]}))
 
 
-def refused(call: Callable[[], object]) -> Answered:
+def refused(call: Callable[[], object]) -> StoredReply:
     """The answer that was there before."""
     with pytest.raises(AlreadyAnswered) as caught:
         call()
@@ -96,11 +96,11 @@ def test_what_was_answered_is_not_done_again(registry: Registry) -> None:
 
 
 def test_a_change_and_its_reply_are_written_together_or_not_at_all(registry: Registry) -> None:
-    def render(committed: Committed) -> Answered:
+    def render(committed: Committed) -> StoredReply:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        registry.commit(creation(), reply=Reply(KEY, render))
+        registry.commit(creation(), reply=PendingReply(KEY, render))
     with pytest.raises(UnknownAdapter):
         registry.adapter("acme", "pets")
     adapter = create(registry).adapter
@@ -137,7 +137,7 @@ def test_of_many_at_once_one_is_first(registry_url: str) -> None:
         registry.close()
 
 
-def submit(registry: Registry, keyed: Reply[JobRecord] | None, max_open: int = 1) -> JobRecord:
+def submit(registry: Registry, keyed: PendingReply[JobRecord] | None, max_open: int = 1) -> JobRecord:
     return registry.jobs.submit(
         "acme", "pets", "fine_tune", {}, deadline_seconds=None, max_open=max_open, reply=keyed
     )
@@ -145,9 +145,11 @@ def submit(registry: Registry, keyed: Reply[JobRecord] | None, max_open: int = 1
 
 def test_a_job_is_submitted_once(registry: Registry) -> None:
     create(registry)
-    keyed: Reply[JobRecord] = Reply(KEY, lambda job: Answered(REQUEST, 202, json.dumps({"id": job.id})))
+    keyed: PendingReply[JobRecord] = PendingReply(
+        KEY, lambda job: StoredReply(REQUEST, 202, json.dumps({"id": job.id}))
+    )
     job = submit(registry, keyed)
-    answered = Answered(REQUEST, 202, json.dumps({"id": job.id}))
+    answered = StoredReply(REQUEST, 202, json.dumps({"id": job.id}))
     assert registry.replies.find("acme", KEY) == answered
     # Though there is no room for another one.
     assert refused(lambda: submit(registry, keyed)) == answered
@@ -158,8 +160,8 @@ def test_a_job_is_submitted_once(registry: Registry) -> None:
 
 
 def test_a_reply_to_a_whole_is_one_to_its_parts() -> None:
-    whole: Reply[list[int]] = Reply(KEY, lambda found: Answered(REQUEST, 200, str(found)))
-    part: Reply[int] = whole.of(lambda number: [number, 2 * number])
+    whole: PendingReply[list[int]] = PendingReply(KEY, lambda found: StoredReply(REQUEST, 200, str(found)))
+    part: PendingReply[int] = whole.of(lambda number: [number, 2 * number])
     assert (part.key_sha256, part.render(4).body) == (KEY, "[4, 8]")
 
 
@@ -217,17 +219,17 @@ def test_replies_go_with_examples_that_they_may_name(registry: Registry) -> None
 @pytest.mark.anyio
 async def test_what_was_prepared_for_nothing_leaves_no_file(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        adapted: Reply[AdaptOutcome] = Reply(KEY, lambda found: told(len(found.rejected)))
-        taught_once = await here.adapting.adapt(TENANT, AdaptCommand("words", taught()), adapted)
+        adapted: PendingReply[AdaptOutcome] = PendingReply(KEY, lambda found: told(len(found.rejected)))
+        taught_once = await here.pipeline.adapt(TENANT, AdaptCommand("words", taught()), adapted)
         revision = taught_once.revised.adapter.revision
         more = AdaptCommand("words", taught(8))
         with pytest.raises(AlreadyAnswered) as caught:
-            await here.adapting.adapt(TENANT, more, adapted)
+            await here.pipeline.adapt(TENANT, more, adapted)
         assert caught.value.answered == told(0)
-        revised: Reply[Revised] = Reply(KEY, lambda found: told(1))
+        revised: PendingReply[RevisionResult] = PendingReply(KEY, lambda found: told(1))
         feedback = Feedback("two", says("one", 99))
         with pytest.raises(AlreadyAnswered):
-            await here.curating.feedback(TENANT, "words", feedback, revised)
+            await here.editor.feedback(TENANT, "words", feedback, revised)
         assert here.registry.adapter(TENANT, "words").revision == revision
         here.check()
 
@@ -240,12 +242,12 @@ async def lines() -> AsyncIterator[bytes]:
 @pytest.mark.anyio
 async def test_an_upload_for_nothing_leaves_no_file(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        submitting = Submitting(here.adapting, max_open=10, deadline_seconds=60)
-        submitted: Reply[JobRecord] = Reply(KEY, lambda job: Answered(REQUEST, 202, job.id))
-        job = await submitting.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
+        submitter = JobSubmitter(here.pipeline, max_open=10, deadline_seconds=60)
+        submitted: PendingReply[JobRecord] = PendingReply(KEY, lambda job: StoredReply(REQUEST, 202, job.id))
+        job = await submitter.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
         kept = here.files()
         with pytest.raises(AlreadyAnswered) as caught:
-            await submitting.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
+            await submitter.bulk(TENANT, "ndjson", AdaptCommand("words"), lines(), submitted)
         assert caught.value.answered.body == job.id
         assert here.registry.jobs.jobs(TENANT) == [job]
         assert here.files() == kept
@@ -272,12 +274,12 @@ def test_replies_of_a_tenant_take_so_much_and_no_more(registry: Registry, regist
     registry.commit(creation(tenant="umbrella"), reply=reply())
     half = MOST_BYTES // 2
 
-    def large(number: int) -> Answered:
+    def large(number: int) -> StoredReply:
         rng = random.Random(number)
-        return Answered(REQUEST, 200, json.dumps({"number": number, "hex": rng.randbytes(700_000).hex()}))
+        return StoredReply(REQUEST, 200, json.dumps({"number": number, "hex": rng.randbytes(700_000).hex()}))
 
     def commit(number: int) -> None:
-        answered: Reply[Committed] = Reply(f"{number:064x}", lambda committed: large(number))
+        answered: PendingReply[Committed] = PendingReply(f"{number:064x}", lambda committed: large(number))
         registry.commit(replace(change(adapter), version=version()), reply=answered)
 
     commit(0)
@@ -335,9 +337,9 @@ def test_small_replies_are_bounded_too(registry: Registry) -> None:
     for number in range(400):
         # About one in ten of these adds up; that none of 400 does is as good as impossible.
         rng = random.Random(number)
-        answered: Reply[Committed] = Reply(
+        answered: PendingReply[Committed] = PendingReply(
             f"{number:064x}",
-            lambda committed, rng=rng: Answered(REQUEST, 200, rng.randbytes(80_000).hex()),  # type: ignore[misc]
+            lambda committed, rng=rng: StoredReply(REQUEST, 200, rng.randbytes(80_000).hex()),  # type: ignore[misc]
         )
         registry.commit(replace(change(adapter), version=version()), reply=answered)
         if stored(registry, "acme") <= MOST_BYTES:

@@ -80,8 +80,8 @@ async def test_a_store_of_which_all_is_erased_is_still_its_databases(place: Plac
     async with place.world() as world:
         await world.adapt(taught())
         uid = world.registry.adapter(TENANT, "words").uid
-        await world.forgetting.adapter(TENANT, "words")
-        await world.keeping.publish(TENANT, uid, [lambda: b"what a killed process left"])
+        await world.eraser.adapter(TENANT, "words")
+        await world.repository.publish(TENANT, uid, [lambda: b"what a killed process left"])
     Identity(place.database).check(place.store)
 
 

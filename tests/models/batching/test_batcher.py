@@ -20,25 +20,25 @@ from PIL import Image
 
 from models.backbone import Backbone, Embedded, Floats
 from models.batching.batcher import Batcher
-from models.batching.core_sharing import Cores
-from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded, Request
+from models.batching.core_sharing import CoreSharing
+from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, EmbedRequest, Overloaded
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess.limits import InputError
 from models.preprocess.preprocessor import Prepared
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny.image_backbone(tmp_path_factory.mktemp("images"))
+    return tiny_backbones.image_backbone(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny.text_backbone(tmp_path_factory.mktemp("texts"))
+    return tiny_backbones.text_backbone(tmp_path_factory.mktemp("texts"))
 
 
 class Gate:
@@ -85,7 +85,9 @@ def alone(backbone: Backbone, item: bytes | str) -> Floats:
 async def test_every_caller_gets_its_own_answers(kind: str, request: pytest.FixtureRequest) -> None:
     """Hundreds of callers, a tenth of the inputs bad, predicts and bulk: nothing is crossed."""
     backbone: Backbone = request.getfixturevalue(kind)
-    make: Callable[[int], bytes | str] = tiny.picture if kind == "images" else tiny.sentence
+    make: Callable[[int], bytes | str] = (
+        tiny_backbones.picture if kind == "images" else tiny_backbones.sentence
+    )
     bad: bytes | str = b"no image" if kind == "images" else " "
     rng = np.random.default_rng(0)
     pool = [make(seed) for seed in range(60)]
@@ -108,7 +110,13 @@ async def test_every_caller_gets_its_own_answers(kind: str, request: pytest.Fixt
 
 
 async def test_a_bad_input_fails_alone(images: Backbone) -> None:
-    inputs: list[bytes | str] = [tiny.picture(1), b"", tiny.picture(2), b"GIF89a", "a text"]
+    inputs: list[bytes | str] = [
+        tiny_backbones.picture(1),
+        b"",
+        tiny_backbones.picture(2),
+        b"GIF89a",
+        "a text",
+    ]
     async with running(images) as batcher:
         answer = await batcher.embed(inputs)
     assert {index: error.code for index, error in answer.errors.items()} == {
@@ -124,7 +132,7 @@ async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
     """Without a garbage collection, which walks all that was left, for tens of milliseconds."""
 
     def kept() -> int:
-        return sum(type(one) in (InputError, Request) for one in gc.get_objects())
+        return sum(type(one) in (InputError, EmbedRequest) for one in gc.get_objects())
 
     async with running(images) as batcher:
         gc.collect()
@@ -132,7 +140,7 @@ async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
         try:
             before = kept()
             for _ in range(20):
-                await batcher.embed([b"GIF89a", tiny.picture(1)])
+                await batcher.embed([b"GIF89a", tiny_backbones.picture(1)])
                 images.embed([b"GIF89a"])
             # The worker thread may still be returning from its last batch.
             await asyncio.sleep(0.1)
@@ -144,13 +152,13 @@ async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
 async def test_no_inputs(images: Backbone) -> None:
     async with running(images) as batcher:
         answer = await batcher.embed([])
-    assert answer.embeddings.shape == (0, tiny.IMAGE_DIM)
+    assert answer.embeddings.shape == (0, tiny_backbones.IMAGE_DIM)
 
 
 @pytest.fixture(scope="module")
 def crashing(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """The tiny text backbone with a word whose token its table does not have: ONNX Runtime raises on it."""
-    folder = tiny.text_export(tmp_path_factory.mktemp("crashing"))
+    folder = tiny_backbones.text_export(tmp_path_factory.mktemp("crashing"))
     spec = read_manifest(folder, verify=True)
     tokenizer = json.loads((folder / TOKENIZER_FILE).read_text())
     tokenizer["model"]["vocab"]["crash"] = 100_000
@@ -163,10 +171,12 @@ def crashing(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 async def test_a_failing_run_fails_its_callers_and_not_the_worker(crashing: Backbone, gate: Gate) -> None:
     async with running(crashing, workers=1, observe=gate.observe) as batcher:
-        first = asyncio.create_task(batcher.embed([tiny.sentence(1)]))
+        first = asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))
         await gate.wait_for(1)
         # These wait together, so they are run together.
-        together = [asyncio.create_task(batcher.embed([text])) for text in (tiny.sentence(2), "crash")]
+        together = [
+            asyncio.create_task(batcher.embed([text])) for text in (tiny_backbones.sentence(2), "crash")
+        ]
         await asyncio.sleep(0)
         gate.opened.set()
         assert (await first).errors == {}
@@ -175,14 +185,14 @@ async def test_a_failing_run_fails_its_callers_and_not_the_worker(crashing: Back
                 await caller
             assert caught.value.__cause__ is not None
         assert batcher.alive
-        answer = await batcher.embed([tiny.sentence(2)])
-        np.testing.assert_array_equal(answer.embeddings[0], alone(crashing, tiny.sentence(2)))
+        answer = await batcher.embed([tiny_backbones.sentence(2)])
+        np.testing.assert_array_equal(answer.embeddings[0], alone(crashing, tiny_backbones.sentence(2)))
 
 
 async def test_a_failing_run_drops_the_rest_of_the_request(crashing: Backbone) -> None:
     async with running(crashing, workers=1) as batcher:
         with pytest.raises(EmbeddingFailed):
-            await batcher.embed(["crash"] + [tiny.sentence(seed) for seed in range(500)])
+            await batcher.embed(["crash"] + [tiny_backbones.sentence(seed) for seed in range(500)])
         assert batcher.depth == 0
         assert batcher.alive
 
@@ -190,11 +200,11 @@ async def test_a_failing_run_drops_the_rest_of_the_request(crashing: Backbone) -
 async def test_a_cancelled_caller_s_waiting_inputs_are_dropped(images: Backbone, gate: Gate) -> None:
     sizes: list[int] = []
     async with running(images, workers=1, observe=gate.observe, observe_batch=sizes.append) as batcher:
-        ahead = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        ahead = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
-        cancelled = asyncio.create_task(batcher.embed([tiny.picture(2)] * 50))
-        bulk = asyncio.create_task(batcher.embed([tiny.picture(4)] * 3, bulk=True))
-        behind = asyncio.create_task(batcher.embed([tiny.picture(3)]))
+        cancelled = asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 50))
+        bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(4)] * 3, bulk=True))
+        behind = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)]))
         await asyncio.sleep(0)
         assert batcher.depth == 54
         cancelled.cancel()
@@ -202,18 +212,18 @@ async def test_a_cancelled_caller_s_waiting_inputs_are_dropped(images: Backbone,
             await cancelled
         assert batcher.depth == 4
         gate.opened.set()
-        np.testing.assert_array_equal((await ahead).embeddings[0], alone(images, tiny.picture(1)))
-        np.testing.assert_array_equal((await behind).embeddings[0], alone(images, tiny.picture(3)))
+        np.testing.assert_array_equal((await ahead).embeddings[0], alone(images, tiny_backbones.picture(1)))
+        np.testing.assert_array_equal((await behind).embeddings[0], alone(images, tiny_backbones.picture(3)))
         await bulk
     assert sum(sizes) == 5
 
 
 async def test_cancelling_the_last_predict_wakes_bulk(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
-        ahead = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        ahead = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
-        predict = asyncio.create_task(batcher.embed([tiny.picture(2)]))
-        bulk = asyncio.create_task(batcher.embed([tiny.picture(3)], bulk=True))
+        predict = asyncio.create_task(batcher.embed([tiny_backbones.picture(2)]))
+        bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)], bulk=True))
         await asyncio.sleep(0)
         predict.cancel()
         await gate.wait_for(1)
@@ -223,12 +233,14 @@ async def test_cancelling_the_last_predict_wakes_bulk(images: Backbone, gate: Ga
 
 async def test_a_deadline_frees_the_caller_and_the_queue(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
-        ahead = asyncio.create_task(batcher.embed([tiny.picture(1)], deadline=time.monotonic() + 30))
+        ahead = asyncio.create_task(
+            batcher.embed([tiny_backbones.picture(1)], deadline=time.monotonic() + 30)
+        )
         await gate.wait_for(1)
         with pytest.raises(DeadlineExceeded):
-            await batcher.embed([tiny.picture(2)] * 5, deadline=time.monotonic() + 0.05)
+            await batcher.embed([tiny_backbones.picture(2)] * 5, deadline=time.monotonic() + 0.05)
         with pytest.raises(DeadlineExceeded):
-            await batcher.embed([tiny.picture(2)], deadline=time.monotonic() - 1)
+            await batcher.embed([tiny_backbones.picture(2)], deadline=time.monotonic() - 1)
         assert batcher.depth == 0
         gate.opened.set()
         assert (await ahead).errors == {}
@@ -236,53 +248,53 @@ async def test_a_deadline_frees_the_caller_and_the_queue(images: Backbone, gate:
 
 async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, max_queue=4, observe=gate.observe) as batcher:
-        held = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        held = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
-        bulk = asyncio.create_task(batcher.embed([tiny.picture(2)] * 4, bulk=True))
+        bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 4, bulk=True))
         await gate.wait_for(1)
-        filled = asyncio.create_task(batcher.embed([tiny.picture(3)] * 4))
+        filled = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)] * 4))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
-            await batcher.embed([tiny.picture(4)])
+            await batcher.embed([tiny_backbones.picture(4)])
         assert 0 < caught.value.retry_after < 60
         with pytest.raises(Overloaded):
-            await batcher.embed([tiny.picture(4)] * 4, bulk=True)
+            await batcher.embed([tiny_backbones.picture(4)] * 4, bulk=True)
         gate.opened.set()
         await asyncio.gather(held, bulk, filled)
         # More than the queue holds is let in while nothing waits; otherwise it never would be.
-        assert (await batcher.embed([tiny.picture(5)] * 9)).embeddings.any()
+        assert (await batcher.embed([tiny_backbones.picture(5)] * 9)).embeddings.any()
 
 
 async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, max_wait=0.1, observe=gate.observe) as batcher:
         # Until it has measured, a small input is taken to last 10 ms.
-        ahead = [asyncio.create_task(batcher.embed([tiny.picture(1)]))]
+        ahead = [asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))]
         await gate.wait_for(1)
-        ahead.append(asyncio.create_task(batcher.embed([tiny.picture(2)] * 20)))
+        ahead.append(asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 20)))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
-            await batcher.embed([tiny.picture(3)])
+            await batcher.embed([tiny_backbones.picture(3)])
         assert caught.value.retry_after == pytest.approx(0.1, rel=0.05)
-        bulk = asyncio.create_task(batcher.embed([tiny.picture(4)] * 20, bulk=True))
+        bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(4)] * 20, bulk=True))
         gate.opened.set()
         await asyncio.gather(*ahead, bulk)
-        assert (await batcher.embed([tiny.picture(3)])).embeddings.any()
+        assert (await batcher.embed([tiny_backbones.picture(3)])).embeddings.any()
 
 
 async def test_a_flood_of_one_source_keeps_no_other_out(images: Backbone, gate: Gate) -> None:
     """Neither the full queue nor the long wait is the other's doing; it waits for one turn of the flood."""
     async with running(images, workers=1, max_queue=40, max_wait=0.1, observe=gate.observe) as batcher:
-        flood = [asyncio.create_task(batcher.embed([tiny.picture(1)], source="flood"))]
+        flood = [asyncio.create_task(batcher.embed([tiny_backbones.picture(1)], source="flood"))]
         await gate.wait_for(1)
         # All at once, for what would wait too long is refused.
-        flood.append(asyncio.create_task(batcher.embed([tiny.picture(2)] * 40, source="flood")))
+        flood.append(asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 40, source="flood")))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await batcher.embed([tiny.picture(3)], source="flood")
+            await batcher.embed([tiny_backbones.picture(3)], source="flood")
         with pytest.raises(Overloaded):
             batcher.check_room("flood")
         batcher.check_room("other")
-        other = asyncio.create_task(batcher.embed([tiny.picture(3)], source="other"))
+        other = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)], source="other"))
         await asyncio.sleep(0)
         gate.opened.set()
         done, _ = await asyncio.wait([*flood[1:], other], return_when=asyncio.FIRST_COMPLETED)
@@ -292,11 +304,11 @@ async def test_a_flood_of_one_source_keeps_no_other_out(images: Backbone, gate: 
 
 async def test_predicts_go_before_bulk(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
-        ahead = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        ahead = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
-        predict = asyncio.create_task(batcher.embed([tiny.picture(2)]))
+        predict = asyncio.create_task(batcher.embed([tiny_backbones.picture(2)]))
         await asyncio.sleep(0)
-        bulk = asyncio.create_task(batcher.embed([tiny.picture(3)] * 50, bulk=True))
+        bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)] * 50, bulk=True))
         await asyncio.sleep(0.1)
         # The bulk worker is idle and yet takes nothing while a predict waits.
         assert batcher.depth == 51
@@ -306,9 +318,9 @@ async def test_predicts_go_before_bulk(images: Backbone, gate: Gate) -> None:
 
 async def test_bulk_leaves_a_core_while_predicts_come(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=2, observe=gate.observe) as batcher:
-        predict = asyncio.create_task(batcher.embed([tiny.picture(1)]))
+        predict = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
-        bulk = [asyncio.create_task(batcher.embed([tiny.picture(2)], bulk=True)) for _ in range(2)]
+        bulk = [asyncio.create_task(batcher.embed([tiny_backbones.picture(2)], bulk=True)) for _ in range(2)]
         await gate.wait_for(1)
         await asyncio.sleep(0.1)
         assert batcher.depth == 1
@@ -321,8 +333,8 @@ async def test_bulk_leaves_a_core_while_predicts_come(images: Backbone, gate: Ga
 
 async def test_bulk_runs_on_threads_that_yield_the_cores(images: Backbone) -> None:
     async with running(images, workers=2) as batcher:
-        await batcher.embed([tiny.picture(1)] * 4, bulk=True)
-        await batcher.embed([tiny.picture(1)] * 4)
+        await batcher.embed([tiny_backbones.picture(1)] * 4, bulk=True)
+        await batcher.embed([tiny_backbones.picture(1)] * 4)
         own = [thread for thread in threading.enumerate() if thread.name.startswith(images.spec.name)]
         nice = {
             kind: {
@@ -339,9 +351,9 @@ async def test_bulk_runs_on_threads_that_yield_the_cores(images: Backbone) -> No
 
 async def test_a_large_request_does_not_block_a_small_one(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, observe=gate.observe) as batcher:
-        large = asyncio.create_task(batcher.embed([tiny.picture(1)] * 300))
+        large = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)] * 300))
         await gate.wait_for(1)
-        small = asyncio.create_task(batcher.embed([tiny.picture(2)]))
+        small = asyncio.create_task(batcher.embed([tiny_backbones.picture(2)]))
         await asyncio.sleep(0)
         gate.opened.set()
         done, _ = await asyncio.wait({large, small}, return_when=asyncio.FIRST_COMPLETED)
@@ -353,7 +365,7 @@ async def test_one_run_takes_all_where_another_backbone_has_the_cores(
     images: Backbone, texts: Backbone, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs would be slower, each with less in it, and so would one of several threads."""
-    cores = Cores()
+    cores = CoreSharing()
     runs: list[tuple[int, bool]] = []
     run = texts.run
 
@@ -362,7 +374,7 @@ async def test_one_run_takes_all_where_another_backbone_has_the_cores(
         return run(prepared, beside=beside)
 
     monkeypatch.setattr(texts, "run", seen)
-    several: list[bytes | str] = [tiny.sentence(seed) for seed in range(4)]
+    several: list[bytes | str] = [tiny_backbones.sentence(seed) for seed in range(4)]
     async with (
         running(texts, cores=cores) as batcher,
         running(images, cores=cores, workers=1, observe=gate.observe) as other,
@@ -371,7 +383,7 @@ async def test_one_run_takes_all_where_another_backbone_has_the_cores(
         assert runs == [(1, False)]
         await batcher.embed(several)
         assert max(runs)[0] == 2
-        held = asyncio.create_task(other.embed([tiny.picture(1)]))
+        held = asyncio.create_task(other.embed([tiny_backbones.picture(1)]))
         await gate.wait_for(1)
         runs.clear()
         await batcher.embed(several)
@@ -399,7 +411,7 @@ async def test_when_a_worker_dies_nobody_waits_for_ever(images: Backbone, bulk: 
     batcher = Batcher(images, max_queue=100, workers=1, observe=observe)
     await batcher.start()
     callers = [
-        asyncio.create_task(batcher.embed([tiny.picture(seed)] * 3, bulk=bulk or seed > 1))
+        asyncio.create_task(batcher.embed([tiny_backbones.picture(seed)] * 3, bulk=bulk or seed > 1))
         for seed in range(4)
     ]
     await asyncio.sleep(0)
@@ -410,7 +422,7 @@ async def test_when_a_worker_dies_nobody_waits_for_ever(images: Backbone, bulk: 
     assert not batcher.alive
     assert batcher.depth == 0
     with pytest.raises(BatcherClosed):
-        await batcher.embed([tiny.picture(1)])
+        await batcher.embed([tiny_backbones.picture(1)])
     await batcher.close()
 
 
@@ -423,7 +435,7 @@ async def test_a_worker_that_dies_while_closing_frees_its_callers(images: Backbo
 
     batcher = Batcher(images, max_queue=100, workers=1, observe=observe)
     await batcher.start()
-    caller = asyncio.create_task(batcher.embed([tiny.picture(1)] * 3))
+    caller = asyncio.create_task(batcher.embed([tiny_backbones.picture(1)] * 3))
     await asyncio.sleep(0.05)
     close = asyncio.create_task(batcher.close())
     await asyncio.sleep(0)
@@ -437,16 +449,18 @@ async def test_close_finishes_what_is_queued_and_takes_no_more(texts: Backbone) 
     batcher = Batcher(texts, max_queue=10_000, workers=2)
     await batcher.start()
     callers = [
-        asyncio.create_task(batcher.embed([tiny.sentence(seed)] * 20, bulk=seed % 2 == 0))
+        asyncio.create_task(batcher.embed([tiny_backbones.sentence(seed)] * 20, bulk=seed % 2 == 0))
         for seed in range(30)
     ]
     await asyncio.sleep(0)
     await batcher.close()
     with pytest.raises(BatcherClosed):
-        await batcher.embed([tiny.sentence(1)])
+        await batcher.embed([tiny_backbones.sentence(1)])
     for seed, caller in enumerate(callers):
         answer: Embedded = await caller
-        np.testing.assert_allclose(answer.embeddings[7], alone(texts, tiny.sentence(seed)), atol=1e-5)
+        np.testing.assert_allclose(
+            answer.embeddings[7], alone(texts, tiny_backbones.sentence(seed)), atol=1e-5
+        )
     assert not batcher.alive
 
 
@@ -454,7 +468,7 @@ async def test_a_batcher_that_was_not_started_takes_nothing(images: Backbone) ->
     batcher = Batcher(images, max_queue=1, workers=1)
     assert not batcher.alive
     with pytest.raises(BatcherClosed):
-        await batcher.embed([tiny.picture(1)])
+        await batcher.embed([tiny_backbones.picture(1)])
 
 
 async def test_a_batcher_starts_once(images: Backbone) -> None:
@@ -472,7 +486,7 @@ async def test_what_it_observes(texts: Backbone) -> None:
         observe=lambda stage, seconds: stages.append((stage, seconds)),
         observe_batch=sizes.append,
     ) as batcher:
-        answer = await batcher.embed([tiny.sentence(seed) for seed in range(70)] + [""])
+        answer = await batcher.embed([tiny_backbones.sentence(seed) for seed in range(70)] + [""])
     assert set(answer.timings) == {"tokenize", "queue", "embed"}
     assert all(seconds >= 0 for _, seconds in stages)
     names = [stage for stage, _ in stages]
@@ -489,12 +503,14 @@ async def test_a_loop_that_ended_does_not_kill_the_worker(images: Backbone) -> N
         def abandon() -> None:
             async def leave() -> None:
                 asyncio.get_running_loop().call_later(0.001, lambda: None)
-                await asyncio.wait([asyncio.create_task(batcher.embed([tiny.picture(1)] * 20))], timeout=0)
+                await asyncio.wait(
+                    [asyncio.create_task(batcher.embed([tiny_backbones.picture(1)] * 20))], timeout=0
+                )
 
             asyncio.run(leave())
 
         await asyncio.to_thread(abandon)
-        assert (await batcher.embed([tiny.picture(2)])).errors == {}
+        assert (await batcher.embed([tiny_backbones.picture(2)])).errors == {}
         assert batcher.alive
 
 
@@ -512,7 +528,7 @@ async def test_texts_without_a_known_token_are_told_from_others(texts: Backbone,
     tuned = texts.with_network((texts.path / GRAPH_FILE).read_bytes())
     assert tuned.embed(inputs).unknown == {0, 3}
     tuned.close()
-    assert images.embed([tiny.picture(1), b"no image"]).unknown == frozenset()
+    assert images.embed([tiny_backbones.picture(1), b"no image"]).unknown == frozenset()
 
 
 def blank(pixels: int) -> bytes:
@@ -537,20 +553,25 @@ async def test_heavy_inputs_hold_up_no_light_ones(images: Backbone) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(images, "prepare", slow)
             flood = asyncio.create_task(batcher.embed([giant] * 8, source="flood"))
-            mixed = asyncio.create_task(batcher.embed([giant, tiny.picture(1), giant], source="mixed"))
+            mixed = asyncio.create_task(
+                batcher.embed([giant, tiny_backbones.picture(1), giant], source="mixed")
+            )
             for _ in range(2):
                 assert await asyncio.to_thread(decoding.acquire, timeout=30)
             # Every thread for heavy inputs is at one, and each has taken one alone.
             assert not decoding.acquire(timeout=0.1)
             answers = await asyncio.gather(
-                *(batcher.embed([tiny.picture(seed)], source=f"small{seed % 3}") for seed in range(20))
+                *(
+                    batcher.embed([tiny_backbones.picture(seed)], source=f"small{seed % 3}")
+                    for seed in range(20)
+                )
             )
             assert all(answer.embeddings.any() for answer in answers)
             assert not flood.done()
             go_on.set()
             found = await mixed
             await flood
-    expected = images.embed([giant, tiny.picture(1), giant]).embeddings
+    expected = images.embed([giant, tiny_backbones.picture(1), giant]).embeddings
     np.testing.assert_allclose(found.embeddings, expected, atol=1e-5)
     assert batcher.depth == 0
 
@@ -615,11 +636,17 @@ async def test_a_heavy_input_that_waits_for_its_threads_is_not_neglected(
 
 
 async def test_texts_that_are_cut_are_told_from_others(texts: Backbone) -> None:
-    inputs = [tiny.sentence(1), tiny.sentence(2, words=200), " ", tiny.sentence(3, words=62), "ba " * 9_000]
+    inputs = [
+        tiny_backbones.sentence(1),
+        tiny_backbones.sentence(2, words=200),
+        " ",
+        tiny_backbones.sentence(3, words=62),
+        "ba " * 9_000,
+    ]
     alone = texts.embed(inputs)
     assert alone.truncated == {1, 4}
     assert alone.tokens == 10 + 64 + 64 + 64
     async with running(texts) as batcher:
         found = await batcher.embed(inputs)
         assert (found.truncated, found.tokens) == (alone.truncated, alone.tokens)
-        assert (await batcher.embed([tiny.sentence(1)])).truncated == frozenset()
+        assert (await batcher.embed([tiny_backbones.sentence(1)])).truncated == frozenset()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.batching.fair_queue import Lane, Priority
+from models.batching.fair_queue import FairQueue, Priority
 
 
 @dataclass(eq=False)
@@ -16,8 +16,8 @@ class Call:
     next: int = 0
 
 
-def lane(*calls: Call) -> Lane[Call]:
-    made: Lane[Call] = Lane(threading.Lock())
+def lane(*calls: Call) -> FairQueue[Call]:
+    made: FairQueue[Call] = FairQueue(threading.Lock())
     for call in calls:
         made.add(call)
     return made
@@ -49,7 +49,7 @@ def test_sources_take_turns_and_so_do_the_callers_of_one() -> None:
     assert waiting.depth == 0
 
 
-def one_by_one(waiting: Lane[Call]) -> list[tuple[Call, int]]:
+def one_by_one(waiting: FairQueue[Call]) -> list[tuple[Call, int]]:
     found = []
     while waiting.depth:
         found += waiting.take(1)

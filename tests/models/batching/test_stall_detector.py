@@ -15,9 +15,9 @@ import pytest
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed
-from models.batching.stall_detector import Standstill
+from models.batching.stall_detector import StallDetector
 from models.batching.turn import LONGEST_RUN, PATIENCE
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +55,7 @@ class Holding:
 
 @pytest.fixture
 def backbone(tmp_path: Path) -> Backbone:
-    return tiny.text_backbone(tmp_path)
+    return tiny_backbones.text_backbone(tmp_path)
 
 
 @pytest.fixture
@@ -73,10 +73,10 @@ async def reach(reached: threading.Semaphore) -> None:
 async def test_a_run_that_does_not_return_is_stuck(backbone: Backbone, held: Held) -> None:
     batcher = Batcher(backbone, max_queue=100, workers=2)
     await batcher.start()
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     for _ in range(100):
         assert standstill.look(1.0) is None
-    caller = asyncio.create_task(batcher.embed([tiny.sentence(1)]))
+    caller = asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))
     await reach(held.reached)
     assert standstill.look(1.0) is None
     assert standstill.look(PATIENCE) is None
@@ -86,7 +86,7 @@ async def test_a_run_that_does_not_return_is_stuck(backbone: Backbone, held: Hel
     assert found.startswith("a run has not returned for 4.6")
     # What goes on beside it changes nothing: its caller waits.
     held.going.set()
-    await batcher.embed([tiny.sentence(2)])
+    await batcher.embed([tiny_backbones.sentence(2)])
     await caller
     assert standstill.look(0.1) is None
     assert standstill.quiet == 0.0
@@ -97,8 +97,8 @@ async def test_a_large_run_may_take_what_it_costs(backbone: Backbone, held: Held
     backbone.pace = 0.1
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    standstill = Standstill(batcher)
-    caller = asyncio.create_task(batcher.embed([tiny.sentence(1)]))
+    standstill = StallDetector(batcher)
+    caller = asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))
     await reach(held.reached)
     assert standstill.look(0.1) is None
     # Eight words and two tokens around them, ten times.
@@ -116,8 +116,8 @@ async def test_who_prepares_is_stuck_only_without_cpu_time(backbone: Backbone, b
     holding = Holding(busy)
     batcher = Batcher(backbone, max_queue=100, workers=1, observe=holding.observe)
     await batcher.start()
-    standstill = Standstill(batcher)
-    caller = asyncio.create_task(batcher.embed([tiny.sentence(1)]))
+    standstill = StallDetector(batcher)
+    caller = asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))
     await reach(holding.reached)
     standstill.look(0.0)
     verdicts = []
@@ -151,12 +151,12 @@ class Unending:
 
 async def test_an_input_whose_preparation_does_not_end_is_refused_alone(backbone: Backbone) -> None:
     """The network goes on, with the thread's other inputs and with what comes later."""
-    texts = [tiny.sentence(number) for number in range(4)]
+    texts = [tiny_backbones.sentence(number) for number in range(4)]
     alone = backbone.embed(texts).embeddings
     unending = Unending(backbone, texts[1])
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     threads = batcher.threads_left
     caller = asyncio.create_task(batcher.embed(texts[:3]))
     await reach(unending.reached)
@@ -185,7 +185,7 @@ async def test_too_many_unending_preparations_are_replaced_with_their_backbone(b
     unending = Unending(backbone, "ba")
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     verdicts = []
     for _ in range(4):
         caller = asyncio.create_task(batcher.embed(["ba"]))
@@ -208,7 +208,7 @@ async def test_who_waits_for_another_process_is_not_stuck(backbone: Backbone) ->
     unending = Unending(backbone, "ba")
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     caller = asyncio.create_task(batcher.embed(["ba"]))
     await reach(unending.reached)
     (turn,) = [turn for turn in batcher.turns if turn.busy]
@@ -228,9 +228,9 @@ async def test_a_dead_thread_is_noticed(backbone: Backbone) -> None:
 
     batcher = Batcher(backbone, max_queue=100, workers=1, observe=observe)
     await batcher.start()
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     with pytest.raises(BatcherClosed):
-        await batcher.embed([tiny.sentence(1)])
+        await batcher.embed([tiny_backbones.sentence(1)])
     assert standstill.look(0.1) == "one of its threads died"
     await batcher.close()
 
@@ -238,11 +238,11 @@ async def test_a_dead_thread_is_noticed(backbone: Backbone) -> None:
 async def test_bulk_that_waits_for_predicts_is_not_stuck(backbone: Backbone, held: Held) -> None:
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    standstill = Standstill(batcher)
-    predicts = [asyncio.create_task(batcher.embed([tiny.sentence(1)]))]
+    standstill = StallDetector(batcher)
+    predicts = [asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))]
     await reach(held.reached)
-    predicts.append(asyncio.create_task(batcher.embed([tiny.sentence(2)])))
-    bulk = asyncio.create_task(batcher.embed([tiny.sentence(3)], bulk=True))
+    predicts.append(asyncio.create_task(batcher.embed([tiny_backbones.sentence(2)])))
+    bulk = asyncio.create_task(batcher.embed([tiny_backbones.sentence(3)], bulk=True))
     await asyncio.sleep(0)
     assert batcher.waiting == (1, 1)
     assert standstill.look(1.0) is None
@@ -255,14 +255,14 @@ async def test_bulk_that_waits_for_predicts_is_not_stuck(backbone: Backbone, hel
 async def test_whom_nobody_waits_for_is_abandoned_at_once(backbone: Backbone, held: Held) -> None:
     batcher = Batcher(backbone, max_queue=100, workers=2)
     await batcher.start()
-    callers = [asyncio.create_task(batcher.embed([tiny.sentence(n)], bulk=n > 2)) for n in range(5)]
+    callers = [asyncio.create_task(batcher.embed([tiny_backbones.sentence(n)], bulk=n > 2)) for n in range(5)]
     await reach(held.reached)
     batcher.abandon()
     for caller in callers:
         with pytest.raises(BatcherClosed):
             await asyncio.wait_for(caller, 5)
     with pytest.raises(BatcherClosed):
-        await batcher.embed([tiny.sentence(1)])
+        await batcher.embed([tiny_backbones.sentence(1)])
     assert batcher.depth == 0
     assert batcher.threads_left > 0
     held.going.set()
@@ -277,7 +277,7 @@ async def test_close_does_not_wait_for_what_hangs(
     monkeypatch.setattr("models.batching.batcher._CLOSING_SECONDS", 1)
     batcher = Batcher(backbone, max_queue=100, workers=1)
     await batcher.start()
-    caller = asyncio.create_task(batcher.embed([tiny.sentence(1)]))
+    caller = asyncio.create_task(batcher.embed([tiny_backbones.sentence(1)]))
     await reach(held.reached)
     await asyncio.wait_for(batcher.close(), 10)
     with pytest.raises(BatcherClosed):

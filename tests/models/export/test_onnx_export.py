@@ -15,7 +15,7 @@ from models.backbone import Backbone
 from models.export.loaders import load_network
 from models.model_store import model_name
 from models.spec import ImageTransform, TextTransform
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 ROOT = Path(__file__).parents[3]
 
@@ -100,7 +100,7 @@ def test_folders_of_both_libraries(exported: Outcome, home: Path, names: list[st
     assert isinstance(image.spec.transform, ImageTransform)
     assert (image.spec.dim, image.spec.transform.size, image.spec.transform.crop) == (256, 160, 0.95)
     assert image.spec.architecture == "test_efficientnet"
-    assert image.embed([tiny.picture(1)]).errors == {}
+    assert image.embed([tiny_backbones.picture(1)]).errors == {}
     assert isinstance(mean.spec.transform, TextTransform)
     assert mean.spec.transform.max_tokens == 48
     assert mean.preprocess("abc " * 100).shape == (48,)

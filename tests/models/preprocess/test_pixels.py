@@ -13,7 +13,7 @@ from models.backbone import Backbone
 from models.preprocess.pixels import normalised, with_byte_input
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, OUTPUT_NAME, PIXELS, RGB, ImageTransform
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 # Means and deviations of ImageNet, of which none is a sum of powers of two.
 TRANSFORM = ImageTransform(32, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -29,7 +29,7 @@ def run(
 @pytest.fixture
 def floats(tmp_path: Path) -> bytes:
     """A graph as earlier releases exported it."""
-    return (tiny.image_export(tmp_path, crop_mode="center") / GRAPH_FILE).read_bytes()
+    return (tiny_backbones.image_export(tmp_path, crop_mode="center") / GRAPH_FILE).read_bytes()
 
 
 def test_the_embeddings_are_the_same_to_the_last_bit(floats: bytes) -> None:
@@ -48,7 +48,7 @@ def test_what_takes_bytes_stays_as_it_is(floats: bytes) -> None:
 
 
 def test_what_has_neither_input_is_refused(tmp_path: Path) -> None:
-    texts = (tiny.text_export(tmp_path) / GRAPH_FILE).read_bytes()
+    texts = (tiny_backbones.text_export(tmp_path) / GRAPH_FILE).read_bytes()
     with pytest.raises(InvalidGraph, match="pixels"):
         with_byte_input(texts, TRANSFORM)
     with pytest.raises(InvalidGraph, match="cut short"):
@@ -56,10 +56,10 @@ def test_what_has_neither_input_is_refused(tmp_path: Path) -> None:
 
 
 def test_exports_and_networks_of_earlier_releases_answer_alike(tmp_path: Path, floats: bytes) -> None:
-    old = Backbone.open(tiny.image_export(tmp_path / "old", crop_mode="center"))
-    new = Backbone.open(tiny.image_export(tmp_path / "new"))
+    old = Backbone.open(tiny_backbones.image_export(tmp_path / "old", crop_mode="center"))
+    new = Backbone.open(tiny_backbones.image_export(tmp_path / "new"))
     tuned = new.with_network(floats)
-    pictures = [tiny.picture(seed) for seed in range(5)]
+    pictures = [tiny_backbones.picture(seed) for seed in range(5)]
     expected = new.embed(pictures).embeddings
     np.testing.assert_array_equal(old.embed(pictures).embeddings, expected)
     np.testing.assert_array_equal(tuned.embed(pictures).embeddings, expected)

@@ -28,7 +28,7 @@ from models.preprocess.preprocessor import (
     to_square,
 )
 from models.spec import ImageTransform, TextTransform
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 HALF = (0.5, 0.5, 0.5)
 # The network sees the picture itself, so that a test can read colours from the answer.
@@ -455,7 +455,7 @@ def test_large_pictures_from_many_threads() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextTransform, Path]:
-    backbone = tiny.text_backbone(tmp_path_factory.mktemp("text"))
+    backbone = tiny_backbones.text_backbone(tmp_path_factory.mktemp("text"))
     assert isinstance(backbone.spec.transform, TextTransform)
     return backbone.spec.transform, backbone.path / "tokenizer.json"
 
@@ -470,8 +470,8 @@ def test_a_text_becomes_its_tokens(tokenizer: tuple[TextTransform, Path]) -> Non
 
 
 def test_long_texts_are_truncated_and_end_as_the_model_expects(tokenizer: tuple[TextTransform, Path]) -> None:
-    ids = TextPreprocessor(*tokenizer)(tiny.sentence(1, words=500))
-    assert ids.shape == (tiny.TOKENS,)
+    ids = TextPreprocessor(*tokenizer)(tiny_backbones.sentence(1, words=500))
+    assert ids.shape == (tiny_backbones.TOKENS,)
     assert ids[-1] == 3
 
 
@@ -494,7 +494,7 @@ def test_texts_that_are_refused(tokenizer: tuple[TextTransform, Path], text: str
 
 def test_one_tokenizer_serves_many_threads(tokenizer: tuple[TextTransform, Path]) -> None:
     preprocessor = TextPreprocessor(*tokenizer)
-    texts = [tiny.sentence(seed, words=seed % 90 + 1) for seed in range(300)]
+    texts = [tiny_backbones.sentence(seed, words=seed % 90 + 1) for seed in range(300)]
     alone = [preprocessor(text) for text in texts]
     with ThreadPoolExecutor(8) as threads:
         for ids, expected in zip(threads.map(preprocessor, texts), alone, strict=True):
@@ -513,8 +513,16 @@ def test_of_a_long_text_only_the_start_is_read_and_the_tokens_are_the_same(
 ) -> None:
     preprocessor = TextPreprocessor(*tokenizer)
     everything = Tokenizer.from_file(str(tokenizer[1]))
-    everything.enable_truncation(tiny.TOKENS)
-    words = [*tiny.sentence(3, words=40).split(), "unknown", "ba" * 50, "?!", "请问", "\u200b", "x" * 3000]
+    everything.enable_truncation(tiny_backbones.TOKENS)
+    words = [
+        *tiny_backbones.sentence(3, words=40).split(),
+        "unknown",
+        "ba" * 50,
+        "?!",
+        "请问",
+        "\u200b",
+        "x" * 3000,
+    ]
     rng = np.random.default_rng(4)
     for separator in (" ", "\n", "", " - "):
         for length in (60, 400, 3000):

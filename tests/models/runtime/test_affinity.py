@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from models.runtime.affinity import Crew, gathered
+from models.runtime.affinity import IntraOpThreads, capture_new_threads
 from models.runtime.session import open_session
 from models.spec import GRAPH_FILE
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 CORES = os.sched_getaffinity(0)
 
@@ -40,14 +40,14 @@ def test_threads_are_gathered_that_this_one_starts_meanwhile(waiting: threading.
     others: list[int] = []
     before = name()
     started(waiting)
-    with gathered() as first:
+    with capture_new_threads() as first:
         own = [started(waiting), started(waiting)]
         other = threading.Thread(target=lambda: others.append(started(waiting)))
         # As a thread that was there before would start it: with another name.
         beside = threading.Thread(target=lambda: renamed("beside", other))
         beside.start()
         beside.join()
-    with gathered() as second:
+    with capture_new_threads() as second:
         pass
     assert sorted(first) == sorted(own)
     assert others
@@ -63,14 +63,14 @@ def renamed(text: str, then: threading.Thread) -> None:
 
 def test_a_name_is_given_back_after_an_error() -> None:
     before = name()
-    with pytest.raises(ZeroDivisionError), gathered():
+    with pytest.raises(ZeroDivisionError), capture_new_threads():
         raise ZeroDivisionError
     assert name() == before
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core")
 def test_the_threads_of_a_run_leave_their_callers_core_to_it(tmp_path: Path) -> None:
-    backbone = tiny.text_backbone(tmp_path)
+    backbone = tiny_backbones.text_backbone(tmp_path)
     session = open_session(backbone.path / GRAPH_FILE, device="cpu", threads=2)
     (helper,) = session.crew.threads
     for core in (min(CORES), max(CORES), min(CORES)):
@@ -83,7 +83,7 @@ def test_the_threads_of_a_run_leave_their_callers_core_to_it(tmp_path: Path) -> 
 
 
 def test_a_session_of_one_thread_has_none_beside(tmp_path: Path) -> None:
-    backbone = tiny.text_backbone(tmp_path)
+    backbone = tiny_backbones.text_backbone(tmp_path)
     session = open_session(backbone.path / GRAPH_FILE, device="cpu", threads=1)
     assert session.crew.threads == ()
     session.crew.make_room()
@@ -94,4 +94,4 @@ def test_a_thread_that_is_gone_is_no_error(waiting: threading.Event) -> None:
     thread.start()
     thread.join()
     assert thread.native_id is not None
-    Crew([thread.native_id]).make_room()
+    IntraOpThreads([thread.native_id]).make_room()

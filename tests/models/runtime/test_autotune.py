@@ -17,8 +17,8 @@ import pytest
 from models.backbone import Backbone, known_plan, planned, survey
 from models.runtime.autotune import (
     PLAN_FILE,
+    ExecutionPlan,
     Measured,
-    Plan,
     Run,
     Trial,
     TrialFailed,
@@ -32,11 +32,11 @@ from models.runtime.autotune import (
 )
 from models.runtime.trial import try_out
 from models.runtime.usage import Usage
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 CONFIRMED = {"others": 0.02, "spread": 0.05}
 DOUBTFUL = {"others": 0.9, "spread": 0.3}
-USUAL = Plan(alone=2, workers=2, beside=1, batch=1)
+USUAL = ExecutionPlan(alone=2, workers=2, beside=1, batch=1)
 BATCHES = (1, 8, 32)
 
 
@@ -77,14 +77,18 @@ def test_one_run_with_all_threads_where_runs_beside_each_other_are_slow() -> Non
         return (0.002 if threads == 2 else 0.008) * items * (1 + 0.02 * items)
 
     open_run, _ = machine(seconds)
-    assert measure(USUAL, BATCHES, open_run, feed).plan == Plan(alone=2, workers=1, beside=2, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed).plan == ExecutionPlan(
+        alone=2, workers=1, beside=2, batch=1
+    )
 
 
 @pytest.mark.usefixtures("quiet")
 def test_threads_that_do_not_help_are_not_taken() -> None:
     # Batches are slower by far more than sleeps, on a busy machine too, take longer than asked.
     open_run, _ = machine(lambda threads, items: 0.002 * threads * items * (1 + 0.08 * items))
-    assert measure(USUAL, BATCHES, open_run, feed).plan == Plan(alone=1, workers=2, beside=1, batch=1)
+    assert measure(USUAL, BATCHES, open_run, feed).plan == ExecutionPlan(
+        alone=1, workers=2, beside=1, batch=1
+    )
 
 
 @pytest.mark.usefixtures("quiet")
@@ -95,15 +99,17 @@ def test_what_is_as_good_stays_as_usual() -> None:
     assert measure(USUAL, BATCHES, open_run, feed).plan == USUAL
 
 
-GPU = Plan.usual("image", "cuda", 16)
+GPU = ExecutionPlan.usual("image", "cuda", 16)
 WAYS = ways_on_gpu(GPU, True, True)
 ON_GPU = (8, 32, 64, 128)
 
 
-def gpu(seconds: Callable[[Plan, int], float], half_gives: float = 1.0) -> Callable[[Plan], Trial]:
+def gpu(
+    seconds: Callable[[ExecutionPlan, int], float], half_gives: float = 1.0
+) -> Callable[[ExecutionPlan], Trial]:
     """Tries runs that take seconds(plan, items); in half precision the embeddings are others."""
 
-    def try_out(plan: Plan) -> Trial:
+    def try_out(plan: ExecutionPlan) -> Trial:
         rounds = {count: [count / seconds(plan, count)] * 3 for count in (1, *ON_GPU)}
         return Trial(half_gives if plan.half else 1.0, 1.0, 0.01, rounds)
 
@@ -111,16 +117,16 @@ def gpu(seconds: Callable[[Plan, int], float], half_gives: float = 1.0) -> Calla
 
 
 def test_a_gpu_has_a_batch_a_precision_graphs_and_a_layout_to_choose() -> None:
-    def seconds(plan: Plan, items: int) -> float:
+    def seconds(plan: ExecutionPlan, items: int) -> float:
         run = (0.004 if items <= 64 else 0.02) / (1 + plan.half) + (0.001 if plan.graphs else 0.004)
         return run * (0.8 if plan.channels_last else 1.0)
 
     found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(seconds))
-    assert found.plan == Plan(16, 16, 1, 64, half=True, graphs=True, channels_last=True)
+    assert found.plan == ExecutionPlan(16, 16, 1, 64, half=True, graphs=True, channels_last=True)
     assert found.confirmed
     assert found.cosine == 1.0
     single = measure_on_gpu(GPU, ways_on_gpu(GPU, False, False), ON_GPU, gpu(seconds)).plan
-    assert single == Plan(16, 16, 1, 64, graphs=True)
+    assert single == ExecutionPlan(16, 16, 1, 64, graphs=True)
 
 
 def test_the_smallest_batch_that_is_about_as_fast_is_taken() -> None:
@@ -136,7 +142,7 @@ def test_half_precision_that_gives_other_embeddings_is_not_taken(caplog: pytest.
 
 
 def test_where_every_way_gives_other_embeddings_the_usual_one_is_taken_in_doubt() -> None:
-    def try_out(plan: Plan) -> Trial:
+    def try_out(plan: ExecutionPlan) -> Trial:
         return Trial(math.nan, 1.0, 0.0, {count: [1.0] for count in (1, *ON_GPU)})
 
     found = measure_on_gpu(GPU, WAYS, ON_GPU, try_out)
@@ -147,57 +153,59 @@ def test_where_every_way_gives_other_embeddings_the_usual_one_is_taken_in_doubt(
 def test_ways_that_fail_are_not_taken_and_where_all_do_it_is_said() -> None:
     works = gpu(lambda plan, items: 0.001)
 
-    def without_graphs(plan: Plan) -> Trial:
+    def without_graphs(plan: ExecutionPlan) -> Trial:
         if plan.graphs:
             raise TrialFailed("an If node")
         return works(plan)
 
     assert not measure_on_gpu(GPU, WAYS, ON_GPU, without_graphs).plan.graphs
 
-    def failing(plan: Plan) -> Trial:
+    def failing(plan: ExecutionPlan) -> Trial:
         raise TrialFailed("out of memory")
 
     with pytest.raises(TrialFailed, match="out of memory"):
         measure_on_gpu(GPU, WAYS, ON_GPU, failing)
 
 
-@pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+@pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])
 def test_a_way_is_tried_in_a_process_of_its_own(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     """With the CPU for a device; what fails there is told, and what does not end is ended."""
     export = make(tmp_path)
-    trial = try_out(export, Plan(1, 1, 1, 4), (1, 4), "cpu")
+    trial = try_out(export, ExecutionPlan(1, 1, 1, 4), (1, 4), "cpu")
     assert trial.cosine == pytest.approx(1.0, abs=1e-6)
     assert [len(trial.rounds[count]) for count in (1, 4)] == [5, 5]
     assert all(rate > 0 for rates in trial.rounds.values() for rate in rates)
     assert trial.opening > 0
     (export / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(TrialFailed, match="not the file that was exported"):
-        try_out(export, Plan(1, 1, 1, 4), (1,), "cpu")
+        try_out(export, ExecutionPlan(1, 1, 1, 4), (1,), "cpu")
 
 
 def test_a_trial_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.runtime.trial._MOST_SECONDS", 0.01)
     with pytest.raises(TrialFailed, match="took more than"):
-        try_out(tiny.text_export(tmp_path), Plan(1, 1, 1, 4), (1,), "cpu")
+        try_out(tiny_backbones.text_export(tmp_path), ExecutionPlan(1, 1, 1, 4), (1,), "cpu")
 
 
-@pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+@pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])
 def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     export = make(tmp_path)
     found = planned(export, device="cpu", threads=2)
-    usual = Plan.usual(Backbone.open(export).spec.kind, "cpu", 2)
+    usual = ExecutionPlan.usual(Backbone.open(export).spec.kind, "cpu", 2)
     assert read_plan(export, usual, "cpu") == found == known_plan(export, device="cpu", threads=2)
     # What is kept is taken, whatever is fastest.
-    kept = Measured(Plan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
+    kept = Measured(ExecutionPlan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
     keep_plan(export, usual, "cpu", kept)
     assert planned(export, device="cpu", threads=2) == kept
     backbone = Backbone.open(export, plan=kept.plan)
     assert (backbone.batch, backbone.plan) == (5, kept.plan)
     # No worker would serve nobody.
-    keep_plan(export, usual, "cpu", Measured(Plan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED))
+    keep_plan(
+        export, usual, "cpu", Measured(ExecutionPlan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED)
+    )
     assert read_plan(export, usual, "cpu") is None
     # Another number of threads is another question.
-    assert read_plan(export, Plan.usual("image", "cpu", 4), "cpu") is None
+    assert read_plan(export, ExecutionPlan.usual("image", "cpu", 4), "cpu") is None
 
 
 def test_a_plan_is_confirmed_by_a_quiet_machine() -> None:
@@ -219,9 +227,9 @@ def test_a_doubtful_plan_gives_way_to_one_that_is_doubted_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And at a start it is taken as it is, unless the machine is quiet."""
-    export = tiny.text_export(tmp_path)
-    usual = Plan.usual("text", "cpu", 2)
-    kept = Measured(Plan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
+    export = tiny_backbones.text_export(tmp_path)
+    usual = ExecutionPlan.usual("text", "cpu", 2)
+    kept = Measured(ExecutionPlan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
     keep_plan(export, usual, "cpu", kept)
     monkeypatch.setattr("models.backbone.is_quiet", lambda: False)
     assert planned(export, device="cpu", threads=2) == kept
@@ -277,7 +285,7 @@ def test_what_others_use_of_the_cores_is_seen() -> None:
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"about": 1, "plan": {}}', None])
 def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str | None) -> None:
-    export = tiny.image_export(tmp_path)
+    export = tiny_backbones.image_export(tmp_path)
     if content is not None:
         (export / PLAN_FILE).write_text(content)
     assert planned(export, device="cpu", threads=1).plan.workers == 1
@@ -285,7 +293,7 @@ def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str | No
 
 
 def test_where_nothing_can_be_written_it_is_measured_all_the_same(tmp_path: Path) -> None:
-    export = tiny.image_export(tmp_path)
+    export = tiny_backbones.image_export(tmp_path)
     (export / PLAN_FILE).mkdir()
     assert planned(export, device="cpu", threads=1).plan.workers == 1
     assert not list(export.glob(".*"))

@@ -19,20 +19,20 @@ import pytest
 from models.backbone import Backbone, planned
 from models.batching.batcher import Batcher
 from models.batching.request import EmbeddingFailed
-from models.batching.stall_detector import Standstill
+from models.batching.stall_detector import StallDetector
 from models.batching.turn import PATIENCE
 from models.export.float16 import halve
 from models.manifest import read_manifest, write_manifest
 from models.preprocess.preprocessor import Prepared
-from models.runtime.autotune import Plan
-from models.runtime.cuda import STAGES, Access, DeviceLost, Runner, shapes_for
+from models.runtime.autotune import ExecutionPlan
+from models.runtime.cuda import STAGES, Access, CudaRunner, DeviceLost, shapes_for
 from models.runtime.session import open_session
 from models.spec import GRAPH_FILE, HALF_FILE
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.gpu import require_gpu
 
 Make = Callable[[Path], Path]
-KINDS = pytest.mark.parametrize("make", [tiny.image_export, tiny.text_export])
+KINDS = pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])
 ROWS = 8
 
 
@@ -45,11 +45,13 @@ def gpu() -> None:
 def inputs(backbone: Backbone, count: int) -> list[Prepared]:
     """Prepared inputs, texts of very different lengths."""
     if backbone.spec.kind == "image":
-        return [backbone.preprocess(tiny.picture(seed)) for seed in range(count)]
-    return [backbone.preprocess(tiny.sentence(seed, words=seed * 7 % 80 + 1)) for seed in range(count)]
+        return [backbone.preprocess(tiny_backbones.picture(seed)) for seed in range(count)]
+    return [
+        backbone.preprocess(tiny_backbones.sentence(seed, words=seed * 7 % 80 + 1)) for seed in range(count)
+    ]
 
 
-@pytest.fixture(params=[tiny.image_export, tiny.text_export])
+@pytest.fixture(params=[tiny_backbones.image_export, tiny_backbones.text_export])
 def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backbone]:
     make: Make = request.param
     backbone = Backbone.open(make(tmp_path), threads=1)
@@ -57,30 +59,30 @@ def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backbo
     backbone.close()
 
 
-def simulated(backbone: Backbone, *, graphs: bool = False, **more: Any) -> Runner:
+def simulated(backbone: Backbone, *, graphs: bool = False, **more: Any) -> CudaRunner:
     """The runner with sessions on the CPU, where memory is bound alike; the id of a graph means nothing."""
     more.setdefault("open_session", lambda: open_session(backbone.path / GRAPH_FILE, device="cpu"))
     more.setdefault("access", Access())
     shapes = more.pop("shapes", shapes_for(backbone.spec, ROWS))
     opens = more.pop("open_session")
-    return Runner(backbone.spec, opens, shapes, inputs(backbone, 9), device="cpu", graphs=graphs, **more)
+    return CudaRunner(backbone.spec, opens, shapes, inputs(backbone, 9), device="cpu", graphs=graphs, **more)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "graphs"])
-def runner(request: pytest.FixtureRequest, reference: Backbone) -> Iterator[Runner]:
+def runner(request: pytest.FixtureRequest, reference: Backbone) -> Iterator[CudaRunner]:
     opened = simulated(reference, graphs=request.param)
     yield opened
     opened.close()
 
 
-def test_it_gives_what_unbound_runs_give_whatever_the_shapes(reference: Backbone, runner: Runner) -> None:
+def test_it_gives_what_unbound_runs_give_whatever_the_shapes(reference: Backbone, runner: CudaRunner) -> None:
     prepared = inputs(reference, 40)
     # Smaller after larger: what is left of earlier rows must not show.
     for some in (prepared, prepared[:1], prepared[:3], prepared[5:10], prepared[::-1], []):
         np.testing.assert_allclose(runner.run(some), reference.run(some), atol=1e-5)
 
 
-def test_it_tells_what_its_thread_does(reference: Backbone, runner: Runner) -> None:
+def test_it_tells_what_its_thread_does(reference: Backbone, runner: CudaRunner) -> None:
     assert sum(runner.seconds.values()) < 0.1  # What opening took is not in it.
     begun = time.perf_counter()
     time.sleep(0.2)
@@ -93,7 +95,7 @@ def test_it_tells_what_its_thread_does(reference: Backbone, runner: Runner) -> N
     assert seconds["run"] > seconds["copy_out"]
 
 
-def test_many_threads_get_their_own(reference: Backbone, runner: Runner) -> None:
+def test_many_threads_get_their_own(reference: Backbone, runner: CudaRunner) -> None:
     prepared = inputs(reference, 24)
     wanted = reference.run(prepared)
 
@@ -209,7 +211,7 @@ def test_every_number_of_inputs_has_a_shape(tmp_path: Path, make: Make, batch: i
         assert any(shape.rows == 1 and shape.width == widest for shape in shapes)
         assert len(shapes) <= 50
         if spec.kind == "text":
-            assert widest == tiny.TOKENS
+            assert widest == tiny_backbones.TOKENS
             assert all(shape.rows == 1 or shape.size <= 32_768 for shape in shapes)
         else:
             assert widest == 0
@@ -366,7 +368,7 @@ def test_what_its_thread_is_at_can_be_seen(reference: Backbone) -> None:
     assert runner.turn.steps > steps
 
 
-def test_an_error_is_its_callers_and_the_next_run_goes_on(reference: Backbone, runner: Runner) -> None:
+def test_an_error_is_its_callers_and_the_next_run_goes_on(reference: Backbone, runner: CudaRunner) -> None:
     with pytest.raises((ValueError, TypeError)):
         runner.run([np.zeros((2, 2), np.float32)])
     prepared = inputs(reference, 2)
@@ -393,25 +395,25 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def has_waiting(runner: Runner, rows: int) -> bool:
+def has_waiting(runner: CudaRunner, rows: int) -> bool:
     return runner._rows == rows
 
 
-def served(backbone: Backbone, runner: Runner) -> Backbone:
+def served(backbone: Backbone, runner: CudaRunner) -> Backbone:
     """The same backbone as it is on a GPU: run by the runner's thread."""
-    plan = Plan(1, 2, 1, ROWS)
+    plan = ExecutionPlan(1, 2, 1, ROWS)
     preprocessor = backbone._preprocessor
     return Backbone(backbone.spec, backbone.path, runner, runner, preprocessor, "cuda", plan)
 
 
 def raw(backbone: Backbone, count: int) -> list[bytes | str]:
     if backbone.spec.kind == "image":
-        return [tiny.picture(seed) for seed in range(count)]
-    return [tiny.sentence(seed, words=seed * 7 % 80 + 1) for seed in range(count)]
+        return [tiny_backbones.picture(seed) for seed in range(count)]
+    return [tiny_backbones.sentence(seed, words=seed * 7 % 80 + 1) for seed in range(count)]
 
 
 @pytest.mark.anyio
-async def test_through_a_batcher_everybody_gets_his_own(reference: Backbone, runner: Runner) -> None:
+async def test_through_a_batcher_everybody_gets_his_own(reference: Backbone, runner: CudaRunner) -> None:
     batcher = Batcher(served(reference, runner), max_queue=200, workers=2)
     await batcher.start()
     some = raw(reference, 40)
@@ -441,7 +443,7 @@ async def test_workers_prepare_what_comes_next_while_a_run_is_under_way(referenc
         callers.append(asyncio.create_task(batcher.embed([one])))
         # The only worker has prepared it, although the first run has not returned.
         await asyncio.to_thread(wait_until, partial(has_waiting, runner, waiting))
-    standstill = Standstill(batcher)
+    standstill = StallDetector(batcher)
     assert standstill.look(0.0) is None
     assert standstill.look(PATIENCE) is None
     # The run does not return, whatever the workers do.
@@ -511,7 +513,7 @@ def test_a_gpu_gives_the_cpu_s_embeddings(tmp_path: Path, make: Make, half: bool
     halve(folder)
     write_manifest(folder, read_manifest(folder, verify=True))
     reference = Backbone.open(folder, threads=1)
-    plan = Plan(4, 4, 1, 32, half=half, graphs=graphs)
+    plan = ExecutionPlan(4, 4, 1, 32, half=half, graphs=graphs)
     on_gpu = Backbone.open(folder, device="cuda", plan=plan)
     prepared = inputs(reference, 200)
     tolerance = 2e-2 if half else 1e-3

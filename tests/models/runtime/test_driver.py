@@ -14,7 +14,7 @@ from elftools.elf.elffile import ELFFile
 from models.runtime.driver import LIBRARIES, gpu_name, library_folders
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 # Of the system, of every driver, and of ONNX Runtime's own package.
@@ -57,6 +57,6 @@ def test_the_libraries_can_be_loaded_without_torch_and_without_a_gpu() -> None:
 
 @pytest.mark.skipif(gpu_name() is not None, reason="there is a GPU here")
 def test_without_a_gpu_it_is_said_what_to_do(tmp_path: Path) -> None:
-    export = tiny.text_export(tmp_path)
+    export = tiny_backbones.text_export(tmp_path)
     with pytest.raises(DeviceUnavailable, match="nvidia-smi"):
         open_session(export / GRAPH_FILE, device="cuda")

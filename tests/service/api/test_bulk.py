@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.harness.service_process import Serving
-from service.payloads import responses as answer_schemas
+from service.payloads import responses
 from tests.adapters.jobs.test_callbacks import Listener, listening
 from tests.support.client import BLAME, PICTURES, PRAISE, UNSEEN, Caller, Json, image
 
@@ -89,7 +89,7 @@ def upload(teacher: Caller, query: str, content: bytes, headers: dict[str, str])
         assert time.monotonic() < end, job
         time.sleep(0.2)
         job = teacher.call("GET", f"/jobs/{job['id']}")
-    answer_schemas.JobOut.model_validate(job, extra="forbid")
+    responses.JobOut.model_validate(job, extra="forbid")
     return job
 
 

@@ -13,7 +13,7 @@ from models.batching.request import Overloaded
 from service import errors
 from service.api.direct import Direct
 from service.edge.access import needs
-from service.edge.auth import Guard, Tenant, tenant_of
+from service.edge.auth import Authenticator, Tenant, tenant_of
 from service.edge.gateway import Edge
 from service.errors import Problem
 from service.monitoring.metrics import Metrics
@@ -57,7 +57,7 @@ def client(app: FastAPI, tmp_path: Path, *, direct: bool) -> tuple[httpx.AsyncCl
         Direct(app) if direct else app,
         app.routes,
         settings=Settings(home=tmp_path, access_log=False),
-        guard=Guard(None, ("127.0.0.1",)),
+        guard=Authenticator(None, ("127.0.0.1",)),
         metrics=metrics,
     )
     transport = httpx.ASGITransport(edge)

@@ -29,7 +29,7 @@ async def test_no_more_than_a_part_waits_for_the_backbone(tmp_path: Path) -> Non
     async with world(tmp_path) as here:
         batcher = here.batchers["tiny-text"]
         request = asked(10 * PART + 1)
-        work = asyncio.create_task(openai_embeddings("acme", here.predicting, request))
+        work = asyncio.create_task(openai_embeddings("acme", here.predictor, request))
         deepest = 0
         while not work.done():
             deepest = max(deepest, batcher.depth)
@@ -37,7 +37,7 @@ async def test_no_more_than_a_part_waits_for_the_backbone(tmp_path: Path) -> Non
         assert 0 < deepest <= PART
         found = json.loads(bytes((await work).body))["data"]
         assert [one["index"] for one in found] == list(range(10 * PART + 1))
-        alone = await here.predicting.embed("acme", "tiny-text", [request.input[-1]])
+        alone = await here.predictor.embed("acme", "tiny-text", [request.input[-1]])
         last = np.frombuffer(base64.b64decode(found[-1]["embedding"]), "<f4")
         assert np.allclose(last, alone.embeddings[0], atol=1e-5)
 
@@ -49,7 +49,7 @@ async def test_texts_that_cannot_be_embedded_are_named_wherever_they_are(tmp_pat
         blank = (0, PART, 3 * PART - 1)
         texts = [" " if place in blank else text for place, text in enumerate(request.input)]
         with pytest.raises(Problem) as caught:
-            await openai_embeddings("acme", here.predicting, request.model_copy(update={"input": texts}))
+            await openai_embeddings("acme", here.predictor, request.model_copy(update={"input": texts}))
         places = [one["pointer"] for one in caught.value.errors]
         assert places == [f"/input/{place}" for place in blank]
 
@@ -70,11 +70,11 @@ async def test_later_parts_wait_for_room_and_the_first_is_refused(
 
         monkeypatch.setattr(batcher, "_admit", full_at_times)
         refused = {2, 3}
-        response = await openai_embeddings("acme", here.predicting, asked(3 * PART))
+        response = await openai_embeddings("acme", here.predictor, asked(3 * PART))
         assert len(json.loads(bytes(response.body))["data"]) == 3 * PART
         assert len(seen) == 5
         seen.clear()
         refused = {1}
         with pytest.raises(Overloaded):
-            await openai_embeddings("acme", here.predicting, asked(3 * PART))
+            await openai_embeddings("acme", here.predictor, asked(3 * PART))
         assert len(seen) == 1

@@ -25,7 +25,7 @@ from adapters.storage.artifact import open_store
 from benchmarks.harness.service_process import ROOT, Serving
 from models.model_store import find
 from models.spec import GRAPH_FILE
-from service.payloads import responses as answer_schemas
+from service.payloads import responses
 from service.settings import Settings
 from tests.support.client import Caller, Json, image, pictures, reviews, same
 
@@ -108,7 +108,7 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     assert (done["state"], done["version"], done["error"]) == ("succeeded", 2, None)
     assert {"queued", "running", "succeeded"} >= {one["state"] for one in told}
     assert same(done, tuner.call("GET", f"/jobs/{job['id']}"))
-    answer_schemas.JobOut.model_validate(done, extra="forbid")
+    responses.JobOut.model_validate(done, extra="forbid")
     assert [one["id"] for one in tuner.call("GET", "/jobs?adapter=shades")["jobs"]] == [job["id"]]
 
     version = tuner.call("GET", "/adapters/shades/versions/2")
@@ -237,7 +237,7 @@ def test_an_example_that_cannot_be_used_is_told_of_with_the_job(tuner: Caller) -
     Image.fromarray(pixels).save(buffer, "TIFF")
     nan = {"id": "nan", **image(buffer.getvalue()), "label": "red"}
     job = tuner.adapt("nan", [*shades(54), nan], 202, method="fine_tune", fine_tune=QUICK)
-    answer_schemas.SubmittedOut.model_validate(job, extra="forbid")
+    responses.SubmittedOut.model_validate(job, extra="forbid")
     assert job["examples"]["added"] == 54
     assert [(one["id"], one["code"]) for one in job["examples"]["rejected"]] == [("nan", "unsupported_image")]
     tuner.call("POST", f"/jobs/{job['id']}/cancel")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from service.payloads import responses as answer_schemas
+from service.payloads import responses
 from tests.support.client import UNSEEN, Caller, image, pictures, reviews
 
 ROUTES = {
@@ -107,35 +107,33 @@ def exactly(model: type[BaseModel], value: Any) -> None:
 
 
 def test_answers_have_the_documented_form(caller: Caller) -> None:
-    exactly(answer_schemas.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
-    exactly(answer_schemas.AdaptResponse, caller.adapt("things", pictures(), fit=False))
-    exactly(answer_schemas.AdaptResponse, caller.adapt("things", []))
+    exactly(responses.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
+    exactly(responses.AdaptResponse, caller.adapt("things", pictures(), fit=False))
+    exactly(responses.AdaptResponse, caller.adapt("things", []))
     inputs = [image(UNSEEN["cow"]), {"text": "x"}]
-    exactly(answer_schemas.PredictResponse, caller.predict("things", inputs, explain=2))
+    exactly(responses.PredictResponse, caller.predict("things", inputs, explain=2))
     exactly(
-        answer_schemas.EmbedResponse,
+        responses.EmbedResponse,
         caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs}),
     )
     body = {"model": "minilm-l6-v2", "input": "x"}
-    exactly(answer_schemas.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
-    exactly(answer_schemas.BackbonesOut, caller.call("GET", "/backbones"))
-    exactly(answer_schemas.AdaptersOut, caller.call("GET", "/adapters"))
-    exactly(answer_schemas.AdapterOut, caller.call("GET", "/adapters/films"))
-    exactly(answer_schemas.VersionsOut, caller.call("GET", "/adapters/films/versions"))
-    exactly(answer_schemas.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
-    exactly(answer_schemas.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
-    exactly(answer_schemas.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
+    exactly(responses.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
+    exactly(responses.BackbonesOut, caller.call("GET", "/backbones"))
+    exactly(responses.AdaptersOut, caller.call("GET", "/adapters"))
+    exactly(responses.AdapterOut, caller.call("GET", "/adapters/films"))
+    exactly(responses.VersionsOut, caller.call("GET", "/adapters/films/versions"))
+    exactly(responses.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
+    exactly(responses.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
+    exactly(responses.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
     amended = caller.call("PATCH", "/adapters/films/examples/good1", json={"excluded": True})
-    exactly(answer_schemas.AdaptResponse, amended)
+    exactly(responses.AdaptResponse, amended)
     restored = caller.call("POST", "/adapters/films/versions/1/restore")
-    exactly(answer_schemas.RestoreResponse, restored)
-    exactly(answer_schemas.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
-    exactly(
-        answer_schemas.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3})
-    )
-    exactly(answer_schemas.JobsOut, caller.call("GET", "/jobs"))
-    exactly(answer_schemas.ProblemOut, caller.call("GET", "/adapters/none", 404))
-    exactly(answer_schemas.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
+    exactly(responses.RestoreResponse, restored)
+    exactly(responses.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
+    exactly(responses.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3}))
+    exactly(responses.JobsOut, caller.call("GET", "/jobs"))
+    exactly(responses.ProblemOut, caller.call("GET", "/adapters/none", 404))
+    exactly(responses.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
 
 
 def test_routes_stay_short() -> None:
@@ -143,9 +141,9 @@ def test_routes_stay_short() -> None:
     import ast
     import inspect
 
-    from service.api import app as routes
+    from service.api import app
 
-    tree = ast.parse(inspect.getsource(routes))
+    tree = ast.parse(inspect.getsource(app))
     for node in ast.walk(tree):
         if isinstance(node, ast.AsyncFunctionDef):
             first, last = node.body[0].lineno, node.body[-1].end_lineno or 0

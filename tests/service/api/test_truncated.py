@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.payloads import responses as answer_schemas
+from service.payloads import responses
 from tests.support.client import Caller, Json, reviews
 
 LETTER = "I loved the film, and here is why: " + "the story moved me. " * 400
@@ -26,12 +26,12 @@ def test_predictions_and_embeddings_name_the_texts_that_were_cut(caller: Caller)
     ]
     found = caller.predict("films", inputs, explain=1)
     assert marks(found["predictions"]) == [False, True, False, False, True]
-    answer_schemas.PredictResponse.model_validate(found, extra="forbid")
+    responses.PredictResponse.model_validate(found, extra="forbid")
     raw = caller.call("POST", "/predict?adapter=films", content=LETTER.encode(), headers=TEXT)
     assert marks(raw["predictions"]) == [True]
     embedded = caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs})
     assert marks(embedded["embeddings"]) == [False, True, False, False, True]
-    answer_schemas.EmbedResponse.model_validate(embedded, extra="forbid")
+    responses.EmbedResponse.model_validate(embedded, extra="forbid")
 
 
 def test_openai_s_form_marks_the_embeddings_and_counts_what_was_read(caller: Caller) -> None:
@@ -39,7 +39,7 @@ def test_openai_s_form_marks_the_embeddings_and_counts_what_was_read(caller: Cal
     found = caller.call("POST", "/v1/embeddings", json=body)
     assert marks(found["data"]) == [False, True]
     assert found["usage"] == {"prompt_tokens": 4 + 256, "total_tokens": 4 + 256}
-    answer_schemas.OpenAIResponse.model_validate(found, extra="forbid")
+    responses.OpenAIResponse.model_validate(found, extra="forbid")
 
 
 def test_teaching_counts_the_texts_that_were_cut(caller: Caller) -> None:
@@ -49,7 +49,7 @@ def test_teaching_counts_the_texts_that_were_cut(caller: Caller) -> None:
     for adapter in ("films", "films", "other"):
         found = caller.adapt(adapter, [*reviews(), *long])
         assert found["examples"]["truncated"] == 2
-        answer_schemas.AdaptResponse.model_validate(found, extra="forbid")
+        responses.AdaptResponse.model_validate(found, extra="forbid")
     said = {"text": LETTER, "label": "good"}
     assert caller.call("POST", "/adapters/films/feedback", json=said)["examples"]["truncated"] == 1
     said = {"text": "Short.", "label": "good"}

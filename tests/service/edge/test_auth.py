@@ -14,7 +14,7 @@ from adapters.registry.erasures import TenantErased
 from adapters.registry.records import RegistryUnavailable
 from adapters.registry.tenants import HeldKey, Quotas
 from service.edge.audit import REFUSALS_AT_ONCE, Audit
-from service.edge.auth import Guard, KeyMissing, is_loopback, listening_addresses
+from service.edge.auth import Authenticator, KeyMissing, is_loopback, listening_addresses
 from service.settings import Settings
 from tests.support.edge_app import Shell
 
@@ -32,14 +32,14 @@ def settings(tmp_path: Path, key: str | None = None) -> Settings:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_no_key_is_needed_on_a_loopback_address(address: str) -> None:
-    Guard(None, [address])
+    Authenticator(None, [address])
 
 
 @pytest.mark.parametrize("addresses", [["0.0.0.0"], ["::"], ["192.0.2.1"], ["127.0.0.1", "192.0.2.1"], []])
 def test_without_a_key_no_other_address_is_served(addresses: list[str]) -> None:
     with pytest.raises(KeyMissing, match="TOPWORK_ADMIN_KEY"):
-        Guard(None, addresses)
-    Guard(SecretStr(KEY), addresses)
+        Authenticator(None, addresses)
+    Authenticator(SecretStr(KEY), addresses)
 
 
 @pytest.mark.parametrize("name", ["localhost.example.org", "127.0.0.1.example.org", "example.org", ""])
@@ -367,7 +367,7 @@ async def test_what_goes_on_under_a_revoked_key_is_broken_off(tmp_path: Path) ->
         return known.get(key_id)
 
     shell = Shell(settings(tmp_path, KEY), ["0.0.0.0"], find)
-    watching = asyncio.create_task(shell.edge.watch())
+    monitor = asyncio.create_task(shell.edge.watch())
     async with (
         shell.client(authorization=f"Bearer tw_{'0' * 16}_x") as acme,
         shell.client(authorization=f"Bearer tw_{'1' * 16}_x") as other,
@@ -385,7 +385,7 @@ async def test_what_goes_on_under_a_revoked_key_is_broken_off(tmp_path: Path) ->
         answer = await going_on
         assert (answer.status_code, answer.json()["type"]) == (409, "urn:topwork:tenant_erased")
         assert answer.headers["Retry-After"] == "5"
-    watching.cancel()
+    monitor.cancel()
 
 
 @pytest.mark.anyio

@@ -18,8 +18,8 @@ from fastapi import Request
 
 from service.edge import pace
 from service.edge.access import needs
-from service.edge.channel import Bodies, Exchange
-from service.edge.gateway import UPLOADS_OF_A_TENANT, Slots
+from service.edge.channel import BodyBudget, RequestChannel
+from service.edge.gateway import UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.errors import Problem
 from service.settings import Settings
 from tests.support.client import Caller
@@ -160,7 +160,7 @@ async def test_what_waited_in_vain_has_cost_nothing(monkeypatch: pytest.MonkeyPa
     waits = pace.Pace(lambda: now)
     waits.settle("one", 0.0, 100_000_000, 0, refused=True)  # 400 ms, of which 100 are saved up
     scope = {"type": "http", "method": "POST", "path": "/embed", "state": {}}
-    exchange = Exchange(scope, receive, send, Bodies(1 << 20, 1 << 20), "id")
+    exchange = RequestChannel(scope, receive, send, BodyBudget(1 << 20, 1 << 20), "id")
     exchange.pace_by(waits, "one")
     with monkeypatch.context() as patched:
         patched.setattr(pace, "_LONGEST_WAIT", 0.01)
@@ -173,7 +173,7 @@ async def test_what_waited_in_vain_has_cost_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
-    slots = Slots("uploads", 3, 2)
+    slots = ConcurrencyLimit("uploads", 3, 2)
     with slots.take("one"), slots.take("one"):
         with pytest.raises(Problem) as refused, slots.take("one"):
             pass
@@ -187,7 +187,7 @@ def test_slots_are_counted_for_each_tenant_and_for_all() -> None:
 
 
 def test_a_second_place_is_given_only_while_half_of_all_are_free() -> None:
-    slots = Slots("uploads", 6, 2)
+    slots = ConcurrencyLimit("uploads", 6, 2)
     with ExitStack() as held:
         for tenant in ("one", "one", "two", "three"):
             held.enter_context(slots.take(tenant))
@@ -201,7 +201,7 @@ def test_a_second_place_is_given_only_while_half_of_all_are_free() -> None:
 
 @pytest.mark.anyio
 async def test_a_place_is_waited_for_but_not_for_long() -> None:
-    slots = Slots("uploads", 1, 1)
+    slots = ConcurrencyLimit("uploads", 1, 1)
 
     async def hold(tenant: str, until: asyncio.Event) -> None:
         async with slots.wait(tenant, 60.0):

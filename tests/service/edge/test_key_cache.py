@@ -11,8 +11,8 @@ import pytest
 
 from adapters.registry.records import RegistryUnavailable
 from adapters.registry.tenants import HeldKey
-from service.edge import key_cache as keyring
-from service.edge.key_cache import Keyring
+from service.edge import key_cache
+from service.edge.key_cache import KeyCache
 
 pytestmark = pytest.mark.anyio
 
@@ -53,14 +53,14 @@ def database() -> Iterator[Database]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyring, "_FRESH_SECONDS", 0.1)
-    monkeypatch.setattr(keyring, "_STALE_SECONDS", 0.2)
-    monkeypatch.setattr(keyring, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(key_cache, "_FRESH_SECONDS", 0.1)
+    monkeypatch.setattr(key_cache, "_STALE_SECONDS", 0.2)
+    monkeypatch.setattr(key_cache, "_PATIENCE_SECONDS", 0.1)
 
 
 async def test_many_requests_read_once(database: Database) -> None:
     key = database.add()
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     assert await asyncio.gather(*(ring.get("one") for _ in range(50))) == [key] * 50
     assert [await ring.get("nobody") for _ in range(3)] == [None] * 3
     assert database.reads == 2
@@ -68,12 +68,12 @@ async def test_many_requests_read_once(database: Database) -> None:
 
 
 async def test_what_is_revoked_opens_nothing_soon_in_use_or_not() -> None:
-    assert keyring._STALE_SECONDS + keyring._PATIENCE_SECONDS < 5
+    assert key_cache._STALE_SECONDS + key_cache._PATIENCE_SECONDS < 5
 
 
 async def test_a_key_in_use_is_read_again_beside_its_requests(database: Database, quick: None) -> None:
     database.add()
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     assert await ring.get("one")
     await asyncio.sleep(0.12)
     database.running.clear()
@@ -90,7 +90,7 @@ async def test_a_key_in_use_is_read_again_beside_its_requests(database: Database
 
 async def test_a_key_not_used_for_a_while_is_read_before_it_opens(database: Database, quick: None) -> None:
     database.add()
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     assert await ring.get("one")
     del database.keys["one"]
     await asyncio.sleep(0.25)
@@ -100,7 +100,7 @@ async def test_a_key_not_used_for_a_while_is_read_before_it_opens(database: Data
 
 async def test_a_key_expires_while_it_is_known(database: Database) -> None:
     database.add(in_use_for=0.1)
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     assert await ring.get("one")
     await asyncio.sleep(0.12)
     assert await ring.get("one") is None
@@ -111,7 +111,7 @@ async def test_a_key_expires_while_it_is_known(database: Database) -> None:
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_without_its_database_known_keys_go_on(database: Database, quick: None, hangs: bool) -> None:
     key = database.add()
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     await ring.get("one")
     if hangs:
         database.running.clear()
@@ -132,8 +132,8 @@ async def test_without_its_database_known_keys_go_on(database: Database, quick: 
 
 
 async def test_what_is_remembered_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyring, "_MOST", 10)
-    ring = Keyring(database.find)
+    monkeypatch.setattr(key_cache, "_MOST", 10)
+    ring = KeyCache(database.find)
     for number in range(100):
         assert await ring.get(str(number)) is None
     assert len(ring._known) == 10
@@ -141,7 +141,7 @@ async def test_what_is_remembered_is_bounded(database: Database, monkeypatch: py
 
 
 async def test_closing_waits_for_readers(database: Database) -> None:
-    ring = Keyring(database.find)
+    ring = KeyCache(database.find)
     database.running.clear()
     asking = asyncio.create_task(ring.get("one"))
     await asyncio.sleep(0.05)

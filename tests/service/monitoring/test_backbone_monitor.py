@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.serving import bombs
-from service.monitoring.backbone_monitor import Watchdog
+from service.monitoring.backbone_monitor import LoopWatchdog
 from service.server.process import STUCK
 from tests.faults import times
 from tests.service.server.test_process import get
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 from tests.support.client import Caller, image
 from tests.support.faulty_service import KINDS, Breaking
 
@@ -62,7 +62,7 @@ def replaced(service: Breaking, part: str) -> float:
 
 
 def embed(caller: Caller, kind: str, status: int = 200) -> object:
-    item = image(tiny.picture(1)) if kind == "image" else {"text": tiny.sentence(1)}
+    item = image(tiny_backbones.picture(1)) if kind == "image" else {"text": tiny_backbones.sentence(1)}
     body = {"backbone": KINDS[kind], "inputs": [item]}
     return caller.call("POST", "/embed", status, json=body)["embeddings"]
 
@@ -90,7 +90,9 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     assert embed(caller, "text") == right
     seconds_until(lambda: all(replaced(breaking, part) == count + 1 for part, count in before.items()))
     assert time.monotonic() - begun < REPLACED
-    adapted = caller.adapt("pets", [{"text": tiny.sentence(n), "label": "ab"[n % 2]} for n in range(8)])
+    adapted = caller.adapt(
+        "pets", [{"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]} for n in range(8)]
+    )
     assert adapted["version"] == 1
     seconds_until(lambda: breaking.child("adapters.jobs.worker") != worker, REPLACED)
     assert breaking.child("adapters.processes.fitter") != fitter
@@ -115,7 +117,7 @@ def photo(side: int) -> bytes:
 def test_a_bomb_of_scans_costs_its_sender_alone(breaking: Breaking, caller: Caller) -> None:
     """It took a minute of a core, after which the next large photo of anybody ended the service."""
     before = replaced(breaking, "backbone")
-    bomb, plain = image(bombs.scans(9_000)), image(tiny.picture(1))
+    bomb, plain = image(bombs.scans(9_000)), image(tiny_backbones.picture(1))
     body = {"backbone": KINDS["image"], "inputs": [bomb, plain, bomb, image(photo(2_500))]}
     assert codes(caller.http.post("/embed", json=body)) == [
         "input_too_costly",
@@ -165,7 +167,10 @@ def test_an_image_whose_preparation_hangs_is_refused_and_the_network_stays(
     right = embed(caller, "image")
     before = replaced(breaking, "backbone")
     breaking.ask("prepare", "image")
-    body = {"backbone": KINDS["image"], "inputs": [image(tiny.picture(1)), image(tiny.picture(2))]}
+    body = {
+        "backbone": KINDS["image"],
+        "inputs": [image(tiny_backbones.picture(1)), image(tiny_backbones.picture(2))],
+    }
     begun = time.monotonic()
     found = codes(caller.http.post("/embed", json=body))
     assert time.monotonic() - begun < NOTICED + 1.0
@@ -189,7 +194,7 @@ def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking, caller: Calle
 
 def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, caller: Caller) -> None:
     """In the worker, where no request waits and no canary comes."""
-    lines = [json.dumps({"text": tiny.sentence(n), "label": "ab"[n % 2]}) for n in range(40)]
+    lines = [json.dumps({"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]}) for n in range(40)]
     query = f"/adapt?adapter=films&backbone={KINDS['text']}"
     worker = breaking.child("adapters.jobs.worker")
     breaking.ask("hang", "bulk")
@@ -204,7 +209,7 @@ def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, ca
 
 
 def embed_status(caller: Caller, kind: str) -> int:
-    item = image(tiny.picture(1)) if kind == "image" else {"text": tiny.sentence(1)}
+    item = image(tiny_backbones.picture(1)) if kind == "image" else {"text": tiny_backbones.sentence(1)}
     return caller.http.post("/embed", json={"backbone": KINDS[kind], "inputs": [item]}).status_code
 
 
@@ -268,7 +273,7 @@ def test_a_loop_that_does_not_turn_ends_the_process_after_ten_seconds(
         watchdog.close()
         done.set()
 
-    watchdog = Watchdog(end)  # type: ignore[arg-type]
+    watchdog = LoopWatchdog(end)  # type: ignore[arg-type]
     watchdog.start()
     for _ in range(20):
         watchdog.turn()

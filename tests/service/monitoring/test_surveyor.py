@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 
-from adapters.cache.networks import Networks
+from adapters.cache.networks import NetworkPool
 from adapters.storage.artifact import open_store
 from models.backbone import Backbone, known_plan
 from models.batching.batcher import Batcher
-from models.runtime.autotune import Measured, Plan, keep_plan
-from service.monitoring.backbone_monitor import Watching
+from models.runtime.autotune import ExecutionPlan, Measured, keep_plan
+from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.surveyor import Schedule, Surveyor
 from tests.service.cli.test_storage import topwork
-from tests.support import tiny_backbones as tiny
+from tests.support import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 
-NAME = tiny.TEXT_NAME
-DOUBTFUL = Measured(Plan(alone=1, workers=2, beside=1, batch=8), others=0.9, spread=0.3)
-BETTER = Measured(Plan(alone=2, workers=2, beside=1, batch=16), others=0.01, spread=0.02)
+NAME = tiny_backbones.TEXT_NAME
+DOUBTFUL = Measured(ExecutionPlan(alone=1, workers=2, beside=1, batch=8), others=0.9, spread=0.3)
+BETTER = Measured(ExecutionPlan(alone=2, workers=2, beside=1, batch=16), others=0.01, spread=0.02)
 SCHEDULE = Schedule(idle=0.1, look=0.01, again=0.1, most=0.2)
 
 
@@ -60,7 +60,7 @@ class Served:
 
 @asynccontextmanager
 async def served(folder: Path, measured: Measured, **options: Any) -> AsyncIterator[Served]:
-    export = tiny.text_export(folder)
+    export = tiny_backbones.text_export(folder)
     known = {NAME: measured}
 
     def reopen(name: str) -> Backbone:
@@ -74,16 +74,16 @@ async def served(folder: Path, measured: Measured, **options: Any) -> AsyncItera
 
     batchers = {NAME: batcher_for(reopen(NAME))}
     await batchers[NAME].start()
-    networks = Networks(open_store(str(folder / "store"), {}), 0, batcher_for)
-    watching = Watching(batchers, networks, reopen, batcher_for, end)
-    await watching.start()
-    surveyor = Surveyor(known, batchers, networks, watching.exchange, schedule=SCHEDULE, **options)
+    networks = NetworkPool(open_store(str(folder / "store"), {}), 0, batcher_for)
+    monitor = BackboneMonitor(batchers, networks, reopen, batcher_for, end)
+    await monitor.start()
+    surveyor = Surveyor(known, batchers, networks, monitor.exchange, schedule=SCHEDULE, **options)
     await surveyor.start()
     try:
         yield Served(batchers, surveyor)
     finally:
         await surveyor.close()
-        await watching.close()
+        await monitor.close()
         await networks.close()
         await batchers[NAME].close()
 
@@ -139,7 +139,7 @@ async def test_a_measurement_gives_way_to_a_request_at_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("told", [BETTER.plan, None])
-async def test_what_is_not_better_changes_nothing(tmp_path: Path, told: Plan | None) -> None:
+async def test_what_is_not_better_changes_nothing(tmp_path: Path, told: ExecutionPlan | None) -> None:
     """A measurement that is doubted more, and a process that says nothing."""
     log = tmp_path / "log"
     worse = Measured(BETTER.plan, others=0.95, spread=0.3)
@@ -157,7 +157,7 @@ async def test_what_is_not_better_changes_nothing(tmp_path: Path, told: Plan | N
 async def test_topwork_plan_shows_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, as the service does it."""
     home = tmp_path / "bentoml"
-    names = tiny.install(home)
+    names = tiny_backbones.install(home)
     monkeypatch.setenv("BENTOML_HOME", str(home))
     monkeypatch.setenv("TOPWORK_BACKBONES", ",".join(names))
     monkeypatch.setenv("TOPWORK_THREADS", "2")
@@ -169,8 +169,8 @@ async def test_topwork_plan_shows_and_measures(tmp_path: Path, monkeypatch: pyte
     kept = known_plan(export, device="cpu", threads=2)
     assert kept is not None
     assert measured["confirmed"] is kept.confirmed
-    assert Plan(**measured["plan"]) == kept.plan
-    usual = Plan.usual("text", "cpu", 2)
+    assert ExecutionPlan(**measured["plan"]) == kept.plan
+    usual = ExecutionPlan.usual("text", "cpu", 2)
     keep_plan(export, usual, "cpu", BETTER)
     (image, text) = await asyncio.to_thread(topwork, tmp_path, "plan")
     assert image["plan"] is None

@@ -10,36 +10,45 @@ from pydantic import BaseModel
 
 from service.api.openapi import _REQUESTS
 from service.errors import Problem
-from service.payloads import requests as schemas
-from service.payloads import tenants as tenant_schemas
+from service.payloads import requests, tenants
 from service.payloads.validation import apart, lax, strict
 
 WRONG: list[Any] = [5, 1.5, True, "x" * 3_000, [], {}, [5], [[5]], [None], {"str": 1}, [{"list[str]": [2]}]]
 EXAMPLE = {"text": "a", "label": "b", "id": "c", "group": "d", "sampled": True}
 VALID: dict[type[BaseModel], dict[str, Any]] = {
-    schemas.AdaptRequest: {
+    requests.AdaptRequest: {
         "adapter": "films",
         "method": "fine_tune",
         "fine_tune": {"epochs": 3},
         "examples": [EXAMPLE, {**EXAMPLE, "labels": ["a", "b"]}],
     },
-    schemas.PredictRequest: {
+    requests.PredictRequest: {
         "adapter": "films",
         "version": 1,
         "inputs": [{"text": "a"}, "b", {"image": "c"}],
     },
-    schemas.EmbedRequest: {"backbone": "minilm-l6-v2", "inputs": ["a", {"text": "b"}]},
-    schemas.OpenAIRequest: {"model": "minilm-l6-v2", "input": ["a", "b"], "dimensions": 384, "user": "u"},
-    schemas.PromoteRequest: {"version": 1},
-    schemas.FeedbackRequest: EXAMPLE,
-    schemas.AmendRequest: {"label": "spam", "excluded": True, "group": "a", "promote": "never", "fit": False},
-    schemas.RebaseRequest: {"backbone": "minilm-l6-v2", "promote": "never"},
-    tenant_schemas.TenantRequest: {"tenant": "acme"},
-    tenant_schemas.QuotasIn: {"requests_per_second": 1.0, "max_adapters": 3},
-    tenant_schemas.KeyRequest: {"scopes": ["predict"], "note": "n", "expires_in": 60},
-    tenant_schemas.RotateRequest: {"grace": 5},
+    requests.EmbedRequest: {"backbone": "minilm-l6-v2", "inputs": ["a", {"text": "b"}]},
+    requests.OpenAIRequest: {"model": "minilm-l6-v2", "input": ["a", "b"], "dimensions": 384, "user": "u"},
+    requests.PromoteRequest: {"version": 1},
+    requests.FeedbackRequest: EXAMPLE,
+    requests.AmendRequest: {
+        "label": "spam",
+        "excluded": True,
+        "group": "a",
+        "promote": "never",
+        "fit": False,
+    },
+    requests.RebaseRequest: {"backbone": "minilm-l6-v2", "promote": "never"},
+    tenants.TenantRequest: {"tenant": "acme"},
+    tenants.QuotasIn: {"requests_per_second": 1.0, "max_adapters": 3},
+    tenants.KeyRequest: {"scopes": ["predict"], "note": "n", "expires_in": 60},
+    tenants.RotateRequest: {"grace": 5},
 }
-ITEMS = {schemas.AdaptRequest: "examples", schemas.PredictRequest: "inputs", schemas.EmbedRequest: "inputs"}
+ITEMS = {
+    requests.AdaptRequest: "examples",
+    requests.PredictRequest: "inputs",
+    requests.EmbedRequest: "inputs",
+}
 
 
 def changed(value: Any) -> Iterator[Any]:
@@ -110,13 +119,13 @@ def test_null_is_as_good_as_leaving_a_field_out(model: type[BaseModel]) -> None:
 
 
 def test_null_inside_of_what_is_nested_is_as_good_as_leaving_it_out() -> None:
-    tune = dict.fromkeys(schemas.FineTuneIn.model_fields)
-    example = {**dict.fromkeys(schemas.ExampleIn.model_fields), "text": "a", "label": "b"}
+    tune = dict.fromkeys(requests.FineTuneIn.model_fields)
+    example = {**dict.fromkeys(requests.ExampleIn.model_fields), "text": "a", "label": "b"}
     body = {"adapter": "films", "fine_tune": tune, "examples": [example]}
     plain = {"adapter": "films", "fine_tune": {}, "examples": [{"text": "a", "label": "b"}]}
-    assert strict(schemas.AdaptRequest, body) == strict(schemas.AdaptRequest, plain)
+    assert strict(requests.AdaptRequest, body) == strict(requests.AdaptRequest, plain)
     with pytest.raises(Problem) as caught:
-        strict(schemas.AdaptRequest, {"adapter": "films", "nothing": None})
+        strict(requests.AdaptRequest, {"adapter": "films", "nothing": None})
     assert [one["code"] for one in caught.value.errors] == ["unknown_field"]
 
 
@@ -135,7 +144,7 @@ def test_what_is_wrong_with_one_example_is_told_of_it_alone() -> None:
     examples = (
         [{"text": "fine", "label": "a"}] + [{name: value} for name, (value, _, _) in wrong.items()] + [5]
     )
-    body, faults = apart(schemas.AdaptRequest, {"adapter": "x", "examples": examples}, "examples")
+    body, faults = apart(requests.AdaptRequest, {"adapter": "x", "examples": examples}, "examples")
     assert [one.text for one in body.examples] == ["fine"]
     told = {index: (one.code, one.place) for index, one in faults.items()}
     expected = {index: (code, place) for index, (_, code, place) in enumerate(wrong.values(), 1)}
@@ -146,11 +155,11 @@ def test_what_is_wrong_with_one_example_is_told_of_it_alone() -> None:
 
 def test_a_parameter_s_pointer_says_whether_it_is_of_the_query_or_of_the_form() -> None:
     with pytest.raises(Problem) as caught:
-        lax(schemas.PredictRequest, {"adapter": "a", "colour": "red"}, {"top_k": "many"})
+        lax(requests.PredictRequest, {"adapter": "a", "colour": "red"}, {"top_k": "many"})
     assert {one["pointer"]: one["code"] for one in caught.value.errors} == {
         "/query/colour": "unknown_parameter",
         "/fields/top_k": "int_parsing",
     }
     with pytest.raises(Problem) as caught:
-        lax(schemas.PredictRequest, {}, {})
+        lax(requests.PredictRequest, {}, {})
     assert [one["pointer"] for one in caught.value.errors] == ["/query"]

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from service.server.connections import Connections
+from service.server.connections import ConnectionTable
 from service.server.drain import begin_no_more, take
 from tests.faults import times
 from tests.service.server.test_protocol import connected
@@ -35,7 +35,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bare]:
-    own = Connections()
+    own = ConnectionTable()
     for module in ("protocol", "draining"):
         monkeypatch.setattr(f"service.{module}.connections", own)
     with Bare(app, own) as running:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.service_process import ROOT, DidNotStart, Serving
-from tests.support import faulty_service as breaking
+from tests.support import faulty_service
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -278,7 +278,7 @@ def test_a_signal_drains_and_leaves_nothing_behind(tmp_path: Path, sign: signal.
 
 def test_a_signal_to_every_process_starts_none_again(tmp_path: Path) -> None:
     """As systemd sends it, and BentoML's supervisor."""
-    running = Serving(tmp_path / "home", environment=breaking.environment(tmp_path))
+    running = Serving(tmp_path / "home", environment=faulty_service.environment(tmp_path))
     before = running.log.read_text()
     os.killpg(running.process.pid, signal.SIGTERM)
     assert running.process.wait(30) == 0

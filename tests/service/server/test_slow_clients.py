@@ -16,11 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service.edge.access import needs
-from service.edge.auth import Guard
+from service.edge.auth import Authenticator
 from service.edge.gateway import Edge
 from service.monitoring.metrics import Metrics
 from service.server import protocol
-from service.server.connections import Connections
+from service.server.connections import ConnectionTable
 from service.settings import Settings
 from tests.service.server.test_protocol import connected, problem, received
 from tests.support.load_callers import answer, post
@@ -48,7 +48,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
-    own = Connections(MOST)
+    own = ConnectionTable(MOST)
     for module in ("protocol", "draining"):
         monkeypatch.setattr(f"service.{module}.connections", own)
     monkeypatch.setattr("service.server.connections._LOOK_SECONDS", LOOK)
@@ -58,7 +58,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False, request_timeout=20)
     routes = [Route("/adapt", needs("adapt", bulk=True)(app), methods=["POST"])]
-    edge.open(app, routes, settings=settings, guard=Guard(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(app, routes, settings=settings, guard=Authenticator(None, ["127.0.0.1"]), metrics=Metrics())
     with Bare(edge, own) as running:
         yield running
 
@@ -237,7 +237,7 @@ def test_idle_connections_make_room_and_then_the_newest_is_refused(bare: Bare) -
 
 
 def test_the_bound_leaves_descriptors_for_everything_else() -> None:
-    connections = Connections()
+    connections = ConnectionTable()
     for descriptors, most in ((1 << 20, 4_096), (1_024, 768), (256, 64), (10, 64)):
         connections.bound(descriptors)
         assert connections._most == most
