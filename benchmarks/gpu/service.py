@@ -179,7 +179,7 @@ def same_answers(home: Path, every: Sequence[Scene], on_device: dict[str, list[d
             theirs, ours = on_device[scene.adapter], client.predict(scene.adapter, scene.asked, top_k=1)
             other = sum(one["label"] != two["label"] for one, two in zip(ours, theirs, strict=True))
             apart = max(
-                abs(one["probability"] - two["probability"]) for one, two in zip(ours, theirs, strict=True)
+                abs(one["confidence"] - two["confidence"]) for one, two in zip(ours, theirs, strict=True)
             )
             rows.append((scene.name, len(ours), other, apart))
         client.close()
