@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import probes
-from models.batching.turn import WorkerProgress
+from models.arrays import Floats
 from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
 from models.preprocess.decoder import Waiting, wait_unseen
 from models.preprocess.expense import HEAVY, image_expense, text_expense
@@ -45,6 +45,7 @@ from models.runtime.autotune import (
     ways_on_gpu,
 )
 from models.runtime.cuda import CudaRunner, shapes_for
+from models.runtime.progress import ThreadProgress
 from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
 from models.runtime.trial import try_out
 from models.spec import (
@@ -61,8 +62,6 @@ from models.spec import (
     ImageTransform,
     TextTransform,
 )
-
-Floats = NDArray[np.float32]
 
 # Tokens of one run on a CPU, padding included: what bounds its memory.
 _TOKENS_PER_RUN = 1024
@@ -219,7 +218,7 @@ class Backbone:
         return isinstance(self._session, CudaRunner) and self._session.lost
 
     @property
-    def runner(self) -> WorkerProgress | None:
+    def runner(self) -> ThreadProgress | None:
         """What the thread is at that runs whatever is submitted; None where callers run it themselves."""
         return self._session.turn if isinstance(self._session, CudaRunner) else None
 

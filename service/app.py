@@ -161,7 +161,7 @@ class Topwork:
         self.monitor = asyncio.create_task(edge.watch())
         metrics = self.components.metrics
         front = Contract(Direct(api), api.routes)
-        edge.open(front, api.routes, settings=settings, guard=guard, metrics=metrics)
+        edge.open(front, api.routes, settings=settings, guard=guard, observe=metrics.request)
         # What is loaded by now lives as long as the process: a full collection need not walk it again and
         # again.
         gc.collect()

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from adapters.processes.child import child_environment
 from adapters.processes.fitter import Fitter
 from adapters.registry.records import Alias
 from adapters.registry.registry import Registry, RegistryError
-from adapters.storage.artifact import Store, StoreError, open_store
+from adapters.storage.artifact import Store, StoreError
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone, planned
 from models.batching.batcher import Batcher
@@ -42,14 +43,14 @@ from models.batching.core_sharing import CoreSharing
 from models.model_store import find
 from models.preprocess.preprocessor import InputLimits
 from models.runtime.autotune import Measured
-from service.api.events import Events, told_to_end
+from service.components import Components
 from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.edge.key_cache import KeyCache
 from service.monitoring.backbone_monitor import BackboneMonitor
-from service.monitoring.gauges import add_gauges
+from service.monitoring.gauges import Parts, add_gauges
 from service.monitoring.metrics import Metrics
 from service.monitoring.surveyor import Surveyor
-from service.server.process import end_stuck, end_within, trim_memory
+from service.server.process import end_stuck, end_within, told_to_end, trim_memory
 from service.server.threads import FairThreads
 from service.settings import Settings
 
@@ -76,47 +77,6 @@ class NotExported(ExportFailed):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"The backbone {name} is not exported. Run `python -m models.export {name}`.")
-
-
-@dataclass(frozen=True, slots=True)
-class Components:
-    """What the routes are built from. `batchers` by backbone name, in the order of the settings."""
-
-    settings: Settings
-    registry: Registry
-    store: Store
-    aliases: AliasCache
-    heads: ByteLRU[Head]
-    batchers: dict[str, Batcher]
-    fitter: Fitter
-    pipeline: AdaptPipeline
-    catalog: AdapterCatalog
-    editor: ExampleEditor
-    restorer: Restorer
-    exporter: VersionExporter
-    eraser: Eraser
-    predictor: Predictor
-    submitter: JobSubmitter
-    events: Events
-    uploads: ConcurrencyLimit
-    keyring: KeyCache
-    workers: tuple[WorkerSupervisor, ...]
-    monitor: BackboneMonitor
-    surveyor: Surveyor
-    metrics: Metrics
-    closing: AsyncExitStack
-
-    @property
-    def ready(self) -> bool:
-        """Whether every backbone answers, and the fitting process, the workers and the look-out for commits
-        run. Not whether the database is there: predictions go on without it.
-        """
-        workers = all(worker.alive for worker in self.workers)
-        return self.fitter.alive and self.aliases.alive and self.monitor.ready and workers
-
-    async def aclose(self) -> None:
-        """Lets queued work end, then closes everything in the reverse order of its making."""
-        await self.closing.aclose()
 
 
 async def compose(
@@ -211,8 +171,6 @@ async def compose(
             callback_urls=settings.callback_urls,
         )
         # A stream ends by itself before the edge would break it off.
-        events = Events(submitter, 0.9 * settings.request_timeout)
-        stack.enter_context(told_to_end(events.close))
         stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
         # Daemons: a bucket may be long, and nobody waits for it at shutdown.
         threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
@@ -234,7 +192,6 @@ async def compose(
             eraser=eraser,
             predictor=predictor,
             submitter=submitter,
-            events=events,
             uploads=ConcurrencyLimit("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
             keyring=keyring,
             workers=workers,
@@ -243,7 +200,18 @@ async def compose(
             metrics=metrics,
             closing=stack.pop_all(),
         )
-    add_gauges(components, networks)
+    parts = Parts(
+        ready=lambda: components.ready,
+        batchers=batchers,
+        surveyor=surveyor,
+        monitor=monitor,
+        fitter=fitter,
+        workers=components.workers,
+        heads=heads,
+        networks=networks,
+        registry=registry,
+    )
+    add_gauges(metrics, parts)
     return components
 
 

@@ -80,6 +80,97 @@ def test_the_direction_is_service_adapters_models() -> None:
             assert not {name.split(".")[0] for name in imports(path)} & above, path
 
 
+# Each may import those behind it, and those in the same line do not import each other.
+LEVELS = {
+    "service": (
+        ("service.cli",),
+        ("service.app",),
+        ("service.composition",),
+        ("service.api",),
+        ("service.components",),
+        ("service.monitoring", "service.edge"),
+        ("service.payloads", "service.server"),
+        ("service.errors", "service.settings"),
+    ),
+    "adapters": (
+        ("adapters.maintenance", "adapters.jobs", "adapters.prediction"),
+        ("adapters.adaptation",),
+        ("adapters.finetune", "adapters.cache", "adapters.processes"),
+        ("adapters.registry", "adapters.probe"),
+        ("adapters.heads", "adapters.storage"),
+        ("adapters.examples",),
+        ("adapters.completion", "adapters.redaction"),
+    ),
+    "models": (
+        ("models.export", "models.trial_process"),
+        ("models.batching",),
+        ("models.backbone",),
+        ("models.runtime",),
+        ("models.preprocess",),
+        ("models.model_store", "models.probes"),
+        ("models.manifest",),
+        ("models.spec", "models.protobuf", "models.arrays", "models.child", "models.priority"),
+    ),
+}
+
+
+def part_of(name: str) -> str:
+    """The folder or module of a package that a dotted name belongs to."""
+    return ".".join(name.split(".")[:2])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_folders_import_only_what_lies_below_them(layer: str) -> None:
+    level = {part: number for number, parts in enumerate(LEVELS[layer]) for part in parts}
+    wrong = []
+    for path in modules(layer):
+        own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name in imports(path):
+            other = part_of(name)
+            if other in level and other != own and level.get(own, -1) >= level[other]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_folder_has_its_level_and_at_most_twelve_modules(layer: str) -> None:
+    known = {part for parts in LEVELS[layer] for part in parts} | {f"{layer}.__init__"}
+    for path in modules(layer):
+        assert part_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) in known, path
+    for folder in (path for path in (ROOT / layer).rglob("*") if path.is_dir()):
+        own = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
+        assert len(own) <= 12, folder
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
+    edges = {
+        name: {other for other in _whole_names(path) if other in names and other != name}
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " → ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                walk(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        walk(name, ())
+
+
+def _whole_names(path: Path) -> Iterator[str]:
+    """Of the modules that the file imports, also those that it imports out of their folder."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
 def test_the_packages_import_neither_tests_nor_benchmarks() -> None:
     assert not importers("tests", "benchmarks")
 

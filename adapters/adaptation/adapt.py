@@ -12,26 +12,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import plan_change
-from adapters.adaptation.promotion import Promote, labels_of
+from adapters.adaptation.promotion import Promote
 from adapters.adaptation.repository import AdapterSnapshot, BackgroundPublish
 from adapters.adaptation.revision import ExampleEdit, NothingToFit, RevisionResult, RevisionWriter
-from adapters.examples.target import Task, Weights
+from adapters.examples.target import Task, Weights, label_set
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit, common_kind
 from adapters.processes.turns import Gate
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import AdapterRecord, Creation, Kind, UnknownAdapter
+from adapters.registry.records import AdapterRecord, Creation, UnknownAdapter
 from adapters.storage.formats import encode_inputs
+from models.arrays import Floats
 from models.batching.batcher import Batcher
 from models.preprocess.preprocessor import InputError
 from models.priority import lower_thread_priority
-from models.spec import BackboneSpec, UnknownBackbone
+from models.spec import BackboneSpec, Kind, UnknownBackbone
 
-Floats = NDArray[np.float32]
 # Bytes of inputs from which on their file is published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
 # Characters of texts that are tokenized in one go, to see which of them are truncated.
@@ -437,7 +434,7 @@ def _admit(
     before = () if state is None or command.update == "replace" else state.in_use
     if command.uploaded is not None:
         before = tuple(one for one in before if one.id in command.uploaded)
-    known = labels_of(terms.task, [one.target for one in before])
+    known = label_set(terms.task, [one.target for one in before])
     admitted, rejected = admit(command.posted, task=terms.task, kind=terms.kind, known_labels=known)
     kept = () if state is None else state.examples
     plan = plan_change(kept, admitted, clear=command.update == "replace")

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from adapters.examples.target import Target, Task
 from adapters.heads.head import Head
 from adapters.storage.formats import Evidence
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from models.arrays import Doubles, Floats
 
 # Shares of wrong labels that are bet on, each with the same part of the stake.
 _WRONG_SHARES = np.array([0.2, 0.4, 0.7])

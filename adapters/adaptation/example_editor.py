@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import PlannedExample
-from adapters.adaptation.promotion import Promote, labels_of
+from adapters.adaptation.promotion import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import ExampleEdit, RevisionResult, RevisionWriter, new_version
-from adapters.examples.target import ExampleError, Target, normalise_target
+from adapters.examples.target import ExampleError, Target, label_set, normalise_target
 from adapters.examples.validation import (
     PostedExample,
     RejectedExample,
@@ -30,9 +29,8 @@ from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint, UnknownAdapter, UnknownExample
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import encode_embeddings, encode_evidence
+from models.arrays import Floats
 from models.preprocess.preprocessor import InputError
-
-Floats = NDArray[np.float32]
 
 
 class InputsNotKept(RuntimeError):
@@ -264,7 +262,7 @@ def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExampl
         return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
     assert feedback.input is not None
     posted = PostedExample(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
-    labels = labels_of(task, [one.target for one in state.in_use])
+    labels = label_set(task, [one.target for one in state.in_use])
     admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
     _raise_first(rejected)
     (example,) = admitted
@@ -295,7 +293,7 @@ def _amended(
         amended = replace(amended, group=amendment.group or None)
     if record.excluded if amendment.excluded is None else amendment.excluded:
         return replace(amended, excluded=True)
-    labels = labels_of(task, [one.target for one in state.in_use if one.id != example])
+    labels = label_set(task, [one.target for one in state.in_use if one.id != example])
     _raise_first(drop_collisions([amended], task, labels)[1])
     return amended
 

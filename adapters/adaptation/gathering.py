@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
@@ -16,8 +15,7 @@ from adapters.registry.records import AdapterRecord, Creation, ExampleRecord
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, Buffer
 from adapters.storage.formats import encode_embeddings, encode_inputs
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adaptation.agreement import Agreement, against
-from adapters.examples.target import Target, Task
+from adapters.examples.target import Target, Task, label_set
 from adapters.registry.records import AdapterRecord
-from adapters.storage.formats import Evidence, Floats, History
+from adapters.storage.formats import Evidence, History
+from models.arrays import Floats
 
 Promote = Literal["if_better", "always", "never"]
 Pairs = Sequence[tuple[int, int]]
@@ -199,13 +200,13 @@ def unlearned(task: Task, new: Evidence, live: Evidence) -> list[int]:
     live: of the version that is asked, see best_of. Only what was sampled: examples that were chosen for
     being wrong would speak against every version. One for each input.
     """
-    known = labels_of(task, [live.targets[row] for row in np.flatnonzero(live.measured)])
+    known = label_set(task, [live.targets[row] for row in np.flatnonzero(live.measured)])
     seen = set(live.digests)
     rows = []
     for row, (digest, target) in enumerate(zip(new.digests, new.targets, strict=True)):
         if digest in seen or (new.sampled and not new.sampled[row]):
             continue
-        if labels_of(task, (target,)) <= known:
+        if label_set(task, (target,)) <= known:
             seen.add(digest)
             rows.append(row)
     return rows
@@ -243,7 +244,7 @@ def decide_late(
     """
     if live is None:
         return decide(wanted, task, new, live, held=held)
-    if not held and wanted == "if_better" and labels_of(task, live.targets) - labels_of(task, new.targets):
+    if not held and wanted == "if_better" and label_set(task, live.targets) - label_set(task, new.targets):
         return Decision(False, "label_missing")
     here, there = _comparable(new, live, _pairs(new, live))
     ours, theirs = new.scores[here], live.scores[there]
@@ -278,17 +279,8 @@ def loss_p_value(wins: int, losses: int) -> float:
     return tail / (1 << tosses)
 
 
-def labels_of(task: Task, targets: Sequence[Target]) -> set[str]:
-    """The labels that occur in targets; none for regression."""
-    if task == "regression":
-        return set()
-    if task == "classification":
-        return set(cast("Sequence[str]", targets))
-    return {label for target in targets for label in cast("tuple[str, ...]", target)}
-
-
 def _changed(task: Task, new: Evidence, live: Evidence, pairs: Pairs) -> str | None:
-    if labels_of(task, new.targets) - labels_of(task, live.targets):
+    if label_set(task, new.targets) - label_set(task, live.targets):
         return "label_added"
     if len(pairs) < len(live.ids):
         return "example_removed"
@@ -328,7 +320,7 @@ def _worse_labels(task: Task, targets: Sequence[Target], scores: Floats, others:
     """The labels whose examples, of these targets (m,), are answered worse; all labels share the level."""
     rows: dict[str, list[int]] = {}
     for row, target in enumerate(targets):
-        for label in labels_of(task, (target,)):
+        for label in label_set(task, (target,)):
             rows.setdefault(label, []).append(row)
     level = _LEVEL / max(len(rows), 1)
     return tuple(
@@ -366,7 +358,7 @@ def _mostly_measured(task: Task, evidence: Evidence) -> bool:
     inputs: dict[str, set[str]] = {}
     held_out: set[str] = set()
     for digest, target, measured in zip(evidence.digests, evidence.targets, evidence.measured, strict=True):
-        for label in labels_of(task, (target,)):
+        for label in label_set(task, (target,)):
             inputs.setdefault(label, set()).add(digest)
             if measured:
                 held_out.add(label)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.adaptation.layout import Stored
 from adapters.cache.aliases import AliasCache
@@ -33,11 +32,11 @@ from adapters.registry.records import (
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 from adapters.storage.formats import Evidence, decode_embeddings, decode_evidence, decode_inputs
+from models.arrays import Floats
 from models.priority import lower_thread_priority
 
 logger = logging.getLogger("topwork")
 
-Floats = NDArray[np.float32]
 T = TypeVar("T")
 
 # Threads for what gives way to predictions.

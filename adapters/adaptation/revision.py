@@ -12,16 +12,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from adapters.adaptation.agreement import Agreement, ask
 from adapters.adaptation.gathering import AdapterContext, complete, encoders, gather, starts
 from adapters.adaptation.layout import LayoutPlan, PlannedExample, locate, plan_change
-from adapters.adaptation.promotion import Decision, Promote, best_of, decide, labels_of, remember, unlearned
+from adapters.adaptation.promotion import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
+from adapters.examples.target import label_set
 from adapters.examples.validation import ValidExample
 from adapters.heads.head import CorruptHead, Head
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig
@@ -39,8 +37,8 @@ from adapters.registry.records import (
 )
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact
 from adapters.storage.formats import Evidence, encode_evidence
+from models.arrays import Floats
 
-Floats = NDArray[np.float32]
 T = TypeVar("T")
 
 logger = logging.getLogger("topwork")
@@ -399,8 +397,8 @@ class RevisionWriter:
         # What is over a limit already, as a replacement that was cancelled may leave it, may shrink.
         if len(rows) > max(self.limits.max_examples, len(kept)):
             raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
-        labels = labels_of(subject.terms.task, [row.target for row in rows if not row.excluded])
-        before = labels_of(subject.terms.task, [one.target for one in kept if not one.excluded])
+        labels = label_set(subject.terms.task, [row.target for row in rows if not row.excluded])
+        before = label_set(subject.terms.task, [one.target for one in kept if not one.excluded])
         if len(labels) > max(self.limits.max_labels, len(before)):
             raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
         return plan

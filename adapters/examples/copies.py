@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.examples.target import Target
+from models.arrays import Bools, Floats
 
-Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 # Two inputs are near copies if they lie this much nearer to each other than to their square-root-of-n-th
 # neighbours, or if each is the other's nearest and clearly nearer than the next (measured on texts with

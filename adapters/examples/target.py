@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, cast
 
 Task = Literal["classification", "multilabel", "regression"]
 Target = str | tuple[str, ...] | float
@@ -108,34 +104,6 @@ def input_digest(value: bytes | str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[np.int64]:
-    """Stratified folds, int64 (n,), in 0..k-1; -1 for what must always be trained on.
-
-    digests: of the inputs, or the keys of groups of them (see copies.together). Those with one share a fold,
-    so no copy of a held-out input is trained on. Every label's inputs are dealt over the folds as evenly as
-    they go, and so are all inputs; numbers are dealt in order of size. Where inputs have one label each, the
-    only input of a label is never held out (-1): without it the label could not be predicted. The result
-    depends on the (digest, target) pairs only, not on their order. k >= 2.
-    """
-    rows_of: dict[str, list[int]] = {}
-    for row, digest in enumerate(digests):
-        rows_of.setdefault(digest, []).append(row)
-    if targets and isinstance(targets[0], float | int):
-        dealt = _by_size(
-            {digest: float(np.mean([targets[row] for row in rows])) for digest, rows in rows_of.items()}, k
-        )
-    else:
-        labels = {
-            digest: {label for row in rows for label in labels_of(targets[row])}
-            for digest, rows in rows_of.items()
-        }
-        dealt = _by_label(labels, alone=any(isinstance(target, tuple) for target in targets))
-    result = np.full(len(digests), -1, dtype=np.int64)
-    for place, digest in enumerate(dealt):
-        result[rows_of[digest]] = place % k
-    return result
-
-
 def labels_of(target: Target) -> tuple[str, ...]:
     """The labels of a target; none of a number."""
     if isinstance(target, str):
@@ -143,21 +111,10 @@ def labels_of(target: Target) -> tuple[str, ...]:
     return target if isinstance(target, tuple) else ()
 
 
-def _by_label(labels: Mapping[str, Set[str]], *, alone: bool) -> list[str]:
-    """Digests label by label, the rarest label of each counting; alone: also the only holders of a label."""
-    holders = Counter(label for own in labels.values() for label in own)
-    # An example without labels is a stratum of its own.
-    rarest = {
-        digest: min(((holders[label], label) for label in own), default=(len(labels), ""))
-        for digest, own in labels.items()
-    }
-    return sorted(
-        (digest for digest, (count, _) in rarest.items() if alone or count > 1),
-        key=lambda d: (rarest[d][1], d),
-    )
-
-
-def _by_size(values: Mapping[str, float], k: int) -> list[str]:
-    """Digests in order of their values, shuffled by digest within every k neighbours."""
-    ordered = sorted(values, key=lambda digest: (values[digest], digest))
-    return [digest for begin in range(0, len(ordered), k) for digest in sorted(ordered[begin : begin + k])]
+def label_set(task: Task, targets: Sequence[Target]) -> set[str]:
+    """The labels that occur in targets; none for regression."""
+    if task == "regression":
+        return set()
+    if task == "classification":
+        return set(cast("Sequence[str]", targets))
+    return {label for target in targets for label in cast("tuple[str, ...]", target)}

@@ -14,8 +14,8 @@ from typing import BinaryIO
 from adapters.examples.charset import decoded, encoding_of
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bounded, cut, too_long
 from adapters.examples.validation import PostedExample
-from adapters.registry.records import Kind
 from models.preprocess.preprocessor import InputError, InputLimits
+from models.spec import Kind
 
 # How many times its own bytes a zip may hold that holds much, and what is inflated at a time.
 _INFLATION = 10

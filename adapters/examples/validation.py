@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapters.adaptation.promotion import labels_of
-from adapters.examples.target import ExampleError, Target, Task, input_digest, normalise_target
-from adapters.registry.records import Kind
+from adapters.examples.target import ExampleError, Target, Task, input_digest, label_set, normalise_target
 from models.preprocess.preprocessor import InputError
+from models.spec import Kind
 
 MAX_NAME_CHARACTERS = 256  # of an id or a group
 TARGET_FIELDS: Mapping[Task, str] = {
@@ -210,7 +209,7 @@ def drop_collisions(
     kept: list[ValidExample] = []
     rejected: list[RejectedExample] = []
     for example in admitted:
-        labels = labels_of(task, [example.target])
+        labels = label_set(task, [example.target])
         clash = _first_clash(labels, spelling)
         if clash is None:
             kept.append(example)

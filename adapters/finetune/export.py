@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adapters.finetune.data import Tensors, batches, seeded
 from adapters.finetune.model import Model, TrainingSet
@@ -21,13 +20,12 @@ from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe import calibration
 from adapters.probe.classification import Measured, report_of
+from models.arrays import Floats
 from models.backbone import Backbone
 from models.export.loaders import ExportRefused, Network
 from models.export.onnx_export import write
 from models.preprocess.preprocessor import Prepared
 from models.spec import GRAPH_FILE, BackboneSpec
-
-Floats = NDArray[np.float32]
 
 # Inputs on which ONNX Runtime has to agree with torch, and how far a logit may be off.
 _PROBES = 512

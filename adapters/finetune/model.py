@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from adapters.finetune.data import Samples, Tensors, batches
 from adapters.heads.head import Head
 from adapters.probe import calibration
+from models.arrays import Floats
 from models.preprocess.pixels import scale_and_shift
 from models.spec import ImageTransform, TextTransform
 
 State = dict[str, torch.Tensor]
-Floats = NDArray[np.float32]
 
 _EVALUATED_AT_ONCE = 16
 # The square root of an activation has no slope at zero: from here on down it is trained with this one's.

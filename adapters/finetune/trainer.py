@@ -23,7 +23,6 @@ from adapters.finetune.full_phase import (
     Progress,
 )
 from adapters.finetune.model import (
-    Floats,
     Model,
     State,
     TrainingSet,
@@ -34,6 +33,7 @@ from adapters.finetune.model import (
     score_of,
     state_of,
 )
+from models.arrays import Floats
 
 Tell = Callable[[Progress, Checkpoint | None], None]
 """Is told of an epoch's end, with what another attempt can go on with."""

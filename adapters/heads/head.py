@@ -17,8 +17,7 @@ from safetensors.numpy import save
 from adapters.examples.target import Task
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 FORMAT: Final = 2
 _READ: Final = (1, 2)

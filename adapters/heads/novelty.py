@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.heads.scaling import centre_of, leading_directions
-
-Floats = NDArray[np.float32]
+from adapters.heads.directions import leading_directions
+from adapters.heads.scaling import centre_of
+from models.arrays import Floats
 
 # Directions along which labels lie apart, and along which the examples of one label spread.
 BETWEEN = 16

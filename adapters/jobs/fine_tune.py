@@ -20,7 +20,6 @@ from adapters.adaptation.adapt import terms_of, wanted
 from adapters.adaptation.promotion import Promote, as_asked, decide_late
 from adapters.adaptation.revision import LINEAR_PROBE, with_ids
 from adapters.examples.copies import together
-from adapters.examples.target import folds
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.data import Samples, Tensors, samples_of
 from adapters.finetune.export import TunedVersion, finish
@@ -32,6 +31,7 @@ from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.submission import FINE_TUNE, CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
+from adapters.probe.folds import folds
 from adapters.registry.records import (
     AdapterRecord,
     Change,

@@ -30,7 +30,8 @@ from adapters.redaction import leaks_internals
 from adapters.registry.jobs import upload_of
 from adapters.registry.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable, open_store
+from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable
+from adapters.storage.open import open_store
 from models.priority import give_way_but_for_commits
 
 if TYPE_CHECKING:

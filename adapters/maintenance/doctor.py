@@ -10,11 +10,11 @@ import numpy as np
 from sqlalchemy import Connection
 
 from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
-from adapters.registry.commit import commit, drop_evidence, drop_versions, recount
 from adapters.registry.database import Database
 from adapters.registry.jobs import uploads_of
-from adapters.registry.queries import artifacts_by_id
 from adapters.registry.records import Change, ExampleRecord, Repoint, RevisionMoved, UnknownAdapter
+from adapters.registry.statements.commit import commit, drop_evidence, drop_versions, recount
+from adapters.registry.statements.queries import artifacts_by_id
 from adapters.storage.artifact import Artifact, Store, StoreError
 from adapters.storage.formats import decode_inputs, encode_embeddings
 from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans

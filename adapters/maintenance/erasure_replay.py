@@ -11,10 +11,8 @@ import numpy as np
 from sqlalchemy import Connection, delete, insert, select, update
 
 from adapters.adaptation.layout import SegmentSlot, Stored, locate, plan_change
-from adapters.registry.commit import commit
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, digest
-from adapters.registry.queries import adapter_by_uid, example_records
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord
 from adapters.registry.schema import (
     adapters,
@@ -27,6 +25,8 @@ from adapters.registry.schema import (
     tenants,
     versions,
 )
+from adapters.registry.statements.commit import commit
+from adapters.registry.statements.queries import adapter_by_uid, example_records
 from adapters.storage.artifact import Artifact, Buffer
 from adapters.storage.formats import decode_embeddings, decode_inputs, encode_embeddings, encode_inputs
 

@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Table, func, select, text
 from adapters.heads.head import Head
 from adapters.registry.database import Database
 from adapters.registry.jobs import uploads_of
-from adapters.registry.queries import adapter_by_uid, example_records, version_records
 from adapters.registry.records import AdapterRecord, ExampleRecord, UnknownAdapter, VersionRecord
 from adapters.registry.schema import adapters, metadata
+from adapters.registry.statements.queries import adapter_by_uid, example_records, version_records
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact, Store
 from adapters.storage.formats import decode_embeddings, decode_evidence, decode_inputs
 from models.runtime.session import open_session

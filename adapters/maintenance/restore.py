@@ -27,13 +27,13 @@ from adapters.maintenance.backup import (
 )
 from adapters.maintenance.erasure_replay import Replayed, erasures_of, replay
 from adapters.maintenance.table_copy import KEPT, TABLES, Row, copy_rows, counters, raise_counters, references
-from adapters.registry.commit import next_epoch
 from adapters.registry.database import Database
 from adapters.registry.erasures import ERASURES_KEPT
-from adapters.registry.queries import current_time
+from adapters.registry.identity import Identity
 from adapters.registry.schema import adapters, changes, erasures, jobs, keys, tenants
+from adapters.registry.statements.commit import next_epoch
+from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Artifact, Buffer, MissingArtifact, Store, StoreError
-from adapters.storage.identity import Identity
 from adapters.storage.local import LocalStore
 
 # Services that run meanwhile may still delete what an older commit left over.

@@ -15,8 +15,7 @@ from adapters.examples.target import Target
 from adapters.registry.records import Alias, ExampleRecord
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence, decode_evidence
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
@@ -21,12 +20,12 @@ from adapters.prediction.neighbours import Neighbour, NeighbourIndex
 from adapters.prediction.scorer import HeadScorer, Prediction
 from adapters.registry.records import Alias
 from adapters.storage.artifact import MissingArtifact, Store
+from models.arrays import Floats
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.preprocess.preprocessor import InputError
 from models.spec import GRAPH_FILE, UnknownBackbone
 
-Floats = NDArray[np.float32]
 Input = bytes | str | InputError
 """Encoded image bytes, a text, or why there is neither."""
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from adapters.heads.head import Head, Predictions
 from adapters.prediction.neighbours import Neighbour
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
 """Why an answer had better not be relied on; of several reasons, the first of these."""

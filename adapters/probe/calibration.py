@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
+from models.arrays import Bools, Floats
 
 BINS = 15
 _NORMAL_95 = 1.959964

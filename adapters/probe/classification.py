@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
-from adapters.heads.scaling import basis_of, scaling_of
+from adapters.heads.scaling import scaling_of
 from adapters.probe import calibration
+from adapters.probe.basis import basis_of
 from adapters.probe.budget import FitBudget
 from adapters.probe.cross_validation import CrossValidation, FitInputs, strength_penalty
 from adapters.probe.lda import Discriminant
 from adapters.probe.logistic import Softmax
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 # Pseudo-examples that are added to each label's count.
 _PRIOR_EXAMPLES = 20.0

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from adapters.probe.budget import FitBudget
 from adapters.probe.logistic import Design, Link, solve
+from models.arrays import Floats
 
-Floats = NDArray[np.float32]
 Loss = Callable[[Floats, NDArray[np.int64], float], tuple[float, float]]
 """Of logits (labels, m) held out, the m rows that they are of, and the strength: the mean calibrated loss,
 and the slope that calibrated them, over what is usual at that strength."""

@@ -9,18 +9,17 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.examples.copies import together, with_misled
-from adapters.examples.target import ANSWER_ACCURACY, Target, Task, folds, labels_of
+from adapters.examples.target import ANSWER_ACCURACY, Target, Task, labels_of
 from adapters.heads.head import Head
 from adapters.probe.budget import FitBudget, plan, predicted_seconds
 from adapters.probe.classification import fit_classification
 from adapters.probe.cross_validation import FitInputs
+from adapters.probe.folds import folds
 from adapters.probe.multilabel import fit_multilabel
 from adapters.probe.regression import fit_ridge
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 __all__ = [
     "Dataset",

@@ -11,8 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-
+from models.arrays import Floats
 
 _PROBES = 8
 # Numbers in the second moments of folds that are solved together.

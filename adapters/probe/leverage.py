@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from models.arrays import Doubles, Floats, Integers
 
 _BLOCK_ROWS = 2048
 _CHEAP_SYSTEMS = 1e9  # multiplications; up to here groups have systems of their own in any case

@@ -17,8 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from models.arrays import Doubles, Floats
 
 # The intercept is all but free: this little keeps a label that every example has, or none, finite.
 INTERCEPT_STRENGTH = 1e-3

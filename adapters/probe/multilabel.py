@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.heads.head import Head, directions_for, fit_abstention, sigmoid, smoothed, storable
 from adapters.heads.novelty import fit_region
-from adapters.heads.scaling import basis_of, scaling_of
+from adapters.heads.scaling import scaling_of
 from adapters.probe import calibration
+from adapters.probe.basis import basis_of
 from adapters.probe.cross_validation import CrossValidation, FitInputs
 from adapters.probe.logistic import Sigmoid
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Integers = NDArray[np.int64]
+from models.arrays import Bools, Doubles, Floats, Integers
 
 # The threshold that gives the best F1 is half of it (Lipton et al. 2014): for rare labels far below 0.05.
 _GRID = np.concatenate([np.arange(1, 5) / 100.0, np.arange(1, 20) / 20.0]).astype(np.float32)

@@ -14,10 +14,7 @@ from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
 from adapters.probe.cross_validation import FitInputs
 from adapters.probe.leverage import LeftOut, left_out, spectrum_of
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from models.arrays import Doubles, Floats, Integers
 
 # For rows of mean square length one and targets of variance one.
 _STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 0.5)

@@ -17,7 +17,6 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, inser
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.idempotency import PendingReply, check_unanswered, keep
-from adapters.registry.queries import adapter_by_name, current_time
 from adapters.registry.records import (
     Claim,
     Heartbeat,
@@ -30,6 +29,7 @@ from adapters.registry.records import (
     UnknownJob,
 )
 from adapters.registry.schema import jobs, tenants
+from adapters.registry.statements.queries import adapter_by_name, current_time
 from adapters.storage.artifact import Artifact
 
 MAX_ATTEMPTS = 3

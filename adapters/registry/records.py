@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from adapters.examples.target import ANSWER_ACCURACY, Target, Task, Weights
 from adapters.storage.artifact import Artifact
-
-Kind = Literal["image", "text"]
+from models.spec import Kind
 
 JobKind = Literal["fine_tune", "bulk_adapt"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]

@@ -10,27 +10,11 @@ from typing import Any
 
 from sqlalchemy import Select, and_, case, func, select
 
-from adapters.registry import commit as committing
-from adapters.registry.commit import CHANGES_KEPT
 from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
 from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
+from adapters.registry.identity import Identity
 from adapters.registry.jobs import Jobs, uploads_of
-from adapters.registry.queries import (
-    adapter_by_name,
-    adapter_by_uid,
-    adapter_record,
-    alias_of,
-    artifacts_by_id,
-    current_time,
-    example_record,
-    example_records,
-    places_of,
-    select_adapter,
-    version_record,
-    version_records,
-    versions_without,
-)
 from adapters.registry.records import (
     AdapterExists,
     AdapterRecord,
@@ -56,9 +40,25 @@ from adapters.registry.records import (
     VersionRecord,
 )
 from adapters.registry.schema import adapters, changes, erasures, examples
+from adapters.registry.statements import commit as committing
+from adapters.registry.statements.commit import CHANGES_KEPT
+from adapters.registry.statements.queries import (
+    adapter_by_name,
+    adapter_by_uid,
+    adapter_record,
+    alias_of,
+    artifacts_by_id,
+    current_time,
+    example_record,
+    example_records,
+    places_of,
+    select_adapter,
+    version_record,
+    version_records,
+    versions_without,
+)
 from adapters.registry.tenants import Tenants
 from adapters.storage.artifact import Artifact
-from adapters.storage.identity import Identity
 
 __all__ = [
     "CHANGES_KEPT",

@@ -278,7 +278,7 @@ replies = Table(
     Index("replies_by_time", "at"),
 )
 
-# One row. The store holds the same id, see adapters/storage/identity.py.
+# One row. The store holds the same id, see adapters/registry/identity.py.
 identity = Table(
     "identity",
     metadata,

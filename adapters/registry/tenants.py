@@ -17,9 +17,9 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.erasures import check_not_erased
-from adapters.registry.queries import current_time
 from adapters.registry.records import RegistryError, UnknownTenant
 from adapters.registry.schema import adapters, database_now, keys, tenants
+from adapters.registry.statements.queries import current_time
 
 Scope = Literal["predict", "adapt", "admin"]
 """predict: ask, and see what there is to ask. adapt: teach, and all that changes an adapter. admin: keys."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -208,19 +207,3 @@ def verified(artifact: Artifact, data: bytes) -> bytes:
 def missing(artifact: Artifact) -> MissingArtifact:
     """The error for an artifact that is not there."""
     return MissingArtifact(f"The artifact {artifact.name} is gone; restore a backup or adapt again.")
-
-
-def open_store(location: str, options: Mapping[str, str] | None = None) -> Store:
-    """The store at a folder or at a bucket URL (s3://bucket/prefix, also gs:// and az://).
-
-    `options` are obstore's, e.g. endpoint, region, access_key_id, secret_access_key; without them the cloud's
-    own chain of credentials holds. Raises StoreUnavailable when the folder cannot be made.
-    """
-    if "://" in location and not location.startswith("file://"):
-        # A service on a local folder need not load a cloud client.
-        from adapters.storage.bucket import BucketStore
-
-        return BucketStore(location, options or {})
-    from adapters.storage.local import LocalStore
-
-    return LocalStore(Path(location.removeprefix("file://")))

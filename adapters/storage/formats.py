@@ -13,8 +13,7 @@ from safetensors.numpy import load, save
 
 from adapters.examples.target import Target
 from adapters.storage.artifact import CorruptArtifact
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 EMBEDDINGS = "topwork.embeddings/1"
 INPUTS = "topwork.inputs/1"

@@ -14,7 +14,8 @@ from adapters.examples.target import Task
 from adapters.probe.fit import fit
 from benchmarks.honesty import sets
 from benchmarks.honesty.bench import OPTIMISM, TASKS, Bench, show_claims
-from benchmarks.honesty.scores import Claim, Claims, Floats, Known, Rows, chance_score, claim, true_score
+from benchmarks.honesty.scores import Claim, Claims, Known, Rows, chance_score, claim, true_score
+from models.arrays import Floats
 
 _TESTED = 2_000
 _COIN = ("heads", "tails")

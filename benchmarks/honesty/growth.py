@@ -17,7 +17,8 @@ from adapters.probe.fit import fit
 from benchmarks.honesty import sets
 from benchmarks.honesty.answers import Shots
 from benchmarks.honesty.bench import SURE, Bench, expect_sure, splits_of
-from benchmarks.honesty.scores import Doubles, Known, Rows, even_weights, mean, right_answers, true_score
+from benchmarks.honesty.scores import Known, Rows, even_weights, mean, right_answers, true_score
+from models.arrays import Doubles
 
 Labels = NDArray[np.str_]
 

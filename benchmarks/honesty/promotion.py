@@ -20,8 +20,7 @@ from adapters.examples.target import Target, Task
 from adapters.heads.head import Head
 from adapters.probe.fit import Dataset, fit
 from adapters.storage.formats import Evidence
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 FINGERPRINT = "0" * 64
 

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from adapters.examples.target import Target, Task
 from adapters.heads.head import Head, Predictions
 from adapters.probe.fit import Dataset, FittedProbe
+from models.arrays import Doubles, Floats
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 SCORES: Mapping[Task, str] = {"classification": "accuracy", "multilabel": "micro_f1", "regression": "r2"}

@@ -17,7 +17,8 @@ from PIL import Image
 from adapters.examples.target import Task
 from benchmarks.data import datasets
 from benchmarks.data.datasets import Kind
-from benchmarks.honesty.scores import Floats, Known
+from benchmarks.honesty.scores import Known
+from models.arrays import Floats
 from models.backbone import Backbone
 from models.model_store import find
 from models.spec import PACKAGED

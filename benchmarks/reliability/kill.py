@@ -24,7 +24,8 @@ from pathlib import Path
 import httpx
 
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import StoreError, open_store
+from adapters.storage.artifact import StoreError
+from adapters.storage.open import open_store
 from benchmarks.harness.report import Report, table
 from benchmarks.harness.service_process import Serving
 from benchmarks.reliability.mixed import ASKED, TENANT, Caller, Said, query

@@ -30,6 +30,7 @@ from adapters.probe.fit import Dataset, fit
 from benchmarks.data import datasets
 from benchmarks.data.datasets import Sample
 from benchmarks.harness.report import Report, table
+from models.arrays import Floats
 from models.backbone import Backbone
 from models.model_store import find
 from models.preprocess.preprocessor import to_square
@@ -50,7 +51,6 @@ _SHARE = 0.75
 _MOST_TILES = 8
 _PHOTOGRAPHS = ("brick", "coffee", "grass", "gravel", "rocket", "chelsea", "hubble-deep-field")
 
-Floats = NDArray[np.float32]
 Squares = list[Image.Image]
 Way = Callable[[Image.Image, int], Squares]
 Colour = tuple[int, int, int]

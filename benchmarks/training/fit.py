@@ -24,10 +24,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from benchmarks.data.datasets import DEFAULT_FOLDER, Sample, load, stratified_order
 from benchmarks.harness.report import Report, Spread, table
+from models.arrays import Floats
 from models.backbone import Backbone
 from models.model_store import find
 
-Floats = NDArray[np.float32]
 Labels = NDArray[np.str_]
 
 # How long posts make a bench slow and not different: their beginnings are enough to tell groups apart.

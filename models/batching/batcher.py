@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from models.backbone import Backbone, Embedded, Floats, Ready
+from models.arrays import Floats
+from models.backbone import Backbone, Embedded, Ready
 from models.batching.core_sharing import CoreSharing
 from models.batching.fair_queue import FairQueue, Priority
 from models.batching.request import (
@@ -23,11 +24,12 @@ from models.batching.request import (
     Part,
     settle,
 )
-from models.batching.turn import LONGEST_RUN, PATIENCE, WorkerProgress
+from models.batching.worker_progress import WorkerProgress
 from models.preprocess.decoder import DecoderUnavailable
 from models.preprocess.expense import HEAVY
 from models.preprocess.preprocessor import InputError, Prepared
 from models.priority import HEAVY_NICENESS, NICENESS, lower_thread_priority
+from models.runtime.progress import LONGEST_RUN, PATIENCE, ThreadProgress
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class Batcher:
         self._unanswered: set[EmbedRequest] = set()
         # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
         self._pace = backbone.pace
-        self.turns: list[WorkerProgress] = []
+        self.turns: list[ThreadProgress] = []
         self._crews: list[_Crew] = []
         self._threads: list[threading.Thread] = []
         self._left: list[threading.Thread] = []
@@ -197,13 +199,13 @@ class Batcher:
         turn.thread = threading.Thread(target=self._work, args=(priority, lane, turn), name=name, daemon=True)
         return turn.thread
 
-    def refuse(self, turn: WorkerProgress) -> bool:
+    def refuse(self, turn: ThreadProgress) -> bool:
         """Refuses the input that a thread prepares and does not get done with, and has another thread go on
         with the rest; the first one ends once it can. The network is not touched.
 
         False where the thread prepares nothing, or too many are left to their inputs already.
         """
-        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+        if not isinstance(turn, WorkerProgress) or not self._lock.acquire(timeout=_LOCK_SECONDS):
             return False
         try:
             suspect, old = turn.input, turn.thread

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from models.batching.batcher import Batcher
-from models.batching.turn import LONGEST_RUN, PATIENCE, WorkerProgress
+from models.runtime.progress import LONGEST_RUN, PATIENCE, ThreadProgress
 
 # CPU time between two looks that is work, in seconds.
 _WORK = 1e-3
@@ -61,7 +61,7 @@ class StallDetector:
         return None
 
     @staticmethod
-    def _update(turn: WorkerProgress, seen: _Seen, passed: float) -> bool:
+    def _update(turn: ThreadProgress, seen: _Seen, passed: float) -> bool:
         """Whether the thread is preparing inputs, and used the CPU since the last look."""
         if turn.steps != seen.steps or not turn.busy or turn.waits:
             seen.steps, seen.age, seen.still = turn.steps, 0.0, 0.0
@@ -73,7 +73,7 @@ class StallDetector:
         return seen.cpu - before > _WORK
 
     @staticmethod
-    def _verdict(turn: WorkerProgress, seen: _Seen, passed: float, working: bool) -> str | None:
+    def _verdict(turn: ThreadProgress, seen: _Seen, passed: float, working: bool) -> str | None:
         allowed = turn.allowed
         if allowed:
             return f"a run has not returned for {seen.age:.1f} s" if seen.age > allowed else None

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.arrays import Floats
 from models.preprocess.pixels import normalised
 from models.preprocess.preprocessor import ImagePreprocessor, Prepared, TextPreprocessor, rgb
 from models.spec import GRAPH_FILE, IDS, MASK, PIXELS, TOKENIZER_FILE, BackboneSpec, ImageTransform
-
-Floats = NDArray[np.float32]
 
 CALIBRATION = Path(__file__).with_name("calibration")
 

@@ -15,11 +15,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models.batching.turn import PATIENCE, WorkerProgress
+from models.arrays import Floats
 from models.preprocess.preprocessor import Prepared
+from models.runtime.progress import PATIENCE, ThreadProgress
 from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
-
-Floats = NDArray[np.float32]
 
 # Rows of a run. Each shape has buffers, and where they are captured a CUDA graph, for good: so there are few.
 _IMAGE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
@@ -153,7 +152,7 @@ class CudaRunner:
         inputs, at least one, with which they are tried. graphs: the sessions capture CUDA graphs. is_lost():
         whether the device has failed for good, asked when a run has failed.
         """
-        self.turn = WorkerProgress()
+        self.turn = ThreadProgress()
         self.lost = False
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec

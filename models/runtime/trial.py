@@ -25,7 +25,7 @@ def try_out(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: D
     asked = {"export": str(export), "plan": asdict(plan), "batches": batches, "device": device}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "models.runtime.trial_process"],
+            [sys.executable, "-m", "models.trial_process"],
             input=json.dumps(asked),
             capture_output=True,
             text=True,

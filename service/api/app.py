@@ -12,18 +12,19 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 
 from adapters.examples.validation import check_id
+from adapters.jobs.submission import JobSubmitter
 from adapters.prediction.export import Format
 from adapters.registry.records import UnknownAdapter, UnknownJob
 from models.preprocess.limits import InputError
 from service import __version__, errors
 from service.api.docs import add_docs
 from service.api.embeddings import add_openai
-from service.api.events import brief
+from service.api.events import Events, brief
 from service.api.idempotency import IdempotencyGuard, Replying
 from service.api.openapi import body, describe, once, problems
 from service.api.paging import Behind, Limit
 from service.api.tenants import add_tenants
-from service.composition import Components
+from service.components import Components
 from service.edge.access import needs
 from service.edge.auth import Tenant, count_items, in_vain, tenant_of
 from service.edge.gateway import BULK, UPLOAD_PATIENCE
@@ -32,6 +33,7 @@ from service.monitoring.metrics import CONTENT_TYPE
 from service.payloads import render, requests
 from service.payloads import responses as answer_schemas
 from service.payloads.reader import RequestReader, media_type
+from service.server.process import told_to_end
 
 _NAME = re.compile(requests.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -99,7 +101,9 @@ def build_api(components: Components) -> FastAPI:
     add_openai(api, components.predictor, bodies)
     add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
-    add_jobs(api, components)
+    events = Events(components.submitter, 0.9 * settings.request_timeout)
+    components.closing.enter_context(told_to_end(events.close))
+    add_jobs(api, components.submitter, events)
     add_tenants(api, components.registry.tenants, components.eraser, bodies)
     describe(api)
     add_docs(api)
@@ -370,9 +374,8 @@ def add_examples(
         return render.revised(await editor.feedback(tenant, adapter, told, reply(render.revised)))
 
 
-def add_jobs(api: FastAPI, components: Components) -> None:
+def add_jobs(api: FastAPI, submitter: JobSubmitter, events: Events) -> None:
     """Work that outlives its request."""
-    submitter = components.submitter
 
     @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
     @needs("adapt")
@@ -393,9 +396,9 @@ def add_jobs(api: FastAPI, components: Components) -> None:
         responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
     )
     @needs("adapt")
-    async def events(tenant: Tenant, job: Job) -> Response:
+    async def stream(tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
-        return await components.events.stream(tenant, job)
+        return await events.stream(tenant, job)
 
     @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
     @needs("adapt")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from types import FrameType
 
 from pydantic_core import to_json
 from starlette.responses import Response, StreamingResponse
@@ -28,9 +25,6 @@ _POLL_SECONDS = 1.0
 # A comment so often keeps proxies from thinking that nothing comes any more.
 _SILENCE_SECONDS = 15.0
 _FINISHED = ("succeeded", "failed", "cancelled")
-
-Hearing = Callable[[int, FrameType | None], object]
-"""What is called with a signal."""
 
 
 class Events:
@@ -95,34 +89,3 @@ def brief(record: JobRecord) -> JobRecord:
         return record
     progress = {name: value for name, value in record.progress.items() if name != "errors"}
     return replace(record, progress=progress)
-
-
-@contextmanager
-def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
-    """Calls `tell` in this event loop as soon as the process is told to end.
-
-    The server tells the application only once it has drained. Its own handling of the signals goes on; where
-    nobody handles them, nothing is done.
-    """
-    loop = asyncio.get_running_loop()
-    ours: dict[signal.Signals, Hearing] = {}
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
-    if threading.current_thread() is threading.main_thread():
-        for sign, known in before.items():
-            if callable(known):
-                ours[sign] = _after(loop, tell, known)
-                signal.signal(sign, ours[sign])
-    try:
-        yield
-    finally:
-        for sign, own in ours.items():
-            if signal.getsignal(sign) is own:
-                signal.signal(sign, before[sign])
-
-
-def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: Hearing) -> Hearing:
-    def heard(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(tell)
-        known(number, frame)
-
-    return heard

@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
 def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
     """The database with this release's tables, and its store."""
     from adapters.registry.database import Database
-    from adapters.storage.artifact import open_store
-    from adapters.storage.identity import Identity
+    from adapters.registry.identity import Identity
+    from adapters.storage.open import open_store
 
     database = Database(settings.database)
     try:
@@ -81,7 +81,7 @@ def _backup(database: Database, store: Store, folder: Path) -> int:
 def _restore(settings: Settings, options: argparse.Namespace) -> int:
     from adapters.maintenance.restore import restore
     from adapters.registry.database import Database
-    from adapters.storage.artifact import open_store
+    from adapters.storage.open import open_store
 
     settings.make_home()
     backup = options.backup.expanduser().absolute()

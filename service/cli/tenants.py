@@ -112,7 +112,7 @@ def _lines(registry: Registry, settings: Settings, options: argparse.Namespace) 
 def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
     """Erases the tenant here; services that run hear of it within a second."""
     from adapters.adaptation.erasure import ErasureSweeper
-    from adapters.storage.artifact import open_store
+    from adapters.storage.open import open_store
 
     store = open_store(settings.store, settings.store_options)
     registry.identity.check(store)

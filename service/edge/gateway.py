@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ from service.edge.access import Access, Doors
 from service.edge.access_log import AccessLog
 from service.edge.audit import Audit
 from service.edge.auth import STRANGER, Admission
-from service.edge.channel import BodyBudget, RequestChannel, UploadChannel, new_id
+from service.edge.channel import BodyBudget, RequestChannel, UploadChannel
 from service.edge.pace import Pace
 from service.errors import Problem, is_openai, respond
+from service.server.scope import new_id
 from service.server.threads import TENANT
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from adapters.examples.upload_forms import Form
     from service.edge.auth import Authenticator, Caller
-    from service.monitoring.metrics import Metrics
     from service.settings import Settings
 
 logger = logging.getLogger("topwork")
@@ -75,6 +76,8 @@ _ONCE = frozenset(
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Patterns of routes end before a final newline too, and no name in a path may have any of these.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+Observer = Callable[[str, "str | None", int, float], None]
+"""Is told of each request: method, route where one matched, status, seconds."""
 _CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
 
 
@@ -140,10 +143,10 @@ class Edge:
         *,
         settings: Settings,
         guard: Authenticator,
-        metrics: Metrics,
+        observe: Observer,
     ) -> None:
-        """Lets requests through to the application. routes: the application's own."""
-        self._inner = _Inner(app, Doors(routes), settings, guard, metrics)
+        """Lets requests through to the application. routes: the application's own. observe: see Observer."""
+        self._inner = _Inner(app, Doors(routes), settings, guard, observe)
 
     def close(self) -> None:
         """Answers 503 from now on."""
@@ -183,13 +186,13 @@ class Edge:
 
 class _Inner:
     def __init__(
-        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Authenticator, metrics: Metrics
+        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Authenticator, observe: Observer
     ) -> None:
         self._app = app
         self._doors = doors
         self._settings = settings
         self._guard = guard
-        self._metrics = metrics
+        self._observe = observe
         self._bodies = BodyBudget(settings.max_body_bytes, settings.max_bodies_bytes)
         # Uploads go through in parts: their bytes are on the way, and not in memory.
         self._uploads = BodyBudget(settings.max_upload_bytes, math.inf)
@@ -264,7 +267,7 @@ class _Inner:
             seconds = time.perf_counter() - started
             template = getattr(scope.get("route"), "path", None) if refusal is None else None
             method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
-            self._metrics.request(method, template, status, seconds)
+            self._observe(method, template, status, seconds)
             if self._settings.access_log:
                 self.log.add(method, path, status, seconds, request_id)
             if access.may_change(method):

@@ -16,11 +16,12 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from adapters.cache.networks import NetworkPool
-from models.backbone import Backbone, Floats
+from models.arrays import Floats
+from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed, EmbeddingFailed, Overloaded
 from models.batching.stall_detector import StallDetector
-from models.batching.turn import PATIENCE
+from models.runtime.progress import PATIENCE
 from models.spec import FLOAT16
 
 logger = logging.getLogger("topwork")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
@@ -15,21 +16,40 @@ from service import __version__
 from service.server.connections import CUT, connections
 
 if TYPE_CHECKING:
+    from adapters.cache.lru import ByteLRU
     from adapters.cache.networks import NetworkPool
+    from adapters.heads.head import Head
+    from adapters.jobs.supervisor import WorkerSupervisor
+    from adapters.processes.fitter import Fitter
     from adapters.registry.registry import Registry
     from models.batching.batcher import Batcher
-    from service.composition import Components
+    from service.monitoring.backbone_monitor import BackboneMonitor
     from service.monitoring.metrics import Metrics
     from service.monitoring.surveyor import Surveyor
 
 
-def add_gauges(components: Components, networks: NetworkPool) -> None:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the gauges tell of. ready: whether the service can do all its work."""
+
+    ready: Callable[[], bool]
+    batchers: Mapping[str, Batcher]
+    surveyor: Surveyor
+    monitor: BackboneMonitor
+    fitter: Fitter
+    workers: Sequence[WorkerSupervisor]
+    heads: ByteLRU[Head]
+    networks: NetworkPool
+    registry: Registry
+
+
+def add_gauges(metrics: Metrics, parts: Parts) -> None:
     """Has the metrics tell of the parts, of what is in memory and of what is in the database."""
-    gauge, counter = components.metrics.gauge, components.metrics.counter
+    gauge, counter = metrics.gauge, metrics.counter
     build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
     gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
-    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(components.ready))
-    for name, batcher in components.batchers.items():
+    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(parts.ready()))
+    for name, batcher in parts.batchers.items():
         backbone = batcher.backbone
         about = {
             "backbone": name,
@@ -43,33 +63,33 @@ def add_gauges(components: Components, networks: NetworkPool) -> None:
         gauge(
             "topwork_queue_depth",
             "Inputs waiting for a backbone.",
-            partial(_depth, components.batchers, name),
+            partial(_depth, parts.batchers, name),
             {"backbone": name},
         )
         for setting in ("alone", "workers", "beside", "batch"):
             gauge(
                 "topwork_backbone_plan",
                 "How a backbone runs: threads alone, runs beside each other, threads of each, batch.",
-                partial(_plan, components.batchers, name, setting),
+                partial(_plan, parts.batchers, name, setting),
                 {"backbone": name, "setting": setting},
             )
         gauge(
             "topwork_backbone_plan_confirmed",
             "1 if that was measured while the machine was quiet.",
-            partial(_confirmed, components.surveyor, name),
+            partial(_confirmed, parts.surveyor, name),
             {"backbone": name},
         )
         for stage in backbone.seconds_by_stage:
             counter(
                 "topwork_gpu_seconds",
                 "Seconds that the thread which runs on the GPU has spent, by what it did.",
-                partial(_seconds, components.batchers, name, stage),
+                partial(_seconds, parts.batchers, name, stage),
                 {"backbone": name, "stage": stage},
             )
-    _watch_replacements(components)
-    _watch_connections(components.metrics)
-    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(components.fitter.queued))
-    heads = components.heads
+    _watch_replacements(metrics, parts)
+    _watch_connections(metrics)
+    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(parts.fitter.queued))
+    heads = parts.heads
     counter(
         "topwork_head_cache_hits", "Predictions that found their head in memory.", lambda: float(heads.hits)
     )
@@ -81,36 +101,34 @@ def add_gauges(components: Components, networks: NetworkPool) -> None:
     gauge(
         "topwork_network_cache_bytes",
         "Bytes of the fine-tuned networks in memory, about.",
-        lambda: float(networks.bytes),
+        lambda: float(parts.networks.bytes),
     )
     counter(
         "topwork_network_cache_misses",
         "Predictions that waited for their fine-tuned network.",
-        lambda: float(networks.misses),
+        lambda: float(parts.networks.misses),
     )
     for state in get_args(JobState):
         gauge(
             "topwork_jobs",
             "Jobs by state, over all processes that share the database.",
-            partial(_jobs, components.registry, state),
+            partial(_jobs, parts.registry, state),
             {"state": state},
         )
-    gauge(
-        "topwork_live_versions", "Adapters with a live version.", partial(_live_versions, components.registry)
-    )
+    gauge("topwork_live_versions", "Adapters with a live version.", partial(_live_versions, parts.registry))
 
 
-def _watch_replacements(components: Components) -> None:
-    monitor, fitter, workers = components.monitor, components.fitter, components.workers
-    parts: dict[str, Callable[[], int]] = {
+def _watch_replacements(metrics: Metrics, parts: Parts) -> None:
+    monitor, fitter, workers = parts.monitor, parts.fitter, parts.workers
+    counts: dict[str, Callable[[], int]] = {
         "backbone": lambda: monitor.replaced["backbone"],
         "network": lambda: monitor.replaced["network"],
         "fitter": lambda: fitter.replaced,
         "worker": lambda: sum(worker.replaced for worker in workers),
         "decoder": lambda: Decoder.shared().ended,
     }
-    for part, count in parts.items():
-        components.metrics.counter(
+    for part, count in counts.items():
+        metrics.counter(
             "topwork_replaced", "Parts that died or were stuck, and were replaced.", count, {"part": part}
         )
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from service.server.protocol import BoundedHttpProtocol
+from typing import Any, Protocol
 
 MOST = 4_096
 # Descriptors for everything else: databases, artifacts, pipes, what is being read and written.
@@ -22,6 +19,23 @@ CUT = ("head", "body", "unread", "silent", "idle", "refused")
 that it makes room for another, or that there is none for it."""
 
 
+class Connection(Protocol):
+    """What the table asks of a connection. part: where it is among the others, the table's own."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+    part: int
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a request."""
+        ...
+
+    def look(self, passed: float) -> None:
+        """Ends it where its client is too slow; so many seconds have passed since the last look."""
+        ...
+
+
 class ConnectionTable:
     """Those of this process. For one event loop. cut: how many were cut off, by reason.
 
@@ -34,9 +48,9 @@ class ConnectionTable:
         self.draining = False
         self.drain_seconds = 20
         self._most = most
-        self._open: set[BoundedHttpProtocol] = set()
-        self._idle: dict[BoundedHttpProtocol, None] = {}
-        self._parts: list[set[BoundedHttpProtocol]] = [set() for _ in range(_PARTS)]
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}
+        self._parts: list[set[Connection]] = [set() for _ in range(_PARTS)]
         self._looked = [0.0] * _PARTS
         self._next = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -49,7 +63,7 @@ class ConnectionTable:
         """Leaves room among so many descriptors for what else is opened."""
         self._most = max(_LEAST, min(MOST, descriptors - _ROOM))
 
-    def admit(self, connection: BoundedHttpProtocol) -> bool:
+    def admit(self, connection: Connection) -> bool:
         """Takes the connection up, closing an idle one for it if need be; False where there is no room."""
         if len(self._open) >= self._most and not self._make_room():
             self.cut["refused"] += 1
@@ -63,7 +77,7 @@ class ConnectionTable:
             self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look)
         return True
 
-    def discard(self, connection: BoundedHttpProtocol) -> None:
+    def discard(self, connection: Connection) -> None:
         """The connection is closed, or somebody else's."""
         self._open.discard(connection)
         self._idle.pop(connection, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -12,6 +13,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -137,3 +141,38 @@ def configure_logging() -> None:
     logger.handlers = [stream]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls `tell` in this event loop as soon as the process is told to end.
+
+    The server tells the application only once it has drained. Its own handling of the signals goes on; where
+    nobody handles them, nothing is done.
+    """
+    loop = asyncio.get_running_loop()
+    ours: dict[signal.Signals, Hearing] = {}
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+        for sign, known in before.items():
+            if callable(known):
+                ours[sign] = _after(loop, tell, known)
+                signal.signal(sign, ours[sign])
+    try:
+        yield
+    finally:
+        for sign, own in ours.items():
+            if signal.getsignal(sign) is own:
+                signal.signal(sign, before[sign])
+
+
+Hearing = Callable[[int, FrameType | None], object]
+"""What is called with a signal."""
+
+
+def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: Hearing) -> Hearing:
+    def heard(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(tell)
+        known(number, frame)
+
+    return heard

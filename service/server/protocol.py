@@ -12,9 +12,9 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
 
-from service.edge.channel import GONE, SLOW, UNHURRIED, new_id
 from service.errors import problem_body
 from service.server.connections import connections
+from service.server.scope import GONE, SLOW, UNHURRIED, new_id
 
 # Of a request line with its headers, of a chunk's extensions, of trailers. Common servers allow 8 to 64 KB.
 MAX_HEAD_BYTES = 64 << 10

@@ -19,7 +19,8 @@ from functools import partial
 
 from adapters.registry.records import AdapterExists, RevisionMoved, UnknownAdapter
 from adapters.registry.registry import Change, Creation, ExampleWrite, NewVersion, Registry, new_uid
-from adapters.storage.artifact import Artifact, Store, StoreError, open_store
+from adapters.storage.artifact import Artifact, Store, StoreError
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep
 
 TENANT = "acme"

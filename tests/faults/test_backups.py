@@ -10,7 +10,7 @@ from adapters.maintenance.backup import backup
 from adapters.maintenance.doctor import Doctor
 from adapters.maintenance.restore import restore
 from adapters.registry.database import Database
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
 from tests.support.client import Caller, image, pictures, reviews, same

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Artifact, CorruptArtifact, Store, object_key, open_store
+from adapters.storage.artifact import Artifact, CorruptArtifact, Store, object_key
+from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE

@@ -18,7 +18,7 @@ import pytest
 
 from adapters.maintenance.inspection import Inspector
 from adapters.registry.database import Database
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
 
@@ -36,9 +36,9 @@ ACTIONS = ("kill", "EIO", "ENOSPC", "stall")
 USUAL = [
     ("adapters.storage.local.LocalStore._write:after", "kill"),
     ("adapters.storage.local._write_synced:before", "ENOSPC"),
-    ("adapters.registry.commit._record_version:after", "EIO"),
+    ("adapters.registry.statements.commit._record_version:after", "EIO"),
     ("adapters.registry.registry.Registry.commit:after", "kill"),
-    ("adapters.registry.commit.promote:after", "EIO"),
+    ("adapters.registry.statements.commit.promote:after", "EIO"),
     ("adapters.registry.registry.Registry.promote:after", "kill"),
     ("adapters.registry.jobs.held:before", "stall"),
     ("adapters.processes.fitter._write_frame:before", "EIO"),

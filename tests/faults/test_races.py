@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters.registry.records import KEPT_VERSIONS
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep
 from tests.faults import times
 from tests.faults.crash_writer import TENANT, read_all, store_one

@@ -21,21 +21,21 @@ CHANGES: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "amend": ("PATCH", f"{ADAPTER}/examples/e0", {"label": "r", "excluded": True, "promote": "always"}),
 }
 IN_COMMITS = [
-    "adapters.registry.commit.commit:before",
-    "adapters.registry.commit._write_examples:after",
-    "adapters.registry.commit._announce:after",
-    "adapters.registry.commit.commit:after",
+    "adapters.registry.statements.commit.commit:before",
+    "adapters.registry.statements.commit._write_examples:after",
+    "adapters.registry.statements.commit._announce:after",
+    "adapters.registry.statements.commit.commit:after",
     "adapters.registry.registry.Registry.commit:after",
 ]
 WHERE = {
     "roll back": [
-        "adapters.registry.commit.promote:before",
-        "adapters.registry.commit._announce:before",
-        "adapters.registry.commit.promote:after",
+        "adapters.registry.statements.commit.promote:before",
+        "adapters.registry.statements.commit._announce:before",
+        "adapters.registry.statements.commit.promote:after",
         "adapters.registry.registry.Registry.promote:after",
     ],
     "restore": IN_COMMITS,
-    "amend": [*IN_COMMITS, "adapters.registry.commit._record_version:after"],
+    "amend": [*IN_COMMITS, "adapters.registry.statements.commit._record_version:after"],
 }
 CASES = [(name, where) for name, places in WHERE.items() for where in places]
 # One inside of each transaction and one behind it, in usual runs.

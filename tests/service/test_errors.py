@@ -21,10 +21,11 @@ from adapters.registry.erasures import TenantErased
 from adapters.registry.records import UnknownAdapter
 from models.batching.request import Overloaded
 from service.edge.auth import Authenticator
-from service.edge.channel import GONE, RequestChannel, new_id
+from service.edge.channel import RequestChannel
 from service.edge.gateway import Edge
 from service.errors import STATUSES, Problem, pointer, respond
 from service.monitoring.metrics import Metrics
+from service.server.scope import GONE, new_id
 from service.settings import Settings
 from tests.support.edge_app import Shell
 
@@ -104,7 +105,9 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
-    edge.open(refusing, [], settings=settings, guard=Authenticator(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(
+        refusing, [], settings=settings, guard=Authenticator(None, ["127.0.0.1"]), observe=Metrics().request
+    )
     gc.collect()
     before = exchanges()
     gc.disable()

@@ -25,7 +25,8 @@ from adapters.prediction.predictor import PredictAnswer, Predictor, PredictQuery
 from adapters.prediction.scorer import Prediction
 from adapters.processes.fitter import Fitter
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Store, open_store
+from adapters.storage.artifact import Store
+from adapters.storage.open import open_store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.manifest import write_manifest

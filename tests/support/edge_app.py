@@ -49,7 +49,7 @@ class Shell:
         self.app.state.shell = self
         guard = Authenticator(settings.admin_key, addresses, find)
         routes = self.app.router.routes
-        self.edge.open(self.app, routes, settings=settings, guard=guard, metrics=self.metrics)
+        self.edge.open(self.app, routes, settings=settings, guard=guard, observe=self.metrics.request)
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         """A client of the edge, with headers for every request."""

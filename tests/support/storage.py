@@ -15,7 +15,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Store, open_store
+from adapters.storage.artifact import Store
+from adapters.storage.open import open_store
 
 _numbers = itertools.count(1)
 

@@ -18,8 +18,9 @@ from adapters.maintenance.inspection import Finding
 from adapters.maintenance.table_copy import TABLES
 from adapters.registry.database import Database
 from adapters.registry.schema import adapters
-from adapters.storage.artifact import Artifact, Store, open_store
+from adapters.storage.artifact import Artifact, Store
 from adapters.storage.bucket import BucketStore
+from adapters.storage.open import open_store
 from models.backbone import Backbone
 from tests.support.adapter_stack import TENANT, World, taught, world
 from tests.support.storage import new_bucket, new_schema

@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 from adapters.examples.target import Target
 from adapters.probe.fit import Dataset
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 
 def clouds(

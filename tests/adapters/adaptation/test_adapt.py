@@ -17,7 +17,7 @@ from adapters.examples.validation import PostedExample
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel
 from adapters.registry.records import UnknownAdapter
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
 from models.backbone import Backbone
 from models.preprocess.preprocessor import InputError

@@ -18,7 +18,6 @@ from adapters.adaptation.rollback import CannotRestore, Missing, Restorer, plan_
 from adapters.examples.target import ExampleError, Target
 from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
-from adapters.registry.commit import drop_versions
 from adapters.registry.database import Database
 from adapters.registry.records import (
     AdapterRecord,
@@ -30,8 +29,10 @@ from adapters.registry.records import (
     UnknownVersion,
 )
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Artifact, open_store
+from adapters.registry.statements.commit import drop_versions
+from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import orphans
 from tests.adapters.registry.test_registry import append, change, create, example, refit, version
 from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world

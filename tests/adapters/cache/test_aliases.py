@@ -197,7 +197,9 @@ def test_what_is_created_again_is_seen_though_the_clock_was_set_back(
         registry.delete_adapter("acme", "pets")
         before = old.adapter.created_at - timedelta(hours=1)
         with monkeypatch.context() as clock:
-            clock.setattr("adapters.registry.commit.next_epoch", lambda last, now: int(before.timestamp()))
+            clock.setattr(
+                "adapters.registry.statements.commit.next_epoch", lambda last, now: int(before.timestamp())
+            )
             again = create(registry)
         assert again.adapter.epoch < old.adapter.epoch
         await aliases.start()

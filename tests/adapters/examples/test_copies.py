@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adapters.examples.copies import together, with_misled
-from tests.support.synthetic_embeddings import Floats
+from models.arrays import Floats
 
 
 def distinct(n: int, dim: int = 64, seed: int = 0) -> Floats:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.examples.target import ExampleError, folds, input_digest, normalise_label, normalise_target
+from adapters.examples.target import ExampleError, input_digest, normalise_label, normalise_target
+from adapters.probe.folds import folds
 
 
 def test_labels_that_look_the_same_are_one() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from adapters.examples.target import ExampleError, Task, input_digest
 from adapters.examples.validation import MixedInputs, PostedExample, admit, common_kind
-from adapters.registry.records import Kind
 from models.preprocess.preprocessor import InputError
+from models.spec import Kind
 
 
 def codes(

@@ -39,9 +39,10 @@ from adapters.registry.records import (
     TooManyJobs,
 )
 from adapters.registry.registry import Registry, new_uid
-from adapters.storage.artifact import Artifact, Buffer, Store, open_store
+from adapters.storage.artifact import Artifact, Buffer, Store
 from adapters.storage.formats import decode_inputs, encode_embeddings, encode_inputs
 from adapters.storage.local import LocalStore
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep
 from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone

@@ -49,7 +49,7 @@ from adapters.registry.records import (
     NewVersion,
 )
 from adapters.registry.registry import Registry, new_uid
-from adapters.storage.artifact import Artifact, MissingArtifact, Store, open_store
+from adapters.storage.artifact import Artifact, MissingArtifact, Store
 from adapters.storage.formats import (
     Evidence,
     decode_evidence,
@@ -57,6 +57,7 @@ from adapters.storage.formats import (
     encode_evidence,
     encode_inputs,
 )
+from adapters.storage.open import open_store
 from models.export.loaders import load_network
 from models.manifest import CorruptExport
 from models.preprocess.pixels import normalised

@@ -23,7 +23,7 @@ from adapters.maintenance.restore import restore
 from adapters.maintenance.table_copy import references
 from adapters.registry.jobs import upload_request
 from adapters.registry.migrations import HEAD
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from tests.support.adapter_stack import TENANT, says, taught
 from tests.support.storage_places import Make, Place, churn
 

@@ -11,7 +11,8 @@ import pytest
 from adapters.heads.head import Head
 from adapters.probe import calibration
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
-from tests.support.synthetic_embeddings import Floats, clouds, dataset
+from models.arrays import Floats
+from tests.support.synthetic_embeddings import clouds, dataset
 
 
 def unseen(labels: int, dim: int, apart: float) -> tuple[Floats, list[str]]:

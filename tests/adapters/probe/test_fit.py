@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 
-from adapters.heads.scaling import basis_of, scaling_of
+from adapters.heads.scaling import scaling_of
+from adapters.probe.basis import basis_of
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit, predicted_seconds
 from adapters.probe.logistic import Softmax, solve
 from tests.support.synthetic_embeddings import classification, clouds, dataset, permuted

@@ -10,8 +10,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from adapters.probe import calibration
 from adapters.probe.lda import Discriminant
-
-Floats = NDArray[np.float32]
+from models.arrays import Floats
 
 LABELS = 3
 FOLDS = 5

@@ -10,10 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from adapters.heads.head import Head
 from adapters.probe import calibration
 from adapters.probe.fit import Dataset, FittedProbe, fit
+from models.arrays import Bools, Floats
 from tests.support.synthetic_embeddings import dataset, permuted
-
-Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 
 
 def test_the_interval_of_micro_f1_holds_the_truth_on_coin_flips() -> None:

@@ -13,9 +13,8 @@ from sklearn.linear_model import Ridge, RidgeCV
 from adapters.probe import leverage
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from adapters.probe.leverage import left_out, spectrum_of
+from models.arrays import Doubles
 from tests.support.synthetic_embeddings import permuted
-
-Doubles = NDArray[np.float64]
 
 STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 1.0)
 

@@ -21,7 +21,6 @@ from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, ERASURES_KEPT, TenantErased, digest
-from adapters.registry.queries import current_time
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -33,8 +32,10 @@ from adapters.registry.records import (
 )
 from adapters.registry.registry import Registry, new_uid
 from adapters.registry.schema import changes, erasures, metadata
-from adapters.storage.artifact import Artifact, Store, open_store
+from adapters.registry.statements.queries import current_time
+from adapters.storage.artifact import Artifact, Store
 from adapters.storage.local import LocalStore
+from adapters.storage.open import open_store
 from tests.adapters.registry.test_jobs import begin, submit
 from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, example, refit
 from tests.adapters.registry.test_registry import version as new_version

@@ -18,9 +18,9 @@ from adapters.storage.artifact import (
     StoredObject,
     StoreFull,
     StoreUnavailable,
-    open_store,
 )
 from adapters.storage.local import LocalStore
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
 
 TENANT = "acme"

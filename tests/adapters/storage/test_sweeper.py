@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.storage.artifact import PARTIAL, Artifact, MissingArtifact, Store, open_store
+from adapters.storage.artifact import PARTIAL, Artifact, MissingArtifact, Store
+from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, orphans, sweep
 
 TENANT = "acme"

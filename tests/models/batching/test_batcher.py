@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.backbone import Backbone, Embedded, Floats
+from models.arrays import Floats
+from models.backbone import Backbone, Embedded
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, EmbedRequest, Overloaded

@@ -16,7 +16,8 @@ from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed
 from models.batching.stall_detector import StallDetector
-from models.batching.turn import LONGEST_RUN, PATIENCE
+from models.batching.worker_progress import WorkerProgress
+from models.runtime.progress import LONGEST_RUN, PATIENCE
 from tests.support import tiny_backbones
 
 pytestmark = pytest.mark.anyio
@@ -212,6 +213,7 @@ async def test_who_waits_for_another_process_is_not_stuck(backbone: Backbone) ->
     caller = asyncio.create_task(batcher.embed(["ba"]))
     await reach(unending.reached)
     (turn,) = [turn for turn in batcher.turns if turn.busy]
+    assert isinstance(turn, WorkerProgress)
     turn.wait(True)
     for _ in range(100):
         assert standstill.look(PATIENCE) is None

@@ -58,7 +58,7 @@ def client(app: FastAPI, tmp_path: Path, *, direct: bool) -> tuple[httpx.AsyncCl
         app.routes,
         settings=Settings(home=tmp_path, access_log=False),
         guard=Authenticator(None, ("127.0.0.1",)),
-        metrics=metrics,
+        observe=metrics.request,
     )
     transport = httpx.ASGITransport(edge)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:3000"), metrics

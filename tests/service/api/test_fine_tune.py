@@ -21,7 +21,7 @@ from PIL import Image
 
 from adapters.registry.records import Change, NewVersion
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from benchmarks.harness.service_process import ROOT, Serving
 from models.model_store import find
 from models.spec import GRAPH_FILE

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from adapters.cache.networks import NetworkPool
-from adapters.storage.artifact import open_store
+from adapters.storage.open import open_store
 from models.backbone import Backbone, known_plan
 from models.batching.batcher import Batcher
 from models.runtime.autotune import ExecutionPlan, Measured, keep_plan

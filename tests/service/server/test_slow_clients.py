@@ -58,7 +58,9 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False, request_timeout=20)
     routes = [Route("/adapt", needs("adapt", bulk=True)(app), methods=["POST"])]
-    edge.open(app, routes, settings=settings, guard=Authenticator(None, ["127.0.0.1"]), metrics=Metrics())
+    edge.open(
+        app, routes, settings=settings, guard=Authenticator(None, ["127.0.0.1"]), observe=Metrics().request
+    )
     with Bare(edge, own) as running:
         yield running
 

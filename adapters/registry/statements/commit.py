@@ -13,15 +13,6 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.registry.jobs import end, held
-from adapters.registry.queries import (
-    Used,
-    adapter_by_name,
-    adapter_by_uid,
-    alias_of,
-    chunks,
-    current_time,
-    version_record,
-)
 from adapters.registry.records import (
     AdapterExists,
     AdapterRecord,
@@ -36,15 +27,6 @@ from adapters.registry.records import (
     UnknownExample,
     VersionRecord,
 )
-from adapters.registry.retention import (
-    Previous,
-    check_erased,
-    delete_versions,
-    drop_fitted_on,
-    prune,
-    release,
-)
-from adapters.registry.row_sets import all_rows, insert_rows, update_rows
 from adapters.registry.schema import (
     adapters,
     artifacts,
@@ -54,6 +36,24 @@ from adapters.registry.schema import (
     examples,
     versions,
 )
+from adapters.registry.statements.queries import (
+    Used,
+    adapter_by_name,
+    adapter_by_uid,
+    alias_of,
+    chunks,
+    current_time,
+    version_record,
+)
+from adapters.registry.statements.retention import (
+    Previous,
+    check_erased,
+    delete_versions,
+    drop_fitted_on,
+    prune,
+    release,
+)
+from adapters.registry.statements.row_sets import all_rows, insert_rows, update_rows
 from adapters.registry.tenants import add_tenant, check_adapters, check_examples
 from adapters.storage.artifact import Artifact
 

@@ -21,8 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy import update as update_of
 
-from adapters.registry.row_sets import all_rows, insert_rows, update_rows
 from adapters.registry.schema import UtcTime
+from adapters.registry.statements.row_sets import all_rows, insert_rows, update_rows
 
 TABLE = Table(
     "packed",

@@ -12,10 +12,11 @@ import pytest
 from adapters.maintenance.backup import backup
 from adapters.maintenance.restore import restore
 from adapters.maintenance.table_copy import references
+from adapters.registry.identity import Identity, WrongStore
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Store, open_store
-from adapters.storage.identity import Identity, WrongStore
+from adapters.storage.artifact import Store
 from adapters.storage.local import LocalStore
+from adapters.storage.open import open_store
 from tests.support.adapter_stack import TENANT, taught
 from tests.support.storage_places import WHERE, Make, Place, Where
 

@@ -20,8 +20,8 @@ from adapters.registry.records import (
     UnknownVersion,
     VersionRecord,
 )
-from adapters.registry.row_sets import all_rows
 from adapters.registry.schema import adapters, artifacts, database_now, decode_target, examples, versions
+from adapters.registry.statements.row_sets import all_rows
 from adapters.storage.artifact import Artifact
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import Connection, exists, func, or_, select, update
 
 from adapters.registry.database import Database
-from adapters.registry.queries import current_time
 from adapters.registry.schema import adapters, erasures, identity, tenants
+from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Store
 
 _WAY_OUT = (

@@ -1,4 +1,4 @@
-"""`python -m models.runtime.trial_process`: tries one way to run a backbone. See models/runtime/trial.py."""
+"""`python -m models.trial_process`: tries one way to run a backbone. See models/runtime/trial.py."""
 
 from __future__ import annotations
 

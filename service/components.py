@@ -1,0 +1,69 @@
+"""The parts of a running service."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from adapters.adaptation.adapt import AdaptPipeline
+from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.erasure import Eraser
+from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.rollback import Restorer
+from adapters.cache.aliases import AliasCache
+from adapters.cache.lru import ByteLRU
+from adapters.heads.head import Head
+from adapters.jobs.submission import JobSubmitter
+from adapters.jobs.supervisor import WorkerSupervisor
+from adapters.prediction.export import VersionExporter
+from adapters.prediction.predictor import Predictor
+from adapters.processes.fitter import Fitter
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Store
+from models.batching.batcher import Batcher
+from service.edge.gateway import ConcurrencyLimit
+from service.edge.key_cache import KeyCache
+from service.monitoring.backbone_monitor import BackboneMonitor
+from service.monitoring.metrics import Metrics
+from service.monitoring.surveyor import Surveyor
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What the routes are built from. `batchers` by backbone name, in the order of the settings."""
+
+    settings: Settings
+    registry: Registry
+    store: Store
+    aliases: AliasCache
+    heads: ByteLRU[Head]
+    batchers: dict[str, Batcher]
+    fitter: Fitter
+    pipeline: AdaptPipeline
+    catalog: AdapterCatalog
+    editor: ExampleEditor
+    restorer: Restorer
+    exporter: VersionExporter
+    eraser: Eraser
+    predictor: Predictor
+    submitter: JobSubmitter
+    uploads: ConcurrencyLimit
+    keyring: KeyCache
+    workers: tuple[WorkerSupervisor, ...]
+    monitor: BackboneMonitor
+    surveyor: Surveyor
+    metrics: Metrics
+    closing: AsyncExitStack
+
+    @property
+    def ready(self) -> bool:
+        """Whether every backbone answers, and the fitting process, the workers and the look-out for commits
+        run. Not whether the database is there: predictions go on without it.
+        """
+        workers = all(worker.alive for worker in self.workers)
+        return self.fitter.alive and self.aliases.alive and self.monitor.ready and workers
+
+    async def aclose(self) -> None:
+        """Lets queued work end, then closes everything in the reverse order of its making."""
+        await self.closing.aclose()
