@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ test-gpu-bundle: .venv/dev.stamp  ## Make that bundle, and run its commands in a
 
 full/%: .venv/dev.stamp
 	TOPWORK_TEST_FAULTS=full $(RUN) pytest $* $(ARGS)
+
+house: .venv/dev.stamp  ## How the code is laid out and reads, in numbers
+	$(RUN) tests.house $(ARGS)
 
 check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
