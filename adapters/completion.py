@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 async def to_its_end(work: Awaitable[T]) -> T:
-    """What the work gives. It goes on when the caller is cancelled.
+    """Return the result of `work`, which continues if the caller is cancelled.
 
-    An error that it raises after that is logged, unless it has a `code`: such an error is an answer, and
-    nobody is left to read it.
+    An error raised after that is logged, unless it has a `code`: such an error is an answer to the client,
+    and the client is gone.
     """
     task = asyncio.ensure_future(work)
     try:

@@ -1,4 +1,4 @@
-"""What a failure may tell a caller: nothing of files, statements and code."""
+"""Recognises error messages that would show a caller files, SQL statements or code."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ _INSIDE = re.compile(
 
 
 def leaks_internals(text: str) -> bool:
-    """Whether a file's path, a statement of SQL, an address with a password or a stack is in the text."""
+    """Whether the text contains a file path, an SQL statement, a connection URL or a stack trace."""
     return _INSIDE.search(text) is not None

@@ -1,11 +1,11 @@
-"""The frozen side: backbones, their preprocessing, and the queue in front of them."""
+"""Frozen backbones, their preprocessing, and the queue in front of them."""
 
 import os
 
 SILENT = {"BENTOML_DO_NOT_TRACK": "true", "HF_HUB_DISABLE_TELEMETRY": "1", "ORT_DISABLE_TELEMETRY": "1"}
-"""Variables that keep libraries from reporting to their makers."""
+"""Environment variables that turn off the telemetry of libraries."""
 
-# The libraries read them when they are imported or first used, and none of our modules comes before this one.
-# It is the one import that changes something in the process.
+# Libraries read these variables on import or on first use, and this module is imported before any of our
+# others. It is the only import that changes the process.
 for _name, _value in SILENT.items():
     os.environ.setdefault(_name, _value)

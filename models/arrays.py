@@ -1,4 +1,4 @@
-"""Names of array types, by what they hold."""
+"""Type aliases for numpy arrays, by element type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backbone that runs: preprocessing and an ONNX Runtime session, inputs → embeddings."""
+"""A loaded backbone: preprocessing and an ONNX Runtime session, inputs → embeddings."""
 
 from __future__ import annotations
 
@@ -63,37 +63,31 @@ from models.spec import (
     TextTransform,
 )
 
-# Tokens of one run on a CPU, padding included: what bounds its memory.
+# Maximum tokens per run on a CPU, padding included. It bounds the memory of a run.
 _TOKENS_PER_RUN = 1024
-# Of a short text.
-_TOKENS = 16
-# Inputs of one run of a fine-tuned network on a GPU, at most.
-_TUNED_BATCH = 32
+_TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
+_TUNED_BATCH = 32  # maximum inputs per run of a fine-tuned network on a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What became of n inputs.
+    """The result of embedding n inputs."""
 
-    embeddings: float32 (n, dim), in the order of the inputs; the row of an input that failed is zero. errors:
-    by position. timings: seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these
-    inputs, "queue" is the wait until the first of them was taken up. callers: how many get their answer
-    together. unknown: positions of texts without a token that the backbone knows; their embeddings say
-    nothing. truncated: positions of texts longer than the backbone reads, of which only the start counts.
-    tokens: that it read, of all texts.
-    """
-
+    # float32 (n, dim), in the order of the inputs; the row of a failed input is zero.
     embeddings: Floats
-    errors: dict[int, InputError] = field(default_factory=dict)
+    errors: dict[int, InputError] = field(default_factory=dict)  # errors of failed inputs, by position
+    # Seconds by stage: "decode" or "tokenize" and "embed" are worker time spent on these inputs, "queue" is
+    # the wait until the first of them was taken.
     timings: dict[str, float] = field(default_factory=dict)
-    callers: int = 1
+    callers: int = 1  # callers that are answered together
+    # Positions of texts without any token known to the backbone; their embeddings are meaningless.
     unknown: frozenset[int] = frozenset()
-    truncated: frozenset[int] = frozenset()
-    tokens: int = 0
+    truncated: frozenset[int] = frozenset()  # positions of texts of which only the start was read
+    tokens: int = 0  # tokens read, over all texts
 
 
 class Ready(NamedTuple):
-    """One input as the network takes it. unknown, truncated, tokens: see Embedded."""
+    """One preprocessed input. `unknown`, `truncated` and `tokens` are as in Embedded."""
 
     prepared: Prepared
     unknown: bool = False
@@ -102,10 +96,10 @@ class Ready(NamedTuple):
 
 
 class Backbone:
-    """One exported backbone, loaded. Thread-safe: calls from several threads run beside each other.
+    """One exported backbone, loaded. Thread-safe: calls from several threads run concurrently.
 
-    fingerprint: of the spec, which would compute it anew each time. pace: seconds for an element of a
-    prepared input in the first run, which is slow.
+    `fingerprint`: the spec's fingerprint, cached because the spec recomputes it on each access. `pace`:
+    seconds per element of a prepared input in the first run, which is slower than later ones.
     """
 
     def __init__(
@@ -138,10 +132,10 @@ class Backbone:
         plan: ExecutionPlan | None = None,
         limits: InputLimits = InputLimits(),
     ) -> Backbone:
-        """Loads the export folder, and runs it once: the first run of a session is slow.
+        """Load the export folder and run it once, because the first run of a session is slow.
 
-        threads: in all, on a CPU. plan: how to use them; the usual one by default. Raises CorruptExport,
-        DeviceUnavailable.
+        `threads`: total number of threads on a CPU. `plan`: how to use them, `ExecutionPlan.usual` by
+        default. Raises CorruptExport, DeviceUnavailable.
         """
         spec = _spec_for(export, device, verify=True)
         preprocessor = (
@@ -150,7 +144,7 @@ class Backbone:
             else TextPreprocessor(spec.transform, export / TOKENIZER_FILE, limits)
         )
         plan = plan or ExecutionPlan.usual(spec.kind, device, threads)
-        # Both sessions look up in one table. A GPU has a copy of its own.
+        # Both CPU sessions share one copy of each table. A GPU keeps its own copy.
         tables = {name: open_table(path) for name, path in read_tables(export).items() if device == "cpu"}
         images = spec.kind == "image"
         session: Any
@@ -160,8 +154,8 @@ class Backbone:
             session = open_session(
                 _graph(export, spec), device=device, threads=plan.alone, one_shape=images, tables=tables
             )
-        # Runs beside each other share the cores best when each keeps to few: threads of one run wait for its
-        # slowest.
+        # Concurrent runs share the cores best with few threads each, because a run waits for its slowest
+        # thread.
         beside = session
         if device == "cpu" and plan.beside != plan.alone:
             beside = open_session(
@@ -175,16 +169,16 @@ class Backbone:
         return backbone
 
     def with_network(self, graph: bytes) -> Backbone:
-        """The same preprocessing in front of another network of the same form: a fine-tuned one.
+        """Return a backbone with the same preprocessing and another network, such as a fine-tuned one.
 
-        graph: ONNX with the inputs and the output of this one. Raises CorruptExport, InvalidGraph.
+        `graph`: an ONNX model with the same inputs and output. Raises CorruptExport, InvalidGraph.
         """
         if isinstance(self.spec.transform, ImageTransform):
             graph = with_byte_input(graph, self.spec.transform)
         plan = self.plan
         session: Any
         if self.device == "cuda":
-            # Many shapes and their graphs, of each tenant's network, would fill the GPU.
+            # All shapes and CUDA graphs for the network of every tenant would fill the GPU's memory.
             plan = replace(plan, batch=min(_TUNED_BATCH, plan.batch), half=False, graphs=False)
             session = _runner(self.spec, graph, plan, self._preprocessor, few=True)
         else:
@@ -199,74 +193,74 @@ class Backbone:
 
     @property
     def precision(self) -> str:
-        """Of the weights and the arithmetic, e.g. float32."""
+        """The precision of weights and arithmetic, e.g. float32."""
         return FLOAT16 if self.plan.half else self.spec.precision
 
     @property
     def batch(self) -> int:
-        """Inputs that are best run together, at most."""
+        """The maximum number of inputs per run."""
         return self.plan.batch
 
     @property
     def nbytes(self) -> int:
-        """Of memory beside its graph that it keeps for its runs."""
+        """Bytes of memory kept for runs, besides the graph."""
         return self._session.nbytes if isinstance(self._session, CudaRunner) else 0
 
     @property
     def lost(self) -> bool:
-        """Whether its device has failed, so that only another process can use it."""
+        """Whether the device has failed for this process; only a new process can use it."""
         return isinstance(self._session, CudaRunner) and self._session.lost
 
     @property
     def runner(self) -> ThreadProgress | None:
-        """What the thread is at that runs whatever is submitted; None where callers run it themselves."""
+        """The progress of the thread that runs submitted batches; None if callers run them themselves."""
         return self._session.turn if isinstance(self._session, CudaRunner) else None
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:
-        """What the thread that runs on a GPU has spent, see models.runtime.cuda.STAGES; nothing on a CPU."""
+        """Seconds that the GPU thread spent in each of models.runtime.cuda.STAGES; empty on a CPU."""
         return self._session.seconds if isinstance(self._session, CudaRunner) else {}
 
     @property
     def budget(self) -> float:
-        """What the inputs of one run may cost together: on a CPU long ones gain nothing from company."""
+        """The maximum total cost of a run's inputs: on a CPU, batching does not speed up long inputs."""
         return max(2 * HEAVY, 1.5 * self.batch) if self.device == "cpu" else math.inf
 
     @property
     def heavy_batch(self) -> int:
-        """Inputs above HEAVY that are run together, at most."""
+        """The maximum number of inputs per run among those whose cost is above HEAVY."""
         return 1 if self.device == "cpu" else self.batch
 
     @property
     def bulk_batch(self) -> int:
-        """Inputs of one run of bulk, at most: of images one, for more would stay in memory."""
+        """The maximum number of bulk inputs per run: one image on a CPU, as more would stay in memory."""
         return 1 if self.device == "cpu" and self.spec.kind == "image" else self.batch
 
     @property
     def canary(self) -> bytes | str:
-        """The least input that it takes, to see whether it answers, and always the same."""
+        """The smallest valid input, always the same, for health checks."""
         return TINY_IMAGE if self.spec.kind == "image" else "a"
 
     @property
     def preprocess_stage(self) -> str:
-        """What preprocessing is called in timings and metrics: decode or tokenize."""
+        """The name of the preprocessing stage in timings and metrics: decode or tokenize."""
         return "decode" if self.spec.kind == "image" else "tokenize"
 
     def expense(self, item: bytes | str) -> float:
-        """What an input will cost, in units of a small one's, without looking at all of it; see HEAVY."""
+        """Estimate an input's cost, in units of a small input's, without reading all of it; see HEAVY."""
         if isinstance(item, bytes):
             return image_expense(item)
         tokens = self.spec.transform.max_tokens if isinstance(self.spec.transform, TextTransform) else 0
         return text_expense(item, tokens)
 
     def preprocess(self, item: bytes | str) -> Prepared:
-        """One input as the network takes it. Raises InputError, also for an input of the other kind."""
+        """Preprocess one input for the network. Raises InputError, also for an input of the wrong kind."""
         return self.prepare(item).prepared
 
     def prepare(self, item: bytes | str, waiting: Waiting = wait_unseen) -> Ready:
-        """One input with what its answer says of it. Raises as preprocess does.
+        """Preprocess one input, with its token count and flags. Raises as `preprocess` does.
 
-        waiting(True) is called where another process begins to prepare it, waiting(False) once it is done.
+        If another process prepares the input, `waiting(True)` is called before and `waiting(False)` after.
         """
         preprocessor = self._preprocessor
         if isinstance(item, bytes) and isinstance(preprocessor, ImagePreprocessor):
@@ -277,37 +271,37 @@ class Backbone:
         raise InputError("wrong_kind", f"The backbone {self.spec.name} takes {self.spec.kind} inputs.")
 
     def knows_nothing(self, item: bytes | str, prepared: Prepared) -> bool:
-        """Whether a prepared text has no token that the backbone knows; False for images."""
+        """Whether a prepared text has no token known to the backbone; False for images."""
         if isinstance(item, str) and isinstance(self._preprocessor, TextPreprocessor):
             return self._preprocessor.knows_nothing(item, prepared)
         return False
 
     @property
     def silence(self) -> Silence | None:
-        """How to see that a text's tokens say nothing; None for images."""
+        """How to tell from its tokens that a text is unknown; None for images."""
         return self._preprocessor.silence if isinstance(self._preprocessor, TextPreprocessor) else None
 
     def unknown(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
-        """Positions of texts without a token that the backbone knows, without embedding them.
+        """Find the positions of texts without any known token, without embedding them.
 
-        An input that cannot be prepared is not among them.
+        Inputs that cannot be preprocessed are left out.
         """
         text = self._preprocessor
         return _positions(inputs, text.is_unknown) if isinstance(text, TextPreprocessor) else frozenset()
 
     def truncated(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
-        """Positions of texts of which the backbone reads only the start, without embedding them.
+        """Find the positions of texts of which the backbone reads only the start, without embedding them.
 
-        An input that cannot be prepared is not among them.
+        Inputs that cannot be preprocessed are left out.
         """
         text = self._preprocessor
         return _positions(inputs, text.is_truncated) if isinstance(text, TextPreprocessor) else frozenset()
 
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
-        """Embeddings, float32 (n, dim), of n prepared inputs, in bounded memory whatever n is.
+        """Embed n prepared inputs: float32 (n, dim), in bounded memory for any n.
 
-        beside: other runs are under way on every core, so this one should keep to its own thread. A row does
-        not depend on the others: within 1e-5 on a CPU it is what it would be alone.
+        `beside`: other runs use the other cores, so this run should keep to few threads (`plan.beside`). A
+        row does not depend on the other rows: on a CPU it is within 1e-5 of what it would be alone.
         """
         session = self._beside if beside else self._session
         if session is None:
@@ -321,18 +315,18 @@ class Backbone:
         return embeddings
 
     def submit(self, prepared: Sequence[Prepared]) -> Future[Floats]:
-        """What run gives, later: for a backbone with a runner. See CudaRunner.submit."""
+        """Return a future for the result of `run`; only with a `runner`. See CudaRunner.submit."""
         session = self._session
         if session is None:
             raise RuntimeError(f"the backbone {self.spec.name} is closed")
         return session.submit(prepared)  # type: ignore[no-any-return]
 
     def probes(self) -> list[Prepared]:
-        """Prepared inputs of many kinds, on which two ways to run it can be compared."""
+        """Varied prepared inputs, for comparing the embeddings of two ways to run the backbone."""
         return _probes(self._preprocessor)
 
     def embed(self, inputs: Sequence[bytes | str]) -> Embedded:
-        """preprocess and run, in this thread. For a service, put a Batcher in front."""
+        """Preprocess and run in this thread. A service should use a Batcher instead."""
         embeddings = np.zeros((len(inputs), self.spec.dim), np.float32)
         errors: dict[int, InputError] = {}
         unknown: set[int] = set()
@@ -346,7 +340,7 @@ class Backbone:
                 try:
                     ready = self.prepare(inputs[index])
                 except InputError as error:
-                    # A raised error keeps its frames, and this frame keeps the error. A new one has none.
+                    # A raised error and this frame form a reference cycle. A new error has no traceback.
                     errors[index] = InputError(error.code, error.detail)
                     continue
                 prepared[index] = ready.prepared
@@ -363,7 +357,7 @@ class Backbone:
         return Embedded(embeddings, errors, timings, 1, *found, tokens)
 
     def close(self) -> None:
-        """Frees the network's memory as soon as no run is under way. Runs after it raise RuntimeError."""
+        """Free the network's memory once the current runs end. Later runs raise RuntimeError."""
         if isinstance(self._session, CudaRunner):
             self._session.close()
         self._session = self._beside = None
@@ -375,17 +369,17 @@ class Backbone:
         return embedding.shape == (1, self.spec.dim) and bool(np.isfinite(embedding).all())
 
     def feed(self, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
-        """One run's inputs as the graph takes them, texts padded to the longest. At least one."""
+        """Build the graph's inputs for one run of at least one input; texts are padded to the longest."""
         return _feed(self.spec, prepared)
 
     def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
-        """The rows that go into one run each."""
+        """Yield the rows of each run."""
         if self.spec.kind == "image":
             for start in range(0, len(prepared), self.batch):
                 yield list(range(start, min(start + self.batch, len(prepared))))
             return
-        # Longest first: a chunk is as wide as its first text, and neighbours in length waste little on
-        # padding.
+        # Texts are sorted longest first: a chunk is as wide as its first text, and texts of similar length
+        # need little padding.
         order = sorted(range(len(prepared)), key=lambda row: -len(prepared[row]))
         while order:
             width = len(prepared[order[0]])
@@ -395,7 +389,7 @@ class Backbone:
 
 
 def _positions(inputs: Sequence[bytes | str], holds: Callable[[str], bool]) -> frozenset[int]:
-    """Positions of the texts for which it holds; a text that cannot be prepared is left out."""
+    """The positions of texts for which `holds` is true; texts that cannot be preprocessed are left out."""
     found: set[int] = set()
     for index, item in enumerate(inputs):
         with suppress(InputError):
@@ -405,10 +399,10 @@ def _positions(inputs: Sequence[bytes | str], holds: Callable[[str], bool]) -> f
 
 
 def planned(export: Path, *, device: Device, threads: int) -> Measured:
-    """How the export runs best here, with this number of threads in all.
+    """Return the fastest plan for the export on this machine, with this total number of threads.
 
-    Measured now if it never was, and again where that is in doubt and the machine is quiet. Raises
-    CorruptExport, DeviceUnavailable.
+    Measures if there is no stored result, or if that result is unconfirmed and the machine is quiet now.
+    Raises CorruptExport, DeviceUnavailable.
     """
     found = known_plan(export, device=device, threads=threads)
     if found is None or (not found.confirmed and is_quiet()):
@@ -417,15 +411,15 @@ def planned(export: Path, *, device: Device, threads: int) -> Measured:
 
 
 def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
-    """What was measured here before, None if nothing was. Raises as planned does."""
+    """Return the stored measurement for this machine, None if there is none. Raises as `planned` does."""
     spec = _spec_for(export, device, verify=False)
     return read_plan(export, ExecutionPlan.usual(spec.kind, device, threads), device)
 
 
 def survey(export: Path, *, device: Device, threads: int) -> Measured:
-    """Measures now; what is doubted less, this or what was known, is given and kept.
+    """Measure now; return and store the new result unless the stored one is more reliable.
 
-    Of two that are confirmed, this. Raises as planned does.
+    A confirmed new result always replaces the stored one. Raises as `planned` does.
     """
     spec = _spec_for(export, device, verify=False)
     usual = ExecutionPlan.usual(spec.kind, device, threads)
@@ -453,7 +447,7 @@ def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> M
         raise DeviceUnavailable(GPU_ADVICE)
     ways = ways_on_gpu(usual, (export / HALF_FILE).exists(), spec.kind == "image")
     batches = BATCHES_ON_GPU[spec.kind]
-    # Every batch that is tried is one run.
+    # Plans are opened for the largest batch, so that each batch tried is a single run.
     ways = tuple(replace(way, batch=max(batches)) for way in ways)
     return measure_on_gpu(usual, ways, batches, lambda way: try_out(export, way, (1, *batches)))
 
@@ -485,14 +479,14 @@ def _runner(
 
 def _probes(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
     if isinstance(preprocessor, ImagePreprocessor):
-        # Whatever a setting allows.
+        # Probes must pass whatever limits the settings impose, so the default limits are used.
         prepare = ImagePreprocessor(preprocessor.transform)
         return [prepare(picture) for picture in probes.pictures()]
     return [preprocessor.tokens(text)[0] for text in probes.TEXTS]
 
 
 def _graph(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:
-    """A graph of the export that takes pictures as bytes, whichever release exported it."""
+    """The export's graph; image graphs of older releases are converted to take bytes."""
     name = HALF_FILE if half else GRAPH_FILE
     if not isinstance(spec.transform, ImageTransform) or takes_bytes(export):
         return export / name
@@ -502,7 +496,7 @@ def _graph(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes
 def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
     spec = read_manifest(export, verify=verify)
     if spec.precision == INT8 and device != "cpu":
-        # ONNX Runtime would run its products on the CPU, and say nothing.
+        # ONNX Runtime would silently run the integer matrix products on the CPU.
         raise DeviceUnavailable(
             f"{spec.name} is for CPUs; on a GPU serve {spec.name.removesuffix('-int8')}, faster there."
         )
@@ -522,7 +516,7 @@ def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray
 
 
 def _blank(spec: BackboneSpec) -> Prepared:
-    """An input that is like any other for those who only want it run."""
+    """A prepared dummy input of zeros, for warm-up and measuring."""
     if isinstance(spec.transform, ImageTransform):
         return np.zeros((spec.transform.size, spec.transform.size, 3), np.uint8)
     return np.zeros(min(_TOKENS, spec.transform.max_tokens), np.int64)

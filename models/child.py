@@ -1,4 +1,4 @@
-"""What a child process of these modules needs of the environment."""
+"""The environment of child processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _ROOT: Final = str(Path(__file__).resolve().parent.parent)
-# Variables that Python, its libraries and CUDA read. None holds a secret.
+# Variables that Python, its libraries and CUDA read. None of them holds a secret.
 _NAMES: Final = (
     "PATH",
     "PYTHONPATH",
@@ -22,6 +22,6 @@ _NAMES: Final = (
 
 
 def plain_environment() -> dict[str, str]:
-    """Variables with which a child finds our packages, whatever its folder, and no secrets."""
+    """Environment variables without secrets, with which a child finds our packages from any folder."""
     kept = {name: value for name, value in os.environ.items() if name in _NAMES}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}

@@ -1,4 +1,4 @@
-"""The manifest of an export folder: the spec, and the digests by which a folder is known to be whole."""
+"""The manifest of an export folder: the spec, and the digests that show that the folder is complete."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 from models.spec import GRAPH_FILE, HALF_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
 
-# 2: large tables lie beside the graph. 3: so does its form in half precision. 4: graphs take pictures as
-# bytes. What was published in an older one is served all the same.
+# Version of the manifest. 2 added files for large tables, 3 the graph in half precision, 4 graphs that take
+# images as bytes. Exports in older formats are still served.
 FORMAT = 4
 _READABLE = (1, 2, 3, 4)
 _TAKES_BYTES = 4
 
 
 class CorruptExport(RuntimeError):
-    """The export folder is not complete or was changed; the message says what to do."""
+    """The export folder is incomplete or was changed; the message says what to do."""
 
     code = "corrupt_export"
 
 
 def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] | None = None) -> None:
-    """Writes the manifest of what is in folder: the graph, its half precision form, a text's tokenizer.
+    """Write the manifest of a folder's graph, its half precision graph if any, and a text's tokenizer.
 
-    tables: files in folder that hold large constants of the graph once more, by the constants' names.
+    `tables`: names of files in the folder that hold copies of the graph's large constants, by constant.
     """
     tables = tables or {}
     names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else []), *tables.values()]
@@ -39,10 +39,10 @@ def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] |
 
 
 def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
-    """The spec of a complete export folder. verify compares digests, without it lengths only.
+    """Read the spec of a complete export folder. `verify`: compare digests, not only file sizes.
 
-    Raises CorruptExport. BentoML copies an export into its store file by file, so a reader may meet half of
-    one.
+    Raises CorruptExport. BentoML copies an export into its store file by file, so a reader may find an
+    incomplete one.
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
@@ -63,31 +63,31 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
 
 
 def is_current(folder: Path) -> bool:
-    """Whether an export whose manifest was read before is in the format that would be written today."""
+    """Whether an export is in the current format. Its manifest must have been read before."""
     return bool(json.loads((folder / MANIFEST_FILE).read_text())["format"] == FORMAT)
 
 
 def takes_bytes(folder: Path) -> bool:
-    """Whether the graphs of an image export whose manifest was read before take bytes, and not floats."""
+    """Whether an image export's graphs take bytes, not floats. Its manifest must have been read before."""
     return bool(json.loads((folder / MANIFEST_FILE).read_text())["format"] >= _TAKES_BYTES)
 
 
 def read_tables(folder: Path) -> dict[str, Path]:
-    """The files of large constants, by name, of an export whose manifest was read before."""
+    """The files of an export's large constants, by name. Its manifest must have been read before."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     return {name: folder / file for name, file in manifest.get("tables", {}).items()}
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path) -> str:
-    """sha256, in hex, over the names and bytes of a model folder's weights and JSON files.
+    """The sha256, in hex, over the names and bytes of a model folder's safetensors and JSON files.
 
-    Only they decide what the network computes; a changed README does not make another backbone.
+    Only these decide what the network computes; a changed README does not make another backbone.
     """
     digest = hashlib.sha256()
     files = (

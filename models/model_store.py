@@ -1,4 +1,4 @@
-"""Finds exported backbones in the BentoML model store, without torch."""
+"""Lookup of exported backbones in the BentoML model store, without torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from models.spec import MANIFEST_FILE, PACKAGED, BackboneSpec, ImageTransform, s
 
 
 def find(name: str) -> Path | None:
-    """The folder of a backbone's complete export, None if there is none; names are those of the settings.
+    """Return the folder of a backbone's complete export, None if there is none. `name`: as in the settings.
 
-    A packaged backbone is found by its fingerprint, in the current format; one from a folder by the folder's
-    weights and the current preprocessing; and one from a hub is the latest exported: what was exported once
-    stays what it is, whatever happens there. Raises UnknownBackbone.
+    A packaged backbone is matched by its fingerprint and must be in the current format. One from a folder is
+    matched by the folder's weights and the current preprocessing. One from a hub is the latest export, even
+    if the model on the hub has changed since. Raises UnknownBackbone.
     """
     import bentoml
     from bentoml.exceptions import BentoMLException
@@ -26,7 +26,7 @@ def find(name: str) -> Path | None:
     except (BentoMLException, CorruptExport):
         return None
     if name in PACKAGED and not is_current(folder):
-        # Its network is at hand, so it is exported again rather than served with more memory.
+        # The network is in an installed package, so it is exported again: older formats need more memory.
         return None
     local = local_folder(name)
     if local is not None and (folder_sha256(local) != spec.weights_sha256 or _is_cropped(spec)):
@@ -35,7 +35,7 @@ def find(name: str) -> Path | None:
 
 
 def stored_exports() -> list[Path]:
-    """The folders of all exports in the BentoML model store, complete or not."""
+    """The folders of all exports in the BentoML model store, including incomplete ones."""
     import bentoml
 
     return [
@@ -44,18 +44,18 @@ def stored_exports() -> list[Path]:
 
 
 def find_tag(name: str) -> str | None:
-    """The tag, name:version, of the same export in the BentoML model store."""
+    """The tag (name:version) of the export that `find` returns, None if there is none."""
     folder = find(name)
     return None if folder is None else tag(read_manifest(folder, verify=False))
 
 
 def tag(spec: BackboneSpec) -> str:
-    """The tag in the BentoML model store: a name, and the first 16 digits of the fingerprint."""
+    """The tag in the BentoML model store: the model name and the first 16 digits of the fingerprint."""
     return f"{model_name(spec.name)}:{spec.fingerprint[:16]}"
 
 
 def model_name(name: str) -> str:
-    """The name in the BentoML model store: a tag's characters only, and different for different settings."""
+    """The name in the BentoML model store: valid characters only, and unique for each setting."""
     if name in PACKAGED:
         return name
     library, place = split_source(name)
@@ -66,7 +66,7 @@ def model_name(name: str) -> str:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that a setting such as timm:/models/mine names; None for a package or a hub's model."""
+    """The folder named by a setting such as timm:/models/mine; None for a package or a model on a hub."""
     if name in PACKAGED:
         return None
     folder = Path(split_source(name)[1]).expanduser()
@@ -74,7 +74,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def _is_cropped(spec: BackboneSpec) -> bool:
-    """Whether only the middle of long pictures is seen, as in exports of earlier releases."""
+    """Whether only the centre of long images is used, as in exports of earlier releases."""
     return isinstance(spec.transform, ImageTransform) and spec.transform.crop_mode == "center"
 
 

@@ -1,4 +1,4 @@
-"""Lets what can wait have the cores that nothing else wants."""
+"""CPU priorities of threads and processes: background work gives way to predictions."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 NICENESS = 10
-"""Of whatever gives way to predictions."""
+"""Niceness of background work, which gives way to predictions."""
 HEAVY_NICENESS = 5
-"""Of predictions that would hold up light ones: they get a quarter of a core that light ones want too."""
+"""Niceness of expensive predictions: they get a quarter of a core that light predictions also want."""
 DECODER_NICENESS = 15
-"""Of the processes that decode large and doubtful pictures: all else comes first, training excepted."""
-# CPUCLOCK_SCHED of <linux/posix-timers.h>: what clock_getcpuclockid(3) puts beside a process's number.
+"""Niceness of processes that decode large or suspect images: only training has a lower priority."""
+# CPUCLOCK_SCHED of <linux/posix-timers.h>, which clock_getcpuclockid(3) combines with the process id.
 _PROCESS_CLOCK = 2
 
 
 def lower_thread_priority(niceness: int = NICENESS) -> None:
-    """Nices this thread alone: Linux nices threads, not only processes."""
+    """Nice the calling thread only; on Linux each thread has its own niceness."""
     thread = threading.get_native_id()
-    # Less than it has by now would need a privilege.
+    # Lowering the current niceness would need a privilege.
     niceness = max(os.getpriority(os.PRIO_PROCESS, thread), niceness)
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def give_way_but_for_commits() -> Executor:
-    """Nices this process, all threads that begin from now on, and not the one that is returned.
+    """Nice this process and its future threads; return a one-thread executor with normal priority.
 
-    To be called before numpy is imported, whose threads keep the priority that they begin with.
+    Call it before numpy is imported, because numpy's threads keep the priority that they start with.
     """
     writer = ThreadPoolExecutor(1, "commits")
     writer.submit(threading.get_ident).result()
@@ -38,10 +38,10 @@ def give_way_but_for_commits() -> Executor:
 
 
 def use_idle_scheduling() -> None:
-    """Takes this thread behind everything else that wants its core.
+    """Run the calling thread only when its core would otherwise be idle.
 
-    A niced thread keeps a core for the rest of its slice, milliseconds that a prediction would wait for.
-    Where the system knows no such policy, the thread stays as it is.
+    A niced thread keeps its core until the end of its time slice, so a prediction would wait for
+    milliseconds. Does nothing on systems without SCHED_IDLE.
     """
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
@@ -49,13 +49,13 @@ def use_idle_scheduling() -> None:
 
 
 class ProcessCpuClock:
-    """The CPU time of another process, of all its threads. Linux alone has such clocks."""
+    """The CPU time of another process, over all its threads. Linux only."""
 
     def __init__(self, pid: int) -> None:
         self._clock = (~pid << 3) | _PROCESS_CLOCK
 
     def seconds(self) -> float:
-        """So far; 0 once the process is gone, or where there is no such clock."""
+        """CPU seconds so far; 0 if the process has ended or the system has no such clock."""
         try:
             return time.clock_gettime(self._clock)
         except OSError:

@@ -1,4 +1,4 @@
-"""Inputs of many kinds, on which ways to compute the same embeddings are compared."""
+"""Varied inputs for comparing different ways to compute the same embeddings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ TEXTS = (
 
 
 def pictures() -> list[bytes]:
-    """PNGs, smooth and with grain, near enough to squares: of longer ones the libraries' own preprocessing
-    sees the middle only.
+    """Generate PNGs with smooth colours and grain.
+
+    They are nearly square, because the libraries' own preprocessing sees only the centre of longer ones.
     """
     rng = np.random.default_rng(0)
     images = []

@@ -1,7 +1,7 @@
-"""Protobuf messages, read and written field by field: enough to add to a graph without the onnx package.
+"""Reading and writing protobuf messages field by field, to extend an ONNX graph without the onnx package.
 
-An ONNX file is a protobuf message, and messages are lists of fields in any order: what is added to a graph
-can be written before or behind what is there. Field numbers are those of onnx.proto3.
+An ONNX file is a protobuf message, and the fields of a message may be in any order, so new fields can be
+written before or after the existing ones. Field numbers are those of onnx.proto3.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _TYPES = {"f4": FLOAT, "f8": DOUBLE, "i8": INT64}
 
 
 class InvalidGraph(ValueError):
-    """The bytes are not an ONNX model with the inputs or the output of a backbone."""
+    """The bytes are not an ONNX model with the inputs and the output of a backbone."""
 
     code = "invalid_graph"
 
 
 def fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """(number, the whole field, its content if it has a length) of every field of a message.
+    """Yield (number, whole field, content) for every field of a message. Raises InvalidGraph.
 
-    Raises InvalidGraph.
+    The content is empty unless the field is length-delimited.
     """
     view = memoryview(message)
     place = 0
@@ -54,7 +54,7 @@ def fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memor
 
 
 def graph_of(model: bytes) -> tuple[memoryview, list[memoryview]]:
-    """A model's one graph, and its other fields as they are. Raises InvalidGraph."""
+    """Return a model's graph, and its other fields unchanged. Raises InvalidGraph."""
     graphs, rest = [], []
     for number, whole, content in fields(model):
         if number == MODEL_GRAPH:
@@ -67,27 +67,27 @@ def graph_of(model: bytes) -> tuple[memoryview, list[memoryview]]:
 
 
 def name_of(value: memoryview) -> str:
-    """The name of an input or an output of a graph. Raises InvalidGraph."""
+    """The name of a graph's input or output. Raises InvalidGraph."""
     return next((bytes(content).decode() for number, _, content in fields(value) if number == 1), "")
 
 
 def message(field: int, *parts: bytes | memoryview) -> bytes:
-    """A field that holds what the parts make together."""
+    """A length-delimited field that holds the concatenated parts."""
     return b"".join([_varint(field << 3 | _BYTES), _varint(sum(len(part) for part in parts)), *parts])
 
 
 def text(field: int, value: str) -> bytes:
-    """A field with a text."""
+    """A string field."""
     return message(field, value.encode("utf-8"))
 
 
 def number(field: int, value: int) -> bytes:
-    """A field with an integer."""
+    """An integer field."""
     return _varint(field << 3 | _VARINT) + _varint(value)
 
 
 def node(operator: str, inputs: tuple[str, ...], output: str, **attributes: int | tuple[int, ...]) -> bytes:
-    """A graph's field with a node of one output, which has the output's name."""
+    """A graph field with a node that has one output; the node is named after that output."""
     return message(
         GRAPH_NODE,
         *(text(1, one) for one in inputs),
@@ -99,7 +99,7 @@ def node(operator: str, inputs: tuple[str, ...], output: str, **attributes: int 
 
 
 def constant(name: str, values: NDArray[Any]) -> bytes:
-    """A graph's field with a constant: float32, float64 or int64."""
+    """A graph field with a constant: float32, float64 or int64."""
     little = values.astype(values.dtype.newbyteorder("<"))
     return message(
         GRAPH_INITIALIZER,
@@ -111,7 +111,7 @@ def constant(name: str, values: NDArray[Any]) -> bytes:
 
 
 def tensor(field: int, name: str, kind: int, *sizes: int | str) -> bytes:
-    """A graph's input or output, by the field. sizes: a name for one that varies."""
+    """A graph field with an input or an output. `sizes`: a name stands for a dynamic dimension."""
     dimensions = [message(1, text(2, size) if isinstance(size, str) else number(1, size)) for size in sizes]
     described = number(1, kind) + message(2, *dimensions)
     return message(field, text(1, name), message(2, message(1, described)))
@@ -136,7 +136,7 @@ def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
 
 
 def _varint(value: int) -> bytes:
-    # Negative numbers are written as their 64-bit two's complement.
+    # Negative numbers are encoded as 64-bit two's complement.
     value &= (1 << 64) - 1
     encoded = bytearray()
     while value > 0x7F:

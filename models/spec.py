@@ -1,4 +1,4 @@
-"""What a backbone is, as data: where its weights come from, how inputs are prepared, what comes out."""
+"""The specification of a backbone as data: source of the weights, preprocessing, and output."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Any, Final, Literal
 
 Kind = Literal["image", "text"]
 
-# Names of the inputs and the output of every exported graph. BERT graphs already hold a value called
-# "embedding". Bytes of pictures become pixels inside of the graph; graphs of earlier releases take pixels.
+# Names of the inputs and the output of every exported graph. BERT graphs already use the name "embedding".
+# The graph converts RGB bytes to PIXELS; graphs of earlier releases take PIXELS directly.
 RGB: Final = "rgb"
 PIXELS: Final = "pixels"
 IDS: Final = "ids"
 MASK: Final = "mask"
 OUTPUT_NAME: Final = "embedding_out"
 
-# Names of the files of an export folder.
+# File names in an export folder.
 GRAPH_FILE: Final = "model.onnx"
 HALF_FILE: Final = "model.fp16.onnx"
 MANIFEST_FILE: Final = "spec.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
-# The part of a setting such as "timm:resnet18" that says which library the weights are for.
+# Prefixes of settings such as "timm:resnet18": the library that the weights belong to.
 TIMM: Final = "timm"
 SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
 PACKAGE: Final = "package"
 
 FLOAT32: Final = "float32"
 FLOAT16: Final = "float16"
-# As models/export/quantize.py makes it. Another way to quantize is another precision: embeddings differ.
+# Quantized as in models/export/quantize.py. Another quantization method needs another name, because its
+# embeddings differ.
 INT8: Final = "int8"
 
 
-# Pictures at least so many times as long as wide are folded. It is part of what "fold" means: another number
-# is another crop_mode, for embeddings change with it.
+# Aspect ratio from which images are folded. It is part of the definition of "fold": a change affects
+# embeddings and needs another crop_mode.
 FAR_FROM_SQUARE: Final = 2
 CROP_MODES: Final = ("center", "squash", "fold")
 
@@ -52,38 +53,34 @@ class UnknownBackbone(LookupError):
 class ImageTransform:
     """timm's evaluation transform as data: resize, crop, scale to 0..1, normalise.
 
-    size: pixels of the square that the network sees. crop: the share of the resized image that it is.
-    crop_mode: "center" keeps the aspect ratio and sees the central square, "squash" does not keep it. "fold"
-    is "center" for pictures that are less than FAR_FROM_SQUARE times as long as wide; it sees the whole of
-    longer ones, cut into parts that together make a square. mean and std: per channel, on pixels of 0..1.
+    The `crop_mode` "center" keeps the aspect ratio and uses the central square; "squash" does not keep the
+    aspect ratio. "fold" is "center" for images below the aspect ratio FAR_FROM_SQUARE; longer images are used
+    whole, cut into parts that together make a square.
     """
 
-    size: int
-    crop: float
+    size: int  # side of the network's square input, in pixels
+    crop: float  # side of the crop as a fraction of the resized image
     interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, for pixels in 0..1
+    std: tuple[float, ...]  # per channel, for pixels in 0..1
     crop_mode: str = "center"
 
 
 @dataclass(frozen=True, slots=True)
 class TextTransform:
-    """Tokenisation as data. max_tokens counts the special tokens; longer texts are truncated to it.
+    """Tokenisation as data."""
 
-    tokenizer_sha256: of the tokenizer.json file. prompt: put before every text.
-    """
-
-    max_tokens: int
-    tokenizer_sha256: str
+    max_tokens: int  # maximum, special tokens included; longer texts are truncated
+    tokenizer_sha256: str  # digest of the tokenizer.json file
     pad_id: int = 0
-    prompt: str = ""
+    prompt: str = ""  # prepended to every text
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneSpec:
-    """One frozen network with its preprocessing and pooling: input → float32 embedding of length dim.
+    """One frozen network with its preprocessing and pooling: input → float32 embedding of length `dim`.
 
-    weights_sha256: of the weights file of a packaged backbone; of the folder's files for any other.
+    `weights_sha256`: digest of the weights file for a packaged backbone, of the folder's files for others.
     """
 
     name: str
@@ -99,9 +96,9 @@ class BackboneSpec:
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of everything that changes an embedding.
+        """The sha256, in hex, of everything that affects an embedding.
 
-        Name and licence do not, and neither does source: a folder that is moved is the same backbone.
+        Name, licence and source are left out: a folder that is moved is still the same backbone.
         """
         identity = asdict(self)
         for aside in ("name", "licence", "source"):
@@ -110,12 +107,12 @@ class BackboneSpec:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as JSON values, with its fingerprint for those who read the file."""
+        """The spec as JSON values, with its fingerprint for readers of the file."""
         return asdict(self) | {"fingerprint": self.fingerprint}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BackboneSpec:
-        """The spec that to_json wrote. Raises ValueError if it is none, or its fingerprint does not match."""
+        """Read a spec written by `to_json`. Raises ValueError if it is invalid or the fingerprint differs."""
         try:
             fields = dict(data)
             fingerprint = fields.pop("fingerprint")
@@ -147,14 +144,14 @@ def _efficientnet_lite(number: int, size: int, crop: float, weights_sha256: str)
 
 
 def _with_int8(*specs: BackboneSpec) -> tuple[BackboneSpec, ...]:
-    """The backbones, and behind each its 8-bit form: a backbone of its own, of the same weights."""
+    """The specs, each followed by its 8-bit form: a separate backbone with the same weights."""
     return tuple(
         one for spec in specs for one in (spec, replace(spec, name=f"{spec.name}-int8", precision=INT8))
     )
 
 
-# The digests are of the files in the pinned packages, so that the serving process can name an export by its
-# fingerprint without hashing or importing anything; the export refuses other files.
+# The digests are those of the files in the pinned packages, so that the service can identify an export by
+# its fingerprint without hashing or importing anything. The export refuses other files.
 PACKAGED: Mapping[str, BackboneSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -191,7 +188,7 @@ PACKAGED: Mapping[str, BackboneSpec] = MappingProxyType(
 
 
 def split_source(name: str) -> tuple[str, str]:
-    """("timm", "resnet18") for "timm:resnet18", ("package", module) if packaged. Raises UnknownBackbone."""
+    """Split a name: ("timm", "resnet18") or, if packaged, ("package", module). Raises UnknownBackbone."""
     source = PACKAGED[name].source if name in PACKAGED else name
     library, separator, place = source.partition(":")
     if not separator or not place or library not in (PACKAGE, TIMM, SENTENCE_TRANSFORMERS):

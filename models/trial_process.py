@@ -1,4 +1,4 @@
-"""`python -m models.trial_process`: tries one way to run a backbone. See models/runtime/trial.py."""
+"""`python -m models.trial_process`: tries one execution plan. See models/runtime/trial.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUND_SECONDS = 0.05
 
 
 def main() -> int:
-    """Reads what is to be tried from standard input, as JSON, and writes the trial to standard output."""
+    """Read the request from standard input and write the trial to standard output, both as JSON."""
     asked: dict[str, Any] = json.load(sys.stdin)
     trial = measured(Path(asked["export"]), ExecutionPlan(**asked["plan"]), asked["batches"], asked["device"])
     print(json.dumps(asdict(trial)))
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def measured(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: Device) -> Trial:
-    """How the plan did in this process."""
+    """Measure the plan in this process."""
     reference = Backbone.open(export)
     probes = reference.probes()
     usage, begun = Usage(), time.perf_counter()
@@ -38,7 +38,7 @@ def measured(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: 
     cosine = lowest_cosine(backbone.run(probes), reference.run(probes))
     rounds: dict[int, list[float]] = {}
     for count in batches:
-        # Of one length, so that the batches differ in nothing else.
+        # All rows have the same length, so that batches differ only in size.
         rows = [probes[0]] * count
         backbone.run(rows)
         rounds[count] = [rate(backbone.run, rows, count, 1, _ROUND_SECONDS) for _ in range(_ROUNDS)]

@@ -1,3 +1,3 @@
-"""The edge: HTTP in, a domain call, HTTP out. The only package that imports bentoml's server and fastapi."""
+"""HTTP in, one domain call, HTTP out. The only package that imports BentoML's server and FastAPI."""
 
 __version__ = "0.1.0"

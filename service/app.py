@@ -1,4 +1,4 @@
-"""The BentoML service: composes everything when it starts, and answers by our edge."""
+"""The BentoML service: builds all components at start-up and answers requests through our edge."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from service.settings import (
 
 edge = Edge()
 
-# Objects of the youngest generation, then collections of it and of the next. Python's are 700, 10, 10.
+# Thresholds for `gc.set_threshold`: new objects, then collections of generations 0 and 1. Python's defaults
+# are 700, 10, 10.
 _COLLECT_AFTER = (10_000, 20, 100)
 _SWITCH_SECONDS = 0.0005
 
@@ -48,15 +49,15 @@ _HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
 
 
 class TooManyWorkers(RuntimeError):
-    """BentoML was told to start more workers than one."""
+    """BentoML was told to start more than one worker."""
 
     code = "too_many_workers"
 
 
 class HealthSplit:
-    """Sends requests to our edge, past BentoML's middlewares and routes, which take four times as long.
+    """Sends requests to our edge, bypassing BentoML's middlewares and routes, which take four times as long.
 
-    What BentoML answers itself is its lifespan and its health checks.
+    BentoML itself only handles the lifespan and the health checks.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -68,17 +69,17 @@ class HealthSplit:
 
 
 class BentoShell(bentoml.Service[Any]):  # type: ignore[misc]
-    """BentoML's application behind our edge, less what the edge does better, or must do itself."""
+    """BentoML's application behind our edge, without the middlewares that the edge replaces."""
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
-        """BentoML's application: its health checks, its lifespan, and our edge for every other path."""
-        # Whoever runs the application, `bentoml serve` too, leaves uvicorn to choose.
+        """Return BentoML's application: its health checks and lifespan, and our edge for every other path."""
+        # Every launcher, `bentoml serve` included, lets uvicorn choose the HTTP protocol.
         HTTP_PROTOCOLS["auto"] = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
-        # And asks it for its server, after this.
+        # Launchers look this class up after `to_asgi`.
         uvicorn.Server = DrainingServer  # type: ignore[misc]
         app: Starlette = super().to_asgi(is_main=is_main)
-        # Traces are of all requests, where they are wanted. TimeoutMiddleware answers with a body of its own
-        # form and keeps a timer for each request, answered or not, until the time is over.
+        # Tracing moves outside the edge, to cover all requests. TimeoutMiddleware is dropped: it has its own
+        # error format, and keeps a timer for each request until the timeout, even if it has been answered.
         layers: dict[Any, Any] = {layer.cls: layer for layer in app.user_middleware}
         tracing = layers.pop(OpenTelemetryMiddleware, None)
         layers.pop(TimeoutMiddleware, None)
@@ -109,14 +110,14 @@ class Topwork:
 
     @bentoml.on_deployment
     def prepare() -> None:
-        """In BentoML's supervising process, before any worker: refuses what can be refused at once."""
+        """Reject invalid settings in BentoML's supervising process, before any worker starts."""
         import click
         from bentoml._internal.configuration.containers import BentoMLContainer
         from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
         from service.edge.auth import Authenticator
 
-        # BentoML has read already whether it may report to its maker, and keeps what it read.
+        # BentoML has already read whether it may send usage statistics, and cached it.
         set_serving_environment()
         do_not_track.cache_clear()
         if threading.current_thread() is threading.main_thread():
@@ -132,14 +133,14 @@ class Topwork:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Composes everything; the process ends, with one line of explanation, if that cannot be done."""
+        """Build all components. If that fails, the process exits with a one-line explanation."""
         from service.api.app import build_api
         from service.api.direct import Direct
         from service.composition import compose
         from service.edge.auth import Authenticator, listening_addresses
         from service.edge.contract import Contract
 
-        # `topwork serve` has done it; a bento under another server has not.
+        # `topwork serve` has already set the umask; another server that runs the bento has not.
         os.umask(0o077)
         configure_logging()
         give_back_memory()
@@ -151,7 +152,7 @@ class Topwork:
             settings = Settings()
             warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
-            # First, for without a key nothing need be started.
+            # The key is checked first: if it is required and missing, nothing needs to start.
             Authenticator(settings.admin_key, listening_addresses())
             self.components = await compose(settings, edge.end)
             guard = Authenticator(settings.admin_key, listening_addresses(), self.components.keyring.get)
@@ -162,20 +163,19 @@ class Topwork:
         metrics = self.components.metrics
         front = Contract(Direct(api), api.routes)
         edge.open(front, api.routes, settings=settings, guard=guard, observe=metrics.request)
-        # What is loaded by now lives as long as the process: a full collection need not walk it again and
-        # again.
+        # Objects loaded so far live as long as the process, so full collections need not scan them.
         gc.collect()
         gc.freeze()
-        # Requests leave no cycles behind. By default a thousand in flight would be walked every second or so,
-        # for a tenth of one, in which nobody is answered.
+        # Requests leave no reference cycles. With the defaults, a thousand in flight would be scanned about
+        # once a second, and each scan would stall all answers for 0.1 s.
         gc.set_threshold(*_COLLECT_AFTER)
-        # A request takes the interpreter's lock several times, and each time may wait this long for a thread
-        # that computes; by default that is ten times as long.
+        # A request takes the GIL several times, and each time may wait this long for a computing thread.
+        # Python's default is ten times as long.
         sys.setswitchinterval(_SWITCH_SECONDS)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """Lets running work end and closes everything."""
+        """Let running work finish, then close all components."""
         edge.close()
         self.monitor.cancel()
         await self.components.aclose()
@@ -185,7 +185,7 @@ class Topwork:
 
 
 def application() -> ASGIApp:
-    """The whole application, health checks and lifespan included, for a server to run."""
+    """Return the whole application, health checks and lifespan included, for a server to run."""
     service: Any = Topwork
     app: ASGIApp = service.to_asgi(is_main=True)
     return app

@@ -1,4 +1,4 @@
-"""The parts of a running service."""
+"""The components of a running service."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """What the routes are built from. `batchers` by backbone name, in the order of the settings."""
+    """The components that the routes use. `batchers`: by backbone name, in the order of the settings."""
 
     settings: Settings
     registry: Registry
@@ -58,12 +58,13 @@ class Components:
 
     @property
     def ready(self) -> bool:
-        """Whether every backbone answers, and the fitting process, the workers and the look-out for commits
-        run. Not whether the database is there: predictions go on without it.
+        """Whether every backbone answers, and the fitter, the workers and the polling for commits run.
+
+        The database is not checked: predictions go on without it.
         """
         workers = all(worker.alive for worker in self.workers)
         return self.fitter.alive and self.aliases.alive and self.monitor.ready and workers
 
     async def aclose(self) -> None:
-        """Lets queued work end, then closes everything in the reverse order of its making."""
+        """Let queued work finish, then close everything in reverse order of construction."""
         await self.closing.aclose()

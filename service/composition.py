@@ -1,4 +1,4 @@
-"""Builds everything the service is made of, from the settings, and takes it down again."""
+"""Builds all components of the service from the settings, and closes them again."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ from service.settings import Settings
 
 logger = logging.getLogger("topwork")
 
-# Threads for what blocks, beside those that compute.
+# Threads for blocking work, in addition to those that compute.
 _THREADS = 4
 _SWEEP_SECONDS = 3_600.0
 _CLEAR_SECONDS = 1.5
-# Fits that are predicted to take no longer share a process, and wait for no longer ones.
+# Upper bounds of a fit's predicted time. Each has its own process, so short fits do not wait for long ones.
 _FIT_SECONDS = (0.25, 2.0, math.inf)
-# From the signal on; supervisors kill after thirty.
+# Time from the signal to a forced exit; supervisors kill after 30 s.
 _END_SECONDS = 29.0
 
 
 class ExportFailed(RuntimeError):
-    """A backbone is not exported and could not be."""
+    """A backbone is not exported, and exporting it failed."""
 
     code = "export_failed"
 
@@ -82,9 +82,9 @@ class NotExported(ExportFailed):
 async def compose(
     settings: Settings, end: Callable[[str, Exception], None] = lambda tenant, why: None
 ) -> Components:
-    """Everything, started. end(tenant, why) breaks off the requests of one that was erased.
+    """Build and start all components. `end(tenant, why)` aborts the requests of an erased tenant.
 
-    Raises the error of the part that cannot be; what was started by then is closed.
+    Raises the error of the component that fails to start, after closing those already started.
     """
     asyncio.get_running_loop().set_default_executor(FairThreads(_THREADS + settings.usable_threads))
     metrics = Metrics()
@@ -92,7 +92,7 @@ async def compose(
     async with AsyncExitStack() as stack:
         fitter = Fitter(settings.max_fit_queue, _FIT_SECONDS)
         stack.push_async_callback(fitter.close)
-        # The slow parts wait for files, other processes and ONNX Runtime, so they come up beside each other.
+        # The slow parts wait for files, other processes and ONNX Runtime, so they start concurrently.
         backbones, (registry, store), _ = await asyncio.gather(
             _backbones(settings, folders, measured, stack),
             asyncio.to_thread(_storage, settings),
@@ -105,7 +105,7 @@ async def compose(
         cores = CoreSharing()
 
         def batcher_for(backbone: Backbone) -> Batcher:
-            # A tenant's network is counted with its backbone: a series for each would be without bound.
+            # Fine-tuned networks share their backbone's metric series: one series each would be unbounded.
             return Batcher(
                 backbone,
                 max_queue=settings.max_queue,
@@ -117,7 +117,7 @@ async def compose(
             )
 
         batchers: dict[str, Batcher] = {}
-        # Those that are there by then: one may have been replaced.
+        # The dictionary itself is passed, because batchers may be replaced while the service runs.
         stack.push_async_callback(_close_all, batchers)
         for name, backbone in backbones.items():
             batchers[name] = batcher_for(backbone)
@@ -170,9 +170,9 @@ async def compose(
             deadline_seconds=settings.max_job_seconds,
             callback_urls=settings.callback_urls,
         )
-        # A stream ends by itself before the edge would break it off.
+        # A shutdown that hangs is ended by force.
         stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
-        # Daemons: a bucket may be long, and nobody waits for it at shutdown.
+        # Daemon threads: listing a bucket may take long, and shutdown must not wait for it.
         threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
         threading.Thread(target=_clear, args=(registry, store, closing), daemon=True).start()
         threading.Thread(target=trim_memory, args=(closing,), daemon=True).start()
@@ -216,7 +216,10 @@ async def compose(
 
 
 async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, Measured]]:
-    """Where each backbone's export is, and how it runs best: measured one by one, while nothing else runs."""
+    """Return each backbone's export folder and execution plan, exporting missing backbones first.
+
+    Plans are measured one by one, while nothing else runs.
+    """
     await _export_missing(settings.backbones)
     folders: dict[str, Path] = {}
     for name in settings.backbones:
@@ -261,7 +264,7 @@ async def _close_all(batchers: Mapping[str, Batcher]) -> None:
 
 
 async def _export_missing(names: Sequence[str]) -> None:
-    """Exports in another process, for this one never imports torch."""
+    """Export missing backbones in another process, because this one never imports torch."""
     missing = [name for name in names if find(name) is None]
     if not missing:
         return
@@ -297,10 +300,10 @@ def _storage(settings: Settings) -> tuple[Registry, Store]:
 
 
 def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Puts aside what a killed process published and never recorded, now and every hour."""
+    """Put aside artifacts that a killed process published and never recorded, now and every hour."""
     while not closing.is_set():
         try:
-            # A database that is as young as the leftovers may be an empty one by mistake.
+            # A database no older than the leftovers may be an empty one, used by mistake.
             swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
         except (RegistryError, StoreError) as error:
             logger.warning("sweep put off: %s", error)
@@ -322,7 +325,7 @@ def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
 
 
 def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Removes what is left, or still comes, of what was erased, by whichever process."""
+    """Remove remains of erased data, also those written later, whichever process erased it."""
     clearing = ErasureSweeper(registry, store)
     while not closing.wait(_CLEAR_SECONDS):
         try:

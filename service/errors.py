@@ -1,4 +1,4 @@
-"""One error format (RFC 9457, application/problem+json) and one table from exception classes to statuses."""
+"""One error format (RFC 9457, application/problem+json), and one table from exception classes to statuses."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ logger = logging.getLogger("topwork")
 
 TYPE_PREFIX = "urn:topwork:"
 INVALID = "The request does not have the documented form."
-"""The detail of a problem whose `errors` say what is wrong."""
+"""Detail of a problem whose `errors` say what is wrong."""
 
-# The status of each domain exception. A class that is not here, nor a subclass of one that is, is a 500.
+# HTTP status of each domain exception and its subclasses. Any other exception is a 500.
 STATUSES: dict[type[Exception], int] = {
     InputError: 422,
     ExampleError: 422,
@@ -119,10 +119,10 @@ STATUSES: dict[type[Exception], int] = {
 
 
 class Problem(HTTPException):
-    """A refusal that arises at the edge itself: `code` names it, `detail` says what to do.
+    """An error of the service layer itself: `code` names it, `detail` says what to do.
 
-    An HTTPException, because FastAPI hides any other that is raised while it reads a body behind a 400 of
-    its own.
+    It is an HTTPException, because FastAPI replaces any other exception raised while reading a body by its
+    own 400.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Problem(HTTPException):
 
 
 def problem_body(status: int, code: str, detail: str, request_id: str) -> dict[str, Any]:
-    """What a problem is, for JSON."""
+    """Return a problem as a JSON object."""
     return {
         "type": TYPE_PREFIX + code,
         "title": code.replace("_", " ").capitalize(),
@@ -152,7 +152,7 @@ def problem_body(status: int, code: str, detail: str, request_id: str) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """What is answered instead of what was asked for. errors: {pointer, code, detail}: what is to blame."""
+    """The content of an error response. `errors`: the faulty parts, each as {pointer, code, detail}."""
 
     status: int
     code: str
@@ -162,14 +162,14 @@ class _Refusal:
 
 
 def is_openai(path: str) -> bool:
-    """Whether OpenAI's clients ask below the path, who know no other form of errors than OpenAI's."""
+    """Whether the path is of the OpenAI-compatible API, whose clients only know OpenAI's error format."""
     return path == "/v1" or path.startswith("/v1/")
 
 
 def respond(error: Exception, request_id: str, *, openai: bool = False) -> Response:
-    """The response for any exception, without its message where that is a failure, or tells of the inside.
+    """Return the response for any exception, as problem+json or in OpenAI's format.
 
-    problem+json, or in OpenAI's form.
+    The message is withheld if the exception is an internal failure or the message leaks internals.
     """
     refusal = _refusal(error, request_id)
     body = (
@@ -243,9 +243,10 @@ _HINTS = {
 
 
 def pointer(location: Sequence[str | int]) -> str:
-    """A JSON pointer (RFC 6901) from a pydantic location; what is not in the body begins with where.
+    """Return a JSON pointer (RFC 6901) for a pydantic location.
 
-    Of a parameter its name is enough: behind it are only names of pydantic's own.
+    Outside the body it starts with the place, e.g. "query". Parts after the name of a parameter are dropped,
+    because they are pydantic's own.
     """
     parts = list(location)
     if parts[:1] == ["body"]:
@@ -259,12 +260,12 @@ _PARAMETERS = ("query", "path", "header", "cookie")
 
 
 def request_id(request: Request) -> str:
-    """The id that the edge gave to the request, also in its X-Request-ID header."""
+    """Return the id that the edge gave to the request, also sent as X-Request-ID."""
     return str(request.scope.get("state", {}).get("request_id", ""))
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception of the app with problem+json."""
+    """Answer every exception of the app with a problem; see `respond`."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return respond(error, request_id(request), openai=is_openai(request.scope["path"]))

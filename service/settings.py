@@ -1,4 +1,4 @@
-"""Settings: read from the environment once, at start-up, and passed down.
+"""Settings, read from the environment once at start-up and passed down.
 
 Nothing else reads the environment.
 """
@@ -23,26 +23,27 @@ logger = logging.getLogger("topwork")
 
 MIB = 1 << 20
 _MOST = 2**31 - 1
-# More than any machine has: what is above is a slip, and no limit at all.
+# The upper bounds exceed any real machine: a larger value is a typing error.
 Count = Annotated[int, Field(gt=0, le=_MOST)]
 Bytes = Annotated[int, Field(gt=0, le=1 << 44)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400.0)]
 
 _PREFIX = "TOPWORK_"
-# Of the tests and the benchmarks.
+# Variables of the tests and the benchmarks.
 _OF_TOOLS = re.compile(r"TOPWORK_(TEST_\w+|DATA|URL|FAILING)")
-# What Kubernetes and Docker set for services with such a name.
+# Variables that Kubernetes and Docker set for services with such a name.
 _OF_LINKS = re.compile(
     r"TOPWORK_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)"
 )
 _LINK = re.compile(r"(tcp|udp|sctp)://")
-# Of two names, from which on one is taken for the other with a slip in it.
+# Similarity of names, 0 to 1, from which a variable is rejected as a misspelt setting, and from which a
+# warning suggests the setting.
 _SLIP = 0.85
 _ALIKE = 0.6
 
 
 class UnknownSetting(RuntimeError):
-    """A variable is named like a setting with a slip in its name: what it says would be ignored."""
+    """A variable has the misspelt name of a setting, so its value would be ignored."""
 
     code = "unknown_setting"
 
@@ -194,7 +195,7 @@ class Settings(BaseSettings):
         return key
 
     def make_home(self) -> None:
-        """Make the home folder, if anything is to be in it. Raises HomeUnusable."""
+        """Create the home folder if the database or the store is in it. Raises HomeUnusable."""
         if self.database_url is not None and self.store_url is not None:
             return
         try:
@@ -216,7 +217,7 @@ class Settings(BaseSettings):
 
     @property
     def worker(self) -> WorkerConfig:
-        """What a worker of this service's jobs needs."""
+        """Configuration of the workers that run this service's jobs."""
         return WorkerConfig(
             database=self.database,
             store=self.store,
@@ -237,18 +238,18 @@ class Settings(BaseSettings):
 
     @property
     def usable_threads(self) -> int:
-        """Threads of one backbone run: as set, else the cores this process may run on."""
+        """Threads of one backbone run: as set, else the number of cores that this process may use."""
         return self.threads or len(os.sched_getaffinity(0))
 
 
 class HomeUnusable(RuntimeError):
-    """The home folder cannot be made."""
+    """The home folder cannot be created."""
 
     code = "home_unusable"
 
 
 def unknown_settings(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """The variables that begin as settings do and are none, each with the setting that is most like it."""
+    """Return the variables with our prefix that are not settings, each with the most similar one, if any."""
     known = [_PREFIX + name.upper() for name in Settings.model_fields]
     found: dict[str, str | None] = {}
     for name, value in sorted(environment.items()):
@@ -263,26 +264,26 @@ def unknown_settings(environment: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def _likeness(name: str, setting: str) -> float:
-    """0 to 1, of what is behind the prefix."""
+    """Return the similarity of two names without their prefix, 0 to 1."""
     parts = (name.upper().removeprefix(_PREFIX), setting.removeprefix(_PREFIX))
     return difflib.SequenceMatcher(None, *parts, autojunk=False).ratio()
 
 
 def warn_of_unknown_settings() -> None:
-    """Logs one line for each variable that begins as settings do and is none."""
+    """Log a warning for each variable with our prefix that is not a setting."""
     for name, nearest in unknown_settings(os.environ).items():
         hint = f" Did you mean {nearest}?" if nearest else ""
         logger.warning("%s is no setting of this release and is ignored.%s", name, hint)
 
 
 class BadPort(ValueError):
-    """What should be a port is none."""
+    """A value is not a port number."""
 
     code = "bad_port"
 
 
 def bind_port() -> int:
-    """The port to bind unless the command line says another: PORT, else 3000. Raises BadPort."""
+    """Return the port to bind if the command line names none: PORT, else 3000. Raises BadPort."""
     try:
         return parse_port(os.environ.get("PORT") or "3000")
     except BadPort as error:
@@ -290,7 +291,7 @@ def bind_port() -> int:
 
 
 def parse_port(value: str) -> int:
-    """The number of a port, 0 for a free one. Raises BadPort."""
+    """Return the port number, where 0 means a free one. Raises BadPort."""
     if not (value.isascii() and value.isdecimal() and len(value) <= 5) or int(value) > 65535:
         raise BadPort(f"{value!r} is not a port; use a number from 1 to 65535, or 0 for a free one")
     return int(value)
@@ -304,12 +305,11 @@ def tracing_wanted() -> bool:
 
 
 def serving_environment() -> dict[str, str]:
-    """Variables of other libraries that should be set before they are imported, unless the operator has set
-    them.
+    """Return the variables to set before other libraries are imported, unless the operator has set them.
 
-    No library reports to its maker. Without an exporter OpenTelemetry's spans are made and thrown away, and
-    full collections over them stall requests for hundreds of milliseconds. One BLAS thread: heads are small,
-    and spinning threads take cores from backbones.
+    They turn usage statistics off. Without an exporter they turn OpenTelemetry off: its spans would be
+    created and discarded, and full collections over them stall requests for hundreds of milliseconds. They
+    limit BLAS to one thread: heads are small, and spinning threads take cores from backbones.
     """
     wanted = {**SILENT, "OPENBLAS_NUM_THREADS": "1"}
     if not tracing_wanted():
@@ -318,6 +318,6 @@ def serving_environment() -> dict[str, str]:
 
 
 def set_serving_environment() -> None:
-    """Sets them in this process, and so in those that it starts."""
+    """Set these variables in this process, and so in its child processes."""
     for name, value in serving_environment().items():
         os.environ.setdefault(name, value)

@@ -1,1 +1,1 @@
-"""Examples in, a version out: what changes an adapter."""
+"""Changes to an adapter: examples in, a new version out."""

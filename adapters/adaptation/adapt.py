@@ -1,4 +1,4 @@
-"""The first flow: examples in, a new version out."""
+"""The adapt pipeline: examples in, a new version out."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from models.preprocess.preprocessor import InputError
 from models.priority import lower_thread_priority
 from models.spec import BackboneSpec, Kind, UnknownBackbone
 
-# Bytes of inputs from which on their file is published while they are embedded.
+# Inputs of at least this total size (bytes; characters of texts) are published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
-# Characters of texts that are tokenized in one go, to see which of them are truncated.
+# Characters tokenized per call when texts are checked for truncation or for unknown tokens.
 _CHARACTERS_AT_ONCE = 50_000
 Update = Literal["append", "replace"]
 
 
 class ExamplesRejected(ValueError):
-    """No posted example can be used, or one cannot and the request is strict.
+    """No posted example can be used, or the request is strict and at least one cannot.
 
-    errors: {pointer, code, detail}.
+    `errors`: {pointer, code, detail} of the first 100 rejected examples.
     """
 
     code = "examples_rejected"
@@ -53,9 +53,9 @@ class ExamplesRejected(ValueError):
 
 @contextmanager
 def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
-    """Puts the rejected examples into an error of the block, for they may be its cause.
+    """Add the rejected examples to an error raised in the block, since they may be its cause.
 
-    They are its `errors`, as those of ExamplesRejected, and its `detail` says how many there are.
+    They become its `errors`, as in ExamplesRejected, and its `detail` says how many there are.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:
 
 
 class ContractChanged(ValueError):
-    """The request differs from what was fixed when the adapter was created; `code` says in what."""
+    """The request contradicts a setting fixed when the adapter was created; `code` says which."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -83,7 +83,10 @@ class ContractChanged(ValueError):
 
 
 class WeightsNotForTask(ValueError):
-    """Labels are to count the same where an example has none, or several."""
+    """Balanced weights were requested for a task other than classification.
+
+    Its examples have no label, or several.
+    """
 
     code = "weights_not_for_task"
 
@@ -92,7 +95,7 @@ class WeightsNotForTask(ValueError):
 
 
 class FingerprintMismatch(RuntimeError):
-    """What the adapter was taught with is not the backbone that is served under its name now."""
+    """The backbone served under this name is not the one that the adapter was taught with."""
 
     code = "fingerprint_mismatch"
 
@@ -106,11 +109,11 @@ class FingerprintMismatch(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class AdaptCommand:
-    """What a tenant asks of /adapt. None: as the adapter has it, or the default where it is created.
+    """A request to /adapt. None: the adapter's own setting, or the default if it is created.
 
-    fine_tune: that a network is to be trained, and how; callback: whom to tell of a job's end. See
-    Submitting. uploaded: see Edit. answer_accuracy, weights: see ProbeConfig. columns: of an upload's table,
-    see layout_of. began: see Creation.
+    `fine_tune`: how to train a network, if one is to be trained; `callback`: where to report the end of a
+    job; see JobSubmitter. `uploaded`: see ExampleEdit. `answer_accuracy`, `weights`: see ProbeConfig.
+    `columns`: of an upload's table, see layout_of. `began`: see Creation.
     """
 
     adapter: str
@@ -133,7 +136,7 @@ class AdaptCommand:
 
 @dataclass(frozen=True, slots=True)
 class AdaptOutcome:
-    """What became of an adapt. timings: seconds by stage."""
+    """The result of an adapt request. `timings`: seconds by stage."""
 
     revised: RevisionResult
     rejected: Sequence[RejectedExample] = ()
@@ -142,10 +145,11 @@ class AdaptOutcome:
 
 @dataclass(frozen=True, slots=True)
 class New:
-    """What became of inputs that were not known. timings: seconds by stage.
+    """The result of embedding inputs that the adapter does not have. `timings`: seconds by stage.
 
-    vectors: embeddings by digest. rejected: examples whose input failed. truncated: digests of texts of which
-    the backbone reads only the start. embedded: digests of all that was embedded for it.
+    `vectors`: embeddings by digest. `rejected`: examples whose input failed. `truncated`: digests of texts of
+    which the backbone reads only the start. `embedded`: digests of all inputs that were embedded for this
+    result.
     """
 
     vectors: dict[str, Floats]
@@ -156,9 +160,9 @@ class New:
 
 
 class AdaptPipeline:
-    """Takes examples in: admits them, embeds what is new, and has the adapter revised. For one event loop.
+    """Validates examples, embeds new inputs and has the adapter revised. For one event loop.
 
-    count(outcome) is called once per adapt with promoted, withheld, stored, cancelled or the code of the
+    `count(outcome)` is called once per adapt with promoted, withheld, stored, cancelled or the code of the
     error.
     """
 
@@ -177,13 +181,13 @@ class AdaptPipeline:
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None = None
     ) -> AdaptOutcome:
-        """Teaches the adapter, creating it on first use. All or nothing: an error leaves no trace.
+        """Teach the adapter, creating it on first use. All or nothing: an error leaves no trace.
 
-        reply: recorded with what was learned; to it, only the time that was spent by then is known.
+        `reply`: recorded in the same transaction; its timings cover only the time spent until then.
 
         Raises ExamplesRejected, MixedInputs, ContractChanged, WeightsNotForTask, FingerprintMismatch,
-        UnknownBackbone, and what Batcher.embed and RevisionWriter.revise raise. When cancelled, either
-        nothing is recorded or all of it.
+        UnknownBackbone, and what Batcher.embed and RevisionWriter.revise raise. If cancelled, either nothing
+        is recorded or all of it.
         """
         outcome = "cancelled"
         try:
@@ -201,12 +205,12 @@ class AdaptPipeline:
     async def embed_new(
         self, tenant: str, terms: Creation, admitted: Sequence[ValidExample], known: AbstractSet[str]
     ) -> New:
-        """What became of the inputs that are not known.
+        """Embed the inputs whose digests are not in `known`.
 
-        What another adapter of the tenant has embedded is not embedded again. A text of which the backbone
-        knows no token has failed too, although it has an embedding.
+        Embeddings of the tenant's other adapters are reused. A text without a token that the backbone knows
+        has failed too, although it has an embedding.
         """
-        # In an order of their own: a batch's neighbours move the last digits of an embedding.
+        # The order is independent of the request: neighbours in a batch move an embedding's last digits.
         ordered = sorted(admitted, key=lambda one: one.digest)
         new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
         vectors = await self.writer.repository.known(tenant, terms.fingerprint, new)
@@ -241,7 +245,7 @@ class AdaptPipeline:
     async def count_truncated(
         self, tenant: str, terms: Creation, usable: Sequence[ValidExample], new: New
     ) -> int:
-        """How many of some examples are texts of which the backbone reads only the start."""
+        """Count the examples that are texts of which the backbone reads only the start."""
         known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
         count = sum(one.digest in new.truncated for one in usable)
         if known:
@@ -255,7 +259,7 @@ class AdaptPipeline:
         look: Callable[[Sequence[bytes | str]], AbstractSet[int]],
         texts: Sequence[bytes | str],
     ) -> set[int]:
-        """The positions that `look` finds, in pieces: tenants take turns on one thread that gives way."""
+        """Return the positions that `look` finds. Tenants take turns on one low-priority thread."""
         loop = asyncio.get_running_loop()
         found: set[int] = set()
         begin = 0
@@ -271,13 +275,13 @@ class AdaptPipeline:
         return found
 
     def check_served(self, terms: Creation | AdapterRecord) -> None:
-        """Raises FingerprintMismatch unless the adapter's own backbone is served."""
+        """Raise FingerprintMismatch unless the adapter's own backbone is served."""
         batcher = self.batchers.get(terms.backbone)
         if batcher is None or batcher.backbone.fingerprint != terms.fingerprint:
             raise FingerprintMismatch(terms.backbone)
 
     def spec(self, name: str) -> BackboneSpec:
-        """A served backbone. Raises UnknownBackbone."""
+        """Return the spec of a served backbone. Raises UnknownBackbone."""
         if name not in self.batchers:
             raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
         return self.batchers[name].backbone.spec
@@ -312,7 +316,7 @@ class AdaptPipeline:
 
             async def step(state: AdapterSnapshot | None) -> RevisionResult:
                 terms = self.terms(command, state)
-                # What the adapter knew a moment ago may have been removed since.
+                # Inputs that the adapter had at first may have been removed meanwhile.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
                 vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
                 edit = ExampleEdit(
@@ -332,7 +336,7 @@ class AdaptPipeline:
     async def _ahead(
         self, subject: AdapterContext, fresh: Sequence[ValidExample]
     ) -> AsyncIterator[BackgroundPublish | None]:
-        """Large inputs are published while they are embedded, so that nobody waits for the disk."""
+        """Publish large inputs while they are embedded, so that the request does not wait for the disk."""
         inputs = [one.input for one in fresh if one.input is not None]
         if not subject.terms.keep_inputs or sum(map(len, inputs)) < _PUBLISHED_AHEAD:
             yield None
@@ -343,10 +347,10 @@ class AdaptPipeline:
             yield ahead
 
     def terms(self, command: AdaptCommand, state: AdapterSnapshot | None) -> Creation:
-        """What holds for the adapter: what was fixed at its creation, or what the command creates.
+        """Return the settings fixed at the adapter's creation, or those that the command creates it with.
 
-        Raises ContractChanged, WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs,
-        UnknownAdapter.
+        Answer accuracy and weights are the command's, if it has any. Raises ContractChanged,
+        WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs, UnknownAdapter.
         """
         if state is None:
             return self._new_terms(command)
@@ -388,7 +392,7 @@ class AdaptPipeline:
 
 
 def terms_of(adapter: AdapterRecord) -> Creation:
-    """What holds for the adapter."""
+    """Return the adapter's settings."""
     return Creation(
         backbone=adapter.backbone,
         fingerprint=adapter.fingerprint,
@@ -401,7 +405,7 @@ def terms_of(adapter: AdapterRecord) -> Creation:
 
 
 def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
-    """The terms with what is asked for in their place; None leaves them. Raises WeightsNotForTask."""
+    """Return the terms with the given values; None leaves a value as it is. Raises WeightsNotForTask."""
     if weights == "balanced" and terms.task != "classification":
         raise WeightsNotForTask(terms.task)
     return replace(
@@ -412,7 +416,7 @@ def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | No
 
 
 def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
-    """The error for a text of which the backbone's tokenizer knows no token."""
+    """Return the error for a text of which the backbone's tokenizer knows no token."""
     return InputError(
         "no_known_tokens",
         f"The backbone {backbone!r} knows no word of {text}, so its embedding says nothing. "
@@ -421,14 +425,14 @@ def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
 
 
 def pointer(index: int, part: str) -> str:
-    """Where in a request an example, or a part of it, stands (RFC 6901)."""
+    """Return the JSON pointer (RFC 6901) to an example of a request, or to a part of it."""
     return f"/examples/{index}/{part}" if part else f"/examples/{index}"
 
 
 def _admit(
     command: AdaptCommand, terms: Creation, state: AdapterSnapshot | None
 ) -> tuple[list[ValidExample], list[RejectedExample], Sequence[ValidExample]]:
-    """What is admitted, what is rejected, and what is to be stored anew if all of it can be read."""
+    """Return the valid and the rejected examples, and those whose inputs are stored if all can be read."""
     if not command.posted and command.update == "replace":
         raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
     before = () if state is None or command.update == "replace" else state.in_use

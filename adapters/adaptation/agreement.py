@@ -1,7 +1,7 @@
-"""Whether a version agrees with new examples as often as it claims to be right.
+"""Tests whether a version agrees with new examples as often as it claims to be right.
 
-The test may be looked at after every append. It bets against the version's claims; while they hold, the
-stake is a supermartingale, and the chance that it ever grows E-fold is at most 1 / E (Ville's inequality;
+The test may be repeated after every append. It bets against the version's claims: while they hold, the stake
+is a supermartingale, and the probability that it ever grows E-fold is at most 1 / E (Ville's inequality;
 Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86, 2024).
 """
 
@@ -19,25 +19,26 @@ from adapters.heads.head import Head
 from adapters.storage.formats import Evidence
 from models.arrays import Doubles, Floats
 
-# Shares of wrong labels that are bet on, each with the same part of the stake.
+# Shares of wrong labels that are bet on, each with an equal part of the stake.
 _WRONG_SHARES = np.array([0.2, 0.4, 0.7])
-# This share of the stake is bet at once. The rest is bet later, to find wrong examples that begin late.
+# Share of the stake that is bet at once. The rest is bet later, to find wrong labels that begin late.
 _AT_ONCE = 0.8
-# The accuracy over all labels counts as so many examples of each.
+# The accuracy over all labels counts as this many examples of each label.
 _PRIOR_EXAMPLES = 2.0
-# Bounds of a claim: none is so high that one mistake decides.
+# Bounds of a claim, so that a single mistake never decides.
 _LOWEST, _HIGHEST = 0.02, 0.97
-# For a regression, the largest likelihood ratio that a single error may have.
+# Largest likelihood ratio of a single error of a regression.
 _MOST_LIKELY = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What a version says of m examples that it has not learned.
+    """The predictions of a version for m examples that it has not learned, compared with their targets.
 
-    agreed: float32 (m,), 1 or 0 for right or wrong; for multilabel the F1 of the labels given; for regression
-    1 less half of how many times likelier the error would be if the target were another example's.
-    expected: float32 (m,), the least mean of that which it claims.
+    `agreed`: float32 (m,), 1 for right, 0 for wrong; for multilabel the F1 of the labels given; for
+    regression 1 - r / 2, where r is how many times likelier the error would be if the target were another
+    example's, relative to the mean of r out of fold. `expected`: float32 (m,), the lowest mean of `agreed`
+    that the version claims.
     """
 
     agreed: Floats
@@ -47,11 +48,12 @@ class Agreement:
 def ask(
     task: Task, head: Head, evidence: Evidence, embeddings: Floats, targets: Sequence[Target]
 ) -> Agreement | None:
-    """What the version with this head and evidence says of examples with embeddings float32 (m, dim).
+    """Compare the predictions of the version with this head and evidence with the targets of new examples.
 
-    Its claim is what it was out of fold, less one standard error. For classification that is its confidence
-    in the input, moved by as much as the label's recall differs from the accuracy: hard inputs, or examples
-    of a hard label alone, are no reason for alarm. None where it was not measured and claims nothing.
+    `embeddings`: float32 (m, dim). The claim is the out-of-fold score less one standard error. For
+    classification it is the confidence in the input, shifted by how far the label's recall differs from the
+    accuracy, so that hard inputs, or examples of one hard label only, raise no alarm. Returns None if the
+    version was not measured and so claims nothing.
     """
     scores = evidence.scores[evidence.measured].astype(np.float64)
     if not head.measured or not len(scores):
@@ -81,17 +83,18 @@ def ask(
 
 
 def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple[float, int]:
-    """How many times a stake has grown that was bet on too little agreement, and since when most of it did.
+    """Return how many times a stake on too little agreement has grown, and when most of the growth began.
 
-    agreed, expected: (m,), m > 0, see Agreement. asked: int64 (m,), numbers that grow with time, the same for
-    examples asked together. A share w of wrong labels makes (1 - w) p of a claim p, and that is the bet.
+    `agreed`, `expected`: (m,), m > 0, see Agreement. `asked`: int64 (m,), numbers that grow with time, equal
+    for examples asked about together. A share w of wrong labels turns a claim p into (1 - w) p, and that is
+    the bet.
     """
     found, claims = agreed.astype(np.float64), expected.astype(np.float64)
     growth = np.log1p(_WRONG_SHARES[:, None] * (claims - found) / (1.0 - claims))
     times, place = np.unique(asked, return_inverse=True)
     steps = np.stack([np.bincount(place, weights=row, minlength=len(times)) for row in growth])
     since = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
-    # The bet that starts at each time: the waiting part is split as 1 / (1 2), 1 / (2 3), …
+    # Stake of the bet that starts at each time: the waiting part is split as 1 / (1 2), 1 / (2 3), …
     later = np.arange(1.0, len(times))
     parts = np.append(_AT_ONCE, (1.0 - _AT_ONCE) / (later * (later + 1.0)))
     grown = np.exp(np.minimum(since, 700.0)).mean(axis=0)
@@ -99,11 +102,11 @@ def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple
 
 
 def _likelier(errors: Doubles, usual: Doubles, targets: Doubles) -> Doubles:
-    """How many times likelier squared errors are if the targets are another example's than if they are right.
+    """Return how many times likelier squared errors are with another example's target than with their own.
 
-    usual: squared errors left out, whose mean is the variance of right targets' errors. That of wrong ones is
-    the variance of the targets more than that of the predictions. Both are taken as normal; bounded, so that
-    no single error decides.
+    `usual`: left-out squared errors, whose mean is the variance of errors with right targets. With wrong
+    targets, the variance of the targets is added to that of the predictions. Both are taken as normal. The
+    ratio is bounded, so that no single error decides.
     """
     right = max(float(usual.mean()), 1e-300)
     wrong = max(2.0 * float(targets.var()) - right, 1.05 * right)
@@ -113,13 +116,13 @@ def _likelier(errors: Doubles, usual: Doubles, targets: Doubles) -> Doubles:
 
 
 def _overlap(answer: set[str], target: Target) -> float:
-    """F1 of the labels given; 1 where none is given and none is there."""
+    """Return the F1 of the labels given; 1 if none is given and none is right."""
     own = set(cast("tuple[str, ...]", target))
     return 2.0 * len(answer & own) / (len(answer) + len(own)) if answer or own else 1.0
 
 
 def _shift(evidence: Evidence, scores: Doubles, targets: Sequence[Target]) -> Doubles:
-    """How much less often, in logits, each target is answered rightly than all are; lowered by its error."""
+    """Return each target's recall, less its standard error, minus the accuracy over all labels, in logits."""
     own = np.array([str(evidence.targets[row]) for row in np.flatnonzero(evidence.measured)])
     chance = 1.0 / len(set(evidence.targets))
     accuracy = _share(scores.sum(), len(scores), chance)
@@ -127,7 +130,7 @@ def _shift(evidence: Evidence, scores: Doubles, targets: Sequence[Target]) -> Do
     counts = np.bincount(place, minlength=len(names))
     recalls = _share(np.bincount(place, weights=scores, minlength=len(names)), counts, accuracy)
     claims = _logit(recalls) - _standard_error(counts + _PRIOR_EXAMPLES, _logit(recalls))
-    # A label that was never held out is as good as all are, for all that is known.
+    # A label that was never held out is assumed to be as good as all labels are on average.
     unknown = _logit(accuracy) - _standard_error(_PRIOR_EXAMPLES, _logit(accuracy))
     known = dict(zip(names.tolist(), claims.tolist(), strict=True))
     shifted: Doubles = np.array([known.get(str(target), float(unknown)) for target in targets])
@@ -136,13 +139,13 @@ def _shift(evidence: Evidence, scores: Doubles, targets: Sequence[Target]) -> Do
 
 
 def _share(right: Any, count: Any, prior: Any) -> Any:
-    """The share of right answers, with a few more that are right as often as the prior says."""
+    """Return the share of right answers, smoothed towards the prior by _PRIOR_EXAMPLES more answers."""
     share = (right + _PRIOR_EXAMPLES * prior) / (count + _PRIOR_EXAMPLES)
     return np.clip(share, _LOWEST, _HIGHEST)
 
 
 def _standard_error(count: Any, logit: Any) -> Any:
-    """Of the logit of a share among so many."""
+    """Return the standard error of the logit of a share among `count` answers."""
     share = _sigmoid(logit)
     return 1.0 / np.sqrt(count * share * (1.0 - share))
 

@@ -1,4 +1,4 @@
-"""What a tenant looks at and moves about: adapters, versions, examples, the live alias.
+"""Listings of a tenant's adapters, versions and examples, and moves of the live alias.
 
 Nothing is fitted here.
 """
@@ -16,9 +16,9 @@ from adapters.storage.artifact import MissingArtifact
 
 
 class AdapterCatalog:
-    """Reads of the registry, off the event loop.
+    """Reads the registry, off the event loop.
 
-    Everything starts from the tenant, so that none sees another's.
+    Every read starts from the tenant, so that no tenant sees another's data.
     """
 
     def __init__(self, repository: AdapterRepository) -> None:
@@ -26,30 +26,30 @@ class AdapterCatalog:
         self._registry = repository.registry
 
     async def adapters(self, tenant: str, after: str | None, limit: int) -> list[AdapterRecord]:
-        """The tenant's adapters in the order of their names."""
+        """Return the tenant's adapters, sorted by name."""
         return await asyncio.to_thread(self._registry.adapters, tenant, after, limit)
 
     async def adapter(self, tenant: str, name: str) -> AdapterRecord:
-        """One adapter. Raises UnknownAdapter."""
+        """Return one adapter. Raises UnknownAdapter."""
         return await asyncio.to_thread(self._registry.adapter, tenant, name)
 
     async def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, list[VersionRecord]]:
-        """An adapter and its versions, the newest first. Raises UnknownAdapter."""
+        """Return an adapter and its versions, newest first. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
         return adapter, await asyncio.to_thread(self._registry.versions, adapter.uid)
 
     async def version(self, tenant: str, name: str, number: int) -> tuple[AdapterRecord, VersionRecord]:
-        """An adapter and one of its versions. Raises UnknownAdapter, UnknownVersion."""
+        """Return an adapter and one of its versions. Raises UnknownAdapter, UnknownVersion."""
         adapter = await self.adapter(tenant, name)
         return adapter, await asyncio.to_thread(self._registry.version, adapter.uid, number)
 
     async def promote(self, tenant: str, name: str, number: int, if_match: str | None) -> AdapterRecord:
-        """Points `live` at a version, see Registry.promote.
+        """Point `live` at a version, see Registry.promote.
 
         Raises UnknownAdapter, UnknownVersion, AliasMoved.
         """
         adapter = await self.adapter(tenant, name)
-        # Loaded before it is live anywhere, so that no prediction waits for it here.
+        # The version is loaded before it goes live, so that no prediction in this process waits for it.
         await self._repository.aliases.prepare(
             await asyncio.to_thread(self._registry.resolve, tenant, name, number)
         )
@@ -64,7 +64,7 @@ class AdapterCatalog:
     async def examples(
         self, tenant: str, name: str, after: str | None, limit: int, excluded: bool | None
     ) -> tuple[AdapterRecord, Sequence[ExampleRecord]]:
-        """An adapter and its examples, see Registry.examples. Raises UnknownAdapter."""
+        """Return an adapter and its examples, see Registry.examples. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
         read = partial(self._registry.examples, adapter.uid, after, limit, excluded)
         return adapter, await asyncio.to_thread(read)
@@ -72,7 +72,7 @@ class AdapterCatalog:
     async def example(
         self, tenant: str, name: str, example_id: str
     ) -> tuple[AdapterRecord, ExampleRecord, bytes | str | None]:
-        """An adapter, one of its examples, and its input if it is kept.
+        """Return an adapter, one of its examples, and the input if it is kept.
 
         Raises UnknownAdapter, UnknownExample.
         """
@@ -82,7 +82,7 @@ class AdapterCatalog:
         try:
             return adapter, record, (await self._repository.inputs(adapter, record.inputs))[record.row]
         except MissingArtifact:
-            # The example may have gone a moment ago, or been moved to another file.
+            # The example may just have been removed, or moved to another file.
             adapter, now = await self._example(tenant, name, example_id)
             if now.inputs in (None, record.inputs):
                 raise

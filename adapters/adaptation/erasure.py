@@ -1,4 +1,4 @@
-"""Erasure as a whole: rows, memory, files and pages, here and in the other processes."""
+"""Erasure of tenants and adapters: rows, memory, files and pages, in this process and in the others."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from adapters.storage.artifact import Store
 
 logger = logging.getLogger("topwork")
 
-# Seconds after which nobody is left who could still bring a file of what was erased: longer than a request
-# lasts, and than a worker needs to hear that its job is gone.
+# Seconds after which no process can still write a file of what was erased: longer than a request lasts, and
+# than a worker needs to learn that its job is gone.
 _LATEST = 900.0
-# Of what clearing the pages took.
+# Pause before the pages are cleared again, as a multiple of the time that the last clearing took.
 _REST = 3.0
 
 
 class Keeps(Protocol):
-    """What has something of tenants in memory."""
+    """A component that keeps tenants' data in memory."""
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Forget what is the tenant's, or of its adapter of that name."""
+        """Drop the tenant's data, or only that of its adapter of this name."""
         ...
 
 
 class Eraser:
     """Erases tenants and adapters. For one event loop.
 
-    memories: all that has something of them in memory. end(tenant, why): breaks off what is done for one.
+    `memories`: all other components that keep tenants' data in memory. `end(tenant, why)`: aborts the
+    tenant's open requests.
     """
 
     def __init__(
@@ -45,10 +46,10 @@ class Eraser:
         self._end = end
 
     async def tenant(self, tenant: str) -> Receipt:
-        """Erases the tenant with all that it has, and breaks off what is being done for it.
+        """Erase the tenant with all its data, and abort its open requests.
 
-        Other processes follow within a second, pages of the database and files that somebody was just writing
-        within five. It runs to its end when the caller is cancelled. Raises UnknownTenant.
+        Other processes follow within one second; database pages, and files that were being written, within
+        five. The erasure completes even if the caller is cancelled. Raises UnknownTenant.
         """
 
         async def erase() -> Receipt:
@@ -61,7 +62,7 @@ class Eraser:
         return await to_its_end(erase())
 
     async def adapter(self, tenant: str, name: str) -> Receipt:
-        """Erases an adapter with all that it has. As `tenant`. Raises UnknownAdapter."""
+        """Erase an adapter with all its data, and complete as `tenant` does. Raises UnknownAdapter."""
 
         async def erase() -> Receipt:
             receipt, uid = await asyncio.to_thread(self._repository.registry.delete_adapter, tenant, name)
@@ -73,7 +74,7 @@ class Eraser:
         return await to_its_end(erase())
 
     def heard(self, tenant: str, name: str | None = None) -> None:
-        """Something of the adapter was erased, or the whole tenant: lets go of what is in memory."""
+        """Drop an erased adapter from memory, or an erased tenant, and abort the requests of the latter."""
         for memory in self._memories:
             memory.drop_of(tenant, name)
         if name is None:
@@ -81,10 +82,10 @@ class Eraser:
 
 
 class ErasureSweeper:
-    """Deletes again and again what may still come of what was erased. Blocking, for one thread.
+    """Deletes repeatedly what may still be left of erased adapters. Blocking, for one thread.
 
-    Whoever was writing a file when its adapter was erased deletes it again; where it was killed in between,
-    or the store was away, this does.
+    A process that was writing a file when its adapter was erased deletes the file itself. If it was killed
+    first, or the store was unavailable, the sweeper does.
     """
 
     def __init__(self, registry: Registry, store: Store) -> None:
@@ -95,7 +96,7 @@ class ErasureSweeper:
         self._rest_until = 0.0
 
     def clear(self) -> None:
-        """One round, a second or two after the last.
+        """Run one round, a second or two after the last.
 
         Raises RegistryUnavailable, StoreUnavailable, StoreFull.
         """
@@ -104,11 +105,11 @@ class ErasureSweeper:
         known = self._seen
         self._seen = {one.id: known.get(one.id, 0.0) for one in unfinished}
         for erasure in unfinished:
-            # Each time after twice as long: a deletion of many adapters must not be made up by ten thousands.
+            # The interval doubles: an erasure of many adapters must not cause tens of thousands of deletions.
             if erasure.age < 2.0 * self._seen[erasure.id]:
                 continue
             if erasure.whole and erasure.age < NAME_TAKEN - 1.0:
-                # Nobody can have created anything since.
+                # The tenant's name is still blocked, so the tenant cannot have created anything new.
                 self._store.delete_tenant(erasure.tenant)
             for uid in erasure.uids:
                 self._store.delete_adapter(erasure.tenant, uid)
@@ -117,8 +118,10 @@ class ErasureSweeper:
                 self._registry.erasures.finish(erasure.id)
 
     def _clear_pages(self) -> None:
-        """Once for all erasures since the last time. Others write to the database meanwhile, or wait: where
-        it takes long, they get longer in between.
+        """Clear the pages once for all erasures since the last time.
+
+        Other writers to the database may have to wait meanwhile: the longer it takes, the longer the pause
+        after it.
         """
         newest = self._registry.erasures.newest()
         begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a tenant does with kept examples: correct, set aside, remove, move to another backbone."""
+"""Changes to kept examples: correction, exclusion, removal, and the move to another backbone."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from models.preprocess.preprocessor import InputError
 
 
 class InputsNotKept(RuntimeError):
-    """The adapter was told not to keep inputs, so they cannot be embedded again."""
+    """The adapter does not have its inputs, so they cannot be embedded again."""
 
     code = "inputs_not_kept"
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """The right target of an input, or of the kept example of that id.
+    """The right target of an input, or of the kept example with this id.
 
-    group, sampled: of a new example, see Dataset. What is corrected keeps its own.
+    `group`, `sampled`: of a new example, see Dataset. A corrected example keeps its own.
     """
 
     target: object
@@ -57,9 +57,9 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
-    """What is another of a kept example from now on; None leaves it as it is.
+    """Changes to a kept example; None leaves a value as it is.
 
-    excluded: set it aside, or take it back. group: its new group, or "" for none.
+    `excluded`: set the example aside, or take it back. `group`: the new group, or "" for none.
     """
 
     target: object | None = None
@@ -70,7 +70,7 @@ class Amendment:
 
 
 class ExampleEditor:
-    """Corrects, sets aside, removes and moves examples, refitting each time. For one event loop."""
+    """Corrects, sets aside, removes and moves examples, and refits each time. For one event loop."""
 
     def __init__(self, pipeline: AdaptPipeline) -> None:
         self._pipeline = pipeline
@@ -80,10 +80,10 @@ class ExampleEditor:
     async def feedback(
         self, tenant: str, name: str, feedback: Feedback, reply: PendingReply[RevisionResult] | None = None
     ) -> RevisionResult:
-        """Makes the feedback an example; what is kept of the same input, or under the id, is corrected by it.
+        """Correct the kept examples with the same input or with the id; a new input becomes a new example.
 
-        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, InputError, and what
-        RevisionWriter.revise raises.
+        `reply`: recorded in the same transaction. Raises UnknownAdapter, UnknownExample, ExampleError,
+        InputError, and what RevisionWriter.revise raises.
         """
         started = time.perf_counter()
         vectors: dict[str, Floats] = {}
@@ -124,10 +124,10 @@ class ExampleEditor:
         amendment: Amendment,
         reply: PendingReply[RevisionResult] | None = None,
     ) -> RevisionResult:
-        """Makes the kept example what the amendment says, and fits.
+        """Apply the amendment to the kept example, and fit.
 
-        reply: recorded with that. Raises UnknownAdapter, UnknownExample, ExampleError, and what
-        RevisionWriter.revise raises.
+        `reply`: recorded in the same transaction. Raises UnknownAdapter, UnknownExample, ExampleError, and
+        what RevisionWriter.revise raises.
         """
 
         async def step(state: AdapterSnapshot | None) -> RevisionResult:
@@ -142,10 +142,10 @@ class ExampleEditor:
         return await self._writer.in_turn(tenant, name, step)
 
     async def remove(self, tenant: str, name: str, ids: Sequence[str] | None) -> RevisionResult:
-        """Erases examples, all of them where `ids` is None, and the versions that were fitted on them.
+        """Erase examples, or all of them if `ids` is None, and the versions that were fitted on them.
 
-        If anything was live, what is left is fitted again; where that cannot be, nothing is live any more.
-        Raises UnknownAdapter, UnknownExample, and what RevisionWriter.revise raises.
+        If a version was live, the remaining examples are fitted again; if that is impossible, no version is
+        live any more. Raises UnknownAdapter, UnknownExample, and what RevisionWriter.revise raises.
         """
         started = time.perf_counter()
 
@@ -165,10 +165,10 @@ class ExampleEditor:
         return _timed(await self._writer.in_turn(tenant, name, step), started)
 
     async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> RevisionResult:
-        """Moves the adapter to another backbone of its kind: embeds the kept inputs again, and fits.
+        """Move the adapter to another backbone of its kind: embed the kept inputs again, and fit.
 
-        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
-        Batcher.embed and RevisionWriter.fit raise.
+        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what Batcher.embed
+        and RevisionWriter.fit raise.
         """
         started = time.perf_counter()
 
@@ -221,10 +221,10 @@ class ExampleEditor:
         return RevisionResult(committed, fit.decision, timings, truncated)
 
     async def _embed_again(self, state: AdapterSnapshot, backbone: str) -> tuple[dict[Artifact, Floats], int]:
-        """The embeddings of every kept segment by the other backbone, its rows where they were, and how many
-        of the examples are texts of which it reads only the start.
+        """Return the embeddings of every kept segment by the other backbone, rows in their places.
 
-        Raises InputError for an example that the other backbone cannot take, or knows no token of.
+        Also returns how many of the examples are texts of which that backbone reads only the start. Raises
+        InputError for an example that it cannot take, or of which it knows no token.
         """
         rows: dict[Artifact, set[int]] = defaultdict(set)
         inputs: dict[Artifact, Artifact] = {}
@@ -251,12 +251,12 @@ class ExampleEditor:
 
 
 def _timed(done: RevisionResult, started: float) -> RevisionResult:
-    """With the seconds since `started` as the total."""
+    """Return the result with the seconds since `started` as the total."""
     return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
 
 
 def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExample]:
-    """What the feedback says of which examples."""
+    """Return the examples to write for the feedback."""
     task, kind = state.adapter.task, state.adapter.kind
     if feedback.id is not None:
         return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
@@ -268,14 +268,14 @@ def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExampl
     (example,) = admitted
     same = [one for one in state.examples if one.digest == example.digest]
     used = [one for one in same if not one.excluded]
-    # What is told of an input is learned, also where all that is kept of it is set aside.
+    # Feedback is learned even if all examples of the input are set aside: it takes them back.
     return [_kept_as(one, example.target) for one in used or same] or [example]
 
 
 def _amended(
     state: AdapterSnapshot, example: str, amendment: Amendment, *, required: bool = False
 ) -> ValidExample:
-    """The kept example as it is to be. required: with the target that is given, if none too.
+    """Return the kept example with the amendment applied. `required`: the target may not be missing.
 
     Raises UnknownExample, ExampleError.
     """
@@ -299,7 +299,7 @@ def _amended(
 
 
 def _kept_as(record: ExampleRecord, target: Target) -> ValidExample:
-    """The kept example in use, with this target."""
+    """Return the kept example, in use, with this target."""
     return ValidExample(record.id, record.digest, target, None, 0, record.group, record.sampled)
 
 

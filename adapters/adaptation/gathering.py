@@ -1,4 +1,4 @@
-"""The bytes of a revision: embeddings brought together from where they lie, and the files to publish."""
+"""The data of a revision: embeddings gathered from their segments, and the files to publish."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.arrays import Floats
 
 @dataclass(frozen=True, slots=True)
 class AdapterContext:
-    """The adapter that a revision is about: as it is, or, with state None, as it will be created."""
+    """The adapter that a revision changes or, with `state` None, creates."""
 
     tenant: str
     name: str
@@ -32,24 +32,24 @@ class AdapterContext:
     def of(
         cls, tenant: str, name: str, terms: Creation, state: AdapterSnapshot | None, uid: str | None = None
     ) -> AdapterContext:
-        """The subject; `uid` is what it gets if it is to be created."""
+        """Return the context. `uid`: for an adapter that is to be created; generated if None."""
         return cls(tenant, name, terms, state, (uid or new_uid()) if state is None else state.adapter.uid)
 
     @property
     def adapter(self) -> AdapterRecord | None:
-        """The adapter, if there is one."""
+        """The adapter, or None if it does not exist yet."""
         return None if self.state is None else self.state.adapter
 
     @property
     def examples(self) -> Sequence[ExampleRecord]:
-        """What it keeps."""
+        """The adapter's examples."""
         return () if self.state is None else self.state.examples
 
 
 async def complete(
     repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
 ) -> Mapping[str, Floats]:
-    """`fresh` with the embeddings of inputs that the adapter has and the plan moves to the new segment."""
+    """Return `fresh` with the stored embeddings of inputs that the plan moves to the new segment."""
     missing = {example.digest for example in plan.fresh} - fresh.keys()
     if not missing:
         return fresh
@@ -62,7 +62,7 @@ async def complete(
 async def gather(
     repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
 ) -> Floats:
-    """The embeddings of the planned rows, float32 (n, dim), in their order. fresh: see complete."""
+    """Return the embeddings of the planned rows, float32 (n, dim), in their order. `fresh`: by digest."""
     places = [row.source for row in plan.rows if not isinstance(row.source, int)]
     if not places:
         return _interleave(plan, None, fresh)
@@ -72,7 +72,7 @@ async def gather(
 
 
 def _interleave(plan: LayoutPlan, kept: Floats | None, fresh: Mapping[str, Floats]) -> Floats:
-    """Kept embeddings, in the order of their rows, and fresh ones, each in its row."""
+    """Merge kept embeddings, which are in the order of their rows, with fresh ones."""
     is_new = np.fromiter((isinstance(row.source, int) for row in plan.rows), np.bool_, len(plan.rows))
     new = [fresh[row.digest] for row in plan.rows if isinstance(row.source, int)]
     if kept is None:
@@ -88,7 +88,10 @@ def _interleave(plan: LayoutPlan, kept: Floats | None, fresh: Mapping[str, Float
 async def encoders(
     repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
 ) -> list[Callable[[], Buffer]]:
-    """What to publish: the new segment's embeddings, its inputs if kept, then the same of every bundle."""
+    """Return the encoders of the files to publish.
+
+    They are those of the new segment's embeddings, of its inputs if kept, then the same of every bundle.
+    """
     files: list[Callable[[], Buffer]] = []
     fingerprint = subject.terms.fingerprint
     if plan.fresh:
@@ -109,7 +112,7 @@ async def encoders(
 def starts(
     plan: LayoutPlan, keep_inputs: bool, published: Sequence[Artifact]
 ) -> tuple[SegmentSlot | None, list[SegmentSlot], Sequence[Artifact]]:
-    """Where the new segment and the bundles begin once they are published, and the artifacts left over."""
+    """Return the first slots of the new segment and of the bundles, and the artifacts left over."""
     left = iter(published)
     start = SegmentSlot(next(left), 0, next(left) if keep_inputs else None) if plan.fresh else None
     bundles = [
@@ -121,7 +124,7 @@ def starts(
 async def kept_inputs(
     repository: AdapterRepository, adapter: AdapterRecord, bundle: Sequence[Stored]
 ) -> list[bytes | str]:
-    """The inputs at the places, which are all kept."""
+    """Return the inputs at the places; all of them must be kept."""
     found: dict[Artifact, list[bytes | str]] = {}
     for place in bundle:
         assert place.inputs is not None

@@ -1,4 +1,4 @@
-"""Where the examples of an adapter lie after a change: which rows are new, which files are rewritten.
+"""The layout of an adapter's examples after a change: which rows are new, which files are rewritten.
 
 Pure bookkeeping: nothing is read or written here. A row that no example uses any more never stays in a file
 that is in use, so that what a tenant removes or replaces is gone from the disk as well.
@@ -14,16 +14,15 @@ from adapters.examples.validation import ValidExample
 from adapters.registry.records import ExampleRecord, ExampleWrite, Repoint
 from adapters.storage.artifact import Artifact
 
-# Files smaller than this are merged once there are so many: an adapter taught one example at a time would
-# else need a file for each to be read at every fit.
-SMALL_BYTES = 1 << 20
-MERGED_AT_ONCE = 16
-_MOST_MERGED = 64
+# Small files are merged: an adapter taught one example at a time would else read one per example at a fit.
+SMALL_BYTES = 1 << 20  # files below this size are merged
+MERGED_AT_ONCE = 16  # files; fewer small ones are left as they are
+_MOST_MERGED = 64  # files merged per change
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentSlot:
-    """Where an embedding lies, and its input at the same row of another file, if inputs are kept."""
+    """The place of an embedding, and of its input at the same row of another file if inputs are kept."""
 
     segment: Artifact
     row: int
@@ -31,12 +30,12 @@ class SegmentSlot:
 
 
 Stored = SegmentSlot | ExampleRecord
-"""What has a place: for tens of thousands of examples, making one of each would take longer than the rest."""
+"""Anything with a place. Making slots of tens of thousands of records would take longer than the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedExample:
-    """An example as it is after the change. source: what lay where it lies, or its row in the new segment."""
+    """An example after the change. `source`: its present place, or its row in the new segment."""
 
     id: str
     digest: str
@@ -48,7 +47,7 @@ class PlannedExample:
 
     @classmethod
     def of(cls, example: ExampleRecord | ValidExample, source: Stored | int) -> PlannedExample:
-        """The example, lying there."""
+        """Return the example with this source."""
         return cls(
             example.id,
             example.digest,
@@ -64,9 +63,9 @@ class PlannedExample:
 class LayoutPlan:
     """What a change does to the files.
 
-    rows: all examples after it, in the order of their ids. upserted: ids of those that the change writes.
-    fresh: what the new segment holds, one per distinct input. bundles: distinct places that move together
-    into a rewritten segment each.
+    `rows`: all examples after the change, sorted by id. `upserted`: ids of the examples that the change
+    writes. `fresh`: the contents of the new segment, one example per distinct input. `bundles`: distinct
+    places that move together, each bundle into one rewritten segment.
     """
 
     rows: tuple[PlannedExample, ...]
@@ -87,11 +86,10 @@ def plan_change(
     removals: Collection[str] = (),
     clear: bool = False,
 ) -> LayoutPlan:
-    """The plan for adding or replacing `upserts` and dropping `removals`, or with `clear` all that is not
-    upserted.
+    """Plan to add or replace `upserts` and to remove `removals`, or with `clear` all other examples.
 
-    An input that the adapter has already is not stored again, unless `clear`: then the old files go as a
-    whole. An upsert without an input has one that the adapter has.
+    An input that the adapter has is not stored again, except with `clear`: then the old files go as a whole.
+    An upsert without an input refers to one that the adapter has.
     """
     wanted = {example.digest for example in upserts}
     places = {} if clear else {one.digest: one for one in kept if one.digest in wanted}
@@ -119,9 +117,9 @@ def plan_change(
 def locate(
     plan: LayoutPlan, fresh: SegmentSlot | None, bundles: Sequence[SegmentSlot]
 ) -> tuple[tuple[ExampleWrite, ...], tuple[Repoint, ...]]:
-    """The rows to write, once the files of the plan are published.
+    """Return the rows to write and to repoint, once the files of the plan are published.
 
-    Each file is given as the place of its first row.
+    Each file is given as the slot of its first row.
     """
     moved: dict[tuple[str, int], SegmentSlot] = {}
     for bundle, start in zip(plan.bundles, bundles, strict=True):
@@ -155,7 +153,7 @@ def locate(
 
 
 def _bundles(used: Sequence[Stored], left: Sequence[Stored]) -> tuple[tuple[Stored, ...], ...]:
-    """Each file that holds a place left for good, and the small files together, if they are many."""
+    """Return a bundle for each file with a vacated row, and for the small files together if they are many."""
     in_use = {_key(place) for place in used} if left else set()
     vacated = {place.segment.nonce for place in left if _key(place) not in in_use}
     files = {place.segment.nonce: place for place in used}
@@ -167,14 +165,14 @@ def _bundles(used: Sequence[Stored], left: Sequence[Stored]) -> tuple[tuple[Stor
     for place in used:
         nonce = place.segment.nonce
         if nonce in vacated or nonce in merged:
-            # Inputs that are lost are lost for some segments only.
+            # Inputs may be lost for some segments only, which are merged apart from the others.
             together = str(place.inputs is None) if nonce in merged else nonce
             bundles.setdefault(together, {})[_key(place)] = place
     return tuple(tuple(places[key] for key in sorted(places)) for places in bundles.values())
 
 
 def _key(place: Stored) -> tuple[str, int]:
-    """What tells a place from every other of its adapter, quick to hash."""
+    """Return a key that is unique among the places of the adapter, and quick to hash."""
     return place.segment.nonce, place.row
 
 

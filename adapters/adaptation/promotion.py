@@ -1,4 +1,4 @@
-"""Whether a new version may become `live`: unless it is measurably worse, or learned what looks wrong."""
+"""Promotion of new versions: withheld if measurably worse, or if the new examples look wrong."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from models.arrays import Floats
 
 Promote = Literal["if_better", "always", "never"]
 Pairs = Sequence[tuple[int, int]]
-"""Rows of an example in the new version's evidence and in the live one's."""
+"""Rows of the same example in the new version's evidence and in the live one's."""
 
-# An adapter is taught many times. At these levels one of twenty that are taught twenty times with right
-# examples is ever withheld; docs/decisions.md, "Promotion", has what was measured.
-_LEVEL = 0.0004
-_MOST_DOUBT = 25.0
-# A regression is worse only if its mean squared error is this many times larger: errors move together.
+# Levels for many appends: of twenty adapters that get twenty appends of right examples, one has a version
+# withheld. The measurements are in docs/decisions.md, "Promotion".
+_LEVEL = 0.0004  # p-value of a comparison
+_MOST_DOUBT = 25.0  # growth of the stake in agreement.against
+# A regression is worse only if its mean squared error is this many times larger: its errors move together.
 _LARGER_ERROR = 1.25
-# Of one look at a fine-tune, which has one.
+# Level of the only comparison of a fine-tune.
 SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two versions on the examples that both were measured on, unchanged.
+    """The comparison of two versions on the unchanged examples that both were measured on.
 
-    compared: how many. score and other: means over them of the new version's scores and of the other's:
+    `compared`: number of examples. `score`, `other`: mean scores of the new version and of the other:
     accuracy, the F1 of an example's labels for multilabel, minus the mean squared error for regression; None
-    where nothing was compared. p_value: chance of so many losses if the new version were as good.
+    if nothing was compared. `p_value`: probability of at least as many losses if the new version were as
+    good.
     """
 
     compared: int = 0
@@ -46,7 +47,7 @@ class Comparison:
     p_value: float | None = None
 
     def worse(self, level: float) -> bool:
-        """Whether the new version is worse, by its mean too: few large wins may outweigh many losses."""
+        """Whether the new version is worse, also by its mean: few large wins may outweigh many losses."""
         if self.score is None or self.other is None or self.p_value is None:
             return False
         allowed = self.other * (_LARGER_ERROR if self.other < 0.0 else 1.0)
@@ -55,11 +56,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What versions that were live said of new examples before these were learned.
+    """What live versions predicted for new examples before these were learned.
 
-    examples: how many they were asked about. agreed: the share they were right about, and expected the share
-    that they claimed (means of agreement.Agreement). doubt: how many times a stake on wrong examples has
-    grown; above 25 the claim is refuted. since: the version that was live when that began.
+    `examples`: number of examples asked about. `agreed`: share predicted rightly; `expected`: share claimed
+    (means of agreement.Agreement). `doubt`: how many times a stake on wrong examples has grown; above 25 the
+    claim is refuted. `since`: the version that was live when that began.
     """
 
     examples: int
@@ -73,9 +74,9 @@ class Heard:
 class Decision:
     """Whether to promote, and why.
 
-    with_live, with_best: the new version beside the live one and beside the best one so far, whose number is
-    best. worse_labels: whose recall has sunk. heard: None where no version was asked about new examples.
-    fallback: the version that is to be live if this one is withheld; None leaves the live one.
+    `with_live`, `with_best`: the new version compared with the live one and with the best one so far, number
+    `best`. `worse_labels`: labels whose recall has fallen. `heard`: None if no version was asked about new
+    examples. `fallback`: the version to make live if this one is withheld; None keeps the live one.
     """
 
     promote: bool
@@ -89,14 +90,14 @@ class Decision:
 
     @property
     def proved(self) -> bool:
-        """Whether it was made live by its comparisons, so that they go on from there.
+        """Whether its comparisons made the version live, so that later ones continue from there.
 
-        A person who makes a version live that was withheld, or asks for `always`, has judged what it learned.
+        A person who makes a withheld version live, or asks for `always`, has judged what it learned.
         """
         return self.promote and self.reason not in ("first", "always")
 
     def to_json(self) -> dict[str, Any]:
-        """The decision as it stands in a version's report."""
+        """Return the decision as in a version's report."""
         live, best, heard = self.with_live, self.with_best, self.heard
         return {
             "promoted": self.promote,
@@ -128,7 +129,7 @@ class Decision:
 
 
 def as_asked(wanted: Promote, asked: datetime, adapter: AdapterRecord) -> Promote:
-    """What a job of that time may promote: an `always` from before a person went back gives way to that."""
+    """Return what a job of time `asked` may promote: a later rollback by a person overrides `always`."""
     went_back = (adapter.rolled_back_at, adapter.restored_at)
     overtaken = any(at is not None and asked <= at for at in went_back)
     return "if_better" if overtaken and wanted == "always" else wanted
@@ -137,15 +138,16 @@ def as_asked(wanted: Promote, asked: datetime, adapter: AdapterRecord) -> Promot
 def decide(
     wanted: Promote, task: Task, new: Evidence, live: Evidence | None, *, held: bool = False
 ) -> Decision:
-    """The decision on a new version, given the live one's evidence (None if nothing is live or it has none).
+    """Decide on a new version. `live`: evidence of the live one, None if nothing is live or it has none.
 
-    held: a person has rolled back to the live version; nothing but "always" goes past that.
+    `held`: a person has rolled back to the live version, and only "always" overrides that. `new`: evidence
+    with its history, see `remember`.
 
-    new: with its history, see remember. "if_better" promotes unless one of these is so. What was learned
-    since disagrees with what the versions before claimed. On unchanged examples the new version is measurably
-    worse than the live one or the best one so far, or worse on a label (one-sided exact McNemar test; sign
-    test for regression). Nothing can be compared, the live version was measured, and the new one is on less
-    than half of its labels. What was added, removed or corrected meanwhile changes none of that.
+    "if_better" promotes unless one of these holds. The examples learned since disagree with the claims of the
+    versions before. On unchanged examples the new version is measurably worse than the live one or the best
+    one so far, or worse on a label (one-sided exact McNemar test; sign test for regression). Nothing can be
+    compared, the live version was measured on at least half of its labels, and the new one on less than half.
+    Examples added, removed or corrected meanwhile change none of that.
     """
     if live is None:
         if held and wanted == "if_better":
@@ -181,10 +183,11 @@ def decide(
 
 
 def best_of(live: Evidence, number: int) -> tuple[int, Evidence]:
-    """The best version so far, and what is known of it; number: of the live one.
+    """Return the number of the best version so far, and its evidence. `number`: of the live version.
 
-    The live one, unless the best one before it is better on what both were measured on. It is asked about new
-    examples, for a version that has learned wrong ones claims less.
+    This is the live version, unless the best one before it scores better on the examples that both were
+    measured on. The best version is asked about new examples, because a version that has learned wrong ones
+    claims less.
     """
     before = live.history
     if before is not None:
@@ -195,10 +198,10 @@ def best_of(live: Evidence, number: int) -> tuple[int, Evidence]:
 
 
 def unlearned(task: Task, new: Evidence, live: Evidence) -> list[int]:
-    """Rows of new evidence with inputs that are not in the live one's, and labels that it was measured on.
+    """Return the rows of `new` whose inputs are not in `live`, and whose labels `live` was measured on.
 
-    live: of the version that is asked, see best_of. Only what was sampled: examples that were chosen for
-    being wrong would speak against every version. One for each input.
+    `live`: evidence of the version that is asked, see `best_of`. One row per input, and sampled examples
+    only: those that were chosen for being wrong would speak against every version.
     """
     known = label_set(task, [live.targets[row] for row in np.flatnonzero(live.measured)])
     seen = set(live.digests)
@@ -215,9 +218,9 @@ def unlearned(task: Task, new: Evidence, live: Evidence) -> list[int]:
 def remember(
     new: Evidence, live: Evidence, number: int, rows: Sequence[int], said: Agreement | None
 ) -> Evidence:
-    """The new evidence with its history: the live one's, and what was said of those rows while it was live.
+    """Return `new` with the history of `live`, and with what was `said` of `rows` while that was live.
 
-    number: of the live version. What is known of an example with another target or input does not count.
+    `number`: of the live version. Records of an example whose target or input has changed are left out.
     """
     count = len(new.ids)
     agreed, expected = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
@@ -236,11 +239,11 @@ def remember(
 def decide_late(
     wanted: Promote, task: Task, new: Evidence, live: Evidence | None, *, held: bool = False
 ) -> Decision:
-    """The decision on a fine-tune, which costs more to serve than a head, and took long to train.
+    """Decide on a fine-tune, which costs more to serve than a head and took long to train.
 
-    "if_better" asks for measurably more: few are held out, and one of them is no evidence. What was added or
-    corrected meanwhile does not speak for it: only examples that both know alike are compared, and a label
-    that the live version alone knows withholds it. held: see decide.
+    "if_better" requires a measurable gain: few examples are held out, and one of them is no evidence.
+    Examples added or corrected meanwhile do not count in its favour: only examples that both versions know
+    unchanged are compared, and a label that only the live version knows withholds it. `held`: see `decide`.
     """
     if live is None:
         return decide(wanted, task, new, live, held=held)
@@ -263,10 +266,10 @@ def decide_late(
 
 
 def loss_p_value(wins: int, losses: int) -> float:
-    """Chance of at least so many losses in wins + losses fair tosses: McNemar's and the sign test, one-sided.
+    """Return the one-sided p-value of McNemar's and the sign test.
 
-    McNemar, Psychometrika 12 (1947); exact form as in Fagerland, Lydersen and Laake, BMC Med. Res. Methodol.
-    13 (2013).
+    It is the probability of at least this many losses in wins + losses fair tosses. McNemar, Psychometrika 12
+    (1947); exact form as in Fagerland, Lydersen and Laake, BMC Med. Res. Methodol. 13 (2013).
     """
     tosses = wins + losses
     if tosses == 0:
@@ -304,7 +307,7 @@ def _columns(pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _compare(scores: Floats, others: Floats) -> Comparison:
-    """Of scores (m,) of the same examples."""
+    """Compare the scores, (m,), of two versions on the same examples."""
     if not len(scores):
         return Comparison()
     wins, losses = int((scores > others).sum()), int((scores < others).sum())
@@ -317,7 +320,7 @@ def _compare(scores: Floats, others: Floats) -> Comparison:
 
 
 def _worse_labels(task: Task, targets: Sequence[Target], scores: Floats, others: Floats) -> tuple[str, ...]:
-    """The labels whose examples, of these targets (m,), are answered worse; all labels share the level."""
+    """Return the labels, among the targets (m,), that are predicted worse; all labels share the level."""
     rows: dict[str, list[int]] = {}
     for row, target in enumerate(targets):
         for label in label_set(task, (target,)):
@@ -329,7 +332,7 @@ def _worse_labels(task: Task, targets: Sequence[Target], scores: Floats, others:
 
 
 def _comparable(new: Evidence, live: Evidence, pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows, in new and in live, of what is unchanged and was measured by both."""
+    """Return the rows, in new and in live, of unchanged examples that both were measured on."""
     ours, theirs = new.measured, live.measured
     return _columns([p for p in pairs if ours[p[0]] and theirs[p[1]] and _unchanged(new, live, *p)])
 
@@ -352,7 +355,7 @@ def _heard(new: Evidence, history: History) -> Heard | None:
 
 
 def _mostly_measured(task: Task, evidence: Evidence) -> bool:
-    """Whether at least half of the labels have been held out; a label of one input cannot be."""
+    """Return whether at least half of the labels were held out; a label with one input cannot be."""
     if task == "regression":
         return bool(evidence.measured.any())
     inputs: dict[str, set[str]] = {}

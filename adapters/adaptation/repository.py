@@ -1,4 +1,4 @@
-"""What the flows keep and find again: rows and files together, off the event loop."""
+"""Storage of adapters: registry rows and files together, off the event loop."""
 
 from __future__ import annotations
 
@@ -39,10 +39,8 @@ logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
-# Threads for what gives way to predictions.
+# Number of low-priority threads for work that must not delay predictions.
 _ASIDE = 2
-
-# As bulk embedding, see models/batching/batcher.py.
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +57,13 @@ class AdapterSnapshot:
         return tuple(one for one in self.examples if not one.excluded)
 
     def same_as(self, other: AdapterSnapshot) -> bool:
-        """Whether nothing changed between the two."""
+        """Return whether nothing changed between the two."""
         return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)
 
 
 @dataclass(slots=True)
 class BackgroundPublish:
-    """A file that is published while other work goes on, of the inputs with these digests, in their order."""
+    """A file of inputs that is published while other work goes on. `digests`: of its inputs, in order."""
 
     uid: str
     digests: tuple[str, ...]
@@ -73,20 +71,23 @@ class BackgroundPublish:
     taken: bool = False
 
     def fits(self, uid: str, digests: Sequence[str]) -> bool:
-        """Whether the file is still to be had and holds what is wanted."""
+        """Return whether the file is not taken yet and holds exactly these inputs."""
         return not self.taken and self.uid == uid and self.digests == tuple(digests)
 
     async def take(self) -> Artifact:
-        """The file, which the caller must commit or delete. Raises as AdapterRepository.publish does."""
+        """Wait for the file and take ownership: the caller must commit or delete it.
+
+        Raises what AdapterRepository.publish raises.
+        """
         (artifact,) = await asyncio.shield(self.publishing)
         self.taken = True
         return artifact
 
 
 class AdapterRepository:
-    """The registry and the store as one, for one event loop.
+    """The registry and the store as one. For one event loop.
 
-    Embeddings that were read stay in a bounded cache. job: what every commit is a part of, see
+    Embeddings that were read stay in a bounded cache. `job`: the job that every commit is a part of, see
     Registry.commit.
     """
 
@@ -111,11 +112,11 @@ class AdapterRepository:
         self._aside_gate = Gate(_ASIDE)
 
     def close(self) -> None:
-        """Ends the threads of `aside` when what they do is done."""
+        """Wait for the work given to `aside`, and end its threads."""
         self._aside.shutdown()
 
     async def aside(self, tenant: str, work: Callable[[], T]) -> T:
-        """What the work gives, done in a thread that gives way to predictions: for megabytes of inputs.
+        """Run `work` in a low-priority thread, so that megabytes of inputs do not delay predictions.
 
         Tenants take turns.
         """
@@ -125,9 +126,9 @@ class AdapterRepository:
     async def state(
         self, tenant: str, name: str, known: AdapterSnapshot | None = None
     ) -> AdapterSnapshot | None:
-        """The adapter and its examples, or None if there is none.
+        """Return the adapter and its examples, or None if there is none.
 
-        What `known` still holds is not read again.
+        The examples are not read again if `known` is still of the current revision.
         """
 
         def read() -> AdapterSnapshot | None:
@@ -152,7 +153,7 @@ class AdapterRepository:
         return await asyncio.to_thread(_pick, loaded, places)
 
     async def known(self, tenant: str, fingerprint: str, digests: Collection[str]) -> dict[str, Floats]:
-        """Embeddings, float32 (dim,), by digest, of those inputs that an adapter of the tenant has."""
+        """Return embeddings, float32 (dim,), by digest, of the inputs that some adapter of the tenant has."""
         if not digests:
             return {}
         places = await asyncio.to_thread(self.registry.places_of, tenant, fingerprint, digests)
@@ -161,14 +162,14 @@ class AdapterRepository:
             rows.setdefault((uid, segment), []).append((digest, row))
         found: dict[str, Floats] = {}
         for (uid, segment), wanted in rows.items():
-            # The adapter may just have been deleted, and what is damaged is its own trouble.
+            # The adapter may just have been deleted; damaged files concern that adapter only.
             with suppress(MissingArtifact, CorruptArtifact):
                 vectors = await self.segment(tenant, uid, segment)
                 found |= {digest: vectors[row] for digest, row in wanted}
         return found
 
     async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:
-        """All embeddings of a segment, float32 (rows, dim)."""
+        """Return all embeddings of a segment, float32 (rows, dim)."""
 
         async def load() -> Floats:
             return await self.read(tenant, uid, segment, decode_embeddings)
@@ -176,17 +177,17 @@ class AdapterRepository:
         return await self._embeddings.get(segment.name, load, (tenant, None))
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Forget what is in memory of the tenant."""
+        """Drop the tenant's embeddings from memory."""
         self._embeddings.drop_of(tenant, name)
 
     async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
-        """All inputs of a segment."""
+        """Return all inputs of a segment."""
         return await self.read(adapter.tenant, adapter.uid, inputs, decode_inputs)
 
     async def rival(self, adapter: AdapterRecord, removals: Collection[str]) -> VersionRecord | None:
-        """The version that a new one is compared with: the live one, if it stays without these examples.
+        """Return the version that a new one is compared with: the live one, unless `removals` erase it.
 
-        Else the newest that stays and was promoted. None if there is none, or nothing is live.
+        Then it is the newest one left that was promoted. None if there is none, or nothing is live.
         """
 
         def read() -> VersionRecord | None:
@@ -204,7 +205,7 @@ class AdapterRepository:
         return await asyncio.to_thread(read)
 
     async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
-        """The evidence of a version; None if there is no such version, or its evidence is lost."""
+        """Return the evidence of a version; None if there is no such version, or its evidence is lost."""
         if number is None:
             return None
         try:
@@ -213,23 +214,23 @@ class AdapterRepository:
                 return None
             return await self.read(adapter.tenant, adapter.uid, version.evidence, decode_evidence)
         except UnknownVersion:
-            # It went a moment ago; if its adapter did too, the commit will say so.
+            # The version has just been deleted; if its adapter was too, the commit fails.
             return None
         except (MissingArtifact, CorruptArtifact) as error:
-            # A comparison that cannot be made must not keep a tenant from adapting.
+            # A failed comparison must not keep a tenant from adapting.
             logger.warning("no comparison with version %d: %s", number, error)
             return None
 
     async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
-        """A published file, decoded in the same thread."""
+        """Read a published file, and decode it in the same thread."""
         return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
 
     async def publish(
         self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
     ) -> tuple[Artifact, ...]:
-        """Publish what the encoders give, encoded in the thread that writes it.
+        """Publish what the encoders return; they run in the thread that writes.
 
-        When the caller is cancelled, what is published all the same is deleted again.
+        If the caller is cancelled, files that are published all the same are deleted again.
         """
         publishing = asyncio.ensure_future(asyncio.to_thread(self._publish, tenant, uid, encoders))
         try:
@@ -239,7 +240,7 @@ class AdapterRepository:
             raise
 
     def _behind(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does what nobody waits for."""
+        """Run `work` in the background, as a task that is not garbage-collected."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -253,7 +254,7 @@ class AdapterRepository:
     async def ahead(
         self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
     ) -> AsyncIterator[BackgroundPublish]:
-        """Publishes a file beside the work of the block; it is deleted again unless the block takes it."""
+        """Publish a file during the block; it is deleted again unless the block takes it."""
         publishing = asyncio.ensure_future(self.aside(tenant, lambda: self._publish(tenant, uid, [encode])))
         file = BackgroundPublish(uid, tuple(digests), publishing)
         try:
@@ -263,17 +264,17 @@ class AdapterRepository:
                 await to_its_end(self._let_go(tenant, file.uid, file.publishing))
 
     async def _let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
-        # A store that failed has stored nothing, and whoever needed the files has been told.
+        # A store that failed has stored nothing, and a caller that needed the files has got the error.
         with suppress(StoreError):
             await self.drop(tenant, uid, await publishing)
 
     async def commit(
         self, change: Change, published: Sequence[Artifact], reply: PendingReply[Committed] | None = None
     ) -> Committed:
-        """Commit, let this process's predictions know, and delete the files that are no longer referred to.
+        """Commit, update the alias cache, and delete the files that are no longer referenced.
 
-        It runs to its end when the caller is cancelled. What was published for a change that is refused is
-        deleted. reply: see Registry.commit.
+        The commit completes even if the caller is cancelled. Files published for a refused change are
+        deleted. `reply`: see Registry.commit.
         """
         return await to_its_end(self._commit(change, published, reply))
 
@@ -285,7 +286,7 @@ class AdapterRepository:
                 lambda: self.registry.commit(change, job=self._job, reply=reply)
             )
         except RegistryUnavailable:
-            # It may have been recorded all the same; if not, a sweep finds the files.
+            # The change may have been committed all the same; if not, a sweep finds the files.
             raise
         except Exception:
             await self.drop(change.tenant, change.uid, published)
@@ -294,15 +295,15 @@ class AdapterRepository:
         return committed
 
     async def settle(self, committed: Committed) -> None:
-        """Let this process's predictions know of a commit, and delete the files that it left unreferenced."""
+        """Update the alias cache after a commit, and delete the files that it left unreferenced."""
         self.aliases.put(committed.alias)
         adapter = committed.adapter
         await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
 
     async def drop_files(self, tenant: str, uid: str | None = None) -> None:
-        """Deletes all files of an adapter that is erased, or of a whole tenant.
+        """Delete all files of an erased adapter, or of an erased tenant.
 
-        What cannot be deleted now is tried again, see Clearing.
+        ErasureSweeper tries again to delete those that cannot be deleted now.
         """
         try:
             if uid is None:
@@ -313,7 +314,7 @@ class AdapterRepository:
             logger.warning("files of what was erased are deleted later: %s", error)
 
     async def drop(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
-        """Deletes published files that nothing refers to; what cannot be deleted now is swept later."""
+        """Delete unreferenced files; those that cannot be deleted now are swept later."""
         if not artifacts:
             return
         for artifact in artifacts:
@@ -325,7 +326,7 @@ class AdapterRepository:
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:
-    """The rows at the places, of segments by nonce."""
+    """Return the rows at the places. `segments`: embeddings by nonce."""
     by_segment: dict[str, list[int]] = {}
     for index, place in enumerate(places):
         by_segment.setdefault(place.segment.nonce, []).append(index)

@@ -1,4 +1,4 @@
-"""One step of an adapter: its examples change, a head is fitted on them, both are recorded together."""
+"""One revision of an adapter: its examples change, a head is fitted on them, both are committed together."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ logger = logging.getLogger("topwork")
 
 LINEAR_PROBE = "linear_probe"
 ATTEMPTS = 5
-# Where gathering.encoders puts the file of the new inputs.
+# Position of the new inputs' file in the list from gathering.encoders.
 _NEW_INPUTS = 1
 
 
@@ -63,7 +63,7 @@ class NothingToFit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """Of one adapter: examples kept, distinct labels; and how it is fitted."""
+    """Limits of one adapter: kept examples and distinct labels; and how it is fitted."""
 
     max_examples: int = 100_000
     max_labels: int = 2_000
@@ -72,12 +72,12 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True)
 class ExampleEdit:
-    """What is to become of an adapter's examples.
+    """A change to an adapter's examples.
 
-    clear: forget what is not upserted. fit: make a version. required: raise OneLabel where nothing can be
-    fitted, instead of leaving the adapter without a live version. uploaded: ids of what an upload has stored
-    that is to replace all others; the others count towards no limit, and `clear` leaves the uploaded ones.
-    live: the version that a person makes live with it, where none is made.
+    `clear`: forget the examples that are not upserted. `fit`: make a version. `required`: raise OneLabel if
+    nothing can be fitted, instead of leaving the adapter without a live version. `uploaded`: ids of the
+    examples stored by an upload that is to replace all others; the others count towards no limit, and `clear`
+    keeps the uploaded ones. `live`: the version that a person makes live with the edit, if none is fitted.
     """
 
     upserts: Sequence[ValidExample] = ()
@@ -92,10 +92,10 @@ class ExampleEdit:
 
 @dataclass(frozen=True, slots=True)
 class RevisionResult:
-    """What an edit left behind.
+    """The result of an edit.
 
-    version and decision are None where nothing was fitted. timings: seconds by stage. truncated: how many of
-    the examples that came with the edit are texts of which the backbone reads only the start.
+    `version` and `decision` are None if nothing was fitted. `timings`: seconds by stage. `truncated`: how
+    many of the edit's examples are texts of which the backbone reads only the start.
     """
 
     committed: Committed
@@ -121,7 +121,7 @@ class RevisionResult:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A fitted head with what is recorded beside it."""
+    """A fitted head with its evidence, report and promotion decision."""
 
     head: Head
     evidence: Evidence
@@ -131,16 +131,16 @@ class Fit:
 
 @dataclass(slots=True)
 class _Turn:
-    """One adapter's turns; forgotten when nobody wants one."""
+    """The lock of one adapter; deleted when no request holds it or waits for it."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     wanted: int = 0
 
 
 class RevisionWriter:
-    """Revises adapters, one revision at a time each. For one event loop.
+    """Revises adapters, one revision at a time per adapter. For one event loop.
 
-    observe(stage, seconds) is called with the stages fit and publish.
+    `observe(stage, seconds)` is called with the stages fit and publish.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class RevisionWriter:
         step: Callable[[AdapterSnapshot | None], Awaitable[T]],
         known: AdapterSnapshot | None = None,
     ) -> T:
-        """The result of `step` on the adapter as it is, while no other request of this process revises it.
+        """Run `step` on the current adapter while no other request of this process revises it.
 
-        Another process may: then the step is taken again on the newer state. Raises RevisionMoved when that
-        goes on, and what the step raises.
+        If another process revises it meanwhile, the step runs again on the newer state. Raises RevisionMoved
+        if that keeps happening, and what the step raises.
         """
         async with self._turn((tenant, name)):
             for _ in range(ATTEMPTS - 1):
@@ -178,7 +178,7 @@ class RevisionWriter:
                 except RevisionMoved:
                     continue
                 except MissingArtifact:
-                    # A file that went with what it belonged to is no loss: the next step sees that it went.
+                    # A file deleted with its owner is no loss: the next step sees the newer state.
                     now = await self.repository.state(tenant, name)
                     if now is not None and known is not None and now.same_as(known):
                         raise
@@ -204,12 +204,13 @@ class RevisionWriter:
         ahead: BackgroundPublish | None = None,
         reply: PendingReply[RevisionResult] | None = None,
     ) -> RevisionResult:
-        """Plans, fits, publishes and commits one edit of the adapter as it is, or creates it.
+        """Plan, fit, publish and commit one edit of the adapter, or create it.
 
-        fresh: embeddings, float32 (dim,), by digest, of the inputs that the adapter has not; it may hold
-        more. ahead: the new inputs' file, if it is being published already. reply: recorded with the edit;
-        to it the publication has taken no time yet. Raises OneLabel, NothingToFit, AdapterFull, TooCostly,
-        RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise. Nothing is recorded then.
+        `fresh`: embeddings, float32 (dim,), by digest, of the inputs that the adapter does not have; it may
+        hold more. `ahead`: the new inputs' file, if it is already being published. `reply`: recorded in the
+        same transaction; its timings do not include the publication. Raises OneLabel, NothingToFit,
+        AdapterFull, TooCostly, RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise;
+        nothing is recorded then.
         """
         plan = await asyncio.to_thread(self._plan, subject, edit)
         fresh = await complete(self.repository, subject, plan, fresh)
@@ -234,7 +235,7 @@ class RevisionWriter:
         fit: Fit | None,
         ahead: BackgroundPublish | None,
     ) -> list[Artifact]:
-        """The plan's files in the order of gathering.encoders, then the head and its evidence."""
+        """Publish the plan's files in the order of gathering.encoders, then the head and its evidence."""
         files = await encoders(self.repository, subject, replace(plan, bundles=()), fresh)
         placed = len(files)
         if fit is not None:
@@ -247,7 +248,7 @@ class RevisionWriter:
         try:
             if ahead is not None and early:
                 published.insert(_NEW_INPUTS, await ahead.take())
-            # One after the other: together they may be all that the adapter keeps.
+            # Bundles are published one by one: together they may be all that the adapter keeps.
             for bundle in plan.bundles:
                 files = await encoders(
                     self.repository, subject, replace(plan, fresh=(), bundles=(bundle,)), {}
@@ -271,10 +272,10 @@ class RevisionWriter:
         *,
         tenant: str,
     ) -> Fit:
-        """A head for the rows, with its report and the decision whether it may be live.
+        """Fit a head on the rows, with its report and the decision whether it may be live.
 
-        removals: examples that are erased together with the versions that learned from them. tenant: who
-        waits for it, and takes turns with others.
+        `removals`: examples that are erased together with the versions that learned from them. `tenant`:
+        owner of the fit; tenants take turns.
         """
         if not rows:
             raise NothingToFit("The adapter has no examples in use; send some, or take some back.")
@@ -311,7 +312,7 @@ class RevisionWriter:
         promote: Promote,
         removals: Collection[str],
     ) -> tuple[Evidence, Decision]:
-        """The decision on a fit with this evidence, and the evidence with the history to keep."""
+        """Return the evidence with the history to keep, and the decision on a fit with this evidence."""
         task = dataset.task
         rival = None if adapter is None else await self.repository.rival(adapter, removals)
         if adapter is None or rival is None:
@@ -327,11 +328,11 @@ class RevisionWriter:
         fallback = None
         if decision.fallback is not None and decision.fallback != rival.number:
             older = await asyncio.to_thread(self._kept, adapter, decision.fallback)
-            # One of another backbone may not be served any more.
+            # The backbone of an older version may no longer be served.
             if older is not None and older.fingerprint == dataset.fingerprint:
                 fallback = older.number
         if rival.number != adapter.live:
-            # The live version is erased: this one follows it, or the one that it was compared with.
+            # The live version is erased: the new one follows it, or the one that it was compared with.
             if decision.promote:
                 decision = replace(decision, reason="example_removed")
             else:
@@ -342,9 +343,9 @@ class RevisionWriter:
     async def _ask(
         self, adapter: AdapterRecord, rival: VersionRecord, live: Evidence, dataset: Dataset, new: Evidence
     ) -> tuple[Sequence[int], Agreement | None]:
-        """The rows that the rival has not learned, and what the best version so far says of them.
+        """Return the rows that the rival has not learned, and what the best version so far says of them.
 
-        A fine-tuned version, or one of another backbone, is not asked: these are not its embeddings.
+        A fine-tuned version, or one of another backbone, is not asked: its embeddings are different ones.
         """
         number, known = best_of(live, rival.number)
         asked = rival
@@ -363,7 +364,7 @@ class RevisionWriter:
         try:
             head = await self._heads.get(asked.artifact.sha256, read, (adapter.tenant, adapter.name))
         except (MissingArtifact, CorruptArtifact, CorruptHead) as error:
-            # A question that cannot be asked must not keep a tenant from adapting.
+            # An unreadable head must not keep a tenant from adapting.
             logger.warning("version %d is not asked about new examples: %s", asked.number, error)
             return (), None
         embeddings, targets = dataset.embeddings[rows], [new.targets[row] for row in rows]
@@ -377,7 +378,7 @@ class RevisionWriter:
             return None
 
     async def warm(self, committed: Committed, fit: Fit | None) -> None:
-        """Keeps a committed head in memory, for its adapter will be asked."""
+        """Keep a committed head in memory, because predictions are likely to follow."""
         if fit is None or committed.version is None:
             return
 
@@ -388,13 +389,13 @@ class RevisionWriter:
         await self._heads.get(committed.version.artifact.sha256, loaded, (adapter.tenant, adapter.name))
 
     def _plan(self, subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
-        """The plan, if the adapter may be so large. Slow with ten thousands of examples: for a thread."""
+        """Return the plan. Raises AdapterFull. Slow with tens of thousands of examples: for a thread."""
         plan = _plan_of(subject, edit)
         kept, rows = subject.examples, plan.rows
         if edit.uploaded is not None:
             counted = edit.uploaded | plan.upserted
             kept, rows = (), tuple(row for row in rows if row.id in counted)
-        # What is over a limit already, as a replacement that was cancelled may leave it, may shrink.
+        # An adapter that is over a limit, as a cancelled replacement may leave it, may still shrink.
         if len(rows) > max(self.limits.max_examples, len(kept)):
             raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
         labels = label_set(subject.terms.task, [row.target for row in rows if not row.excluded])
@@ -437,7 +438,7 @@ def _plan_of(subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
         return plan_change(subject.examples, edit.upserts, removals=edit.removals, clear=edit.clear)
     others = {one.id for one in subject.examples} - edit.uploaded
     plan = plan_change(subject.examples, (), removals=others)
-    # What stays is written anew with its place, for the change forgets all that it does not write.
+    # The change forgets all examples that it does not write, so those that stay are written again.
     return replace(plan, upserted=frozenset(row.id for row in plan.rows))
 
 
@@ -472,12 +473,12 @@ def _change(
 
 
 def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
-    """The version to record for a fit whose files are published."""
+    """Return the version to record for a fit whose files are published."""
     return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))
 
 
 def with_ids(report: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
-    """A fit's report with suspects named by their ids instead of their rows."""
+    """Return a fit's report with suspects named by their ids instead of their rows."""
     suspects = [
         {"id": ids[suspect["index"]], **{key: value for key, value in suspect.items() if key != "index"}}
         for suspect in report.get("suspects", ())

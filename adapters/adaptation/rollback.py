@@ -1,4 +1,4 @@
-"""Back to an older version: it is live again, and the adapter's examples are those that it was fitted on."""
+"""Rollback: an older version is live again, and the adapter's examples are those that it was fitted on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Gone = Literal["not_kept", "other_input"]
 
 
 class CannotRestore(RuntimeError):
-    """The version's examples cannot be had again; `code` says why, the message what to do."""
+    """The version's examples cannot be restored; `code` says why, the message what to do."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -29,9 +29,9 @@ class CannotRestore(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """An example of the version that cannot come back.
+    """An example of the version that cannot be restored.
 
-    reason: not_kept (forgotten by a replacement since), or other_input (its id has another input now).
+    `reason`: not_kept (forgotten by a replacement since), or other_input (its id now has another input).
     """
 
     id: str
@@ -40,11 +40,11 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """What it takes to have a version's examples again.
+    """The changes that restore a version's examples.
 
-    changed: kept examples as they are to be, those only that are not so already. taken_back, relabelled and
-    set_aside: how many of them are each; one may be taken back and relabelled. in_use: how many the version's
-    examples are then. missing: those that cannot come back.
+    `changed`: the kept examples that must change, as they will be. `taken_back`, `relabelled`, `set_aside`:
+    how many of them are each; one example may be both taken back and relabelled. `in_use`: number of the
+    version's examples in use afterwards. `missing`: those that cannot be restored.
     """
 
     changed: Sequence[ValidExample]
@@ -57,7 +57,7 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The adapter as it is after a rollback to the version of that number."""
+    """The adapter after a rollback to the version with this number."""
 
     version: int
     rollback: Rollback
@@ -84,12 +84,13 @@ class Restorer:
         if_match: str | None = None,
         reply: PendingReply[Restored] | None = None,
     ) -> Restored:
-        """Makes the version live, and the adapter's examples those that it was fitted on.
+        """Make the version live, and the adapter's examples those that it was fitted on.
 
-        They have the targets again that they had then, and their groups of now. All others are set aside. No
-        version is made, and a rollback that holds has ended: with what came later set aside, there is nothing
-        left to withhold. if_match: an AdapterRecord.etag that must still hold. reply: recorded with it.
-        Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and as RevisionWriter.revise does.
+        They get the targets back that they had then, and keep their present groups. All others are set aside.
+        No version is made, and a rollback in force ends: with later examples set aside, there is nothing left
+        to withhold. `if_match`: an AdapterRecord.etag that must still hold. `reply`: recorded in the same
+        transaction. Raises UnknownAdapter, UnknownVersion, AliasMoved, CannotRestore, and what
+        RevisionWriter.revise raises.
         """
 
         async def step(state: AdapterSnapshot | None) -> Restored:
@@ -112,14 +113,14 @@ class Restorer:
 
     async def _rollback(self, state: AdapterSnapshot, number: int) -> Rollback:
         adapter = state.adapter
-        # Loaded before it is live anywhere, so that no prediction waits for it here.
+        # The version is loaded before it goes live, so that no prediction in this process waits for it.
         alias = await asyncio.to_thread(
             self._repository.registry.resolve, adapter.tenant, adapter.name, number
         )
         await self._repository.aliases.prepare(alias)
         evidence = await self._repository.evidence(adapter, number)
         if evidence is None:
-            # Unless the version has just gone, with what it learned from.
+            # This raises UnknownVersion if the version has just been deleted.
             await asyncio.to_thread(self._repository.registry.version, adapter.uid, number)
             raise CannotRestore(
                 "evidence_lost",
@@ -135,7 +136,7 @@ class Restorer:
 
 
 def plan_rollback(kept: Sequence[ExampleRecord], evidence: Evidence) -> Rollback:
-    """What becomes of the kept examples so that those in use are the evidence's again."""
+    """Return the changes after which the examples in use are the evidence's again."""
     there = {one.id: one for one in kept}
     sampled = evidence.sampled or (None,) * len(evidence.ids)
     wanted: dict[str, ValidExample] = {}

@@ -1,1 +1,1 @@
-"""What is kept in memory."""
+"""In-memory caches: heads, networks, aliases."""

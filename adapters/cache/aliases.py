@@ -20,16 +20,17 @@ logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
-# Commits become visible a little after the time that they carry.
+# Polls overlap by this much, because commits become visible a little after the time that they carry.
 _OVERLAP_SECONDS = 10.0
+# After a longer gap between polls the cache is cleared: the database keeps changes for CHANGES_KEPT seconds.
 _FORGIVEN_SECONDS = CHANGES_KEPT - 60.0
 
 
 @dataclass(slots=True)
 class _Entry:
-    """What is known of an adapter: its live alias, and those of its other versions that were asked for.
+    """The known aliases of an adapter: the live one, and those of other versions that were requested.
 
-    coming: what takes its place once the network is loaded.
+    `coming`: the entry that replaces this one once its network is loaded.
     """
 
     live: Alias
@@ -38,19 +39,20 @@ class _Entry:
 
 
 async def _nothing(alias: Alias) -> None:
-    """There is nothing to load."""
+    """Load nothing."""
 
 
 def _nobody(tenant: str, name: str | None) -> None:
-    """Nobody keeps anything."""
+    """Drop nothing."""
 
 
 class AliasCache:
     """The aliases in use. For one event loop; not thread-safe.
 
-    This process's own commits are told by `put` and `drop` and hold at once; those of other processes are
-    polled and hold after `interval` seconds or a little more. One that brings another network holds once that
-    is loaded, `patience` seconds later at the latest; until then what was live before answers.
+    Commits of this process are passed to `put` and `drop` and take effect at once. Those of other processes
+    are polled and take effect after `interval` seconds or a little more. A version with another network takes
+    effect once that is loaded, `patience` seconds later at the latest; until then the previous version
+    answers.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class AliasCache:
         patience: float = 10.0,
         load: Callable[[Alias], Awaitable[None]] = _nothing,
     ) -> None:
-        """load(alias) brings into memory what the alias's predictions need, and may raise."""
+        """`load(alias)` loads what the alias's predictions need, and may raise."""
         self._registry = registry
         self._load = load
         self._gone: Callable[[str, str | None], None] = _nobody
@@ -83,19 +85,21 @@ class AliasCache:
 
     @property
     def alive(self) -> bool:
-        """Whether other processes' commits are being polled for."""
+        """Whether commits of other processes are being polled."""
         return self._poller is not None and not self._poller.done()
 
     async def start(self, gone: Callable[[str, str | None], None] = _nobody) -> None:
-        """Start polling for commits. gone(tenant, name) is told when something of the adapter was erased, by
-        whichever process; without a name all of the tenant.
+        """Start polling for commits.
+
+        `gone(tenant, name)` is called when data of an adapter was erased, by any process; with None as the
+        name, all of the tenant's data.
         """
         self._gone = gone
         self._polled_at = time.monotonic()
         self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
 
     async def close(self) -> None:
-        """Stop polling, and waiting for loads; afterwards nothing of it reads the database."""
+        """Stop polling and loading; afterwards the cache does not read the database."""
         if self._poller is not None:
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
@@ -105,15 +109,15 @@ class AliasCache:
             task.cancel()
         await asyncio.gather(*self._loads, return_exceptions=True)
         await self._flights.close()
-        # None may outlive the registry.
+        # No query may outlive the registry.
         await asyncio.gather(*self._asked, return_exceptions=True)
 
     async def get(
         self, tenant: str, name: str, *, version: int | None = None, min_epoch: int | None = None
     ) -> Alias:
-        """The alias of the live version, or of the one asked for; reads the database only when it must.
+        """Return the alias of the live version, or of `version`; reads the database only if necessary.
 
-        With `min_epoch`, as answered by a commit, a process that knows less reads again. Raises
+        `min_epoch`: as returned by a commit; a process that knows an older epoch reads again. Raises
         UnknownAdapter, UnknownVersion, RegistryUnavailable.
         """
         key = (tenant, name)
@@ -128,19 +132,19 @@ class AliasCache:
                     raise
                 entry = None
             if entry is None or (min_epoch is not None and entry.live.epoch < min_epoch):
-                # The load that was joined may have begun before the commit that the caller knows of.
+                # The joined load may have begun before the commit that the caller knows of.
                 entry = await self._read(key)
         if version is None or version == entry.live.version:
             return entry.live
         return entry.versions.get(version) or await self._read_version(key, entry, version)
 
     def known(self, tenant: str, name: str) -> Alias | None:
-        """The live version's alias as this process knows it, without asking the database."""
+        """Return the live version's alias as this process knows it, without asking the database."""
         entry = self._entries.get((tenant, name))
         return None if entry is None else entry.live
 
     def put(self, alias: Alias) -> None:
-        """Take over what this process has just committed; older news than what is known is ignored."""
+        """Store what this process has just committed; an alias older than the known one is ignored."""
         key = (alias.tenant, alias.name)
         self._flights.forget(key)
         self._keep(key, alias)
@@ -151,25 +155,25 @@ class AliasCache:
         self._entries.pop((tenant, name), None)
 
     def drop_tenant(self, tenant: str) -> None:
-        """Forget all adapters of a tenant that was erased."""
+        """Forget all adapters of an erased tenant."""
         self._flights.forget_where(lambda key: isinstance(key, tuple) and key[0] == tenant)
         for key in [key for key in self._entries if key[0] == tenant]:
             del self._entries[key]
 
     async def prepare(self, alias: Alias) -> None:
-        """Wait until what the alias needs is loaded, for `patience` seconds; a load that fails is logged.
+        """Wait up to `patience` seconds until what the alias needs is loaded; a failed load is logged.
 
-        Before a commit of one's own, so that the first prediction after it need not load.
+        Called before a commit of this process, so that the first prediction after it need not load.
         """
         try:
             async with asyncio.timeout(self._patience):
                 await self._load(alias)
-        # Whatever keeps it from loading, the first prediction tries again, and reports it.
+        # The first prediction loads it again, and reports the error.
         except Exception as error:
             logger.warning("version %s of %s is not loaded beforehand: %r", alias.version, alias.name, error)
 
     def _at_least(self, key: tuple[str, str], epoch: int) -> _Entry | None:
-        """What is as new as the epoch, if anything; what is still to come where nothing else can answer."""
+        """Return the entry if it is as new as the epoch; the coming one if no other can answer."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -202,10 +206,10 @@ class AliasCache:
         return await self._flights.join((*key, version, entry.live.epoch), load)
 
     def _take_over(self, key: tuple[str, str], alias: Alias) -> None:
-        """Keep what was read: once its network is loaded, if there is something to answer until then."""
+        """Keep an alias that was read; a previous version answers until its network is loaded."""
         entry = self._entries.get(key)
         if entry is not None and entry.live.uid != alias.uid:
-            # Deleted and created again. Epochs of the two compare only as well as clocks do.
+            # The adapter was deleted and created again: epochs of the two compare only as well as clocks do.
             del self._entries[key]
             entry = None
         if entry is None or alias.network in (None, entry.live.network):
@@ -215,7 +219,7 @@ class AliasCache:
         if (coming or entry).live.epoch >= alias.epoch:
             return
         if coming is not None and coming.live.network == alias.network:
-            # The wait for this network goes on: commits that follow each other must not prolong it.
+            # The wait for this network continues: further commits must not prolong it.
             coming.live, coming.versions = alias, {}
             return
         entry.coming = _Entry(alias)
@@ -226,7 +230,7 @@ class AliasCache:
     async def _switch(self, key: tuple[str, str], coming: _Entry) -> None:
         await self.prepare(coming.live)
         entry = self._entries.get(key)
-        # Otherwise the adapter is deleted, or something newer holds or is to come.
+        # Otherwise the adapter was deleted, or a newer entry is known or being loaded.
         if entry is not None and entry.coming is coming:
             self._entries[key] = coming
 
@@ -249,7 +253,7 @@ class AliasCache:
                 if self._failing:
                     logger.warning("other processes' commits can be read again")
                 self._failing = False
-            # Whatever the database's trouble is, predictions go on with what is known, and the poll must too.
+            # Predictions continue with the known aliases after any error, so polling must continue too.
             except Exception:
                 if not self._failing:
                     logger.exception(
@@ -258,7 +262,7 @@ class AliasCache:
                 self._failing = True
 
     async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
-        """The database's answer, from a thread. It goes on when its caller is cancelled, so close() waits."""
+        """Query the database in a thread. The query outlives a cancelled caller, so `close` waits for it."""
         asked = asyncio.ensure_future(asyncio.to_thread(question, *arguments))
         self._asked.add(asked)
         asked.add_done_callback(self._asked.discard)
@@ -268,10 +272,10 @@ class AliasCache:
         began = time.monotonic()
         missed = began - self._polled_at
         if missed > _FORGIVEN_SECONDS:
-            # The database no longer remembers all that changed since.
+            # The database no longer has all changes since the last poll.
             self._entries.clear()
         changes = await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS)
-        # What is committed becomes visible in another order than it is numbered, so each is looked for often.
+        # Commits become visible out of order, so polls overlap and see each erasure several times.
         erased = {change for change in changes if change.gone}
         for change in erased - self._heard:
             if not change.name:
@@ -282,7 +286,7 @@ class AliasCache:
             key = (change.tenant, change.name)
             entry = self._entries.get(key)
             if entry is not None and change.leaves_behind((entry.coming or entry).live):
-                # The adapter may be gone, which the load has then noted.
+                # If the adapter is gone, the load has already dropped it.
                 with suppress(UnknownAdapter):
                     await self._read(key)
         self._polled_at = began

@@ -1,4 +1,4 @@
-"""Loaded things in memory, bounded by their bytes."""
+"""Caches of loaded objects, bounded by bytes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Owner = tuple[str, str | None]
-"""A tenant, and the name of its adapter where that is known."""
+"""A tenant, and the name of its adapter if known."""
 
 
 class SingleFlight(Generic[T]):
-    """One load at a time for each key, shared by all who ask meanwhile. For one event loop.
+    """One load at a time per key, shared by all callers that ask for it meanwhile. For one event loop.
 
-    A load runs in a task of its own, so it goes on when a caller is cancelled. All who wait see its error.
+    A load runs in its own task, so it continues if a caller is cancelled. All waiting callers see its error.
     """
 
     def __init__(self) -> None:
         self._tasks: dict[Hashable, asyncio.Task[T]] = {}
 
     async def join(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
-        """The result of the load under way, or of a new one."""
+        """Return the result of the load in progress, or of a new one."""
         return await asyncio.shield(self.begin(key, load))
 
     def begin(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
-        """The load under way, or a new one. Nobody need wait for it."""
+        """Return the task of the load in progress, or of a new one. It need not be awaited."""
         task = self._tasks.get(key)
         if task is None or task.done():
             task = self._tasks[key] = asyncio.create_task(self._run(load))
@@ -34,20 +34,20 @@ class SingleFlight(Generic[T]):
         return task
 
     def forget(self, key: Hashable) -> None:
-        """Let whoever asks from now on begin a new load; those who wait still get the old one."""
+        """Make later callers begin a new load; those already waiting still get the old one."""
         self._tasks.pop(key, None)
 
     def forget_where(self, which: Callable[[Hashable], bool]) -> None:
-        """The same for every key of which this holds."""
+        """Forget every key for which `which` returns True."""
         for key in [key for key in self._tasks if which(key)]:
             self.forget(key)
 
     def current(self, key: Hashable) -> bool:
-        """Whether the running task is the key's load, and was not forgotten since it began."""
+        """Return whether the running task is the key's load, and was not forgotten since it began."""
         return self._tasks.get(key) is asyncio.current_task()
 
     async def close(self) -> None:
-        """Cancel the loads under way."""
+        """Cancel the loads in progress."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -60,23 +60,23 @@ class SingleFlight(Generic[T]):
     def _land(self, key: Hashable, task: asyncio.Task[T]) -> None:
         if self._tasks.get(key) is task:
             del self._tasks[key]
-        # When every caller was cancelled nobody else looks at the error, and asyncio would complain.
+        # If every caller was cancelled, the error is retrieved here: asyncio would complain otherwise.
         if not task.cancelled():
             task.exception()
 
 
 class ByteLRU(Generic[T]):
-    """Least recently used by bytes, each key loaded once at a time. For one event loop; not thread-safe.
+    """An LRU cache bounded by bytes; each key is loaded once at a time. For one event loop; not thread-safe.
 
-    Keys are sha256 of the bytes that a thing was loaded from, so a key never means two things. An owner is a
-    tenant and, where that is known, the name of its adapter: what they leave is dropped. Counters since the
-    start: `hits`, `misses`, `evictions`. Now: `bytes`, len(cache).
+    Keys are the sha256 of the bytes that an object was loaded from, or as unambiguous: no key ever means two
+    objects. An owner is a tenant and, if known, the name of its adapter, whose entries `drop_of` drops.
+    Counters since the start: `hits`, `misses`, `evictions`. Current values: `bytes`, len(cache).
     """
 
     def __init__(
         self, max_bytes: int, size_of: Callable[[T], int], leave: Callable[[T], None] = lambda thing: None
     ) -> None:
-        """leave(thing) is called with what is no longer kept, and with what was loaded and is not kept."""
+        """`leave(thing)` is called with what is evicted or dropped, or was loaded but is not kept."""
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
@@ -96,10 +96,10 @@ class ByteLRU(Generic[T]):
         return key in self._entries
 
     async def get(self, key: str, load: Callable[[], Awaitable[T]], owner: Owner) -> T:
-        """The thing under the key, loaded if it is not there, and the owner's then.
+        """Return the object under the key, loaded for the owner if it is missing.
 
-        Callers that come while it loads wait for the same load, and all see its error, which is not kept. The
-        load goes on when a caller is cancelled. A thing larger than the bound is returned, not kept.
+        Callers that come during the load share it, and its error, which is not kept. The load continues if a
+        caller is cancelled. An object larger than the bound is returned, but not kept.
         """
         entry = self._entries.get(key)
         if entry is not None:
@@ -122,7 +122,7 @@ class ByteLRU(Generic[T]):
         return await self._flights.join(key, load_and_keep)
 
     def pin(self, key: str) -> None:
-        """Never evict the key, now or once loaded, until `unpin` was called as often."""
+        """Do not evict the key, now or once loaded, until `unpin` was called as often."""
         self._pins[key] += 1
 
     def unpin(self, key: str) -> None:
@@ -134,7 +134,7 @@ class ByteLRU(Generic[T]):
             del self._pins[key]
 
     def drop(self, key: str) -> None:
-        """Forget the key, pinned or not, and what is being loaded for it."""
+        """Drop the key, pinned or not, and the load in progress for it."""
         self._flights.forget(key)
         self._loading.pop(key, None)
         entry = self._entries.pop(key, None)
@@ -143,7 +143,7 @@ class ByteLRU(Generic[T]):
             self._leave(entry[0])
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Forget what is the tenant's, or of its adapter of that name, and what is being loaded of it."""
+        """Drop the tenant's entries and loads in progress, or only those of its adapter of this name."""
 
         def theirs(owner: Owner) -> bool:
             return owner[0] == tenant and (name is None or owner[1] in (name, None))
@@ -154,12 +154,12 @@ class ByteLRU(Generic[T]):
                 self.drop(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all entries."""
         for key in list(self._entries):
             self.drop(key)
 
     def _keep(self, key: str, thing: T, owner: Owner) -> bool:
-        """Makes room for the thing; False if there cannot be enough."""
+        """Make room for the object and keep it; return False if there cannot be enough room."""
         size = self._size_of(thing)
         pinned = sum(self._entries[name][1] for name in self._pins if name in self._entries)
         if pinned + size > self.max_bytes:

@@ -1,4 +1,4 @@
-"""Fine-tuned networks in memory, bounded by their bytes, each behind a batcher of its own."""
+"""Fine-tuned networks in memory, bounded by bytes, each behind its own batcher."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed
 
-# A session's weights and buffers beside the bytes of its graph.
+# Memory of a session's weights and buffers, in bytes per byte of its graph.
 _BYTES_PER_BYTE = 1.5
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A network that answers. It is closed once it is retired and nobody uses it or waits for it."""
+    """A network in memory. It is closed once it is retired and no caller uses it or waits for it."""
 
     key: str
     batcher: Batcher
@@ -31,9 +31,10 @@ class _Running:
 
 
 class NetworkPool:
-    """Loads the networks of fine-tuned versions when they are asked for, or before. For one event loop.
+    """Loads the networks of fine-tuned versions on demand or in advance. For one event loop.
 
-    start(backbone) gives a batcher for it, to be started here. misses: predictions that waited for a load.
+    `start(backbone)` returns a batcher for it, which is started here. `misses`: predictions that waited for a
+    load.
     """
 
     def __init__(self, store: Store, max_bytes: int, start: Callable[[Backbone], Batcher]) -> None:
@@ -48,16 +49,16 @@ class NetworkPool:
 
     @property
     def bytes(self) -> int:
-        """Of the networks that are kept, about; one in use while it is pushed out is not counted."""
+        """Approximate size of the kept networks; one evicted while in use is not counted."""
         return self._kept.bytes
 
     @property
     def batchers(self) -> list[Batcher]:
-        """Of all networks in memory, those that are pushed out and still in use too."""
+        """The batchers of all networks in memory, including evicted ones that are still in use."""
         return [one.batcher for one in self._open]
 
     def abandon(self, batcher: Batcher) -> None:
-        """Forgets the network of a batcher that is stuck: its callers are told, the next has it loaded."""
+        """Drop the network of a stuck batcher: its callers get an error, the next caller reloads it."""
         batcher.abandon()
         for one in list(self._open):
             if one.batcher is batcher:
@@ -66,9 +67,9 @@ class NetworkPool:
 
     @asynccontextmanager
     async def running(self, alias: Alias, base: Backbone) -> AsyncIterator[Batcher]:
-        """The batcher of the version's network, which stays as long as the block lasts.
+        """Yield the batcher of the version's network, which stays in memory during the block.
 
-        base: the backbone that it was fine-tuned from. Raises MissingArtifact, CorruptArtifact,
+        `base`: the backbone that it was fine-tuned from. Raises MissingArtifact, CorruptArtifact,
         StoreUnavailable, CorruptExport, and BatcherClosed after close.
         """
         assert alias.network is not None
@@ -78,20 +79,20 @@ class NetworkPool:
             yield one.batcher
 
     async def prepare(self, alias: Alias, base: Backbone) -> None:
-        """Loads the network of a version that is to go live, if it has one and it can be kept.
+        """Load the network of a version that is about to go live, if it has one and it can be kept.
 
-        Raises as running does.
+        Raises what `running` raises.
         """
         if alias.network is not None and _nbytes(alias.network) <= self._kept.max_bytes:
             async with self._used(alias, alias.network, base):
                 pass
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Let go of the tenant's networks, or of its adapter's of that name, once nobody uses them."""
+        """Drop the tenant's networks, or those of its adapter of this name, once no caller uses them."""
         self._kept.drop_of(tenant, name)
 
     async def close(self) -> None:
-        """Lets queued work end and closes every network, those in use and those being loaded too."""
+        """Finish queued work and close every network, including those in use and those being loaded."""
         self._closed = True
         self._kept.clear()
         for one in list(self._open):
@@ -142,7 +143,7 @@ class NetworkPool:
 
     def _close_unused(self) -> None:
         for one in list(self._open):
-            # Whoever waits for the load will use it, even where it is too large to be kept.
+            # A caller that waits for the load will use the network, even if it is too large to be kept.
             if one.retired and not one.users and one.key not in self._waiting:
                 self._close(one)
 

@@ -1,1 +1,1 @@
-"""What tenants send: examples, uploads and their forms."""
+"""Training examples as tenants send them, and the formats of bulk uploads."""

@@ -1,4 +1,4 @@
-"""Images in base64, as JSON carries them."""
+"""Base64 images in JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from models.preprocess.preprocessor import InputError
 
 # pydantic-core decodes base64 about four times as fast as the standard library.
 BASE64: TypeAdapter[bytes] = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
-SLICE = 1 << 20
-# The head of a data: URI has at most so many bytes.
-_LONGEST_HEAD = 1 << 10
+SLICE = 1 << 20  # bytes of base64 decoded at a time
+_LONGEST_HEAD = 1 << 10  # longest head of a data: URI, in bytes
 _WHITE_SPACE = b" \t\r\n"
 
 
 def decode_base64(data: bytes | memoryview) -> bytes:
-    """The bytes; white space, a data: URI's head, the URL-safe alphabet and missing padding are accepted.
+    """Decode base64. White space, a data: URI's head, the URL-safe alphabet and missing padding are accepted.
 
     Raises InputError (invalid_base64).
     """
@@ -34,8 +33,7 @@ def decode_base64(data: bytes | memoryview) -> bytes:
 
 def _decoded(data: bytes | memoryview) -> bytes:
     decoded = io.BytesIO()
-    # In slices: a parser holds the interpreter's lock from the first byte to the last, and so does a copy of
-    # them all.
+    # Slices keep other threads running: the parser holds the GIL during a call, and so does a copy.
     for start in range(0, len(data), SLICE):
         piece = bytes(data[start : start + SLICE])
         if any(space in piece for space in (b"\n", b" ", b"\r", b"\t")):

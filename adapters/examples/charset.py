@@ -1,4 +1,4 @@
-"""In which encoding a text came: UTF-8, UTF-16 or Windows-1252. Read from its beginning to its end."""
+"""Text encodings: detecting UTF-8, UTF-16 or Windows-1252 from the whole text, and reading its lines."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Encoding = Literal["utf-8", "utf-16-le", "utf-16-be", "windows-1252"]
 _CHUNK_BYTES = 1 << 20
 _MARK = "\ufeff"
 _ASCII = bytes(range(128))
-# Characters of several bytes in UTF-8.
+# UTF-8 characters of two to four bytes.
 _SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# What texts in Windows-1252 do not have: most capitals and signs within a word, three bytes beyond ASCII in a
-# row, one rare letter, and bytes that mean nothing there.
+# Byte patterns that Windows-1252 text does not have: most capitals and symbols within a word, three non-ASCII
+# bytes in a row, one rare letter, and undefined bytes.
 _NO_WORD = re.compile(
     rb"(?<=[A-Za-z])[\x80-\x84\x86-\x91\x93\x94\x98\x99\x9b\x9d\xa1-\xac\xae-\xb3\xb5\xb6\xb8-\xde](?=[a-z])"
     rb"|[\x80-\xff]{3}|[\x81\x8d\x8f\x90\x9d\x9f]"
 )
-# How many of these, and how many characters of UTF-8, come up by chance for each byte beyond ASCII.
+# Number of such patterns, or of UTF-8 characters, that occur by chance per stray (non-ASCII, non-UTF-8) byte.
 _BY_CHANCE = 0.1
 
 
 def encoding_of(file: BinaryIO) -> Encoding:
-    """The encoding of the text from here to its end; the file is left where it was.
+    """Detect the encoding of the text from the current position to its end; the position is restored.
 
-    Without a byte order mark, UTF-16 is known by the zero bytes of its first two characters. A text with
-    bytes that are no UTF-8 is Windows-1252 if they read as words of it, and next to nothing is UTF-8.
-    Any other text counts as UTF-8, and what cannot be read of it is an error in its place.
+    Without a byte order mark, UTF-16 is recognised by the zero bytes of its first two characters. A text that
+    is not valid UTF-8 is Windows-1252 if the other bytes fit into its words and hardly any form UTF-8
+    characters. Any other text counts as UTF-8, and undecodable parts are errors where they occur.
     """
     begin = file.tell()
     try:
@@ -67,7 +67,7 @@ def _measured(file: BinaryIO, begin: int) -> Encoding:
 
 
 def _is_utf8(chunks: Iterator[bytes]) -> bool:
-    """Whether all of it is; the last character may be cut."""
+    """Whether all bytes are valid UTF-8; the last character may be truncated."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for chunk in chunks:
@@ -84,7 +84,7 @@ def _chunks(file: BinaryIO, begin: int) -> Iterator[bytes]:
 
 
 def decoded(content: bytes, encoding: Encoding) -> str:
-    """The text without its byte order mark. Raises InputError (invalid_text)."""
+    """Decode a text and drop its byte order mark. Raises InputError (invalid_text)."""
     try:
         return content.decode(encoding).removeprefix(_MARK)
     except UnicodeDecodeError as error:
@@ -95,10 +95,10 @@ def decoded(content: bytes, encoding: Encoding) -> str:
 
 
 class Lines:
-    """The lines of a text with their endings. A line that cannot be read is an InputError in its place.
+    """Iterator over the lines of a text, endings included; an unreadable line is returned as an InputError.
 
-    number: of the line that came last, from 1. What is no character becomes a lone surrogate, so that its
-    line alone is refused, see `is_text`.
+    `number`: of the last line returned, from 1. Undecodable bytes become lone surrogates, so that only their
+    line is rejected; see `is_text`.
     """
 
     def __init__(self, file: BinaryIO, encoding: Encoding, longest: int) -> None:
@@ -123,7 +123,7 @@ class Lines:
                 self._skip(line)
                 return InputError("line_too_long", f"A line has at most {self._longest:,} characters.")
         except UnicodeDecodeError:
-            # Only the last character of UTF-16 may be half a one.
+            # This is a truncated last character; only UTF-16 can have one.
             self._ended = True
             self.number += 1
             return InputError("invalid_text", "The text ends in the middle of a character.")
@@ -134,13 +134,13 @@ class Lines:
             line = self._text.readline(self._longest)
 
     def close(self) -> None:
-        """Leaves the file to its owner, who may have closed it."""
+        """Detach from the file without closing it. Its owner may have closed it already."""
         if not self._text.buffer.closed:
             self._text.detach()
 
 
 def is_text(value: str) -> bool:
-    """Whether all of it is characters: no lone surrogates, no zero bytes."""
+    """Whether the string has no lone surrogates and no zero bytes."""
     if "\0" in value:
         return False
     try:

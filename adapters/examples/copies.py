@@ -1,4 +1,4 @@
-"""Which examples belong together: equal inputs, near copies, and what the tenant says is one thing."""
+"""Groups of examples: equal inputs, near copies, and the groups that the tenant names."""
 
 from __future__ import annotations
 
@@ -14,37 +14,31 @@ from models.arrays import Bools, Floats
 
 Rows = NDArray[np.int64]
 
-# Two inputs are near copies if they lie this much nearer to each other than to their square-root-of-n-th
-# neighbours, or if each is the other's nearest and clearly nearer than the next (measured on texts with
-# signatures or misspellings and on pictures encoded again: most are found, and 0 to 4 % of 1,000 distinct
-# inputs are taken for copies, more among emoji of which many are variants of one).
-_NEAR = 0.5
-_CLEARLY_NEARER = 0.8
-# In units of the usual distance to such a neighbour: no neighbourhood is tighter; what is nearer is equal.
-_TIGHTEST = 0.5
-_EQUAL = 1e-3
-# The neighbourhood of a row is measured on so many others, the pivots. Up to so many rows all pairs are
-# compared, of more only those that have one of their two nearest pivots in common.
-_PIVOTS = 256
-_MOST_COMPARED = 1024
+# Two inputs are near copies if they are much nearer to each other than to their square-root-of-n-th
+# neighbours, or if they are mutual nearest neighbours and clearly nearer than the second nearest. Measured on
+# texts with signatures or misspellings and on re-encoded images: most copies are found, and 0 to 4 % of 1,000
+# distinct inputs are taken for copies, more among emoji, many of which are variants of one.
+_NEAR = 0.5  # share of the distance to the square-root-of-n-th neighbour
+_CLEARLY_NEARER = 0.8  # share of the distance to the second nearest neighbour
+# Two limits in units of the median distance to the square-root-of-n-th neighbour.
+_TIGHTEST = 0.5  # smallest radius of a neighbourhood
+_EQUAL = 1e-3  # distance up to which inputs are equal
+_PIVOTS = 256  # rows, or the square root of n if more, on which the neighbourhood of each row is measured
+_MOST_COMPARED = 1024  # rows; above this, only pairs that share one of their two nearest pivots are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Groups of examples that never judge each other.
+    """Groups of examples that are held out together, so that none is used to evaluate another."""
 
-    keys: n, the same for examples of one group: the smallest digest in it. near_copies: how many distinct
-    inputs are near copies of another one, the first of each counted out.
-    """
-
-    keys: tuple[str, ...]
-    near_copies: int
+    keys: tuple[str, ...]  # (n,), the smallest digest in the group of each example
+    near_copies: int  # distinct inputs that are near copies of another, without the first of each set
 
 
 def together(embeddings: Floats, digests: Sequence[str], groups: Sequence[str] = ()) -> Together:
-    """The groups of examples with these embeddings, float32 (n, dim); groups: n, "" for none, or empty.
+    """Group the examples with these embeddings, float32 (n, dim). `groups`: n, "" for none, or empty.
 
-    Rows are in an order that depends on what they hold only, and then so do the groups.
+    The order of rows must depend on their content only; the groups then do too.
     """
     first: dict[str, int] = {}
     for row, digest in enumerate(digests):
@@ -66,12 +60,12 @@ def together(embeddings: Floats, digests: Sequence[str], groups: Sequence[str] =
 def with_misled(
     keys: Sequence[str], embeddings: Floats, targets: Sequence[Target], sampled: Bools
 ) -> list[str]:
-    """The keys of groups, where an example that was chosen for being wrong is in the group that misled it.
+    """Return the group keys after moving each correction into the group of the example that misled the model.
 
-    embeddings: float32 (n, dim). sampled: (n,), False for what was chosen for being wrong: what misled it is
-    the nearest sampled example with another target, for numbers one that is a standard deviation away. It
-    would not be there without that one, and must not stay when that one is held out: else what is learned
-    from corrections alone is reported 5 to 17 points too low.
+    `embeddings`: float32 (n, dim). `sampled`: (n,), False for corrections, which were chosen for being wrong.
+    The misleading example is the nearest sampled one with another target (for numbers, one that is a standard
+    deviation away). The correction exists because of it and must be held out with it: otherwise what is
+    learned from corrections alone is reported 5 to 17 points too low.
     """
     found = list(keys)
     judged, chosen = np.flatnonzero(sampled), np.flatnonzero(~sampled)
@@ -84,7 +78,7 @@ def with_misled(
         some = chosen[begin : begin + _MOST_COMPARED]
         squared = _squared_distances(embeddings[some] - centre, there)
         alike = np.abs(numbers[some][:, None] - numbers[judged]) < apart
-        # Where all are alike, the nearest of all has to do.
+        # If all targets are alike, the nearest example is taken.
         squared[alike & ~alike.all(axis=1, keepdims=True)] = np.inf
         for row, place in zip(some.tolist(), squared.argmin(axis=1).tolist(), strict=True):
             found[row] = keys[judged[place]]
@@ -92,7 +86,7 @@ def with_misled(
 
 
 def _as_numbers(targets: Sequence[Target]) -> tuple[NDArray[np.float64], float]:
-    """Targets as numbers (n,), and the difference from which on two are different."""
+    """Targets as numbers (n,), and the smallest difference at which two count as different."""
     if isinstance(targets[0], float):
         values = np.array(targets, dtype=np.float64)
         return values, float(values.std())
@@ -101,7 +95,7 @@ def _as_numbers(targets: Sequence[Target]) -> tuple[NDArray[np.float64], float]:
 
 
 class _Forest:
-    """Disjoint sets of rows."""
+    """Disjoint sets of rows (union-find)."""
 
     def __init__(self, size: int) -> None:
         self._parents = list(range(size))
@@ -116,7 +110,7 @@ class _Forest:
         self._parents[self.root(one)] = self.root(other)
 
     def join_named(self, names: Iterable[Hashable]) -> None:
-        """Rows of one name are joined; an empty name is none."""
+        """Join the rows that share a name; an empty name joins none."""
         first: dict[Hashable, int] = {}
         for row, name in enumerate(names):
             if name:
@@ -124,7 +118,7 @@ class _Forest:
 
 
 def _near_pairs(embeddings: Floats) -> Iterator[tuple[int, int]]:
-    """Pairs of rows, float32 (n, dim), that are near copies."""
+    """Yield the pairs of rows, float32 (n, dim), that are near copies."""
     n = len(embeddings)
     if n < 3:
         return
@@ -146,14 +140,14 @@ def _near_pairs(embeddings: Floats) -> Iterator[tuple[int, int]]:
 
 
 def _reach(squared: Floats) -> tuple[Floats, float]:
-    """How far each neighbourhood reaches, from the squared distance to its edge, and what counts as equal."""
+    """Radii of neighbourhoods from squared distances to their edges, and the distance counted as equal."""
     reach = np.sqrt(squared)
     usual = float(np.median(reach))
     return np.maximum(reach, np.float32(_TIGHTEST * usual)), _EQUAL * usual
 
 
 def _near_among(squared: Floats, names: Rows, reach: Floats, equal: float) -> Iterator[tuple[int, int]]:
-    """The near pairs, at least once each, among rows with these squared distances, which are overwritten."""
+    """Yield each near pair at least once. `squared`: distances between the rows; they are overwritten."""
     n = len(squared)
     if n < 2:
         return
@@ -174,7 +168,7 @@ def _near_among(squared: Floats, names: Rows, reach: Floats, equal: float) -> It
 
 
 def _squared_distances(some: Floats, others: Floats) -> Floats:
-    """(some, others), of rows around the mean of all."""
+    """Squared distances (some, others) between rows centred on the mean of all."""
     squared = some @ others.T
     squared *= -2.0
     squared += np.einsum("ij,ij->i", some, some)[:, None]

@@ -1,4 +1,4 @@
-"""What a tenant teaches with: an input and its target, checked and normalised, and the folds made of many."""
+"""Training examples: inputs, labels and targets, checked and normalised."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Literal, cast
 
 Task = Literal["classification", "multilabel", "regression"]
 Target = str | tuple[str, ...] | float
-"""A label, the sorted labels of a multilabel example (maybe none), or a number."""
+"""A label, the sorted labels of a multilabel example (possibly none), or a number."""
 
 Weights = Literal["none", "balanced"]
-"""How labels count: as often as they come up in the examples, or all the same."""
+"""How labels are weighted: by their frequency in the examples, or equally."""
 
 ANSWER_ACCURACY = 0.95
-"""Share of right answers wanted of what is not abstained on, where a tenant asks for nothing else."""
+"""Default accuracy wanted of the answers that are not abstained on, as a share."""
 MAX_LABEL_CHARACTERS = 256
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 class ExampleError(ValueError):
-    """One example cannot be used.
+    """An example cannot be used.
 
     `code` is stable (label_missing, label_invalid, label_too_long, target_missing, target_not_finite,
-    target_invalid); `detail` tells a person what to change.
+    target_invalid); `detail` tells the user what to change.
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -37,7 +37,7 @@ class ExampleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input with its target, as a tenant posted it: encoded image bytes or a text."""
+    """One input with its target, as posted: encoded image bytes or a text."""
 
     id: str
     input: bytes | str
@@ -45,15 +45,14 @@ class Example:
 
 
 def normalise_label(label: object) -> str:
-    """The label in Unicode NFC without surrounding white space.
+    """Return the label in Unicode NFC without surrounding white space.
 
-    Two labels that look the same become equal. Raises ExampleError for anything but text, for nothing but
-    white space, for control characters and for more than 256 characters.
+    Labels that look the same become equal. Raises ExampleError for a value that is not text, a blank label,
+    control characters or more than 256 characters.
     """
     if not isinstance(label, str):
         raise ExampleError("label_invalid", "A label must be text.")
-    # Normalising is quadratic in runs of combining marks, so the length is bounded first (NFC expands
-    # little).
+    # Normalising is quadratic in runs of combining marks, so the length is bounded first; NFC expands little.
     if len(label) > 4 * MAX_LABEL_CHARACTERS:
         raise ExampleError("label_too_long", f"A label has at most {MAX_LABEL_CHARACTERS} characters.")
     normal = unicodedata.normalize("NFC", label).strip()
@@ -67,9 +66,9 @@ def normalise_label(label: object) -> str:
 
 
 def normalise_target(task: Task, target: object) -> Target:
-    """The target in the one form that the task has: a label, sorted distinct labels, or a finite float.
+    """Return the target in the normal form of the task: a label, sorted distinct labels, or a finite float.
 
-    Raises ExampleError. True and False are not numbers here.
+    Booleans are not numbers. Raises ExampleError.
     """
     if target is None:
         code = "target_missing" if task == "regression" else "label_missing"
@@ -95,7 +94,7 @@ def normalise_target(task: Task, target: object) -> Target:
 
 
 def input_digest(value: bytes | str) -> str:
-    """sha256 in hex of an input: bytes as they are, texts in NFC as UTF-8. Equal inputs share a fold."""
+    """SHA-256 in hex of an input: bytes as they are, texts in NFC and UTF-8. Equal inputs share a fold."""
     data = (
         unicodedata.normalize("NFC", value).encode("utf-8", "surrogatepass")
         if isinstance(value, str)
@@ -105,7 +104,7 @@ def input_digest(value: bytes | str) -> str:
 
 
 def labels_of(target: Target) -> tuple[str, ...]:
-    """The labels of a target; none of a number."""
+    """The labels of a target; none for a number."""
     if isinstance(target, str):
         return (target,)
     return target if isinstance(target, tuple) else ()

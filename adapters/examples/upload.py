@@ -1,4 +1,4 @@
-"""What an upload is read as, whatever its form."""
+"""Records, limits and errors that all forms of upload share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 
-_MOST_CHARACTERS = 200
-_MOST_IGNORED = 100
+_MOST_CHARACTERS = 200  # longest place or name in a report
+_MOST_IGNORED = 100  # most ignored columns in a report
 
 
 class BadUpload(ValueError):
-    """The upload cannot be read, or not any further; `code` says why, the message where."""
+    """The upload cannot be read, or not to its end; `code` says why, the message where."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -24,19 +24,17 @@ class BadUpload(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """Of one upload: examples, and its inputs as anywhere else.
-
-    zip_bytes: what a zip may hold however small it is; beyond that, it is taken for one that only swells.
-    """
+    """Limits of one upload; the limits of its inputs are the usual ones."""
 
     max_examples: int = 100_000
     inputs: InputLimits = field(default_factory=InputLimits)
+    # Decompressed bytes that any zip may have; above that, the compression ratio is bounded (zip bombs).
     zip_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example of an upload, and where it stands: "line 17", or the name of its file."""
+    """One example of an upload and its place: "line 17", or the name of its file."""
 
     place: str
     posted: PostedExample
@@ -44,21 +42,17 @@ class Record:
 
 @dataclass(slots=True)
 class Found:
-    """What reading an upload has found out so far, besides its examples.
+    """The format of an upload, filled in while its examples are read."""
 
-    encoding: of a table, or of lines. delimiter, columns (by field), ignored (other columns): of a table.
-    encodings: how many text files of a zip are in which. skipped: files of a zip that no person put there.
-    """
-
-    encoding: str | None = None
-    delimiter: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    ignored: Sequence[str] = ()
-    encodings: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0
+    encoding: str | None = None  # tables and JSON lines only
+    delimiter: str | None = None  # tables only
+    columns: Mapping[str, str] = field(default_factory=dict)  # column name by field; tables only
+    ignored: Sequence[str] = ()  # names of the other columns; tables only
+    encodings: Counter[str] = field(default_factory=Counter)  # text files by encoding; zips only
+    skipped: int = 0  # files that an operating system added; zips only
 
     def format(self) -> dict[str, Any]:
-        """How the upload was read, for JSON; without what its form does not have."""
+        """How the upload was read, as JSON-able entries; those that its form lacks are left out."""
         found: dict[str, Any] = {}
         if self.encoding is not None:
             found["encoding"] = self.encoding
@@ -72,15 +66,15 @@ class Found:
 
 
 def cut(text: str) -> str:
-    """The text, or its beginning: what is told of a place or a name is short."""
+    """Shorten a place or a name to at most 200 characters, for reports."""
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 def bounded(value: str, limits: InputLimits) -> str | InputError:
-    """A text, or why it is too long to be looked at."""
+    """The text, or an error if it is too long."""
     return too_long(limits) if len(value) > limits.max_text_chars else value
 
 
 def too_long(limits: InputLimits) -> InputError:
-    """The error of a text that is longer than allowed."""
+    """The error for a text that is longer than allowed."""
     return InputError("text_too_long", f"A text has at most {limits.max_text_chars:,} characters.")

@@ -1,4 +1,4 @@
-"""Bulk uploads, read record by record: lines of JSON, a CSV table, or a zip of folders of files."""
+"""Bulk uploads, read record by record: JSON lines, a CSV table, or a zip of folders."""
 
 from __future__ import annotations
 
@@ -23,23 +23,21 @@ Form = Literal["ndjson", "csv", "zip"]
 
 _FIELDS = frozenset({"id", "image", "text", "label", "labels", "target", "group", "sampled"})
 _KINDS: tuple[Kind, ...] = ("image", "text")
-# Of a line besides its input: id, label and punctuation.
-_REST = 1 << 16
-# What says of which kind an upload is.
-_BEGINNING = 1 << 16
+_REST = 1 << 16  # characters of a line besides its input: id, label and punctuation
+_BEGINNING = 1 << 16  # bytes from which the kind of an upload is determined
 _INPUT_NAME = re.compile(r'"(image|text)"\s*:')
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What an upload is, by its beginning. target: the column of a table that says what is right."""
+    """What an upload holds, judging by its beginning."""
 
     kind: Kind
-    target: str | None = None
+    target: str | None = None  # field of the target column; tables only
 
 
 def look_at(form: Form, beginning: bytes, columns: Mapping[str, str] = {}) -> Beginning:
-    """What an upload is, by its first 64 KiB. columns: see layout_of. Raises BadUpload."""
+    """Determine what an upload holds from its first 64 KiB. `columns`: see layout_of. Raises BadUpload."""
     if form == "zip":
         return Beginning(kind_of_files(beginning[:_BEGINNING]))
     file = io.BytesIO(beginning[:_BEGINNING])
@@ -50,7 +48,7 @@ def look_at(form: Form, beginning: bytes, columns: Mapping[str, str] = {}) -> Be
 
 
 def _kind_of_lines(lines: Lines) -> Kind:
-    """By the first line that has an input. Of one that is cut off, the name of a field has to do."""
+    """The kind of the first input, or else of the field name in the last line, which may be truncated."""
     line = ""
     for line in (one for one in lines if isinstance(one, str)):
         try:
@@ -73,10 +71,10 @@ def records(
     columns: Mapping[str, str] = {},
     found: Found | None = None,
 ) -> Iterator[Record]:
-    """The examples of an upload, in its order, each with its input or why it has none.
+    """Yield the examples of an upload in its order, each with its input or the reason why it has none.
 
-    file: seekable, at its beginning. columns: of a table, see layout_of. found: is told how it was read.
-    Raises BadUpload where the rest cannot be read, and for too many.
+    `file`: seekable, at its beginning. `columns`: of a table, see layout_of. `found`: filled in with the
+    format. Raises BadUpload if the rest cannot be read, or if there are too many examples.
     """
     found = Found() if found is None else found
     if form == "zip":
@@ -90,7 +88,7 @@ def records(
 
 
 def _longest_text(limits: InputLimits) -> int:
-    """Of a line with a text, of which JSON may write a character as two escapes of six characters."""
+    """Longest line with a text, in characters. JSON may write a character as two escapes of six each."""
     return _REST + limits.max_text_chars * 12
 
 

@@ -1,4 +1,4 @@
-"""Bulk uploads as CSV tables: where their columns are, and their rows one by one."""
+"""Bulk uploads as CSV tables: finding the columns, and reading the rows one by one."""
 
 from __future__ import annotations
 
@@ -17,43 +17,40 @@ from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 
 TARGETS = ("label", "labels", "target")
-"""Columns that say what is right for a text; a table has one of them."""
+"""Fields for the target of a text; a table has a column for exactly one of them."""
 COLUMNS = ("text", *TARGETS, "id", "group", "sampled")
-"""What a table may say of an example."""
+"""All fields of an example for which a table may have a column."""
 
 _DELIMITERS = (",", ";", "\t")
 _TRUTHS = {"": True, "true": True, "1": True, "false": False, "0": False}
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
-# Three digits behind a comma are thousands elsewhere; those of 0,125 are not.
+# Three digits after a comma may be thousands in another locale; in 0,125 they cannot be.
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
-# Of lines that are read again, because the quote before them did not end: as many as came, and some.
+# Characters that may be read again after unterminated quotes, beyond the number read so far.
 _READ_AGAIN = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a table has what.
-
-    places: column by field. names: of those columns. ignored: other columns. width: columns of each row.
-    """
+    """The columns of a table."""
 
     delimiter: str
-    places: Mapping[str, int]
-    names: Mapping[str, str]
-    ignored: Sequence[str]
-    width: int
+    places: Mapping[str, int]  # column index by field
+    names: Mapping[str, str]  # column name by field
+    ignored: Sequence[str]  # names of the other columns
+    width: int  # number of columns in each row
 
     @property
     def target(self) -> str:
-        """The field that says what is right: label, labels or target."""
+        """The field of the target: label, labels or target."""
         return next(field for field in TARGETS if field in self.places)
 
 
 def layout_of(lines: Iterator[str | InputError], asked: Mapping[str, str]) -> Layout:
-    """The layout of the header: the first line with anything in it, or the one behind `sep=;`.
+    """Read the layout from the header: the first line that is not blank, or the next one after `sep=;`.
 
-    asked: names of columns by field, for those that have other names. Capitals and spaces around a name do
-    not count. Raises BadUpload.
+    `asked`: column names by field, for fields whose column has another name. Case and surrounding spaces are
+    ignored. Raises BadUpload.
     """
     delimiters: tuple[str, ...] = _DELIMITERS
     header = _next_filled(lines)
@@ -61,7 +58,7 @@ def layout_of(lines: Iterator[str | InputError], asked: Mapping[str, str]) -> La
         delimiters = (header[4],)
         header = _next_filled(lines)
     rows = {delimiter: _header(header, delimiter) for delimiter in delimiters}
-    # The names tell the delimiter; where they do not, the one with most columns is what was meant.
+    # The right delimiter yields the known names; if none does, the one that yields most columns is taken.
     delimiter = max(rows, key=lambda one: (_is_table(rows[one], asked), len(rows[one])))
     return _layout(rows[delimiter], delimiter, asked)
 
@@ -127,15 +124,15 @@ def _layout(names: Sequence[str], delimiter: str, asked: Mapping[str, str]) -> L
 
 
 def records_of(lines: Lines, layout: Layout, limits: InputLimits, longest: int) -> Iterator[Record]:
-    """The rows behind the header; a place is where a row begins.
+    """Yield the rows after the header; the place of a row is the line where it begins.
 
-    A quoted field may have line breaks. A row is an error if a quoted field of it ends anywhere but before
-    a delimiter or the end of a line, or not at all; then reading goes on behind its first line. Raises
-    BadUpload for a table in which that happens all the time.
+    A quoted field may contain line breaks. A row is an error if a quoted field does not end, or ends before
+    anything but a delimiter or a line end; reading then continues after the row's first line. Raises
+    BadUpload if that happens too often.
     """
     rows = _Rows(lines, longest)
     csv.field_size_limit(longest)
-    # Strict: behind the quote that ends a field nothing else may come.
+    # In strict mode, only a delimiter or a line end may follow a closing quote.
     parser = csv.reader(rows, delimiter=layout.delimiter, strict=True)
     while True:
         rows.begin()
@@ -164,11 +161,11 @@ def _stray_quote() -> InputError:
 
 
 class _Endless(Exception):
-    """The row goes on for longer than a row may."""
+    """The row is longer than a row may be, or runs into an unreadable line."""
 
 
 class _Rows:
-    """The lines of one row after the other for csv.reader, which may turn out to have taken too many."""
+    """Feeds csv.reader the lines of one row at a time, and takes back lines that it read too far."""
 
     def __init__(self, lines: Lines, longest: int) -> None:
         self._lines = lines
@@ -181,22 +178,22 @@ class _Rows:
 
     @property
     def place(self) -> str:
-        """Where the row begins."""
+        """The line where the row begins."""
         return f"line {self._first}"
 
     @property
     def extent(self) -> str:
-        """From where to where it goes."""
+        """The row with its first and last line, for error messages."""
         last = self._taken[-1][0]
         return "The row" if last == self._first else f"The row from line {self._first} to line {last}"
 
     def begin(self) -> None:
-        """What is taken from now on is of another row."""
+        """Start a new row."""
         self._taken = []
         self._left = self._longest
 
     def go_back(self) -> None:
-        """All lines of the row but the first are of other rows. Raises BadUpload."""
+        """Take back all lines of the row but the first. Raises BadUpload if that happens too often."""
         self._back.extendleft(reversed(self._taken[1:]))
         self._again += sum(len(line) for _, line in self._taken[1:])
         if self._again > _READ_AGAIN + self._read:
@@ -206,7 +203,7 @@ class _Rows:
         return self
 
     def __next__(self) -> str:
-        """The next line. Raises InputError for one that is an error in its place."""
+        """Return the next line. Raises InputError if a row begins with an unreadable one."""
         number, line = self._back.popleft() if self._back else self._new()
         if not self._taken:
             self._first = number
@@ -246,7 +243,7 @@ def _posted(row: Sequence[str], layout: Layout, limits: InputLimits) -> PostedEx
 
 
 def _target(field: str, value: str) -> object:
-    """A label, a list of labels or a number; an ExampleError where it is none."""
+    """Parse a label, a list of labels or a number. An ExampleError is returned, not raised."""
     try:
         if field == "label":
             return value
@@ -256,7 +253,7 @@ def _target(field: str, value: str) -> object:
 
 
 def _labels(value: str) -> Sequence[str]:
-    """Of `red|round`, or of a list in JSON. Raises ExampleError."""
+    """Parse labels from `red|round` or from a JSON list. Raises ExampleError."""
     if not value.lstrip().startswith("["):
         return value.split("|") if value.strip() else ()
     try:
@@ -270,7 +267,7 @@ def _labels(value: str) -> Sequence[str]:
 
 
 def _number(value: str) -> float:
-    """Also of 1,5, where the comma can be nothing but the decimal one. Raises ExampleError."""
+    """Parse a number. A comma that can only be a decimal one, as in 1,5, is accepted. Raises ExampleError."""
     value = value.strip()
     if _THOUSANDS.fullmatch(value):
         ways = f"{value.replace(',', '.')} or {value.replace(',', '')}"

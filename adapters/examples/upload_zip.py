@@ -1,4 +1,4 @@
-"""Bulk uploads as a zip of folders: the folder of a file is its label. Bounded before it is opened."""
+"""Bulk uploads as a zip of folders, named by label. The directory is checked before the zip is opened."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from adapters.examples.validation import PostedExample
 from models.preprocess.preprocessor import InputError, InputLimits
 from models.spec import Kind
 
-# How many times its own bytes a zip may hold that holds much, and what is inflated at a time.
-_INFLATION = 10
-_SLICE = 1 << 16
-# What a zip's directory may take for each file, and files and folders besides the examples: macOS gives every
-# file a twin.
-_DIRECTORY_ENTRY = 1 << 8
+_INFLATION = 10  # largest decompressed size, as a multiple of the zip's own, above UploadLimits.zip_bytes
+_SLICE = 1 << 16  # bytes decompressed at a time
+_DIRECTORY_ENTRY = 1 << 8  # largest average size of a directory entry, in bytes
+# Entries allowed besides two for each example: macOS gives every file a twin.
 _ENTRIES_BESIDES = 1_000
-# Left behind by systems, in any case of letters; so are names that begin with a dot.
+# Names of files that operating systems leave behind, in lower case. Names that begin with a dot count too.
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"})
-_ENCRYPTED, _UTF8 = 0x1, 0x800
-_UNICODE_PATH = 0x7075
+_ENCRYPTED, _UTF8 = 0x1, 0x800  # general purpose bit flags
+_UNICODE_PATH = 0x7075  # header id of the extra field with the name in UTF-8
 _LOCAL_HEADER = b"PK\x03\x04"
 _UNKNOWN_SIZE = 0xFFFFFFFF
 _ZIP64_END = b"PK\x06\x06"
-_ZIP64_BYTES = 56 + 20
+_ZIP64_BYTES = 56 + 20  # the zip64 end of the directory, and its locator
 _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -45,9 +43,9 @@ _BROKEN = (
 
 
 def kind_of_files(beginning: bytes) -> Kind:
-    """Of what kind a zip's files are: by the first file that has a folder for its label, else by the first.
+    """The kind of a zip's files, from the first file that is in a folder, or else from the first file.
 
-    beginning: of the zip, 64 KiB. Raises BadUpload.
+    `beginning`: the first 64 KiB of the zip. Raises BadUpload.
     """
     if not beginning.startswith(_LOCAL_HEADER):
         raise BadUpload("invalid_zip", "This is no zip file with anything in it.")
@@ -59,18 +57,18 @@ def kind_of_files(beginning: bytes) -> Kind:
 
 
 def _names(beginning: bytes) -> Iterator[str]:
-    """The names of a zip's first files, by the headers in front of them (APPNOTE.TXT, 4.3.7)."""
+    """Yield the names of a zip's first files from their local headers (APPNOTE.TXT, 4.3.7)."""
     place = 0
     while (place := beginning.find(_LOCAL_HEADER, place)) >= 0 and place + 30 <= len(beginning):
         size, _, name, extra = struct.unpack_from("<IIHH", beginning, place + 18)
         if place + 30 + name <= len(beginning):
             yield beginning[place + 30 : place + 30 + name].decode("utf-8", "replace")
-        # A size that was not known yet when the header was written is 0: the next header is searched for.
+        # A size that was unknown when the header was written is 0; the search then finds the next header.
         place += 30 + name + extra + (0 if size == _UNKNOWN_SIZE else size)
 
 
 def _path(name: str) -> list[str]:
-    """The folders and the file of a name in a zip; empty for a folder, and for what systems leave behind."""
+    """Folders and file name of an entry; empty for a folder and for what operating systems leave behind."""
     parts = name.replace("\\", "/").split("/")
     path = [part for part in parts if part not in ("", ".")]
     left_behind = any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in path)
@@ -78,11 +76,11 @@ def _path(name: str) -> list[str]:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """The name as it was meant, in Unicode NFC. Raises InputError (invalid_name).
+    """The intended name of an entry, in Unicode NFC. Raises InputError (invalid_name).
 
-    Without the flag for UTF-8, ZipFile reads names as CP437, in which every byte is a character. Most
-    programs mean UTF-8 all the same, or say so in a field of its own (APPNOTE.TXT, 4.6.9). No other code page
-    is guessed.
+    Without the UTF-8 flag, ZipFile decodes names as CP437, in which every byte is a character. Most programs
+    write UTF-8 all the same, or add the name in an extra field (APPNOTE.TXT, 4.6.9). No other code page is
+    guessed.
     """
     name = info.orig_filename
     if not info.flag_bits & _UTF8:
@@ -98,7 +96,7 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 
 def _unicode_path(extra: bytes, checksum: int) -> bytes | None:
-    """The name in an entry's extra field, if it is of the name beside it."""
+    """The UTF-8 name in an entry's extra field, if its checksum matches the name in the header."""
     place = 0
     while place + 4 <= len(extra):
         kind, size = struct.unpack_from("<HH", extra, place)
@@ -110,14 +108,14 @@ def _unicode_path(extra: bytes, checksum: int) -> bytes | None:
 
 
 class _Room:
-    """What the files of a zip may still hold."""
+    """The number of bytes that may still be decompressed from a zip."""
 
     def __init__(self, size: int, always: int) -> None:
         self._always = always
         self._left = max(always, _INFLATION * size)
 
     def take(self, count: int) -> None:
-        """So much was inflated, whether or not it can be used. Raises BadUpload."""
+        """Deduct `count` decompressed bytes, whether or not they can be used. Raises BadUpload."""
         self._left -= count
         if self._left < 0:
             raise BadUpload(
@@ -128,7 +126,7 @@ class _Room:
 
 
 def files(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Record]:
-    """The files of a zip with a folder each for their labels. file: seekable. Raises BadUpload."""
+    """Yield the files of a zip, labelled by their folders. `file`: seekable. Raises BadUpload."""
     room = _Room(file.seek(0, io.SEEK_END), limits.zip_bytes)
     try:
         _check_directory(file, 2 * limits.max_examples + _ENTRIES_BESIDES)
@@ -155,10 +153,10 @@ def files(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Record
 
 
 def _check_directory(file: BinaryIO, most: int) -> None:
-    """Raises BadUpload for a directory of more entries, before ZipFile makes an object of each.
+    """Raise BadUpload for a directory of more than `most` entries, before ZipFile creates an object for each.
 
-    The directory is found as ZipFile finds it, and its entries are counted as ZipFile does: what the end of
-    the zip says of their number is never looked at.
+    The directory is located and its entries are counted as ZipFile does; the number stated at the end of the
+    zip is ignored.
     """
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end is None:
@@ -182,7 +180,7 @@ def _check_directory(file: BinaryIO, most: int) -> None:
 
 
 def _check_name(name: bytes) -> None:
-    """Raises BadUpload for a name that is said to be UTF-8 and is not, at which ZipFile would fail."""
+    """Raise BadUpload for a name that is marked as UTF-8 and is not; ZipFile would fail on it."""
     try:
         name.decode()
     except UnicodeDecodeError as error:
@@ -201,7 +199,7 @@ def _content(
     content = bytearray()
     try:
         with archive.open(info) as member:
-            # What a header says of the size need not be true.
+            # The size in the header may be wrong, so bytes are counted as they are read.
             while len(content) <= most and (some := member.read(min(_SLICE, most + 1 - len(content)))):
                 content += some
                 room.take(len(some))
@@ -224,10 +222,10 @@ def _content(
 
 
 def _refusal(info: zipfile.ZipInfo) -> str | None:
-    """Why a file is not even opened."""
+    """The reason not to open a file, or None."""
     if info.flag_bits & _ENCRYPTED:
         return "The file is encrypted. Pack it without a password."
-    # A few bytes of another method may inflate to gigabytes in one read.
+    # A few bytes packed by another method may decompress to gigabytes in one read.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")  # type: ignore[attr-defined]
         return f"The file is packed by {method}. Pack it by deflate, or store it."

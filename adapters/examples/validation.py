@@ -1,4 +1,4 @@
-"""Which of the posted examples can be used, and why the others cannot."""
+"""Validation of posted examples: which can be used, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from adapters.examples.target import ExampleError, Target, Task, input_digest, l
 from models.preprocess.preprocessor import InputError
 from models.spec import Kind
 
-MAX_NAME_CHARACTERS = 256  # of an id or a group
+MAX_NAME_CHARACTERS = 256  # longest id or group
 TARGET_FIELDS: Mapping[Task, str] = {
     "classification": "label",
     "multilabel": "labels",
     "regression": "target",
 }
-"""The field of an example that says what is right, by task."""
+"""The field that holds an example's target, by task."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostedExample:
     """One example as it was posted; its place in the request is its index.
 
-    input: encoded image bytes, a text, or why there is none, or why the example cannot be used. target: of
-    any type, not checked yet, or an ExampleError that says why there is none. group, sampled: see Dataset.
-    blamed: of an input that is an error, what it is about, as RejectedExample.field; None: the input.
+    `input`: encoded image bytes, a text, or the error why there is none or the example cannot be used.
+    `target`: of any type and unchecked, or the ExampleError why there is none. `group`, `sampled`: see
+    Dataset.
     """
 
     input: bytes | str | InputError
@@ -34,44 +34,38 @@ class PostedExample:
     id: str | None = None
     group: str | None = None
     sampled: bool = True
-    blamed: str | None = None
+    blamed: str | None = None  # the field an InputError is about, as in RejectedExample; None for the input
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedExample:
-    """A posted example that is not used.
-
-    field: the part of it to blame, as it was posted: id, image, text, label, labels, target, group, or a path
-    below one of them (labels/1); "" for all.
-    """
+    """A posted example that is not used."""
 
     index: int
     id: str | None
     code: str
     detail: str
+    # The part that is wrong, as posted: id, image, text, label, labels, target, group, or a path below one of
+    # them (labels/1); "" for the whole example.
     field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidExample:
-    """An example to keep.
-
-    input is None where the adapter has it already; index None where it was not posted. excluded: it is set
-    aside, see ExampleRecord.
-    """
+    """An example to keep."""
 
     id: str
     digest: str
     target: Target
-    input: bytes | str | None
-    index: int | None = None
+    input: bytes | str | None  # None if the adapter already has it
+    index: int | None = None  # place in the request; None if it was not posted
     group: str | None = None
     sampled: bool = True
-    excluded: bool = False
+    excluded: bool = False  # set aside, see ExampleRecord
 
 
 class MixedInputs(ValueError):
-    """A new adapter is taught with images and texts at once, and no backbone says which are meant."""
+    """A new adapter is given images and texts at once, and no backbone says which are meant."""
 
     code = "mixed_inputs"
 
@@ -80,12 +74,12 @@ class MixedInputs(ValueError):
 
 
 def kind_of(value: bytes | str) -> Kind:
-    """What kind of backbone takes the input."""
+    """The kind of backbone that takes the input."""
     return "text" if isinstance(value, str) else "image"
 
 
 def common_kind(inputs: Iterable[bytes | str | InputError]) -> Kind | None:
-    """The kind of all readable inputs; None if there are none. Raises MixedInputs."""
+    """The kind of all readable inputs, or None if there are none. Raises MixedInputs."""
     kinds = {kind_of(value) for value in inputs if not isinstance(value, InputError)}
     if len(kinds) > 1:
         raise MixedInputs
@@ -101,12 +95,11 @@ def wrong_kind(kind: Kind) -> InputError:
 def admit(
     posted: Sequence[PostedExample], *, task: Task, kind: Kind, known_labels: Iterable[str]
 ) -> tuple[list[ValidExample], list[RejectedExample]]:
-    """The examples to keep, distinct by id, and the rejected ones, both in the posted order.
+    """Return the examples to keep, distinct by id, and the rejected ones, both in posted order.
 
-    An example without an id is named by the digest of its input. One id with two targets, two inputs or two
-    groups is rejected wherever it stands, for either could be meant. A label that equals another one only
-    after Unicode compatibility normalisation is rejected: the adapter's spelling holds, else the first one
-    posted.
+    An example without an id gets the digest of its input. If an id has two targets, inputs or groups, all its
+    examples are rejected, since either could be meant. A label that equals another one only after Unicode
+    compatibility normalisation is rejected; the adapter's spelling wins, or else the first one posted.
     """
     admitted: list[ValidExample] = []
     rejected: list[RejectedExample] = []
@@ -155,12 +148,12 @@ def _check(index: int, example: PostedExample, task: Task, kind: Kind) -> ValidE
 
 
 def check_id(example_id: str) -> None:
-    """Raises ExampleError (id_invalid) unless the id is 1 to 256 characters without control characters."""
+    """Raise ExampleError (id_invalid) unless the id is 1 to 256 characters without control characters."""
     _check_name(example_id, "id_invalid", "An id")
 
 
 def check_group(group: str) -> None:
-    """Raises ExampleError (group_invalid) unless the group's name is one that an id may have."""
+    """Raise ExampleError (group_invalid) unless the group's name follows the rules for an id."""
     _check_name(group, "group_invalid", "A group")
 
 
@@ -204,7 +197,7 @@ def _drop_conflicts(admitted: Sequence[ValidExample]) -> tuple[list[ValidExample
 def drop_collisions(
     admitted: Sequence[ValidExample], task: Task, known_labels: Iterable[str]
 ) -> tuple[list[ValidExample], list[RejectedExample]]:
-    """The examples without those whose label only looks like a known one or an earlier example's."""
+    """Split off the examples whose label only looks like a known one or an earlier example's."""
     spelling = {_skeleton(label): label for label in known_labels}
     kept: list[ValidExample] = []
     rejected: list[RejectedExample] = []
@@ -231,7 +224,7 @@ def _first_clash(labels: Iterable[str], spelling: Mapping[str, str]) -> tuple[st
 
 
 def _skeleton(label: str) -> str:
-    """What a reader sees of a label: NFKC, without invisible characters, white space as single spaces.
+    """The visible form of a label: NFKC, without invisible characters, white space as single spaces.
 
     Case is kept: "A" and "a" are two classes of handwritten letters.
     """
@@ -240,7 +233,7 @@ def _skeleton(label: str) -> str:
 
 
 def _sent_as(target: object) -> str:
-    """The field that such a target was sent as; "" where there is none."""
+    """The field in which such a target is sent; "" for none."""
     if target is None:
         return ""
     if isinstance(target, str):

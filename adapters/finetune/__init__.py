@@ -1,1 +1,1 @@
-"""Fine-tunes of a whole network. Torch lives here."""
+"""Fine-tuning of a whole network. Requires torch."""

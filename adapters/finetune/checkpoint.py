@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tune as files: whole or not there. Torch lives here."""
+"""Checkpoint files of a fine-tune, written atomically. Requires torch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ logger = logging.getLogger("topwork")
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
-    """Writes the checkpoint so that a reader finds the last whole one, whenever this is killed.
+    """Write the checkpoint atomically: a reader finds the last complete one, whenever this process is killed.
 
-    Where it cannot be written the last one stays: only what comes after that would be trained again.
+    If it cannot be written, the last one stays: only the epochs after that would be trained again.
     """
     numbers = asdict(replace(checkpoint, tensors={}))
     metadata = {"about": about, "numbers": json.dumps(numbers)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-    # Equal tensors may be one: safetensors refuses to guess which name they go by.
+    # Equal tensors may share memory, and safetensors refuses to save one tensor under two names.
     seen: set[int] = set()
     for name, value in tensors.items():
         if value.data_ptr() in seen:
             tensors[name] = value.clone()
         seen.add(value.data_ptr())
-    # A name of its own: an attempt that was stopped meanwhile must not write on in what is this one's by now.
+    # The random name keeps a stopped attempt that is still running from writing to the same file.
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata)
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
 
 
 def load_checkpoint(path: Path, about: str) -> Checkpoint | None:
-    """The checkpoint, if there is one of the same work; what cannot be read is as good as none."""
+    """Load the checkpoint if there is one of the same work, or return None, also if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""A tenant's inputs in batches, as serving prepares them or augmented. Torch lives here."""
+"""Training inputs in batches, prepared as in serving or augmented. Requires torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from models.preprocess.preprocessor import ImagePreprocessor, InputLimits, Prepa
 from models.spec import BackboneSpec, ImageTransform
 
 Tensors = tuple[torch.Tensor, ...]
-"""Inputs of a batch: (pictures,), uint8 (n, height, width, 3), or (ids, mask), int64 (n, tokens)."""
+"""Inputs of a batch: (images,), uint8 (n, height, width, 3), or (ids, mask), int64 (n, tokens)."""
 
-# The smallest share of a picture that a crop shows. timm's own 0.08 suits a million pictures, not hundreds.
+# Share of an image that a crop keeps. timm's minimum of 0.08 suits a million images, not hundreds.
 _CROP = (0.5, 1.0)
-# One word piece in so many is hidden while training.
-_HIDDEN = 0.1
-# What stands for a hidden one: in BERT's vocabularies, and in RoBERTa's.
-_MASKS = ("[MASK]", "<mask>")
-# What goes through a network together on a CPU, forwards and backwards, for each thread. EfficientNet-Lite0
-# at 224 pixels, one thread: 105 ms an image in batches of 32, whose activations leave the cache, 65 of 4, 64
-# of 2, 74 alone. MiniLM-L6, one thread: 16 ms a question of TREC with 192 word pieces, as with 96; 18 with
-# 64, 24 with 32. The smaller, the shorter a layer is on a core that a prediction may want.
+_HIDDEN = 0.1  # share of word pieces that are masked in training
+_MASKS = ("[MASK]", "<mask>")  # mask tokens in the vocabularies of BERT and RoBERTa
+# Pixels and word pieces in one forward and backward pass on a CPU, per thread. Measured with one thread:
+# EfficientNet-Lite0 at 224 pixels takes 105 ms an image in batches of 32, whose activations exceed the cache,
+# 65 ms in batches of 4, 64 of 2, 74 alone. MiniLM-L6 takes 16 ms a TREC question with 192 word pieces as with
+# 96, 18 with 64, 24 with 32. In smaller passes each layer is also shorter, so a prediction that needs the
+# core waits less.
 _PIXELS_AT_ONCE = 2 * 224 * 224
 _TOKENS_AT_ONCE = 96
 
@@ -35,8 +34,8 @@ _TOKENS_AT_ONCE = 96
 class Samples(Protocol):
     """Inputs by row number. Images and texts differ in how they are prepared, padded and augmented.
 
-    size: pixels of a side as served; 0 for texts, which have none. vocabulary: int64 (n,), sorted, the word
-    pieces that may come up; None for images.
+    `size`: side of the images as served, in pixels; 0 for texts. `vocabulary`: int64 (n,), sorted, the word
+    pieces that may occur; None for images.
     """
 
     @property
@@ -50,20 +49,20 @@ class Samples(Protocol):
         ...
 
     def augmented(self, rows: Sequence[int], size: int) -> Tensors:
-        """The rows, changed in ways that keep their labels.
+        """The rows with random changes that keep their labels.
 
-        size: pixels of images, 0 for the backbone's own. Random: from torch's and Python's global generators,
-        which `seeded` sets.
+        `size`: of images in pixels, 0 for the backbone's own. Randomness comes from torch's and Python's
+        global generators, which `seeded` sets.
         """
         ...
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
-        """The rows in parts that a CPU trains on fastest, each of which takes milliseconds a layer."""
+        """The rows in parts of the size that trains fastest on a CPU; each takes milliseconds per layer."""
         ...
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """Seeds every generator that augmentation uses, and returns one of its own for the order of rows."""
+    """Seed the generators that augmentation uses, and return a separate one for the order of rows."""
     seed = hash(parts) & 0x7FFFFFFF
     random.seed(seed)
     torch.manual_seed(seed)
@@ -76,10 +75,10 @@ def samples_of(
     tokenizer: Path | None = None,
     limits: InputLimits = InputLimits(),
 ) -> Samples:
-    """The inputs of an adapter on that backbone, images or texts. tokenizer: the file of a text backbone.
+    """The inputs of an adapter as samples for its backbone, images or texts.
 
-    limits: those that the inputs were accepted with. Raises InputError for a text that cannot be used; images
-    are read when they are needed.
+    `tokenizer`: file of a text backbone's tokenizer. `limits`: those that the inputs were accepted with.
+    Raises InputError for a text that cannot be used; images are decoded only when they are needed.
     """
     if isinstance(spec.transform, ImageTransform):
         return Images(spec.transform, [bytes(one) for one in inputs if isinstance(one, bytes)], limits)
@@ -93,7 +92,7 @@ def samples_of(
 
 
 class Images:
-    """Encoded images. They are decoded each time: thousands of pictures in memory would be gigabytes."""
+    """Encoded images, decoded on every use: thousands of decoded ones would take gigabytes of memory."""
 
     vocabulary = None
 
@@ -108,11 +107,10 @@ class Images:
         self._changing: dict[int, Any] = {}
 
     def plain(self, rows: Sequence[int]) -> Tensors:
-        """See Samples.plain."""
         return (torch.from_numpy(np.stack([self._prepare(self._images[row]) for row in rows])),)
 
     def augmented(self, rows: Sequence[int], size: int) -> Tensors:
-        """See Samples.augmented. timm's training transform with a gentler crop, and no colours changed."""
+        """Apply timm's training transform with a gentler crop and without colour changes."""
         size = size or self._transform.size
         if size not in self._changing:
             self._changing[size] = _training_transform(replace(self._transform, size=size))
@@ -121,7 +119,7 @@ class Images:
         return (changed.permute(0, 2, 3, 1),)
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
-        """See Samples.pieces. A few images each."""
+        """Parts of a few images each."""
         most = torch.get_num_threads() * _PIXELS_AT_ONCE // (size or self.size) ** 2
         return list(batches(rows, max(1, most)))
 
@@ -136,7 +134,7 @@ def _training_transform(transform: ImageTransform) -> Any:
         hflip=0.5,
         color_jitter=None,
         interpolation=transform.interpolation,
-        # Bytes, as everywhere.
+        # Images stay uint8 here; the model normalises them.
         normalize=False,
     )
 
@@ -154,28 +152,27 @@ class Texts:
         self.vocabulary = torch.unique(torch.cat([*self._texts, torch.tensor(besides)]))
 
     def plain(self, rows: Sequence[int]) -> Tensors:
-        """See Samples.plain."""
         texts = [self._texts[row] for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad_id)
         lengths = torch.tensor([len(text) for text in texts])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
     def augmented(self, rows: Sequence[int], size: int) -> Tensors:
-        """See Samples.augmented. A tenth of the word pieces are hidden, never the first or the last."""
+        """Mask a tenth of the word pieces, never the first or the last."""
         ids, mask = self.plain(rows)
         if self._mask_id is not None:
-            # Text by text: what is hidden does not depend on what it is padded to.
+            # Masking text by text makes the choice independent of the padded length.
             for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True):
                 inner = row[1 : length - 1]
                 inner[torch.rand(inner.shape) < _HIDDEN] = self._mask_id
         return ids, mask
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
-        """See Samples.pieces. Texts of about the same length, which pad each other little."""
+        """Parts of texts of similar length, which need little padding."""
         parts: list[list[int]] = []
         most = torch.get_num_threads() * _TOKENS_AT_ONCE
         for row in sorted(rows, key=lambda row: len(self._texts[row])):
-            # The longest so far, to which the others of its part are padded.
+            # This text is the longest so far, to which the others of its part are padded.
             if parts and (len(parts[-1]) + 1) * len(self._texts[row]) <= most:
                 parts[-1].append(row)
             else:
@@ -184,7 +181,7 @@ class Texts:
 
 
 def batches(rows: Sequence[int], size: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
-    """The rows in pieces of at most that size, shuffled where a generator is given."""
+    """Yield the rows in batches of at most `size`, shuffled if a generator is given."""
     order = range(len(rows)) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
     ordered = [rows[place] for place in order]
     for begin in range(0, len(ordered), size):

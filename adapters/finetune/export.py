@@ -1,4 +1,4 @@
-"""What a fine-tune leaves: a network as ONNX with its head, checked against torch. Torch lives here."""
+"""Export of a fine-tuned network to ONNX with its head, checked against torch. Requires torch."""
 
 from __future__ import annotations
 
@@ -27,26 +27,20 @@ from models.export.onnx_export import write
 from models.preprocess.preprocessor import Prepared
 from models.spec import GRAPH_FILE, BackboneSpec
 
-# Inputs on which ONNX Runtime has to agree with torch, and how far a logit may be off.
-_PROBES = 512
-_LARGEST_DIFFERENCE = 1e-3
-_AT_ONCE = 16
+_PROBES = 512  # inputs on which ONNX Runtime has to agree with torch
+_LARGEST_DIFFERENCE = 1e-3  # largest accepted difference of a logit
+_AT_ONCE = 16  # batch size
 
 
 @dataclass(frozen=True, slots=True)
 class TunedVersion:
-    """A fine-tuned version, ready to be published.
+    """A fine-tuned version, ready to be published."""
 
-    head: for the embeddings of that network alone. spec: of the network, with a fingerprint of its own. onnx:
-    the network's graph, from the backbone's inputs to embeddings. report: JSON-able, measured on the rows
-    held out. scores: float32 (n,), 1 or 0 for right or wrong, NaN for rows that were trained on.
-    """
-
-    head: Head
-    spec: BackboneSpec
-    onnx: bytes
-    report: dict[str, Any]
-    scores: Floats
+    head: Head  # fits the embeddings of this network only
+    spec: BackboneSpec  # spec of the network, with its own fingerprint
+    onnx: bytes  # the network's graph, from the backbone's inputs to embeddings
+    report: dict[str, Any]  # JSON-able, measured on the held-out rows
+    scores: Floats  # float32 (n,), 1 or 0 for right or wrong, NaN for rows that were not measured
 
 
 def finish(
@@ -57,10 +51,10 @@ def finish(
     outcome: FineTuned,
     wanted: float,
 ) -> TunedVersion:
-    """The head with what is known of it, and the exported network.
+    """Export the network, and fit and measure its head.
 
-    wanted: the accuracy of what is not abstained on. Raises ExportRefused if ONNX Runtime answers otherwise
-    than torch.
+    `wanted`: accuracy of the answers that are not abstained on. Raises ExportRefused if ONNX Runtime and
+    torch give different answers.
     """
     spec = replace(network.spec, weights_sha256=weights_sha256(model))
     model.cpu()
@@ -84,7 +78,7 @@ def finish(
 
 
 def weights_sha256(model: Model) -> str:
-    """sha256, in hex, of the network's tensors by name: what its fingerprint is made of."""
+    """SHA-256, in hex, of the network's tensors by name; the fingerprint is made of it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.network.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -100,11 +94,11 @@ def _measured(
     wanted: float,
     logits: Floats | None,
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Temperature, abstention and report from the rows held out, the region from all: as they are served.
+    """Fit temperature, abstention and report on the held-out rows, and the region on all, as served.
 
-    logits: of the rows held out (held out, labels), by the network that was measured; None where it is this
-    one. The region is hardly tighter for having learned from these rows: of emoji's test 0.9 % lay outside of
-    it, and as many outside that of the network that was measured.
+    `logits`: (held out, labels), of the held-out rows by the network that was measured; None if that is this
+    one. The region is hardly tighter for having learned from these rows: 0.9 % of emoji's test set lay
+    outside it, as many as outside the region of the measured network.
     """
     rows = np.concatenate(
         [
@@ -144,9 +138,9 @@ def _measured(
 
 
 def check_parity(model: Model, head: Head, backbone: Backbone, lesson: TrainingSet) -> dict[str, float]:
-    """Compares logits of ONNX Runtime and torch on 512 probes: examples held out, trained on, then changed.
+    """Compare logits of ONNX Runtime and torch on 512 probes: held-out, training, then augmented examples.
 
-    The number of probes and the largest difference. Raises ExportRefused.
+    Returns the number of probes and the largest difference. Raises ExportRefused.
     """
     model.eval()
     largest, count = 0.0, 0
@@ -174,7 +168,7 @@ def _probes(lesson: TrainingSet) -> Iterator[Tensors]:
 
 
 def _unpadded(tensors: Tensors) -> Sequence[Prepared]:
-    """A batch as a backbone takes it."""
+    """A batch as unpadded inputs, which Backbone.run takes."""
     if len(tensors) == 1:
         return list(tensors[0].numpy())
     ids, mask = tensors

@@ -1,4 +1,4 @@
-"""The second phase of a fine-tune: everything learns, gently. Torch lives here."""
+"""Phase 2 of a fine-tune: training of the whole network at low rates, and the refit. Requires torch."""
 
 from __future__ import annotations
 
@@ -23,78 +23,63 @@ from adapters.finetune.model import (
 )
 
 _WEIGHT_DECAY = 0.01
-_WARM_UP = 0.1
-_LARGEST_GRADIENT = 1.0
-# What one optimizer steps over: about a millisecond on a CPU.
-_WEIGHTS_A_STEP = 1_000_000
-# Of the whole work, what is done when a refit begins: it trains on a quarter more rows.
-_SHARE_MEASURED = 0.45
+_WARM_UP = 0.1  # share of the steps in which the rate rises
+_LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
+_WEIGHTS_A_STEP = 1_000_000  # weights per optimizer; a step then takes about 1 ms on a CPU
+_SHARE_MEASURED = 0.45  # share of the work done before the refit, which trains on a quarter more rows
 
 
 class Diverged(RuntimeError):
-    """The loss is no number any more. Nothing was published."""
+    """The loss is not finite any more. Nothing was published."""
 
     code = "diverged"
 
 
 @dataclass(frozen=True, slots=True)
 class FineTuneConfig:
-    """How to fine-tune.
+    """Settings of a fine-tune."""
 
-    epochs: of everything, at most. full_size_epochs: how many of them, the last, see images at the backbone's
-    own size; the others at `pixels`, which costs a third. head_rate, backbone_rate: learning rates of the
-    second phase. patience: epochs of its second half without a better held-out loss before it stops.
-    refit: whether all is trained once more, on the rows held out too, in the way that was found best.
-    """
-
-    epochs: int = 8
-    full_size_epochs: int = 7
-    pixels: int = 128
+    epochs: int = 8  # most epochs in phase 2
+    full_size_epochs: int = 7  # the last epochs, which use images at the backbone's own size
+    pixels: int = 128  # size of the images in the other epochs, each of which costs a third
     batch: int = 16
-    head_rate: float = 1e-3
-    backbone_rate: float = 1e-4
-    patience: int = 3
-    refit: bool = True
+    head_rate: float = 1e-3  # learning rate of the head in phase 2
+    backbone_rate: float = 1e-4  # learning rate of the network in phase 2
+    patience: int = 3  # epochs in the second half without a better held-out loss before phase 2 stops
+    refit: bool = True  # train once more in the best way found, on the held-out rows too
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An epoch's end. phase: 1, 2, or 3 for an epoch of the refit; epochs: that the phase may have.
+    """Progress at the end of an epoch."""
 
-    share: of the whole work, 0..1. training_loss: None in phase 1. held_out: None after an epoch with images
-    smaller than those served, and in the refit, which nothing is held out of.
-    """
-
-    phase: int
+    phase: int  # 1, 2, or 3 for the refit
     epoch: int
-    epochs: int
-    training_loss: float | None
+    epochs: int  # most epochs in the phase
+    training_loss: float | None  # None in phase 1
+    # None after an epoch with images smaller than those served, and in the refit, which holds nothing out.
     held_out: Score | None
-    share: float
+    share: float  # share of the whole work done, 0..1
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found on the rows held out, and how.
+    """Scores on the held-out rows, and how they were reached."""
 
-    first, final: scores of phase 1 and of the mix. mix: how far that is from phase 1 (0) to the best epoch of
-    phase 2 (1). epochs: trained; best_epoch: the one that was mixed, 0 for none.
-    """
-
-    first: Score
-    final: Score
-    mix: float
-    epochs: int
-    best_epoch: int
+    first: Score  # score of phase 1
+    final: Score  # score of the mix
+    mix: float  # position of the mix between phase 1 (0) and the best epoch of phase 2 (1)
+    epochs: int  # number of epochs trained in phase 2
+    best_epoch: int  # the one that was mixed; 0 for none
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All that a second phase needs to go on after an epoch: names to tensors, and the numbers beside them.
+    """Everything that phase 2 needs to resume after an epoch: tensors by name, and numbers.
 
-    Loads into the same network with the same lesson and config. measured: of a refit, what it repeats; then
-    the tensors of the best epoch are those of the network that was measured.
+    It loads into the same network with the same training set and config. `measured`: of a refit, the result
+    that it repeats; the tensors of the best epoch are then those of the network that was measured.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -107,10 +92,10 @@ class Checkpoint:
 
 
 class FullNetworkPhase:
-    """Training epoch by epoch, from the start or from where another attempt was.
+    """Trains epoch by epoch, from the start or from the checkpoint of another attempt.
 
-    refit: what was measured and the network that it was measured on. Then as many epochs as were best are
-    trained, the rates falling within them, and none is measured.
+    `refit`: the measured result, and the state of the network that it was measured on. The refit trains as
+    many epochs as were best, with the learning rates falling to zero within them, and measures none.
     """
 
     def __init__(
@@ -125,14 +110,14 @@ class FullNetworkPhase:
         self._model, self._lesson, self._config = model, lesson, config
         self.first = self._best = first
         self._measured = None if refit is None else refit[0]
-        # The rates fall to nothing in so many epochs: the best of more would be one in mid-fall.
+        # The rates fall to zero in this many epochs: the best of a longer schedule would be one in mid-fall.
         self._last = config.epochs if refit is None else refit[0].best_epoch
         self._weights = class_weights(torch.from_numpy(lesson.labels[lesson.training]), len(model.head.bias))
         self.start = state_of(model)
         self.best_state = self.start if refit is None else refit[1]
         self.epoch = self.best_epoch = self._stale = 0
         unfreeze(model.network)
-        # What the first phase left of gradients is of other weights, and so is what its optimizer gathered.
+        # Phase 1's gradients and optimizer state belong to other weights, so both start clean.
         model.zero_grad()
         self._optimizers = [torch.optim.AdamW(groups, fused=True) for groups in _parts(model, config)]
         self._steps_per_epoch = -(-len(lesson.training) // config.batch)
@@ -140,10 +125,10 @@ class FullNetworkPhase:
             self._load(resume)
 
     def epochs(self) -> Iterator[tuple[Progress, Checkpoint]]:
-        """Trains until the last epoch, or until the held-out loss has not fallen for long in the second half.
+        """Train to the last epoch, or until the held-out loss stops falling in the second half.
 
-        Only epochs at the backbone's own size are measured: after others, which prepare for these, it looks
-        worse at that size than where it began.
+        Only epochs at the backbone's own size are measured: after the smaller ones, which prepare for these,
+        the network looks worse at that size than where it began.
         """
         while self.epoch < self._last and self._stale < self._config.patience:
             size = self._size
@@ -154,20 +139,20 @@ class FullNetworkPhase:
                 self._best, self.best_state, self.best_epoch = score, state_of(self._model), self.epoch
                 self._stale = 0
             elif score is not None and 2 * self.epoch > self._config.epochs:
-                # Before, the rate is still high: a network that looks worse then gets better as it falls.
+                # The rate is still high in the first half; a network that looks worse then improves.
                 self._stale += 1
             phase = 2 if self._measured is None else 3
             yield Progress(phase, self.epoch, self._last, loss, score, self._share()), self._checkpoint()
 
     def _share(self) -> float:
-        """Of the whole work, as far as it is known by now."""
+        """Share of the whole work that is done, as an estimate."""
         begin = 0.1 if self._measured is None else _SHARE_MEASURED
         end = _SHARE_MEASURED if self._measured is None and self._config.refit else 1.0
         return begin + (end - begin) * self.epoch / self._last
 
     @property
     def _size(self) -> int:
-        """Pixels of the next epoch's images; 0 for the backbone's own size, and for texts."""
+        """Size of the next epoch's images in pixels; 0 for the backbone's own size, and for texts."""
         small = self.epoch < self._config.epochs - self._config.full_size_epochs
         return self._config.pixels if small and self._lesson.samples.size else 0
 
@@ -186,11 +171,11 @@ class FullNetworkPhase:
         return total / count
 
     def _step(self, share: float) -> None:
-        """Along the gradients, which are clipped and then gone. share: of the full rates.
+        """Clip the gradients, take a step at this share of the full rates, and clear them.
 
-        In parts, between which others may have the core.
+        Each optimizer steps over its own part of the weights; in between, other work may have the core.
         """
-        # What is not on the way to an embedding, as BERT's own pooling, has none.
+        # Weights that do not contribute to an embedding, such as BERT's own pooling, have no gradient.
         gradients = [one.grad for one in self._model.parameters() if one.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         for optimizer in self._optimizers:
@@ -201,9 +186,10 @@ class FullNetworkPhase:
             optimizer.zero_grad()
 
     def _accumulate(self, rows: list[int], size: int) -> float:
-        """Adds the gradients of a batch's mean loss, and returns that loss.
+        """Add the gradients of a batch's mean loss, and return that loss.
 
-        A few rows at a time, for no row's loss depends on another's: normalisation keeps its statistics.
+        A CPU takes a few rows at a time. The result is the same, because no row's loss depends on another's:
+        normalisation keeps its statistics.
         """
         model = self._model
         weights = self._weights[self._lesson.labels[rows]]
@@ -223,7 +209,7 @@ class FullNetworkPhase:
         return loss
 
     def _rate_at(self, step: int) -> float:
-        """Up to the full rate in the first tenth, then down a half cosine to nothing."""
+        """Share of the full rate: rising in the first tenth of the steps, then half a cosine down to zero."""
         steps = self._steps_per_epoch * self._last
         done = step / steps
         if done < _WARM_UP:
@@ -257,7 +243,7 @@ class FullNetworkPhase:
             for key, value in part(f"optimizer.{number}.").items():
                 place, name = key.split(".")
                 if value.ndim:
-                    # As its parameter lies in memory, which the fused optimizer takes for granted.
+                    # The fused optimizer expects its state in the memory layout of the parameter.
                     value = torch.empty_like(parameters[int(place)]).copy_(value)
                 kept.setdefault(int(place), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
@@ -266,9 +252,9 @@ class FullNetworkPhase:
 
 
 def _parts(model: Model, config: FineTuneConfig) -> list[list[dict[str, Any]]]:
-    """Groups of parameters for each optimizer: the head's at its rate, the network's at its smaller one.
+    """Parameter groups of each optimizer: the head's at its rate, the network's at its lower one.
 
-    Decay is for matrices alone.
+    Weight decay is for matrices only.
     """
     parts: list[dict[tuple[float, float], list[Any]]] = []
     room = 0

@@ -1,4 +1,4 @@
-"""Gaps in training, for whatever else wants its core. Torch lives here."""
+"""Pauses in training that leave the core to other work. Requires torch."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from models.priority import ProcessCpuClock
 
-_GAP_SECONDS = 5e-5
-# From one gap to the next, at least.
-_WORK_SECONDS = 5e-4
-# Between looks at another process that is at work, and how long they go on.
-_LOOK_SECONDS = 2e-4
-_LONGEST_GAP = 0.03
-# Of the time since the last gap.
-_GAP_SHARE = 3.0
-# Of a core's time since the last gap: more of it is work, less is housekeeping.
-_BUSY = 0.1
+_GAP_SECONDS = 5e-5  # length of a pause
+_WORK_SECONDS = 5e-4  # shortest time from one pause to the next
+_LOOK_SECONDS = 2e-4  # interval between checks of the other process while it is busy
+_LONGEST_GAP = 0.03  # seconds; longest wait for the other process
+_GAP_SHARE = 3.0  # longest wait, as a multiple of the time since the last pause
+_BUSY = 0.1  # share of a core since the last pause; more is work, less is housekeeping
 
 
 @contextlib.contextmanager
 def cooperative_pauses(network: Any, first: int | None = None) -> Iterator[None]:
-    """While it lasts, training leaves its core for a moment every few layers, and between optimizers.
+    """Make training leave its core for a moment every few layers, and between optimizers.
 
-    Linux hands a core what waits at another one when it falls idle; for one that never does, only at the next
-    tick of the clock, milliseconds later. At a tick, a thread that is behind all others may also be given a
-    core of theirs, and has it to the next gap or tick.
+    Linux moves a waiting thread to another core when that core falls idle; to a core that never does, only at
+    the next timer tick, milliseconds later. At a tick, even a thread of the lowest priority may be given a
+    core that others use, and keeps it until the next pause or tick.
 
-    network: a torch module. first: a process that goes first: while it is at work, a gap lasts until it
-    rests, or three times as long as what was done since the last one, for with a core for each the two would
-    still share cache and memory.
+    `network`: a torch module. `first`: id of a process with priority. While it is busy, a pause lasts until
+    it rests, or up to three times as long as the work since the last pause: even with a core each, the two
+    would share cache and memory.
     """
     other = None if first is None else ProcessCpuClock(first)
     since, used = time.perf_counter(), 0.0 if other is None else other.seconds()
@@ -58,7 +54,7 @@ def cooperative_pauses(network: Any, first: int | None = None) -> Iterator[None]
     def after(_: object, __: object, output: Any) -> None:
         pause()
         if getattr(output, "requires_grad", False):
-            # On the way back, before the layer itself.
+            # The backward pass runs this hook just before the layer's own part.
             output.register_hook(pause)
 
     layers = [module for module in network.modules() if not any(module.children())]

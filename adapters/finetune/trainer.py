@@ -1,9 +1,9 @@
-"""Fine-tunes a backbone for one adapter: its head first, with everything else frozen, then all of it gently.
+"""Fine-tuning of a backbone for one adapter: first the head, with all else frozen, then all of it gently.
 
 The order of steps is that of the Keras guide to transfer learning (https://keras.io/guides/transfer_learning):
 train a new head to convergence on the frozen network, then unfreeze and train everything with a learning rate
 ten to a hundred times smaller, normalisation layers still in inference mode. docs/fine-tuning.md gives the
-source of every choice. Torch lives here.
+source of every choice. Requires torch.
 """
 
 from __future__ import annotations
@@ -36,31 +36,28 @@ from adapters.finetune.model import (
 from models.arrays import Floats
 
 Tell = Callable[[Progress, Checkpoint | None], None]
-"""Is told of an epoch's end, with what another attempt can go on with."""
+"""Called at the end of an epoch, with the checkpoint from which another attempt can resume."""
 
-# Between the network as it came and the best one that was trained (WiSE-FT, Wortsman et al. 2022).
+# Share of the best epoch in the mix with the result of phase 1 (WiSE-FT, Wortsman et al. 2022).
 _MIXES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class FineTuned:
-    """What came out; the model holds the network that is to serve.
-
-    measured: what the rows held out say. refit_epochs: of phase 2, trained once more on all rows; 0 for none.
-    logits: after a refit, of the rows held out by the network that was measured, which had not learned from
-    them: float32 (held out, labels).
-    """
+    """The result of a fine-tune; the model itself holds the network to be served."""
 
     measured: Measured
-    refit_epochs: int
+    refit_epochs: int  # epochs of phase 2 on all rows; 0 without a refit
+    # Logits of the held-out rows after a refit, float32 (held out, labels). They are by the network that was
+    # measured, which had not learned from these rows.
     logits: Floats | None
 
 
 def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, strength: float) -> None:
-    """Phase 1: the head to convergence by L-BFGS, the network frozen.
+    """Phase 1: train the head to convergence with L-BFGS, with the network frozen.
 
-    embeddings: of the frozen network, computed once: it would give the same in every epoch. strength: of the
-    pull to where the head begins, the linear probe, which chose it on examples held out.
+    `embeddings`: of the frozen network, computed once, as every epoch would give the same. `strength`: of the
+    pull towards the initial head, a linear probe, which chose it on held-out examples. Raises Diverged.
     """
     freeze(model.network)
     head = model.head.requires_grad_(True)
@@ -92,10 +89,10 @@ def fine_tune(
     resume: Checkpoint | None = None,
     tell: Tell = lambda progress, checkpoint: None,
 ) -> FineTuned:
-    """Both phases, the mix of their results and what it scores; then, in that way, once more on all rows.
+    """Run both phases, mix their results and score the mix; then do the same once more on all rows.
 
-    model: begins with the head of a linear probe on the training rows, and strength is that probe's; it ends
-    as what is to serve. tell is called after each epoch and may raise to end it. Raises Diverged.
+    `model`: begins with the head of a linear probe on the training rows, and ends as the network to serve.
+    `strength`: that of the probe. `tell`: called after each epoch; may raise to stop. Raises Diverged.
     """
     if resume is not None and resume.measured is not None:
         measured = resume.measured
@@ -132,7 +129,7 @@ def _phases(
     resume: Checkpoint | None,
     tell: Tell,
 ) -> FullNetworkPhase:
-    """Both phases on the training rows, to their end."""
+    """Run both phases on the training rows, to their end."""
     if resume is None:
         embeddings = _first_phase(model, lesson, strength)
         first = score_of(model, lesson, embeddings[lesson.testing])
@@ -146,7 +143,7 @@ def _phases(
 
 
 def _first_phase(model: Model, lesson: TrainingSet, strength: float) -> torch.Tensor:
-    """Phase 1 on the training rows, of a network as it came; its embeddings of all rows."""
+    """Run phase 1 on the training rows with the original network; return its embeddings of all rows."""
     if lesson.embeddings is None:
         embeddings = embed(model, lesson.samples, range(len(lesson.labels)))
     else:
@@ -156,7 +153,7 @@ def _first_phase(model: Model, lesson: TrainingSet, strength: float) -> torch.Te
 
 
 def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> Measured:
-    """Leaves the model at the mix of both phases with the lowest loss."""
+    """Leave the model at the mix of both phases with the lowest held-out loss."""
     start, best = training.start, training.best_state
     found, found_mix = training.first, 0.0
     for mix in _MIXES if training.best_epoch else ():

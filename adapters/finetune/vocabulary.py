@@ -1,4 +1,4 @@
-"""A text network's table of word pieces, as small as what is learned from. Torch lives here."""
+"""Restriction of a text network's embedding table to the word pieces in use. Requires torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 @contextlib.contextmanager
 def restricted_vocabulary(table: Any, ids: torch.Tensor | None) -> Iterator[None]:
-    """While it lasts, the table has the rows of these ids alone; then all again, with what these learned.
+    """Reduce the table to the rows of these ids; on exit it has all rows again, with what these learned.
 
-    Rows that no input names have no gradient, and yet cost an optimizer as much as the others: of MiniLM-L6's
-    23 million weights they are half. table: a torch.nn.Embedding, or None for a network without one. ids:
-    int64 (n,), sorted, none twice; None for all. Other ids raise IndexError meanwhile.
+    Rows that no input uses have no gradient, yet cost an optimizer as much as the others; they are half of
+    MiniLM-L6's 23 million weights. `table`: a torch.nn.Embedding, or None for a network without one. `ids`:
+    int64 (n,), sorted and unique; None for all. Other ids raise IndexError meanwhile.
     """
     if table is None or ids is None:
         yield
@@ -29,7 +29,7 @@ def restricted_vocabulary(table: Any, ids: torch.Tensor | None) -> Iterator[None
 
     table.weight = torch.nn.Parameter(whole.detach()[ids], whole.requires_grad)
     if padding is not None:
-        # Out of reach, if no input is padded.
+        # The padding row is left out if no input is padded.
         table.padding_idx = places[padding].item() if places[padding] < len(ids) else None
     hook = table.register_forward_pre_hook(translate)
     try:

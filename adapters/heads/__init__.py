@@ -1,1 +1,1 @@
-"""A head as data, and what it computes. Numpy alone."""
+"""Heads as data, and what they compute. NumPy only."""

@@ -1,4 +1,4 @@
-"""The leading directions of rows of features, near enough for a preconditioner and for distances."""
+"""Leading directions of feature rows, precise enough for a preconditioner and for distances."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import numpy as np
 
 from models.arrays import Floats
 
-_SKETCH_ROWS = 2048
-
-
-_FEW_ROWS = 64
+_SKETCH_ROWS = 2048  # evenly spaced rows used, at most
+_FEW_ROWS = 64  # most rows that are decomposed exactly
 
 
 def leading_directions(features: Floats, count: int) -> tuple[Floats, Floats]:
-    """About the count largest eigenvalues of features'features, and their vectors (dim, count).
+    """Approximate the `count` largest eigenvalues of features'features, and their vectors (dim, count).
 
-    Of few rows exactly, else by subspace iteration on evenly spaced rows (Halko, Martinsson, Tropp 2011),
-    deterministic. A preconditioner and a measure of distance need no more precision.
+    Few rows are decomposed exactly, more by subspace iteration on evenly spaced rows (Halko, Martinsson,
+    Tropp 2011). Deterministic. A preconditioner and a measure of distance need no more precision.
     """
     n, dim = features.shape
     rows = np.ascontiguousarray(features[:: -(-n // _SKETCH_ROWS)])
@@ -27,7 +25,7 @@ def leading_directions(features: Floats, count: int) -> tuple[Floats, Floats]:
         values, vectors = np.linalg.eigh(rows @ rows.T)
         largest = vectors[:, ::-1][:, :count]
         directions = rows.T @ largest
-        # Orthonormal even where rows are fewer than they look.
+        # QR makes the vectors orthonormal even if the rows do not have full rank.
         return np.maximum(values[::-1][:count], 0.0), np.linalg.qr(directions)[0]
     width = min(count + 8, dim)
     moments = rows.T @ rows if len(rows) * width > dim * dim // 4 else None
@@ -42,5 +40,5 @@ def leading_directions(features: Floats, count: int) -> tuple[Floats, Floats]:
 
 @lru_cache(maxsize=8)
 def _sketch(dim: int, width: int) -> Floats:
-    """Random columns, the same ones always: equal rows give equal directions. Not to be written to."""
+    """Random columns, always the same, so that equal rows give equal directions. Cached; do not modify."""
     return np.random.default_rng(0).standard_normal((dim, width), dtype=np.float32)

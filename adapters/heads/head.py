@@ -1,4 +1,4 @@
-"""A head: what maps embeddings to one adapter's predictions. Kilobytes of data, not code."""
+"""The head, which maps embeddings to one adapter's predictions: kilobytes of data, not code."""
 
 from __future__ import annotations
 
@@ -20,60 +20,54 @@ from adapters.heads.scaling import Scaling
 from models.arrays import Floats
 
 FORMAT: Final = 2
-_READ: Final = (1, 2)
-# Heads up to this size keep their weights in single precision, larger ones in half: at 20 labels and 1,280
-# dimensions that is the difference between 120 and 70 kB, and moves a probability by less than 0.001.
+_READ: Final = (1, 2)  # formats that can be read
+# Weights up to this size are stored in single precision, larger ones in half: at 20 labels and 1,280
+# dimensions a head then takes 70 instead of 120 kB, and a probability moves by less than 0.001.
 _SINGLE_PRECISION_BYTES = 32 << 10
-# What a head may weigh before its region is described by fewer directions.
+# Size of a head above which its region is described by fewer directions.
 _HEAD_BYTES = 62 << 10
 
 
 class CorruptHead(ValueError):
-    """The bytes are not a head this version can read."""
+    """The bytes are not a head that this version can read."""
 
     code = "corrupt_head"
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What a head says about n embeddings.
+    """A head's predictions for n embeddings."""
 
-    probabilities: float32 (n, labels); rows sum to one for classification, each label on its own for
-    multilabel, (n, 0) for regression. confidence: float32 (n,), the probability of what is answered (the
-    top label; the least certain label's decision for multilabel; 1 for regression). distance: float32 (n,),
-    distance from the training embeddings over the distance accepted: above 1 is another world; 0 where too
-    few examples were there to tell. abstention_score: float32 (n,), grows with the doubt that the input
-    belongs to what was taught. abstained: bool (n,). assigned, uncertain: bool (n, labels) for multilabel,
-    else None: which labels are given, and which of these decisions had better not be relied on; all of them
-    where it abstains, and it abstains where it is all of them. values: float64 (n,) for regression, else
-    None.
-    """
-
+    # float32 (n, labels). Rows sum to one for classification; for multilabel each label is on its own. (n, 0)
+    # for regression.
     probabilities: Floats
+    # float32 (n,). Probability of the answer: of the top label, or for multilabel of the least certain
+    # decision; 1 for regression.
     confidence: Floats
+    # float32 (n,). Distance from the training embeddings, as a multiple of the largest accepted: above 1 is
+    # out of distribution. 0 if there were too few examples to tell.
     distance: Floats
-    abstention_score: Floats
-    abstained: NDArray[np.bool_]
-    assigned: NDArray[np.bool_] | None = None
+    abstention_score: Floats  # float32 (n,), grows with the doubt that the input belongs to what was taught
+    abstained: NDArray[np.bool_]  # (n,)
+    assigned: NDArray[np.bool_] | None = None  # (n, labels), the labels given; None unless multilabel
+    # (n, labels), the decisions that should not be relied on; None unless multilabel. All of them are
+    # uncertain exactly where the head abstains.
     uncertain: NDArray[np.bool_] | None = None
-    values: NDArray[np.float64] | None = None
+    values: NDArray[np.float64] | None = None  # (n,); None unless regression
 
 
 @dataclass(frozen=True, slots=True)
 class AbstentionRule:
-    """When to abstain for lack of confidence, and how little the logits of familiar inputs say.
+    """When to abstain for lack of confidence, and the usual energy of logits."""
 
-    threshold: the confidence under which no answer is given; 0 answers always. energy_mean,
-    energy_deviation: of the logits of examples held out (Liu et al. 2020: of strange inputs the energy is
-    low, even where softmax is sure).
-    """
-
-    threshold: float = 0.0
+    threshold: float = 0.0  # confidence below which no answer is given; 0 always answers
+    # Mean and standard deviation of the energy of held-out examples' logits. Unfamiliar inputs have a low
+    # energy, even where softmax is confident (Liu et al. 2020).
     energy_mean: float = 0.0
     energy_deviation: float = 1.0
 
     def surprise(self, energy: Floats) -> Floats:
-        """How many standard deviations of held-out examples' energy below their mean."""
+        """How many standard deviations the energy lies below the mean of held-out examples."""
         result: Floats = (np.float32(self.energy_mean) - energy) / np.float32(self.energy_deviation)
         return result
 
@@ -82,57 +76,56 @@ class AbstentionRule:
 class Head:
     """Linear weights with labels, a temperature and abstention statistics, for one backbone fingerprint.
 
-    Immutable and safe to share between threads. weight: float32 (labels or 1, dim) on scaled features;
-    bias: float32 (labels or 1,). decisions: float32 (labels,), the probability from which a multilabel
-    label is assigned, else (0,). value_mean and value_scale turn the output of a regression into the
-    target's unit. residual_deviation: standard deviation of what was left unexplained, same unit,
-    leave-one-out. smoothing: the share of the probability that is spread evenly over the labels (for
-    multilabel: over yes and no), so that no confidence is higher than the examples can support. certain: the
-    confidence from which a multilabel decision can be relied on, of labels given and of labels not given.
-    measured: False where too few examples were held out to say how good it is; then it always abstains.
+    Immutable and safe to share between threads.
     """
 
     task: Task
     fingerprint: str
     labels: tuple[str, ...]
     scaling: Scaling
-    weight: Floats
-    bias: Floats
+    weight: Floats  # float32 (labels or 1, dim), for scaled features
+    bias: Floats  # float32 (labels or 1,)
     temperature: float = 1.0
     doubt: AbstentionRule = AbstentionRule()
     region: NoveltyRegion | None = None
+    # float32 (labels,). Probability from which a multilabel label is assigned; (0,) for other tasks.
     decisions: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    # Mean and scale that turn the output of a regression into the target's unit.
     value_mean: float = 0.0
     value_scale: float = 1.0
-    residual_deviation: float = 0.0
+    residual_deviation: float = 0.0  # standard deviation of leave-one-out residuals, in the target's unit
+    # Share of the probability that is spread evenly over the labels (for multilabel, over yes and no), so
+    # that no confidence is higher than the examples can support.
     smoothing: float = 0.0
+    # Confidence from which a multilabel decision can be relied on, for labels given and labels not given.
     certain: tuple[float, float] = (0.0, 0.0)
+    # False if too few examples were held out to tell how good the head is; it then always abstains.
     measured: bool = True
 
     @property
     def dim(self) -> int:
-        """Length of the embeddings it takes."""
+        """Length of the embeddings."""
         return int(self.weight.shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays in memory."""
+        """Size of the arrays as they are stored, in bytes."""
         return sum(array.nbytes for array in self._arrays().values())
 
     @property
     def threshold(self) -> float:
-        """The confidence under which it abstains."""
+        """The confidence below which the head abstains."""
         return self.doubt.threshold
 
     def predict(self, embeddings: Floats) -> Predictions:
-        """Predictions for embeddings, float32 (n, dim) made by the backbone with this head's fingerprint."""
+        """Predict for embeddings, float32 (n, dim), made by the backbone with this head's fingerprint."""
         logits = self.logits(embeddings)
         n = len(logits)
         assigned, uncertain, values = None, None, None
         if self.task == "regression":
             probabilities = np.zeros((n, 0), dtype=np.float32)
             confidence = np.ones(n, dtype=np.float32)
-            # In double precision: points in time keep their differences.
+            # Double precision keeps the differences of large targets, such as points in time.
             values = logits[:, 0].astype(np.float64) * self.value_scale + self.value_mean
         elif self.task == "multilabel":
             probabilities = smoothed(sigmoid(logits), self.smoothing, 2)
@@ -159,9 +152,9 @@ class Head:
         return logits
 
     def _strangeness(self, embeddings: Floats, logits: Floats) -> tuple[Floats, Floats]:
-        """distance and abstention_score of Predictions."""
+        """The distance and abstention_score of Predictions."""
         distance = np.zeros(len(embeddings), dtype=np.float32)
-        # Two kinds of evidence, added where they say "strange" and all but ignored where they say
+        # Two kinds of evidence are added where they say "strange", and all but ignored where they say
         # "familiar": a confident answer does not make a distant input any nearer.
         score = np.zeros(len(embeddings), dtype=np.float32)
         if self.region is not None:
@@ -173,8 +166,8 @@ class Head:
         return distance, score
 
     def to_bytes(self) -> bytes:
-        """The head as safetensors, with all but arrays as JSON in the metadata. Equal heads, equal bytes."""
-        # One key: safetensors writes several in no fixed order.
+        """The head as safetensors, with all but arrays as JSON metadata. Equal heads give equal bytes."""
+        # A single key, because safetensors writes several in no fixed order.
         data: bytes = save(self._arrays(), metadata={"head": json.dumps(self._facts(), sort_keys=True)})
         return data
 
@@ -220,7 +213,7 @@ class Head:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Head:
-        """The head that to_bytes wrote. Raises CorruptHead."""
+        """Read a head that to_bytes wrote. Raises CorruptHead."""
         try:
             arrays = {name: _array(info) for name, info in deserialize(data)}  # type: ignore[no-untyped-call]
             (length,) = struct.unpack("<Q", data[:8])
@@ -263,7 +256,7 @@ class Head:
             value_mean=float(facts["value_mean"]),
             value_scale=float(facts["value_scale"]),
             residual_deviation=float(facts["residual_deviation"]),
-            # Heads of the first format have none of these.
+            # Heads of format 1 have none of these.
             smoothing=float(facts.get("smoothing", 0.0)),
             certain=(float(facts.get("certain", (0.0, 0.0))[0]), float(facts.get("certain", (0.0, 0.0))[1])),
             measured=bool(facts.get("measured", True)),
@@ -275,14 +268,14 @@ class Head:
 
 
 def storable(weight: Floats) -> Floats:
-    """The weights as they will be read back, so that a fresh head and a stored one answer alike."""
+    """The weights as they will be read back, so that a new head and a stored one answer alike."""
     if weight.nbytes <= _SINGLE_PRECISION_BYTES:
         return weight
     return weight.astype(np.float16).astype(np.float32)
 
 
 def directions_for(labels: int, dim: int) -> int:
-    """How many directions of a region fit beside the weights in a head of 64 kB; at least 4."""
+    """Number of region directions that fit beside the weights in a head of 64 kB; at least 4."""
     weights = labels * dim * 4
     weights = weights if weights <= _SINGLE_PRECISION_BYTES else weights // 2
     return max(4, (_HEAD_BYTES - weights - 4 * dim) // (dim + 4 * labels))
@@ -296,13 +289,13 @@ def softmax(logits: Floats) -> Floats:
 
 
 def sigmoid(logits: Floats) -> Floats:
-    """Probabilities one by one."""
+    """Probabilities, each on its own."""
     result: Floats = np.reciprocal(1.0 + np.exp(-np.clip(logits, -80.0, 80.0)))
     return result
 
 
 def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
-    """Probabilities of which a share is spread evenly over all outcomes; they may be overwritten."""
+    """Spread a share of the probabilities evenly over all outcomes. The input may be overwritten."""
     if share:
         probabilities *= np.float32(1.0 - share)
         probabilities += np.float32(share / outcomes)
@@ -310,7 +303,7 @@ def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
 
 
 def fit_abstention(threshold: float, logits: Floats, task: Task) -> AbstentionRule:
-    """The doubt measured on the logits of examples held out, (n, labels), temperature included."""
+    """The abstention rule, with the energy of held-out logits (n, labels), temperature included."""
     if len(logits) < 2:
         return AbstentionRule(threshold)
     energies = energy(logits, task)
@@ -318,9 +311,9 @@ def fit_abstention(threshold: float, logits: Floats, task: Task) -> AbstentionRu
 
 
 def energy(logits: Floats, task: Task) -> Floats:
-    """How much logits say in all, (n,) of (n, labels): log-sum-exp, or of each label and its absence."""
+    """Energy (n,) of logits (n, labels): their log-sum-exp, or for multilabel its sum over single labels."""
     if task == "multilabel":
-        # Each label says something against its absence.
+        # Each label is set against its absence, whose logit is 0.
         each: Floats = np.logaddexp(np.float32(0.0), logits).sum(axis=1)
         return each
     top = logits.max(axis=1)
@@ -329,7 +322,7 @@ def energy(logits: Floats, task: Task) -> Floats:
 
 
 def _evidence(surprise: Floats) -> Floats:
-    """Softplus squared: near nothing below zero, the square of the deviation above."""
+    """Softplus squared: almost zero for negative values, about the square for positive ones."""
     result: Floats = np.logaddexp(np.float32(0.0), surprise) ** 2
     return result
 

@@ -1,4 +1,4 @@
-"""Where an adapter's training embeddings lie, and how far an input is from there."""
+"""The region of an adapter's training embeddings, and the distance of an input from it."""
 
 from __future__ import annotations
 
@@ -12,43 +12,35 @@ from adapters.heads.directions import leading_directions
 from adapters.heads.scaling import centre_of
 from models.arrays import Floats
 
-# Directions along which labels lie apart, and along which the examples of one label spread.
-BETWEEN = 16
-WITHIN = 8
-# Fewer held-out examples say too little about how far is far.
-_FEWEST = 8
-_QUANTILE = 0.99
-_DEVIATIONS = 2.326
-# From here on one example leaves no mark on the directions.
-_MANY = 1000
-# Of the mean squared length of few rows: keeps their Gram matrix positive definite in single precision.
+BETWEEN = 16  # directions along which label means lie apart, at most
+WITHIN = 8  # directions along which the examples of one label spread, at most
+_FEWEST = 8  # held-out examples; fewer say too little about usual distances
+_QUANTILE = 0.99  # share of held-out distances that are accepted
+_DEVIATIONS = 2.326  # standard deviations from the mean to that quantile in a normal distribution
+_MANY = 1000  # examples from which a single one no longer affects the directions
+# Share of the mean squared row length that keeps a Gram matrix positive definite in single precision.
 _JITTER = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class NoveltyRegion:
-    """Mahalanobis distance to the nearest label's mean: a few directions and an isotropic rest.
+    """Mahalanobis distance to the nearest label's mean, from a few directions and an isotropic rest.
 
-    Of the embeddings as they are: what evens out their variances for the weights also hides strangers (AUROC
-    of drawings shown to a photo adapter 0.88, and 0.83 of the scaled features).
-
-    mean: float32 (dim,), of the embeddings. directions: int8 (k, dim), one row times its steps entry is a
-    direction over its standard deviation. centres: float32 (labels or 1, k), label means along them. rest:
-    variance per remaining dimension. plain: standard deviations along the directions, float32 (k,).
-    log_mean, log_deviation: of the log of squared distances of examples held out. limit: the squared
-    distance accepted, their 99th percentile.
-    (Lee et al. 2018 has the distance; low rank plus isotropic keeps it in kilobytes.)
+    The distance is that of Lee et al. 2018; low rank plus isotropic keeps it in kilobytes. Embeddings are not
+    scaled, because what evens out variances for the weights also hides unfamiliar inputs (AUROC of drawings
+    shown to a photo adapter: 0.88, and 0.83 on scaled features).
     """
 
-    mean: Floats
-    directions: NDArray[np.int8]
-    steps: Floats
-    plain: Floats
-    centres: Floats
-    rest: float
+    mean: Floats  # float32 (dim,), of the embeddings
+    directions: NDArray[np.int8]  # (k, dim); a row times its step is a direction over its standard deviation
+    steps: Floats  # float32 (k,)
+    plain: Floats  # float32 (k,), standard deviations along the directions
+    centres: Floats  # float32 (labels or 1, k), label means along the directions
+    rest: float  # variance per remaining dimension
+    # Mean and standard deviation of the log of held-out examples' squared distances.
     log_mean: float
     log_deviation: float
-    limit: float
+    limit: float  # largest accepted squared distance, their 99th percentile
 
     def squared_distance(self, embeddings: Floats) -> Floats:
         """Squared distances, float32 (n,), of embeddings (n, dim)."""
@@ -61,7 +53,7 @@ class NoveltyRegion:
         return squared
 
     def squared_distance_of(self, embedding: Floats) -> float:
-        """The squared distance of one embedding, (dim,), in few calls: see answering.single."""
+        """The squared distance of one embedding (dim,), in few calls; see adapters.prediction.scorer."""
         centred = embedding - self.mean
         along = np.matmul(self.directions.astype(np.float32), centred) * self.steps
         inside = along * self.plain
@@ -71,7 +63,7 @@ class NoveltyRegion:
         return float(to_centres + rest / self.rest)
 
     def surprise(self, squared: Floats) -> Floats:
-        """How many standard deviations of held-out examples' log distances beyond their mean."""
+        """How many standard deviations the log distances lie above the mean of held-out examples."""
         logs = np.log(np.maximum(squared, 1e-30))
         result: Floats = (logs - np.float32(self.log_mean)) / np.float32(self.log_deviation)
         return result
@@ -90,10 +82,10 @@ def nearest(along: Floats, centres: Floats) -> Floats:
 def fit_region(
     embeddings: Floats, labels: NDArray[np.int64], folds: NDArray[np.int64], most_directions: int
 ) -> NoveltyRegion | None:
-    """The region of embeddings (n, dim) with labels 0.. (n,), measured on examples held out by folds (n,).
+    """Fit the region of embeddings (n, dim) with labels 0.. (n,), measured on held-out folds (n,).
 
-    None where too few examples are held out. Means, spreads and, where few examples leave a mark on them,
-    directions come from the other folds: an example is near to what was made of it.
+    None if too few examples are held out. Means and spreads come from the other folds, and so do directions
+    if examples are few, because an example is near to anything that was computed from it.
     """
     held = folds >= 0
     count = int(labels.max()) + 1
@@ -101,13 +93,13 @@ def fit_region(
     if int(held.sum()) < _FEWEST or n - count < _FEWEST // 2:
         return None
     mean = centre_of(embeddings.mean(axis=0, dtype=np.float64))
-    # Few rows have as few coordinates, and the same distances.
+    # Fewer rows than dimensions fit into n coordinates, with the same distances.
     short = embeddings - mean if n < dim else None
     rows = embeddings if short is None else _coordinates(short)
     middle = mean if short is None else np.zeros(n, dtype=np.float32)
-    # Thirds do as well for few examples, where this costs as much as the fit.
+    # Three folds are enough for few examples, where this costs as much as the fit.
     parted = folds if n >= _MANY else np.where(held, folds * 3 // (int(folds.max()) + 1), -1)
-    # As many directions as the smallest training part can give.
+    # The smallest training part limits the number of directions.
     within = (n - int(np.bincount(parted[held]).max()) - count) // 4
     most = min(most_directions, n, dim, min(BETWEEN, count - 1) + max(within, 0))
     directions = _directions(rows, labels, count, most)
@@ -126,18 +118,17 @@ def fit_region(
         sum(float(left.sum()) for *_, left in parts) / int(held.sum()) / max(min(n, dim) - len(directions), 1)
     )
     rest = max(rest, 1e-12)
-    # A direction is not narrower than the rest, however few examples say so.
+    # No direction is narrower than the rest, even if the few examples suggest it.
     plain = np.sqrt(np.maximum(spread, rest)).astype(np.float32)
     squared = np.concatenate(
         [nearest(along / plain, means / plain) + left / rest for _, along, means, left in parts]
     )
     logs = np.log(np.maximum(squared.astype(np.float64), 1e-30))
     log_mean, deviation = float(logs.mean()), max(float(logs.std()), 0.05)
-    # np.quantile, without its tenth of a millisecond.
+    # This is np.quantile without the tenth of a millisecond that it takes.
     limit = float(np.interp(_QUANTILE * (len(logs) - 1), np.arange(len(logs)), np.sort(logs)))
     if len(logs) < 200:
-        # The 99th percentile of few is their largest: the tail of a normal distribution is the better
-        # guess.
+        # The 99th percentile of few values is their maximum; the tail of a normal distribution is better.
         limit = max(limit, log_mean + _DEVIATIONS * deviation * (1.0 + 2.0 / len(logs)))
     codes, steps = _quantised(
         directions if short is None else np.linalg.solve(rows.T, directions.T).T @ short
@@ -164,7 +155,7 @@ def _coordinates(centred: Floats) -> Floats:
 
 
 def _directions(features: Floats, labels: NDArray[np.int64], count: int, most: int) -> Floats:
-    """Orthonormal rows (k, dim): where label means spread, then where examples spread around them."""
+    """Orthonormal rows (k, dim): directions in which label means spread, then examples around them."""
     means = _means(features, labels, count)
     between = min(BETWEEN, count - 1, most)
     basis = np.zeros((0, features.shape[1]), dtype=np.float32)
@@ -176,14 +167,14 @@ def _directions(features: Floats, labels: NDArray[np.int64], count: int, most: i
         around = features[::step] - means[labels[::step]]
         around -= (around @ basis.T) @ basis
         basis = np.concatenate([basis, leading_directions(around, within)[1].T])
-    # The two come from different decompositions; rounding must not count anything twice.
+    # The two parts come from different decompositions; rounding must not count anything twice.
     return np.ascontiguousarray(np.linalg.qr(basis.T)[0].T)
 
 
 def _quantised(directions: Floats) -> tuple[NDArray[np.int8], Floats]:
     steps = (np.maximum(np.abs(directions).max(axis=1), 1e-12) / 127.0).astype(np.float32)
     codes = np.rint(directions / steps[:, None]).astype(np.int8)
-    # Of unit length again, so that what lies along a direction is exactly what the rest lacks.
+    # The directions regain unit length, so that what lies along them is exactly what the rest lacks.
     steps = (1.0 / np.sqrt((codes.astype(np.float32) ** 2).sum(axis=1))).astype(np.float32)
     return codes, steps
 

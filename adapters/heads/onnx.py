@@ -1,6 +1,6 @@
-"""Appends a head's nodes to an exported backbone: one self-contained ONNX file, without the onnx package.
+"""An exported backbone with a head appended: one self-contained ONNX file, made without the onnx package.
 
-Only the graph's outputs are replaced.
+Only the outputs of the backbone's graph are replaced.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PREFIX = "topwork_head_"
 def append_head(
     backbone_onnx: bytes, head: Head, metadata: Mapping[str, str], silence: Silence | None = None
 ) -> bytes:
-    """The backbone's model with the head behind it, from the backbone's inputs to decisions.
+    """Append the head to the backbone's model, which then leads from the backbone's inputs to decisions.
 
-    Outputs: PROBABILITIES float32 (batch, labels), or VALUES float64 (batch,) for regression; of multilabel
+    Outputs: PROBABILITIES float32 (batch, labels), or VALUES float64 (batch,) for regression; for multilabel
     ASSIGNED and UNCERTAIN bool (batch, labels); ABSTAINED bool (batch,) and DISTANCE float32 (batch,), all as
-    in Predictions. silence: the tokens that say nothing, of a text backbone; an input of only these is
-    abstained from. metadata is added to the model's metadata_props, with the labels as JSON under "labels",
-    and the numbers by which it decides; see _decisions_of. Raises InvalidGraph.
+    in Predictions. `silence`: the tokens of a text backbone that say nothing; the model abstains on an input
+    of only these. `metadata` is added to the model's metadata_props, with the labels as JSON under "labels"
+    and the thresholds of _decisions_of. Raises InvalidGraph.
     """
     graph, rest = protobuf.graph_of(backbone_onnx)
     if OUTPUT_NAME.encode() not in bytes(graph):
@@ -60,12 +60,12 @@ def append_head(
 
 
 def _decisions_of(head: Head) -> dict[str, str]:
-    """The numbers by which Head.predict decides, as JSON by key.
+    """The thresholds by which Head.predict decides, as JSON by key.
 
-    measured: false abstains always. threshold: the probability of the top label of a classification under
-    which it abstains. decisions: the probability from which each label of a multilabel head is given.
-    certain: the confidence from which these decisions can be relied on, the probability of labels given, one
-    minus it for those not given.
+    `measured`: if false, the head always abstains. `threshold`: probability of a classification's top label
+    below which it abstains. `decisions`: probability from which each label of a multilabel head is given.
+    `certain`: confidence from which these decisions can be relied on, which is the probability of labels
+    given, and one minus it for those not given.
     """
     facts: dict[str, object] = {"measured": head.measured}
     if head.task == "classification":
@@ -77,7 +77,7 @@ def _decisions_of(head: Head) -> dict[str, str]:
 
 
 class _Appended:
-    """The graph's new fields: nodes, initializers and outputs. They compute what Head.predict does."""
+    """The graph's new fields: nodes, initializers and outputs. They compute the same as Head.predict."""
 
     def __init__(self, head: Head, silence: Silence | None) -> None:
         self.fields: list[bytes] = []
@@ -96,7 +96,7 @@ class _Appended:
             )
             doubts = [self._node("Less", confidence, self._floats(head.threshold))]
         self._distance(head.region)
-        # A distance is never below zero: without measurements every one is too far.
+        # Distances are never negative, so a limit of -1 makes an unmeasured head always abstain.
         doubts.append(self._node("Greater", DISTANCE, self._floats(1.0 if head.measured else -1.0)))
         if silence is not None and silence.tokens:
             doubts.append(self._silent(silence))
@@ -111,7 +111,7 @@ class _Appended:
 
     def _values(self, logits: str) -> None:
         flat = self._node("Reshape", logits, self._ints(-1))
-        # In double precision: targets far from zero keep their differences.
+        # Double precision keeps the differences of targets far from zero.
         double = self._node("Cast", flat, to=protobuf.DOUBLE)
         scaled = self._node("Mul", double, self._tensor(np.array(self._head.value_scale)))
         self._node("Add", scaled, self._tensor(np.array(self._head.value_mean)), output=VALUES)
@@ -133,7 +133,7 @@ class _Appended:
         return PROBABILITIES
 
     def _multilabel(self, probabilities: str) -> str:
-        """Decisions label by label; the confidence of the least certain one."""
+        """Add a decision for each label; return the confidence of the least certain one."""
         head = self._head
         given, not_given = (self._floats(value) for value in head.certain)
         self._node("GreaterOrEqual", probabilities, self._tensor(head.decisions), output=ASSIGNED)
@@ -145,7 +145,7 @@ class _Appended:
         return self._node("ReduceMin", certainty, self._ints(1), keepdims=0)
 
     def _distance(self, region: NoveltyRegion | None) -> None:
-        """See NoveltyRegion.squared_distance; without a region it is zero."""
+        """Add the distance; see NoveltyRegion.squared_distance. It is zero without a region."""
         self._give(DISTANCE, None, protobuf.FLOAT)
         if region is None:
             rows = self._node("Shape", OUTPUT_NAME, start=0, end=1)
@@ -171,7 +171,7 @@ class _Appended:
         self._node("Sqrt", share, output=DISTANCE)
 
     def _silent(self, silence: Silence) -> str:
-        """Whether no token of a text, prompt and padding aside, says anything."""
+        """Whether a text has only tokens that say nothing, prompt and padding aside."""
         ids, mask = IDS, MASK
         if silence.skipped:
             bounds = (self._ints(silence.skipped), self._ints(np.iinfo(np.int64).max), self._ints(1))
@@ -183,7 +183,7 @@ class _Appended:
         return self._node("Equal", says, self._ints(0))
 
     def _abstained(self, doubts: list[str]) -> None:
-        """Any of the doubts; for multilabel also where every decision is uncertain, and so these are."""
+        """Abstain on any doubt, or if all multilabel decisions are uncertain; a doubt makes them all so."""
         multilabel = self._head.task == "multilabel"
         reasons = doubts[0]
         for place, doubt in enumerate(doubts[1:], start=2):
@@ -201,7 +201,7 @@ class _Appended:
         self._give(ABSTAINED, None, protobuf.BOOL)
 
     def _node(self, operator: str, *inputs: str, output: str | None = None, **attributes: int) -> str:
-        """The name of its output."""
+        """Add a node and return the name of its output."""
         name = output or self._name()
         self.fields.append(protobuf.node(operator, inputs, name, **attributes))
         return name
@@ -218,7 +218,7 @@ class _Appended:
         return self._tensor(np.array(values, dtype=np.int64))
 
     def _give(self, name: str, columns: int | None, kind: int) -> None:
-        """An output (batch,) or (batch, columns) of that kind."""
+        """Declare an output (batch,) or (batch, columns) of element type `kind`."""
         sizes = ("batch",) if columns is None else ("batch", columns)
         self.fields.append(protobuf.tensor(protobuf.GRAPH_OUTPUT, name, kind, *sizes))
 
@@ -227,7 +227,7 @@ class _Appended:
 
 
 def _folded(head: Head) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias with scaling and temperature in them."""
+    """Weight and bias with scaling and temperature folded in."""
     unit = 1.0 / head.temperature
     weight = head.weight.astype(np.float64) * (unit / head.scaling.scale)
     bias = head.bias.astype(np.float64) * unit - weight @ head.scaling.mean.astype(np.float64)

@@ -1,1 +1,1 @@
-"""Durable work in processes of its own."""
+"""Durable jobs, and the worker process that runs them."""

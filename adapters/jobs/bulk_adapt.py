@@ -1,4 +1,4 @@
-"""The work of a bulk job: an upload's examples are stored in parts, then a head is fitted on them."""
+"""Runs a bulk job: stores an upload's examples in batches, then fits a head on them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
-# Examples, and bytes of their inputs, that are embedded and stored together.
+# Limits of a batch that is embedded and stored together: number of examples, and bytes of their inputs.
 _EXAMPLES = 1_000
 _BYTES = 16 << 20
-_MOST_ERRORS = 1_000
-_CHECK_SECONDS = 0.5
-_PAUSE_SECONDS = 0.2
-# Of the whole work: reading, embedding and storing. The rest is the fit.
+_MOST_ERRORS = 1_000  # rejected examples that the progress lists
+_CHECK_SECONDS = 0.5  # between checks of the lease and of the backbone
+_PAUSE_SECONDS = 0.2  # before a retry, after another request has revised the adapter
+# Share of the progress that reading, embedding and storing make up. The fit is the rest.
 _STORING = 0.95
 _CONFLICTING_LABELS = ExampleError(
     "conflicting_labels", "The upload gives this id more than one label; send the right one only."
@@ -63,7 +63,7 @@ _CONFLICTING_GROUPS = ExampleError(
 
 
 class BulkAdaptJob:
-    """Does bulk jobs. Blocking, one at a time. threads: of the backbone."""
+    """Runs bulk jobs. Blocking, one at a time. `threads`: threads of the backbone."""
 
     def __init__(
         self,
@@ -80,16 +80,17 @@ class BulkAdaptJob:
         self._device = device
         self._threads = threads
         self._uploads = uploads
-        # A job has its own deadline.
+        # The job's deadline replaces the limit on the time of a fit.
         self._limits = replace(limits, probe=replace(limits.probe, limit_seconds=float("inf")))
 
     def run(self, lease: Lease) -> None:
-        """Does the job, and records its success.
+        """Run the job and record its success.
 
-        The job's request: {"form", "upload", "update", "promote", "fit", "answer_accuracy", "weights",
-        "columns"}, of which those of an older release have no more than the first five. What was stored stays
-        when it ends early, and is not embedded again by another attempt. Raises BadUpload, OneLabel,
-        NothingToFit, AdapterFull, InputError, StoreError, RegistryError, and what Lease.check raises.
+        The job's request has the keys "form", "upload", "update", "promote", "fit", "answer_accuracy",
+        "weights" and "columns"; requests of an older release have only the first five. Examples that were
+        stored stay if the job ends early, and another attempt does not embed them again. Raises BadUpload,
+        OneLabel, NothingToFit, AdapterFull, InputError, StoreError, RegistryError, and what Lease.check
+        raises.
         """
         asyncio.run(self._run(lease))
 
@@ -121,7 +122,7 @@ class BulkAdaptJob:
                 await work.store(cast(BinaryIO, file))
             await work.finish()
         except ValueError:
-            # The upload's own fault, of which its sender hears all that is known.
+            # The upload caused the error, so the tenant gets the progress with all rejected examples.
             await asyncio.to_thread(lease.tell)
             raise
         finally:
@@ -158,7 +159,7 @@ class _Work:
         self._errors: list[dict[str, str]] = []
 
     async def store(self, file: BinaryIO) -> None:
-        """Embeds and stores the upload's examples, part by part, once all of it has been read."""
+        """Read the whole upload once, then embed and store its examples in batches."""
         size = file.tell()
         conflicts = await self._read(file)
         read = self._records(file, Found())
@@ -169,7 +170,7 @@ class _Work:
         self._report("fit" if self._request["fit"] else "store", _STORING)
 
     async def finish(self) -> None:
-        """Forgets what is replaced, fits, and ends the job."""
+        """Remove the replaced examples, fit, and end the job."""
         await asyncio.to_thread(self._lease.tell)
         if not self._ids:
             raise BadUpload("no_examples", "None of the examples can be used; `progress.errors` says why.")
@@ -203,9 +204,9 @@ class _Work:
             await asyncio.to_thread(writer.repository.registry.jobs.succeed, self._lease.claim)
 
     async def _read(self, file: BinaryIO) -> Mapping[str, ExampleError]:
-        """Reads all of the upload, and says why ids cannot be used, see _conflicts.
+        """Read the whole upload; return the errors of conflicting ids, by id.
 
-        Where it cannot be read to its end, what was wrong up to there is told.
+        If it cannot be read to its end, the rejected examples up to there are reported first.
         """
         seen: dict[str, bytes] = {}
         conflicts: dict[str, ExampleError] = {}
@@ -215,12 +216,12 @@ class _Work:
         except BadUpload:
             self._report("store", 0.0)
             raise
-        # They are counted as they are stored.
+        # Rejected examples are counted again when the upload is stored.
         self._rejected, self._errors = 0, []
         return conflicts
 
     def _records(self, file: BinaryIO, found: Found) -> Iterator[Record]:
-        """The upload's records, while nothing says to stop."""
+        """Yield the upload's records, checking the lease before each one."""
         file.seek(0)
         form, columns = cast(Form, self._request["form"]), self._request.get("columns") or {}
         for record in records(form, file, self._limits, columns, found):
@@ -230,9 +231,9 @@ class _Work:
     def _look_for_conflicts(
         self, record: Record, seen: dict[str, bytes], conflicts: dict[str, ExampleError]
     ) -> None:
-        """Adds why ids cannot be used to which the upload gives two targets, inputs or groups.
+        """Add an error to `conflicts` if the upload gives the record's id two targets, inputs or groups.
 
-        Every attempt reads the upload for it, for what an earlier one stored does not tell.
+        Every attempt reads the whole upload for this: the stored examples do not show such conflicts.
         """
         usable, rejected = self._checked(record.posted)
         self._reject([(record.place, one) for one in rejected])
@@ -248,7 +249,7 @@ class _Work:
                 conflicts.setdefault(one.id, _CONFLICTING_GROUPS)
 
     def _checked(self, posted: PostedExample) -> tuple[Sequence[ValidExample], Sequence[RejectedExample]]:
-        """The example, if it is one, or why not; its input may still turn out to be none."""
+        """Return the example, or why it is rejected. Its input may still fail when it is embedded."""
         adapter = self._adapter
         return admit([posted], task=adapter.task, kind=adapter.kind, known_labels=())
 
@@ -271,7 +272,7 @@ class _Work:
         self._reject([(part[one.index].place, one) for one in rejected])
 
     def _reject(self, rejected: Sequence[tuple[str, RejectedExample]]) -> None:
-        """Counts what is not used, by the place where it stands, and remembers why of the first ones."""
+        """Count rejected examples, given with their places, and keep the errors of the first _MOST_ERRORS."""
         self._rejected += len(rejected)
         room = _MOST_ERRORS - len(self._errors)
         self._errors += [
@@ -294,7 +295,7 @@ class _Work:
         )
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What an attempt gives in the end: others may revise the adapter as often as they like meanwhile."""
+        """Return the result of `attempt`, repeated whenever another request has revised the adapter."""
         while True:
             self._lease.check()
             with suppress(RevisionMoved):
@@ -302,14 +303,14 @@ class _Work:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _until_stopped(self, work: Awaitable[T]) -> T:
-        """The work's result, unless there is a reason to stop; then nothing more of it is recorded."""
+        """Return the work's result. If the lease says to stop, the work is cancelled and records nothing."""
         running = asyncio.ensure_future(work)
         looked = time.monotonic()
         try:
             while not (await asyncio.wait([running], timeout=_CHECK_SECONDS))[0]:
                 self._lease.check()
                 now = time.monotonic()
-                # A process that was stopped meanwhile, or had no core, has not been stuck.
+                # Time in which this process was stopped or had no core does not count as a stall.
                 passed, looked = min(now - looked, 2 * _CHECK_SECONDS), now
                 self._look(passed)
             return running.result()
@@ -317,19 +318,19 @@ class _Work:
             running.cancel()
 
     def _look(self, passed: float) -> None:
-        """Gives up a backbone that hangs: who waits for it gets BatcherClosed; another attempt goes on."""
+        """Abandon a backbone that hangs: waiting calls raise BatcherClosed, and another attempt continues."""
         if self._batcher.alive and (why := self._standstill.look(passed)) is not None:
             logger.error("the backbone of the job %s is given up: %s", self._job.id, why)
             self._batcher.abandon()
 
 
 def _digest(value: object) -> bytes:
-    """Sixteen bytes that tell values apart."""
+    """Return a 16-byte digest of the value's repr."""
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def _some(found: Iterator[Record]) -> list[Record]:
-    """The next records: as many as are embedded and stored together, none at the end."""
+    """Return the next batch of records, empty at the end."""
     part: list[Record] = []
     size = 0
     for record in found:
@@ -341,13 +342,13 @@ def _some(found: Iterator[Record]) -> list[Record]:
 
 
 def _id_of(posted: PostedExample) -> str:
-    """The id that an admitted example has; see admit."""
+    """Return the id that `admit` gives the example."""
     assert not isinstance(posted.input, InputError)
     return input_digest(posted.input) if posted.id is None else posted.id
 
 
 def _without(record: Record, conflicts: Mapping[str, ExampleError]) -> Record:
-    """The record, with the reason in its target's place if its id cannot be used."""
+    """Return the record, with an error in place of the target if its id is in `conflicts`."""
     posted = record.posted
     if not conflicts or isinstance(posted.input, InputError):
         return record

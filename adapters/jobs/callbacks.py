@@ -1,4 +1,7 @@
-"""Tells a URL that a job has ended, one that the operator allowed: no tenant chooses where we connect."""
+"""Calls back a URL when a job has ended.
+
+Only URLs that the operator allows are called, so that no tenant chooses where the service connects.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,21 @@ from adapters.registry.records import JobRecord
 
 logger = logging.getLogger("topwork")
 
-_SECONDS = 10.0
-# Before each attempt.
-_PAUSES = (0.0, 2.0, 10.0)
-_MOST_CHARACTERS = 2_048
+_SECONDS = 10.0  # socket timeout of a callback, in seconds
+_PAUSES = (0.0, 2.0, 10.0)  # seconds before each attempt
+_MOST_CHARACTERS = 2_048  # longest callback URL
 
 
 class CallbackNotAllowed(ValueError):
-    """The URL is not among those that may be called back."""
+    """The operator does not allow callbacks to this URL."""
 
     code = "callback_not_allowed"
 
 
 def check_callback(url: str, allowed: Sequence[str]) -> None:
-    """Raises CallbackNotAllowed unless the URL begins with an allowed one: same scheme, host and port.
+    """Raise CallbackNotAllowed unless an allowed URL covers `url`: same scheme, host and port, and the path.
 
-    allowed: URLs that end with a slash allow what lies below them, others only themselves.
+    `allowed`: a URL that ends with a slash allows every path below it, any other URL only its own path.
     """
     if not any(_is_below(url, one) for one in allowed):
         raise CallbackNotAllowed(
@@ -49,16 +51,16 @@ def _is_below(url: str, allowed: str) -> bool:
         return False
     if not same or asked.scheme not in ("http", "https") or "@" in asked.netloc or "\\" in url:
         return False
-    # Dots would lead out again, plain or encoded.
+    # Plain or encoded dots could lead out of the allowed path.
     if ".." in asked.path or "%" in asked.path:
         return False
     return asked.path == known.path or (known.path.endswith("/") and asked.path.startswith(known.path))
 
 
 def send_callback(job: JobRecord) -> None:
-    """Posts how the job ended to the URL that its request names, in a thread of its own, a few times at most.
+    """POST the job's outcome to the callback URL of its request, if it has one, from a background thread.
 
-    Best effort: a process that is killed meanwhile does not try again.
+    Best effort: three attempts at most, and none after the process is killed.
     """
     url = job.request.get("callback")
     if url is not None:
@@ -81,7 +83,7 @@ def _post(url: str, job: JobRecord) -> None:
 
 
 def _request(url: str, content: bytes) -> int:
-    """The status of the answer. Redirects are not followed: they could lead anywhere."""
+    """POST and return the response status. Redirects are not followed, since they could lead anywhere."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=_SECONDS)
@@ -95,7 +97,7 @@ def _request(url: str, content: bytes) -> int:
 
 
 def _told(job: JobRecord) -> dict[str, Any]:
-    """As GET /jobs/{id} names them."""
+    """The callback's body, with field names as in GET /jobs/{id}."""
     error = None if job.error_code is None else {"code": job.error_code, "detail": job.error_detail}
     return {
         "id": job.id,

@@ -1,4 +1,4 @@
-"""The work of a fine-tune job: an adapter's kept examples in, a published version out. Torch lives here."""
+"""Runs a fine-tune job: trains on an adapter's kept examples and publishes a version. Imports torch."""
 
 from __future__ import annotations
 
@@ -60,31 +60,26 @@ from models.spec import FLOAT32, TOKENIZER_FILE
 logger = logging.getLogger("topwork")
 
 NO_BETTER = "no_better"
-"""The outcome of a fine-tune that found nothing better than the backbone as it is."""
+"""Outcome of a fine-tune that found nothing better than the unchanged backbone."""
 
-# One example in so many is held out.
-_HELD_OUT = 5
-# Of what a checkpoint holds: an older one is of no use to what trains now.
-_CHECKPOINTS = 2
+_HELD_OUT = 5  # number of folds, one of which is held out
+_CHECKPOINTS = 2  # version of the checkpoint format; older checkpoints are ignored
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An adapter as it was read: its examples with their embeddings and inputs, in the order of ids.
-
-    terms: the adapter's, with what the job asks for in their place. revision: of the examples.
-    """
+    """An adapter as it was read, with its usable examples, their embeddings and inputs, ordered by id."""
 
     adapter: AdapterRecord
-    revision: int
-    terms: Creation
+    revision: int  # of the examples
+    terms: Creation  # the adapter's terms, changed as the job asks
     examples: Sequence[ExampleRecord]
     embeddings: NDArray[np.float32]
     inputs: Sequence[bytes | str]
 
 
 class _Watched:
-    """Samples that look whether to go on before every batch."""
+    """Samples that check the lease before every batch."""
 
     def __init__(self, samples: Samples, lease: Lease) -> None:
         self._samples = samples
@@ -93,24 +88,21 @@ class _Watched:
         self.vocabulary = samples.vocabulary
 
     def plain(self, rows: Sequence[int]) -> Tensors:
-        """See Samples.plain."""
         self._lease.check()
         return self._samples.plain(rows)
 
     def augmented(self, rows: Sequence[int], size: int) -> Tensors:
-        """See Samples.augmented."""
         self._lease.check()
         return self._samples.augmented(rows, size)
 
     def pieces(self, rows: Sequence[int], size: int) -> list[list[int]]:
-        """See Samples.pieces."""
         return self._samples.pieces(rows, size)
 
 
 class FineTuneJob:
     """Fine-tunes adapters. Blocking, one at a time.
 
-    scratch: a folder for checkpoints, made where missing. limits: those that inputs were accepted with.
+    `scratch`: folder for checkpoints, created if missing. `limits`: those that inputs were accepted with.
     """
 
     def __init__(
@@ -129,26 +121,27 @@ class FineTuneJob:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def run(self, lease: Lease) -> Committed | None:
-        """Does the job and records its version and its success together; nothing is published before.
+        """Run the job; record its version and its success in one transaction. No file is published before.
 
-        Where training found nothing better than the backbone, no network is published: the job succeeds
-        without a version (None), and its progress says so. Where nothing is live yet, it makes a version of
-        the head of all examples instead.
+        If training finds nothing better than the backbone, no network is published: the job succeeds without
+        a version (None), and its progress says so. If the adapter has no live version yet, the job makes a
+        version from a linear probe on all examples instead.
 
-        The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, with the config
-        of a FineTuneConfig; an older release's has no more than the first two. Raises CannotTune, Diverged,
-        ExportRefused, InputError, StoreError, RegistryError, and what Lease.check raises.
+        The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, where "config"
+        holds the fields of FineTuneConfig; requests of an older release have only the first two. Raises
+        CannotTune, Diverged, ExportRefused, InputError, StoreError, RegistryError, and what Lease.check
+        raises.
         """
         job = lease.claim.job
         kept = self._read(job.tenant, job.adapter, job.request)
         config = FineTuneConfig(**job.request.get("config", {}))
-        # Scheduling is a thread's own: the one that beats for the job, and the one that records, keep theirs.
+        # Idle scheduling applies to one thread. The threads for heartbeats and for commits must keep theirs.
         with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training:
             found: TunedVersion | FittedProbe | None = training.submit(
                 self._train, kept, config, lease
             ).result()
             if found is None and kept.adapter.live is None:
-                # There would be nothing to answer from.
+                # The adapter would have no version to predict with.
                 found = training.submit(_probe, kept, range(len(kept.examples))).result()
         lease.check()
         lease.tell()
@@ -184,18 +177,18 @@ class FineTuneJob:
         with contextlib.ExitStack() as meanwhile:
             meanwhile.enter_context(restricted_vocabulary(network.words, lesson.samples.vocabulary))
             if self._device == "cpu":
-                # A GPU's work waits for no core. The service goes first, where it has started this process.
+                # On a GPU there is no core to share. The parent goes first: usually it is the service.
                 meanwhile.enter_context(cooperative_pauses(network.forward, os.getppid() or None))
             outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
         if outcome.measured.mix == 0.0:
-            # The network would be the backbone's copy, with a head of fewer examples than the probe's.
+            # The network would be a copy of the backbone, with a head of fewer examples than a probe's.
             return None
         return finish(network, model, lesson, names, outcome, kept.terms.answer_accuracy)
 
     def _read(self, tenant: str, name: str, request: Mapping[str, Any]) -> _Kept:
         adapter = self._registry.adapter(tenant, name)
         revision, every = self._registry.all_examples(adapter.uid)
-        # The inputs of some may be lost.
+        # Some examples may have lost their inputs.
         examples = [example for example in every if example.inputs is not None and not example.excluded]
         check_tunable(adapter, examples)
         files = {example.segment for example in examples} | {
@@ -230,17 +223,17 @@ class FineTuneJob:
                 tokenizer = Path(folder) / TOKENIZER_FILE
                 tokenizer.write_bytes(network.tokenizer)
             samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
-        # What is trained is in single precision, whatever the backbone is served in.
+        # Training is in single precision, so kept embeddings of any other precision cannot be used.
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
         return names, TrainingSet(_Watched(samples, lease), labels, held_out, own, sampled)
 
     def _commit(
         self, kept: _Kept, found: TunedVersion | FittedProbe, request: Mapping[str, Any], lease: Lease
     ) -> Committed:
-        """Publishes the files, then records the version as the job's success, at whatever revision that is.
+        """Publish the files, then commit the version and the job's success at the adapter's current revision.
 
-        What was learned must still be there: an example that was removed meanwhile takes the network with it,
-        and one that was set aside keeps it from being promoted.
+        Every example that was trained on must still exist: if one was removed meanwhile, the network is
+        dropped (CannotTune); if one was set aside, the network is not promoted.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
         asked: Promote = request.get("promote", "if_better")
@@ -286,12 +279,12 @@ class FineTuneJob:
                     weights=request.get("weights"),
                     standing=now.standing,
                 )
-                # Others may change the adapter at any time; what was trained is not lost to them.
+                # Another request may change the adapter at any time; the commit is then retried.
                 with contextlib.suppress(RevisionMoved):
                     committed = self._registry.commit(change, job=lease.claim)
                     break
         except RegistryUnavailable:
-            # It may have been recorded all the same; if not, a sweep finds the files.
+            # The commit may have been recorded even so. If not, a sweep removes the files.
             raise
         except Exception:
             self._delete(tenant, adapter.uid, published)
@@ -300,7 +293,7 @@ class FineTuneJob:
         return committed
 
     def _check_kept(self, kept: _Kept, now: AdapterRecord) -> bool:
-        """Whether what was learned has been set aside in part. Raises CannotTune where it was removed."""
+        """Return whether a trained example was set aside. Raises CannotTune if one was removed or changed."""
         there = {example.id: example for example in self._registry.all_examples(now.uid)[1]}
         same = [there.get(one.id) for one in kept.examples]
         if now.uid != kept.adapter.uid or any(
@@ -332,7 +325,7 @@ class FineTuneJob:
 
 
 def _probe(kept: _Kept, rows: Sequence[int]) -> FittedProbe:
-    """The linear probe of these examples: of those trained on it is what the first phase begins with."""
+    """Fit a linear probe on these rows. On the training rows, it is where the first phase starts."""
     examples = [kept.examples[row] for row in rows]
     data = Dataset(
         embeddings=kept.embeddings[list(rows)],
@@ -362,7 +355,7 @@ def _told(progress: Progress) -> Mapping[str, Any]:
 
 
 def _about(kept: _Kept, lesson: TrainingSet, config: FineTuneConfig) -> str:
-    """What a checkpoint belongs to: these examples, those of them held out, and this way of training."""
+    """Return a digest that ties a checkpoint to its examples, its held-out rows and its training config."""
     digest = hashlib.sha256(repr((_CHECKPOINTS, sorted(asdict(config).items()))).encode())
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())

@@ -1,4 +1,4 @@
-"""Holds a claimed job's lease while its work is done, and tells the work when to stop."""
+"""Keeps a claimed job's lease while the job runs, and tells the work when to stop."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from adapters.storage.artifact import StoreFull
 
 logger = logging.getLogger("topwork")
 
-# Heartbeats in the time of a lease, so that one or two may fail.
-_BEATS = 3.0
-# Between looks for a request to cancel: the job has ended within five seconds of it.
+_BEATS = 3.0  # heartbeats per lease, so that one or two may fail
+# Longest pause between heartbeats, in seconds. They also look for a request to cancel, which must end the
+# job within five seconds.
 _MOST_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """The work is to end now, and publishes nothing."""
+    """The work must end now, and publish nothing."""
 
 
 class Cancelled(Stopped):
-    """The tenant asked for it."""
+    """The tenant cancelled the job."""
 
 
 class DeadlinePassed(Stopped):
-    """The job took longer than it may."""
+    """The job passed its deadline."""
 
 
 class ShuttingDown(Stopped):
-    """The worker ends; another attempt begins elsewhere."""
+    """The worker is ending; the job continues in another attempt."""
 
 
 class Lease:
-    """Beats for the job in a thread of its own; a context manager. The methods are for the work's thread.
+    """Sends a job's heartbeats from a background thread; a context manager.
 
-    recorded: why the job has ended, or was released, where that thread or `record` has recorded it.
+    Call the methods from the thread that does the work. `recorded`: why the job has ended or was released,
+    once `record` has written it; the background thread calls `record` too.
     """
 
     def __init__(self, jobs: Jobs, claim: Claim, seconds: float, stopping: threading.Event) -> None:
@@ -67,16 +68,20 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises Cancelled, DeadlinePassed, ShuttingDown, LeaseLost or what else ended the heartbeats."""
+        """Raise the reason to stop, if there is one.
+
+        It is Cancelled, DeadlinePassed, ShuttingDown, LeaseLost, or another error that ended the heartbeats.
+        """
         if self._why is not None:
             raise self._why
         if self._stopping.is_set():
             raise ShuttingDown
 
     def report(self, share: float, progress: Mapping[str, Any]) -> None:
-        """What the next heartbeat tells, with the share of the work that is done and about how long it takes.
+        """Set the progress that the next heartbeat sends, with the share done and the seconds left.
 
-        share: 0 to 1. The rest is taken to go as fast as what this attempt has done by now.
+        `share`: share of the work that is done, 0 to 1. The seconds left are an estimate from the average
+        speed of this attempt.
         """
         now = time.monotonic()
         if self._began is None:
@@ -86,11 +91,11 @@ class Lease:
         self._progress = {**progress, "share": round(share, 4), "seconds_left": left}
 
     def tell(self) -> None:
-        """Tells at once what was last reported. Raises LeaseLost, RegistryUnavailable."""
+        """Send the last reported progress now. Raises LeaseLost, RegistryUnavailable."""
         self._jobs.heartbeat(self.claim, self._seconds, self._progress)
 
     def record(self, why: Stopped) -> None:
-        """Ends the job for this reason, or has another attempt begin where the worker ends.
+        """End the job for this reason; ShuttingDown releases it to another attempt instead.
 
         Raises LeaseLost, RegistryUnavailable, StoreFull.
         """
@@ -112,15 +117,15 @@ class Lease:
                 reported = progress
                 why = self._reason(heard)
                 if why is not None:
-                    # Recorded from here, for the work may not look for a long time.
+                    # The work may not call `check` for a long time, so this thread records the end.
                     self._why = why
                     self.record(why)
                     return
             except (RegistryUnavailable, StoreFull) as error:
-                # While the lease lasts, another beat may get through; after it, the next one is refused.
+                # A later heartbeat may succeed while the lease lasts; after that it raises LeaseLost.
                 logger.warning("a heartbeat of the job %s failed: %s", self.claim.job.id, error)
             except Exception as error:
-                # Without heartbeats the work has no right to go on.
+                # The lease runs out without heartbeats, so the work must stop.
                 self._why = error
                 return
 
@@ -133,10 +138,10 @@ class Lease:
 
 
 def checkpoint_path(scratch: Path, job_id: str) -> Path:
-    """Where a job's work leaves what another attempt can go on with."""
+    """The file that another attempt of the job resumes from."""
     return scratch / f"{job_id}.safetensors"
 
 
 def checkpoints(scratch: Path) -> list[Path]:
-    """What any work has left, half written too; each name begins with its job's id and a dot."""
+    """All checkpoint files, partial ones too. Each name begins with the job's id and a dot."""
     return [path for form in ("*.safetensors", "*.partial") for path in scratch.glob(form)]

@@ -1,4 +1,4 @@
-"""What becomes a job: checks that it can be done, and queues it. The work itself is the worker's."""
+"""Checks and queues jobs, which the worker then runs."""
 
 from __future__ import annotations
 
@@ -37,18 +37,17 @@ from adapters.storage.artifact import Artifact, StoreError
 
 FINE_TUNE: Final = "fine_tune"
 BULK: Final = "bulk_adapt"
-# Fewer leave nothing to hold out that would say how good the network is.
+# Fewest examples for a fine-tune, in all and per label. Fewer leave too few to hold out for measuring it.
 FEWEST_EXAMPLES = 50
 FEWEST_OF_A_LABEL = 5
 Submitted = tuple[JobRecord, AdaptOutcome | None]
-"""A job, and what became of the examples that were sent with it."""
-# Parts of uploads that are written at once, and their size: every open upload has one in memory.
-_PUBLISHED_AT_ONCE = 4
-_PART_BYTES = 4 << 20
+"""A job, and the outcome of storing the examples that were sent with it."""
+_PUBLISHED_AT_ONCE = 4  # parts of uploads that are published at the same time
+_PART_BYTES = 4 << 20  # size of a part; every open upload holds one in memory
 
 
 class CannotTune(RuntimeError):
-    """The adapter cannot be fine-tuned as it is; `code` says why, the message what to do."""
+    """The adapter cannot be fine-tuned in its present state; `code` says why, the message what to do."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -56,13 +55,13 @@ class CannotTune(RuntimeError):
 
 
 class TooFewExamples(CannotTune):
-    """There is too little to learn from and to measure on."""
+    """There are too few examples to train and to measure on."""
 
 
 def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
-    """Raises InputsNotKept, CannotTune or TooFewExamples unless a network can learn from the adapter.
+    """Raise InputsNotKept, CannotTune or TooFewExamples unless the adapter can be fine-tuned.
 
-    What is set aside does not count, nor what is not measured on: there would be nothing to hold out.
+    Only examples that are `sampled` and not `excluded` count, since only they can be held out.
     """
     examples = [example for example in examples if not example.excluded]
     if not adapter.keep_inputs:
@@ -81,10 +80,10 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
 
 
 class JobSubmitter:
-    """Queues jobs and tells of them. For one event loop.
+    """Queues, lists and cancels jobs. For one event loop.
 
-    max_open: jobs that a tenant may have queued and running. deadline_seconds: what a job may take from its
-    submission on.
+    `max_open`: most jobs that a tenant may have queued or running. `deadline_seconds`: most seconds from a
+    job's submission to its end.
     """
 
     def __init__(
@@ -106,10 +105,10 @@ class JobSubmitter:
     async def fine_tune(
         self, tenant: str, command: AdaptCommand, reply: PendingReply[Submitted] | None = None
     ) -> Submitted:
-        """Keeps the command's examples, if it has any, and queues a fine-tune of all that is kept then.
+        """Store the command's examples, if any, and queue a fine-tune on all kept examples.
 
-        reply: recorded with the job. Where only the examples were kept, to keep them again changes nothing:
-        they make no version, and have the same ids.
+        `reply`: recorded with the job. If only the examples were stored, a repeated request is safe: they get
+        the same ids, and make no version.
 
         Raises what AdaptPipeline.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
         FingerprintMismatch, CallbackNotAllowed, AlreadyAnswered.
@@ -117,7 +116,7 @@ class JobSubmitter:
         self._check_callback(command.callback)
         stored = None
         if command.posted:
-            # What is wanted of answers changes with the version that answers so.
+            # The job applies `answer_accuracy` and `weights` together with its version.
             keep = replace(command, fit=False, answer_accuracy=None, weights=None)
             stored = await self._pipeline.adapt(tenant, keep)
         state = await self._repository.state(tenant, command.adapter)
@@ -148,12 +147,12 @@ class JobSubmitter:
         body: AsyncIterator[bytes],
         reply: PendingReply[JobRecord] | None = None,
     ) -> JobRecord:
-        """Keeps an upload, creating its adapter on first use, and queues a job that learns from it.
+        """Store an upload, creating the adapter on first use, and queue a job that learns from it.
 
-        The command's own examples are none. Parts of uploads are published in turns by tenant, and what comes
-        slowly delays no other upload. reply: recorded with the job. Raises BadUpload, TooManyJobs,
-        CallbackNotAllowed, AlreadyAnswered, and what AdaptPipeline.terms, the store and the registry
-        raise. The upload is deleted then, or swept later.
+        The command has no examples of its own. Tenants take turns in publishing parts, and a slow upload
+        delays no other. `reply`: recorded with the job. Raises BadUpload, TooManyJobs, CallbackNotAllowed,
+        AlreadyAnswered, and what AdaptPipeline.terms, the store and the registry raise. After an error the
+        upload is deleted, or swept later.
         """
         self._check_callback(command.callback)
         await self._check_open(tenant)
@@ -186,7 +185,7 @@ class JobSubmitter:
         kept: Sequence[Artifact],
         reply: PendingReply[JobRecord] | None,
     ) -> JobRecord:
-        """The job of a kept upload, or the upload goes. To be run to its end, whoever hangs up meanwhile."""
+        """Queue the job of a stored upload, or delete the upload. Must complete even if the client leaves."""
         request = {
             "form": form,
             "upload": upload_request(kept),
@@ -200,7 +199,7 @@ class JobSubmitter:
         try:
             return await self._submit(tenant, command, BULK, request, reply)
         except RegistryUnavailable:
-            # The job may be recorded all the same; if not, a sweep finds the upload.
+            # The job may have been recorded even so. If not, a sweep removes the upload.
             raise
         except Exception:
             await self._repository.drop(tenant, uid, kept)
@@ -209,16 +208,16 @@ class JobSubmitter:
     async def _let_go(
         self, tenant: str, uid: str, publishing: Sequence[asyncio.Future[tuple[Artifact, ...]]]
     ) -> None:
-        """Deletes the parts of an upload that are published, and those that are being published."""
+        """Delete the published parts of an upload, and those that are still being published."""
         for publication in publishing:
-            # A store that failed has stored nothing, and whoever sent the upload has been told.
+            # A failed publication has stored nothing, and the client has got its error.
             with suppress(StoreError):
                 await self._repository.drop(tenant, uid, await publication)
 
     async def _adapter(self, tenant: str, command: AdaptCommand, beginning: Beginning) -> AdapterRecord:
-        """The adapter, created without examples if there is none; an upload that fails leaves it."""
+        """Return the adapter, created without examples if it is missing. It stays when the upload fails."""
         state = await self._repository.state(tenant, command.adapter)
-        # Something of that kind, which names the backbone where the command does not.
+        # An example of the upload's kind selects the backbone if the command does not name one.
         something = PostedExample("" if beginning.kind == "text" else b"")
         terms = self._pipeline.terms(replace(command, posted=(something,)), state)
         wanted = TARGET_FIELDS[terms.task]
@@ -259,7 +258,7 @@ class JobSubmitter:
         )
 
     async def _check_open(self, tenant: str) -> None:
-        """Raises TooManyJobs where the newest jobs show that one more will be refused, before it is sent."""
+        """Raise TooManyJobs before the upload is read, if the newest jobs show that it would be refused."""
         newest = await asyncio.to_thread(self._jobs.jobs, tenant, limit=2 * self._max_open)
         if sum(job.finished_at is None for job in newest) >= self._max_open:
             raise TooManyJobs(f"{self._max_open} jobs may be queued or running at once; wait for one to end.")
@@ -269,9 +268,10 @@ class JobSubmitter:
             check_callback(url, self._callback_urls)
 
     async def job(self, tenant: str, job_id: str) -> JobRecord:
-        """One job. Raises UnknownJob.
+        """Return one job. Raises UnknownJob.
 
-        Who hears here that it made a version is answered by it from then on, or as soon as it is loaded.
+        If the job made a version, this process refreshes the adapter's alias, so that predictions use a live
+        version from then on, or once its network is loaded.
         """
         job = await asyncio.to_thread(self._jobs.job, tenant, job_id)
         if job.version is not None:
@@ -283,11 +283,11 @@ class JobSubmitter:
     async def jobs(
         self, tenant: str, adapter: str | None, after: str | None, limit: int
     ) -> Sequence[JobRecord]:
-        """The tenant's jobs, the newest first."""
+        """Return the tenant's jobs, newest first."""
         return await asyncio.to_thread(self._jobs.jobs, tenant, adapter, after, limit)
 
     async def cancel(self, tenant: str, job_id: str) -> JobRecord:
-        """Cancels a queued job, or has a running one end within seconds. Raises UnknownJob, JobFinished."""
+        """Cancel a queued job; a running one ends within seconds. Raises UnknownJob, JobFinished."""
         job = await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
         if job.state == "cancelled":
             await self._repository.drop(tenant, job.adapter_uid, upload_of(job.request))
@@ -295,7 +295,7 @@ class JobSubmitter:
 
 
 async def _parts(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The body in parts of a size that memory is not short of."""
+    """Yield the body in parts of _PART_BYTES, the last one shorter."""
     part = bytearray()
     async for chunk in body:
         part += chunk

@@ -1,4 +1,4 @@
-"""Starts the worker beside the service, and starts it again when it ends."""
+"""Starts the worker process beside the service, and restarts it when it ends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, drain
 
 logger = logging.getLogger("topwork")
 
-# Time for the work to notice that it is to end, before the process is killed; its job goes on elsewhere.
+# Seconds that the worker gets to stop its job before it is killed; another attempt continues the job.
 _PATIENCE = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """What a worker needs. scratch: a folder for checkpoints, with which another one can go on."""
+    """Settings of a worker.
+
+    `store`: a folder or a URL. `scratch`: folder for the checkpoints from which another attempt resumes.
+    """
 
     database: str
     store: str
@@ -45,9 +48,10 @@ class WorkerConfig:
 
 
 class WorkerSupervisor:
-    """One worker process. For one event loop. It dies with this process: its input ends then.
+    """Keeps one worker process running. For one event loop.
 
-    replaced: processes that were started after one that ended, or was killed because it was silent.
+    The worker's standard input closes with this process, which ends the worker. `replaced`: number of
+    restarts, after a worker that ended or was killed because it was silent.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -59,24 +63,24 @@ class WorkerSupervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker runs, or is about to be started again."""
+        """Whether the worker runs or is about to be restarted."""
         return self._monitor is not None and not self._monitor.done()
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now."""
+        """The process id of the current or last worker, None before the first."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Starts the worker; it comes up by itself, and nobody waits for it."""
+        """Start the worker in the background, without waiting for it."""
         self._monitor = asyncio.create_task(self._watch(), name="worker")
 
     def end(self) -> None:
-        """From now on no other worker is started: this one may have been told to end, too."""
+        """Stop restarting the worker: it may have been told to end as well."""
         self._ending = True
 
     async def close(self) -> None:
-        """Ends the worker; what it was at goes on in another one."""
+        """End the worker; its job continues in another attempt."""
         if self._monitor is not None:
             self._monitor.cancel()
             await asyncio.wait([self._monitor])
@@ -142,7 +146,7 @@ class WorkerSupervisor:
             await asyncio.wait([listening])
 
     async def _listen(self, process: asyncio.subprocess.Process, pipe: int) -> None:
-        """Kills the worker once it gives no sign of life; until its first one it may take its time."""
+        """Kill the worker once its heartbeats stop. The time until the first heartbeat is not limited."""
         pulse: HeartbeatMonitor | None = None
         while process.returncode is None:
             if drain(pipe):

@@ -1,7 +1,8 @@
-"""`python -m adapters.jobs.worker`: claims jobs and runs them, one at a time, in a niced process of its own.
+"""`python -m adapters.jobs.worker`: claims jobs and runs them, one at a time, in a niced process.
 
-Its settings come as one line of JSON on standard input, for a database URL may hold a password and a process
-list shows arguments. It ends when its standard input does, which is also when its parent is killed.
+The settings come as one line of JSON on standard input, since a database URL may hold a password and process
+lists show arguments. The worker ends when its standard input closes, which also happens when its parent is
+killed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("topwork")
 
 _KINDS: tuple[JobKind, ...] = ("fine_tune", "bulk_adapt")
-_RETRY_SECONDS = 2.0
-_LONGEST_PAUSE = 600.0
-_LOOK_SECONDS = 0.2
+_RETRY_SECONDS = 2.0  # wait after an error of the registry or the store
+_LONGEST_PAUSE = 600.0  # seconds before a released job may be claimed again
+_LOOK_SECONDS = 0.2  # between checks of the lease during an export
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,12 +51,12 @@ class _ExportFailed(RuntimeError):
     code = "export_failed"
 
 
-# None of them is the job's doing: it is tried again until its deadline.
+# Error codes of outages. The job did not cause them, so it is retried until its deadline.
 _OUTAGES = {
     RegistryUnavailable.code,
     StoreUnavailable.code,
     _ExportFailed.code,
-    # Of the fitter and the batcher, whose modules a worker without bulk jobs does without.
+    # The codes of the fitter and the batcher, whose modules are imported only for bulk jobs.
     "fitter_unavailable",
     "backbone_unavailable",
 }
@@ -67,7 +68,7 @@ class Worker:
     def __init__(
         self, config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None
     ) -> None:
-        """writer: see Registry."""
+        """`writer`: see Registry."""
         self._config = config
         self._stopping = stopping
         self._registry = Registry(config.database, writer=writer)
@@ -75,7 +76,7 @@ class Worker:
         self._began = False
 
     def run(self) -> None:
-        """Returns once it is to stop and nothing runs any more."""
+        """Run jobs; return once `stopping` is set and no job is running."""
         while not self._stopping.is_set():
             try:
                 self._begin()
@@ -97,18 +98,18 @@ class Worker:
                 self._do(claim)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Close the database connections."""
         self._registry.close()
 
     def _begin(self) -> None:
-        """Before the first job: current tables, and the store that belongs to them. Raises WrongStore."""
+        """Migrate the tables and check the store before the first job. Raises WrongStore."""
         if not self._began:
             self._registry.migrate()
             self._registry.identity.check(self._store)
             self._began = True
 
     def _do(self, claim: Claim) -> None:
-        """One attempt, and what becomes of the job."""
+        """Run one attempt of a job and record its outcome."""
         job = claim.job
         logger.info("job %s of %s: attempt %d", job.id, job.adapter, job.attempt)
         lease = Lease(self._registry.jobs, claim, self._config.lease_seconds, self._stopping)
@@ -126,24 +127,24 @@ class Worker:
         self._ended(job)
 
     def _give_up(self, lease: Lease, error: Exception) -> bool:
-        """Records what becomes of a job whose attempt failed; whether it has ended with that."""
+        """Record the outcome of a failed attempt; return whether the job has ended."""
         jobs, claim, job = self._registry.jobs, lease.claim, lease.claim.job
         if lease.recorded is not None:
-            # Whatever the work met with since then, it had lost its lease.
+            # The outcome is recorded; the error came after the lease had ended, and does not count.
             return not isinstance(lease.recorded, ShuttingDown)
         if isinstance(error, LeaseLost):
             logger.warning("job %s: the lease is lost; what this attempt did is dropped", job.id)
-            # The job may be gone, with its adapter or its tenant.
+            # The job may have been deleted with its adapter or tenant.
             self._tidy()
             return False
         if isinstance(error, Stopped):
             return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)
-        # Others' exceptions have codes too: SQLAlchemy's, with the statement as their text.
+        # Exceptions of other packages have codes too. SQLAlchemy's show the SQL statement.
         ours = type(error).__module__.partition(".")[0] in ("adapters", "models")
         code, detail = getattr(error, "code", None) if ours else None, str(error)
         if code in _OUTAGES:
             logger.warning("job %s is left to another attempt: %s", job.id, error)
-            # Longer each time: what is called an outage may be this job's doing after all.
+            # The pause grows with each release, because the job itself may cause the outage.
             pause = min(_RETRY_SECONDS + self._config.lease_seconds * job.released, _LONGEST_PAUSE)
             self._recorded(lambda: jobs.release(claim, pause))
             return False
@@ -155,7 +156,7 @@ class Worker:
         return self._recorded(lambda: jobs.fail(claim, code, detail))
 
     def _ended(self, job: JobRecord) -> None:
-        """Removes what only the job needed, and tells of its end."""
+        """Remove the checkpoint and the upload of an ended job, and send its callback."""
         checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
         try:
             self._store.delete(job.tenant, job.adapter_uid, upload_of(job.request))
@@ -188,7 +189,7 @@ class Worker:
         bulk.run(lease)
 
     def _export_missing(self, lease: Lease) -> None:
-        """Exports the job's backbone where this host lacks it, in another process that ends with the work."""
+        """Export the job's backbone if this host lacks it, in a subprocess that ends with the job."""
         from models.model_store import find
 
         name = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
@@ -207,8 +208,8 @@ class Worker:
             raise _ExportFailed(f"Exporting {name} failed; the lines above say why.")
 
     def _tune(self, lease: Lease) -> None:
-        # Torch takes seconds and hundreds of megabytes: a worker without work does without, and one with work
-        # holds its lease meanwhile.
+        # Importing torch takes seconds and hundreds of megabytes, so an idle worker does not. The lease is
+        # held during the import.
         import torch
 
         from adapters.jobs.fine_tune import FineTuneJob
@@ -225,7 +226,7 @@ class Worker:
         return InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)
 
     def _tidy(self) -> None:
-        """Removes checkpoints of jobs that have ended, or went with their adapter."""
+        """Remove checkpoints of jobs that have ended or were deleted with their adapter."""
         left = checkpoints(Path(self._config.scratch))
         if not left:
             return
@@ -239,7 +240,7 @@ class Worker:
                 path.unlink(missing_ok=True)
 
     def _recorded(self, end: Callable[[], None]) -> bool:
-        """Ends the attempt; whether that is recorded. Tried again while the lease may last."""
+        """End the attempt; return whether that is recorded. Retries while the lease may last."""
         while True:
             try:
                 end()
@@ -254,7 +255,7 @@ class Worker:
 
 
 def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
-    """Stops when the pipe closes: there is nobody left to work for."""
+    """Set `stopping` when the pipe closes, which means that the parent process has gone."""
 
     def wait() -> None:
         pipe.read()
@@ -264,7 +265,7 @@ def _end_with(pipe: IO[str], stopping: threading.Event) -> None:
 
 
 def work(config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None) -> None:
-    """Runs jobs until `stopping` is set. writer: see Registry."""
+    """Run jobs until `stopping` is set. `writer`: see Registry."""
     worker = Worker(config, stopping, writer)
     try:
         worker.run()
@@ -273,9 +274,9 @@ def work(config: WorkerConfig, stopping: threading.Event, writer: Executor | Non
 
 
 def main() -> None:
-    """Runs jobs at low priority until standard input ends.
+    """Run jobs at low priority until standard input closes.
 
-    The first argument, if there is one, is the number of the pipe on which it shows that it lives.
+    The first argument, if given, is the file descriptor of the pipe for heartbeats.
     """
     writer = give_way_but_for_commits()
     if len(sys.argv) > 1:
@@ -285,8 +286,8 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()
-    # Ctrl-C in a terminal reaches every process, and so may SIGTERM from BentoML's supervisor or systemd: the
-    # parent decides when this one ends.
+    # The parent decides when the worker ends. Ctrl-C in a terminal reaches every process, and SIGTERM from
+    # BentoML's supervisor or systemd may as well.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = WorkerConfig(**json.loads(sys.stdin.readline()))

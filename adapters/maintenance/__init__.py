@@ -1,1 +1,1 @@
-"""Backup, restore and repair."""
+"""Backup, restore, inspection and repair."""

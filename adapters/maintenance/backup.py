@@ -1,4 +1,4 @@
-"""A backup: one state of the database and every artifact that it refers to, in a folder of its own."""
+"""Backups: one state of the database with every artifact that it refers to, in a folder."""
 
 from __future__ import annotations
 
@@ -29,43 +29,43 @@ REGISTRY = "registry.sqlite3"
 ARTIFACTS = "artifacts"
 PARTIAL = ".partial"
 
-_TRIES = 10
-_PARALLEL = 4
+_TRIES = 10  # repeated copies of the database, while artifacts are deleted
+_PARALLEL = 4  # threads that copy or sync files
 
 Reference = tuple[str, str, Artifact]
-"""An artifact with its tenant and its adapter's uid."""
+"""Tenant, adapter uid, and artifact."""
 
 
 class BackupFailed(RuntimeError):
-    """There is no backup; the message says why."""
+    """No backup was written; the message says why."""
 
     code = "backup_failed"
 
 
 class BadBackup(RuntimeError):
-    """The folder is no backup that can be used; the message says what is wrong with it."""
+    """The folder is not a usable backup; the message says what is wrong with it."""
 
     code = "bad_backup"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a backup says of itself. schema: the tables' revision. created_at: UTC. counts: rows by table."""
+    """The description of a backup, in its MANIFEST.json."""
 
     form: str
-    schema: str
-    created_at: str
+    schema: str  # migration revision of the tables
+    created_at: str  # UTC, ISO 8601
     registry_sha256: str
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # rows by table
     artifacts: int
     artifact_bytes: int
 
 
 def backup(database: Database, store: Store, folder: Path) -> tuple[Path, Manifest]:
-    """Write a backup into a new folder inside `folder`, while services may run; its path and its manifest.
+    """Write a backup into a new folder inside `folder`; return its path and its manifest.
 
-    The database's tables are current. Raises BackupFailed, OSError, and what database and store raise; what
-    was written is removed then.
+    Services may run meanwhile. The tables must be migrated. Raises BackupFailed, OSError, and what database
+    and store raise, after removing what was written.
     """
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     final, partial = folder / name, folder / f"{name}{PARTIAL}"
@@ -82,7 +82,7 @@ def backup(database: Database, store: Store, folder: Path) -> tuple[Path, Manife
 
 
 def read_manifest(backup: Path) -> Manifest:
-    """The manifest of a complete backup. Raises BadBackup."""
+    """Return the manifest of a complete backup. Raises BadBackup."""
     try:
         found = json.loads((backup / MANIFEST).read_bytes())
         form = found["form"]
@@ -98,7 +98,7 @@ def read_manifest(backup: Path) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -111,7 +111,7 @@ def _fill(database: Database, store: Store, partial: Path) -> Manifest:
         registry.unlink(missing_ok=True)
         _copy_state(database, registry)
         wanted, counts = _contents(registry)
-        # What is deleted meanwhile may be missing, and then the next state does not refer to it.
+        # A service may delete artifacts meanwhile; the next state of the database does not refer to them.
         gone = copy.fetch(wanted)
         if not gone:
             break
@@ -141,7 +141,7 @@ def _fill(database: Database, store: Store, partial: Path) -> Manifest:
 
 
 def _copy_state(database: Database, path: Path) -> None:
-    """One state of the database, as a SQLite file."""
+    """Write one state of the database to a SQLite file."""
     path.touch(mode=0o600)
     if database.is_sqlite:
         database.copy_to(path)
@@ -157,12 +157,12 @@ def _copy_state(database: Database, path: Path) -> None:
     finally:
         copy.close()
     with closing(sqlite3.connect(path)) as connection:
-        # One file, whatever mode the database was filled in.
+        # DELETE mode leaves one file, without a WAL beside it.
         connection.execute("PRAGMA journal_mode = delete")
 
 
 def _contents(path: Path) -> tuple[list[Reference], dict[str, int]]:
-    """What a copied state refers to, and how many rows its tables have."""
+    """Return the artifacts that a copied state refers to, and the number of rows by table."""
     copy = Database(f"sqlite:///{path}")
     try:
         with copy.reading() as connection:
@@ -174,9 +174,9 @@ def _contents(path: Path) -> tuple[list[Reference], dict[str, int]]:
 
 
 class _Copy:
-    """The artifacts of a backup, copied as they are found and synced in the end.
+    """The artifacts of a backup, copied first and synced at the end.
 
-    Files are written quickly and synced later, for what takes long may be deleted meanwhile.
+    Copying without syncing is quick, so fewer artifacts are deleted before they are copied.
     """
 
     def __init__(self, store: Store, root: Path) -> None:
@@ -186,7 +186,7 @@ class _Copy:
         root.mkdir(mode=0o700)
 
     def fetch(self, wanted: Iterable[Reference]) -> list[Reference]:
-        """Copy those that are not there yet; returns those that are gone. Raises BackupFailed."""
+        """Copy the artifacts that are not copied yet; return those that are missing. Raises BackupFailed."""
         new = [one for one in wanted if one not in self._copied]
         with ThreadPoolExecutor(_PARALLEL) as pool:
             there = list(pool.map(self._fetch, new))
@@ -212,7 +212,7 @@ class _Copy:
         return True
 
     def finish(self, wanted: Iterable[Reference]) -> None:
-        """Remove what is not wanted after all, and sync the rest with its folders."""
+        """Remove copies that are no longer wanted, and sync the others and their folders."""
         for one in self._copied - set(wanted):
             path = self._path(one)
             path.unlink()

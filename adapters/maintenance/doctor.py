@@ -1,4 +1,4 @@
-"""What can be made whole again of what examining found damaged, without a backup."""
+"""Repairs the damage that an inspection finds, as far as that is possible without a backup."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans
 from models.backbone import Backbone
 
 Open = Callable[[str], Backbone | None]
-"""A backbone by its name; None where this machine has no export of it."""
+"""Opens a backbone by name; returns None if this host has no export of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All of a run. findings: how many; left: those that are not repaired."""
+    """Totals of a run."""
 
     adapters: int
     artifacts: int
     artifact_bytes: int
     findings: int
     repaired: int
-    left: int
+    left: int  # findings that are not repaired
 
 
 class Doctor:
-    """Looks at everything, and repairs what it may. Blocking; services may run meanwhile.
+    """Inspects all rows and artifacts, and repairs them if `repair` is set.
 
-    open_backbone: for embedding again, called once for each name. The caller closes what it opened.
+    Blocking; services may run meanwhile. `open_backbone`: called once per name, to embed inputs again; the
+    caller closes the backbones. `older_than`: age in seconds from which an unreferenced file is a finding.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class Doctor:
         self._repaired = 0
 
     def findings(self) -> Iterator[Finding]:
-        """Each finding, as it is found and, if asked for, repaired."""
+        """Yield each finding, after its repair if `repair` is set."""
         for finding in self._all():
             self._found += 1
             self._repaired += finding.repaired
             yield finding
 
     def summary(self) -> Summary:
-        """Of what was looked at by now."""
+        """Return the totals so far."""
         read = asdict(self._inspector.read)
         return Summary(
             **read, findings=self._found, repaired=self._repaired, left=self._found - self._repaired
@@ -105,7 +106,7 @@ class Doctor:
             return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)
 
     def _mend(self, state: InspectedAdapter, damages: Sequence[Damage]) -> Iterator[Finding]:
-        """Versions first: what becomes live must not be another damaged one."""
+        """Repair an adapter. Damaged versions go first and together, so that none of them becomes live."""
         uid = state.record.uid
         versions = {number for damage in damages for number in damage.versions}
         evidence = {number for damage in damages for number in damage.evidence} - versions
@@ -117,7 +118,7 @@ class Doctor:
             if any(damage.recount for damage in damages):
                 self._write(state, lambda connection: recount(connection, uid))
         except UnknownAdapter:
-            # With the adapter all that was damaged is gone.
+            # The adapter was deleted, and the damaged rows and files with it.
             yield from (replace(damage.finding, repaired=True) for damage in damages)
             return
         for damage in damages:
@@ -128,10 +129,10 @@ class Doctor:
                 yield replace(damage.finding, repaired=bool(simple))
 
     def _write(self, state: InspectedAdapter, change: Callable[[Connection], tuple[Artifact, ...]]) -> None:
-        """Change the rows, and delete the files that nothing refers to any more."""
+        """Change the rows, and delete the files that become unreferenced."""
         with self._database.writing() as connection:
             unreferenced = change(connection)
-        # What cannot be deleted now is swept later.
+        # A later sweep removes files that cannot be deleted now.
         with suppress(StoreError):
             self._store.delete(state.record.tenant, state.record.uid, unreferenced)
 
@@ -159,7 +160,7 @@ class Doctor:
         )
 
     def _repoint(self, state: InspectedAdapter, damage: Damage, moved: Sequence[Repoint]) -> Finding:
-        """Have the examples lie elsewhere, unless they were changed since they were read."""
+        """Point the examples at other files, unless they have changed since they were read."""
         uid = state.record.uid
         try:
             with self._database.writing() as connection:
@@ -182,7 +183,7 @@ class Doctor:
 
 
 def _places(examples: Sequence[ExampleRecord], damage: Damage) -> set[tuple[str, str, int]]:
-    """Which examples lie where, of those in the damaged files."""
+    """Return the ids and places of the examples in the damaged files."""
     files = {damage.examples[0].segment, damage.examples[0].inputs}
     return {
         (one.id, one.segment.name, one.row) for one in examples if one.segment in files or one.inputs in files

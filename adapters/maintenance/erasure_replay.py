@@ -1,4 +1,4 @@
-"""Erasures done again in a copy of an older state, so that what was erased is not restored."""
+"""Repeats erasures in a copy of an older state, so that a restore does not bring erased data back."""
 
 from __future__ import annotations
 
@@ -32,30 +32,27 @@ from adapters.storage.formats import decode_embeddings, decode_inputs, encode_em
 
 
 class Files(Protocol):
-    """Where artifacts are read from and rewritten ones go. See Store."""
+    """The part of Store that a replay uses to read artifacts and to publish rewritten ones."""
 
-    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
-        """See Store.read."""
-        ...
+    def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes: ...
 
-    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
-        """See Store.publish."""
-        ...
+    def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact: ...
 
 
 @dataclass(slots=True)
 class Replayed:
-    """What was taken away. without_live: tenant and name of adapters whose live version went."""
+    """Counts of what a replay erased or cancelled."""
 
     tenants: int = 0
     adapters: int = 0
     examples: int = 0
     jobs: int = 0
+    # Tenant and name of adapters that lost their live version.
     without_live: set[tuple[str, str]] = field(default_factory=set)
 
 
 def erasures_of(database: Database) -> dict[str, dict[str, Any]]:
-    """The rows of the table, by id."""
+    """Return all recorded erasures as rows, by id."""
     with database.reading() as connection:
         return {row.id: dict(row._mapping) for row in connection.execute(select(erasures))}
 
@@ -63,7 +60,7 @@ def erasures_of(database: Database) -> dict[str, dict[str, Any]]:
 def replay(
     database: Database, files: Files, todo: Sequence[dict[str, Any]], replayed: Replayed | None = None
 ) -> Replayed:
-    """Do these erasures in the database, oldest first, and record them there. Adds to `replayed`."""
+    """Repeat these erasures in the database, oldest first, and record them there. Adds to `replayed`."""
     replayed = replayed or Replayed()
     for row in sorted(todo, key=lambda one: (one["at"], one["id"])):
         with database.writing() as connection:
@@ -78,7 +75,7 @@ def replay(
 
 
 def _tenant(connection: Connection, tenant: str, at: datetime, replayed: Replayed) -> None:
-    """All of the tenant that was there at the time."""
+    """Delete everything of the tenant that existed at the time `at`."""
     mine = select(adapters.c.uid).where(adapters.c.tenant == tenant, adapters.c.created_at <= at)
     for uid in connection.scalars(mine).all():
         replayed.adapters += _adapter(connection, uid)
@@ -99,7 +96,7 @@ def _examples(connection: Connection, files: Files, row: dict[str, Any], replaye
     uid, at = row["adapter_uid"], row["at"]
     if connection.scalar(select(adapters.c.uid).where(adapters.c.uid == uid)) is None:
         return
-    # An upload that was not taken in yet, and an answer, may hold what was erased.
+    # Uploads of unfinished jobs, and stored replies, may hold erased examples.
     unfinished = jobs.c.state.in_(("queued", "running")) & (jobs.c.kind == "bulk_adapt")
     ended = update(jobs).where(jobs.c.adapter_uid == uid, unfinished, jobs.c.created_at <= at)
     values = {"state": "cancelled", "lease_until": None, "finished_at": at}
@@ -115,7 +112,7 @@ def _examples(connection: Connection, files: Files, row: dict[str, Any], replaye
         return
     adapter = adapter_by_uid(connection, uid)
     committed = commit(connection, _change(files, adapter, kept, removals))
-    # It is remembered as what it was, and not as another one of now.
+    # The commit recorded a new erasure. `replay` records the original one in its place.
     connection.execute(delete(erasures).where(erasures.c.id == committed.erasure))
     replayed.examples += len(removals)
     if adapter.live is not None and committed.adapter.live is None:
@@ -125,7 +122,7 @@ def _examples(connection: Connection, files: Files, row: dict[str, Any], replaye
 def _change(
     files: Files, adapter: AdapterRecord, kept: Sequence[ExampleRecord], removals: Sequence[str]
 ) -> Change:
-    """What takes the examples away, once what lies beside them in a file is rewritten without them."""
+    """Rewrite the files that hold the examples, and return the change that removes them."""
     plan = plan_change(kept, (), removals=removals)
     starts = [_rewrite(files, adapter, bundle) for bundle in plan.bundles]
     _, repoints = locate(plan, None, starts)
@@ -140,7 +137,7 @@ def _change(
 
 
 def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> SegmentSlot:
-    """The places, one after the other in new files."""
+    """Copy the rows of a bundle to new files, in order; return the place of the first."""
     tenant, uid = adapter.tenant, adapter.uid
     read = {place.segment: files.read(tenant, uid, place.segment) for place in bundle}
     embeddings = {segment: decode_embeddings(data) for segment, data in read.items()}

@@ -1,4 +1,4 @@
-"""Every row held against its artifact, and every artifact against the rows."""
+"""Checks every row against its artifacts, and every artifact against its rows."""
 
 from __future__ import annotations
 
@@ -22,47 +22,39 @@ from models.runtime.session import open_session
 
 T = TypeVar("T")
 
-_LOOKS = 5
-_PAGE = 1_000
+_LOOKS = 5  # most reads of an adapter that changes during its inspection
+_PAGE = 1_000  # adapters per query
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be; never what an example holds.
-
-    tenant, adapter: names, empty where it is about no adapter. what: the thing, e.g. "version 3". code is
-    stable, detail tells a person what to do.
-    """
+    """Something that is wrong. It never contains the contents of an example."""
 
     tenant: str
-    adapter: str
-    what: str
-    code: str
-    detail: str
+    adapter: str  # name; empty, like the tenant, if the finding concerns no adapter
+    what: str  # the damaged thing, e.g. "version 3"
+    code: str  # stable
+    detail: str  # tells the operator what to do
     repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A finding with what a repair needs to know.
-
-    versions: to be deleted. evidence: versions that have lost it. segment, inputs: of the examples whose
-    files are damaged, the one or the other or both. recount: counts are wrong.
-    """
+    """A finding, with the details that its repair needs."""
 
     finding: Finding
-    versions: frozenset[int] = frozenset()
-    evidence: frozenset[int] = frozenset()
-    segment: Artifact | None = None
-    inputs: Artifact | None = None
+    versions: frozenset[int] = frozenset()  # versions to delete
+    evidence: frozenset[int] = frozenset()  # versions whose evidence is lost
+    segment: Artifact | None = None  # the damaged embeddings of `examples`, if any
+    inputs: Artifact | None = None  # the damaged inputs of `examples`, if any
     examples: tuple[ExampleRecord, ...] = ()
-    live: bool = False
-    recount: bool = False
+    live: bool = False  # the live version does not exist
+    recount: bool = False  # counts are wrong
 
 
 @dataclass(slots=True)
 class Read:
-    """How much was read."""
+    """Totals of what was read."""
 
     adapters: int = 0
     artifacts: int = 0
@@ -71,7 +63,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class InspectedAdapter:
-    """An adapter as it was read in one transaction."""
+    """An adapter with its rows, read in one transaction."""
 
     record: AdapterRecord
     next_version: int
@@ -81,7 +73,7 @@ class InspectedAdapter:
 
     @classmethod
     def read(cls, connection: Connection, uid: str) -> InspectedAdapter:
-        """Raises UnknownAdapter."""
+        """Read the adapter's rows. Raises UnknownAdapter."""
         record = adapter_by_uid(connection, uid)
         query = select(adapters.c.next_version).where(adapters.c.uid == uid)
         return cls(
@@ -94,7 +86,7 @@ class InspectedAdapter:
 
 
 class Inspector:
-    """Looks at everything, while services may run. Blocking."""
+    """Inspects the database and the store. Blocking; services may run meanwhile."""
 
     def __init__(self, database: Database, store: Store) -> None:
         self.read = Read()
@@ -102,7 +94,7 @@ class Inspector:
         self._store = store
 
     def database(self) -> Iterator[Finding]:
-        """What is wrong with the database as a whole."""
+        """Yield the findings that concern the database as a whole."""
         with self._database.reading() as connection:
             if self._database.is_sqlite:
                 for (line,) in connection.execute(text("PRAGMA integrity_check")):
@@ -112,7 +104,7 @@ class Inspector:
                 yield from _strays(connection, table)
 
     def uids(self) -> Iterator[str]:
-        """Of every adapter."""
+        """Yield the uid of every adapter."""
         after = ""
         while True:
             query = select(adapters.c.uid).where(adapters.c.uid > after).order_by(adapters.c.uid).limit(_PAGE)
@@ -124,9 +116,9 @@ class Inspector:
             after = page[-1]
 
     def adapter(self, uid: str) -> tuple[InspectedAdapter | None, list[Damage]]:
-        """An adapter with all that is damaged of it; None where it is gone.
+        """Return an adapter and its damage; None and no damage if the adapter is gone.
 
-        What is found of one that changes meanwhile is looked for again.
+        If damage is found and the adapter has changed meanwhile, it is inspected again.
         """
         state: InspectedAdapter | None = None
         found: list[Damage] = []
@@ -201,7 +193,7 @@ class Inspector:
     def _load(
         self, state: InspectedAdapter, artifact: Artifact, decode: Callable[[bytes], T]
     ) -> tuple[T | None, str | None]:
-        """What an artifact holds, or the code of what is wrong with it."""
+        """Return the decoded artifact, or the code of what is wrong with it."""
         try:
             data = self._store.read(state.record.tenant, state.record.uid, artifact)
         except (MissingArtifact, CorruptArtifact) as error:
@@ -210,7 +202,7 @@ class Inspector:
         self.read.artifact_bytes += len(data)
         try:
             return decode(data), None
-        # Whatever a decoder stumbles over, the bytes are not what they should be.
+        # Any error of a decoder means that the bytes are damaged.
         except Exception:
             return None, "unreadable_artifact"
 
@@ -240,7 +232,7 @@ def _damaged_examples(
     inputs: tuple[Artifact | None, str | None],
     here: Sequence[ExampleRecord],
 ) -> Damage:
-    """segment, inputs: each with the code of what is wrong with it, if anything."""
+    """Return the damage of examples in the same files. `segment`, `inputs`: file, and error code if any."""
     count = f"{len(here)} examples"
     lost_inputs = inputs[0] is None or inputs[1] is not None
     if segment[1] is None:
@@ -276,7 +268,7 @@ def _counts(state: InspectedAdapter) -> Iterator[Damage]:
 
 
 def _strays(connection: Connection, table: Table) -> Iterator[Finding]:
-    """Rows that refer to rows that are not there."""
+    """Yield a finding for each foreign key with rows that refer to missing rows."""
     for key in table.foreign_keys:
         parent = key.column
         there = select(parent).where(parent == key.parent).exists()

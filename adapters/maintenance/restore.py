@@ -1,4 +1,4 @@
-"""A backup put in the place of what a database and a store hold, but for what was erased since."""
+"""Restores a backup into a database and a store, without the data that was erased since."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Artifact, Buffer, MissingArtifact, Store, StoreError
 from adapters.storage.local import LocalStore
 
-# Services that run meanwhile may still delete what an older commit left over.
+# Looks for missing artifacts after a restore: a running service may still delete what an older commit left
+# unreferenced.
 _LOOKS = 3
-_LOOK_SECONDS = 0.5
-_PARALLEL = 8
-# As a commit takes them, so that the two do not wait for each other; readers go on.
+_LOOK_SECONDS = 0.5  # between two looks
+_PARALLEL = 8  # threads that store artifacts
+# The tables are locked in the order of a commit, so that the two cannot deadlock. Readers are not blocked.
 _LOCK = (
     "LOCK TABLE tenants, keys, adapters, jobs, artifacts, versions, examples, erasures, replies, changes "
     "IN EXCLUSIVE MODE"
@@ -48,39 +49,39 @@ _LOCK = (
 
 
 class TargetInUse(RuntimeError):
-    """The database has tenants or adapters, and was not to be replaced."""
+    """The database has tenants or adapters, and `replace` is not set."""
 
     code = "target_in_use"
 
 
 class BackupTooOld(RuntimeError):
-    """Some of what was erased since the backup may be remembered nowhere."""
+    """The backup is so old that some erasures since then may no longer be recorded."""
 
     code = "backup_too_old"
 
 
 class _ErasedMeanwhile(Exception):
-    """The target knows of erasures that are not done in the copy."""
+    """The target has erasures that the copy does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What there is now. replaced: adapters that the target had before. replayed: what was erased again."""
+    """The result of a restore."""
 
     manifest: Manifest
     adapters: int
     artifacts: int
-    replaced: int
-    replayed: Replayed
+    replaced: int  # adapters that the target had before
+    replayed: Replayed  # erasures since the backup, repeated
 
 
 def restore(
     backup: Path, database: Database, store: Store, *, replace: bool = False, old: bool = False
 ) -> Restored:
-    """Put the backup in the place of what is there; services may run, and notice within a second.
+    """Restore the backup into the database and the store. Running services notice within a second.
 
-    Everything is verified, and what was erased since is erased, in a copy, before anything changes. Raises
-    BadBackup, BackupTooOld unless `old`, TargetInUse, WrongStore, RegistryTooNew, and
+    The backup is verified, and the erasures since then are repeated in a copy, before anything changes.
+    Raises BadBackup, BackupTooOld unless `old`, TargetInUse unless `replace`, WrongStore, RegistryTooNew, and
     what database and store raise.
     """
     manifest = read_manifest(backup)
@@ -116,26 +117,24 @@ def restore(
 
 
 class _Overlay:
-    """The files of a backup, and over them what is rewritten, which never goes into the backup."""
+    """The files of a backup, overlaid by rewritten ones. The backup itself is never written to."""
 
     def __init__(self, below: LocalStore, above: LocalStore) -> None:
         self._below, self._above = below, above
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
-        """See Store.read."""
         try:
             return self._above.read(tenant, adapter_uid, artifact)
         except MissingArtifact:
             return self._below.read(tenant, adapter_uid, artifact)
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
-        """See Store.publish."""
         return self._above.publish(tenant, adapter_uid, data)
 
 
 @contextmanager
 def _opened(backup: Path, manifest: Manifest) -> Iterator[tuple[Database, _Overlay]]:
-    """A copy of the backup's database with current tables, and its files. Raises BadBackup."""
+    """Yield a migrated copy of the backup's database, and its files. Raises BadBackup, RegistryTooNew."""
     artifacts = backup / ARTIFACTS
     if not artifacts.is_dir():
         raise BadBackup(f"{backup} has no folder {ARTIFACTS!r}.")
@@ -148,7 +147,7 @@ def _opened(backup: Path, manifest: Manifest) -> Iterator[tuple[Database, _Overl
 
 
 def _open_registry(backup: Path, manifest: Manifest, scratch: Path) -> Database:
-    """A copy of the backup's database, migrated. Raises BadBackup, RegistryTooNew."""
+    """Return a migrated copy of the backup's database. Raises BadBackup, RegistryTooNew."""
     path = scratch / REGISTRY
     try:
         shutil.copyfile(backup / REGISTRY, path)
@@ -166,7 +165,7 @@ def _open_registry(backup: Path, manifest: Manifest, scratch: Path) -> Database:
 
 
 def _verify(copy: Database, files: _Overlay) -> None:
-    """Raises BadBackup unless every artifact that the rows refer to is there whole."""
+    """Raise BadBackup unless every artifact that the rows refer to is present and intact."""
     with copy.reading() as connection:
         held = references(connection)
     for tenant, uid, artifact in held:
@@ -180,7 +179,7 @@ def _verify(copy: Database, files: _Overlay) -> None:
 
 
 def _erased_later(backup: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """What the newer complete backups beside this one know to be erased, by id. Raises BadBackup."""
+    """Return the erasures recorded in newer complete backups beside this one, by id. Raises BadBackup."""
     found: dict[str, dict[str, Any]] = {}
     mine = backup.resolve()
     for other in sorted(mine.parent.iterdir()):
@@ -189,7 +188,7 @@ def _erased_later(backup: Path, manifest: Manifest) -> dict[str, dict[str, Any]]
         try:
             theirs = read_manifest(other)
         except BadBackup:
-            # Not one, or not a complete one.
+            # The folder is not a complete backup.
             continue
         if _time(theirs) < _time(manifest):
             continue
@@ -207,7 +206,7 @@ def _time(manifest: Manifest) -> datetime:
 
 
 def _pair(copy: Database, database: Database, store: Store) -> None:
-    """A new database in the place of a lost one takes its name, and so its store. Raises WrongStore."""
+    """Give a new database the identity of the lost one that the store belongs to. Raises WrongStore."""
     theirs, mine = Identity(copy), Identity(database)
     if store.identity() == theirs.name:
         mine.take_over(theirs.name)
@@ -231,21 +230,17 @@ def _refuse(connection: Connection, replace: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What the target holds that must not come again.
+    """The state of the target before the restore: numbers that must not be given again, and names."""
 
-    names: uid by tenant and name. adapters: revision, next version and epoch by uid. attempts: by job. keys:
-    when they were revoked and when they expire, by id.
-    """
-
-    names: Mapping[tuple[str, str], str]
-    adapters: Mapping[str, tuple[int, int, int]]
-    attempts: Mapping[str, int]
-    keys: Mapping[str, tuple[datetime | None, datetime | None]]
+    names: Mapping[tuple[str, str], str]  # uid, by tenant and adapter name
+    adapters: Mapping[str, tuple[int, int, int]]  # revision, next version and epoch, by uid
+    attempts: Mapping[str, int]  # by job id
+    keys: Mapping[str, tuple[datetime | None, datetime | None]]  # times of revocation and expiry, by key id
     tenants: frozenset[str]
 
     @classmethod
     def read(cls, connection: Connection) -> _Before:
-        """As it is in the transaction."""
+        """Read the state in the connection's transaction."""
         columns = (adapters.c.tenant, adapters.c.name, adapters.c.uid)
         counted = (adapters.c.revision, adapters.c.next_version, adapters.c.epoch)
         rows = connection.execute(select(*columns, *counted)).all()
@@ -262,9 +257,10 @@ class _Before:
 
 
 class _Arriving:
-    """What becomes of the backup's rows on their way into the target.
+    """Alters the backup's rows on their way into the target.
 
-    restored: the adapters, by tenant and name. gone: what the target had, and has no more.
+    `restored`: tenant and name of the adapters that arrived. `gone`: those of adapters that the target had
+    and that are not restored with the same uid.
     """
 
     def __init__(self, before: _Before, now: datetime) -> None:
@@ -274,7 +270,7 @@ class _Arriving:
         self._now = now
 
     def alter(self, table: Table) -> Callable[[Row], Row]:
-        """What to do with each row of the table."""
+        """Return the function that alters each row of the table."""
         special = {adapters.name: self._adapter, jobs.name: self._job, keys.name: self._key}
         return special.get(table.name, lambda row: row)
 
@@ -285,14 +281,14 @@ class _Arriving:
             self.gone.discard(name)
         revision, next_version, epoch = self._before.adapters.get(row["uid"], (0, 0, 0))
         return row | {
-            # One more than either: whoever still has the examples of that revision in mind must read again.
+            # The revision is above both, so that a service with cached examples reads them again.
             "revision": max(row["revision"], revision) + 1,
             "next_version": max(row["next_version"], next_version),
             "epoch": next_epoch(max(row["epoch"], epoch), self._now),
         }
 
     def _job(self, row: Row) -> Row:
-        """As another attempt may begin it; a worker that has one of the target's may write nothing."""
+        """Queue an unfinished job again. A worker that holds an attempt in the target loses its lease."""
         if row["state"] not in ("queued", "running"):
             return row
         attempt = max(row["attempt"], self._before.attempts.get(row["id"], 0))
@@ -305,14 +301,14 @@ class _Arriving:
         }
 
     def _key(self, row: Row) -> Row:
-        """In use no longer than it is now: a restore gives no revoked key back."""
+        """Keep the earlier expiry, and any revocation: a restore must not revive a revoked key."""
         revoked, expires = self._before.keys.get(row["id"], (None, None))
         ends = [end for end in (expires, row["expires_at"]) if end is not None]
         return row | {"revoked_at": revoked or row["revoked_at"], "expires_at": min(ends, default=None)}
 
 
 def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, int]:
-    """Replace all rows; how many adapters there are now, and how many there were."""
+    """Replace all rows; return the number of adapters after and before."""
     if target.dialect.name == "postgresql":
         target.execute(text(_LOCK))
     _refuse(target, replace)
@@ -334,7 +330,11 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
 
 
 def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterable[str]) -> None:
-    """Tell running services, as late as can be: they look back only so far for what becomes visible late."""
+    """Record the changed adapters and tenants for running services.
+
+    This comes last in the transaction, because services look back only a few seconds for changes that become
+    visible after the time that they carry.
+    """
     told = {name: name in arriving.gone for name in arriving.restored}
     told |= dict.fromkeys(arriving.gone - arriving.restored, True)
     told |= {(tenant, ""): True for tenant in tenants_gone}
@@ -348,7 +348,7 @@ def _announce(connection: Connection, arriving: _Arriving, tenants_gone: Iterabl
 
 
 def _make_sure(store: Store, files: _Overlay, held: Iterable[Reference]) -> None:
-    """Put again what a running service has just deleted of the rows that were there before."""
+    """Put back artifacts that a running service deletes on account of the rows that were replaced."""
     for look in range(_LOOKS):
         if look:
             time.sleep(_LOOK_SECONDS)

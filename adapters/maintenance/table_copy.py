@@ -1,4 +1,4 @@
-"""Rows from one database to another of either kind, and the counters that number them."""
+"""Copies rows and id counters from one database to another, each SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from adapters.storage.artifact import Artifact
 Row = dict[str, Any]
 
 TABLES: tuple[Table, ...] = tuple(metadata.sorted_tables)
-"""In the order in which they can be filled: what a row refers to is there before it."""
+"""All tables, in the order in which they can be filled: parents before the rows that refer to them."""
 
 KEPT = (changes, identity)
-"""What a target keeps when its rows are replaced: running services look into the changes for what is new, and
-the identity is the target's own."""
+"""Tables that a target keeps when its rows are replaced. Running services poll the changes, and the identity
+is the target's own."""
 
-_COUNTED = (artifacts.c.id, changes.c.epoch)
-_AT_ONCE = 1_000
+_COUNTED = (artifacts.c.id, changes.c.epoch)  # columns that the database numbers
+_AT_ONCE = 1_000  # rows per insert
 
 
 def copy_rows(
     source: Connection, target: Connection, table: Table, alter: Callable[[Row], Row] = lambda row: row
 ) -> int:
-    """Insert all rows of a table, each as `alter` leaves it; returns how many."""
+    """Copy all rows of a table, each changed by `alter`; return how many."""
     copied = 0
     found = source.execute(select(table).execution_options(yield_per=_AT_ONCE))
     for part in found.partitions():
@@ -37,7 +37,7 @@ def copy_rows(
 
 
 def counters(connection: Connection) -> dict[str, int]:
-    """The highest number that each table with numbered rows has given, by the table's name."""
+    """Return the highest number given so far by each table with numbered rows, by table name."""
     found = {}
     for column in _COUNTED:
         if connection.dialect.name == "postgresql":
@@ -51,7 +51,7 @@ def counters(connection: Connection) -> dict[str, int]:
 
 
 def raise_counters(connection: Connection, least: Mapping[str, int]) -> None:
-    """See to it that the next number of each table is above the one given, and above all given before."""
+    """Raise each table's counter, so that its next number is above `least` and above all given before."""
     now = counters(connection)
     for column in _COUNTED:
         name = column.table.name
@@ -65,7 +65,7 @@ def raise_counters(connection: Connection, least: Mapping[str, int]) -> None:
 
 
 def references(connection: Connection) -> list[tuple[str, str, Artifact]]:
-    """Every artifact that rows refer to, unfinished jobs' uploads too, with its tenant and adapter's uid."""
+    """Return tenant, adapter uid and artifact of all that rows refer to, uploads of unfinished jobs too."""
     columns = (artifacts.c.adapter_uid, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
     of_adapter = artifacts.c.adapter_uid == adapters.c.uid
     query = select(adapters.c.tenant, *columns).join(adapters, of_adapter)

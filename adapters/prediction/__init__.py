@@ -1,1 +1,1 @@
-"""Embeddings in, answers out."""
+"""Predictions: embeddings in, answers out."""

@@ -16,17 +16,17 @@ from adapters.prediction.predictor import Loaded, Predictor
 from models.preprocess.pixels import with_byte_input
 from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
 
-# Version of the metadata. 2: the graph decides on abstention, and the tokenizer truncates and pads. 3: the
-# graph takes images as bytes and normalises them.
+# Version of the metadata. Since 2 the graph decides on abstention, and the tokenizer truncates and pads.
+# Since 3 the graph takes images as bytes and normalises them.
 FORMAT: Final = "3"
 
 Format = Literal["onnx", "safetensors"]
 
 
 class VersionExporter:
-    """Makes export files.
+    """Exports versions to files. For one event loop.
 
-    For one event loop. One ONNX file at a time, for each is as large as its backbone.
+    ONNX files are made one at a time, because each is as large as its backbone.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -34,7 +34,10 @@ class VersionExporter:
         self._turn = asyncio.Semaphore(1)
 
     async def export(self, tenant: str, name: str, number: int, form: Format) -> bytes:
-        """The version as a file. Raises UnknownAdapter, UnknownVersion, and what Predictor.load raises."""
+        """Return the version as a file.
+
+        Raises UnknownAdapter, UnknownVersion, and what Predictor.load raises.
+        """
         loaded = await self._predictor.load(tenant, name, number)
         if form == "safetensors":
             return loaded.head.to_bytes()
@@ -51,7 +54,7 @@ def _with_head(graph: bytes, loaded: Loaded) -> bytes:
 
 
 def _metadata(loaded: Loaded) -> Mapping[str, str]:
-    """What a program needs besides the network: how inputs are prepared, and what the outputs mean."""
+    """Return what a program needs besides the network: how to prepare inputs and read the outputs."""
     backbone = loaded.batcher.backbone
     transform = backbone.spec.transform
     metadata = {
@@ -71,7 +74,7 @@ def _metadata(loaded: Loaded) -> Mapping[str, str]:
 
 
 def _tokenizer(path: Path, transform: TextTransform) -> str:
-    """The tokenizer, which truncates and pads as the backbone does."""
+    """Return the tokenizer as JSON, set to truncate and pad as the backbone does."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(transform.max_tokens)
     padding = tokenizer.id_to_token(transform.pad_id) or ""

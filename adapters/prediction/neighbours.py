@@ -1,4 +1,4 @@
-"""The nearest examples, as evidence for a prediction."""
+"""The nearest training examples, as evidence for a prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from models.arrays import Floats
 class Neighbour:
     """A training example near an input.
 
-    target: as it was when the version was fitted. similarity: cosine, -1..1.
+    `target`: as it was when the version was fitted. `similarity`: cosine, -1..1.
     """
 
     id: str
@@ -32,7 +32,10 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The examples that a version was fitted on and that are still kept, by the segment that they lie in."""
+    """The examples that a version was fitted on and that are still kept.
+
+    `segments`: by segment, the indexes of its examples in `ids` and their rows, int64 (k,) each.
+    """
 
     ids: Sequence[str]
     targets: Sequence[Target]
@@ -40,25 +43,25 @@ class Known:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, roughly."""
+        """Approximate size in memory."""
         return 300 * len(self.ids) + 200
 
 
 class NeighbourIndex:
-    """Finds nearest examples. For one event loop. Reads the database and the segments, once per commit."""
+    """Finds nearest examples. Reads the database and the segments once per commit. For one event loop."""
 
     def __init__(self, repository: AdapterRepository, *, max_bytes: int = 16 << 20) -> None:
         self._repository = repository
         self._known: ByteLRU[Known] = ByteLRU(max_bytes, lambda known: known.nbytes)
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Forget what is in memory of the tenant, or of its adapter of that name."""
+        """Drop the tenant's data from memory, or only that of its adapter of this name."""
         self._known.drop_of(tenant, name)
 
     async def nearest(self, alias: Alias, embeddings: Floats, count: int) -> list[tuple[Neighbour, ...]]:
-        """For each embedding, float32 (n, dim), the `count` most similar examples, the nearest first.
+        """Return, for each embedding, float32 (n, dim), the `count` most similar examples, nearest first.
 
-        Examples removed or replaced by another input since the version was fitted are not among them. Raises
+        Examples that were removed, or got another input, since the version was fitted are left out. Raises
         MissingArtifact, CorruptArtifact, RegistryUnavailable.
         """
         if alias.evidence is None:
@@ -89,7 +92,7 @@ class NeighbourIndex:
 
 
 def _join(evidence: Evidence, examples: Sequence[ExampleRecord]) -> Known:
-    """What a version was fitted on, where it lies now. An id with another input is another example."""
+    """Return the fitted examples in their present places. An id with another input is another example."""
     kept = {example.id: example for example in examples}
     places: dict[Artifact, list[tuple[int, int]]] = {}
     for index, (name, digest) in enumerate(zip(evidence.ids, evidence.digests, strict=True)):

@@ -1,4 +1,4 @@
-"""The second flow: inputs in, predictions of the live version out. No database on the way."""
+"""The predict pipeline: inputs in, predictions of the live version out, without reading the database."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ from models.preprocess.preprocessor import InputError
 from models.spec import GRAPH_FILE, UnknownBackbone
 
 Input = bytes | str | InputError
-"""Encoded image bytes, a text, or why there is neither."""
+"""Encoded image bytes, a text, or the error in place of either."""
 
 
 class NoLiveVersion(RuntimeError):
-    """The adapter is there, but none of its versions is live."""
+    """The adapter exists, but none of its versions is live."""
 
     code = "no_live_version"
 
 
 class HeadMismatch(RuntimeError):
-    """The version belongs to another backbone than the one served under its name."""
+    """The version was fitted on a backbone other than the one served under its name."""
 
     code = "fingerprint_mismatch"
 
 
 @dataclass(frozen=True, slots=True)
 class PredictQuery:
-    """What a tenant asks of /predict. version: None for the live one. explain: how many nearest examples."""
+    """A request to /predict.
+
+    `version`: None for the live one. `explain`: number of nearest examples to return.
+    """
 
     adapter: str
     inputs: Sequence[Input]
@@ -56,9 +59,9 @@ class PredictQuery:
 
 @dataclass(frozen=True, slots=True)
 class PredictAnswer:
-    """The predictions in the order of the inputs, an error in the place of each that failed.
+    """Predictions in the order of the inputs; an input that failed has an error in its place.
 
-    timings: seconds.
+    `timings`: seconds by stage.
     """
 
     adapter: str
@@ -70,18 +73,18 @@ class PredictAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A version ready to answer."""
+    """A version that is ready to answer."""
 
     alias: Alias
     version: int
     head: Head
-    batcher: Batcher  # of the backbone, from which a fine-tuned version has its own network
+    batcher: Batcher  # the shared backbone's; a fine-tuned version has its own network besides
 
 
 class Predictor:
-    """Answers with heads in memory.
+    """Answers with heads in memory. For one event loop.
 
-    For one event loop. observe(stage, seconds) is called with the stage head.
+    `observe(stage, seconds)` is called with the stage head.
     """
 
     def __init__(
@@ -103,20 +106,20 @@ class Predictor:
         self._scorer = HeadScorer(lambda seconds: observe("head", seconds))
 
     def check_room(self, tenant: str, name: str) -> None:
-        """Raises Overloaded or BatcherClosed where a prediction would end so, as far as is known.
+        """Raise Overloaded or BatcherClosed if a prediction would raise it, as far as is known.
 
-        For those who know the adapter before they have read the inputs.
+        For callers that know the adapter before they have read the inputs.
         """
         alias = self._aliases.known(tenant, name)
         if alias is not None and alias.network is None and alias.backbone in self.batchers:
             self.batchers[alias.backbone].check_room(tenant)
 
     async def predict(self, tenant: str, query: PredictQuery) -> PredictAnswer:
-        """One prediction, or an error, for each input. What is wrong with the adapter is raised before any
-        work.
+        """Return one prediction, or an error, for each input.
 
-        Raises UnknownAdapter, UnknownVersion, NoLiveVersion, HeadMismatch, CorruptArtifact, MissingArtifact,
-        CorruptHead, Overloaded, DeadlineExceeded, BatcherClosed.
+        Errors that concern the adapter are raised before any work. Raises UnknownAdapter, UnknownVersion,
+        NoLiveVersion, HeadMismatch, CorruptArtifact, MissingArtifact, CorruptHead, Overloaded,
+        DeadlineExceeded, BatcherClosed.
         """
         started = time.perf_counter()
         loaded = await self.load(tenant, query.adapter, query.version, query.min_epoch)
@@ -137,7 +140,7 @@ class Predictor:
             ]
         if query.explain and good:
             if loaded.alias.network is not None:
-                # What is kept of examples is the backbone's.
+                # The kept embeddings of examples are the backbone's, not the network's.
                 inputs = [query.inputs[index] for index in good]
                 vectors = (await embed(loaded.batcher, inputs, tenant)).embeddings
             near = await self._nearest(loaded.alias, query, vectors)
@@ -150,28 +153,28 @@ class Predictor:
     async def load(
         self, tenant: str, name: str, version: int | None = None, min_epoch: int | None = None
     ) -> Loaded:
-        """The version that is to answer, checked against the backbone that is served.
+        """Return the version that is to answer, checked against the served backbone.
 
-        Raises as predict does.
+        Raises what `predict` raises.
         """
         alias = await self._aliases.get(tenant, name, version=version, min_epoch=min_epoch)
         try:
             return await self._load(alias)
         except MissingArtifact:
-            # Another process may have removed the version a moment ago; the registry knows.
+            # Another process may just have removed the version; the registry knows.
             newer = await self._newer(alias, version)
             if newer.artifact == alias.artifact:
                 raise
             return await self._load(newer)
 
     async def _newer(self, alias: Alias, version: int | None) -> Alias:
-        """The alias as the registry has it now. Raises UnknownAdapter, UnknownVersion."""
+        """Return the alias as the registry has it now. Raises UnknownAdapter, UnknownVersion."""
         return await self._aliases.get(alias.tenant, alias.name, version=version, min_epoch=alias.epoch + 1)
 
     async def _nearest(
         self, alias: Alias, query: PredictQuery, vectors: Floats
     ) -> list[tuple[Neighbour, ...]]:
-        """See NeighbourIndex.nearest. What went a moment ago is looked for where it is now."""
+        """Return the nearest examples; if files are missing, look again where the examples are now."""
         try:
             return await self._neighbour_index.nearest(alias, vectors, query.explain)
         except MissingArtifact:
@@ -195,7 +198,7 @@ class Predictor:
 
         head = await self._heads.get(artifact.sha256, read, (alias.tenant, alias.name))
         batcher = self.batchers.get(alias.backbone)
-        # The head of a fine-tuned version is for its own network, which began as the backbone.
+        # The head of a fine-tuned version belongs to its own network, which was trained from the backbone.
         wanted = alias.fingerprint if alias.network is not None else head.fingerprint
         if batcher is None or batcher.backbone.fingerprint != wanted:
             raise HeadMismatch(
@@ -208,7 +211,7 @@ class Predictor:
 
     @asynccontextmanager
     async def _embedding(self, loaded: Loaded) -> AsyncIterator[Batcher]:
-        """What embeds for the version: the backbone that all share, or the version's own network."""
+        """Yield the batcher that embeds for the version: the shared backbone's, or its own network's."""
         if loaded.alias.network is None:
             yield loaded.batcher
             return
@@ -216,7 +219,7 @@ class Predictor:
             yield batcher
 
     async def graph(self, loaded: Loaded) -> bytes:
-        """The ONNX bytes of the version's network, or of the backbone. Raises as predict does."""
+        """Return the ONNX bytes of the version's network or backbone. Raises what `predict` raises."""
         alias, network = loaded.alias, loaded.alias.network
         if network is None:
             path = loaded.batcher.backbone.path / GRAPH_FILE
@@ -224,12 +227,12 @@ class Predictor:
         try:
             return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
         except MissingArtifact:
-            # If the version went a moment ago, this says so.
+            # This raises UnknownVersion if the version has just been removed.
             await self._newer(alias, alias.version)
             raise
 
     async def embed(self, tenant: str, backbone: str, inputs: Sequence[Input]) -> Embedded:
-        """The bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
+        """Return bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
         if backbone not in self.batchers:
             raise UnknownBackbone(
                 f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
@@ -240,7 +243,7 @@ class Predictor:
 
 
 async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embedded:
-    """Embeds what can be; errors of the edge and inputs of the wrong kind stand in their places."""
+    """Embed the valid inputs; those that failed before, or of the wrong kind, get errors in their places."""
     spec = batcher.backbone.spec
     errors: dict[int, InputError] = {}
     good: dict[int, bytes | str] = {}
@@ -270,7 +273,7 @@ async def embed(batcher: Batcher, inputs: Sequence[Input], tenant: str) -> Embed
 
 
 def _without_words(one: Prediction, head: Head) -> Prediction:
-    """The answer for a text of which the backbone knows no token: it would be the same for any other."""
+    """Return the answer for a text without a known token: abstained, as any such text gets the same."""
     if one.abstention_reason == "not_measured":
         return one
     uncertain = one.uncertain

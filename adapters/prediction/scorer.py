@@ -1,4 +1,4 @@
-"""Heads applied to embeddings: what comes at the same time for the same head is answered in one pass."""
+"""Heads applied to embeddings: inputs that arrive together for the same head are answered in one pass."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from adapters.prediction.neighbours import Neighbour
 from models.arrays import Floats
 
 Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
-"""Why an answer had better not be relied on; of several reasons, the first of these."""
+"""Why an answer should not be relied on; if several reasons apply, the first of these."""
 
-# Probabilities are answered with six digits, because more are not known. They are never 0 or 1.
+# Probabilities are answered with six digits, because more are not known, and are never 0 or 1.
 _DIGITS = 6
 _LEAST, _MOST = 0.000001, 0.999999
-# Heads with more weights than this answer from a thread: on the event loop they would hold up everybody.
+# Heads with more weights than this answer from a thread: on the event loop they would delay all requests.
 _WEIGHTS_ON_LOOP = 1 << 16
-# With more, arrays are faster.
+# Heads with more labels than this are applied with numpy to a single row too, which is then faster.
 _LABELS_OF_A_SINGLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What is answered for one input; see head.Predictions.
+    """The answer for one input; see head.Predictions.
 
-    confidence and probabilities: rounded to six digits, above 0 and below 1. distance: see
-    head.Predictions, six digits; None where too few examples were there to tell. label: of a classification.
-    labels: those assigned of a multilabel adapter. uncertain: of those and of the labels in probabilities,
-    the ones whose decision had better not be relied on. value: of a regression. probabilities: the top_k
-    labels with the highest first. truncated: of the text, only the start was read.
+    `confidence`, `probabilities`: rounded to six digits, above 0 and below 1. `distance`: see
+    head.Predictions, six digits; None if there were too few examples to tell. `label`: of a classification.
+    `labels`: those assigned, of a multilabel adapter. `uncertain`: of these and of the labels in
+    `probabilities`, those whose decision should not be relied on. `value`: of a regression. `probabilities`:
+    the top_k labels, highest first. `truncated`: only the start of the text was read.
     """
 
     confidence: float
@@ -53,19 +53,19 @@ class Prediction:
 
     @property
     def abstained(self) -> bool:
-        """Whether the answer had better not be relied on."""
+        """Whether the answer should not be relied on."""
         return self.abstention_reason is not None
 
 
-# Embeddings that wait, and who waits for their predictions.
+# Waiting embeddings, and the future of their predictions.
 _Waiting = tuple[Floats, asyncio.Future[list[Prediction]]]
 
 
 class HeadScorer:
-    """For one event loop. observe(seconds) is called with the seconds of each pass.
+    """Applies heads. For one event loop. `observe(seconds)` is called with the duration of each pass.
 
-    Callers whose inputs were in one batch of a backbone wake together. A head is forty small operations of
-    numpy, whatever the number of rows, so those that share one share the pass.
+    Callers whose inputs were in one batch of a backbone wake together. A pass is forty small numpy
+    operations, whatever the number of rows, so callers with the same head share one.
     """
 
     def __init__(self, observe: Callable[[float], None]) -> None:
@@ -75,14 +75,17 @@ class HeadScorer:
     async def answer(
         self, head: Head, embeddings: Floats, top_k: int, *, alone: bool = False
     ) -> list[Prediction]:
-        """A prediction for each row of the embeddings, float32 (n, dim). alone: nobody comes with it."""
+        """Return a prediction for each row of the embeddings, float32 (n, dim).
+
+        `alone`: no other caller wakes together with this one.
+        """
         if head.weight.size > _WEIGHTS_ON_LOOP:
             return await asyncio.to_thread(self._pass, head, embeddings, top_k)
         if alone and not self._waiting:
             return self._pass(head, embeddings, top_k)
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            # Runs after everybody who woke in this round of the loop has come here.
+            # The flush runs after all callers that woke in this round of the loop have come here.
             loop.call_soon(self._flush)
         future: asyncio.Future[list[Prediction]] = loop.create_future()
         _, waiting = self._waiting.setdefault((id(head), top_k), (head, []))
@@ -102,7 +105,7 @@ class HeadScorer:
             begin = 0
             for rows, future in waiting:
                 end = begin + len(rows)
-                if not future.done():  # the caller may have gone
+                if not future.done():  # the caller may have been cancelled
                     future.set_result(answers[begin:end])
                 begin = end
 
@@ -117,10 +120,10 @@ class HeadScorer:
 
 
 def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
-    """What `shape` makes of `predict`, for one row, (dim,), of a classification.
+    """Return the same as `shape` with `head.predict`, for one row, (dim,), of a classification.
 
-    A call of numpy costs microseconds when a network has just thrown it out of the processor's caches, and
-    the other way has sixty; here Python's own arithmetic, in double precision, goes over the labels.
+    A numpy call costs microseconds when a network has just evicted numpy from the processor's caches, and
+    `shape` with `predict` needs sixty of them. Here plain Python, in double precision, loops over the labels.
     """
     logits: list[float] = head.logits(embedding).tolist()
     top = max(logits)
@@ -152,7 +155,7 @@ def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
 
 
 def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
-    """Why to abstain from an answer for an embedding."""
+    """Return the reason to abstain from an answer, or None."""
     if not head.measured:
         return "not_measured"
     if far:
@@ -161,12 +164,12 @@ def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
 
 
 def _evidence(surprise: float) -> float:
-    """See head.py."""
+    """Return the squared softplus, as `_evidence` in head.py does for arrays."""
     return float((max(surprise, 0.0) + math.log1p(math.exp(-abs(surprise)))) ** 2)
 
 
 def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
-    """What a head found, as one Prediction per row; equal probabilities in the order of the labels."""
+    """Return one Prediction per row of `found`; equal probabilities are in the order of the labels."""
     count = min(top_k, len(head.labels))
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
     chances = _shown(found.probabilities[np.arange(len(order))[:, None], order]).tolist()
@@ -207,7 +210,7 @@ def _assigned(head: Head, found: Predictions, row: int) -> tuple[str, ...] | Non
 
 
 def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -> tuple[str, ...] | None:
-    """Those of the labels in the answer whose decision is uncertain. shown: places of its probabilities."""
+    """Return the answered labels with an uncertain decision. `shown`: indexes of those with probabilities."""
     if found.assigned is None or found.uncertain is None:
         return None
     answered = found.assigned[row].copy()
@@ -216,5 +219,5 @@ def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -
 
 
 def _shown(chances: Floats) -> NDArray[np.float64]:
-    """Probabilities as they are answered."""
+    """Return probabilities as they are answered: rounded and clipped."""
     return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)

@@ -1,1 +1,1 @@
-"""Fits a head on embeddings. Numpy alone."""
+"""Fits and measures heads on embeddings, with NumPy alone."""

@@ -1,4 +1,4 @@
-"""The columns that the solvers work on, and from their weights back to features."""
+"""The basis in which the solvers work, and the map from their weights back to features."""
 
 from __future__ import annotations
 
@@ -11,33 +11,29 @@ from adapters.heads.scaling import blocks
 from adapters.probe.logistic import Design
 from models.arrays import Floats
 
-# Up to this many columns a full eigenbasis costs less than the products that it saves.
+# Largest number of rows or columns for which a full eigenbasis costs less than the products it saves.
 _FULL_BASIS = 512
-
-
-_LEADING = 64
+_LEADING = 64  # eigenvectors kept for the preconditioner of a larger basis
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """A design, and how weights on its columns become weights on features.
-
-    lift: orthonormal (columns without the intercept, dim), or None where the columns are the features.
-    """
+    """A design, and the map from weights on its columns to weights on features."""
 
     design: Design
-    lift: Floats | None
+    lift: Floats | None  # orthonormal rows (columns without intercept, dim); None if the columns are features
 
     def weights(self, solved: Floats) -> tuple[Floats, Floats]:
-        """Weights (labels, dim) and intercepts (labels,) from solved (labels, columns)."""
+        """Return weights (labels, dim) and intercepts (labels,) for `solved` weights (labels, columns)."""
         own = np.ascontiguousarray(solved[:, :-1])
         return (own if self.lift is None else own @ self.lift), solved[:, -1].copy()
 
 
 def basis_of(features: Floats, columns: int | None = None) -> Basis:
-    """The cheapest basis for features (n, dim): span of few rows, eigenbasis of few columns, else as is.
+    """Return the cheapest basis for features (n, dim).
 
-    columns: how many leading directions to keep; None for all.
+    Few rows are expressed in their span, few columns in an eigenbasis; larger features stay as they are.
+    `columns`: number of leading directions to keep; None keeps all.
     """
     n, dim = features.shape
     if columns is not None and columns < min(n, dim):
@@ -58,7 +54,7 @@ def basis_of(features: Floats, columns: int | None = None) -> Basis:
 
 
 def _span(features: Floats) -> Basis:
-    """Few rows: coordinates in their span, along the eigenvectors of the Gram matrix."""
+    """Return the coordinates of few rows in their span, along the eigenvectors of the Gram matrix."""
     values, vectors = np.linalg.eigh(features @ features.T)
     kept = values > 1e-6 * max(float(values[-1]), 1e-30)
     values, vectors = values[kept], vectors[:, kept]
@@ -68,7 +64,7 @@ def _span(features: Floats) -> Basis:
 
 
 def _rotated(features: Floats) -> Basis:
-    """Few columns: coordinates along the eigenvectors of the second moments."""
+    """Return the coordinates of few columns along the eigenvectors of the second moments."""
     values, vectors = np.linalg.eigh(features.T @ features)
     return _along(features, np.maximum(values, 0.0), vectors)
 

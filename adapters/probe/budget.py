@@ -1,4 +1,4 @@
-"""What a fit will cost, and how far to go at that price."""
+"""Predicts the cost of a fit, and chooses folds, steps and tolerance to match."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ FEW_EXAMPLES = 500
 _FOLDS_OF_FEW = 10
 _FOLDS = 5
 
-# Measured on one thread of an EPYC of 2021 at 2.45 GHz, which it shared with others.
+# Measured on one thread of a shared EPYC server of 2021, at 2.45 GHz.
 _FLOPS = 50e9
 _SECONDS_PER_LOGIT = 9e-9
 _SECONDS_PER_EXAMPLE = 3e-5
 _SECONDS_PER_EIGENVALUE_CUBED = 4e-10
 _SECONDS_AT_LEAST = 0.02
 
-# Steps of the solver: on the way through the strengths, from a near start, and to the end.
-_SEARCH_STEPS = 40
-_FOLD_STEPS = 14
-_FINAL_STEPS = 35
-_COLD_STEPS = 20
-_DEAR_FINAL_STEPS = 15
+# Solver steps that a fit is expected to take.
+_SEARCH_STEPS = 40  # one fold through all strengths of the search
+_FOLD_STEPS = 14  # another fold at the chosen strength, from a near start
+_FINAL_STEPS = 35  # all examples
+_COLD_STEPS = 20  # one fold of an expensive fit
+_DEAR_FINAL_STEPS = 15  # all examples of an expensive fit
 
-# All folds search where a step through them costs less than this many multiplications, else two of them.
+# Multiplications per step below which all folds take part in the search; otherwise two do.
 _CHEAP_STEP = 1 << 25
-# Beyond these seconds the strength is sought on a share of the examples, and fewer folds are held out.
+# Solver seconds above which a fit is expensive: the strength is then sought on a share of the examples, and
+# fewer folds are held out.
 _DEAR = 12.0
 _SEARCH_SECONDS = 4.0
 _HELD_OUT_SECONDS = 8.0
@@ -35,28 +36,23 @@ _COLUMNS_OF_DEAR = 192
 
 @dataclass(frozen=True, slots=True)
 class FitBudget:
-    """How a fit of logistic regressions goes.
+    """How to fit logistic regressions, and how long that should take."""
 
-    folds: how many the examples are dealt into. searched: folds on which strengths are compared. held_out:
-    folds whose predictions are measured; the others' examples are only trained on. share: every how manyth
-    example of a label takes part in the search. columns: leading directions of the features that are kept.
-    seconds: predicted.
-    """
-
-    folds: int
-    searched: int
-    held_out: int
-    share: int
-    columns: int
-    tolerance: float
-    seconds: float
+    folds: int  # number of folds that the examples are dealt into
+    searched: int  # folds on which strengths are compared
+    held_out: int  # folds whose predictions are measured; the other folds are only trained on
+    share: int  # n, if every n-th example of a label takes part in the search
+    columns: int  # leading directions of the features that are kept
+    tolerance: float  # of the final solution, in nats per example
+    seconds: float  # predicted duration
 
 
 def fold_count(examples: int, per_label: int | None = None) -> int:
-    """Folds for so many distinct inputs: many where every example that is held out is missed.
+    """Return the number of folds for `examples` distinct inputs.
 
-    Not more than a label usually has examples, so that every label misses as much in each fold: what has one
-    example left would lose to what still has two.
+    Few inputs get more folds, because training misses every example held out. There are no more folds than a
+    label usually has examples (`per_label`): otherwise a label with one example left would lose to a label
+    that still has two.
     """
     most = _FOLDS_OF_FEW if examples < FEW_EXAMPLES else _FOLDS
     return max(2, min(most, examples, most if per_label is None else per_label))
@@ -65,9 +61,9 @@ def fold_count(examples: int, per_label: int | None = None) -> int:
 def plan(
     n: int, dim: int, labels: int, distinct: int | None = None, per_label: int | None = None
 ) -> FitBudget:
-    """How to fit n examples (distinct of them different) with so many columns and labels.
+    """Return the budget for n examples, `distinct` of them different, with `dim` columns.
 
-    per_label: distinct examples that a label usually has.
+    `per_label`: number of distinct examples that a label usually has.
     """
     folds = fold_count(n if distinct is None else distinct, per_label)
     columns = min(n, dim)
@@ -79,7 +75,7 @@ def plan(
         return FitBudget(folds, searched, folds, 1, dim, 1e-6, fixed + step * steps)
     columns = min(columns, _COLUMNS_OF_DEAR)
     step = _step_seconds(n, columns, labels)
-    # Two examples of every label must be left, or there is nothing to hold out.
+    # Two examples of every label must remain, or there is nothing to hold out.
     share = int(max(1, min(2 * _SEARCH_STEPS * step // _SEARCH_SECONDS, n // (4 * labels))))
     held_out = int(max(1, min(folds, _HELD_OUT_SECONDS // (_COLD_STEPS * step))))
     seconds = step * (2 * _SEARCH_STEPS / share + held_out * _COLD_STEPS + _DEAR_FINAL_STEPS)
@@ -87,7 +83,7 @@ def plan(
 
 
 def predicted_seconds(n: int, dim: int, labels: int, task: Task) -> float:
-    """Seconds that linear_probe.fit is expected to take on one thread of a current server core."""
+    """Return the seconds that `fit.fit` should take on one thread of a current server core."""
     if task == "regression":
         m = min(n, dim)
         products = 4.0 * n * dim * m / _FLOPS + m**3 * _SECONDS_PER_EIGENVALUE_CUBED
@@ -96,11 +92,11 @@ def predicted_seconds(n: int, dim: int, labels: int, task: Task) -> float:
 
 
 def _step_seconds(n: int, columns: int, labels: int) -> float:
-    """One step of one problem: two products, and what is done to every logit."""
+    """Return the seconds of one step of one problem: two products, and the elementwise work on its logits."""
     return n * labels * (4.0 * columns / _FLOPS + _SECONDS_PER_LOGIT)
 
 
 def _basis_seconds(n: int, dim: int) -> float:
-    """Features, their directions, and the region."""
+    """Return the seconds for the features, their directions, and the novelty region."""
     m = min(n, dim, 512)
     return m**3 * _SECONDS_PER_EIGENVALUE_CUBED + 2.0 * n * dim * (m + 200) / _FLOPS

@@ -1,4 +1,4 @@
-"""What out-of-fold predictions say: how sure to be, when to keep silent, which labels to doubt."""
+"""Calibration from out-of-fold predictions: confidence, intervals, abstention and suspect labels."""
 
 from __future__ import annotations
 
@@ -13,68 +13,65 @@ from models.arrays import Bools, Floats
 
 BINS = 15
 _NORMAL_95 = 1.959964
-# Errors fall at most with this power of the number of examples (0.09 to 0.37 on nine sets).
+# Steepest power of the number of examples with which errors fall (0.09 to 0.37 on nine sets).
 _LEARNING_POWER = 0.37
-# Before examples are seen: the spread of logits that are right about how sure to be, of two labels and of one
-# example each, how it grows with both, and the standard deviation of its log. It is the same for every
-# strength of regularisation (measured on nine sets, 2 to 40 examples of each of 2 to 14 labels).
-_USUAL_SPREAD = 0.1
-_SPREAD_POWER_OF_EXAMPLES = 0.6
-_SPREAD_POWER_OF_LABELS = 1.2
+# Prior on the spread of calibrated logits. It is the same for every strength of regularisation (measured on
+# nine sets, 2 to 40 examples of each of 2 to 14 labels).
+_USUAL_SPREAD = 0.1  # for two labels with one example each
+_SPREAD_POWER_OF_EXAMPLES = 0.6  # exponent of the examples per label
+_SPREAD_POWER_OF_LABELS = 1.2  # exponent of the number of labels
 _LARGEST_USUAL_SPREAD = 2.5
-_SPREAD_DEVIATION = 0.8
-# How slopes grow with the examples that a classifier was fitted on.
+_SPREAD_DEVIATION = 0.8  # standard deviation of the log of the spread
+# Exponent with which calibrated slopes grow with the number of training examples.
 _SLOPE_POWER = 0.25
-# The spread of logits of unseen inputs, with one example of each label and the usual strength.
+# Spread of logits on unseen inputs, with one example of each label and the usual strength.
 _SPREAD_UNSEEN = 0.2
-# For multilabel heads, the usual slope grows with the strength of regularisation.
+# The usual slope of multilabel logits is one at this strength and grows with the strength.
 _USUAL_STRENGTH = 0.03
 _STRENGTH_POWER = 0.3
-_SLOPE_DEVIATION = 0.7
-# Mean confidence counts as much as so many answers that were right or wrong.
+_SLOPE_DEVIATION = 0.7  # standard deviation of the prior on slopes (on their log for multilabel)
+# Weight of the mean confidence against counted answers, in answers.
 _CALIBRATED_EXAMPLES = 50.0
-# More logits than this do not move a temperature.
+# Number of logits that a temperature is fitted on; more do not change it.
 _MOST_LOGITS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """How two classifiers' logits are added: slope x first + other x second + priors, and the mean loss.
-
-    stretch: the first logits' spread then, over what is usual.
-    """
+    """The weights with which two classifiers' logits are added: slope x first + other x second + priors."""
 
     slope: float
     other: float
-    loss: float
-    stretch: float = 1.0
+    loss: float  # mean over the held-out examples
+    stretch: float = 1.0  # spread of the scaled first logits over the usual spread
 
 
 def blend(logits: Floats, others: Floats, priors: Floats, labels: NDArray[np.int64], usual: float) -> Blend:
-    """The slopes by which to multiply two classifiers' logits before adding them to the log priors.
+    """Fit the slopes that multiply two classifiers' logits before these are added to the log priors.
 
-    logits, others: (labels, m) of the same examples held out, as if labels were equally frequent. priors:
-    (labels,). labels: (m,). usual: the spread of logits that are right about how sure to be.
-    The slopes are for classifiers fitted on as few; see grown.
-    Stacking (Wolpert 1992) with two numbers, by Newton's method. The first slope is never zero: its log is
-    drawn to what is usual, and so is the other towards zero, which matters for few examples only.
+    `logits`, `others`: (labels, m), of the same held-out examples, as if labels were equally frequent.
+    `priors`: (labels,). `labels`: (m,). `usual`: spread of calibrated logits.
+    The slopes suit classifiers fitted on the training folds; `grown` adjusts them to all examples.
+    The method is stacking (Wolpert 1992) with two numbers, by Newton's method. A prior draws the log of the
+    first slope to the usual one, so that it is never zero, and the other slope to zero. The prior matters
+    for few examples only.
     """
     if not len(labels):
         return Blend(usual / _SPREAD_UNSEEN, 0.0, 0.0)
     step = max(1, logits.size // _MOST_LOGITS)
     first, second, own = logits[:, ::step], others[:, ::step], labels[::step]
-    # In units in which one is the usual spread, of both.
+    # These slopes give both classifiers' logits the usual spread.
     unit, other_unit = usual / _spread(first), usual / _spread(second)
     right = np.stack([logit[own, np.arange(len(own))] for logit in (first, second)])
     offset = float(priors[own].sum(dtype=np.float64))
     tight = 1.0 / _SPREAD_DEVIATION**2
 
     def measure(place: float, other: float) -> tuple[float, float, tuple[float, float], _Curvature]:
-        """The objective, the loss, and both derivatives, by the log of the slope and by the other."""
+        """Return objective, loss, gradient and curvature with respect to the log of the slope and `other`."""
         slope = unit * math.exp(place)
         slopes = slope, other_unit * other
         loss, (one, two), (aa, ab, bb) = _blended(first, second, priors, right, offset, slopes)
-        # Where the slope should fall, the curvature by its log may be negative; half of it is safe.
+        # The curvature by the log may be negative if the slope should fall; half of its first term is safe.
         by_log = max(slope * slope * aa + slope * one, 0.5 * slope * slope * aa)
         gradient = slope * one + tight * place, other_unit * two + tight * other
         curvature = by_log + tight, slope * other_unit * ab, other_unit * other_unit * bb + tight
@@ -104,25 +101,28 @@ def blend(logits: Floats, others: Floats, priors: Floats, labels: NDArray[np.int
 
 
 def usual_spread(labels: int, per_label: float) -> float:
-    """Root mean square of logits around their mean over labels, before examples are seen."""
+    """Return the prior root mean square of logits around their mean over labels.
+
+    `per_label`: examples per label.
+    """
     grown = max(per_label, 1.0) ** _SPREAD_POWER_OF_EXAMPLES * (labels / 2.0) ** _SPREAD_POWER_OF_LABELS
     return float(min(_USUAL_SPREAD * grown, _LARGEST_USUAL_SPREAD))
 
 
 def grown(found: Blend, trained_share: float) -> Blend:
-    """The slopes for classifiers fitted on all examples, not on that share: they are right more often.
+    """Return the slopes for classifiers fitted on all examples instead of on `trained_share` of them.
 
-    How much more was measured on the sets of the usual spread.
+    More examples make them right more often, as measured on the same sets as the usual spread.
     """
     more = trained_share**-_SLOPE_POWER
     return replace(found, slope=found.slope * more, other=found.other * more)
 
 
 def temperature(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """The temperature of one classifier's logits (n, labels), and the mean loss at it (Guo et al. 2017).
+    """Return the temperature of one classifier's logits (n, labels), and the mean loss (Guo et al. 2017).
 
-    A network's logits are trained to be right about how sure to be: the slope, one over the temperature, is
-    drawn to one, which matters for few examples only. Newton's method.
+    A network is trained to be calibrated, so a prior draws the slope, one over the temperature, to one. The
+    prior matters for few examples only. Solved by Newton's method.
     """
     step = max(1, logits.size // _MOST_LOGITS)
     columns, own = np.ascontiguousarray(logits[::step].T), labels[::step]
@@ -137,7 +137,7 @@ def temperature(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float
         found, (one, _), (aa, _, _) = _blended(columns, nothing, flat, right, 0.0, (slope, 0.0))
         objective = found + 0.5 * tight * (slope - 1.0) ** 2
         if objective > value + 1e-9:
-            # Too far: half way back to the best so far.
+            # The step was too long: go half way back to the best slope.
             slope = 0.5 * (slope + best)
             continue
         drop, best, value, loss = value - objective, slope, objective, found
@@ -152,7 +152,7 @@ _Curvature = tuple[float, float, float]
 
 
 def _spread(logits: Floats) -> float:
-    """Root mean square around the mean over labels, (labels, m); one where there is nothing."""
+    """Return the root mean square of logits (labels, m) around their mean over labels; one if 0 or empty."""
     if not logits.size:
         return 1.0
     centred = logits - logits.mean(axis=0)
@@ -161,7 +161,7 @@ def _spread(logits: Floats) -> float:
 
 
 def _newton(other: float, gradient: tuple[float, float], curvature: _Curvature) -> tuple[float, float]:
-    """The step of two numbers of which the second stays zero or more."""
+    """Return the Newton step of two numbers, the second of which must not become negative."""
     (one, two), (aa, ab, bb) = gradient, curvature
     if other <= 0.0 and two >= 0.0:
         return -one / aa, 0.0
@@ -180,9 +180,9 @@ def _blended(
     offset: float,
     slopes: tuple[float, float],
 ) -> tuple[float, list[float], _Curvature]:
-    """Summed cross-entropy of the blended logits, its gradient, and its Hessian's three numbers.
+    """Return the summed cross-entropy of the blended logits, its gradient, and its Hessian's three numbers.
 
-    right: (2, m), both logits of the own labels. offset: the sum of their priors.
+    `right`: (2, m), both logits of each example's own label. `offset`: the sum of these labels' priors.
     """
     chances = np.float32(slopes[0]) * first + np.float32(slopes[1]) * second
     chances += priors[:, None]
@@ -205,17 +205,17 @@ def _blended(
 
 
 def usual_slope(strength: float) -> float:
-    """What logits regularised so are multiplied by, before examples are seen."""
+    """Return the prior slope of multilabel logits at this strength of regularisation."""
     return float((strength / _USUAL_STRENGTH) ** _STRENGTH_POWER)
 
 
 def sigmoid_temperature(
     logits: Floats, targets: Floats, strength: float, base: Floats
 ) -> tuple[float, float]:
-    """The same for labels that are each yes or no; the loss is per example.
+    """Return the temperature and the loss per example, for labels that are each yes or no.
 
-    logits, targets, base: (labels, n). base is added undivided: what is known without an input, as an
-    intercept is, must not grow with what inputs say.
+    `logits`, `targets`, `base`: (labels, n). `base`: log-odds known without the input, such as an intercept;
+    they are not divided by the temperature, so that they do not grow with what inputs say.
     """
     if not logits.shape[1]:
         return _temperature(lambda slope: (0.0, 0.0, 0.0), 0, strength)
@@ -234,7 +234,7 @@ def sigmoid_temperature(
 def _temperature(
     measure: Callable[[float], tuple[float, float, float]], n: int, strength: float
 ) -> tuple[float, float]:
-    """Newton on the log of the slope (one over the temperature); the temperature and the loss per example."""
+    """Return temperature and loss per example, by Newton on the log of the slope (1 / temperature)."""
     usual = math.log(usual_slope(strength))
     place, loss = usual, math.inf
     prior = 1.0 / _SLOPE_DEVIATION**2
@@ -251,16 +251,16 @@ def _temperature(
 
 
 def smoothing(held_out: int) -> float:
-    """The share of the probability to spread evenly, so that none is higher than examples can support.
+    """Return the share of probability to spread evenly, so that none exceeds what the examples support.
 
-    After so many right answers in a row the next one is wrong with this probability, if nothing was known
-    of it before: the mean of the posterior from Jeffreys' prior (Brown, Cai and DasGupta 2001).
+    It is the probability that the next answer is wrong after `held_out` right ones in a row: the posterior
+    mean under Jeffreys' prior (Brown, Cai and DasGupta 2001).
     """
     return 0.5 / (held_out + 1.0)
 
 
 def calibration_error(confidence: Floats, right: Bools) -> float:
-    """Expected calibration error over 15 equal bins of confidence."""
+    """Return the expected calibration error over 15 equal bins of confidence."""
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     gaps = np.bincount(bins, weights=confidence.astype(np.float64) - right, minlength=BINS)
     return float(np.abs(gaps).sum() / max(len(confidence), 1))
@@ -269,17 +269,17 @@ def calibration_error(confidence: Floats, right: Bools) -> float:
 def accuracy_interval(
     right: Bools, *, groups: int | None = None, unmeasured: int = 0, trained_share: float = 1.0
 ) -> list[float]:
-    """Where, with 95 % confidence, the accuracy on a test will lie that has half as many examples.
+    """Return the 95 % interval of the accuracy on a test set with half as many examples.
 
-    Of a hundred examples or fewer as many, of two hundred or fewer a hundred. A test is a sample too:
-    Wilson's interval for the true accuracy would hold the accuracy of an equally large test in 83 % of
-    cases only. The difference of two samples varies as if there were n m / (n + m) examples.
+    The test set has 100 examples if n is 100 to 200, and n examples if n is less. It is a sample too:
+    Wilson's interval for the true accuracy would hold the accuracy on an equally large test set in only 83 %
+    of cases. The difference of samples of n and m examples varies as if there were n m / (n + m) examples.
 
-    right: (m,), m > 0, of examples held out. groups: of how many groups they are, for copies say nothing
-    new. unmeasured: further examples that could not be held out, each the only one of its label: they may be
-    as easy as the others, or all be wrong. trained_share: how much of the examples was there when one was
-    held out; with all of them errors are fewer by the power law of learning curves (Hestness et al. 2017),
-    at most as steep as on the measured sets.
+    `right`: (n,), n > 0, of held-out examples. `groups`: number of groups they form, since copies add no
+    information. `unmeasured`: further examples that could not be held out, each the only one of its label;
+    they may be as easy as the others, or all be wrong. `trained_share`: share of the examples that was
+    trained on when one was held out. With all of them errors fall by the power law of learning curves
+    (Hestness et al. 2017), at most as steeply as on the measured sets.
     """
     n = len(right)
     known = n if groups is None else groups
@@ -289,23 +289,23 @@ def accuracy_interval(
 
 
 def share_interval(share: float, worth: float, n: int) -> list[float]:
-    """The same for a share measured on n examples that are worth so many independent answers."""
+    """Return the same interval for a share measured on n examples, worth `worth` independent answers."""
     test = max(min(n, 100), n / 2.0)
     known = worth * test / (n + test)
     square = _NORMAL_95**2
     centre = (share + square / (2.0 * known)) / (1.0 + square / known)
     spread = math.sqrt(share * (1.0 - share) / known + square / (4.0 * known * known))
     reach = _NORMAL_95 / (1.0 + square / known) * spread
-    # Rounding must not leave the share itself outside.
+    # Rounding must not exclude the share itself.
     return [max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))]
 
 
 def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:
-    """The lowest confidence from which the wanted share of answers is expected to be right; 0 if of all.
+    """Return the lowest confidence from which the wanted share of answers is expected to be right.
 
-    confidence, right: (m,) of examples held out. What is expected is the mean confidence, which is
-    calibrated, until so many are answered that their count says it better. Where no share is that good, what
-    is wanted, above the highest confidence seen.
+    `confidence`, `right`: (m,), of held-out examples. The expected share is the mean confidence, which is
+    calibrated; the counted share takes over as answers grow in number. Returns 0 if all may be answered. If
+    no threshold reaches `wanted`, returns `wanted` or just above the highest confidence, whichever is higher.
     """
     if not len(right):
         return wanted
@@ -314,7 +314,7 @@ def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:
     answered = np.arange(1, len(order) + 1)
     sure, hits = np.cumsum(sorted_confidence, dtype=np.float64), np.cumsum(right[order])
     share = (_CALIBRATED_EXAMPLES * sure / answered + hits) / (_CALIBRATED_EXAMPLES + answered)
-    # A threshold lies between two different confidences.
+    # A threshold can only lie between two different confidences.
     ends = np.append(sorted_confidence[:-1] > sorted_confidence[1:], True)
     good = np.flatnonzero((share >= wanted) & ends)
     if not len(good):
@@ -323,11 +323,10 @@ def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:
 
 
 def suspects(probabilities: Floats, labels: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(row, label that it looks like) of examples whose label is doubtful, the most doubtful first.
+    """Return (row, label that it looks like) of examples with a doubtful label, the most doubtful first.
 
-    probabilities: (n, labels), held out. Confident learning (Northcutt et al. 2021): an example looks like
-    another label if that label's probability is at least the mean it has on examples which bear it, and the
-    highest of these.
+    `probabilities`: (n, labels), held out. Confident learning (Northcutt et al. 2021): an example looks like
+    the most probable of the labels whose probability is at least their mean on the examples that bear them.
     """
     n, count = probabilities.shape
     if not n:

@@ -24,15 +24,14 @@ from models.arrays import Floats
 _PRIOR_EXAMPLES = 20.0
 _MOST_SUSPECTS = 50
 _MOST_CONFUSIONS = 500
-# A label that is recognised less often than this is worth a warning, which names so many.
-_LOW_RECALL = 0.5
-_MOST_NAMED = 5
+_LOW_RECALL = 0.5  # recall below which a label is warned about
+_MOST_NAMED = 5  # labels that the warning names
 
 
 def fit_classification(
     data: FitInputs, labels: NDArray[np.int64], names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Head, report and scores (n,) for labels, numbers of names (n,); see linear_probe.fit."""
+    """Return head, report and scores (n,), as in FittedProbe. `labels`: (n,), indices into `names`."""
     count = len(names)
     region = fit_region(data.embeddings, labels, data.folds, directions_for(count, data.embeddings.shape[1]))
     scaling = scaling_of(data.embeddings)
@@ -44,12 +43,12 @@ def fit_classification(
     measured_folds = range(_held_out(data.plan, data.folds))
     others = np.zeros((count, len(labels)), dtype=np.float32)
     others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
-    # How frequent labels were in training is taken out of the logits, and what is known of it put in.
+    # Label frequencies in training are subtracted from the logits, and shrunk ones are added instead.
     trained = np.log(sizes / sizes.sum()).astype(np.float32)
     priors = _priors(labels[data.sampled], count, data.balanced)
     measured = data.sampled & (data.folds >= 0)
     tellable = len(np.unique(labels[measured])) > 1
-    # Each example held out was missing with the others of its fold.
+    # A held-out example is predicted without the other examples of its fold.
     trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
     usual = calibration.usual_spread(count, trained_share * len(labels) / count)
 
@@ -121,11 +120,11 @@ def fit_classification(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was held out: probabilities (m, labels), which rows they are of (m,), and their labels (m,)."""
+    """Predictions for m held-out examples."""
 
-    probabilities: Floats
-    rows: NDArray[np.int64]
-    own: NDArray[np.int64]
+    probabilities: Floats  # (m, labels)
+    rows: NDArray[np.int64]  # (m,), the examples' rows in the data
+    own: NDArray[np.int64]  # (m,), the examples' labels
 
 
 def report_of(
@@ -137,17 +136,17 @@ def report_of(
     unmeasured: NDArray[np.int64] | None = None,
     trained_share: float = 1.0,
 ) -> dict[str, Any]:
-    """What examples held out say of labels, numbers of names.
+    """Return the report on held-out examples, whose labels are indices into `names`.
 
-    sizes: how many examples each label has in all. unmeasured: labels (u,) of examples to be measured that
-    could not be held out, for each is the only one of its label: what cannot be predicted when it is held
-    out was predicted wrongly. groups, trained_share: see calibration.accuracy_interval.
+    `sizes`: number of examples of each label in all. `unmeasured`: labels (u,) of sampled examples that could
+    not be held out, each the only one of its label; they count as wrong, because their label cannot be
+    predicted without them. `groups`, `trained_share`: see calibration.accuracy_interval.
     """
     probabilities, own = held_out.probabilities, held_out.own
     alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
-    # Two labels have to be told apart.
+    # Accuracy needs two labels to tell apart.
     measured = len(np.unique(own)) > 1
     wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
     hits = np.bincount(own[right], minlength=len(names))
@@ -172,7 +171,7 @@ def report_of(
 
 
 def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What a person should know who reads the accuracy alone."""
+    """Return warnings for readers who look at the accuracy only."""
     if report["accuracy"] is None:
         return []
     found = []
@@ -203,10 +202,10 @@ def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
-    """Log frequencies (count,) of labels (m,), drawn to equal ones as far as chance would explain the rest.
+    """Return log frequencies (count,) of labels (m,), drawn to equal ones as far as chance explains them.
 
-    James and Stein's estimate (1961), positive part: what the counts differ by more than they would if all
-    labels were equally frequent. A few more examples of each label are counted, too.
+    This is the positive part of James and Stein's estimate (1961): counts keep the share of their differences
+    that equally frequent labels would not show. A few pseudo-examples of each label are added.
     """
     sizes = np.bincount(labels, minlength=count).astype(np.float64)
     equal = max(sizes.sum(), 1.0) / count
@@ -217,22 +216,22 @@ def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
 
 
 def _held_out(plan: FitBudget, folds: NDArray[np.int64]) -> int:
-    """How many folds, the first ones, the search or the report holds out."""
+    """Return the number of folds, from the first one, that the search or the report holds out."""
     return min(max(plan.searched, plan.held_out), int(folds.max(initial=-1)) + 1)
 
 
 def _share(labels: NDArray[np.int64], sizes: NDArray[np.int64], every: int) -> NDArray[np.int64]:
-    """Ascending rows of every so manyth example of each label, at least two of it."""
+    """Return the ascending rows of every `every`-th example of each label, at least two per label."""
     order = np.argsort(labels, kind="stable")
     places = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.sort(order[(places % every == 0) | (places < 2)])
 
 
 def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
-    """Row weights (k, n) of each fold's training.
+    """Return row weights (k, n) for the training of each fold.
 
-    Without a fold a label is rarer than it is. In few examples that is a lot, and what was held out would
-    look less likely than it is: the rest of the label stands in for it.
+    A label is rarer without the examples of the fold. If it has few, held-out examples would look much less
+    likely than they are, so the weights of the remaining ones are raised to make up for them.
     """
     weights = np.empty((int(folds.max()) + 1, len(labels)), dtype=np.float32)
     for fold, row in enumerate(weights):
@@ -246,7 +245,7 @@ def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArra
 def _per_label(
     own: NDArray[np.int64], answers: NDArray[np.int64], sizes: NDArray[np.int64], names: tuple[str, ...]
 ) -> dict[str, dict[str, float | int | None]]:
-    """Precision, recall and F1 held out, None where nothing is to divide by. support: all examples."""
+    """Return precision, recall and F1 on held-out examples, None if undefined; support is of all examples."""
     count = len(names)
     hits = np.bincount(own[own == answers], minlength=count).tolist()
     given = np.bincount(answers, minlength=count).tolist()
@@ -265,7 +264,7 @@ def _per_label(
 def _confusion(
     own: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...]
 ) -> dict[str, dict[str, int]]:
-    """label -> label answered -> examples; of many labels the right answers and the usual mistakes."""
+    """Return label -> label answered -> examples: all right answers and the most frequent mistakes."""
     pairs, counts = np.unique(own * len(names) + answers, return_counts=True)
     mistakes = np.flatnonzero(pairs // len(names) != pairs % len(names))
     left_out = set(mistakes[np.argsort(-counts[mistakes], kind="stable")][_MOST_CONFUSIONS:].tolist())
@@ -279,7 +278,7 @@ def _confusion(
 def _suspects(
     held_out: Measured, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Doubtful labels by row, with the probability of what the example looks like."""
+    """Return doubtful labels by row, with the probability of the label that the example looks like."""
     return [
         {
             "index": int(held_out.rows[place]),

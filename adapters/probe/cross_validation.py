@@ -1,4 +1,4 @@
-"""Chooses the strength of regularisation on examples held out, folds and strengths together."""
+"""Chooses the strength of regularisation by cross-validation, with all folds solved together."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from adapters.probe.logistic import Design, Link, solve
 from models.arrays import Floats
 
 Loss = Callable[[Floats, NDArray[np.int64], float], tuple[float, float]]
-"""Of logits (labels, m) held out, the m rows that they are of, and the strength: the mean calibrated loss,
-and the slope that calibrated them, over what is usual at that strength."""
+"""Takes held-out logits (labels, m), the m rows they belong to, and the strength. Returns the mean calibrated
+loss, and the slope that calibrated the logits over the usual slope at that strength."""
 
-# Strengths are this one times half powers of ten: a finer grid changes no prediction that the noise would
-# not.
+# Strengths are this one times half powers of ten; a finer grid changes predictions less than noise does.
 MIDDLE_STRENGTH = 0.3
 _STEP = 10.0**0.5
-_LOWEST, _HIGHEST = -3, 7
-_DECADES_DEVIATION = 0.7
+_LOWEST, _HIGHEST = -3, 7  # positions on the grid; the middle strength is at 0
+_DECADES_DEVIATION = 0.7  # standard deviation of the prior on the strength, in powers of ten
 
-# Loss per example, in nats, that a solution may be short of: strengths differ by ten times as much. The loss
-# of few held out is not known so well: at 100 examples 0.05 / n is about a hundredth of its standard error.
+# Loss per example, in nats, that a fold's solution may be short of; strengths differ by ten times as much.
 _FOLD_TOLERANCE = 1e-4
+# The same for one example; n examples get 1 / n of it. At 100 that is about a hundredth of the loss's
+# standard error.
 _FOLD_TOLERANCE_OF_ONE = 0.05
 _FOLD_STEPS = 60
 _FINAL_STEPS = 150
@@ -34,57 +34,47 @@ _FINAL_STEPS = 150
 
 @dataclass(frozen=True, slots=True)
 class FitInputs:
-    """What fitting labels starts from.
+    """The inputs of a fit, apart from its targets."""
 
-    embeddings: float32 (n, dim) in canonical order; they are overwritten. folds: (n,) in 0..k-1, or -1 for
-    what is never held out. groups: (n,), the same number for examples that never judge each other. sampled:
-    bool (n,), what is measured on; the others are only learned from. balanced: see ProbeConfig.
-    memory_bytes: for everything but the embeddings.
-    """
-
-    embeddings: Floats
-    folds: NDArray[np.int64]
-    groups: NDArray[np.int64]
-    sampled: NDArray[np.bool_]
+    embeddings: Floats  # float32 (n, dim), in canonical order; overwritten by the fit
+    folds: NDArray[np.int64]  # (n,), in 0..k-1; -1 for rows that are never held out
+    groups: NDArray[np.int64]  # (n,), the same number for examples that never judge each other
+    sampled: NDArray[np.bool_]  # bool (n,), rows that are measured on; the others are only learned from
     plan: FitBudget
-    fingerprint: str
-    answer_accuracy: float
-    balanced: bool
-    memory_bytes: int
+    fingerprint: str  # of the backbone
+    answer_accuracy: float  # see ProbeConfig
+    balanced: bool  # see ProbeConfig
+    memory_bytes: int  # for everything but the embeddings
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The strength, the rows held out (m,) and their logits (labels, m), final weights (labels, p)."""
+    """The chosen strength and its solutions."""
 
     strength: float
-    rows: NDArray[np.int64]
-    logits: Floats
-    weights: Floats
+    rows: NDArray[np.int64]  # (m,), the rows held out
+    logits: Floats  # (labels, m), of these rows
+    weights: Floats  # (labels, p), fitted on all rows
 
 
 @dataclass(frozen=True, slots=True)
 class CrossValidation:
-    """Solves of one link over folds, shared between strengths by warm starts.
-
-    folds: (n,) in 0..k-1 or -1 for rows always trained on. training: (k, n), the weights of rows in each
-    fold's training, zero for those held out. memory_bytes: for all arrays together.
-    """
+    """Solves one link over folds; each strength starts from the solution of its neighbour."""
 
     design: Design
     link: Link
     labels: int
-    folds: NDArray[np.int64]
-    training: Floats
-    memory_bytes: int
+    folds: NDArray[np.int64]  # (n,), in 0..k-1; -1 for rows that are always trained on
+    training: Floats  # (k, n), row weights in each fold's training; zero for rows held out
+    memory_bytes: int  # for all arrays together
 
     def choose(
         self, plan: FitBudget, share: NDArray[np.int64], loss: Loss, intercepts: Floats | None = None
     ) -> Chosen:
-        """Seeks the strength as planned, solves the folds to hold out, then all rows.
+        """Search for the strength as planned, then solve the folds to hold out and all rows.
 
-        share: the ascending rows that take part in the search. intercepts: (labels, folds), to begin with.
-        Without folds the middle strength is taken.
+        `share`: ascending rows that take part in the search. `intercepts`: (labels, folds), to start from.
+        Without folds the middle strength is used.
         """
         count = len(self.training)
         if not count:
@@ -113,7 +103,7 @@ class CrossValidation:
             rows = self._rows(range(solved))
         others = range(solved, min(plan.held_out, count))
         if others:
-            # From what the solutions so far have in common.
+            # These folds start from the mean of the solutions so far.
             start = np.repeat(weights.mean(axis=1, keepdims=True), len(others), axis=1)
             more, more_logits = self._solve(others, strength, start)
             weights = np.concatenate([weights, more], axis=1) if solved else more
@@ -125,7 +115,7 @@ class CrossValidation:
         )
 
     def _search(self, count: int, loss: Loss, intercepts: Floats | None) -> tuple[float, Floats, Floats]:
-        """Climbs down the loss of the first folds over strengths: the best one, its weights and logits."""
+        """Descend the loss of the first folds over strengths; return the best, its weights and its logits."""
         folds = range(count)
         rows = self._rows(folds)
         found: dict[int, tuple[float, Floats, Floats]] = {}
@@ -144,13 +134,13 @@ class CrossValidation:
             start[:, :, -1] = intercepts[:, :count]
         visit(0, start)
         best = 0
-        # Which side to look on first. On seven sets the best was beyond the middle nearly always where logits
-        # wanted to be larger than usual there; elsewhere it was on either side, and weaker solves sooner.
+        # If logits should be larger than usual, the best strength was nearly always above the middle (seven
+        # sets). Otherwise it was on either side, and the weaker side, which solves faster, is tried first.
         for direction in (1, -1) if slopes[0] > 1.0 else (-1, 1):
             while _LOWEST <= best + direction <= _HIGHEST:
                 if visit(best + direction, found[best][1]) >= found[best][0]:
                     break
-                # Of many labels the logits are large, and only those of the best are needed again.
+                # Logits of many labels are large, and only the best ones are needed again.
                 del found[best]
                 best += direction
             if best:
@@ -159,7 +149,7 @@ class CrossValidation:
         return strength_at(best), weights, logits
 
     def final(self, strength: float, start: Floats | None, tolerance: float) -> Floats:
-        """The solution (labels, p) on all rows."""
+        """Return the solution (labels, p) on all rows."""
         return solve(
             self.design,
             self.link,
@@ -175,10 +165,10 @@ class CrossValidation:
         return np.flatnonzero((self.folds >= folds.start) & (self.folds < folds.stop))
 
     def _solve(self, folds: range, strength: float, start: Floats | None) -> tuple[Floats, Floats]:
-        """Weights (labels, folds, p), and logits (labels, m) of the rows that the folds hold out."""
+        """Return weights (labels, folds, p), and logits (labels, m) of the rows that the folds hold out."""
         n, p = self.design.rows.shape
-        # Three arrays of logits, and weights, gradients and directions, per problem; as much again for the
-        # rest.
+        # A problem has three arrays of logits and seven like its weights (gradients, directions); the factor
+        # of 8 is twice the size of a float32, to leave as much again for the rest.
         together = max(1, self.memory_bytes // (8 * self.labels * (3 * n + 7 * p)))
         rows = self._rows(folds)
         weights = np.empty((self.labels, len(folds), p), dtype=np.float32)
@@ -203,14 +193,15 @@ class CrossValidation:
 
 
 def strength_penalty(strength: float, held_out: int) -> float:
-    """Loss per example held out that a strength has to make up for: few examples say little about it.
+    """Return the loss per held-out example that a strength must make up for.
 
-    From 2 to 10 examples a label the middle one was within a point of the best on nine sets.
+    Few examples say little about the strength: with 2 to 10 per label the middle one was within a point of
+    the best on nine sets.
     """
     decades = math.log10(strength / MIDDLE_STRENGTH)
     return 0.5 * (decades / _DECADES_DEVIATION) ** 2 / max(held_out, 1)
 
 
 def strength_at(place: int) -> float:
-    """The strength at a place of the grid."""
+    """Return the strength at a position of the grid."""
     return MIDDLE_STRENGTH * _STEP**place

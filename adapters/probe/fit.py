@@ -41,13 +41,13 @@ _NOT_MEASURED = {
 
 
 class OneLabel(ValueError):
-    """There is nothing to tell apart: all examples have one label."""
+    """All examples have the same target, so there is nothing to tell apart."""
 
     code = "one_label"
 
 
 class TooCostly(ValueError):
-    """The fit is predicted to take longer than allowed; predicted_seconds says how long."""
+    """The fit is predicted to take longer than allowed; `predicted_seconds` says how long."""
 
     code = "fit_too_large"
 
@@ -62,55 +62,44 @@ class TooCostly(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Examples ready to be fitted: one row per example, in any order.
+    """Examples ready to be fitted: one row per example, in any order."""
 
-    embeddings: float32 (n, dim), finite. targets: n, normalised. digests: n, of the inputs. fingerprint: of
-    the backbone that made the embeddings. groups: n, the tenant's name for what belongs together (a customer,
-    a video), "" for none; examples of one group never judge each other. sampled: n, False for what was
-    chosen for being wrong or hard: it is learned from and not measured on. Both may be empty: no groups, all
-    sampled.
-    """
-
-    embeddings: Floats
-    targets: Sequence[Target]
-    digests: Sequence[str]
+    embeddings: Floats  # float32 (n, dim), finite
+    targets: Sequence[Target]  # n, normalised
+    digests: Sequence[str]  # n, of the inputs
     task: Task
-    fingerprint: str
+    fingerprint: str  # of the backbone that made the embeddings
+    # n names that the tenant gave to what belongs together (a customer, a video), "" for none; empty without
+    # groups. Examples of one group never judge each other.
     groups: Sequence[str] = ()
+    # n flags, False for examples chosen because they were wrong or hard: these are learned from but not
+    # measured on. Empty if all are sampled.
     sampled: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeConfig:
-    """How to fit.
+    """How to fit, and at what cost."""
 
-    answer_accuracy: wanted of what is not abstained on. balanced: labels count as equally frequent, whatever
-    the examples say. memory_bytes: bound above the inputs. limit_seconds: fits that are predicted to take
-    longer are refused.
-    """
-
-    answer_accuracy: float = ANSWER_ACCURACY
-    balanced: bool = False
-    memory_bytes: int = 512 << 20
-    limit_seconds: float = 30.0
+    answer_accuracy: float = ANSWER_ACCURACY  # wanted among the answers that are not abstained on
+    balanced: bool = False  # whether labels count as equally frequent, whatever the examples say
+    memory_bytes: int = 512 << 20  # limit, in addition to the dataset itself
+    limit_seconds: float = 30.0  # fits that are predicted to take longer are refused
 
 
 @dataclass(frozen=True, slots=True)
 class FittedProbe:
-    """A head with what is known of it.
-
-    report: JSON-able; suspects name rows of the dataset by "index". scores: float32 (n,), out of fold: 1 or
-    0 for right or wrong (F1 of its labels, for multilabel), minus the squared error for regression; NaN for
-    examples that were never held out.
-    """
+    """A fitted head, and how well it predicts."""
 
     head: Head
-    report: dict[str, Any]
+    report: dict[str, Any]  # JSON-serialisable; suspects refer to rows of the dataset by "index"
+    # float32 (n,), out of fold: 1 or 0 for right or wrong, F1 of the labels for multilabel, minus the squared
+    # error for regression; NaN for examples that were never held out.
     scores: Floats
 
 
 def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
-    """A head for the examples, with everything reported from out-of-fold predictions.
+    """Fit a head to the examples; everything reported comes from out-of-fold predictions.
 
     Deterministic: the same examples in any order give the same bytes. Raises OneLabel, TooCostly.
     """
@@ -130,7 +119,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
     course = plan(n, dim, len(names), int(groups.max()) + 1, per_label)
     dealt = folds(keys, targets, course.folds)
     used = np.unique(dealt[dealt >= 0])
-    # One fold alone measures nothing.
+    # A single fold measures nothing.
     dealt = (
         np.where(dealt < 0, -1, np.searchsorted(used, dealt)) if len(used) > 1 else np.full_like(dealt, -1)
     )
@@ -163,7 +152,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
 
 
 def expected_seconds(data: Dataset, config: ProbeConfig = ProbeConfig()) -> float:
-    """Seconds that `fit` is expected to take. Raises OneLabel and TooCostly, as it does."""
+    """Return the seconds that `fit` should take. Raises OneLabel and TooCostly, as `fit` does."""
     n, dim = data.embeddings.shape
     predicted = predicted_seconds(n, dim, len(_names(data)), data.task)
     if predicted > config.limit_seconds:
@@ -179,7 +168,7 @@ def _method(folds: int, course: FitBudget) -> str:
 
 
 def _names(data: Dataset) -> tuple[str, ...]:
-    """The labels in order. Raises OneLabel."""
+    """Return the sorted labels, none for regression. Raises OneLabel."""
     if len(set(data.targets)) < 2:
         raise OneLabel(
             "All examples have the same target, so there is nothing to tell apart; "
@@ -193,7 +182,7 @@ def _names(data: Dataset) -> tuple[str, ...]:
 
 
 def _per_label(keys: Sequence[str], targets: Sequence[Target]) -> int | None:
-    """How many groups an example's label usually has, of labels that have two or more; None without any."""
+    """Return the number of groups of the median group's label, among labels with two or more, or None."""
     sizes = Counter(target for _, target in set(zip(keys, targets, strict=True)))
     many = sorted(size for size in sizes.values() if size > 1)
     half = sum(many) / 2.0
@@ -201,7 +190,7 @@ def _per_label(keys: Sequence[str], targets: Sequence[Target]) -> int | None:
 
 
 def _canonical_order(data: Dataset) -> list[int]:
-    """Rows in an order that depends on what they hold only, so that sums round alike."""
+    """Return the rows in an order that depends only on their content, so that sums round alike."""
     copies = Counter(zip(data.digests, data.targets, strict=True))
 
     def key(row: int) -> tuple[str, Target, bytes]:
@@ -213,7 +202,7 @@ def _canonical_order(data: Dataset) -> list[int]:
 
 
 def _in_order(order: list[int], head: Head, report: dict[str, Any], scores: Floats) -> FittedProbe:
-    """Back from canonical rows to the caller's, and told what was not measured."""
+    """Map canonical rows back to the caller's, and add a warning if the head was not measured."""
     if not head.measured:
         report["warnings"] = [*report["warnings"], dict(_NOT_MEASURED)]
     back = np.empty(len(order), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Folds of examples, by their content."""
+"""Deals examples into folds by their content."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from adapters.examples.target import Target, labels_of
 
 
 def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[np.int64]:
-    """Stratified folds, int64 (n,), in 0..k-1; -1 for what must always be trained on.
+    """Return stratified folds, int64 (n,) in 0..k-1; -1 for rows that must always be trained on.
 
-    digests: of the inputs, or the keys of groups of them (see copies.together). Those with one share a fold,
-    so no copy of a held-out input is trained on. Every label's inputs are dealt over the folds as evenly as
-    they go, and so are all inputs; numbers are dealt in order of size. Where inputs have one label each, the
-    only input of a label is never held out (-1): without it the label could not be predicted. The result
-    depends on the (digest, target) pairs only, not on their order. k >= 2.
+    `digests`: of the inputs, or the keys of groups of them (see copies.together). Rows with the same digest
+    share a fold, so no copy of a held-out input is trained on. The inputs of every label are dealt over the
+    folds as evenly as possible, and so are all inputs; numbers are dealt in order of size. If inputs have one
+    label each, the only input of a label is never held out (-1): without it the label could not be predicted.
+    The result depends only on the (digest, target) pairs, not on their order. k >= 2.
     """
     rows_of: dict[str, list[int]] = {}
     for row, digest in enumerate(digests):
@@ -40,9 +40,9 @@ def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[
 
 
 def _by_label(labels: Mapping[str, Set[str]], *, alone: bool) -> list[str]:
-    """Digests label by label, the rarest label of each counting; alone: also the only holders of a label."""
+    """Return digests sorted by the rarest label of each. `alone`: include the only holder of a label."""
     holders = Counter(label for own in labels.values() for label in own)
-    # An example without labels is a stratum of its own.
+    # Examples without labels are a stratum of their own.
     rarest = {
         digest: min(((holders[label], label) for label in own), default=(len(labels), ""))
         for digest, own in labels.items()
@@ -54,6 +54,6 @@ def _by_label(labels: Mapping[str, Set[str]], *, alone: bool) -> list[str]:
 
 
 def _by_size(values: Mapping[str, float], k: int) -> list[str]:
-    """Digests in order of their values, shuffled by digest within every k neighbours."""
+    """Return digests in order of their values, shuffled by digest within every k neighbours."""
     ordered = sorted(values, key=lambda digest: (values[digest], digest))
     return [digest for begin in range(0, len(ordered), k) for digest in sorted(ordered[begin : begin + k])]

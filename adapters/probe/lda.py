@@ -1,7 +1,7 @@
-"""Linear discriminant analysis with a shrunk covariance: the other linear classifier, in closed form.
+"""Linear discriminant analysis with a shrunk covariance, in closed form: the second linear classifier.
 
-Where its assumption of one covariance for all labels holds it needs fewer examples than logistic
-regression (Efron 1975). What is held out decides how much it counts.
+If all labels share one covariance, as it assumes, it needs fewer examples than logistic regression
+(Efron 1975). Held-out examples decide how much it counts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from models.arrays import Floats
 
-_PROBES = 8
-# Numbers in the second moments of folds that are solved together.
+_PROBES = 8  # random vectors per estimate of a trace
+# Largest number of second moments that are solved together, over all their folds.
 _MOST_SUMS = 1 << 22
 
 
 class Discriminant:
-    """Sums from which the discriminant of all rows but any fold's follows.
+    """The sums from which the discriminant without any one fold follows.
 
-    rows: (n, p). labels: (n,) in 0..count-1, each there. folds: (n,), negative for rows in no fold. dim: of
-    the space whose coordinates the rows are; over all of it the covariance is shrunk to a multiple of the
-    identity.
+    `rows`: (n, p). `labels`: (n,), in 0..count-1, each present. `folds`: (n,), negative for rows in no fold.
+    `dim`: dimension of the space whose coordinates the rows are; over all of it the covariance is shrunk to a
+    multiple of the identity.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Discriminant:
         self._moments = rows.T @ rows
         diagonal = np.diagonal(self._moments)
         apart = self._moments - np.diag(diagonal)
-        # As in a basis of eigenvectors: then little is to be solved for a small fold.
+        # Moments are diagonal in a basis of eigenvectors; a small fold is then solved as a low-rank update.
         self._eigenvalues = diagonal if np.abs(apart).max() <= 1e-4 * diagonal.max() else None
-        # The fewer examples for the columns, the rounder the covariance. Near the best of a grid on ten sets.
+        # Fewer examples per dimension need more shrinkage; this is near the best of a grid on ten sets.
         self._shrinkage = 1.0 / (1.0 + 2.0 * (len(rows) / dim) ** 1.5)
 
     def held_out(self, folds: range) -> Floats:
-        """Logits (labels, m) of the folds' rows, ascending, each from what the other folds say."""
+        """Return logits (labels, m) of the folds' rows, ascending, each predicted without its own fold."""
         rows = np.flatnonzero((self._folds >= folds.start) & (self._folds < folds.stop))
         count = len(self._sizes)
         logits = np.empty((count, len(rows)), dtype=np.float32)
@@ -64,14 +64,14 @@ class Discriminant:
         return logits
 
     def weights(self) -> Floats:
-        """Weights (labels, p + 1) of all rows, the intercept last."""
+        """Return weights (labels, p + 1) fitted on all rows, the intercept last."""
         weight, bias = self._solved(self._moments[None].copy(), self._sums[None], self._sizes[None])
         return np.concatenate([weight[0], bias[0][:, None]], axis=1)
 
     def _without(
         self, owns: list[NDArray[np.int64]], sums: Floats, sizes: NDArray[np.int64]
     ) -> tuple[Floats, Floats]:
-        """Weights and biases as of _solved, of what is left without each fold's own rows."""
+        """Return weights and biases as `_solved` does, for the rows outside each fold."""
         largest = max(len(own) for own in owns)
         if self._eigenvalues is not None and 2 * (largest + sums.shape[1]) <= sums.shape[2]:
             return self._updated(self._eigenvalues, owns, largest, sums, sizes)
@@ -86,7 +86,7 @@ class Discriminant:
         sums: Floats,
         sizes: NDArray[np.int64],
     ) -> tuple[Floats, Floats]:
-        """The same by Woodbury's identity: a diagonal less a few outer products, those of rows and means."""
+        """Return the same by Woodbury's identity: a diagonal less outer products of a few rows and means."""
         roots = np.sqrt(np.maximum(sizes, 1)).astype(np.float32)[:, :, None]
         taken = np.zeros((len(owns), largest + sums.shape[1], sums.shape[2]), dtype=np.float32)
         for place, own in enumerate(owns):
@@ -102,7 +102,7 @@ class Discriminant:
         diagonal = np.arange(inner.shape[1])
         inner[:, diagonal, diagonal] += 1.0
         inverse = np.linalg.inv(inner)
-        # The means are among what is taken away, which leaves their rows of the inverse only.
+        # The means are among the vectors taken away, so only their rows of the inverse remain.
         weight: Floats = inverse[:, largest:] @ scaled
         weight /= roots
         traces = (1.0 / base).sum(axis=1, dtype=np.float64) + share[:, 0, 0] * np.einsum(
@@ -112,7 +112,7 @@ class Discriminant:
         return weight, _biases(weight, sums / (roots * roots), noise[:, None] / np.maximum(sizes, 1))
 
     def _solved(self, moments: Floats, sums: Floats, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Weights (k, labels, p) and biases (k, labels) of k problems; moments (k, p, p) are overwritten."""
+        """Return weights (k, labels, p) and biases (k, labels) of k problems; overwrites `moments`."""
         means = sums / np.maximum(sizes, 1).astype(np.float32)[:, :, None]
         moments -= sums.transpose(0, 2, 1) @ means
         moments *= (1.0 / sizes.sum(axis=1)).astype(np.float32)[:, None, None]
@@ -126,16 +126,16 @@ class Discriminant:
         )
         solved = np.linalg.solve(moments, asked)
         weight: Floats = np.ascontiguousarray(solved[:, :, : means.shape[1]].transpose(0, 2, 1))
-        # The trace of the inverse, as Hutchinson (1990) estimates it.
+        # Hutchinson's estimate (1990) of the trace of the inverse.
         traces = np.einsum("kpm,pm->k", solved[:, :, means.shape[1] :], probes) / probes.shape[1]
         noise = self._noise(self._shrinkage * levels * traces, sizes.sum(axis=1))
         return weight, _biases(weight, means, noise[:, None] / np.maximum(sizes, 1))
 
     def _noise(self, shrunk: NDArray[np.float64], examples: NDArray[np.int64]) -> NDArray[np.float64]:
-        """How long the mean of a label with one example is (k,) for being the mean of so few.
+        """Return the squared length (k,) that noise adds to the mean of a label with one example.
 
-        That is the trace of the inverse of the shrunk covariance times the covariance; shrunk: of the inverse
-        times what it is shrunk to.
+        It is the trace of the inverse shrunk covariance times the covariance. `shrunk`: (k,), the trace of
+        that inverse times the multiple of the identity in the shrunk covariance.
         """
         columns, labels = self._sums.shape[1], len(self._sizes)
         free = examples / np.maximum(examples - labels, 1)
@@ -145,13 +145,13 @@ class Discriminant:
 
 @lru_cache(maxsize=8)
 def _probes(columns: int) -> Floats:
-    """Random signs (columns, some), the same ones always. Not to be written to."""
+    """Return random signs (columns, _PROBES), always the same. The array is cached: do not write to it."""
     signs = np.random.default_rng(0).integers(0, 2, (columns, _PROBES))
     return (2.0 * signs - 1.0).astype(np.float32)
 
 
 def _biases(weight: Floats, means: Floats, noise: NDArray[np.float64]) -> Floats:
-    """Of labels that are equally frequent: half of each mean's length, without what noise made of it."""
+    """Return the biases of equally frequent labels: minus half of each mean's squared length, less noise."""
     lengths = np.einsum("kcp,kcp->kc", weight, means)
     biases: Floats = np.float32(-0.5) * (lengths - noise.astype(np.float32))
     return biases

@@ -1,10 +1,10 @@
 """Ridge regressions of many strengths on the same rows, and their errors on groups of rows left out.
 
 C is the examples' part of the inverse of the kernel matrix, bordered by the intercept, and M is the strength
-times C. The errors on a group G that is left out, intercept refitted, are M_GG^-1 (M y)_G (Cawley and Talbot,
-Pattern Recognition 36, 2003). Where rows are no more than columns, M is a sum of positive terms over all
-directions, so nothing cancels where a row is nearly reproduced; elsewhere M is one minus the hat matrix.
-Everything is in double precision, whose eigenvectors take no longer than those in single precision.
+times C. The errors on a left-out group G, with the intercept refitted, are M_GG^-1 (M y)_G (Cawley and
+Talbot, Pattern Recognition 36, 2003). If there are no more rows than columns, M is a sum of positive terms
+over all directions, so nothing cancels for a row that is nearly reproduced; otherwise M is one minus the hat
+matrix. Everything is in double precision, because its eigenvectors take no longer than in single precision.
 """
 
 from __future__ import annotations
@@ -18,33 +18,29 @@ from numpy.typing import NDArray
 from models.arrays import Doubles, Floats, Integers
 
 _BLOCK_ROWS = 2048
-_CHEAP_SYSTEMS = 1e9  # multiplications; up to here groups have systems of their own in any case
-_LEAST = 1e-12  # of M's diagonal, which is zero by rounding only
+_CHEAP_SYSTEMS = 1e9  # multiplications; up to this cost each group is always left out by itself
+_LEAST = 1e-12  # lower bound on M's diagonal, which is zero only by rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Eigenvectors of the rows, centred, with which all strengths are solved.
+    """Eigenvectors of the centred rows, with which all strengths are solved."""
 
-    features: float32 (n, dim). centre: (dim,), their mean. moments: (r,), eigenvalues. directions: (dim, r),
-    eigenvectors of the second moments where rows are more than columns, else None. coordinates: (n, r), the
-    centred rows along the directions, or None where they are too large to keep. Without directions,
-    coordinates are the eigenvectors of the kernel: all n - 1 that are orthogonal to the constant one.
-    """
-
-    features: Floats
-    centre: Doubles
-    moments: Doubles
-    directions: Doubles | None
+    features: Floats  # float32 (n, dim)
+    centre: Doubles  # (dim,), the mean of the features
+    moments: Doubles  # (r,), eigenvalues
+    directions: Doubles | None  # (dim, r), eigenvectors of the second moments; None unless n > dim
+    # (n, r), the centred rows along the directions, or None if too large to keep. Without directions, the
+    # eigenvectors of the kernel: all n - 1 that are orthogonal to the constant one.
     coordinates: Doubles | None
 
     def shrinkage(self, strengths: Doubles) -> Doubles:
-        """What is left of each direction after shrinking, (r, strengths), between 0 and 1."""
+        """Return the share of each direction that remains after shrinking, (r, strengths), from 0 to 1."""
         result: Doubles = self.moments[:, None] / (self.moments[:, None] + strengths)
         return result
 
     def weights(self, targets: Doubles, strengths: Doubles) -> tuple[Doubles, Doubles]:
-        """Weights (dim, strengths) and intercepts (strengths,) for targets (n,)."""
+        """Return weights (dim, strengths) and intercepts (strengths,) for targets (n,)."""
         mean = targets.mean()
         along = self.project((targets - mean)[:, None]) / (self.moments[:, None] + strengths)
         if self.directions is not None:
@@ -54,7 +50,7 @@ class Spectrum:
         return weights, mean - self.centre @ weights
 
     def rows(self, which: Integers) -> Doubles:
-        """The coordinates (m, r) of these rows."""
+        """Return the coordinates (m, r) of these rows."""
         if self.coordinates is not None:
             return self.coordinates[which]
         assert self.directions is not None
@@ -62,14 +58,14 @@ class Spectrum:
         return rows
 
     def project(self, columns: Doubles) -> Doubles:
-        """The coordinates' transpose times columns (n, k): (r, k)."""
+        """Return the transposed coordinates times columns (n, k), as (r, k)."""
         if self.coordinates is not None:
             return self.coordinates.T @ columns
         assert self.directions is not None
         return self.directions.T @ _products(self.features, self.centre, columns)
 
     def expand(self, coefficients: Doubles) -> Doubles:
-        """The coordinates times coefficients (r, k): (n, k)."""
+        """Return the coordinates times coefficients (r, k), as (n, k)."""
         if self.coordinates is not None:
             return self.coordinates @ coefficients
         assert self.directions is not None
@@ -81,21 +77,18 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Errors of all strengths on rows whose group was left out.
+    """Errors at all strengths on rows whose group was left out."""
 
-    errors: (n, strengths). changes: (n, strengths); their sum over a group is what the sum of squared errors
-    on sampled rows gains if that group does not exist. variance: (strengths,), of predictions on new rows for
-    unit noise in the targets. folds: how many were left out in turn, or 0 where each group was by itself.
-    """
-
-    errors: Doubles
+    errors: Doubles  # (n, strengths)
+    # (n, strengths); the sum over a group is what the sum of squared errors on sampled rows would gain if
+    # that group did not exist.
     changes: Doubles
-    variance: Doubles
-    folds: int
+    variance: Doubles  # (strengths,), of predictions on new rows, for unit noise in the targets
+    folds: int  # number of folds left out in turn; 0 if each group was left out by itself
 
 
 def spectrum_of(features: Floats, memory_bytes: int = 128 << 20) -> Spectrum:
-    """The spectrum of features, float32 (n, dim); n >= 2. memory_bytes: that coordinates may take."""
+    """Return the spectrum of features, float32 (n, dim), n >= 2. `memory_bytes`: limit for coordinates."""
     n, dim = features.shape
     centre = features.mean(axis=0, dtype=np.float64)
     if n > dim:
@@ -109,7 +102,7 @@ def spectrum_of(features: Floats, memory_bytes: int = 128 << 20) -> Spectrum:
         return replace(bare, coordinates=bare.rows(np.arange(n))) if kept else bare
     rows = features - centre
     kernel = rows @ rows.T
-    # The constant vector has the eigenvalue zero, as others may; a negative one puts it in the first place.
+    # The constant vector has the eigenvalue zero, as others may; a negative eigenvalue makes it the first.
     kernel -= (np.trace(kernel) + 1.0) / n
     values, vectors = _eigen(kernel)
     return Spectrum(features, centre, values[1:], None, np.ascontiguousarray(vectors[:, 1:]))
@@ -123,10 +116,11 @@ def left_out(
     sampled: NDArray[np.bool_],
     folds: Integers,
 ) -> LeftOut:
-    """Errors on every row of targets (n,), had its group, (n,), not been there.
+    """Return the errors on every row of targets (n,) as if its group had not been there.
 
-    sampled: (n,), the rows whose errors count in `changes` and `variance`. folds: (n,), of whole groups;
-    they are left out instead where groups are so large that their own systems would cost more than the rest.
+    `groups`: (n,). `sampled`: (n,), the rows whose errors count in `changes` and `variance`. `folds`: (n,),
+    made of whole groups; they are left out instead of groups that are so large that solving for each would
+    cost more than the rest.
     """
     n, dim = spectrum.features.shape
     sizes = np.bincount(groups).astype(np.float64)
@@ -144,7 +138,7 @@ def _groups_left_out(
     n = len(targets)
     plain = 0.0 if spectrum.directions is None else 1.0
     kept = spectrum.shrinkage(strengths)
-    # M and its square: plain times the centring matrix, plus these factors along the coordinates.
+    # M and its square are `plain` times the centring matrix, plus these factors along the coordinates.
     if spectrum.directions is not None:
         inverse = 1.0 / (spectrum.moments[:, None] + strengths)
         first, second = -inverse, inverse * (kept - 2.0)
@@ -180,7 +174,7 @@ def _groups_left_out(
     counted = sampled[:, None] * errors
     pulled = plain * (pulls - pulls.mean(axis=0)) + spectrum.expand(first * spectrum.project(pulls))
     squared = counted**2
-    # Up to the second order in the entries of M that join two groups.
+    # The changes are correct to second order in the entries of M that join two groups.
     changes = squared - 2.0 * errors * pulled + (errors**2 + 2.0 * squared.sum(axis=0) / n) * variances
     return LeftOut(errors, changes, variances[sampled].mean(axis=0) if sampled.any() else np.zeros(1), 0)
 
@@ -215,7 +209,10 @@ def _without(
     strengths: Doubles,
     out: Integers,
 ) -> tuple[Doubles, Doubles]:
-    """Weights and intercepts from all rows but these. axes, whole: directions, and second moments of all."""
+    """Return weights and intercepts fitted without the rows `out`.
+
+    `axes`: directions of all rows. `whole`: second moments of all rows.
+    """
     left = len(targets) - len(out)
     mean = targets.mean()
     products = axes @ spectrum.project((targets - mean)[:, None])[:, 0]
@@ -227,7 +224,7 @@ def _without(
         moments -= rows.T @ rows
         products -= rows.T @ (targets[some] - mean)
         total += rows.sum(axis=0)
-    # The rest has another mean.
+    # The remaining rows have another mean.
     shift, lower = -total / left, -float((targets[out] - mean).sum()) / left
     moments -= left * np.outer(shift, shift)
     products -= left * lower * shift
@@ -242,7 +239,7 @@ def _eigen(moments: Doubles) -> tuple[Doubles, Doubles]:
 
 
 def _products(features: Floats, centre: Doubles, columns: Doubles) -> Doubles:
-    """The centred features' transpose times columns (n, k): (dim, k)."""
+    """Return the transposed centred features times columns (n, k), as (dim, k)."""
     total = np.zeros((features.shape[1], columns.shape[1]))
     for block in _blocks(len(features)):
         total += (features[block] - centre).T @ columns[block]
@@ -250,7 +247,7 @@ def _products(features: Floats, centre: Doubles, columns: Doubles) -> Doubles:
 
 
 def _chunks(groups: Integers) -> Iterator[tuple[Integers, Integers]]:
-    """Rows of whole groups, one group after the other, with the sizes of the groups; some 2,048 at a time."""
+    """Yield the rows of whole groups, group by group, and the groups' sizes, about 2,048 rows at a time."""
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups)
     sizes = sizes[sizes > 0]

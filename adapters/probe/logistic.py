@@ -1,12 +1,12 @@
 """Many L2-regularised logistic regressions on the same rows, solved together.
 
-Folds and strengths share every matrix product: their weights are stacked into one. The method is nonlinear
-conjugate gradients (Polak-Ribière+) with a step that is exact to second order, preconditioned in the
-eigenbasis of the rows' second moments, where the Hessian is nearly diagonal for every strength: the
-Kronecker approximation of the Hessian, mean p(1-p) per label times the eigenvalue (Böhning 1992 has the
-bound, Martens and Grosse 2015 the approximation). About ten products instead of a hundred.
+Folds and strengths share every matrix product, because their weights are stacked. The method is nonlinear
+conjugate gradients (Polak-Ribière+) with a step that is exact to second order. The preconditioner works in
+the eigenbasis of the rows' second moments, where the Hessian is nearly diagonal for every strength. It is the
+Kronecker approximation of the Hessian: mean p(1-p) per label times the eigenvalue (Böhning 1992 has the
+bound, Martens and Grosse 2015 the approximation). It takes about ten products instead of a hundred.
 
-Not thread-safe per call, and nothing is shared between calls.
+Calls share no state. Within a call, nothing is thread-safe.
 """
 
 from __future__ import annotations
@@ -19,61 +19,58 @@ from numpy.typing import NDArray
 
 from models.arrays import Doubles, Floats
 
-# The intercept is all but free: this little keeps a label that every example has, or none, finite.
+# Regularisation of the intercept: just enough to keep it finite for a label that every example has, or none.
 INTERCEPT_STRENGTH = 1e-3
-# Rows are worked on in blocks of about this many logits, so that the elementwise passes stay in the cache.
+# Logits per block of rows, about; elementwise passes over a block stay in the cache.
 _BLOCK_LOGITS = 1 << 16
-# Fewer rows than this would make slow products.
+# Smallest number of rows per block; products of fewer rows are slow.
 _BLOCK_ROWS = 192
-# Curvature is measured anew at these steps; afterwards the preconditioner is good enough to be kept.
+# Steps at which the curvature is measured again; after the last one the preconditioner is good enough.
 _REFRESH = frozenset({0, 1, 2, 5, 10, 20})
 
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """Rows as the solver wants them, with what it knows of their second moments.
+    """Rows for the solver, and what is known about their second moments."""
 
-    rows: (n, p), the last column is one for the intercept. moments: (p,), eigenvalues of rows'rows along
-    each column where columns are eigenvectors (directions is None), else one value for all that directions
-    leave out. directions: (p, r) orthonormal leading eigenvectors with leading: (r,) eigenvalues, or None.
-    """
-
-    rows: Floats
+    rows: Floats  # (n, p), the last column is one for the intercept
+    # (p,), eigenvalues of rows'rows along each column if columns are eigenvectors (`directions` is None);
+    # otherwise one value for everything outside the directions.
     moments: Floats
-    directions: Floats | None = None
-    leading: Floats | None = None
+    directions: Floats | None = None  # (p, r), orthonormal leading eigenvectors
+    leading: Floats | None = None  # (r,), their eigenvalues
 
     def of(self, rows: NDArray[np.int64]) -> Design:
-        """The design of some of the rows."""
+        """Return the design of these rows."""
         share = np.float32(len(rows) / len(self.rows))
         leading = None if self.leading is None else self.leading * share
         return Design(self.rows[rows], self.moments * share, self.directions, leading)
 
 
 class Link(Protocol):
-    """A loss on logits, (labels, problems, rows) block by block."""
+    """A loss on logits (labels, problems, rows), block by block."""
 
     joint: bool
 
     def of(self, rows: NDArray[np.int64]) -> Link:
-        """The loss on some of the rows."""
+        """Return the loss on these rows."""
         ...
 
     def loss(self, logits: Floats, probabilities: Floats, rows: slice, weights: Floats) -> Doubles:
-        """Fills probabilities; the summed loss, (1 or labels, problems)."""
+        """Return the summed loss, (1 or labels, problems), and fill `probabilities`."""
         ...
 
     def residual(self, probabilities: Floats, rows: slice, weights: Floats) -> Floats:
-        """Derivative of the loss by the logits."""
+        """Return the derivative of the loss with respect to the logits."""
         ...
 
     def curvature(self, probabilities: Floats, along: Floats, weights: Floats) -> Doubles:
-        """Second derivative of the summed loss along a direction of logits, (1 or labels, problems)."""
+        """Return the second derivative of the summed loss along a direction of logits, shaped like `loss`."""
         ...
 
 
 class Softmax:
-    """One label of many: cross-entropy of softmax. labels: int (n,)."""
+    """Cross-entropy of softmax, for one label out of many. `labels`: int (n,)."""
 
     joint = True
 
@@ -111,7 +108,7 @@ class Softmax:
 
 
 class Sigmoid:
-    """Every label yes or no: one logistic regression each. targets: float32 (labels, n) of 0 and 1."""
+    """One logistic regression per label, each yes or no. `targets`: float32 (labels, n), of 0 and 1."""
 
     joint = False
 
@@ -149,18 +146,15 @@ class Sigmoid:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Weights (labels, problems, p) of every problem, and the logits that they give every row.
+    """The weights of every problem, and the logits that they give every row."""
 
-    logits: one (labels, problems, rows of the block) array per block of rows. iterations: steps taken.
-    """
-
-    weights: Floats
-    logits: list[Floats]
+    weights: Floats  # (labels, problems, p)
+    logits: list[Floats]  # (labels, problems, rows of the block), one array per block of rows
     blocks: list[slice]
-    iterations: int
+    iterations: int  # steps taken
 
     def logits_of(self, problems: NDArray[np.int64], rows: NDArray[np.int64]) -> Floats:
-        """Logits (labels, m) of m ascending rows, each from a problem of its own."""
+        """Return the logits (labels, m) of m ascending rows, each from its own entry of `problems` (m,)."""
         parts = []
         for logits, block in zip(self.logits, self.blocks, strict=True):
             own = slice(*np.searchsorted(rows, (block.start, block.stop)).tolist())
@@ -179,10 +173,10 @@ def solve(
     tolerance: float = 1e-6,
     max_iterations: int = 100,
 ) -> Solution:
-    """Minimises, per problem q, sum_i row_weights[q, i] loss_i + strengths[q] / 2 |weights but intercept|².
+    """Minimise sum_i row_weights[q, i] loss_i + strengths[q] / 2 |weights without intercept|² per problem q.
 
-    row_weights: (problems, n), zero leaves a row out. start: (labels, problems, p). Stops when a Newton
-    step would lower the loss by less than tolerance (nats per unit of row weight) in every problem.
+    `row_weights`: (problems, n); zero leaves a row out. `start`: (labels, problems, p). Stops when a Newton
+    step would lower the loss by no more than `tolerance` (nats per unit of row weight) in every problem.
     """
     problem = _Problem(design, link, labels, row_weights, strengths, start)
     iteration = 0
@@ -232,13 +226,13 @@ class _Problem:
         self._decrement: Doubles | None = None
 
     def _sum(self, left: Floats, right: Floats) -> Doubles:
-        """Inner products per problem, (1 or labels, problems)."""
+        """Return the inner products per problem, (1 or labels, problems)."""
         if self._link.joint:
             return np.asarray(np.einsum("cqp,cqp->q", left, right)[None], dtype=np.float64)
         return np.asarray(np.einsum("cqp,cqp->cq", left, right), dtype=np.float64)
 
     def _evaluate(self, weights: Floats) -> Doubles:
-        """The objective of weights whose logits are in place; fills the probabilities."""
+        """Return the objective of weights whose logits are up to date, and fill the probabilities."""
         loss = 0.5 * self._sum(weights, weights * self._penalty)
         for logits, probabilities, block, row_weights in zip(
             self.logits, self._probabilities, self.blocks, self._block_weights, strict=True
@@ -257,13 +251,13 @@ class _Problem:
         return gradient
 
     def refresh(self) -> None:
-        """Measures the mean curvature per label and problem, for the preconditioner."""
+        """Measure the mean curvature per label and problem for the preconditioner."""
         labels, count, _ = self.weights.shape
         curvature = np.zeros((labels, count))
         for probabilities, row_weights in zip(self._probabilities, self._block_weights, strict=True):
             curvature += np.einsum("cqn,qn->cq", probabilities * (1.0 - probabilities), row_weights)
-        # A softmax has one logit too many: along the others the curvature of two labels is doubled, and so
-        # on.
+        # One logit of a softmax is redundant; the curvature along the others is higher by this factor, 2 for
+        # two labels.
         surplus = labels / (labels - 1) if self._link.joint else 1.0
         mean = (np.maximum(curvature, 1e-6) * (surplus / len(self._design.rows))).astype(np.float32)[
             :, :, None
@@ -272,7 +266,7 @@ class _Problem:
         if self._design.leading is None:
             self._scaled = (base,)
             return
-        # Off the intercept, base is one number per label and problem: what the leading directions correct.
+        # Apart from the intercept, base is one number per label and problem; leading directions correct it.
         leading = 1.0 / (mean * self._design.leading + self._penalty[:, :1]) - base[:, :, :1]
         self._scaled = (base, leading)
 
@@ -283,7 +277,7 @@ class _Problem:
         return result
 
     def direct(self) -> float:
-        """Finds the next direction; the largest drop of loss per row that a Newton step promises."""
+        """Find the next direction; return the largest drop of loss per row that a Newton step promises."""
         scaled = self._precondition(self._gradient)
         decrement = self._sum(self._gradient, scaled)
         if self._direction is None or self._previous is None or self._decrement is None:
@@ -300,7 +294,7 @@ class _Problem:
         return float((0.5 * decrement.sum(axis=0) / np.maximum(self._mass, 1.0)).max())
 
     def step(self) -> None:
-        """Goes along the direction as far as its curvature says, less where that is too far."""
+        """Move along the direction as far as its curvature suggests, or less if the loss would rise."""
         direction = self._direction
         assert direction is not None
         flat = direction.reshape(-1, direction.shape[2])

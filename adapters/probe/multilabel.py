@@ -1,4 +1,4 @@
-"""Fits and measures a head that gives every input any number of labels: one logistic regression for each."""
+"""Fits and measures a head that gives every input any number of labels: a logistic regression per label."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from adapters.probe.cross_validation import CrossValidation, FitInputs
 from adapters.probe.logistic import Sigmoid
 from models.arrays import Bools, Doubles, Floats, Integers
 
-# The threshold that gives the best F1 is half of it (Lipton et al. 2014): for rare labels far below 0.05.
+# The threshold that gives the best F1 is half of that F1 (Lipton et al. 2014): far below 0.05 if it is rare.
 _GRID = np.concatenate([np.arange(1, 5) / 100.0, np.arange(1, 20) / 20.0]).astype(np.float32)
-# A label's own best threshold counts as much as the common one when it has this many examples.
+# Number of examples with which a label's own best threshold counts as much as the common one.
 _PRIOR_EXAMPLES = 10.0
-# Examples with a label, and without it, as if seen beforehand: few examples do not make a label rare.
+# Pseudo-examples with each label, and as many without it, so that few examples do not make a label rare.
 _PRIOR_COUNT = 0.5
 _MOST_SUSPECTS = 50
-# Decisions of as many examples as give about so many: more move no temperature and no threshold.
+# Number of decisions, about, that temperature and thresholds are fitted on; more do not change them.
 _MOST_DECISIONS = 1 << 21
-# A decision is suspect where it is less than this share of as likely as such decisions usually are.
+# A decision is suspect if its probability is less than this share of what such decisions usually have.
 _SUSPECT_SHARE = 0.25
-_LAST = np.array([-1])
+_LAST = np.array([-1])  # the column of _Frequencies for all examples
 
 
 def fit_multilabel(
     data: FitInputs, targets: Bools, names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Head, report and scores (n,) for targets, which names are there (n, labels); see linear_probe.fit."""
+    """Return head, report and scores (n,), as in FittedProbe. `targets`: (n, labels), the labels present."""
     count = len(names)
     together = np.zeros(len(targets), dtype=np.int64)
     region = fit_region(
@@ -47,7 +47,7 @@ def fit_multilabel(
     frequencies = _Frequencies.of(truth, training)
 
     def calibrate(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
-        """The loss of logits (labels, m) held out, and the slope by which they count beyond frequencies."""
+        """Return the loss of held-out logits (labels, m), and the slope of what they add to frequencies."""
         sampled = np.flatnonzero(data.sampled[rows])
         some = sampled[:: 1 + count * len(sampled) // _MOST_DECISIONS]
         folds = data.folds[rows[some]]
@@ -120,22 +120,19 @@ def fit_multilabel(
 
 @dataclass(frozen=True, slots=True)
 class _Frequencies:
-    """How frequent labels are among what solutions were trained on: what is said without seeing an input.
+    """Label frequencies in the training data, which predict labels without seeing an input.
 
-    (labels, folds + 1), a column for the training of each fold, and the last one for all examples. trained:
-    float32, log-odds. base: the same drawn to even odds, as it counts in predictions. known: bool, whether
-    there were examples with the label and without, so that something could be learned. usual: bool, whether
-    most had the label.
+    All arrays are (labels, folds + 1): a column for the training of each fold, and the last for all examples.
     """
 
-    trained: Floats
-    base: Floats
-    known: Bools
-    usual: Bools
+    trained: Floats  # float32, log-odds
+    base: Floats  # float32, log-odds drawn to even odds, as used in predictions
+    known: Bools  # whether there were examples with the label and without, so that it could be learned
+    usual: Bools  # whether most examples had the label
 
     @classmethod
     def of(cls, truth: Floats, training: Floats) -> _Frequencies:
-        """Of targets (labels, n), and the rows that each fold's solution is trained on, (folds, n)."""
+        """Count `truth` (labels, n) in the rows that each fold's solution is trained on, (folds, n)."""
         parts = np.concatenate([training, np.ones((1, truth.shape[1]), dtype=np.float32)])
         have = (truth @ parts.T).astype(np.float64)
         lack = parts.sum(axis=1) - have
@@ -145,31 +142,27 @@ class _Frequencies:
         return cls(trained.astype(np.float32), base.astype(np.float32), known, have > lack)
 
     def beyond(self, logits: Floats, columns: Integers) -> Floats:
-        """What logits (labels, m) of these solutions (m,) add to the log-odds; 0 where nothing is known."""
+        """Return what logits (labels, m) of solutions `columns` (m,) add to the log-odds; 0 unless known."""
         more: Floats = np.where(self.known[:, columns], logits - self.trained[:, columns], np.float32(0.0))
         return more
 
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Decisions on m examples held out, and what is measured on them.
+    """Decisions on m held-out examples, and what is measured on them."""
 
-    probabilities: float32 (m, labels). own: bool (m, labels), the labels that are there. known, usual: bool
-    (m, labels), see _Frequencies. folds, groups: (m,).
-    """
-
-    probabilities: Floats
-    own: Bools
-    known: Bools
-    usual: Bools
-    folds: Integers
-    groups: Integers
+    probabilities: Floats  # float32 (m, labels)
+    own: Bools  # (m, labels), the labels present
+    known: Bools  # (m, labels), see _Frequencies
+    usual: Bools  # (m, labels), see _Frequencies
+    folds: Integers  # (m,)
+    groups: Integers  # (m,)
 
     def decide(self) -> tuple[Floats, Bools]:
-        """Probabilities from which labels are assigned (labels,), and what is assigned held out (m, labels).
+        """Return the thresholds of labels (labels,), and the labels assigned to examples (m, labels).
 
-        The thresholds that measure a fold come from the others, as everything else does. A label that all
-        of its training had, or none, is assigned to all of the fold, or to none.
+        The thresholds that measure a fold come from the other folds, as everything else does. A label that
+        all training examples of a fold had, or none, is assigned to all of the fold, or to none.
         """
         folds = np.unique(self.folds)
         counts = [self._counts(self.folds == fold) for fold in folds]
@@ -182,7 +175,7 @@ class _HeldOut:
         return _best_thresholds(total), assigned
 
     def _counts(self, there: Bools) -> Doubles:
-        """Of these rows: hits and labels given at each threshold, and labels there, (2 grid + 1, labels)."""
+        """Count hits and labels given at each threshold, and labels present, as (2 grid + 1, labels)."""
         probabilities, known = self.probabilities[there], self.known[there]
         own = self.own[there] & known
         result = np.empty((2 * len(_GRID) + 1, own.shape[1]))
@@ -193,9 +186,9 @@ class _HeldOut:
         return result
 
     def certain(self, assigned: Bools, wanted: float) -> tuple[float, float]:
-        """The confidence from which the wanted share of decisions is right: labels given, and not given.
+        """Return the confidences from which the wanted share of decisions is right: labels given, not given.
 
-        Apart, because labels not given are nearly always right and would vouch for those that are.
+        They are separate, because labels not given are nearly always right and would vouch for labels given.
         """
         some = slice(None, None, 1 + assigned.size // _MOST_DECISIONS)
         answer, known, probabilities = assigned[some], self.known[some], self.probabilities[some]
@@ -207,7 +200,7 @@ class _HeldOut:
         )
 
     def report(self, assigned: Bools) -> dict[str, Any]:
-        """The numbers of all labels together; a label that could not be learned counts as missed."""
+        """Return the numbers for all labels together; a label that could not be learned counts as missed."""
         measured = bool(self.known.any())
         hits, given, there = _counts(self.own, assigned).sum(axis=1).tolist()
         micro_f1 = _f1(hits, given, there) if measured else None
@@ -233,10 +226,10 @@ class _HeldOut:
         }
 
     def _f1_interval(self, assigned: Bools) -> list[float]:
-        """Where, with 95 % confidence, micro-F1 will lie on a test; see calibration.share_interval.
+        """Return the 95 % interval of micro-F1 on a test set; see calibration.share_interval.
 
-        F1 is a share: of labels hit, in the mean of labels given and labels there. By how much this differs
-        from group to group of examples says how many independent answers they are worth.
+        F1 is the share of labels hit in the mean of labels given and labels present. Its scatter between
+        groups of examples says how many independent answers they are worth.
         """
         place = np.unique(self.groups, return_inverse=True)[1]
         hits = np.bincount(place, weights=(self.own & assigned).sum(axis=1))
@@ -245,14 +238,14 @@ class _HeldOut:
         share = float(hits.sum()) / total
         scatter = float(((hits - share * answers) ** 2).sum()) * n / max(n - 1, 1)
         spread = share * (1.0 - share) * total**2
-        # Never more than there are: chance makes the scatter too small now and then.
+        # The worth is limited to the actual number, because the scatter is sometimes too small by chance.
         worth = min(spread / scatter, total) if spread and scatter else total
         return calibration.share_interval(share, worth, n)
 
     def per_label(
         self, assigned: Bools, support: Integers, decisions: Floats, names: tuple[str, ...]
     ) -> dict[str, dict[str, float | int | None]]:
-        """Precision, recall and F1, None for labels not measured; support (labels,): all examples."""
+        """Return precision, recall and F1, None if undefined. `support`: (labels,), of all examples."""
         hits, given, there = _counts(self.own & self.known, assigned & self.known).tolist()
         return {
             name: {
@@ -268,13 +261,13 @@ class _HeldOut:
         }
 
     def suspects(self, rows: Integers, names: tuple[str, ...]) -> dict[str, Any]:
-        """Labels that look missing or wrong, the most doubtful first; rows (m,): which examples these are.
+        """Return labels that look missing or wrong, the most doubtful first. `rows`: (m,), of the examples.
 
         Confident learning (Northcutt et al. 2021) for each label, yes or no: the other answer is at least as
-        likely as it usually is where it is given, and the one given a quarter as likely as usual.
+        likely as it is when it is right, and the given one less than a quarter as likely as usual.
         """
         there, absent = self.own & self.known, ~self.own & self.known
-        # The mean probability of the right answer, where the label is there and where it is not.
+        # The mean probability of the right answer, for examples with the label and without it.
         yes = np.sum(self.probabilities, axis=0, where=there) / np.maximum(there.sum(axis=0), 1)
         no = 1.0 - np.sum(self.probabilities, axis=0, where=absent) / np.maximum(absent.sum(axis=0), 1)
         removed = np.minimum(np.minimum(_SUSPECT_SHARE * yes, 1.0 - no), 0.5)
@@ -300,7 +293,7 @@ class _HeldOut:
 
 
 def _counts(own: Bools, assigned: Bools) -> Integers:
-    """Hits, labels assigned, labels there: (3, labels)."""
+    """Return hits, labels assigned and labels present, as (3, labels)."""
     counts: Integers = np.stack([(own & assigned).sum(axis=0), assigned.sum(axis=0), own.sum(axis=0)])
     return counts
 
@@ -310,20 +303,23 @@ def _f1(hits: float, assigned: float, there: float) -> float | None:
 
 
 def _constant_f1(there: Integers, n: int) -> float:
-    """The best micro-F1 of n examples with one answer for all; there (labels,): how often labels are."""
+    """Return the best micro-F1 of one answer for all n examples. `there`: (labels,), counts of the labels."""
     hits = np.cumsum(np.sort(there)[::-1])
     labels = np.arange(1, len(hits) + 1)
     return float((2.0 * hits / (n * labels + hits[-1])).max())
 
 
 def _best_thresholds(counts: Doubles) -> Floats:
-    """Per label the threshold with the best F1, drawn to the best common one; counts: of _HeldOut._counts."""
+    """Return the threshold with the best F1 per label, drawn to the best common one.
+
+    `counts`: see _HeldOut._counts.
+    """
     size = len(_GRID)
     hits, assigned, there = counts[:size], counts[size:-1], counts[-1]
     if not there.any():
         return np.full(counts.shape[1], 0.5, dtype=np.float32)
     common = 2.0 * hits.sum(axis=1) / np.maximum(assigned.sum(axis=1) + there.sum(), 1.0)
-    # As if every label had a few more examples, which fare as all labels do together.
+    # Each label gets a few pseudo-examples that fare as all labels do together.
     share = _PRIOR_EXAMPLES / float(there.sum())
     smooth = (
         2.0

@@ -16,44 +16,39 @@ from adapters.probe.cross_validation import FitInputs
 from adapters.probe.leverage import LeftOut, left_out, spectrum_of
 from models.arrays import Doubles, Floats, Integers
 
-# For rows of mean square length one and targets of variance one.
+# Strengths assume rows of mean square length one and targets of variance one.
 _STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 0.5)
-# Strengths below 0.1 mean next to no noise, and few examples seem to show that by chance: every factor of ten
-# below is one standard deviation of a normal prior.
+# Strengths below 0.1 mean almost no noise, which few examples may suggest by chance. In a normal prior, each
+# factor of ten below 0.1 is one standard deviation.
 _LOG_PRIOR = -0.5 * np.minimum(np.log10(_STRENGTHS) + 1.0, 0.0) ** 2
 _MIDDLE = int(np.argmin(np.abs(np.log10(_STRENGTHS))))
-_FEWEST = 3  # groups; errors on fewer say nothing
+_FEWEST = 3  # groups; errors on fewer groups say nothing
 _CLOSEST = 1e-7  # standard deviations of the targets; weights in single precision predict no closer
-_FOLDS_HIDE = 1.5  # about the jackknife's deviation over the delta method's, where folds are left out
-_FARTHEST = 20.0  # of the interval's ends in the log of the ratio, so that they stay finite
+_FOLDS_HIDE = 1.5  # about the jackknife's deviation over the delta method's, if folds are left out
+_FARTHEST = 20.0  # limit of the interval's half-width, in the log of the ratio, to keep its ends finite
 _MOST_SUSPECTS = 50
 _SUSPECT_DEVIATIONS = 4.0  # robust standard deviations, with many examples
-_ALIKE = 1e-4  # median deviation over the root mean square; below, most errors are alike
+_ALIKE = 1e-4  # median deviation over the root mean square; if lower, most errors are alike
 _NORMAL_95 = 1.959964
 _T_95 = {2: 4.302653, 3: 3.182446, 4: 2.776445, 5: 2.570582}
 
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """The strength, and what speaks for and against it.
+    """The chosen strength, and its errors."""
 
-    strength: its place. errors: (n,), each at the strength that is best without the row's group. squared: sum
-    of squared errors on sampled rows at the strength. without: (groups,), the same sum if the group did not
-    exist, at the strength that is best then.
-    """
-
-    strength: int
-    errors: Doubles
-    squared: float
-    without: Doubles
+    strength: int  # index into _STRENGTHS
+    errors: Doubles  # (n,), each at the strength that is best without the row's group
+    squared: float  # sum of squared errors on sampled rows at the chosen strength
+    without: Doubles  # (groups,), the same sum if the group did not exist, at the strength that is then best
 
 
 def fit_ridge(data: FitInputs, values: Doubles) -> tuple[Head, dict[str, Any], Floats]:
-    """Head, report and scores (n,) for rows in canonical order; see linear_probe.fit.
+    """Return head, report and scores (n,), as in FittedProbe, for rows in canonical order.
 
-    Errors are those on groups left out, exactly; only sampled rows count. The strength is the one with the
-    lowest. The errors that are reported are not at that strength, because the lowest of many is too low: each
-    is at the strength that is best without the row's own group.
+    Errors are exact errors on left-out groups; only sampled rows count. The strength with the lowest error is
+    chosen. The reported errors are not at that strength, because the lowest of many is too low: each one is
+    at the strength that is best without the row's own group.
     """
     embeddings = data.embeddings
     together = np.zeros(len(embeddings), dtype=np.int64)
@@ -76,7 +71,7 @@ def fit_ridge(data: FitInputs, values: Doubles) -> tuple[Head, dict[str, Any], F
         report |= _explained(chosen, left, spectrum.shrinkage(_STRENGTHS)[:, place], standard, data)
         report |= {"rmse": float(np.sqrt(np.mean(errors**2))) * scale, "method": _method(left, data.groups)}
         report |= _suspects(left.errors[:, place], values, scale, np.flatnonzero(data.sampled))
-        # A squared error beyond single precision is as bad as can be said.
+        # Squared errors are capped at the largest single-precision number.
         scores[data.sampled] = -np.minimum((errors * scale) ** 2, float(np.finfo(np.float32).max))
     weights, biases = spectrum.weights(standard, _STRENGTHS[place : place + 1])
     head = Head(
@@ -97,14 +92,14 @@ def fit_ridge(data: FitInputs, values: Doubles) -> tuple[Head, dict[str, Any], F
 
 def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Chosen:
     own = np.unique(groups[sampled])
-    # Groups without a sampled row are learned from and judge nothing.
+    # Groups without a sampled row are learned from but not measured on.
     judging = np.isin(groups, own)
     members = np.searchsorted(own, groups[judging])
     rows = int(sampled.sum())
     squared = np.maximum((left.errors[sampled] ** 2).sum(axis=0), rows * _CLOSEST**2)
     without = np.maximum(squared + _sums(members, left.changes[judging], len(own)), _CLOSEST * squared)
     best = int((_LOG_PRIOR - 0.5 * len(own) * np.log(squared)).argmax())
-    # Predictions that vary more than the noise itself are beyond what changes to second order can tell.
+    # Second-order changes say nothing at strengths whose predictions vary more than the noise itself.
     told = (left.variance <= 1.0) | (np.arange(len(squared)) == best)
     prior = np.where(told, _LOG_PRIOR, -np.inf)
     others = (prior - 0.5 * (len(own) - 1) * np.log(without)).argmax(axis=1)
@@ -116,14 +111,14 @@ def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Cho
 def _explained(
     chosen: _Chosen, left: LeftOut, shrinkage: Doubles, standard: Doubles, data: FitInputs
 ) -> dict[str, Any]:
-    """R² and where, with 95 % confidence, that of the head lies; None if the sampled targets are all alike.
+    """Return R² and the 95 % interval of the head's R²; nothing if the sampled targets are all alike.
 
     The interval is symmetric in the log of the ratio of mean squared error to variance. Its deviation is the
     larger of two: the delta method's, which ignores that errors share examples, and the jackknife's over
     groups, which errs on the large side (Efron and Stein, Annals of Statistics 9, 1981). Student's quantiles
-    have one degree of freedom less than there are groups. Left-out errors are those of heads like this one,
-    on average. This one was lucky or unlucky with the noise of its targets, and then the errors deviate the
-    other way: so twice the deviation of that luck is added in square.
+    have one degree of freedom less than there are groups. Left-out errors are those of heads like this one on
+    average. If this head was lucky or unlucky with the noise of its targets, the errors deviate the other
+    way, so twice the deviation of that luck is added in quadrature.
     """
     members = np.unique(data.groups[data.sampled], return_inverse=True)[1]
     count, rows = len(chosen.without), len(members)
@@ -135,7 +130,7 @@ def _explained(
     total = max(float((errors**2).sum()), rows * _CLOSEST**2)
     ratio = total / rows / (spread / (rows - 1))
     terms = np.bincount(members, weights=errors**2 / total - targets**2 / spread)
-    # With a group goes its share of the sum of squares about the mean.
+    # Leaving a group out takes this much from the sum of squares about the mean.
     sizes, sums = np.bincount(members), np.bincount(members, weights=targets)
     gone = np.bincount(members, weights=targets**2) + sums**2 / (rows - sizes)
     others = chosen.without / chosen.squared + gone / spread
@@ -145,24 +140,24 @@ def _explained(
     variance = float(left.variance[chosen.strength])
     if left.folds:
         known *= _FOLDS_HIDE
-        # Errors of one group are alike, as if there were fewer examples by this factor.
+        # Errors of one group are alike, which reduces the effective number of examples by this factor.
         variance *= max(1.0, float((np.bincount(members, weights=errors) ** 2).sum()) / total)
     freedom = (1.0 + (shrinkage**2).sum()) ** 2 / (1.0 + (shrinkage**4).sum())
     luck = variance / (1.0 + variance) * math.sqrt(2.0 / freedom)
     reach = min(_t_95(count - 1) * math.hypot(known, 2.0 * luck), _FARTHEST)
-    # Errors at one strength are a little too low, and those at a strength for each group a little too high.
+    # Errors at one common strength are slightly too low, those at a strength per group slightly too high.
     better = ratio * min(1.0, chosen.squared / total)
     interval = [1.0 - ratio * math.exp(reach), 1.0 - better * math.exp(-reach)]
     return {"r2": 1.0 - ratio, "r2_interval": interval, "warnings": _warnings(interval)}
 
 
 def _sums(groups: Integers, columns: Doubles, count: int) -> Doubles:
-    """Sums (count, k) of columns (n, k) over groups (n,) in 0..count-1."""
+    """Return the sums (count, k) of columns (n, k) over groups (n,) in 0..count-1."""
     return np.stack([np.bincount(groups, weights=one, minlength=count) for one in columns.T], axis=1)
 
 
 def _t_95(freedom: int) -> float:
-    """The 97.5th percentile of Student's distribution, to 0.002 (Abramowitz and Stegun 26.7.5)."""
+    """Return the 97.5th percentile of Student's t-distribution, to 0.002 (Abramowitz and Stegun 26.7.5)."""
     if freedom in _T_95:
         return _T_95[freedom]
     z = _NORMAL_95
@@ -189,17 +184,17 @@ def _warnings(interval: list[float]) -> list[dict[str, str]]:
 
 
 def _suspects(errors: Doubles, values: Doubles, scale: float, rows: Integers) -> dict[str, Any]:
-    """Rows whose error is out of line, the most extreme first: their targets are likely to be wrong.
+    """Return the rows whose error is an outlier, the most extreme first: their targets are probably wrong.
 
     Deviations are from the median error, in units of 1.4826 median absolute deviations, or of 1.2533 mean
-    ones where most errors are alike (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993). Few
-    examples leave that unit uncertain, so they need more of it.
+    absolute deviations if most errors are alike (Iglewicz and Hoaglin, How to Detect and Handle Outliers,
+    1993). Few examples leave that unit uncertain, so their limit is higher.
     """
     apart = np.abs(errors[rows] - np.median(errors[rows]))
     unit = 1.4826 * float(np.median(apart))
     if unit < _ALIKE * float(np.sqrt(np.mean(apart**2))):
         unit = 1.2533 * float(apart.mean())
-    # Rounding to single precision is no mistake in a target.
+    # Rounding to single precision must not look like a mistake in a target.
     deviations = apart / max(unit, 10.0 * _CLOSEST)
     out = np.flatnonzero(deviations > _SUSPECT_DEVIATIONS * (1.0 + 5.0 / len(rows)))
     out = out[np.argsort(-deviations[out], kind="stable")]

@@ -1,1 +1,1 @@
-"""Processes that fit, and how they are watched."""
+"""The fitting processes, their heartbeats, and turns by tenant."""

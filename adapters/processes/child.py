@@ -1,4 +1,4 @@
-"""What a child process needs to be one of ours."""
+"""The environment of child processes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
-# Secrets of the service. A child process that needs one reads it from its standard input.
+# Secrets of the service. A child process that needs one gets it on standard input.
 _SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS", "PGPASSWORD")
-# Prefixes of cloud credentials. A worker needs them to open a bucket.
+# Prefixes of cloud credentials. A worker needs these to open a bucket.
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
 
 
 def child_environment(*, clouds: bool = False) -> dict[str, str]:
-    """This process's without its secrets, with which a child finds our packages whatever its folder.
+    """Return this process's environment without secrets, and with our packages on PYTHONPATH.
 
-    clouds: keep the variables by which buckets are opened.
+    `clouds`: keep the cloud credentials, which are needed to open a bucket.
     """
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
     kept = {

@@ -1,7 +1,7 @@
-"""Fits in niced processes of their own, so that training never starves serving.
+"""Fits heads in niced child processes, so that training never starves serving.
 
-A process speaks over its standard input and output: a frame is a length, a JSON header, and raw arrays.
-It ends when its input does, which is also when its parent is killed.
+A process talks over its standard input and output, in frames of two lengths, a JSON header, and raw arrays.
+It ends when its input closes, which also happens when its parent is killed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, Progres
 from adapters.processes.turns import Turns
 from models.priority import NICENESS
 
-# One thread for linear algebra: the other cores are for serving.
+# Linear algebra gets one thread: the other cores are for serving.
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_START_SECONDS: Final = 30.0
-# A fit is predicted, not bounded: beyond this many times its limit the process hangs.
+_START_SECONDS: Final = 30.0  # for a process to become ready
+# Multiple of its time limit after which a fit counts as hung. The limit applies to the predicted time only.
 _PATIENCE: Final = 10.0
-_ATTEMPTS: Final = 2
-# Beyond these, even to count their labels is work for a thread.
+_ATTEMPTS: Final = 2  # processes that a fit may use up
+# The time of a fit on more examples than this is predicted in a thread: even counting the labels is slow.
 _MANY_EXAMPLES: Final = 5_000
-# After a process that did not start, before another is tried for nobody.
+# Seconds between attempts to start a process while no fit waits for it.
 _PAUSE_SECONDS: Final = 5.0
-_FRAME: Final = struct.Struct("<QQ")
+_FRAME: Final = struct.Struct("<QQ")  # length of the header and of the arrays, in bytes
 _Frame = tuple[dict[str, Any], list[NDArray[Any]]]
 _Answer = TypeVar("_Answer")
 
@@ -54,7 +54,7 @@ logger = logging.getLogger("topwork")
 
 
 class FitterUnavailable(RuntimeError):
-    """The fitting process died twice on one request, cannot start, or the fitter is closed."""
+    """The fitting process died twice on one request or cannot start, or the fitter is closed."""
 
     code = "fitter_unavailable"
 
@@ -70,13 +70,13 @@ class FitterOverloaded(RuntimeError):
 
 
 class FitFailed(RuntimeError):
-    """The fit raised something unforeseen; the process's standard error has the traceback."""
+    """The fit raised an unexpected error; the process's standard error has the traceback."""
 
     code = "fit_failed"
 
 
 class _Died(Exception):
-    """The process ended, or was ended, before it answered."""
+    """The process ended or was killed before it answered."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,15 +90,19 @@ class _Request:
 class Fitter:
     """Bounded queues in front of fitting processes, in which tenants take turns. Use from one event loop.
 
-    Fits wait in lines by the seconds that they are predicted to take, so that long ones never hold short
-    ones. The first line's process stays; that of another one is started for its first fit, at a lower
-    priority, and ends when it has been idle.
+    Fits queue by their predicted time, so that long ones never delay short ones. The first queue's process
+    keeps running. The process of any other queue starts with its first fit, at a lower priority, and ends
+    after `idle_seconds` without one.
     """
 
     def __init__(
         self, max_queue: int = 16, bounds: Sequence[float] = (math.inf,), idle_seconds: float = 600.0
     ) -> None:
-        """max_queue: fits of a tenant that is alone. bounds: seconds of each line, the last one infinite."""
+        """Create a fitter.
+
+        `max_queue`: most fits of a tenant that is alone. `bounds`: longest predicted time of the fits of each
+        queue, in seconds; the last one is infinite.
+        """
         self._max_queue = max_queue
         self._bounds = tuple(bounds)
         self._lines = [
@@ -107,21 +111,21 @@ class Fitter:
 
     @property
     def alive(self) -> bool:
-        """Whether fits can be had: the first process runs, or will be started again by the next fit."""
+        """Whether fits are accepted: every queue is open, and the first one's process could be started."""
         return not self._lines[0].broken and all(line.open for line in self._lines)
 
     @property
     def queued(self) -> int:
-        """Fits waiting or running."""
+        """Number of fits that wait or run."""
         return self._tenants().total()
 
     @property
     def replaced(self) -> int:
-        """Processes that were started after one that died, or was killed because it was silent."""
+        """Number of processes that replaced one that died or was killed because it was silent."""
         return sum(line.replaced for line in self._lines)
 
     async def start(self) -> None:
-        """Starts the first process and waits until it is ready. Raises FitterUnavailable."""
+        """Start the first process and wait until it is ready. Raises FitterUnavailable."""
         await self._lines[0].running()
         for line in self._lines:
             line.start()
@@ -129,10 +133,10 @@ class Fitter:
     async def fit(
         self, dataset: Dataset, config: ProbeConfig = ProbeConfig(), *, tenant: str = ""
     ) -> FittedProbe:
-        """linear_probe.fit in another process.
+        """Run adapters.probe.fit.fit in a child process.
 
-        Raises what it raises, FitFailed, FitterOverloaded, FitterUnavailable. A caller who is cancelled
-        leaves the queue; a fit that already runs goes on to its end.
+        A cancelled call leaves the queue, but a running fit is not interrupted. Raises what fit raises,
+        FitFailed, FitterOverloaded, FitterUnavailable.
         """
         if len(dataset.targets) > _MANY_EXAMPLES:
             seconds = await asyncio.to_thread(expected_seconds, dataset, config)
@@ -144,15 +148,15 @@ class Fitter:
         return await line.fit(tenant, dataset, config)
 
     async def close(self) -> None:
-        """Stops the processes; what waits gets FitterUnavailable."""
+        """Stop the processes. Fits that wait or run raise FitterUnavailable."""
         await asyncio.gather(*(line.close() for line in self._lines))
 
     def _tenants(self) -> Counter[str]:
-        """How many fits of each tenant wait or run."""
+        """Return the number of fits that wait or run, by tenant."""
         return sum((line.tenants() for line in self._lines), Counter[str]())
 
     def _has_share(self, tenant: str) -> bool:
-        """Whether one fit more of the tenant is within its share of the queue, or is its first."""
+        """Return whether one more fit of the tenant is within its share of the queue, or is its first."""
         found = self._tenants()
         own, tenants = found[tenant], len(found.keys() | {tenant})
         if own == 0:
@@ -161,7 +165,10 @@ class Fitter:
 
 
 class _Line:
-    """The fits of one process, one after the other, tenants in turns. idle_seconds: after which it ends."""
+    """The queue of one process, which runs one fit at a time; tenants take turns.
+
+    `idle_seconds`: seconds without a fit after which the process ends; None keeps it.
+    """
 
     def __init__(self, niceness: int, idle_seconds: float | None) -> None:
         self.replaced = 0
@@ -176,30 +183,29 @@ class _Line:
         self._starting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
         self._monitor: asyncio.Task[None] | None = None
-        # Blocking pipes in a thread: 100 MB of embeddings pass without the event loop taking part.
+        # A thread reads and writes the pipes, so that 100 MB of embeddings do not block the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitter")
 
     @property
     def open(self) -> bool:
-        """Whether it takes fits."""
+        """Whether the queue takes fits."""
         return self._serving is not None and not self._serving.done()
 
     @property
     def queued(self) -> int:
-        """Fits waiting or running."""
+        """Number of fits that wait or run."""
         return len(self._waiting) + (self._current is not None)
 
     def tenants(self) -> Counter[str]:
-        """How many of them each tenant has."""
+        """Return the number of fits that wait or run, by tenant."""
         return self._waiting.counts() + Counter([self._current.tenant] if self._current else [])
 
     def start(self) -> None:
-        """Takes fits from now on."""
+        """Begin to take fits."""
         self._serving = asyncio.create_task(self._serve())
         self._monitor = asyncio.create_task(self._watch())
 
     async def fit(self, tenant: str, dataset: Dataset, config: ProbeConfig) -> FittedProbe:
-        """See Fitter.fit."""
         if not self.open:
             raise FitterUnavailable("The fitter is closed.")
         request = _Request(tenant, dataset, config, asyncio.get_running_loop().create_future())
@@ -291,7 +297,7 @@ class _Line:
         raise FitterUnavailable("The fitting process died twice on this request; try again later.")
 
     async def running(self) -> _Process:
-        """The process, started if there is none. Raises FitterUnavailable."""
+        """Return the process, started if none is running. Raises FitterUnavailable."""
         async with self._starting:
             if self.process is None or not self.process.running:
                 self.broken = True
@@ -309,7 +315,7 @@ class _Line:
             return self.process
 
     async def _watch(self) -> None:
-        """Kills the process once it gives no sign of life. One that stays is started again at once."""
+        """Kill the process once its heartbeats stop. The first queue's process is restarted at once."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             process = self.process
@@ -323,7 +329,7 @@ class _Line:
                 process.kill()
 
     async def _replace(self) -> None:
-        # With a fit under way whoever waits for it does so, as often as he may.
+        # A fit in progress restarts the process itself, up to _ATTEMPTS times.
         if self._current is None:
             try:
                 await self.running()
@@ -332,7 +338,7 @@ class _Line:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _in_thread(self, process: _Process, work: Callable[[], _Answer], seconds: float) -> _Answer:
-        """Work on the process's pipes; the process is killed if it takes longer than that."""
+        """Run `work`, which uses the process's pipes; kill the process if it takes longer than `seconds`."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(seconds, process.kill)
         try:
@@ -342,7 +348,10 @@ class _Line:
 
 
 class _Process:
-    """The fitting process and its two pipes, blocking. ready: it has said so, and beats from then on."""
+    """A fitting process and its two pipes. Blocking.
+
+    `ready`: whether the process has reported that it is ready; its heartbeats begin then.
+    """
 
     def __init__(self, niceness: int) -> None:
         self.ready = False
@@ -358,7 +367,7 @@ class _Process:
         self._hearing.start()
 
     def _hear(self) -> None:
-        """Takes what comes as it comes: signs of life do not wait until somebody reads."""
+        """Read frames as they arrive, so that heartbeats count even while no answer is awaited."""
         assert self._child.stdout is not None
         with self._child.stdout as pipe:
             while (frame := _read_frame(pipe)) is not None:
@@ -395,7 +404,7 @@ class _Process:
             self._child.kill()
 
     def end(self) -> None:
-        """Kills the process, waits for its end and closes its pipes; again does nothing."""
+        """Kill the process, wait for its end and close its pipes. A second call does nothing."""
         self.kill()
         self._child.wait()
         self._hearing.join()
@@ -415,7 +424,7 @@ def _write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[ND
 
 
 def _read_frame(pipe: IO[bytes]) -> _Frame | None:
-    """Header and arrays, or None at the end of the pipe."""
+    """Read a header and its arrays; return None at the end of the pipe."""
     sizes = pipe.read(_FRAME.size)
     if len(sizes) < _FRAME.size:
         return None
@@ -439,7 +448,7 @@ def _read_frame(pipe: IO[bytes]) -> _Frame | None:
 
 
 def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> FittedProbe:
-    """The answer of the process, or what it raised."""
+    """Return the result that an answer holds, or raise its error."""
     match header.get("error"):
         case None:
             scores, head = arrays
@@ -455,7 +464,7 @@ def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Fitted
 def _answer(
     header: Mapping[str, Any], embeddings: NDArray[np.float32]
 ) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """What the process says to a request."""
+    """Fit as a request asks; return the header and the arrays of the answer."""
     targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
     dataset = Dataset(
         embeddings=embeddings,
@@ -481,29 +490,29 @@ def _answer(
 
 
 def _warm() -> None:
-    """A small fit, so that the first tenant does not wait for pages to be loaded."""
+    """Run a small fit, so that the first tenant does not wait for code to be loaded."""
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((40, 16), dtype=np.float32)
     fit(Dataset(rows, ["a", "b"] * 20, [str(row) for row in range(40)], "classification", ""))
 
 
 def main() -> None:
-    """Serves fits on the standard pipes until the input ends. The first argument may say how nice it is."""
+    """Serve fits on the standard pipes until the input closes. The first argument may give the niceness."""
     os.nice(int(sys.argv[1]) if len(sys.argv) > 1 else NICENESS)
-    # Ctrl-C in a terminal reaches every process, and BentoML's supervisor tells all to end at once: the
-    # parent decides when this one does.
+    # The parent decides when this process ends. Ctrl-C in a terminal reaches every process, and BentoML's
+    # supervisor terminates all of them at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
     headway, writing = ProgressClock(), threading.Lock()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # Whatever prints must not get between the frames.
+    # Printed text goes to standard error, since it must not get between the frames.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def read() -> None:
         while (frame := _read_frame(sys.stdin.buffer)) is not None:
             requests.put(frame)
-        # In the middle of a fit too: nobody is left to hear its result.
+        # A running fit is cut off, since the parent that wants its result has gone.
         os._exit(0)
 
     def answer(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
@@ -521,7 +530,7 @@ def main() -> None:
             answer(*_answer(header, embeddings))
             headway.idle = True
     except BrokenPipeError:
-        # The parent is gone. Leaving in order would flush the pipe, and complain once more.
+        # The parent has gone. A normal exit would flush the pipe and raise again.
         os._exit(0)
 
 

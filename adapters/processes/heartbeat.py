@@ -1,4 +1,4 @@
-"""Whether a process that was started here still gets on: it beats each second, or at least computes."""
+"""Detects hung child processes: a healthy one sends a heartbeat every second, or at least uses the CPU."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from collections.abc import Callable
 
 from models.priority import ProcessCpuClock
 
-BEAT_SECONDS = 1.0
-LOOK_SECONDS = 0.5
-# Without a sign of life; with the look that finds it, five seconds.
+BEAT_SECONDS = 1.0  # between heartbeats
+LOOK_SECONDS = 0.5  # between looks for heartbeats
+# Seconds of silence after which an idle child is taken for dead: five, with the look that finds it.
 _SILENT_SECONDS = 4.5
-# Whatever it computes meanwhile: nothing holds the interpreter for so long.
+# Seconds of silence after which a child is taken for dead even if it uses the CPU. No call holds the
+# interpreter for a minute.
 _LONGEST_SECONDS = 60.0
-# CPU time since the last beat that is more than a thread's waking up for nothing.
+# CPU seconds since the last heartbeat that count as work. A thread that wakes up for nothing uses less.
 _WORK_SECONDS = 0.01
-# Of a thread that computes, from one beat to the next, on the busiest machine.
+# Least CPU seconds that a computing thread uses between two heartbeats, on the busiest machine.
 _LEAST_SECONDS = 1e-4
 
 
 class HeartbeatMonitor:
-    """What is known of a child's life. For one thread, but for `beat`, which any may call.
+    """Tracks a child's heartbeats. For one thread, except `beat`, which is thread-safe.
 
-    Time is that between looks, as far as they came: one who was stopped together with the child, or starved,
-    does not take it for dead.
+    Each look counts for at most twice LOOK_SECONDS. So a child is not taken for dead after this process was
+    suspended together with it, or had no core.
     """
 
     def __init__(self, pid: int) -> None:
@@ -37,13 +38,13 @@ class HeartbeatMonitor:
         self._looked = time.monotonic()
 
     def beat(self) -> None:
-        """The child gave a sign of life."""
+        """Record a heartbeat of the child."""
         self._beats += 1
 
     def look(self) -> float | None:
-        """Seconds of silence after which the child must be taken for dead, None while it need not.
+        """Return the seconds of silence if the child must be taken for dead, else None.
 
-        A child whose interpreter is held up by one long call, such as loading a library, computes.
+        A child whose interpreter is blocked by a long call, such as loading a library, still uses the CPU.
         """
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 2 * LOOK_SECONDS), now
@@ -58,7 +59,10 @@ class HeartbeatMonitor:
 
 
 def start_heartbeat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -> None:
-    """Calls tell each second from a thread of its own while `lives`; ends when there is nobody to tell."""
+    """Call `tell` every second from a background thread, skipping it while `lives()` is false.
+
+    The thread ends when `tell` raises OSError: the other end of the pipe has gone.
+    """
 
     def go_on() -> None:
         while True:
@@ -73,9 +77,9 @@ def start_heartbeat(tell: Callable[[], object], lives: Callable[[], bool] = lamb
 
 
 class ProgressClock:
-    """Whether a thread is idle or uses its core: one that waits for a lock for ever does neither.
+    """Tells whether a thread is idle or uses the CPU. A deadlocked thread does neither.
 
-    Made in that thread, which says when it is idle.
+    Create it in that thread, which sets `idle`.
     """
 
     def __init__(self) -> None:
@@ -84,13 +88,13 @@ class ProgressClock:
         self._used = -1.0
 
     def made(self) -> bool:
-        """Whether it was idle or used its core since the last call."""
+        """Return whether the thread is idle, or has used the CPU since the last call."""
         before, self._used = self._used, time.clock_gettime(self._clock)
         return self.idle or self._used - before > _LEAST_SECONDS
 
 
 def drain(pipe: int) -> bool:
-    """Reads what beats left in a pipe that does not block; whether there were any."""
+    """Empty a non-blocking pipe of heartbeats; return whether there were any."""
     try:
         return bool(os.read(pipe, 4096))
     except BlockingIOError:

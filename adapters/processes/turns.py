@@ -1,4 +1,4 @@
-"""Who waits, in turns by tenant: the one who sends most waits behind himself, not before others."""
+"""Waiting lines in which tenants take turns, so that a busy tenant delays only itself."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """What waits. Tenants take turns, and what one of them has comes in its order. For one thread."""
+    """A queue in which tenants take turns; the items of one tenant keep their order. Not thread-safe."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
-        # When each had its last turn, of those who had one since nothing waited.
+        # Number of each tenant's last turn. An empty queue forgets all but the latest.
         self._served: dict[str, int] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     def add(self, tenant: str, one: T) -> None:
-        """Behind what the tenant has already."""
+        """Append an item to the tenant's line."""
         self._waiting.setdefault(tenant, deque()).append(one)
 
     def take(self, may: Callable[[str], bool] = lambda tenant: True) -> T:
-        """What comes next: of the tenant whose last turn is the longest ago, among those who may have one.
+        """Remove and return the next item of the tenant whose last turn is the longest ago.
 
-        Raises LookupError.
+        `may`: whether a tenant may have a turn now. Raises LookupError if none may.
         """
         tenants = [tenant for tenant in self._waiting if may(tenant)]
         if not tenants:
@@ -44,7 +44,7 @@ class Turns(Generic[T]):
         return one
 
     def remove(self, tenant: str, one: T) -> None:
-        """It waits no longer, if it did."""
+        """Remove an item, if it is still waiting."""
         own = self._waiting.get(tenant, deque())
         with suppress(ValueError):
             own.remove(one)
@@ -52,12 +52,12 @@ class Turns(Generic[T]):
                 del self._waiting[tenant]
 
     def counts(self) -> Counter[str]:
-        """How many each tenant has."""
+        """Return the number of waiting items by tenant."""
         return Counter({tenant: len(own) for tenant, own in self._waiting.items()})
 
 
 class Gate:
-    """Lets a few through at once; the others wait in turns by tenant. For one event loop."""
+    """A semaphore of `most` places for which tenants take turns. For one event loop."""
 
     def __init__(self, most: int) -> None:
         self._free = most
@@ -65,7 +65,7 @@ class Gate:
 
     @asynccontextmanager
     async def passed(self, tenant: str) -> AsyncIterator[None]:
-        """Holds a place meanwhile, as soon as it is the tenant's turn."""
+        """Wait for the tenant's turn, and hold a place inside the block."""
         if self._free:
             self._free -= 1
         else:
@@ -85,7 +85,7 @@ class Gate:
     def _pass_on(self) -> None:
         while len(self._waiting):
             turn = self._waiting.take()
-            # Some have left meanwhile.
+            # A waiter that was cancelled meanwhile is skipped.
             if not turn.done():
                 turn.set_result(None)
                 return

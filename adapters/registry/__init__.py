@@ -1,1 +1,1 @@
-"""The database: rows, and transactions over them."""
+"""The registry: tables, and the transactions that read and write them."""

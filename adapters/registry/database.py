@@ -1,4 +1,4 @@
-"""Connections to the registry's database: durable SQLite, or PostgreSQL; transactions and migrations."""
+"""Connections to the registry's database (durable SQLite, or PostgreSQL), transactions and migrations."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ from adapters.storage.artifact import StoreFull
 if TYPE_CHECKING:
     import psycopg
 
-# Any constant will do; it must only never change between releases that may start together.
+# Key of the advisory lock around migrations: arbitrary, but the same in all releases that may start together.
 _MIGRATION_LOCK = 0x746F70776F726B
-# So much is rewritten in a second or two.
+# Largest table or SQLite file that is rewritten, which takes a second or two.
 _REWRITTEN_BYTES = 256 << 20
-_REWRITING_WAITS = "500ms"
-# A larger SQLite file is left to `topwork doctor`: this one is read in half a second.
+_REWRITING_WAITS = "500ms"  # lock timeout of a rewrite
+# Largest SQLite file that is checked, in half a second. Larger ones are left to `topwork doctor`.
 _CHECKED_BYTES = 128 << 20
 _HOW_TO_MIGRATE = "`topwork migrate` makes the tables of this release, and so does the start of the service."
 
 
 class DatabaseUnusable(RegistryUnavailable):
-    """The database is damaged, or this process may not use it; waiting does not help."""
+    """The database is damaged, or this process has no access to it. Waiting does not help."""
 
     code = "database_unusable"
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
-    """Whether this SQLite is free of the WAL-reset bug, by which committed rows can be lost."""
+    """Return whether this SQLite version is free of the WAL-reset bug, which can lose committed rows."""
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
 
 
 def take_turns(connection: Connection, name: str) -> None:
-    """Wait until no other writing transaction has taken the turn of this name; it lasts until the end.
+    """Take the advisory lock `name`, waiting for other transactions, and hold it until this one ends.
 
-    Any two writers of SQLite take turns anyway.
+    Does nothing on SQLite, where all writers are serialised anyway.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 class Database:
-    """A pool of connections. Thread-safe, blocking. `patience`: seconds to wait for others' locks.
+    """A pool of connections. Thread-safe, blocking. `patience`: lock timeout in seconds.
 
-    Raises RegistryUnavailable where the database does not answer, StoreFull where its disk is full.
+    Raises RegistryUnavailable if the database does not answer, StoreFull if its disk is full.
     """
 
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         self._patience = patience
         parsed = make_url(url)
         self._sqlite = parsed.get_backend_name() == "sqlite"
-        # Threads of one process queue here: SQLite's own waiting is a poll with ever longer naps.
+        # Threads of this process queue here, because SQLite itself polls the lock at growing intervals.
         self._write_lock = threading.Lock()
         self._file: Path | None = None
         if self._sqlite:
@@ -86,11 +86,11 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether it is a SQLite file."""
+        """Whether the database is a SQLite file."""
         return self._sqlite
 
     def check_pages(self) -> None:
-        """Make sure that the pages of a SQLite file of up to 128 MB are whole. Raises DatabaseUnusable."""
+        """Check the pages of a SQLite file of up to 128 MB for damage. Raises DatabaseUnusable."""
         if self._file is None or not self._file.is_file() or self._file.stat().st_size > _CHECKED_BYTES:
             return
         with self.reading() as connection:
@@ -99,7 +99,7 @@ class Database:
             raise DatabaseUnusable(f"The database {self._file} is damaged ({first}). {_DAMAGED}")
 
     def copy_to(self, path: Path) -> None:
-        """Copy one state of a SQLite database into a new file; writers wait for it, some milliseconds."""
+        """Copy a snapshot of a SQLite database to a new file. Writers wait for some milliseconds."""
         try:
             with (
                 self._translated(),
@@ -108,7 +108,7 @@ class Database:
             ):
                 source = connection.connection.driver_connection
                 assert isinstance(source, sqlite3.Connection)
-                # All pages in one step: between several, each commit would start the copy again.
+                # All pages are copied in one step: with several, a commit in between would restart the copy.
                 source.backup(target, sleep=0.01)
                 target.execute("PRAGMA journal_mode = delete")
         except sqlite3.Error as error:
@@ -118,7 +118,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database throughout."""
+        """Open a transaction for reading, which sees one snapshot of the database throughout."""
         with self._translated(), self._engine.connect() as connection:
             if not self._sqlite:
                 connection = connection.execution_options(
@@ -129,7 +129,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that may write: durable when the block has ended, undone if it raises."""
+        """Open a writing transaction: durable once the block has ended, rolled back if it raises."""
         if not self._sqlite:
             with self._translated(), self._engine.begin() as connection:
                 yield connection
@@ -144,12 +144,12 @@ class Database:
 
     @property
     def revision(self) -> str | None:
-        """The revision of the tables; None where there are none."""
+        """The schema revision of the tables, None if there are no tables."""
         with self.reading() as connection:
             return _stored_revision(connection)
 
     def require_current(self) -> None:
-        """Make sure that the tables are this release's, without a change to them.
+        """Check that the tables are those of this release, without changing them.
 
         Raises RegistryTooOld, RegistryTooNew.
         """
@@ -167,7 +167,7 @@ class Database:
             )
 
     def migrate(self) -> None:
-        """Bring the tables to HEAD. See Registry.migrate."""
+        """Upgrade the tables to HEAD. See Registry.migrate."""
         if self._sqlite:
             self._set_journal_mode()
         with self.reading() as connection:
@@ -182,11 +182,11 @@ class Database:
                 _upgrade(connection)
 
     def clear_pages(self) -> None:
-        """Rewrite the tables, for their pages keep bytes of rows that were deleted.
+        """Rewrite the tables, because their pages keep bytes of deleted rows.
 
-        PostgreSQL leaves them where they were; SQLite overwrites them (secure_delete), but not the copies
-        that it made earlier, when it moved rows within a page. What is too large to be rewritten while others
-        wait is left to their vacuuming and overwriting.
+        PostgreSQL leaves those bytes in place. SQLite overwrites them (secure_delete), but not the copies
+        left behind when it moved rows within a page. Tables too large to rewrite while others wait keep
+        such bytes until later writes overwrite them; in PostgreSQL, a plain VACUUM frees them for that.
         """
         if self._sqlite:
             self._rewrite_sqlite()
@@ -194,7 +194,7 @@ class Database:
         with self._translated(), self._engine.connect() as connection:
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             preparer = connection.dialect.identifier_preparer
-            # Whoever waits for a whole table has all others wait behind it.
+            # Other transactions queue behind a VACUUM FULL that waits for its table lock.
             connection.execute(text(f"SET lock_timeout = '{_REWRITING_WAITS}'"))
             try:
                 for table in metadata.sorted_tables:
@@ -214,10 +214,10 @@ class Database:
             try:
                 if pages * size <= _REWRITTEN_BYTES:
                     driver.execute("VACUUM")
-                # In WAL mode pages as they were lie in the log until it is overwritten.
+                # In WAL mode, the log holds old pages until it is overwritten.
                 driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.OperationalError as error:
-                # As SQLAlchemy does for what goes through it.
+                # SQLAlchemy wraps the driver's errors in this way, but these statements bypass it.
                 raise OperationalError("VACUUM", None, error) from error
 
     @contextmanager
@@ -249,7 +249,7 @@ class Database:
             raise
 
     def _prepare_postgresql(self, connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
-        # Whoever holds a row's lock may hang with its host; the others are told, and go on.
+        # A host may hang while holding a row lock: waiters time out, and the idle holder is ended after 60 s.
         connection.autocommit = True
         connection.execute(f"SET lock_timeout = {int(self._patience * 1000)}")
         connection.execute("SET idle_in_transaction_session_timeout = '60s'")
@@ -269,7 +269,7 @@ class Database:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, entry: ConnectionPoolEntry) -> None:
-    # The driver's own transactions begin late and end early around DDL; _begin_sqlite begins them instead.
+    # The driver begins transactions late and ends them early around DDL, so _begin_sqlite does it instead.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA secure_delete = ON")
@@ -279,7 +279,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, entry: ConnectionPoolEntry) 
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later could fail halfway, so writers take the lock at once.
+    # A transaction that reads first and writes later could fail halfway, so writers lock at the start.
     immediate = connection.get_execution_options().get("begin_immediate", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
@@ -292,7 +292,7 @@ def _stored_revision(connection: Connection) -> str | None:
 
 
 def _upgrade(connection: Connection) -> None:
-    # Alembic takes a third of a second to import, and a start with current tables does not need it.
+    # Importing Alembic takes a third of a second, and a start with current tables does not need it.
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -314,7 +314,7 @@ def _too_new(stored: str) -> RegistryTooNew:
 
 
 _DAMAGED = "Stop what uses it, move it away, and put a backup in its place with `topwork restore`."
-# By SQLite's result codes.
+# Reasons why a SQLite file is unusable, by SQLite's primary result code.
 _UNUSABLE = {
     sqlite3.SQLITE_NOTADB: "is no SQLite file, or its header is damaged. " + _DAMAGED,
     sqlite3.SQLITE_CORRUPT: "is damaged. " + _DAMAGED,
@@ -328,7 +328,7 @@ _UNUSABLE = {
 
 
 def _unusable(error: Any) -> str | None:
-    """Why a SQLite file cannot be used, and what to do; None where waiting may help."""
+    """Return why a SQLite file cannot be used and what to do, or None if waiting may help."""
     if isinstance(error, sqlite3.OperationalError) and str(error).startswith(
         ("no such table", "no such col")
     ):

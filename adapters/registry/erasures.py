@@ -1,6 +1,6 @@
-"""Erases tenants, adapters and examples from the tables, and keeps what a restored backup must forget again.
+"""Erases tenants, adapters and examples from the tables, and records what a restored backup must erase again.
 
-Rows only: files are deleted by adapters/adaptation/erasure.py, which also says when.
+Rows only: adapters/adaptation/erasure.py deletes the files, and decides when.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from adapters.registry.schema import (
 from adapters.registry.statements.queries import adapter_by_name, chunks, current_time
 
 ERASURES_KEPT = timedelta(days=400)
-"""How long an erasure is remembered, and so how old a backup may be that is restored without what it took."""
+"""How long an erasure is recorded. A backup up to this age can be restored without the erased data."""
 ALL = "*"
-"""Of an adapter's examples: all that it had."""
+"""Marks that all examples of an adapter were erased."""
 NAME_TAKEN = 5.0
-"""Seconds after its erasure in which a tenant gets nothing new: keys may still be taken for good so long, see
-service/edge/key_cache.py."""
-_WHOLE = "*"
-# Between a request's first look at the database and its age as it is counted.
+"""Seconds after a tenant's erasure during which nothing is created for it. Cached keys may be accepted that
+long, see service/edge/key_cache.py."""
+_WHOLE = "*"  # marks in the `files` column that the whole tenant was erased
+# Seconds allowed between a request's first read of the database and the moment from which its age counts.
 _SLACK = 1.0
-_DIGITS = 32
-_FORGOTTEN_AT_ONCE = 100
-# In the order in which they refer to each other.
+_DIGITS = 32  # length of an example's digest, in hex digits
+_FORGOTTEN_AT_ONCE = 100  # expired records deleted by each new one
+# The tables with an adapter's rows; each comes before the tables that its rows refer to.
 _OF_AN_ADAPTER = (replies, jobs, examples, versions, artifacts)
 
 
 class TenantErased(RegistryError):
-    """The tenant was erased while the request was under way, or a moment before it came."""
+    """The tenant was erased during the request, or a moment before it."""
 
     code = "tenant_erased"
     retry_after = NAME_TAKEN
@@ -59,7 +59,7 @@ class TenantErased(RegistryError):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What an erasure took: adapters, the examples in them, and so on."""
+    """How many rows of each kind an erasure deleted."""
 
     id: str
     tenant: str
@@ -73,17 +73,17 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An erasure whose adapters' files may still be there. whole: a tenant's. age: seconds."""
+    """An erasure whose files may not all be deleted yet."""
 
     id: str
     tenant: str
-    uids: tuple[str, ...]
-    whole: bool
-    age: float
+    uids: tuple[str, ...]  # of the erased adapters
+    whole: bool  # the whole tenant was erased
+    age: float  # seconds
 
 
 class Erasures:
-    """What was erased. Thread-safe, blocking. Every method may raise RegistryUnavailable."""
+    """Records of erasures. Thread-safe, blocking. Every method may raise RegistryUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -94,7 +94,7 @@ class Erasures:
             return _erase_tenant(connection, name)
 
     def unfinished(self) -> list[Unfinished]:
-        """The erasures whose files may still be there, the oldest first."""
+        """Return the erasures whose files may still exist, oldest first."""
         with self._database.reading() as connection:
             now = current_time(connection)
             query = select(erasures).where(erasures.c.files.is_not(None)).order_by(erasures.c.at)
@@ -110,31 +110,32 @@ class Erasures:
             ]
 
     def finish(self, erasure_id: str) -> None:
-        """The files are gone, and nobody is left who could bring one."""
+        """Record that the files are deleted, and that no process is left that could write another."""
         with self._database.writing() as connection:
             connection.execute(update(erasures).where(erasures.c.id == erasure_id).values(files=None))
 
     def newest(self) -> str | None:
-        """The id of the newest erasure."""
+        """Return the id of the newest erasure, or None if there is none."""
         with self._database.reading() as connection:
             newest: str | None = connection.execute(select(func.max(erasures.c.id))).scalar_one()
             return newest
 
     def clear_pages(self) -> None:
-        """Overwrite what deleted rows left in the database's pages."""
+        """Overwrite the bytes of deleted rows in the database's pages."""
         self._database.clear_pages()
 
 
 def erase_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
-    """Delete all rows of the adapter; the receipt, and its uid. Raises UnknownAdapter."""
+    """Delete all rows of the adapter; return the receipt and the adapter's uid. Raises UnknownAdapter."""
     adapter = adapter_by_name(connection, tenant, name, lock=True)
     counts = _delete(connection, [adapter.uid])
     return record(connection, tenant, counts, adapter_uid=adapter.uid, files=[adapter.uid]), adapter.uid
 
 
 def erase_examples(connection: Connection, adapter: AdapterRecord, ids: Collection[str]) -> Receipt:
-    """Remember that these examples are erased, whose rows the caller deletes. Replies go with them, and what
-    jobs that have ended told of them.
+    """Record that these examples are erased; the caller deletes their rows.
+
+    Also deletes the adapter's replies, and what its finished jobs reported about these examples.
     """
     everything = len(ids) == adapter.examples
     digests = ALL if everything else ",".join(sorted(digest(example) for example in ids))
@@ -145,15 +146,15 @@ def erase_examples(connection: Connection, adapter: AdapterRecord, ids: Collecti
 
 
 def digest(example_id: str) -> str:
-    """By what an erased example is remembered."""
+    """Return the truncated sha256 that identifies an erased example."""
     return hashlib.sha256(example_id.encode()).hexdigest()[:_DIGITS]
 
 
 def check_not_erased(connection: Connection, tenant: str, age: float) -> None:
-    """Raises TenantErased where the tenant was erased since `age` seconds ago, or just before.
+    """Raises TenantErased if the tenant was erased in the last `age` seconds, or just before.
 
-    For a writing transaction that gives the tenant something; an erasure waits for its end, or it for the
-    erasure's.
+    Call it in a writing transaction that creates something for the tenant. That transaction and an erasure
+    of the tenant wait for each other.
     """
     _take_turn(connection, tenant)
     since = current_time(connection) - timedelta(seconds=max(age + _SLACK, NAME_TAKEN))
@@ -171,7 +172,7 @@ def record(
     examples: str | None = None,
     files: Collection[str] = (),
 ) -> Receipt:
-    """Remember an erasure; forget a few of those that are remembered long enough."""
+    """Record an erasure, and delete some finished records older than ERASURES_KEPT."""
     now = current_time(connection)
     receipt = Receipt(new_id(now), tenant, now, **counts)
     values = {
@@ -195,7 +196,7 @@ def record(
 
 
 def _erase_tenant(connection: Connection, name: str) -> Receipt:
-    # Those who give the tenant an adapter or a key take the same turns.
+    # Transactions that create an adapter or a key of the tenant take the same locks.
     _take_turn(connection, name)
     take_turns(connection, f"keys of {name}")
     mine = adapters.c.tenant == name
@@ -204,20 +205,20 @@ def _erase_tenant(connection: Connection, name: str) -> Receipt:
     )
     counts = _delete(connection, uids)
     connection.execute(delete(replies).where(replies.c.tenant == name))
-    # Adapters that were deleted a moment ago are named here.
+    # These rows name recently deleted adapters of the tenant.
     connection.execute(delete(changes).where(changes.c.tenant == name))
     counts["keys"] = connection.execute(delete(keys).where(keys.c.tenant == name)).rowcount
     known = connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
     if not known and not uids:
         raise UnknownTenant(name)
-    # A mark for the tenant itself, which may have files and no adapter.
+    # The mark stands for the tenant itself, which may have files but no adapter.
     receipt = record(connection, name, counts, files=[*uids, _WHOLE])
     connection.execute(insert(changes).values(tenant=name, name="", at=receipt.at, gone=True))
     return receipt
 
 
 def _delete(connection: Connection, uids: Collection[str]) -> dict[str, int]:
-    """Deletes adapters with all that refers to them; how many rows went."""
+    """Delete adapters and all rows that refer to them; return the counts of a Receipt."""
     counts = dict.fromkeys(("adapters", "examples", "versions", "jobs"), 0)
     for chunk in chunks(uids):
         for table in _OF_AN_ADAPTER:

@@ -1,8 +1,8 @@
-"""What was answered to requests with an Idempotency-Key, written together with what they changed.
+"""Replies to requests with an Idempotency-Key, written in the transaction that makes the request's change.
 
-There is no row for a request that is still worked on: the primary key decides, when a change is committed,
-which of several requests with one key was first. Rows only: what a request is, and how it is answered, the
-layer above knows. Bodies are compressed, and of each tenant the newest MOST_BYTES are kept.
+A request in progress has no row. At the commit, the primary key decides which of several requests with the
+same key was first. Rows only: the layer above defines what a request is and how it is answered. Bodies are
+compressed, and the newest MOST_BYTES of each tenant are kept.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 REPLIES_KEPT = 86_400.0
-"""Seconds for which a reply is given again. They go sooner with their adapter, or with examples of it."""
+"""Seconds for which a reply is kept. Erasing its adapter, or examples of the adapter, deletes it earlier."""
 MOST_BYTES = 64 << 20
-"""What all replies of a tenant take in the database; the oldest go first. A MB or two more for a moment."""
-_FORGOTTEN_AT_ONCE = 100
-# SQLite reads a tenant's replies to add them up, so that is done about once for each megabyte written.
+"""Database space for a tenant's replies; the oldest are deleted. May be exceeded briefly by a MB or two."""
+_FORGOTTEN_AT_ONCE = 100  # expired replies deleted by each new one
+# Bytes written, on average, between two checks of MOST_BYTES: SQLite reads all replies of a tenant for one.
 _COUNTED_EVERY = 1 << 20
-_ROW_BYTES = 500  # of a row and its places in indexes, besides the body
+_ROW_BYTES = 500  # size of a row with its index entries, without the body
 _PACKED = "zlib:"
-_FASTEST = 1  # others wait for the transaction
+_FASTEST = 1  # zlib level; other writers wait for the transaction
 
 
 @dataclass(frozen=True, slots=True)
 class StoredReply:
-    """An answer, and the sha256 of the request that it was given to."""
+    """A reply, and the sha256 of the request that it answers."""
 
     request_sha256: str
     status: int
@@ -50,22 +50,20 @@ class StoredReply:
 @final
 @dataclass(frozen=True, slots=True)
 class PendingReply(Generic[T]):
-    """How a request with a key is answered once it is known what became of it.
-
-    key_sha256: of the key. render: called in the transaction that makes the change, so that both are written
-    or neither, in a thread and while other changes wait for it.
-    """
+    """How to answer a request with an Idempotency-Key, once its outcome is known."""
 
     key_sha256: str
+    # Called in a thread, in the transaction that makes the change, so that both are written or neither.
+    # Other changes wait for it.
     render: Callable[[T], StoredReply]
 
     def of(self, outcome: Callable[[S], T]) -> PendingReply[S]:
-        """The reply to what `outcome` makes a T of: a commit is less than the answer tells of."""
+        """Return the reply to an S, which `outcome` turns into a T: a response says more than a commit."""
         return PendingReply(self.key_sha256, lambda found: self.render(outcome(found)))
 
 
 class AlreadyAnswered(RegistryError):
-    """A request with the key has been answered; what was to be written now is not."""
+    """A request with this key was answered before. Nothing is written for this one."""
 
     code = "already_answered"
 
@@ -75,29 +73,29 @@ class AlreadyAnswered(RegistryError):
 
 
 class Replies:
-    """The replies of every tenant. Thread-safe, blocking. Raises RegistryUnavailable."""
+    """The replies to all tenants. Thread-safe, blocking. Raises RegistryUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def find(self, tenant: str, key_sha256: str) -> StoredReply | None:
-        """What the tenant was answered under the key in the last REPLIES_KEPT seconds."""
+        """Return the reply to the tenant's request with this key from the last REPLIES_KEPT seconds."""
         with self._database.reading() as connection:
             return _find(connection, tenant, key_sha256)
 
 
 def check_unanswered(connection: Connection, tenant: str, reply: PendingReply[Any] | None) -> None:
-    """Raises AlreadyAnswered for a known key: before any other refusal, which would hide the answer."""
+    """Raises AlreadyAnswered for a known key. Call it before checks whose errors would hide the reply."""
     found = None if reply is None else _find(connection, tenant, reply.key_sha256)
     if found is not None:
         raise AlreadyAnswered(found)
 
 
 def keep(connection: Connection, tenant: str, uid: str, reply: PendingReply[T] | None, outcome: T) -> None:
-    """Write the reply to what the transaction does to the adapter; for its very end.
+    """Write the reply that reports the transaction's change to the adapter. Call it last in the transaction.
 
-    It waits for a transaction that has just written the same key. Raises AlreadyAnswered if that is
-    committed.
+    Waits for a transaction that has just written the same key. Raises AlreadyAnswered if that one was
+    committed, RevisionMoved if its reply has been deleted since.
     """
     if reply is None:
         return
@@ -124,7 +122,7 @@ def keep(connection: Connection, tenant: str, uid: str, reply: PendingReply[T] |
         select(replies.c.tenant, replies.c.key_sha256)
         .where(old)
         .limit(_FORGOTTEN_AT_ONCE)
-        # As with changes: two commits at once must not wait for each other over what both would forget.
+        # Concurrent commits must not wait for each other over rows that both would delete.
         .with_for_update(skip_locked=True)
     )
     connection.execute(delete(replies).where(tuple_(replies.c.tenant, replies.c.key_sha256).in_(forgotten)))
@@ -133,12 +131,12 @@ def keep(connection: Connection, tenant: str, uid: str, reply: PendingReply[T] |
 
 
 def forget(connection: Connection, uid: str) -> None:
-    """Delete the replies that tell of the adapter."""
+    """Delete the replies that report on the adapter."""
     connection.execute(delete(replies).where(replies.c.adapter_uid == uid))
 
 
 def _bound(connection: Connection, tenant: str) -> None:
-    """Delete the oldest of the tenant's replies beyond MOST_BYTES."""
+    """Delete the tenant's oldest replies so that the rest fit in MOST_BYTES."""
     length = func.octet_length if connection.dialect.name == "postgresql" else func.length
     newer = func.sum(length(replies.c.body) + _ROW_BYTES).over(
         order_by=(replies.c.at.desc(), replies.c.key_sha256)
@@ -159,7 +157,7 @@ def _pack(body: str) -> str:
 
 
 def _unpack(stored: str) -> str:
-    """The body; what the release before has stored is the body itself."""
+    """Return the body. The previous release stored it uncompressed."""
     if not stored.startswith(_PACKED):
         return stored
     return zlib.decompress(base64.b64decode(stored.removeprefix(_PACKED))).decode()

@@ -1,4 +1,4 @@
-"""Which store belongs to which database: one random name that both hold, compared at every start."""
+"""The random name that a database and its store share, compared at every start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WrongStore(RuntimeError):
 
 
 class Identity:
-    """The database's name, and the comparison with its store's. Thread-safe, blocking.
+    """The database's name, and its comparison with the store's. Thread-safe, blocking.
 
     Every method may raise RegistryUnavailable.
     """
@@ -32,22 +32,22 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """The random name that the database got with its tables."""
+        """The random name that the database was given when its tables were created."""
         with self._database.reading() as connection:
             return _name(connection)
 
     @property
     def age(self) -> float:
-        """Seconds since the database got its name."""
+        """Seconds since the database was given its name."""
         with self._database.reading() as connection:
             since = connection.execute(select(identity.c.created_at)).scalar_one()
             seconds: float = (current_time(connection) - since).total_seconds()
             return seconds
 
     def check(self, store: Store) -> None:
-        """Make sure that the store is the database's; an empty store becomes it.
+        """Check that the store belongs to this database; an empty store is claimed.
 
-        A store from before there were names is the database's if that knows any of the adapters in it.
+        A store from a release without names belongs to the database that knows any adapter in it.
         Raises WrongStore, StoreUnavailable.
         """
         mine, theirs = self.name, store.identity()
@@ -58,13 +58,13 @@ class Identity:
                     + _WAY_OUT
                 )
             store.claim(mine)
-            # Another process may have been first.
+            # Another process may have claimed the store first.
             theirs = store.identity()
         if theirs != mine:
             raise WrongStore(f"The store {store.location} belongs to another database. {_WAY_OUT}")
 
     def take_over(self, name: str) -> None:
-        """Give the name to a database that has no tenants and no adapters: the lost one's, with its store."""
+        """Take the name of a lost database, to use its store. No effect if there are tenants or adapters."""
         with self._database.writing() as connection:
             used = select(or_(exists(select(tenants.c.name)), exists(select(adapters.c.uid))))
             if not connection.execute(used).scalar_one():

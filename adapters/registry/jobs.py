@@ -1,8 +1,8 @@
 """Durable jobs in SQLite or PostgreSQL: queued, claimed under a lease, ended. Rows only: nothing runs here.
 
-queued → running → succeeded | failed | cancelled; running again where a lease ran out, and queued again
-where an attempt was released. A claim counts the job's attempts; whoever holds an older attempt, or a lease
-that ran out, may write nothing more.
+queued → running → succeeded | failed | cancelled. A job whose lease expired is claimed again, and a released
+attempt puts its job back in the queue. Each claim increments the job's attempt number. A worker with an older
+attempt or an expired lease can write nothing more.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from adapters.registry.statements.queries import adapter_by_name, current_time
 from adapters.storage.artifact import Artifact
 
 MAX_ATTEMPTS = 3
-"""How often a job is begun before it counts as one that ends its worker; released attempts do not count."""
+"""Attempts after which a job is assumed to kill its worker, and fails. Released attempts do not count."""
 KEPT_JOBS = 1000
-"""How many of a tenant's newest jobs are kept; those queued or running are kept besides."""
+"""Number of a tenant's newest jobs that are kept, in addition to queued and running ones."""
 
 _ERASED = "The reason named examples that were erased since."
 _OPEN: tuple[JobState, ...] = ("queued", "running")
@@ -44,9 +44,9 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Jobs:
-    """The jobs of every tenant. Thread-safe, blocking. Times and deadlines are by the database's clock.
+    """The jobs of all tenants. Thread-safe, blocking. Times and deadlines are by the database's clock.
 
-    Every method may raise RegistryUnavailable; of a writing one it is then unknown whether it was recorded.
+    Every method may raise RegistryUnavailable. If a writing method does, its write may have been recorded.
     """
 
     def __init__(self, database: Database) -> None:
@@ -63,13 +63,13 @@ class Jobs:
         max_open: int,
         reply: PendingReply[JobRecord] | None = None,
     ) -> JobRecord:
-        """Queue a job. Raises UnknownAdapter, and TooManyJobs where max_open are queued or running.
+        """Queue a job. Raises UnknownAdapter, and TooManyJobs if max_open jobs are queued or running.
 
-        reply: what is answered to the request for it, written in the same transaction. Raises
-        AlreadyAnswered where one was under its key.
+        `reply`: the reply to the request for this job, written in the same transaction. Raises
+        AlreadyAnswered if a request with its key was answered before.
         """
         with self._database.writing() as connection:
-            # Two submissions at once would both see room for one.
+            # Concurrent submissions would both see room for one more job.
             take_turns(connection, f"jobs of {tenant}")
             check_unanswered(connection, tenant, reply)
             adapter = adapter_by_name(connection, tenant, adapter_name, lock=True)
@@ -98,14 +98,14 @@ class Jobs:
             return job
 
     def job(self, tenant: str, job_id: str) -> JobRecord:
-        """One job. Raises UnknownJob, the same for another tenant's as for none."""
+        """Return one job. Raises UnknownJob, for another tenant's job as for a missing one."""
         with self._database.reading() as connection:
             return _known(connection, tenant, job_id)
 
     def jobs(
         self, tenant: str, adapter: str | None = None, after: str | None = None, limit: int = 100
     ) -> list[JobRecord]:
-        """The tenant's jobs, newest first: those of the adapter, those that come after the id `after`."""
+        """Return the tenant's jobs, newest first; if given, only those of `adapter` or older than `after`."""
         query = select(jobs).where(jobs.c.tenant == tenant).order_by(jobs.c.id.desc()).limit(limit)
         if adapter is not None:
             query = query.where(jobs.c.adapter == adapter)
@@ -115,7 +115,7 @@ class Jobs:
             return [_record(row) for row in connection.execute(query)]
 
     def counts(self) -> dict[JobState, int]:
-        """How many jobs are in each state, over all tenants."""
+        """Return the number of jobs in each state, over all tenants."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
@@ -124,7 +124,7 @@ class Jobs:
         return found
 
     def open_ids(self) -> set[str]:
-        """The ids of all jobs that are queued or running, over all tenants."""
+        """Return the ids of all queued and running jobs, over all tenants."""
         with self._database.reading() as connection:
             return set(connection.execute(select(jobs.c.id).where(jobs.c.state.in_(_OPEN))).scalars())
 
@@ -133,16 +133,16 @@ class Jobs:
     ) -> Claim | None:
         """Begin the next attempt of a job that may run, the oldest of its tenant; None if there is none.
 
-        Tenants take turns: the one whose last job began the longest ago comes first. Queued jobs may run, and
-        those whose lease ran out, unless `settle` ends them; not those of a tenant that has
-        max_running_per_tenant under a lease, or as many as its quota says.
+        Tenants take turns: the tenant whose last job began the longest ago comes first. Queued jobs and jobs
+        with an expired lease may run, unless `settle` ends them. A tenant may have as many jobs under a lease
+        as its quota says, or max_running_per_tenant without a quota.
         """
         with self._database.reading() as connection:
-            # Asked every second by every worker: where nothing waits, nobody's write waits for it.
+            # Every worker polls every second, so an idle poll must not make writers wait.
             if connection.execute(select(jobs.c.id).where(jobs.c.state.in_(_OPEN)).limit(1)).first() is None:
                 return None
         with self._database.writing() as connection:
-            # Two claims at once would both see the tenant below its limit.
+            # Concurrent claims would both see the tenant below its limit.
             take_turns(connection, "claims")
             now = current_time(connection)
             job = _next(connection, now, kinds, max_running_per_tenant)
@@ -158,9 +158,9 @@ class Jobs:
             return Claim(_update(connection, job.id, values))
 
     def settle(self) -> list[JobRecord]:
-        """End the jobs that no claim will begin again; returns them, for the caller to tell of their end."""
+        """End and return the jobs that no claim will begin again, so that the caller can report their end."""
         with self._database.reading() as connection:
-            # As above: most of the time there is none.
+            # Usually there is none, and then writers must not wait.
             lost = or_(*(which for which, _ in _endings(current_time(connection))))
             if connection.execute(select(jobs.c.id).where(lost).limit(1)).first() is None:
                 return []
@@ -170,7 +170,7 @@ class Jobs:
     def heartbeat(
         self, claim: Claim, lease_seconds: float, progress: Mapping[str, Any] | None = None
     ) -> Heartbeat:
-        """Extend the lease from now on; `progress` replaces what was reported before. Raises LeaseLost."""
+        """Extend the lease to lease_seconds from now; `progress` replaces the last one. Raises LeaseLost."""
         with self._database.writing() as connection:
             job = held(connection, claim)
             now = current_time(connection)
@@ -181,15 +181,15 @@ class Jobs:
             return Heartbeat(job.cancel_requested, job.deadline_at is not None and job.deadline_at <= now)
 
     def fail(self, claim: Claim, code: str, detail: str) -> None:
-        """End the job: it failed, and another attempt would too. Raises LeaseLost."""
+        """End the job as failed; another attempt would fail, too. Raises LeaseLost."""
         with self._database.writing() as connection:
             held(connection, claim)
             end(connection, claim, "failed", error_code=code, error_detail=detail)
 
     def succeed(self, claim: Claim, progress: Mapping[str, Any] | None = None) -> None:
-        """End the job that made no version: it did what was asked. Raises LeaseLost.
+        """End the job as succeeded without a new version. Raises LeaseLost.
 
-        progress: replaces what was reported before.
+        `progress`: replaces the last one.
         """
         told = {} if progress is None else {"progress": json.dumps(progress, allow_nan=False)}
         with self._database.writing() as connection:
@@ -197,13 +197,13 @@ class Jobs:
             end(connection, claim, "succeeded", **told)
 
     def cancelled(self, claim: Claim) -> None:
-        """End the job as its tenant requested. Raises LeaseLost."""
+        """End the job as cancelled, as its tenant requested. Raises LeaseLost."""
         with self._database.writing() as connection:
             held(connection, claim)
             end(connection, claim, "cancelled")
 
     def release(self, claim: Claim, pause: float = 0.0) -> None:
-        """Queue the job again, for after `pause` seconds; this attempt does not count. Raises LeaseLost."""
+        """Requeue the job, to run after `pause` seconds. This attempt does not count. Raises LeaseLost."""
         with self._database.writing() as connection:
             job = held(connection, claim)
             until = current_time(connection) + timedelta(seconds=pause)
@@ -212,7 +212,7 @@ class Jobs:
             )
 
     def request_cancel(self, tenant: str, job_id: str) -> JobRecord:
-        """Cancel a queued job; tell whoever runs a running one. Raises UnknownJob, JobFinished."""
+        """Cancel a queued job, or ask the worker of a running one to stop. Raises UnknownJob, JobFinished."""
         with self._database.writing() as connection:
             job = _known(connection, tenant, job_id, lock=True)
             if job.state not in _OPEN:
@@ -228,16 +228,17 @@ class Jobs:
 
 
 def uploads_of(connection: Connection, adapter_uid: str) -> set[Artifact]:
-    """What the adapter's unfinished jobs have still to read."""
+    """Return the uploaded parts that the adapter's unfinished jobs may still read."""
     query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, jobs.c.state.in_(_OPEN))
     requests = [json.loads(request) for request in connection.execute(query).scalars()]
     return {part for request in requests for part in upload_of(request)}
 
 
 def forget_examples(connection: Connection, adapter_uid: str, ids: Collection[str] | None) -> None:
-    """Take out of what the adapter's ended jobs tell whatever may name one of the examples; None: everything.
+    """Remove reported errors that may name one of the examples from the adapter's ended jobs.
 
-    Short ids are found in what names others, too.
+    `ids`: the examples' ids; None removes all errors. Ids match as substrings, so a short id also removes
+    errors that name other examples.
     """
     ended = and_(jobs.c.adapter_uid == adapter_uid, jobs.c.state.not_in(_OPEN))
     told = or_(jobs.c.progress.is_not(None), jobs.c.error_detail.is_not(None))
@@ -260,40 +261,40 @@ def _names(text: str, ids: Collection[str] | None) -> bool:
 
 
 def upload_of(request: Mapping[str, Any]) -> tuple[Artifact, ...]:
-    """The parts of the upload that a job's request names, in order; most jobs have none."""
+    """Return the parts of the upload that a job's request names, in order; most jobs have none."""
     return tuple(Artifact(*part) for part in request.get("upload", ()))
 
 
 def upload_request(parts: Sequence[Artifact]) -> list[list[str | int]]:
-    """The same as a request's "upload"."""
+    """Return the parts as the value of a job request's "upload"."""
     return [[part.sha256, part.length, part.nonce] for part in parts]
 
 
 def held(connection: Connection, claim: Claim) -> JobRecord:
-    """The claimed job, its row locked until the transaction ends. Raises LeaseLost."""
+    """Return the claimed job, its row locked until the transaction ends. Raises LeaseLost."""
     mine = and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.job.attempt, jobs.c.state == "running")
     row = connection.execute(select(jobs).where(mine).with_for_update()).one_or_none()
-    # The clock is read once the row is locked: the lease may have run out in the wait for it.
+    # The clock is read after the row is locked, because the lease may expire during the wait for the lock.
     if row is None or row.lease_until <= current_time(connection):
         raise LeaseLost(f"Attempt {claim.job.attempt} of the job {claim.job.id} has no lease any more.")
     return _record(row)
 
 
 def end(connection: Connection, claim: Claim, state: JobState, **values: Any) -> None:
-    """End the job in the state. Its row is locked: see `held`."""
+    """End the job in this state. Its row must be locked, see `held`."""
     ended = {"state": state, "lease_until": None, "finished_at": current_time(connection)}
     _update(connection, claim.job.id, ended | values)
 
 
 def _forget(connection: Connection, tenant: str) -> None:
-    """Make room for one more of the tenant's KEPT_JOBS."""
+    """Delete ended jobs of the tenant to make room for one more in KEPT_JOBS."""
     mine = jobs.c.tenant == tenant
     newest = select(jobs.c.id).where(mine).order_by(jobs.c.id.desc()).limit(KEPT_JOBS - 1)
     connection.execute(delete(jobs).where(mine, jobs.c.state.not_in(_OPEN), jobs.c.id.not_in(newest)))
 
 
 def _endings(now: datetime) -> list[tuple[ColumnElement[bool], dict[str, Any]]]:
-    """Which jobs no claim will begin again, and how they end; of several ways the first."""
+    """Return which jobs no claim will begin again, and how they end. The first match applies."""
     idle = or_(jobs.c.state == "queued", and_(jobs.c.state == "running", jobs.c.lease_until <= now))
     exhausted = f"{MAX_ATTEMPTS} attempts were begun, and none came to an end; the worker's log says why."
     late = "The job did not end before its deadline."
@@ -309,7 +310,7 @@ def _failed(code: str, detail: str) -> dict[str, Any]:
 
 
 def _begun() -> ColumnElement[int]:
-    """The attempts that count."""
+    """Return the number of attempts that count."""
     return jobs.c.attempt - jobs.c.released
 
 
@@ -325,8 +326,8 @@ def _settle(connection: Connection, now: datetime) -> list[JobRecord]:
 def _next(
     connection: Connection, now: datetime, kinds: Collection[JobKind], max_running: int
 ) -> JobRecord | None:
-    """The job to claim, its row locked. Rows that others have locked, to end or to cancel, are passed by."""
-    # A job whose lease ran out holds no place, or it would keep itself from being claimed again.
+    """Return the job to claim, its row locked. Rows locked by others, to end or cancel them, are skipped."""
+    # A job with an expired lease does not count as running, or it could block its own next claim.
     leased = select(jobs.c.tenant).where(jobs.c.state == "running", jobs.c.lease_until > now)
     quota = select(tenants.c.max_running_jobs).where(tenants.c.name == jobs.c.tenant)
     most = func.coalesce(quota.correlate(jobs).scalar_subquery(), max_running)
@@ -338,7 +339,7 @@ def _next(
         select(jobs)
         .where(
             jobs.c.state.in_(_OPEN),
-            # Of a running one its lease, of a queued one the pause since it was released.
+            # lease_until is the end of a running job's lease, or of a released job's pause.
             or_(jobs.c.lease_until.is_(None), jobs.c.lease_until <= now),
             jobs.c.kind.in_(kinds),
             jobs.c.tenant.not_in(busy),
@@ -354,7 +355,7 @@ def _next(
 
 
 def _may_run(now: datetime) -> ColumnElement[bool]:
-    """Not what `settle` ends: see _endings."""
+    """Return the condition under which `settle` does not end a job, see _endings."""
     in_time = or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now)
     return and_(~jobs.c.cancel_requested, _begun() < MAX_ATTEMPTS, in_time)
 
@@ -380,14 +381,14 @@ def _record(row: Row[Any]) -> JobRecord:
 
 
 def new_id(now: datetime) -> str:
-    """A UUIDv7 (RFC 9562): ids sort by time, so that an id is a cursor that outlives its row."""
+    """Return a UUIDv7 (RFC 9562). Ids sort by time, so an id remains a cursor after its row is deleted."""
     milliseconds, microseconds = divmod((now - _EPOCH) // _MICROSECOND, 1000)
     fraction = microseconds * 4096 // 1000
     return f"{milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | secrets.randbits(62):032x}"
 
 
 def _progress(row: Any) -> dict[str, Any] | None:
-    """What was reported last; of a job that has ended, without what was left to do a moment before."""
+    """Return the last report. For a job that has ended, its estimate of the remaining time is replaced."""
     told: dict[str, Any] | None = None if row.progress is None else json.loads(row.progress)
     if row.state == "succeeded":
         return {**(told or {}), "share": 1.0, "seconds_left": 0.0}

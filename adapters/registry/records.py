@@ -1,4 +1,4 @@
-"""What the registry reads and writes, as plain immutable records, and how it refuses."""
+"""Immutable records that the registry reads and writes, and the errors that it raises."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ JobKind = Literal["fine_tune", "bulk_adapt"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 KEPT_VERSIONS = 20
-"""How many of an adapter's newest versions are kept; the live one is kept besides."""
+"""Number of an adapter's newest versions that are kept, in addition to the live one."""
 
 
 class RegistryError(RuntimeError):
-    """The registry refuses or fails; `code` is stable, the message tells a person what to do."""
+    """The registry refuses or fails. `code` is stable; the message tells the user what to do."""
 
     code = "registry_error"
 
 
 class UnknownAdapter(RegistryError):
-    """The tenant has no such adapter, whether or not another tenant has one of that name."""
+    """The tenant has no adapter of this name, whether or not another tenant has one."""
 
     code = "unknown_adapter"
 
@@ -35,7 +35,7 @@ class UnknownAdapter(RegistryError):
 
 
 class UnknownTenant(RegistryError):
-    """There is no such tenant."""
+    """There is no tenant of this name."""
 
     code = "unknown_tenant"
 
@@ -44,7 +44,7 @@ class UnknownTenant(RegistryError):
 
 
 class UnknownVersion(RegistryError):
-    """The adapter has no version of that number, or no longer."""
+    """The adapter has no version of this number, or no longer has it."""
 
     code = "unknown_version"
 
@@ -53,7 +53,7 @@ class UnknownVersion(RegistryError):
 
 
 class UnknownExample(RegistryError):
-    """The adapter has no example of that id."""
+    """The adapter has no example with this id."""
 
     code = "unknown_example"
 
@@ -74,13 +74,13 @@ class AdapterExists(RevisionMoved):
 
 
 class AliasMoved(RegistryError):
-    """The alias is no longer where If-Match says that it is."""
+    """The alias no longer points to the version that If-Match names."""
 
     code = "alias_moved"
 
 
 class UnknownJob(RegistryError):
-    """The tenant has no such job, whether or not another tenant has one of that id."""
+    """The tenant has no job with this id, whether or not another tenant has one."""
 
     code = "unknown_job"
 
@@ -89,31 +89,31 @@ class UnknownJob(RegistryError):
 
 
 class TooManyJobs(RegistryError):
-    """The tenant has as many jobs queued and running as it may."""
+    """The tenant has reached its limit of queued and running jobs."""
 
     code = "too_many_jobs"
 
 
 class JobFinished(RegistryError):
-    """The job has ended, so that there is nothing left to cancel."""
+    """The job has ended, so there is nothing left to cancel."""
 
     code = "job_finished"
 
 
 class LeaseLost(RegistryError):
-    """The attempt has ended, or its lease has: whoever runs it must stop, and can write nothing more."""
+    """The attempt or its lease has ended: its worker must stop, and can write nothing more."""
 
     code = "lease_lost"
 
 
 class RegistryUnavailable(RegistryError):
-    """The database did not answer. Of a commit it is then unknown whether it was recorded."""
+    """The database did not answer. If this happens during a commit, the change may have been recorded."""
 
     code = "registry_unavailable"
 
 
 class RegistryTooOld(RegistryError):
-    """The database has an earlier release's tables, or none."""
+    """The database has the tables of an earlier release, or none."""
 
     code = "registry_too_old"
 
@@ -125,21 +125,14 @@ class RegistryTooNew(RegistryError):
 
 
 Standing = tuple[int | None, datetime | None]
-"""Which version is live, and since when a rollback by hand holds, if one does."""
+"""Number of the live version, and the time of the manual rollback in force. None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """A tenant's named task. `uid` differs when an adapter is deleted and created again.
+    """A tenant's named task. Times are UTC."""
 
-    `revision` moves with every change of its examples; `epoch` grows with every commit to it;
-    `live` is the version that `/predict` uses, if any; `examples` counts what is kept. Times are UTC.
-    `answer_accuracy` and `weights` are what its next version is fitted for, see ProbeConfig.
-    `rolled_back_at` is when a person made another version live than the newest; newer ones are withheld until
-    a person lifts that. `restored_at` is when a person last restored a version.
-    """
-
-    uid: str
+    uid: str  # changes if the adapter is deleted and created again
     tenant: str
     name: str
     backbone: str
@@ -147,117 +140,104 @@ class AdapterRecord:
     kind: Kind
     task: Task
     keep_inputs: bool
-    revision: int
-    live: int | None
-    epoch: int
-    examples: int
+    revision: int  # incremented by every change to the examples or to what versions are fitted for
+    live: int | None  # number of the version that /predict uses, if any
+    epoch: int  # grows with every commit to the adapter
+    examples: int  # number of kept examples
     created_at: datetime
+    # Fitting options for the next version, see ProbeConfig.
     answer_accuracy: float = ANSWER_ACCURACY
     weights: Weights = "none"
+    # When a person made an older version live. Newer versions are withheld until a person lifts the rollback.
     rolled_back_at: datetime | None = None
-    restored_at: datetime | None = None
+    restored_at: datetime | None = None  # when a person last restored a version
 
     @property
     def standing(self) -> Standing:
-        """What a decision on a new version depends on, besides the examples."""
+        """The state, besides the examples, that the decision on a new version depends on."""
         return self.live, self.rolled_back_at
 
     @property
     def etag(self) -> str:
-        """Strong entity tag (RFC 9110) of the `live` alias: the same while it points to the same version."""
+        """Strong entity tag (RFC 9110) of the `live` alias; it changes only when the alias moves."""
         return f'"{self.uid}-{self.live or 0}"'
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleRecord:
-    """One kept example. `row` is its place both among the embeddings of `segment` and among `inputs`.
-
-    `group` is the tenant's name for what belongs together; `sampled` is False for what was chosen for being
-    wrong or hard. See Dataset. `excluded` is True for what is set aside: kept, and not learned from.
-    """
+    """One kept example."""
 
     id: str
-    digest: str
+    digest: str  # of its input
     target: Target
     segment: Artifact
-    row: int
+    row: int  # index both into the embeddings of `segment` and into `inputs`
     inputs: Artifact | None
     created_at: datetime
-    group: str | None = None
-    sampled: bool = True
-    excluded: bool = False
+    group: str | None = None  # the tenant's name for examples that belong together, see Dataset
+    sampled: bool = True  # False if it was chosen for being wrong or hard, see Dataset
+    excluded: bool = False  # set aside: kept, but not learned from
 
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One immutable version: `artifact` is its head, `evidence` its training embeddings and scores.
-
-    `network` is the ONNX network of a fine-tuned version, None where the backbone itself is the network.
-    It was fitted on the examples as of `revision`. `backbone` and `fingerprint` are the version's own: after
-    a rebase they differ from the adapter's. `labels` counts the labels, 0 for regression.
-    """
+    """One immutable version."""
 
     number: int
-    revision: int
+    revision: int  # of the examples that it was fitted on
     method: str
+    # The version's own: after a rebase they differ from the adapter's.
     backbone: str
     fingerprint: str
-    artifact: Artifact
-    evidence: Artifact | None
-    network: Artifact | None
+    artifact: Artifact  # the head
+    evidence: Artifact | None  # training embeddings and scores
+    network: Artifact | None  # ONNX network of a fine-tuned version; None if the backbone is the network
     report: Mapping[str, Any]
-    labels: int
+    labels: int  # number of labels, 0 for regression
     created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """All that a prediction needs to know of an adapter: which version answers, and where its head is.
-
-    `version` is the live one or the one asked for; it and `artifact` are None while nothing is live.
-    `network` is what embeds for a fine-tuned version; where it is None, the backbone does.
-    `backbone` and `fingerprint` are the version's, or the adapter's while nothing is live.
-    """
+    """What a prediction needs to know about an adapter: which version answers, and where its head is."""
 
     uid: str
     tenant: str
     name: str
+    # The version's, or the adapter's while no version is live.
     backbone: str
     fingerprint: str
     kind: Kind
     task: Task
-    version: int | None
+    version: int | None  # the live or the requested one; None, as is `artifact`, while no version is live
     artifact: Artifact | None
     evidence: Artifact | None
-    network: Artifact | None
+    network: Artifact | None  # embeds inputs for a fine-tuned version; None if the backbone does
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A commit, promotion or deletion, maybe of another process: what knows less than `epoch` is stale.
-
-    uid, epoch: of the adapter as it is now, None where there is none of that name.
-    gone: something was erased. Then what is in memory of the adapter goes, and without a name of the tenant.
-    """
+    """A commit, promotion or deletion, possibly by another process. State with a lower `epoch` is stale."""
 
     tenant: str
     name: str
+    # The adapter's current ones, None if there is no adapter of this name.
     uid: str | None
     epoch: int | None
+    # Something was erased: drop the adapter from memory, or the whole tenant if `name` is empty.
     gone: bool = False
 
     def leaves_behind(self, alias: Alias) -> bool:
-        """Whether the alias is of an older state of the adapter."""
+        """Return whether the alias shows an older state of the adapter."""
         return self.uid != alias.uid or self.epoch is None or alias.epoch < self.epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What is decided when an adapter is created: answer_accuracy and weights may change with any fit, a
-    rebase moves the backbone, and the rest is fixed.
+    """The properties of an adapter that are set at its creation.
 
-    began: by time.monotonic(), when its request had been read. What was erased since then is not created.
+    answer_accuracy and weights may change with any fit, the backbone with a rebase. The rest is fixed.
     """
 
     backbone: str
@@ -267,12 +247,13 @@ class Creation:
     keep_inputs: bool
     answer_accuracy: float = ANSWER_ACCURACY
     weights: Weights = "none"
+    # time.monotonic() when the request had been read. Nothing is created if the tenant was erased since.
     began: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Rebase:
-    """The backbone that all examples, repointed in the same change, are embedded with from now on."""
+    """The adapter's new backbone. The same change repoints all examples to embeddings by it."""
 
     backbone: str
     fingerprint: str
@@ -280,7 +261,7 @@ class Rebase:
 
 @dataclass(frozen=True, slots=True)
 class ExampleWrite:
-    """An example to add, or to replace where its id is known. See ExampleRecord."""
+    """An example to add, or to replace if its id is known. See ExampleRecord."""
 
     id: str
     digest: str
@@ -295,7 +276,7 @@ class ExampleWrite:
 
 @dataclass(frozen=True, slots=True)
 class Repoint:
-    """A kept example whose embedding and input now lie elsewhere; nothing else of it changes."""
+    """A new location of a kept example's embedding and input; nothing else of the example changes."""
 
     id: str
     segment: Artifact
@@ -305,10 +286,7 @@ class Repoint:
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """A version to record; the registry gives it its number, its backbone and its time.
-
-    revision: of the examples that it was fitted on; None for those as they are after the change.
-    """
+    """A version to record. The registry sets its number, backbone and time."""
 
     method: str
     artifact: Artifact
@@ -316,116 +294,94 @@ class NewVersion:
     report: Mapping[str, Any]
     labels: int
     network: Artifact | None = None
-    revision: int | None = None
+    revision: int | None = None  # of the examples that it was fitted on; None: those after the change
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Everything that one transaction writes to one adapter. Its artifacts are published before.
-
-    uid: of the adapter as it was read, or `new_uid()` together with `create`; artifacts are published under
-    it. revision: of the adapter as it was read, 0 together with `create`. create: the adapter is to be
-    created, and must not exist. clear_first: forget the examples that `upserts` does not name (update
-    "replace"). Versions fitted on them stay,
-        so that the replacement can be rolled back.
-    upserts: distinct ids.
-    removals: ids to erase. Every version that was fitted on one of them goes, the live one included. Where
-    other
-        examples lie in the same segment, `repoints` (or `upserts`) must move them all to rewritten ones, so
-        that the erased bytes go with the old files.
-    version, promote: a version fitted on the examples as they are after this change; make it live.
-    answer_accuracy, weights: of the adapter from now on; None leaves them. What changes one of them moves the
-    revision, for what others fit meanwhile is fitted for what was wanted before.
-    fallback: the version to make live instead, where `version` is not promoted; it must stay.
-    restores: a person makes `fallback` live with the examples that it learned from. Like `promote` it ends a
-    rollback that holds.
-    standing: of the adapter when the next live version was decided on; None where none was.
-    """
+    """Everything that one transaction writes to one adapter. Its artifacts must be published before."""
 
     tenant: str
     name: str
-    uid: str
-    revision: int
-    create: Creation | None = None
+    uid: str  # the adapter's when it was read, or `new_uid()` with `create`; artifacts are published under it
+    revision: int  # the adapter's when it was read, 0 with `create`
+    create: Creation | None = None  # creates the adapter, which must not exist
     rebase: Rebase | None = None
+    # Delete the examples that `upserts` does not name (update "replace"). Versions fitted on them stay, so
+    # that the replacement can be rolled back.
     clear_first: bool = False
-    upserts: tuple[ExampleWrite, ...] = ()
+    upserts: tuple[ExampleWrite, ...] = ()  # their ids are distinct
+    # Ids of examples to erase. Versions fitted on any of them are deleted, even the live one. `repoints` or
+    # `upserts` must move the other examples of their segments to rewritten ones, so that the bytes are erased
+    # with the old files.
     removals: tuple[str, ...] = ()
     repoints: tuple[Repoint, ...] = ()
-    version: NewVersion | None = None
-    promote: bool = False
+    version: NewVersion | None = None  # fitted on the examples as they are after this change
+    promote: bool = False  # make `version` live
+    # The adapter's new values; None leaves the old ones. A new value also increments the revision, because
+    # concurrent fits were made for the old one.
     answer_accuracy: float | None = None
     weights: Weights | None = None
-    fallback: int | None = None
+    fallback: int | None = None  # the kept version to make live if `version` is not promoted
+    # A person makes `fallback` live with the examples that it learned from. As `promote`, ends a rollback.
     restores: bool = False
-    standing: Standing | None = None
+    standing: Standing | None = None  # the adapter's when the next live version was chosen; None if none was
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a commit left behind.
+    """The result of a commit."""
 
-    adapter, alias: as of the commit; hand `alias` to `Aliases.put`. version: the recorded one, if any.
-    added, replaced, removed: examples. gone: numbers of the versions that went; erased: of those of them that
-    had learned from what was removed.
-    unreferenced: artifacts that nothing refers to any more; the caller deletes their files now.
-    erasure: the id of its receipt, where examples were removed.
-    """
-
-    adapter: AdapterRecord
-    alias: Alias
-    version: VersionRecord | None
+    adapter: AdapterRecord  # as of the commit
+    alias: Alias  # as of the commit, for `AliasCache.put`
+    version: VersionRecord | None  # the recorded version, if any
+    # Numbers of examples.
     added: int
     replaced: int
     removed: int
-    gone: tuple[int, ...]
-    unreferenced: tuple[Artifact, ...]
-    erasure: str | None = None
-    erased: tuple[int, ...] = ()
+    gone: tuple[int, ...]  # numbers of the deleted versions
+    unreferenced: tuple[Artifact, ...]  # no longer referred to; the caller deletes their files now
+    erasure: str | None = None  # id of the erasure's receipt, if examples were removed
+    erased: tuple[int, ...] = ()  # those of `gone` that had learned from removed examples
 
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """Work that outlives its request. Times are UTC, None for what has not come to pass.
-
-    `adapter` is the name of the adapter and `adapter_uid` its uid; the job goes when the adapter does.
-    `request` and `progress` are JSON objects; the queue reads neither. `attempt` counts the attempts, 0
-    before the first, and `released` those of them that ended for reasons outside the job. Whoever runs it has
-    it until `lease_until`; a queued one is not begun before that. `version` is the one that a succeeded job
-    recorded, if any; `error_code` and `error_detail` say why a failed one failed.
-    """
+    """Work that outlives its request. Times are UTC, and None until the event has happened."""
 
     id: str
     tenant: str
     adapter_uid: str
-    adapter: str
+    adapter: str  # name of the adapter, with which the job is deleted
     kind: JobKind
     state: JobState
+    # JSON objects, whose contents do not affect the queue.
     request: Mapping[str, Any]
     progress: Mapping[str, Any] | None
-    attempt: int
-    lease_until: datetime | None
+    attempt: int  # number of attempts so far
+    lease_until: datetime | None  # end of a running job's lease; a queued job is not begun before this time
     cancel_requested: bool
     deadline_at: datetime | None
-    version: int | None
+    version: int | None  # number of the version that the job recorded, if any
+    # Why a failed job failed.
     error_code: str | None
     error_detail: str | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    released: int = 0
+    released: int = 0  # attempts that ended for reasons outside the job
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to run one attempt of a job, while its lease lasts. `job` is as it was claimed."""
+    """The right to run one attempt of a job while its lease lasts. `job` is its state when it was claimed."""
 
     job: JobRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What whoever runs a job learns with each heartbeat: either is a reason to end the attempt."""
+    """What a worker learns from a heartbeat. Either flag is a reason to end the attempt."""
 
     cancel_requested: bool
     deadline_passed: bool

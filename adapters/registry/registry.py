@@ -1,4 +1,4 @@
-"""Adapters, examples, versions and aliases in SQLite or PostgreSQL. Rows only: bytes are in the store."""
+"""Adapters, examples, versions and aliases in SQLite or PostgreSQL. Rows only: the store holds the bytes."""
 
 from __future__ import annotations
 
@@ -89,24 +89,23 @@ __all__ = [
 
 
 def new_uid() -> str:
-    """A uid for an adapter that a Change creates."""
+    """Return a uid for an adapter that a Change creates."""
     return uuid.uuid4().hex
 
 
 class Registry:
-    """The rows of every tenant. Thread-safe, blocking: call it from a thread.
+    """The rows of all tenants. Thread-safe, blocking: call it from a thread.
 
-    url: SQLAlchemy's, sqlite:///<path> or postgresql://…; patience: seconds to wait for others' locks.
+    `url`: an SQLAlchemy URL, sqlite:///<path> or postgresql://…. `patience`: lock timeout in seconds.
 
-    Every method may raise RegistryUnavailable. One raised by a writing method leaves it open whether the
-    write was recorded, so never delete the artifacts of such a change: if it was not, a sweep removes them
-    later.
+    Every method may raise RegistryUnavailable. If a writing method does, its write may have been recorded,
+    so never delete the artifacts of such a change: if it was not recorded, a sweep removes them later.
     """
 
     def __init__(self, url: str, *, patience: float = 30.0, writer: Executor | None = None) -> None:
-        """writer: what commits in place of the caller's thread.
+        """`writer`: runs commits instead of the caller's thread.
 
-        A thread that gives way keeps everybody else's commits waiting while it waits for a core.
+        A low-priority thread would block all other commits while it waits for a core.
         """
         self._writer = writer
         self._database = Database(url, patience=patience)
@@ -118,7 +117,7 @@ class Registry:
 
     @property
     def jobs(self) -> Jobs:
-        """The durable jobs of every tenant, in the same database."""
+        """The durable jobs of all tenants, in the same database."""
         return self._jobs
 
     @property
@@ -128,31 +127,31 @@ class Registry:
 
     @property
     def erasures(self) -> Erasures:
-        """What was erased, in the same database."""
+        """The records of erasures, in the same database."""
         return self._erasures
 
     @property
     def replies(self) -> Replies:
-        """What was answered to requests with an Idempotency-Key, in the same database."""
+        """The replies to requests with an Idempotency-Key, in the same database."""
         return self._replies
 
     @property
     def identity(self) -> Identity:
-        """What tells whether a store is this database's."""
+        """The database's identity, which tells whether a store belongs to it."""
         return self._identity
 
     def check_pages(self) -> None:
-        """See Database.check_pages."""
+        """Check a SQLite file for damage. See Database.check_pages."""
         self._database.check_pages()
 
     def require_current(self) -> None:
-        """See Database.require_current."""
+        """Check that the tables are those of this release. See Database.require_current."""
         self._database.require_current()
 
     def migrate(self) -> None:
-        """Bring the database to this release's tables; safe when several processes start at once.
+        """Upgrade the database to the tables of this release. Safe if several processes start at once.
 
-        Raises RegistryTooNew if a newer release has been there.
+        Raises RegistryTooNew if a newer release has migrated the database.
         """
         self._database.migrate()
 
@@ -161,12 +160,12 @@ class Registry:
         self._database.close()
 
     def adapter(self, tenant: str, name: str) -> AdapterRecord:
-        """The tenant's adapter. Raises UnknownAdapter, the same for another tenant's as for none."""
+        """Return the tenant's adapter. Raises UnknownAdapter, also for another tenant's adapter."""
         with self._database.reading() as connection:
             return adapter_by_name(connection, tenant, name)
 
     def adapters(self, tenant: str, after: str | None = None, limit: int = 100) -> list[AdapterRecord]:
-        """The tenant's adapters in the order of their names, those after `after`."""
+        """Return up to `limit` of the tenant's adapters, ordered by name, after the name `after`."""
         query = select_adapter().where(adapters.c.tenant == tenant).order_by(adapters.c.name).limit(limit)
         if after is not None:
             query = query.where(adapters.c.name > after)
@@ -174,7 +173,7 @@ class Registry:
             return [adapter_record(row) for row in connection.execute(query)]
 
     def delete_adapter(self, tenant: str, name: str) -> tuple[Receipt, str]:
-        """Delete the adapter with all its rows, its jobs too; returns the receipt and its uid.
+        """Delete the adapter with all its rows, its jobs included; return the receipt and the adapter's uid.
 
         The caller then deletes its files (Store.delete_adapter) and drops its alias. Raises UnknownAdapter.
         """
@@ -184,9 +183,9 @@ class Registry:
     def examples(
         self, uid: str, after: str | None = None, limit: int = 100, excluded: bool | None = None
     ) -> list[ExampleRecord]:
-        """Examples in the order of their ids (by code point), those after `after`.
+        """Return up to `limit` examples, ordered by id (code points), after the id `after`.
 
-        excluded: only those that are set aside, or only the others.
+        `excluded`: True for only those that are set aside, False for only the others.
         """
 
         def narrow(query: Select[Any]) -> Select[Any]:
@@ -199,12 +198,12 @@ class Registry:
             return example_records(connection, uid, narrow)
 
     def example(self, uid: str, example_id: str) -> ExampleRecord:
-        """One example. Raises UnknownExample."""
+        """Return one example. Raises UnknownExample."""
         with self._database.reading() as connection:
             return example_record(connection, uid, example_id)
 
     def all_examples(self, uid: str) -> tuple[int, list[ExampleRecord]]:
-        """The revision and all examples of it in the order of their ids, in one consistent read.
+        """Return the revision and all its examples, ordered by id, in one consistent read.
 
         Raises UnknownAdapter if the adapter has been deleted.
         """
@@ -214,27 +213,27 @@ class Registry:
     def places_of(
         self, tenant: str, fingerprint: str, digests: Iterable[str]
     ) -> dict[str, tuple[str, Artifact, int]]:
-        """Where the tenant has embeddings of inputs by this backbone: an adapter's uid, a segment, a row."""
+        """Locate the tenant's embeddings by this backbone: adapter uid, segment and row by input digest."""
         with self._database.reading() as connection:
             return places_of(connection, tenant, fingerprint, digests)
 
     def versions(self, uid: str) -> list[VersionRecord]:
-        """The versions that are kept, newest first."""
+        """Return the kept versions, newest first."""
         with self._database.reading() as connection:
             return version_records(connection, uid)
 
     def versions_without(self, uid: str, ids: Collection[str]) -> list[VersionRecord]:
-        """The versions that stay when these examples are removed, newest first."""
+        """Return the versions that remain if these examples are removed, newest first."""
         with self._database.reading() as connection:
             return versions_without(connection, uid, ids)
 
     def version(self, uid: str, number: int) -> VersionRecord:
-        """One version. Raises UnknownVersion."""
+        """Return one version. Raises UnknownVersion."""
         with self._database.reading() as connection:
             return version_record(connection, uid, number)
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> Alias:
-        """What a prediction by the live version, or by the one asked for, needs.
+        """Return what a prediction by the live version, or by `version`, needs.
 
         Raises UnknownAdapter, UnknownVersion.
         """
@@ -244,14 +243,14 @@ class Registry:
     def commit(
         self, change: Change, *, job: Claim | None = None, reply: PendingReply[Committed] | None = None
     ) -> Committed:
-        """Write the change in one durable transaction, or nothing of it.
+        """Write the change in one durable transaction, entirely or not at all.
 
-        job: whose work this is. A version is its success, recorded in the same transaction. Raises LeaseLost,
-        before anything else, unless the claim's attempt is the job's newest and its lease lasts: delete the
-        artifacts then.
+        `job`: the job that made the change. With a version, the same transaction records the job's success.
+        Raises LeaseLost, before any other error of the change, unless the claim holds the job's newest
+        attempt and its lease has not expired. Delete the artifacts then.
 
-        reply: what is answered to the request whose work this is, written in the same transaction. Raises
-        AlreadyAnswered where one was under its key.
+        `reply`: the reply to the request that made the change, written in the same transaction. Raises
+        AlreadyAnswered if a request with its key was answered before.
 
         Raises UnknownAdapter (deleted meanwhile), RevisionMoved or AdapterExists (changed meanwhile: read
         again, merge, refit), UnknownExample (a removed or repointed id), StoreFull, and ValueError for a
@@ -271,9 +270,9 @@ class Registry:
         return write() if self._writer is None else self._writer.submit(write).result()
 
     def promote(self, uid: str, number: int, if_match: str | None = None) -> Committed:
-        """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still hold.
+        """Point `live` at the version. `if_match` is an AdapterRecord.etag that must still be current.
 
-        Any but the newest version holds there: newer ones are withheld until a person lifts that.
+        Promoting any but the newest version is a rollback: newer ones are withheld until a person lifts it.
 
         Raises UnknownAdapter, UnknownVersion, AliasMoved.
         """
@@ -281,7 +280,7 @@ class Registry:
             return committing.promote(connection, uid, number, if_match)
 
     def changed(self, seconds: float) -> list[Changed]:
-        """The adapters committed to, promoted or deleted in the last `seconds`, each as it is now.
+        """Return the adapters committed to, promoted or deleted in the last `seconds`, each as it is now.
 
         The database remembers them for CHANGES_KEPT seconds.
         """
@@ -301,18 +300,18 @@ class Registry:
             ]
 
     def live_versions(self) -> int:
-        """How many adapters have a live version."""
+        """Return the number of adapters with a live version."""
         with self._database.reading() as connection:
             return connection.execute(select(func.count(adapters.c.live))).scalar_one()
 
     def erased_ago(self, uid: str) -> float | None:
-        """Seconds since the adapter, or an example of it, was last erased; None if nothing was."""
+        """Return the seconds since the adapter or an example of it was last erased, None if nothing was."""
         query = select(func.max(erasures.c.at)).where(erasures.c.adapter_uid == uid)
         with self._database.reading() as connection:
             at = connection.execute(query).scalar_one()
             return None if at is None else (current_time(connection) - at).total_seconds()
 
     def referenced(self, uid: str) -> set[Artifact]:
-        """The artifacts that rows of the adapter refer to; none if there is no such adapter."""
+        """Return the artifacts that rows of the adapter refer to; empty if there is no such adapter."""
         with self._database.reading() as connection:
             return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)

@@ -1,4 +1,4 @@
-"""The registry's tables, and what of them differs between SQLite and PostgreSQL."""
+"""The registry's tables, and their differences between SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """The column's type in each database."""
+        """Return the column type of the database."""
         return BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True)
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        """Python to database."""
+        """Convert a Python value for the database."""
         if value is None or dialect.name != "sqlite":
             return value
         return (value - _EPOCH) // _MILLISECOND
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        """Database to Python."""
+        """Convert a database value for Python."""
         if value is None:
             return None
         if dialect.name == "sqlite":
@@ -80,14 +80,14 @@ def _sqlite_now(element: database_now, compiler: Any, **options: Any) -> str:
     return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)"
 
 
-# Order by code point in both databases, whatever the cluster's locale.
+# Text that sorts by code point in both databases, regardless of the PostgreSQL cluster's locale.
 Sorted = Text().with_variant(Text(collation="C"), "postgresql")
-# SQLite numbers rows by itself only in a column declared INTEGER.
+# Auto-incremented integer. SQLite numbers rows only in a column that is declared INTEGER.
 Counter = BigInteger().with_variant(Integer(), "sqlite")
 
 metadata = MetaData()
 
-# Without a number a quota is not set.
+# A quota is not set where its column is NULL.
 tenants = Table(
     "tenants",
     metadata,
@@ -101,7 +101,7 @@ tenants = Table(
     Column("max_running_jobs", BigInteger),
 )
 
-# Of a secret only its digest is kept. Scopes: words with blanks between them.
+# Only the digest of a secret is stored. `scopes` is a space-separated list.
 keys = Table(
     "keys",
     metadata,
@@ -135,7 +135,7 @@ adapters = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("answer_accuracy", Float, nullable=False, server_default=text(str(ANSWER_ACCURACY))),
     Column("weights", String(16), nullable=False, server_default="none"),
-    # When a person made an older version live; newer ones are withheld until a person lifts that.
+    # When a person made an older version live. Newer ones are withheld until a person lifts the rollback.
     Column("rolled_back_at", UtcTime),
     # When a person last restored a version.
     Column("restored_at", UtcTime),
@@ -185,14 +185,14 @@ examples = Table(
     Column("segment_id", Counter, ForeignKey("artifacts.id", name="examples_segment"), nullable=False),
     Column("row", Integer, nullable=False),
     Column("inputs_id", Counter, ForeignKey("artifacts.id", name="examples_inputs")),
-    # The first revision that held the id: versions fitted since then may have learned from it.
+    # The first revision with this id. Versions fitted since then may have learned from the example.
     Column("first_revision", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
-    # What belongs together; NULL where the tenant names no group.
+    # The tenant's name for examples that belong together, or NULL.
     Column("group", Text),
-    # False: chosen for being wrong or hard, so that it is learned from and not measured on.
+    # False if the example was chosen for being wrong or hard: it is learned from, but not measured on.
     Column("sampled", Boolean, nullable=False, server_default=true()),
-    # The revision from which on it is set aside: versions fitted since then have not learned from it.
+    # The revision that set the example aside. Versions fitted since then have not learned from it.
     Column("excluded_since", BigInteger),
     PrimaryKeyConstraint("adapter_uid", "id", name="examples_key"),
     ForeignKeyConstraint(["adapter_uid"], ["adapters.uid"], name="examples_adapter"),
@@ -202,7 +202,7 @@ examples = Table(
     sqlite_with_rowid=False,
 )
 
-# Ids sort by the time of submission. `attempt` is the fence: who holds an older one may write nothing.
+# Ids sort by submission time. `attempt` is a fencing token: a worker with an older one can write nothing.
 jobs = Table(
     "jobs",
     metadata,
@@ -231,7 +231,7 @@ jobs = Table(
 )
 
 # One row for each commit, promotion and deletion of the last hour. `epoch` only numbers the rows; adapters
-# have their own. gone: what is in memory of the adapter must go, and without a name of the tenant.
+# have epochs of their own. `gone`: drop the adapter from memory, or the whole tenant if `name` is empty.
 changes = Table(
     "changes",
     metadata,
@@ -246,8 +246,8 @@ changes = Table(
 
 _WITH_FILES = "files IS NOT NULL"
 
-# What was erased, so that a backup from before can be restored without it: a tenant, an adapter, or some of
-# its examples, as digests of their ids ("*" for all). files: uids of adapters whose files may still be there.
+# Erasures of a tenant, an adapter or examples of it, so that older backups can be restored without them.
+# `examples`: digests of their ids, "*" for all. `files`: uids of adapters whose files may still exist.
 erasures = Table(
     "erasures",
     metadata,
@@ -262,7 +262,7 @@ erasures = Table(
     Index("erasures_unfinished", "at", sqlite_where=text(_WITH_FILES), postgresql_where=text(_WITH_FILES)),
 )
 
-# What was answered to requests with an Idempotency-Key, written with what they changed.
+# Replies to requests with an Idempotency-Key, written in the transaction that makes the request's change.
 replies = Table(
     "replies",
     metadata,
@@ -278,7 +278,7 @@ replies = Table(
     Index("replies_by_time", "at"),
 )
 
-# One row. The store holds the same id, see adapters/registry/identity.py.
+# A single row. The store holds the same id, see adapters/registry/identity.py.
 identity = Table(
     "identity",
     metadata,
@@ -288,12 +288,12 @@ identity = Table(
 
 
 def encode_target(target: Target) -> str:
-    """A target as JSON: a string, a list of strings, or a number that reads back to the same float."""
+    """Return a target as JSON: a string, a list of strings, or a number that decodes to the same float."""
     return json.dumps(list(target) if isinstance(target, tuple) else target, allow_nan=False)
 
 
 def decode_target(text: str) -> Target:
-    """The target that `encode_target` wrote."""
+    """Return the target that `encode_target` encoded."""
     value = json.loads(text)
     if isinstance(value, list):
         return tuple(value)

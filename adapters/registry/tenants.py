@@ -1,4 +1,4 @@
-"""Tenants and their keys in SQLite or PostgreSQL. Rows only: who may do what is decided at the edge."""
+"""Tenants and their keys in SQLite or PostgreSQL. Rows only: service/edge/ decides about access."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from adapters.registry.schema import adapters, database_now, keys, tenants
 from adapters.registry.statements.queries import current_time
 
 Scope = Literal["predict", "adapt", "admin"]
-"""predict: ask, and see what there is to ask. adapt: teach, and all that changes an adapter. admin: keys."""
+"""predict: predictions and embeddings. adapt: examples, jobs, any change to an adapter. admin: keys."""
 
 MAX_KEYS = 100
-"""How many keys of a tenant may be in use at once."""
+"""Number of a tenant's keys that may be in use at once."""
+# Revoked and expired keys stay listed for at least this long.
 _FORGOTTEN_AFTER = timedelta(days=30)
 _PREFIX = "tw"
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class TenantExists(RegistryError):
-    """A tenant has the name."""
+    """There already is a tenant of this name."""
 
     code = "tenant_exists"
 
 
 class UnknownKey(RegistryError):
-    """The tenant has no key of that id."""
+    """The tenant has no key with this id."""
 
     code = "unknown_key"
 
@@ -53,30 +54,26 @@ class KeyNotInUse(RegistryError):
 
 
 class QuotaExceeded(RegistryError):
-    """What was to be kept is more than the tenant may keep."""
+    """The write would exceed the tenant's quota of adapters or examples."""
 
     code = "quota_exceeded"
 
 
 class TooManyKeys(RegistryError):
-    """The tenant has as many keys in use as it may."""
+    """The tenant has reached MAX_KEYS keys in use."""
 
     code = "too_many_keys"
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What a tenant may have; None where nothing is said.
+    """A tenant's limits; None where none is set."""
 
-    By the second: of requests with its keys, of their inputs and examples, of the bytes of their bodies. At
-    once: adapters, examples of all of them together, jobs that run.
-    """
-
-    requests_per_second: float | None = None
-    items_per_second: float | None = None
-    bytes_per_second: float | None = None
+    requests_per_second: float | None = None  # requests with the tenant's keys
+    items_per_second: float | None = None  # inputs and examples in those requests
+    bytes_per_second: float | None = None  # bytes of their bodies
     max_adapters: int | None = None
-    max_examples: int | None = None
+    max_examples: int | None = None  # in all adapters together
     max_running_jobs: int | None = None
 
 
@@ -85,7 +82,7 @@ _QUOTAS = tuple(tenants.c[field.name] for field in fields(Quotas))
 
 @dataclass(frozen=True, slots=True)
 class TenantRecord:
-    """A tenant, and how many adapters it has, examples in them, and keys that are in use."""
+    """A tenant, with the numbers of its adapters, of their examples and of its keys in use."""
 
     name: str
     created_at: datetime
@@ -97,7 +94,7 @@ class TenantRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """What is known of a key: all but its secret."""
+    """A key without its secret."""
 
     id: str
     tenant: str
@@ -110,29 +107,29 @@ class KeyRecord:
 
 @dataclass(frozen=True, slots=True)
 class HeldKey:
-    """A key as it is checked. in_use_for: seconds from when it was read, None without end, 0 not at all."""
+    """A key as the access check needs it."""
 
     id: str
     tenant: str
     scopes: frozenset[Scope]
     secret_sha256: str
-    in_use_for: float | None
+    in_use_for: float | None  # seconds of validity after it was read: None without end, 0 if not in use
     quotas: Quotas = Quotas()
 
     def opens_with(self, secret: str) -> bool:
-        """Whether this is the key's secret. Takes as long for a wrong one."""
+        """Return whether this is the key's secret, in constant time."""
         return hmac.compare_digest(_digest(secret), self.secret_sha256)
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(id, secret) of tw_<id>_<secret>; None of what is no key."""
+    """Return (id, secret) of a key tw_<id>_<secret>, or None if it has another form."""
     prefix, _, rest = key.partition("_")
     key_id, _, secret = rest.partition("_")
     return (key_id, secret) if prefix == _PREFIX and _KEY_ID.fullmatch(key_id) else None
 
 
 class Tenants:
-    """The tenants and their keys. Thread-safe, blocking. Times are by the database's clock.
+    """All tenants and their keys. Thread-safe, blocking. Times are by the database's clock.
 
     Every method may raise RegistryUnavailable.
     """
@@ -141,7 +138,7 @@ class Tenants:
         self._database = database
 
     def create(self, name: str) -> TenantRecord:
-        """Make a tenant. Raises TenantExists, TenantErased."""
+        """Create a tenant. Raises TenantExists, TenantErased."""
         with self._database.writing() as connection:
             check_not_erased(connection, name, 0.0)
             try:
@@ -151,12 +148,12 @@ class Tenants:
             return _tenant(connection, name)
 
     def tenant(self, name: str) -> TenantRecord:
-        """One tenant. Raises UnknownTenant."""
+        """Return one tenant. Raises UnknownTenant."""
         with self._database.reading() as connection:
             return _tenant(connection, name)
 
     def tenants(self, after: str | None = None, limit: int = 100) -> list[TenantRecord]:
-        """The tenants in the order of their names, those after `after`."""
+        """Return up to `limit` tenants, ordered by name, after the name `after`."""
         with self._database.reading() as connection:
             query = _counted(current_time(connection)).order_by(tenants.c.name).limit(limit)
             if after is not None:
@@ -164,7 +161,7 @@ class Tenants:
             return [_tenant_record(row) for row in connection.execute(query)]
 
     def set_quotas(self, name: str, quotas: Quotas) -> TenantRecord:
-        """What the tenant may have from now on; what it has already, it keeps. Raises UnknownTenant."""
+        """Replace the tenant's quotas. Nothing that it already has is deleted. Raises UnknownTenant."""
         with self._database.writing() as connection:
             values = asdict(quotas)
             connection.execute(update(tenants).where(tenants.c.name == name).values(values))
@@ -173,20 +170,23 @@ class Tenants:
     def create_key(
         self, tenant: str, scopes: Sequence[Scope], *, note: str = "", lifetime: timedelta | None = None
     ) -> tuple[KeyRecord, str]:
-        """A new key, and the whole of it, which is kept nowhere. Raises UnknownTenant, TooManyKeys."""
+        """Create a key; return it and its text, which is not stored. Raises UnknownTenant, TooManyKeys."""
         with self._database.writing() as connection:
             _lock(connection, tenant)
             return _add_key(connection, tenant, scopes, note, lifetime)
 
     def keys(self, tenant: str) -> list[KeyRecord]:
-        """The tenant's keys, oldest first, for a month also those no longer in use. Raises UnknownTenant."""
+        """Return the tenant's keys, oldest first. Raises UnknownTenant.
+
+        Revoked and expired keys are kept for a month.
+        """
         with self._database.reading() as connection:
             _tenant(connection, tenant)
             query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created_at, keys.c.id)
             return [_record(row) for row in connection.execute(query)]
 
     def revoke(self, tenant: str, key_id: str) -> KeyRecord:
-        """Take the key out of use, at once; again it changes nothing. Raises UnknownTenant, UnknownKey."""
+        """Revoke the key at once. Idempotent. Raises UnknownTenant, UnknownKey."""
         with self._database.writing() as connection:
             _lock(connection, tenant)
             record = _key(connection, tenant, key_id)
@@ -196,10 +196,9 @@ class Tenants:
             return _key(connection, tenant, key_id)
 
     def rotate(self, tenant: str, key_id: str, grace: timedelta) -> tuple[KeyRecord, str]:
-        """A key like this one in its place; the old one is in use for `grace` more, at most.
+        """Create a key with the old one's scopes, note and lifetime. The old one expires in `grace` at most.
 
-        The new one lasts as long as the old one was given. Raises UnknownTenant, UnknownKey, KeyNotInUse,
-        TooManyKeys.
+        Returns the new key and its text. Raises UnknownTenant, UnknownKey, KeyNotInUse, TooManyKeys.
         """
         with self._database.writing() as connection:
             _lock(connection, tenant)
@@ -213,7 +212,7 @@ class Tenants:
             return _add_key(connection, tenant, old.scopes, old.note, lifetime)
 
     def find(self, key_id: str) -> HeldKey | None:
-        """The key of that id, whosever it is."""
+        """Return the key with this id, of any tenant, or None."""
         with self._database.reading() as connection:
             query = select(keys, *_QUOTAS).join(tenants, keys.c.tenant == tenants.c.name)
             row = connection.execute(query.where(keys.c.id == key_id)).one_or_none()
@@ -231,14 +230,14 @@ class Tenants:
 
 
 def add_tenant(connection: Connection, name: str) -> None:
-    """A row for a tenant that may have one."""
+    """Add the tenant's row unless it exists."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     values = dialect.insert(tenants).values(name=name, created_at=database_now())
     connection.execute(values.on_conflict_do_nothing())
 
 
 def check_adapters(connection: Connection, tenant: str) -> None:
-    """Raises QuotaExceeded where the tenant has as many adapters as it may. For a writing transaction."""
+    """Raises QuotaExceeded if the tenant has max_adapters adapters. Call it in a writing transaction."""
     quotas = _quotas_of(connection, tenant)
     if quotas.max_adapters is None:
         return
@@ -249,7 +248,7 @@ def check_adapters(connection: Connection, tenant: str) -> None:
 
 
 def check_examples(connection: Connection, tenant: str) -> None:
-    """Raises QuotaExceeded where the transaction leaves the tenant with more examples than it may have."""
+    """Raises QuotaExceeded if the transaction leaves the tenant with more than max_examples examples."""
     quotas = _quotas_of(connection, tenant)
     if quotas.max_examples is None:
         return
@@ -269,7 +268,7 @@ def _quotas(row: Row[Any]) -> Quotas:
 
 
 def _digest(secret: str) -> str:
-    # A secret is 256 random bits: nobody finds it by trying, so a slow digest would only slow down the owner.
+    # A secret has 256 random bits, too many to guess, so a slow hash would only slow down its owner.
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -304,7 +303,7 @@ def _tenant(connection: Connection, name: str) -> TenantRecord:
 
 
 def _lock(connection: Connection, tenant: str) -> None:
-    """Writers of one tenant's keys take turns: two at once would both see room for one."""
+    """Lock the tenant's keys: concurrent writers would both see room for one. Raises UnknownTenant."""
     take_turns(connection, f"keys of {tenant}")
     _tenant(connection, tenant)
 

@@ -1,1 +1,1 @@
-"""The bytes of artifacts, in a folder or a bucket."""
+"""Stores the bytes of artifacts in a folder or a bucket."""

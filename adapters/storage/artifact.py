@@ -1,4 +1,7 @@
-"""Artifact bytes: published atomically, verified on every read. The only builder of paths and object keys."""
+"""The artifact store: bytes are published atomically and verified on every read.
+
+Paths and object keys are built in this module only.
+"""
 
 from __future__ import annotations
 
@@ -13,132 +16,132 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _UID = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.partial)?")
 Buffer = bytes | bytearray
-# What a publication is named until all its bytes are on the disk.
+# Suffix of a publication's name until all its bytes are on the disk.
 PARTIAL = ".partial"
-# The object that names the database which the store belongs to.
+# Name of the object with the identity of the database that the store belongs to.
 IDENTITY = "identity"
-# The prefix of what a sweep has put aside. No tenant can have this name.
+# Prefix of objects that a sweep has put aside. It is not a valid name for a tenant.
 ASIDE = "_aside"
 
 
 class StoreError(RuntimeError):
-    """The store refuses or fails; `code` is stable, the message tells a person what to do."""
+    """The store refuses or fails. `code` is stable; the message tells the user what to do."""
 
     code = "store_error"
 
 
 class CorruptArtifact(StoreError):
-    """The stored bytes are not those that were published."""
+    """The stored bytes differ from those that were published."""
 
     code = "corrupt_artifact"
 
 
 class MissingArtifact(StoreError):
-    """The stored bytes are not there."""
+    """The stored bytes are missing."""
 
     code = "missing_artifact"
 
 
 class StoreFull(StoreError):
-    """There is no space left for artifacts or for the database; nothing was stored."""
+    """No space is left for artifacts or for the database; nothing was stored."""
 
     code = "store_full"
 
 
 class StoreUnavailable(StoreError):
-    """The disk or the bucket did not answer as it should."""
+    """The disk or the bucket failed or did not answer."""
 
     code = "store_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """Published bytes: their sha256 in hex, their length, and the nonce of this publication.
+    """A reference to published bytes.
 
-    The nonce makes each publication an object of its own. So deleting what one commit left unreferenced can
-    never take away the same bytes that another process has just published and is about to commit.
+    The nonce makes each publication a separate object, so deleting what one commit left unreferenced cannot
+    remove the same bytes that another process has just published and is about to commit.
     """
 
-    sha256: str
-    length: int
-    nonce: str
+    sha256: str  # in hex
+    length: int  # in bytes
+    nonce: str  # 16 hex digits, unique to this publication
 
     @property
     def name(self) -> str:
-        """Name of the object inside its adapter."""
+        """The name of the object within its adapter."""
         return f"{self.sha256}-{self.nonce}"
 
     @classmethod
     def describe(cls, data: Buffer) -> Artifact:
-        """A new artifact for the bytes, with a fresh nonce; nothing is stored."""
+        """Return a new artifact for the bytes, with a fresh nonce; nothing is stored."""
         return cls(hashlib.sha256(data).hexdigest(), len(data), secrets.token_hex(8))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object as the store lists it: whose it is, its `Artifact.name`, and its age in seconds."""
+    """An object as the store lists it."""
 
     tenant: str
     adapter_uid: str
-    name: str
-    age: float
+    name: str  # Artifact.name, with the suffix PARTIAL if the publication is not complete
+    age: float  # seconds
 
 
 class Store(Protocol):
-    """Artifacts of adapters, each inside its adapter's own prefix. Thread-safe, blocking: call from a thread.
+    """Stores artifacts, each under the prefix of its adapter. Thread-safe and blocking: call from a thread.
 
-    Every method raises ValueError for a tenant or uid that has not the form of one, and StoreUnavailable when
-    the disk or the bucket fails otherwise than said below.
+    Every method raises ValueError for a malformed tenant or uid, and StoreUnavailable if the disk or the
+    bucket fails in a way that the method does not name.
     """
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
-        """Store the bytes; when it returns they survive power loss. Raises StoreFull."""
+        """Store the bytes; on return they survive a power loss. Raises StoreFull."""
         ...
 
     def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
-        """Store several at once, in less time than one by one. Raises StoreFull."""
+        """Store several blobs at once, faster than one by one. Raises StoreFull."""
         ...
 
     def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
-        """Store again what was published once, under its very name, as durably as `publish` does.
+        """Store a published artifact again, under the same name and as durably as `publish` does.
 
-        What is there of that name is replaced. Raises StoreFull, CorruptArtifact for other bytes.
+        Replaces an object of that name. Raises StoreFull, and CorruptArtifact for other bytes.
         """
         ...
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
-        """The published bytes, length and sha256 verified. Raises MissingArtifact, CorruptArtifact."""
+        """Return the published bytes, length and sha256 verified. Raises MissingArtifact, CorruptArtifact."""
         ...
 
     def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
-        """Remove artifacts; one that is not there is no error."""
+        """Delete artifacts; missing ones are ignored."""
         ...
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
-        """Remove everything of the adapter, also what was put aside."""
+        """Delete all objects of the adapter, including those put aside."""
         ...
 
     def delete_tenant(self, tenant: str) -> None:
-        """Remove everything of the tenant, also of adapters that no row knows of, and what was put aside."""
+        """Delete all objects of the tenant, including those of adapters without a row and those put aside."""
         ...
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
-        """Every stored object, those of one adapter together, and what interrupted publications left.
+        """Yield every stored object, adapter by adapter, including what interrupted publications left.
 
-        aside: the objects that were put aside instead; their ages count from then.
+        `aside`: yield the objects that were put aside instead; their ages count from then.
         """
         ...
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
-        """Remove listed objects; one that is not there is no error."""
+        """Delete listed objects; missing ones are ignored."""
         ...
 
     def put_aside(self, objects: Collection[StoredObject]) -> None:
-        """Move listed objects to where nothing reads them; one that is not there is no error."""
+        """Move listed objects to where nothing reads them; missing ones are ignored."""
         ...
 
     def put_back(self, objects: Collection[StoredObject]) -> None:
-        """Undo `put_aside`; one that is not there is no error."""
+        """Undo `put_aside`; missing objects are ignored."""
         ...
 
     @property
@@ -147,42 +150,42 @@ class Store(Protocol):
         ...
 
     def identity(self) -> str | None:
-        """The identity of the database that the store belongs to; None before the first `claim`."""
+        """Return the identity of the database that the store belongs to; None before the first `claim`."""
         ...
 
     def claim(self, identity: str) -> None:
-        """Write the identity, durably, unless the store has one already."""
+        """Write the identity durably, unless the store already has one."""
         ...
 
 
 def is_tenant(tenant: str) -> bool:
-    """Whether the text can name a tenant: [a-z0-9][a-z0-9._-]{0,62}, like adapters' names."""
+    """Whether the text is a valid tenant name: [a-z0-9][a-z0-9._-]{0,62}, as for adapters."""
     return _TENANT.fullmatch(tenant) is not None
 
 
 def tenant_key(tenant: str) -> str:
-    """The prefix of a tenant's objects. Raises ValueError where the name could lead elsewhere."""
+    """Return the prefix of a tenant's objects. Raises ValueError if the name is not valid."""
     if not is_tenant(tenant):
         raise ValueError(f"{tenant!r} cannot name a tenant: use [a-z0-9][a-z0-9._-], at most 63 characters")
     return tenant
 
 
 def adapter_key(tenant: str, adapter_uid: str) -> str:
-    """The prefix of an adapter's objects. Raises ValueError where either part could lead elsewhere."""
+    """Return the prefix of an adapter's objects. Raises ValueError if either part is not valid."""
     if _UID.fullmatch(adapter_uid) is None:
         raise ValueError(f"{adapter_uid!r} is not an adapter's uid")
     return f"{tenant_key(tenant)}/{adapter_uid}"
 
 
 def object_key(tenant: str, adapter_uid: str, name: str) -> str:
-    """The key of an object. Raises ValueError where a part could lead elsewhere."""
+    """Return the key of an object. Raises ValueError if a part is not valid and could lead elsewhere."""
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r} is not an artifact's name")
     return f"{adapter_key(tenant, adapter_uid)}/{name}"
 
 
 def parse_key(key: str) -> tuple[str, str, str] | None:
-    """Tenant, uid and name of an object's key, or None for a key that is not one."""
+    """Return tenant, uid and name of an object's key, or None if the key is not an object's."""
     parts = key.split("/")
     if len(parts) != 3:
         return None
@@ -193,17 +196,17 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
 
 
 def check(artifact: Artifact, data: Buffer) -> None:
-    """Raises CorruptArtifact unless the bytes are the artifact's."""
+    """Raise CorruptArtifact unless the bytes are the artifact's."""
     if len(data) != artifact.length or hashlib.sha256(data).hexdigest() != artifact.sha256:
         raise CorruptArtifact(f"The artifact {artifact.name} is damaged; restore a backup or adapt again.")
 
 
 def verified(artifact: Artifact, data: bytes) -> bytes:
-    """The bytes, if they are the artifact's. Raises CorruptArtifact."""
+    """Return the bytes if they are the artifact's. Raises CorruptArtifact."""
     check(artifact, data)
     return data
 
 
 def missing(artifact: Artifact) -> MissingArtifact:
-    """The error for an artifact that is not there."""
+    """Return the error for an artifact that is not there."""
     return MissingArtifact(f"The artifact {artifact.name} is gone; restore a backup or adapt again.")

@@ -1,4 +1,4 @@
-"""The artifact store in a bucket: S3, or what speaks its protocol; Google's and Azure's too."""
+"""The artifact store in a bucket: S3 or a compatible service, Google Cloud Storage or Azure."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from adapters.storage.artifact import (
 )
 
 _PARALLEL_PUTS = 4
-# Shorter than a request may take, so that its caller hears of the bucket and not of a timeout.
+# Retries end before a request times out, so that the caller is told about the bucket.
 _RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
 
 
 class BucketStore:
-    """Artifacts in a bucket, durable when the bucket acknowledged them. See Store."""
+    """A Store in a bucket. Artifacts are durable once the bucket has acknowledged them."""
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
         self._url = url
@@ -45,23 +45,19 @@ class BucketStore:
             self._bucket = from_url(url, **arguments)
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
-        """See Store.publish."""
         artifact = Artifact.describe(data)
         self._put(object_key(tenant, adapter_uid, artifact.name), data)
         return artifact
 
     def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
-        """See Store.put."""
         check(artifact, data)
         self._put(object_key(tenant, adapter_uid, artifact.name), data)
 
     def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
-        """See Store.publish_all. A few requests at a time."""
         with ThreadPoolExecutor(_PARALLEL_PUTS) as pool:
             return tuple(pool.map(lambda data: self.publish(tenant, adapter_uid, data), blobs))
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
-        """See Store.read."""
         key = object_key(tenant, adapter_uid, artifact.name)
         with _translated():
             try:
@@ -71,23 +67,20 @@ class BucketStore:
         return verified(artifact, data)
 
     def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
-        """See Store.delete."""
         self._delete([object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts])
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
-        """See Store.delete_adapter."""
         key = adapter_key(tenant, adapter_uid)
         self._delete_below(key)
         self._delete_below(f"{ASIDE}/{key}")
 
     def delete_tenant(self, tenant: str) -> None:
-        """See Store.delete_tenant."""
         key = tenant_key(tenant)
         self._delete_below(key)
         self._delete_below(f"{ASIDE}/{key}")
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
-        """See Store.objects. Ages by the bucket's time of writing and this machine's clock."""
+        """Yield objects as Store does; ages compare the bucket's write time with the local clock."""
         prefix = f"{ASIDE}/" if aside else ""
         with _translated():
             for chunk in obstore.list(self._bucket, prefix or None, chunk_size=1000):
@@ -98,25 +91,20 @@ class BucketStore:
                         yield StoredObject(*parsed, age=(now - found["last_modified"]).total_seconds())
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
-        """See Store.discard."""
         prefix = f"{ASIDE}/" if aside else ""
         self._delete([prefix + _key(found) for found in objects])
 
     def put_aside(self, objects: Collection[StoredObject]) -> None:
-        """See Store.put_aside. Each is copied, then deleted: a bucket moves nothing."""
         self._move({_key(found): f"{ASIDE}/{_key(found)}" for found in objects})
 
     def put_back(self, objects: Collection[StoredObject]) -> None:
-        """See Store.put_back."""
         self._move({f"{ASIDE}/{_key(found)}": _key(found) for found in objects})
 
     @property
     def location(self) -> str:
-        """See Store.location."""
         return self._url
 
     def identity(self) -> str | None:
-        """See Store.identity."""
         with _translated():
             try:
                 return bytes(obstore.get(self._bucket, IDENTITY).bytes()).decode("latin-1").strip()
@@ -124,7 +112,6 @@ class BucketStore:
                 return None
 
     def claim(self, identity: str) -> None:
-        """See Store.claim."""
         with _translated(), suppress(AlreadyExistsError):
             obstore.put(self._bucket, IDENTITY, identity.encode() + b"\n", mode="create")
 
@@ -132,6 +119,7 @@ class BucketStore:
         with _translated():
             for source, target in keys.items():
                 with suppress(FileNotFoundError):
+                    # A bucket cannot move an object: it is copied, then deleted.
                     obstore.rename(self._bucket, source, target)
 
     def _delete_below(self, prefix: str) -> None:
@@ -141,7 +129,7 @@ class BucketStore:
 
     def _put(self, key: str, data: Buffer) -> None:
         with _translated():
-            # One request and not in parts: parts of an interrupted upload would stay, and cost, unseen.
+            # A single request: parts of an interrupted multipart upload would remain, unseen and billed.
             obstore.put(self._bucket, key, data, use_multipart=False)
 
     def _delete(self, keys: list[str]) -> None:
@@ -151,7 +139,7 @@ class BucketStore:
             try:
                 obstore.delete(self._bucket, keys)
             except FileNotFoundError:
-                # Some services refuse the whole list for one key that is gone already.
+                # Some services refuse the whole list if one key is already gone.
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._bucket, key)
@@ -165,6 +153,6 @@ def _key(found: StoredObject) -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
-    # obstore raises its own errors, and the built-in ones where there is a fitting one.
+    # obstore raises its own errors, or built-in ones where they fit.
     except (BaseError, OSError) as error:
         raise StoreUnavailable("The bucket does not answer as it should; try again later.") from error

@@ -1,4 +1,4 @@
-"""The files beside a head: embeddings, inputs and evidence, each as safetensors bytes."""
+"""The file formats of embeddings, inputs and evidence, all of them safetensors."""
 
 from __future__ import annotations
 
@@ -22,61 +22,55 @@ EVIDENCE = "topwork.evidence/1"
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier versions said of a version's examples; n of each, in the order of the evidence.
+    """What earlier versions said about a version's n examples, in the order of the evidence."""
 
-    agreed, expected: float32 (n,), whether a version agreed with the example before it was learned, and what
-    it claimed, as in agreement.Agreement; NaN where none was asked. asked: int64 (n,), the number of the
-    version that was live then, or 0. best: the number of the best version when this one was fitted;
-    best_scores: float32 (n,), its scores, NaN where it has none.
-    """
-
+    # float32 (n,), agreement of an earlier version with each example before it was learned, and what that
+    # version claimed, as in agreement.Agreement; NaN if none was asked.
     agreed: Floats
     expected: Floats
-    asked: NDArray[np.int64]
-    best: int
-    best_scores: Floats
+    asked: NDArray[np.int64]  # int64 (n,), number of the version that was live then, or 0
+    best: int  # number of the best version when this one was fitted
+    best_scores: Floats  # float32 (n,), scores of the best version; NaN where it has none
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What a version was fitted on, and how well each example was predicted by a head that had not seen it.
 
-    One entry per example, in the same order everywhere. scores: float32 (n,), as in linear_probe.Fitted.
-    sampled: n, False for what was chosen for being wrong or hard; empty if all were sampled. history: None
-    where no comparison made the version live, but a person, or that it was the first.
-    Where an example's embedding lies is not said: it moves when its neighbours in a segment are erased.
+    There is one entry per example, in the same order in all fields. The position of an example's embedding is
+    not stored, because it moves when its neighbours in a segment are erased.
     """
 
     ids: tuple[str, ...]
     digests: tuple[str, ...]
     targets: tuple[Target, ...]
-    scores: Floats
-    sampled: tuple[bool, ...] = ()
-    history: History | None = None
+    scores: Floats  # float32 (n,), see FittedProbe
+    sampled: tuple[bool, ...] = ()  # n, False for examples chosen as wrong or hard; empty if all were sampled
+    history: History | None = None  # None if a person, or being the first, made the version live
 
     @property
     def measured(self) -> NDArray[np.bool_]:
-        """bool (n,): the examples that it was measured on."""
+        """The examples that the version was measured on, bool (n,)."""
         scored: NDArray[np.bool_] = np.isfinite(self.scores)
         return scored & np.array(self.sampled, np.bool_) if self.sampled else scored
 
 
 def encode_embeddings(embeddings: Floats, fingerprint: str) -> bytes:
-    """A segment of embeddings, float32 (n, dim), made by the backbone of that fingerprint."""
+    """Encode a segment of embeddings, float32 (n, dim), made by the backbone with this fingerprint."""
     tensors = {"embeddings": np.ascontiguousarray(embeddings, dtype=np.float32)}
     return save(tensors, _about(EMBEDDINGS, fingerprint=fingerprint))
 
 
 def decode_embeddings(data: bytes) -> Floats:
-    """The embeddings of a segment, float32 (n, dim). Raises CorruptArtifact for anything else."""
+    """Decode the embeddings of a segment, float32 (n, dim). Raises CorruptArtifact for anything else."""
     return _tensors(data, EMBEDDINGS)["embeddings"]
 
 
 def encode_inputs(inputs: Sequence[bytes | str]) -> bytearray:
-    """A segment of inputs as they were posted: encoded images, or texts in UTF-8. Not empty, of one kind.
+    """Encode a segment of inputs as posted: encoded images, or texts in UTF-8. Not empty, all of one kind.
 
-    Put together input by input: joining tens of megabytes in one go, as safetensors does, would keep the
-    interpreter's lock from every other request.
+    The segment is assembled input by input: joining tens of megabytes in one call, as safetensors does, would
+    hold the GIL and block every other request.
     """
     kind = "text" if isinstance(inputs[0], str) else "image"
     parts = [item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item for item in inputs]
@@ -99,7 +93,7 @@ def encode_inputs(inputs: Sequence[bytes | str]) -> bytearray:
 
 
 def decode_inputs(data: bytes) -> list[bytes | str]:
-    """The inputs of a segment, in order. Raises CorruptArtifact for anything else."""
+    """Decode the inputs of a segment, in order. Raises CorruptArtifact for anything else."""
     tensors = _tensors(data, INPUTS)
     ends = [int(end) for end in tensors["ends"]]
     content = tensors["bytes"].tobytes()
@@ -110,7 +104,7 @@ def decode_inputs(data: bytes) -> list[bytes | str]:
 
 
 def encode_evidence(evidence: Evidence) -> bytes:
-    """The evidence of a version as a file."""
+    """Encode the evidence of a version."""
     listed = {"ids": evidence.ids, "targets": evidence.targets}
     tensors: dict[str, NDArray[Any]] = {
         "listed": np.frombuffer(json.dumps(listed).encode(), np.uint8),
@@ -131,7 +125,7 @@ def encode_evidence(evidence: Evidence) -> bytes:
 
 
 def decode_evidence(data: bytes) -> Evidence:
-    """The evidence in a file. Raises CorruptArtifact for anything else."""
+    """Decode the evidence of a version. Raises CorruptArtifact for anything else."""
     tensors = _tensors(data, EVIDENCE)
     listed = json.loads(tensors["listed"].tobytes())
     digests = tensors["digests"].tobytes().hex()
@@ -140,7 +134,7 @@ def decode_evidence(data: bytes) -> Evidence:
         digests=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),
         targets=tuple(tuple(target) if isinstance(target, list) else target for target in listed["targets"]),
         scores=tensors["scores"],
-        # Files of the first releases have neither.
+        # Files of the first releases have neither flags nor history.
         sampled=tuple(tensors["sampled"].astype(bool).tolist()) if "sampled" in tensors else (),
         history=_history(tensors) if "history.best" in tensors else None,
     )

@@ -30,17 +30,17 @@ from adapters.storage.artifact import (
 )
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Each deletion of the folder can cost a publication one attempt.
+# Attempts to publish; each deletion of the folder can cost one.
 _ATTEMPTS = 20
 _PAUSE = 0.005  # seconds, times the attempts so far
-_DELETIONS = 100
-# Where folders go that are being deleted. No tenant has such a name.
+_DELETIONS = 100  # attempts to delete a folder
+# Folder that holds folders while they are deleted. It is not a valid name for a tenant.
 _DELETED = ".deleted"
 _REMEMBERED_FOLDERS = 10_000
 
 
 class LocalStore:
-    """Artifacts in a folder of this machine. See Store. Only the owner can read its folders and files."""
+    """A Store in a local folder. Only the owner can read its folders and files."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -51,11 +51,9 @@ class LocalStore:
                 _sync_folder(made)
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
-        """See Store.publish."""
         return self.publish_all(tenant, adapter_uid, (data,))[0]
 
     def publish_all(self, tenant: str, adapter_uid: str, blobs: Sequence[Buffer]) -> tuple[Artifact, ...]:
-        """See Store.publish_all. Each file is synced before its rename, the folder once after all."""
         artifacts = tuple(Artifact.describe(data) for data in blobs)
         keys = [object_key(tenant, adapter_uid, artifact.name) for artifact in artifacts]
 
@@ -67,7 +65,6 @@ class LocalStore:
         return artifacts
 
     def put(self, tenant: str, adapter_uid: str, artifact: Artifact, data: Buffer) -> None:
-        """See Store.put."""
         check(artifact, data)
         path = self._root / object_key(tenant, adapter_uid, artifact.name)
         partial = path.with_name(path.name + PARTIAL)
@@ -86,42 +83,37 @@ class LocalStore:
         _persist(write)
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
-        """See Store.read."""
         path = self._root / object_key(tenant, adapter_uid, artifact.name)
         with _translated():
             try:
                 with path.open("rb") as file:
-                    # One byte more than expected shows a file that grew, without reading all of it.
+                    # One byte more than expected reveals a file that grew, without reading all of it.
                     data = file.read(artifact.length + 1)
             except FileNotFoundError:
                 raise missing(artifact) from None
         return verified(artifact, data)
 
     def delete(self, tenant: str, adapter_uid: str, artifacts: Iterable[Artifact]) -> None:
-        """See Store.delete."""
         with _translated():
             for artifact in artifacts:
                 (self._root / object_key(tenant, adapter_uid, artifact.name)).unlink(missing_ok=True)
 
     def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
-        """See Store.delete_adapter."""
         key = adapter_key(tenant, adapter_uid)
         with _translated():
             for folder in (self._root / key, self._root / ASIDE / key):
                 self._delete_folder(folder)
-                # The last one takes the tenant's name along.
+                # The last adapter to go takes the tenant's folder with it.
                 with suppress(OSError):
                     folder.parent.rmdir()
 
     def delete_tenant(self, tenant: str) -> None:
-        """See Store.delete_tenant."""
         key = tenant_key(tenant)
         with _translated():
             for folder in (self._root / key, self._root / ASIDE / key):
                 self._delete_folder(folder)
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
-        """See Store.objects."""
         now = time.time()
         for folder in _folders(self._base(aside)):
             for inner in _folders(folder):
@@ -132,7 +124,6 @@ class LocalStore:
                             yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
-        """See Store.discard."""
         base = self._base(aside)
         with _translated():
             for found in objects:
@@ -140,20 +131,16 @@ class LocalStore:
         _remove_empty(base, objects)
 
     def put_aside(self, objects: Collection[StoredObject]) -> None:
-        """See Store.put_aside."""
         self._move(objects, self._base(False), self._base(True))
 
     def put_back(self, objects: Collection[StoredObject]) -> None:
-        """See Store.put_back."""
         self._move(objects, self._base(True), self._base(False))
 
     @property
     def location(self) -> str:
-        """See Store.location."""
         return str(self._root)
 
     def identity(self) -> str | None:
-        """See Store.identity."""
         with _translated():
             try:
                 return (self._root / IDENTITY).read_text().strip()
@@ -161,14 +148,13 @@ class LocalStore:
                 return None
 
     def claim(self, identity: str) -> None:
-        """See Store.claim."""
         path = self._root / IDENTITY
-        # Processes that share a database start together: each writes a file of its own.
+        # Processes that share a database start together, so each writes its own file.
         partial = path.with_name(f"{IDENTITY}-{secrets.token_hex(8)}{PARTIAL}")
         with _translated():
             try:
                 _write_synced(partial, identity.encode() + b"\n")
-                # A link, unlike a rename, replaces nothing.
+                # Unlike a rename, a link does not replace an existing file.
                 with suppress(FileExistsError):
                     os.link(partial, path)
             finally:
@@ -184,7 +170,7 @@ class LocalStore:
                 path, goal = source / _key(found), target / _key(found)
                 goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):
-                    # Its age begins again. A move forth and back must not look like an old orphan.
+                    # The age restarts: an object moved there and back must not look like an old orphan.
                     os.utime(path)
                     path.rename(goal)
             for folder in {(target / _key(found)).parent for found in objects}:
@@ -192,9 +178,9 @@ class LocalStore:
         _remove_empty(source, objects)
 
     def _delete_folder(self, folder: Path) -> None:
-        """Deletes a folder, and what an interrupted deletion left of others.
+        """Delete a folder, and what interrupted deletions left of others.
 
-        It is moved aside first: emptied in its place, it would take file after file from publications.
+        The folder is moved first: deleting it in place would take file after file from publications.
         """
         deleted = self._root / _DELETED
         deleted.mkdir(mode=0o700, exist_ok=True)
@@ -205,7 +191,7 @@ class LocalStore:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            # An overlay of two file systems cannot move a folder of the lower one.
+            # An overlay file system cannot move a folder of its lower layer.
             _remove(folder)
         for left in _folders(deleted):
             _remove(left)
@@ -218,7 +204,7 @@ class LocalStore:
                 made = True
             except FileExistsError:
                 made = False
-            # A folder that an earlier process made may not have been synced before that process was killed.
+            # An earlier process may have been killed after it made a folder and before it synced it.
             if made or str(path) not in self._synced:
                 _sync_folder(path.parent)
                 if len(self._synced) >= _REMEMBERED_FOLDERS:
@@ -230,6 +216,7 @@ class LocalStore:
     def _write(folder: Path, paths: Sequence[Path], blobs: Sequence[Buffer]) -> None:
         partial = [path.with_name(path.name + PARTIAL) for path in paths]
         try:
+            # Each file is synced before its rename; the folder is synced once, after all of them.
             for path, data in zip(partial, blobs, strict=True):
                 _write_synced(path, data)
             for source, target in zip(partial, paths, strict=True):
@@ -254,9 +241,9 @@ def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
 
 
 def _persist(write: Callable[[], None]) -> None:
-    """Writes, and writes again where a deletion took the folder away between two steps.
+    """Write, and write again if a deletion removed the folder between two steps.
 
-    The commit of what was erased meanwhile is refused then.
+    If the adapter was erased meanwhile, the commit is refused later.
     """
     with _translated():
         for attempt in range(1, _ATTEMPTS + 1):
@@ -270,7 +257,7 @@ def _persist(write: Callable[[], None]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the folder with all that is in it, if it is there."""
+    """Remove the folder with all its contents, if it exists."""
     for attempt in range(1, _DELETIONS + 1):
         try:
             shutil.rmtree(folder)
@@ -278,7 +265,7 @@ def _remove(folder: Path) -> None:
         except OSError as error:
             if not folder.exists():
                 return
-            # A publication, or another deletion, changed the folder while its files were removed.
+            # A publication or another deletion changed the folder while its files were removed.
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _DELETIONS:
                 raise
 

@@ -9,10 +9,10 @@ from adapters.storage.artifact import Store
 
 
 def open_store(location: str, options: Mapping[str, str] | None = None) -> Store:
-    """The store at a folder or at a bucket URL (s3://bucket/prefix, also gs:// and az://).
+    """Open the store in a folder or at a bucket URL (s3://bucket/prefix, also gs:// and az://).
 
     `options` are obstore's, e.g. endpoint, region, access_key_id, secret_access_key; without them the cloud's
-    own chain of credentials holds. Raises StoreUnavailable when the folder cannot be made.
+    default chain of credentials is used. Raises StoreUnavailable if the folder cannot be made.
     """
     if "://" in location and not location.startswith("file://"):
         # A service on a local folder need not load a cloud client.

@@ -1,4 +1,4 @@
-"""What a killed process published and never recorded: found, put aside for days, then deleted."""
+"""Finds objects that a killed process published but never recorded; puts them aside, then deletes them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from adapters.storage.artifact import PARTIAL, Artifact, Store, StoredObject
 HOUR, DAY = 3_600.0, 86_400.0  # seconds
 
 SWEPT_AGE = 6 * HOUR
-"""Seconds after which an object that no row refers to is taken for left over. It protects what is published
-and not yet committed: the first part of an upload may wait some hours for the last one."""
+"""Age in seconds from which an object that no row refers to counts as left over. It protects objects that are
+not yet committed: the first part of an upload may wait some hours for the last one."""
 
 KEPT_ASIDE = 7 * DAY
 """Seconds for which an object that was put aside can be brought back."""
 
-# Most objects that one sweep puts aside. To the wrong database, every object looks left over.
+# One sweep puts aside at most this share of all objects, or this number if it is larger. To the wrong
+# database, every object looks left over.
 _SHARE, _FEW = 0.05, 20
 
 
 class Rows(Protocol):
-    """What a sweep asks of the registry."""
+    """The registry's side of a sweep."""
 
     def referenced(self, uid: str) -> set[Artifact]:
-        """The artifacts that rows of the adapter refer to."""
+        """Return the artifacts that rows of the adapter refer to."""
         ...
 
     def erased_ago(self, uid: str) -> float | None:
-        """Seconds since something of the adapter was erased; None if nothing was."""
+        """Return the seconds since something of the adapter was last erased; None if nothing was."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep did, in objects. spared: left where they are, for they are too many at once."""
+    """What a sweep did, in numbers of objects."""
 
     aside: int = 0
     deleted: int = 0
     brought_back: int = 0
-    spared: int = 0
+    spared: int = 0  # left in place, because they were too many for one sweep
 
 
 def orphans(
@@ -49,11 +50,11 @@ def orphans(
     referenced: Callable[[str], set[Artifact]],
     older_than: float = SWEPT_AGE,
 ) -> Iterator[list[StoredObject]]:
-    """Objects of an adapter that no row refers to and that are older than `older_than` seconds."""
+    """Yield, per adapter, the objects that no row refers to and that are older than `older_than` seconds."""
     for (_, uid), group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
         old = [found for found in group if found.age > older_than]
         if old:
-            # Read after the listing: a name that is old and unreferenced now is never referred to later.
+            # Rows are read after the listing: an old name without a reference now never gets one later.
             kept = {artifact.name for artifact in referenced(uid)}
             left = [found for found in old if found.name not in kept]
             if left:
@@ -63,10 +64,12 @@ def orphans(
 def sweep(
     store: Store, rows: Rows, *, older_than: float = SWEPT_AGE, kept_aside: float = KEPT_ASIDE
 ) -> Swept:
-    """Put aside what no row refers to and is older than `older_than` seconds; delete it after `kept_aside`.
+    """Put aside objects that no row refers to, and delete them later.
 
-    What rows refer to again is brought back. Interrupted publications are deleted at once, and so is what
-    may hold something that was erased since: an erasure leaves nothing aside.
+    `older_than`: age in seconds from which objects are put aside. `kept_aside`: seconds until they are
+    deleted. Objects that rows refer to again are brought back. Interrupted publications are deleted at once,
+    and so are objects that may contain something erased since they were stored: an erasure leaves nothing
+    aside.
     """
     brought_back, deleted = bring_back(store, rows.referenced), 0
     for group in _groups(store.objects(aside=True)):
@@ -98,7 +101,7 @@ def sweep(
 
 
 def bring_back(store: Store, referenced: Callable[[str], set[Artifact]]) -> int:
-    """Put back what was put aside and rows refer to; how many objects."""
+    """Put back objects that were put aside although rows refer to them; return how many."""
     count = 0
     for group in _groups(store.objects(aside=True)):
         wanted = {artifact.name for artifact in referenced(group[0].adapter_uid)}
@@ -109,6 +112,6 @@ def bring_back(store: Store, referenced: Callable[[str], set[Artifact]]) -> int:
 
 
 def _groups(objects: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
-    """The objects of each adapter."""
+    """Yield the objects of each adapter."""
     for _, group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
         yield list(group)

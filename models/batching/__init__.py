@@ -1,1 +1,1 @@
-"""Inputs of many callers, run together."""
+"""Batching of inputs from many callers."""

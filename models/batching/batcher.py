@@ -1,4 +1,4 @@
-"""A bounded queue and worker threads in front of a backbone: an answer per input, predicts before bulk."""
+"""A bounded queue and worker threads in front of a backbone; predicts go before bulk."""
 
 from __future__ import annotations
 
@@ -33,67 +33,58 @@ from models.runtime.progress import LONGEST_RUN, PATIENCE, ThreadProgress
 
 logger = logging.getLogger(__name__)
 
-# While predicts come, and so many seconds after the last one, bulk leaves them one core: a thread that gets
-# ready on a core that another holds may wait for the next tick of the kernel's clock, whatever its priority.
+# Seconds after the last predict during which bulk leaves one core free: a thread that wakes on a busy core
+# may wait for the next tick of the kernel's clock, whatever its priority.
 _PREDICTS_STAY = 0.5
 
-# Weight of the newest batch in the running mean of what an input costs.
-_NEWEST = 0.1
+_NEWEST = 0.1  # weight of the newest batch in the running means of the pace
 
-# A run may take so many times what the measured rate says.
-_SLACK = 10.0
-# When it closes: a thread that does nothing for so long is left to itself.
-_CLOSING_SECONDS = 5
+_SLACK = 10.0  # a run may take this many times the duration expected from the measured pace
+_CLOSING_SECONDS = 5  # seconds without progress after which `close` stops waiting for the threads
 
-# Threads that are left to the inputs that they do not get done with, each of which may keep a core.
-_MOST_LEFT = 3
-# For the lock, which a thread that is stuck may hold.
-_LOCK_SECONDS = 0.1
+_MOST_LEFT = 3  # maximum threads abandoned with a stuck input, each of which may occupy a core
+_LOCK_SECONDS = 0.1  # timeout for the lock, which a stuck thread may hold
 
-# An input that was taken: whose it is, and its position there.
+# An input that a thread has taken: its request, and its position there.
 _Taken = tuple[EmbedRequest, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Inputs that a thread took together.
-
-    good: those that can be run. spent: of each, the seconds that it took to prepare, and why it cannot be
-    run. begun, prepared: when, by time.perf_counter().
-    """
+    """Inputs that a thread took together."""
 
     inputs: list[tuple[Part, int]]
-    good: list[tuple[_Taken, Ready]]
-    spent: list[tuple[_Taken, float, InputError | None]]
-    begun: float
-    prepared: float
+    good: list[tuple[_Taken, Ready]]  # inputs that can be run
+    spent: list[tuple[_Taken, float, InputError | None]]  # per input: preparation seconds, error if any
+    begun: float  # time.perf_counter() before the preparation
+    prepared: float  # time.perf_counter() after the preparation
 
     @property
     def size(self) -> int:
-        """Elements of what is run."""
+        """The number of array elements in the run."""
         return sum(ready.prepared.size for _, ready in self.good)
 
     @property
     def requests(self) -> set[EmbedRequest]:
-        """Whose they are."""
         return {request for (request, _), _, _ in self.spent}
 
 
-# A lane of a priority, and what its threads are at.
+# A lane of a priority, and the progress of its threads.
 _Crew = tuple[Priority[Part], FairQueue[Part], list[WorkerProgress]]
 
 
 class _Left(BaseException):
-    """The turn of the thread that raises it is another's now."""
+    """The thread that raises it has been replaced by another."""
 
 
 class Batcher:
-    """Shares one backbone between many callers. Use from one event loop; the work is done by its own threads.
+    """Shares one backbone between many callers. Use it from one event loop; it works in its own threads.
 
-    Each worker takes inputs of one or more callers, prepares and runs them, and puts each row where it
-    belongs, so that decoding on one thread overlaps the network on another. Sources take turns by what their
-    inputs cost, and so do each one's callers: a large request does not block a small one, nor do many of one
-    source those of another. Heavy inputs have threads of their own, so that light ones never wait for them.
+    Each worker takes inputs of one or more callers, prepares and runs them, and returns each row to its
+    caller, so that decoding on one thread overlaps the network on another. Sources take turns by the cost of
+    their inputs, and so do the callers of each source: a large request does not block a small one, and many
+    requests of one source do not block another source. Heavy inputs have separate threads, so that light
+    ones never wait for them.
     """
 
     def __init__(
@@ -107,15 +98,15 @@ class Batcher:
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
         observe_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """Starts nothing yet.
+        """Create the batcher without starting its threads.
 
-        max_queue: inputs that may wait, predicts and bulk counted apart, so that bulk cannot turn predicts
-        away; a request larger than that is taken when nothing waits. workers: threads for light predicts, and
-        as many for heavy ones and for bulk, which are niced; on a CPU as many as cores. max_wait: seconds
-        that a predict may expect to wait, by the cost of what is taken before it and the pace measured; one
-        that would wait longer is refused. cores: shared with those who run on the same ones; None where
-        no others do. observe(stage, seconds), with a stage of Embedded.timings, and observe_batch(size)
-        are called from those threads.
+        `max_queue`: maximum number of waiting inputs, counted separately for predicts and bulk, so that bulk
+        cannot crowd out predicts; a larger request is accepted when nothing waits. `workers`: threads for
+        light predicts, and as many niced ones for heavy predicts and for each lane of bulk; on a CPU, the
+        number of cores. `max_wait`: longest expected wait of a predict in seconds, from the cost ahead of it
+        and the measured pace; longer ones are refused. `cores`: shared by the batchers that run on the same
+        cores; None if there are no others. `observe(stage, seconds)`, with a stage of Embedded.timings, and
+        `observe_batch(size)` are called from any of the threads, the event loop's included.
         """
         self.backbone = backbone
         self._max_queue = max_queue
@@ -128,34 +119,33 @@ class Batcher:
         self._predicts: Priority[Part] = Priority(self._lock)
         self._bulk: Priority[Part] = Priority(self._lock)
         self._unanswered: set[EmbedRequest] = set()
-        # Seconds of a thread for an element of a prepared input: a run's size says how long it takes.
+        # Thread seconds per element of a prepared input, to predict how long a run takes.
         self._pace = backbone.pace
         self.turns: list[ThreadProgress] = []
         self._crews: list[_Crew] = []
         self._threads: list[threading.Thread] = []
         self._left: list[threading.Thread] = []
-        # Inputs so far, of those that are counted.
-        self.admitted = 0
-        # Batches that the backbone's own thread has yet to run.
-        self._submitted = 0
+        self.admitted = 0  # counted inputs so far
+        self._submitted = 0  # batches that the backbone's own thread has yet to run
         self._ran = threading.Condition(self._lock)
         self._open = False
         self._predicts_until = 0.0
 
     @property
     def depth(self) -> int:
-        """Inputs waiting, predicts and bulk together."""
+        """The number of waiting inputs, predicts and bulk together."""
         return self._predicts.depth + self._bulk.depth
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """Inputs waiting: of predicts, and of bulk."""
+        """The numbers of waiting inputs: predicts, bulk."""
         return self._predicts.depth, self._bulk.depth
 
     @property
     def neglected(self) -> bool:
-        """Whether inputs wait although a thread that is there for them is idle. Seen without the lock, for a
-        thread that is stuck may hold it.
+        """Whether inputs wait although a thread for them is idle.
+
+        Read without the lock, because a stuck thread may hold it.
         """
         if self._predicts.depth:
             return any(
@@ -167,16 +157,16 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether inputs are accepted and every worker thread runs."""
+        """Whether inputs are accepted and all worker threads are alive."""
         return self._open and all(thread.is_alive() for thread in self._threads)
 
     @property
     def threads_left(self) -> int:
-        """Worker threads that have not ended."""
+        """The number of worker threads that have not ended, abandoned ones included."""
         return sum(thread.is_alive() for thread in (*self._threads, *self._left))
 
     async def start(self) -> None:
-        """Starts the threads. Once."""
+        """Start the threads. Can be called only once."""
         if self._threads:
             raise RuntimeError("a batcher starts once")
         self._open = True
@@ -200,10 +190,10 @@ class Batcher:
         return turn.thread
 
     def refuse(self, turn: ThreadProgress) -> bool:
-        """Refuses the input that a thread prepares and does not get done with, and has another thread go on
-        with the rest; the first one ends once it can. The network is not touched.
+        """Refuse the input on which a thread is stuck, and let a new thread continue with the rest.
 
-        False where the thread prepares nothing, or too many are left to their inputs already.
+        The old thread ends as soon as it can; the network is not touched. Returns False if the thread is not
+        preparing an input, if too many threads have been abandoned, or if the lock is not free in time.
         """
         if not isinstance(turn, WorkerProgress) or not self._lock.acquire(timeout=_LOCK_SECONDS):
             return False
@@ -232,9 +222,9 @@ class Batcher:
         return True
 
     async def close(self) -> None:
-        """Takes no more inputs, finishes what is queued, ends the threads. The backbone stays open.
+        """Refuse new inputs, finish the queued ones and end the threads. The backbone stays open.
 
-        A thread that does nothing for five seconds is not waited for; its callers get BatcherClosed.
+        After five seconds without progress, the threads are abandoned and their callers get BatcherClosed.
         """
         with self._lock:
             self._open = False
@@ -255,8 +245,9 @@ class Batcher:
             self._ran.wait_for(lambda: not self._submitted, _CLOSING_SECONDS)
 
     def abandon(self) -> None:
-        """Takes no more inputs, and raises BatcherClosed for whoever waits, at once and without its threads:
-        those that are stuck are left to themselves, the others end.
+        """Refuse new inputs and raise BatcherClosed for all waiting callers at once.
+
+        Does not wait for the threads: stuck ones are abandoned, the others end.
         """
         self._give_up("This backbone hangs and is replaced; try again in a few seconds.")
 
@@ -269,13 +260,14 @@ class Batcher:
         source: Hashable = None,
         counted: bool = True,
     ) -> Embedded:
-        """Embeddings of the inputs, in their order. deadline: an instant of time.monotonic(). source: from
-        whom they come, as far as turns and shares of the queue are concerned. counted: they are somebody's,
-        and not only to see whether they are answered; others are observed by nobody, no measure of what
-        inputs cost, and no reason for bulk to leave a core.
+        """Embed the inputs, in their order.
 
-        Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed. When the caller is cancelled or
-        the deadline passes, its inputs that still wait are dropped.
+        `deadline`: a time of time.monotonic(). `source`: takes turns and has a share of the queue. `counted`:
+        False for health checks, which are left out of the metrics and of the measured cost of inputs, and do
+        not make bulk leave a core free.
+
+        Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed, DecoderUnavailable. When the
+        caller is cancelled or the deadline passes, its waiting inputs are dropped.
         """
         stage = self.backbone.preprocess_stage
         request = EmbedRequest(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
@@ -295,16 +287,16 @@ class Batcher:
             ) from None
         finally:
             self._forget([request])
-            # The parts refer to the request. Without this its inputs stay until a garbage collection.
+            # The parts refer to the request: this breaks the cycle, so that the inputs are freed at once.
             request.parts.clear()
 
     def check_room(self, source: Hashable = None) -> None:
-        """Raises what embed would for one more light predict of the source, before any work for it."""
+        """Raise what `embed` would raise for one more light predict of the source, before any work for it."""
         with self._lock:
             self._check_room(self._predicts, source, 1, (1.0, 0.0))
 
     def _share_out(self, request: EmbedRequest) -> None:
-        """Tells the heavy inputs of a request from the light ones."""
+        """Split the inputs of a request into a light and a heavy part."""
         costs = [self.backbone.expense(item) for item in request.inputs]
         for heavy in (False, True):
             places = [place for place, cost in enumerate(costs) if (cost > HEAVY) is heavy]
@@ -313,7 +305,7 @@ class Batcher:
     def _check_room(
         self, priority: Priority[Part], source: Hashable, count: int, costs: tuple[float, float]
     ) -> None:
-        """costs: of the light inputs, and of the heavy ones."""
+        """Raise Overloaded or BatcherClosed. `costs`: of the light inputs, and of the heavy ones."""
         if not self._open:
             raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
         surplus = priority.depth + count - self._max_queue
@@ -345,17 +337,17 @@ class Batcher:
                     lane.ready.notify(min(len(part.places), self._workers))
 
     def _work(self, priority: Priority[Part], lane: FairQueue[Part], turn: WorkerProgress) -> None:
-        """The life of a thread. However it ends, nobody is left waiting for it."""
+        """The main loop of a worker thread. However it ends, no caller is left waiting."""
         try:
             turn.clock = time.pthread_getcpuclockid(threading.get_ident())
             if priority is self._bulk:
                 lower_thread_priority(NICENESS)
             elif lane is priority.heavy:
                 lower_thread_priority(HEAVY_NICENESS)
-            # What a thread was refused an input of is gone on with.
+            # A replacement thread continues with the inputs that its predecessor had taken.
             while taken := turn.taken or self._take(priority, lane, turn):
                 self._answer(taken, priority, lane, turn)
-                # The next inputs may come much later. Free the last ones now.
+                # The next inputs may come much later, so the last ones are freed now.
                 del taken
                 with self._lock:
                     turn.taken, turn.busy = [], False
@@ -370,7 +362,7 @@ class Batcher:
             self._give_up("A worker of this backbone died; try again in a few seconds.")
 
     def _give_up(self, why: str) -> None:
-        """Without one of its threads the batcher would be late or stuck, and nobody would know."""
+        """Close the batcher and fail all unanswered requests: without a thread, it could stall unnoticed."""
         with self._lock:
             self._open = False
             unanswered = list(self._unanswered)
@@ -381,12 +373,12 @@ class Batcher:
         settle(unanswered, lambda: BatcherClosed(why))
 
     def _wake_all(self) -> None:
-        """Has every idle thread look whether it is to end."""
+        """Wake every idle thread, to check whether it should end."""
         for _, lane, _ in self._crews:
             lane.ready.notify_all()
 
     def _forget(self, requests: Iterable[EmbedRequest]) -> None:
-        """Drops what was not taken of some requests."""
+        """Drop the waiting inputs of some requests."""
         with self._lock:
             for request in requests:
                 if request not in self._unanswered:
@@ -400,7 +392,7 @@ class Batcher:
     def _take(
         self, priority: Priority[Part], lane: FairQueue[Part], turn: WorkerProgress
     ) -> list[tuple[Part, int]]:
-        """The next inputs of a lane, of as many callers as fit; empty when there will be no more."""
+        """Wait for the next inputs of a lane, from one or more callers; empty when the batcher has closed."""
         with self._lock:
             while not lane.depth or (priority is self._bulk and not self._bulk_may_run(lane)):
                 if not self._open and not lane.depth:
@@ -424,11 +416,11 @@ class Batcher:
         return taken
 
     def _room(self, priority: Priority[Part], lane: FairQueue[Part]) -> int:
-        """Inputs that a thread may take at once.
+        """The number of inputs that a thread may take at once.
 
-        A share: the others get some of a single caller's inputs too, and the next that is done has something
-        to go on with while callers read their answers and ask again. All, where another backbone has the
-        cores too: a second run of this one would be slower, and has less in it.
+        Usually this is one worker's share of the lane: the inputs of a single caller are spread over the
+        threads, and a thread that finishes finds more work while callers read their answers and ask again.
+        If another backbone uses the cores too, it is the whole lane: several smaller runs would be slower.
         """
         bulk = priority is self._bulk
         most = self.backbone.bulk_batch if bulk else self.backbone.batch
@@ -438,16 +430,16 @@ class Batcher:
         return max(1, min(most, -(-lane.depth // self._workers) if shared else lane.depth))
 
     def _let_bulk_look(self) -> None:
-        """Wakes bulk where it waits for predicts: those who have nothing to do would only be in the way."""
+        """Wake bulk threads that waited for predicts; those of an empty lane would only get in the way."""
         if not self._predicts.depth:
             for lane in self._bulk.lanes:
                 if lane.depth:
                     lane.ready.notify_all()
 
     def _bulk_may_run(self, lane: FairQueue[Part]) -> bool:
-        """Whether bulk may begin another batch: not before a predict that waits, and not on the last core.
+        """Whether bulk may start a batch: not while predicts wait, and not on the core left for recent ones.
 
-        Heavy bulk leaves its core to light bulk that waits.
+        Heavy bulk gives way to waiting light bulk.
         """
         if self._predicts.depth:
             return False
@@ -457,8 +449,9 @@ class Batcher:
         return not self._bulk.light.depth and self._bulk.running < most
 
     def _others(self, priority: Priority[Part]) -> bool:
-        """Whether other threads run, or are about to: each does best on one core then. Bulk is niced, but the
-        threads of a run wait for each other, and so for the one that bulk holds up.
+        """Whether other threads run or are about to, so that each run is fastest on one core.
+
+        Niced bulk counts too: the threads of a run wait for each other, hence for the one that bulk delays.
         """
         with self._lock:
             if priority.running > 1 or priority.depth > 0 or self._bulk.running > 0:
@@ -472,7 +465,7 @@ class Batcher:
         lane: FairQueue[Part],
         turn: WorkerProgress,
     ) -> None:
-        """Prepares and runs what was taken: a bad input fails alone, a failed run for every caller in it."""
+        """Prepare and run the inputs: a bad input fails alone, a failed run fails every caller in it."""
         taken: list[_Taken] = [(part.request, part.places[place]) for part, place in inputs]
         begun = time.perf_counter()
         try:
@@ -498,7 +491,7 @@ class Batcher:
     def _submit(
         self, batch: _Batch, rows: list[Prepared], lane: FairQueue[Part], turn: WorkerProgress
     ) -> None:
-        """Leaves a batch to the backbone's own thread: this one has the next inputs to prepare meanwhile."""
+        """Hand a batch to the backbone's own thread, so that this one can prepare the next inputs."""
         with self._lock:
             self._submitted += 1
         turn.wait(True)
@@ -530,13 +523,13 @@ class Batcher:
         future.add_done_callback(done)
 
     def _finish(self, batch: _Batch, embeddings: Floats, lane: FairQueue[Part], occupied: float) -> None:
-        """Puts each row where it belongs. occupied: seconds that a thread had no time for other inputs."""
+        """Store each result in its request. `occupied`: seconds for which the batch occupied its worker."""
         end = time.perf_counter()
         good, spent, embed_seconds = batch.good, batch.spent, end - batch.prepared
         finished: list[EmbedRequest] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
-        # What cannot be read is refused at once, whatever it claims to be.
+        # Refused inputs are left out: they fail early, whatever size they claim to have.
         cost = sum(
             part.costs[place]
             for (part, place), (_, _, refusal) in zip(batch.inputs, spent, strict=True)
@@ -580,7 +573,7 @@ class Batcher:
     def _prepare(
         self, taken: list[_Taken], turn: WorkerProgress
     ) -> tuple[list[tuple[_Taken, Ready]], list[tuple[_Taken, float, InputError | None]]]:
-        """What can be run, and the seconds and the error of each input."""
+        """Prepare the inputs; return those that can be run, and the seconds and error of each input."""
         good: list[tuple[_Taken, Ready]] = []
         spent: list[tuple[_Taken, float, InputError | None]] = []
         for one in taken:
@@ -593,7 +586,7 @@ class Batcher:
             try:
                 good.append((one, self.backbone.prepare(request.inputs[index], turn.wait)))
             except InputError as error:
-                # A raised error keeps its frames, and this frame keeps the error. A new one has none.
+                # A raised error and this frame form a reference cycle. A new error has no traceback.
                 refusal = InputError(error.code, error.detail)
             spent.append((one, time.perf_counter() - begin, refusal))
             self._turn_to(None, turn)
@@ -601,9 +594,9 @@ class Batcher:
         return good, spent
 
     def _turn_to(self, one: _Taken | None, turn: WorkerProgress) -> InputError | None:
-        """Notes which input is prepared next, None after each; why it is refused, if it is.
+        """Record which input is being prepared, None after each; return why it is refused, if it is.
 
-        Raises _Left where the thread was too late.
+        Raises _Left if the thread has been replaced.
         """
         with self._lock:
             if turn.thread is not threading.current_thread():
@@ -622,7 +615,7 @@ class Batcher:
 
         def failure() -> Exception:
             if isinstance(error, DecoderUnavailable):
-                # No fault of the backbone, and it may pass.
+                # The backbone is not at fault, and the condition may be temporary.
                 return DecoderUnavailable(str(error))
             failed = EmbeddingFailed("The backbone failed on these inputs; its log has the cause.")
             failed.__cause__ = error

@@ -1,4 +1,4 @@
-"""What batchers that share a machine's cores know of each other."""
+"""State that batchers on the same CPU cores share."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from models.batching.request import Part
 
 
 class CoreSharing:
-    """Predicts of several batchers on the same cores: each sees whether those of another run. Thread-safe."""
+    """The predict queues of batchers on the same cores: each can see whether another runs. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Never changed, but replaced: it is read without the lock.
+        # The tuple is replaced, never mutated, because it is read without the lock.
         self._all: tuple[Priority[Part], ...] = ()
 
     def join(self, predicts: Priority[Part]) -> None:
-        """Its runs are seen by the others from now on."""
+        """Make the runs of these predicts visible to the others."""
         with self._lock:
             self._all = (*self._all, predicts)
 
     def leave(self, predicts: Priority[Part]) -> None:
-        """It is not looked at any more, whatever it still runs; as often as one likes."""
+        """Hide these predicts from the others, even if some still run. Idempotent."""
         with self._lock:
             self._all = tuple(one for one in self._all if one is not predicts)
 
     def others_run(self, predicts: Priority[Part]) -> bool:
-        """Whether another one's predicts run at this moment."""
+        """Whether the predicts of another batcher are running now."""
         return any(one.running for one in self._all if one is not predicts)

@@ -1,4 +1,4 @@
-"""Inputs that wait, in the order in which they are taken: sources and their callers take turns by cost."""
+"""Queues of waiting inputs, in which sources and their callers take turns by cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Waiting(Protocol):
-    """Inputs of one caller, of which those before `next` are taken."""
+    """The inputs of one caller; those before `next` have been taken."""
 
     next: int
 
@@ -19,32 +19,31 @@ class Waiting(Protocol):
 
     @property
     def costs(self) -> Sequence[float]:
-        """What each input costs."""
+        """The cost of each input."""
         ...
 
     @property
     def source(self) -> Hashable:
-        """From whom they come."""
+        """The source of the inputs, which determines their turns and share."""
         ...
 
 
 R = TypeVar("R", bound=Waiting)
 T = TypeVar("T", bound=Hashable)
 
-# Seconds of a thread for an input of cost 1, until they are measured.
-_FIRST_PACE = 0.01
+_FIRST_PACE = 0.01  # thread seconds per input of cost 1, until measured
 
 
 class Turns(Generic[T]):
-    """Whose turn it is: of those who wait, the one that was given the least since it joined.
+    """Fair turns: the next is the waiting member that has received the least.
 
-    One that joins begins where the others are, so that it neither waits for them nor overtakes them for long.
+    A new member starts level with the one served last, so that it is neither delayed nor favoured for long.
     """
 
     __slots__ = ("_entries", "_heap", "_now", "_numbers")
 
     def __init__(self) -> None:
-        # By what each was given, and then by the order of its coming. Entries of those who left are stale.
+        # Entries are sorted by what was received, then by arrival. Entries of members that left are stale.
         self._heap: list[tuple[float, int, T]] = []
         self._entries: dict[T, tuple[float, int, T]] = {}
         self._numbers = itertools.count()
@@ -54,24 +53,24 @@ class Turns(Generic[T]):
         return len(self._entries)
 
     def join(self, one: T) -> None:
-        """Wait from now on."""
+        """Add a member."""
         self._push(one, self._now)
 
     def leave(self, one: T) -> None:
-        """Wait no more."""
+        """Remove a member."""
         del self._entries[one]
         if len(self._heap) > 2 * len(self._entries) + 16:
             self._heap = list(self._entries.values())
             heapify(self._heap)
 
     def first(self) -> T:
-        """The one whose turn it is. There must be one."""
+        """Return the member whose turn it is. There must be at least one member."""
         while (entry := self._heap[0]) is not self._entries.get(entry[2]):
             heappop(self._heap)
         return entry[2]
 
     def charge(self, one: T, cost: float) -> None:
-        """Note what was given to the one whose turn it was."""
+        """Record the cost that the member whose turn it was has received."""
         self._now = self._entries[one][0]
         self._push(one, self._now + cost)
 
@@ -82,7 +81,7 @@ class Turns(Generic[T]):
 
 
 class _Source(Generic[R]):
-    """What one source has waiting: its requests in their turns, how many inputs, and what they cost."""
+    """The waiting requests of one source, with the number and the total cost of their inputs."""
 
     __slots__ = ("cost", "depth", "turns")
 
@@ -93,10 +92,11 @@ class _Source(Generic[R]):
 
 
 class FairQueue(Generic[R]):
-    """Requests that have inputs not yet taken. Guarded by the lock.
+    """Requests with inputs that have not been taken. Guarded by the lock.
 
-    A cost is in units of a small input's. depth: inputs that wait. cost: of all of them. pace: seconds of a
-    thread for a cost of 1, a running mean. running: threads that have taken some and are not done.
+    Costs are in units of a small input's. `depth`: number of waiting inputs. `cost`: their total cost.
+    `pace`: thread seconds per unit of cost, a running mean. `running`: threads that have taken inputs and
+    are not done.
     """
 
     __slots__ = ("_sources", "_turns", "cost", "depth", "pace", "ready", "running")
@@ -112,11 +112,11 @@ class FairQueue(Generic[R]):
 
     @property
     def sources(self) -> frozenset[Hashable]:
-        """From whom something waits."""
+        """Sources with waiting inputs."""
         return frozenset(self._sources)
 
     def add(self, request: R) -> None:
-        """Behind what its source has had so far."""
+        """Queue a request's inputs behind those of the same source."""
         source = self._sources.get(request.source)
         if source is None:
             source = self._sources[request.source] = _Source()
@@ -125,7 +125,7 @@ class FairQueue(Generic[R]):
         self._count(source, len(request.costs), sum(request.costs))
 
     def remove(self, request: R) -> None:
-        """Forget the inputs of a request that were not taken."""
+        """Drop the inputs of a request that have not been taken."""
         left = request.costs[request.next :]
         if not left:
             return
@@ -133,9 +133,9 @@ class FairQueue(Generic[R]):
         self._gone(request, len(left), sum(left))
 
     def take(self, room: int, budget: float = math.inf) -> list[tuple[R, int]]:
-        """At most `room` inputs, each as its request and its place there, that cost no more than the budget.
+        """Take at most `room` inputs within the cost budget, each as (request, position in it).
 
-        The first is taken whatever it costs.
+        The first input is taken whatever its cost.
         """
         taken: list[tuple[R, int]] = []
         while self._sources and len(taken) < room:
@@ -157,18 +157,18 @@ class FairQueue(Generic[R]):
         return taken
 
     def ahead(self, source: Hashable, cost: float) -> float:
-        """At most so much is taken before inputs of this cost of the source: as much of every other one."""
+        """Upper bound of the cost taken before `cost` more of the source: each other source gets as much."""
         own = self._sources[source].cost if source in self._sources else 0.0
         others = (found.cost for name, found in self._sources.items() if name != source)
         return own + sum(min(theirs, own + cost) for theirs in others)
 
     def depth_of(self, source: Hashable) -> int:
-        """Inputs of the source that wait."""
+        """The number of waiting inputs of the source."""
         found = self._sources.get(source)
         return 0 if found is None else found.depth
 
     def _gone(self, request: R, count: int, cost: float) -> None:
-        """Some inputs of a request wait no more."""
+        """Account for inputs of a request that no longer wait."""
         source = self._sources[request.source]
         if request.next == len(request.costs):
             source.turns.leave(request)
@@ -181,12 +181,12 @@ class FairQueue(Generic[R]):
         source.depth += count
         self.depth += count
         source.cost += cost
-        # Sums of fractions never come back to nothing by themselves.
+        # Rounding errors would keep the sum from returning to exactly zero.
         self.cost = self.cost + cost if self.depth else 0.0
 
 
 class Priority(Generic[R]):
-    """The two lanes of what is done alike: of light inputs, and of those that would hold them up.
+    """The two lanes of predicts or of bulk: light inputs, and heavy ones that would delay them.
 
     Guarded by the lock.
     """
@@ -199,26 +199,29 @@ class Priority(Generic[R]):
 
     @property
     def lanes(self) -> tuple[FairQueue[R], FairQueue[R]]:
-        """Both."""
+        """Both lanes, the light one first."""
         return self.light, self.heavy
 
     @property
     def depth(self) -> int:
-        """Inputs that wait in both."""
+        """The number of waiting inputs in both lanes."""
         return self.light.depth + self.heavy.depth
 
     @property
     def running(self) -> int:
-        """Threads that have taken some of either and are not done."""
+        """The number of threads that have taken inputs of either lane and are not done."""
         return self.light.running + self.heavy.running
 
     @property
     def seconds(self) -> float:
-        """Of one thread, for all that waits."""
+        """Estimated seconds that one thread would need for all waiting inputs."""
         return sum(lane.cost * lane.pace for lane in self.lanes)
 
     def has_share(self, source: Hashable, count: int, most: int) -> bool:
-        """Whether `count` more of the source are within its share of `most`, and all within twice as many."""
+        """Whether there is room for `count` more inputs of the source.
+
+        It must stay within its equal share of `most`, and all sources together within 2 × `most`.
+        """
         others = len((self.light.sources | self.heavy.sources) - {source})
         own = self.light.depth_of(source) + self.heavy.depth_of(source)
         return own + count <= most / (1 + others) and self.depth + count <= 2 * most

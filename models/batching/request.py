@@ -1,4 +1,4 @@
-"""A caller's inputs on their way through a batcher, and what may become of them."""
+"""A caller's request to a batcher, and the errors that it may end with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from models.preprocess.preprocessor import InputError
 
 
 class Overloaded(RuntimeError):
-    """The queue is full, or the wait too long.
+    """The queue is full, or the expected wait is too long.
 
-    retry_after: seconds after which there should be room, from the rate measured.
+    `retry_after`: seconds until there should be room, estimated from the measured rate.
     """
 
     code = "overloaded"
@@ -27,7 +27,7 @@ class Overloaded(RuntimeError):
 
 
 class DeadlineExceeded(RuntimeError):
-    """The deadline passed before all inputs were embedded; what was left of them was dropped."""
+    """The deadline passed before all inputs were embedded; the remaining ones were dropped."""
 
     code = "deadline_exceeded"
 
@@ -39,18 +39,18 @@ class BatcherClosed(RuntimeError):
 
 
 class EmbeddingFailed(RuntimeError):
-    """The network raised on the batch that held these inputs; its own exception is the cause."""
+    """The network raised an exception, kept as the cause, on the batch that held these inputs."""
 
     code = "embedding_failed"
 
 
 class Part:
-    """Those inputs of a request that wait in one lane. next: those before it are taken."""
+    """The inputs of a request that wait in one lane. Those before `next` have been taken."""
 
     __slots__ = ("costs", "next", "places", "request")
 
     def __init__(self, request: EmbedRequest, places: Sequence[int], costs: Sequence[float]) -> None:
-        """places: of the inputs in the request. costs: of each, in units of a small input's."""
+        """`places`: positions of the inputs in the request. `costs`: per input, a small one's being 1."""
         self.request = request
         self.places = places
         self.costs = costs
@@ -58,12 +58,12 @@ class Part:
 
     @property
     def source(self) -> Hashable:
-        """From whom they come."""
+        """The source of the request."""
         return self.request.source
 
 
 class EmbedRequest:
-    """One caller's inputs. Everything but inputs and arrived is guarded by the batcher's lock."""
+    """One caller's inputs and results. All but `inputs` and `arrived` is guarded by the batcher's lock."""
 
     __slots__ = (
         "arrived",
@@ -114,12 +114,14 @@ def settle(
     failure: Callable[[], Exception] | None,
     report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wakes the callers, of whom some may have gone: all at once, for each waking writes to a socket. What is
-    to be reported has time until they have answered.
+    """Resolve the futures of the requests; those of callers that have gone are skipped.
+
+    `failure`: makes each caller's exception; None for success. `report` runs after the callers have answered.
+    There is one wake-up per event loop, because each wake-up writes to a socket.
     """
 
     def wake() -> None:
-        # Callbacks run in their order: those of the callers before this one.
+        # Callbacks run in order, so those of the callers run before `report`.
         for request in requests:
             if request.future.done():
                 continue
@@ -139,6 +141,6 @@ def settle(
         asyncio.get_running_loop().call_soon(report)
 
     for loop in {request.future.get_loop() for request in requests}:
-        # A loop that is closed has nobody who waits.
+        # A closed event loop has no waiting callers.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(wake)

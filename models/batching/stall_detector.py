@@ -1,4 +1,4 @@
-"""Whether a batcher gets on, seen from outside: without its lock, which a thread that is stuck may hold."""
+"""Detection of stalled batchers from outside, without their lock, which a stuck thread may hold."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from dataclasses import dataclass
 from models.batching.batcher import Batcher
 from models.runtime.progress import LONGEST_RUN, PATIENCE, ThreadProgress
 
-# CPU time between two looks that is work, in seconds.
-_WORK = 1e-3
+_WORK = 1e-3  # seconds of CPU time between two looks above which a thread counts as working
 
 
 @dataclass(slots=True)
 class _Seen:
-    """One thread's turn at the last look. age: seconds since it did anything. still: without CPU time too."""
+    """The progress of one thread at the last look."""
 
     steps: int = -1
-    cpu: float = 0.0
-    age: float = 0.0
-    still: float = 0.0
+    cpu: float = 0.0  # seconds of CPU time
+    age: float = 0.0  # seconds since its last step
+    still: float = 0.0  # seconds without a step while no preparing thread used the CPU
 
 
 class StallDetector:
-    """What the threads of one batcher were at, look by look. For one thread.
+    """Compares the progress of a batcher's threads from look to look. For use by one thread.
 
-    quiet: seconds for which nothing was done although something is to be done.
+    `quiet`: seconds without any progress although there is work.
 
-    A run that takes longer than it may is stuck. What prepares inputs is stuck only if no thread that does so
-    uses the CPU: how long a picture takes to decode nobody knows before, and others wait meanwhile. The
-    network has no part in that, so the input is refused, and nothing is replaced. A thread that waits for
-    another process is not stuck: its wait is bounded there. Time is that between looks, as far as they came:
-    a process that was stopped, or starved, has not been stuck.
+    A run that exceeds its allowed time is stuck. A thread that prepares an input is stuck if no preparing
+    thread uses the CPU, or after LONGEST_RUN: decoding times cannot be predicted, and the threads compete for
+    the cores. The network is not to blame then, so the input is refused and nothing is replaced. A thread
+    that waits for another process is not stuck, because that wait has its own limit. Only the time passed to
+    `look` counts, so a process that was stopped or starved is not taken for stuck.
     """
 
     def __init__(self, batcher: Batcher) -> None:
@@ -41,7 +40,7 @@ class StallDetector:
         self._lost = 0.0
 
     def look(self, passed: float) -> str | None:
-        """Why the batcher must be replaced, or None. passed: seconds since the last look that count."""
+        """Return why the batcher must be replaced, or None. `passed`: seconds to add since the last look."""
         if not self._batcher.alive:
             return "one of its threads died"
         moved, working = False, False
@@ -62,7 +61,7 @@ class StallDetector:
 
     @staticmethod
     def _update(turn: ThreadProgress, seen: _Seen, passed: float) -> bool:
-        """Whether the thread is preparing inputs, and used the CPU since the last look."""
+        """Update `seen`; return whether the thread is preparing inputs and has used the CPU since."""
         if turn.steps != seen.steps or not turn.busy or turn.waits:
             seen.steps, seen.age, seen.still = turn.steps, 0.0, 0.0
         else:
@@ -84,7 +83,7 @@ class StallDetector:
 
 
 def _cpu_seconds(clock: int) -> float:
-    """Of a thread; 0 once it is gone."""
+    """CPU seconds of a thread; 0 if it has ended."""
     try:
         return time.clock_gettime(clock)
     except OSError:

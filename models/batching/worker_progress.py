@@ -1,4 +1,4 @@
-"""What a thread that prepares and runs inputs is at, for whoever watches it."""
+"""The progress of a batcher's worker thread, for monitoring."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class WorkerProgress(ThreadProgress):
-    """What one thread of a batcher is at.
+    """The progress of one worker thread. These attributes are guarded by the batcher's lock.
 
-    Guarded by the batcher's lock: thread, the one whose turn it is; taken, what it has, and input, that of it
-    which is being prepared; refused, what of it is not to be prepared, and why.
+    `thread`: the current thread. `taken`: the inputs that it has taken. `input`: the one being prepared.
+    `refused`: inputs that must not be prepared, with the reason.
     """
 
     __slots__ = ("input", "refused", "taken", "thread")
@@ -29,5 +29,5 @@ class WorkerProgress(ThreadProgress):
         self.refused: dict[tuple[EmbedRequest, int], InputError] = {}
 
     def wait(self, waits: bool) -> None:
-        """Another process begins to prepare an input, or is done."""
+        """Record that the thread starts (True) or stops (False) waiting."""
         self.waits = waits

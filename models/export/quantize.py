@@ -1,7 +1,7 @@
-"""8-bit forms of exported graphs. ONNX Runtime's quantizer lives here, and with it onnx.
+"""8-bit quantization of exported graphs, by onnx and ONNX Runtime's quantizer.
 
-Every scale is fixed when the graph is made, and none depends on what happens to be in a batch: an answer is
-what it would be alone. What the scales are measured on is in the folder `calibration`.
+Every scale is fixed when the graph is made and none depends on the batch, so an input gets the same answer
+alone and in a batch. The scales are measured on the data in the folder `calibration`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from models.spec import GRAPH_FILE, IDS, MASK, PIXELS, TOKENIZER_FILE, BackboneS
 
 CALIBRATION = Path(__file__).with_name("calibration")
 
-# Not the pooling: embeddings are means taken in single precision, of activations that have 8 bits.
+# Operators to quantize. Pooling is not one: embeddings are float32 means of 8-bit activations.
 _IMAGE_OPERATORS = ["Conv", "Add", "Clip", "Relu"]
-_LEVELS = 255
-# Of the range that was seen, what may be kept.
-_SHARES = np.linspace(1.0, 0.2, 33)
+_LEVELS = 255  # highest 8-bit value
+_SHARES = np.linspace(1.0, 0.2, 33)  # candidate fractions of the observed range to keep
 
 
 def quantize(folder: Path, spec: BackboneSpec) -> None:
-    """Replaces the graph in an export folder, tokenizer included, by its 8-bit form."""
+    """Replace the graph in an export folder by its 8-bit form. A text's tokenizer must be in the folder."""
     graph = folder / GRAPH_FILE
     if isinstance(spec.transform, ImageTransform):
         _quantize_images(graph, spec.transform)
@@ -43,7 +42,7 @@ def quantize(folder: Path, spec: BackboneSpec) -> None:
 
 
 def _quantize_images(graph: Path, transform: ImageTransform) -> None:
-    """Every convolution: a scale per output channel for weights, one for each activation."""
+    """Quantize every convolution, with a scale per output channel of the weights and one per activation."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -73,7 +72,7 @@ def _quantize_images(graph: Path, transform: ImageTransform) -> None:
 
 
 def _pictures(transform: ImageTransform) -> Iterator[Prepared]:
-    """Photographs as a network sees them, uint8 (size, size, 3): whole, in quarters, and small on white."""
+    """Yield preprocessed photographs, uint8 (size, size, 3): whole, small on white, and in quarters."""
     prepare = ImagePreprocessor(transform)
     for path in sorted(CALIBRATION.glob("*.jpg")):
         image = rgb(path.read_bytes())
@@ -93,19 +92,19 @@ def _pictures(transform: ImageTransform) -> Iterator[Prepared]:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """How an activation (n, columns) becomes 8 bits: its columns over `spread`, then in steps from `zero`."""
+    """The 8-bit scale of an activation (n, columns): round(activation / spread / step) + zero."""
 
-    spread: Floats
+    spread: Floats  # divisor of each column, float32 (columns,)
     step: float
     zero: int
 
 
 def _quantize_texts(graph: Path, texts: Sequence[NDArray[np.int64]]) -> None:
-    """Every product with a constant matrix; the attention itself keeps single precision.
+    """Quantize every product with a constant matrix; the attention itself keeps single precision.
 
-    Some columns of a transformer's activations are ten times as large as others. Before they share a scale,
-    each is divided by a share of its size, which its row of the weights takes over (SmoothQuant, Xiao et al.
-    2022).
+    Some columns of a transformer's activations are ten times as large as others. Before the columns share a
+    scale, each is divided by a part of its size, and its row of the weights is multiplied by it (SmoothQuant,
+    Xiao et al. 2022).
     """
     import onnx
 
@@ -135,7 +134,7 @@ def _quantize_texts(graph: Path, texts: Sequence[NDArray[np.int64]]) -> None:
         if node.output[0] not in instead:
             nodes.append(node)
             continue
-        # In front of the first that reads it, and so behind what makes it.
+        # The conversion goes right before its first reader, and so after the node that makes its input.
         nodes += [*before.pop(node.input[0], ()), instead[node.output[0]]]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -150,7 +149,7 @@ def _quantize_texts(graph: Path, texts: Sequence[NDArray[np.int64]]) -> None:
 def _activations(
     model: Any, names: Sequence[str], texts: Sequence[NDArray[np.int64]]
 ) -> Mapping[str, Floats]:
-    """The rows of some values inside the graph, float32 (n, columns), over all tokens of the texts."""
+    """Run the texts and return intermediate values of the graph, float32 (n, columns), a row per token."""
     import onnx
     import onnxruntime
 
@@ -168,10 +167,10 @@ def _activations(
 
 
 def _scale_of(rows: Floats, weights: Floats) -> _Scale:
-    """The scale of an activation with the rows seen (n, columns), before weights (columns, outputs).
+    """Choose the scale of an activation from observed rows (n, columns) and its weights (columns, outputs).
 
-    Of the range as much is kept as makes the mean squared error smallest: a few values far out may be clipped
-    where all others get finer steps for it.
+    The kept part of the range minimises the mean squared error: clipping a few outliers gives all other
+    values finer steps.
     """
     sizes = np.abs(rows).max(axis=0) + 1e-6
     spread = np.sqrt(sizes / (np.abs(weights).max(axis=1) + 1e-6))
@@ -190,7 +189,7 @@ def _scale_of(rows: Floats, weights: Floats) -> _Scale:
 
 
 def _to_bytes(model: Any, name: str, value: str, scale: _Scale) -> tuple[str, list[Any]]:
-    """Nodes that turn a value into 8 bits, and what that is called."""
+    """The name of a value's 8-bit form, and the nodes that compute it."""
     from onnx import helper
 
     _constant(model, f"{name}_spread", 1.0 / scale.spread)
@@ -203,7 +202,7 @@ def _to_bytes(model: Any, name: str, value: str, scale: _Scale) -> tuple[str, li
 
 
 def _product(model: Any, name: str, value: str, scale: _Scale, weight: Floats) -> Any:
-    """The node that multiplies with a matrix in 8 bits, scaled by column; without its output's name."""
+    """A node that multiplies by an 8-bit matrix with a scale per column; the caller names its output."""
     from onnx import helper
 
     weight = weight * scale.spread[:, None]

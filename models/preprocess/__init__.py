@@ -1,1 +1,1 @@
-"""Images and texts as networks take them."""
+"""Preprocessing of images and texts into network inputs."""

@@ -1,7 +1,7 @@
-"""Processes that decode the images whose cost is large or in doubt, and that can be ended.
+"""Decoding of images with a high or unpredictable cost, in processes that can be killed.
 
-A thread that decodes cannot be ended, whatever its image costs. So such an image goes to a process of its own
-with limits on CPU time and memory; what exceeds them is refused, and harms nothing else.
+A thread that decodes cannot be stopped. Such an image therefore goes to a separate process with limits on CPU
+time and memory; an image that exceeds them is refused and affects nothing else.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from models.preprocess.limits import InputError, InputLimits
 from models.spec import ImageTransform
 
 MEMORY_BYTES: Final = 512 << 20
-"""What one image may take while it is decoded."""
+"""Memory that decoding one image may take."""
 PROCESSES: Final = 2
-"""That decode at a time, besides one for small images: each takes up to MEMORY_BYTES."""
+"""Maximum processes that decode at a time, besides one for small images; each takes up to MEMORY_BYTES."""
 
-_SMALL: Final = 1_200_000  # pixels and bytes together
-_BASE_SECONDS: Final = 1.0  # of CPU time for an image of no pixels
-_SECONDS_PER_PIXEL: Final = 100e-9  # a progressive JPEG takes up to 50 on a machine of 2024
-_WALL_SECONDS: Final = (
-    120.0  # the process is niced, and the machine may be busy: only what hangs takes so long
-)
+_SMALL: Final = 1_200_000  # pixels plus bytes up to which an image is small
+_BASE_SECONDS: Final = 1.0  # CPU time allowed for an image of no pixels
+_SECONDS_PER_PIXEL: Final = 100e-9  # CPU time; a progressive JPEG takes up to 50e-9 on a machine of 2024
+# Wall time allowed for an image. The process is niced and the machine may be busy, so this is only exceeded
+# when decoding hangs.
+_WALL_SECONDS: Final = 120.0
 _START_SECONDS: Final = 30.0
 _PIPE_BYTES: Final = 1 << 20
 
-# What the process is sent: sizes of a JSON header and of the file. What it answers: width and height, or 0
-# and the size of a JSON error.
+# A request begins with the sizes of a JSON header and of the file. An answer begins with width and height, or
+# with 0 and the size of a JSON error.
 REQUEST: Final = struct.Struct("<QQ")
 ANSWER: Final = struct.Struct("<QQ")
 READY: Final = b"\1"
@@ -54,14 +54,15 @@ Waiting = Callable[[bool], None]
 
 
 class DecoderUnavailable(RuntimeError):
-    """No process can be started that decodes images."""
+    """No process for decoding images can be started."""
 
     code = "decoder_unavailable"
 
 
 class _Ended(Exception):
-    """The process ended before it answered. status: its exit status, negative where a signal ended it. late:
-    it was ended, for no time was left.
+    """The process ended before it answered.
+
+    `status`: its exit status, negative if a signal ended it. `late`: it was killed after its time limit.
     """
 
     def __init__(self, status: int, late: bool) -> None:
@@ -71,25 +72,25 @@ class _Ended(Exception):
 
     @property
     def crashed(self) -> bool:
-        """Whether the image's decoder failed as a program does."""
+        """Whether the decoder crashed."""
         return -self.status in _CRASHES
 
     @property
     def by_chance(self) -> bool:
-        """Whether the image may have no part in it: an operator, or a machine without memory, ended it."""
+        """Whether an operator or a lack of memory, rather than the image, may have ended the process."""
         return not self.late and not self.crashed and -self.status not in _OUT_OF_TIME
 
 
 def wait_unseen(waits: bool) -> None:
-    """For callers whose waiting is not looked at."""
+    """Do nothing, for callers whose waiting is not monitored."""
 
 
 class Decoder:
-    """At most `processes` processes, started when an image comes and kept for the next. Thread-safe.
+    """A pool of at most `processes` decoding processes, started on demand and reused. Thread-safe.
 
-    One more is for small images, which would wait for seconds behind large ones.
+    There is one more process for small images, which would otherwise wait for seconds behind large ones.
 
-    ended: how many were ended, or ended by themselves, over an image.
+    `ended`: number of processes that were killed or ended while decoding an image.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Decoder:
         base_seconds: float = _BASE_SECONDS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        """Starts nothing. base_seconds: of CPU time, besides what its pixels take."""
+        """Create the pool without processes. `base_seconds`: CPU time allowed besides that for pixels."""
         self.ended = 0
         self._base_seconds = base_seconds
         self._memory_bytes = memory_bytes
@@ -111,7 +112,7 @@ class Decoder:
     @staticmethod
     @cache
     def shared() -> Decoder:
-        """The one of this process."""
+        """The decoder that this process shares."""
         return Decoder()
 
     def decode(
@@ -121,10 +122,10 @@ class Decoder:
         limits: InputLimits = InputLimits(),
         waiting: Waiting = wait_unseen,
     ) -> Image.Image:
-        """What ImagePreprocessor.square gives for the file. waiting(True) is called before, waiting(False)
-        after: meanwhile this thread does nothing, for a time that is bounded.
+        """Decode in another process; the result is that of ImagePreprocessor.square.
 
-        Raises InputError, also where the process had to be ended over the image, and DecoderUnavailable.
+        `waiting(True)` is called before and `waiting(False)` after; in between, this thread waits for a
+        limited time. Raises InputError, also if the image made the process end, and DecoderUnavailable.
         """
         small = file.width * file.height + len(file.data) <= _SMALL
         waiting(True)
@@ -147,7 +148,7 @@ class Decoder:
             waiting(False)
 
     def _decode(self, file: ImageFile, transform: ImageTransform, limits: InputLimits) -> Image.Image:
-        """Raises InputError, DecoderUnavailable and _Ended."""
+        """Decode in one process. Raises InputError, DecoderUnavailable, _Ended."""
         process = self._take()
         seconds = self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
         try:
@@ -166,7 +167,7 @@ class Decoder:
         return square
 
     def close(self) -> None:
-        """Ends the processes that are idle."""
+        """Kill the idle processes."""
         with self._lock:
             idle, self._idle = self._idle, []
         for process in idle:
@@ -188,12 +189,12 @@ class Decoder:
 
 
 class _Process:
-    """One process, ready to decode. For one thread at a time."""
+    """One decoding process. For use by one thread at a time."""
 
     def __init__(self, memory_bytes: int) -> None:
-        """Raises DecoderUnavailable."""
+        """Start the process and wait until it is ready. Raises DecoderUnavailable."""
         self._late = False
-        # Libraries for linear algebra reserve memory for each thread that they might use.
+        # Linear algebra libraries reserve memory for each thread that they might use.
         environment = plain_environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:
             self._process = subprocess.Popen(
@@ -206,7 +207,7 @@ class _Process:
         except OSError as error:
             raise DecoderUnavailable(f"No process for decoding images can be started: {error}") from error
         for pipe in (self._input, self._output):
-            # More of an image at once; where that is not allowed, in smaller pieces.
+            # Larger pipes carry more of an image at once. If that is not allowed, the default size works too.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         try:
@@ -219,7 +220,7 @@ class _Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process is still running."""
         return self._process.poll() is None
 
     @property
@@ -235,7 +236,10 @@ class _Process:
     def decode(
         self, file: ImageFile, transform: ImageTransform, limits: InputLimits, seconds: float
     ) -> Image.Image:
-        """Raises InputError as the process found it, and _Ended; it is not to be used after that."""
+        """Decode one file. Raises InputError as reported by the process, and _Ended if it has ended.
+
+        The process cannot be used after _Ended.
+        """
         header = json.dumps(
             {
                 "seconds": seconds,
@@ -251,14 +255,14 @@ class _Process:
             if not width:
                 error: dict[str, str] = json.loads(self._read(height))
                 if error["code"] == "input_too_costly":
-                    # It ends by itself, and is not to be asked meanwhile.
+                    # The process is about to end by itself, and must not get another request.
                     self.end()
                 raise InputError(error["code"], error["detail"])
             pixels = self._read(3 * width * height)
         return Image.frombytes("RGB", (width, height), pixels)
 
     def end(self) -> None:
-        """Whatever it is at."""
+        """Kill the process, whatever it is doing."""
         self._process.kill()
         self._wait()
 

@@ -1,4 +1,4 @@
-"""The process behind decoder.py: decodes what it is sent, within limits, until its input ends."""
+"""The child process of decoder.py: decodes images within limits until its input ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 def main() -> None:
-    """Ends when its input does, which is also when its parent is killed."""
+    """Answer requests until standard input ends, which also happens when the parent is killed."""
     os.nice(max(0, DECODER_NICENESS - os.nice(0)))
-    # Ctrl-C in a terminal reaches every process: the parent decides when this one ends.
+    # Ctrl-C in a terminal reaches every process, but the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Libraries print what they find in a damaged image: not among the answers, and not into the log.
+    # Libraries print about damaged images, which must reach neither the answers nor the log.
     answers = os.fdopen(os.dup(1), "wb")
     sys.stderr = os.fdopen(os.dup(2), "w")
     with open(os.devnull, "wb") as nowhere:
@@ -35,21 +35,21 @@ def main() -> None:
     _bound_memory(int(sys.argv[1]))
     answers.write(READY)
     answers.flush()
-    # Its parent may end while it decodes.
+    # The parent may end while an image is decoded.
     with contextlib.suppress(BrokenPipeError):
         while _answer(sys.stdin.buffer, answers):
             pass
 
 
 def _bound_memory(most: int) -> None:
-    """Allows so many bytes beyond what is there after the imports."""
+    """Limit the memory to `most` bytes more than after the imports."""
     with contextlib.suppress(OSError, ValueError):
         now = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (now + most, now + most))
 
 
 def _answer(requests: IO[bytes], answers: IO[bytes]) -> bool:
-    """Answers the next request; False where there is none, or no more are to come after this one."""
+    """Answer the next request; return False if there is none, or if this process must end after it."""
     sizes = requests.read(REQUEST.size)
     if len(sizes) < REQUEST.size:
         return False
@@ -58,17 +58,17 @@ def _answer(requests: IO[bytes], answers: IO[bytes]) -> bool:
     file = ImageFile(**header["file"] | {"data": requests.read(size)})
     transform = ImageTransform(**header["transform"])
     go_on = True
-    # Of this process and its threads together: nothing that a decoder does keeps it from ending then.
+    # The timer counts the CPU time of all threads. No decoder can keep the process from ending when it fires.
     signal.setitimer(signal.ITIMER_PROF, header["seconds"])
     try:
-        # Of the parent's limits those are left that the file was not checked for before.
+        # The parent has already checked the file against its other limits.
         limits = InputLimits(max_pixels=header["max_pixels"])
         square = ImagePreprocessor(transform, limits).square(file)
         answer = ANSWER.pack(*square.size) + square.tobytes()
     except InputError as error:
         answer = _refused(error.code, error.detail)
     except MemoryError:
-        # What a library leaves behind when its memory ends is not trusted.
+        # Libraries may be in an inconsistent state after running out of memory.
         go_on = False
         answer = _refused("input_too_costly", "Decoding the image takes too much memory; send it smaller.")
     signal.setitimer(signal.ITIMER_PROF, 0.0)

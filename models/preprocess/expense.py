@@ -1,28 +1,23 @@
-"""What an input will cost, in units of a small one's, known from its first bytes and before any work."""
+"""Estimates of an input's cost from its first bytes, before any work; a small input costs 1."""
 
 from __future__ import annotations
 
 import struct
 
 HEAVY = 4.0
-"""An input above this would hold up small ones: a picture of two megapixels, a text of 400 letters."""
+"""Cost above which an input would delay small ones: an image of two megapixels, a text of 400 letters."""
 
-# Pixels, and bytes, that take as long to decode as the network takes for the picture.
-_PIXELS = 700_000
-# Of a picture whose format does not say how large it is in its first bytes.
-_UNKNOWN_PIXELS = 4_000_000
-# Segments of a JPEG, chunks of a PNG, or blocks of a GIF, that are looked at before the one with the size.
-_MOST_PARTS = 64
-# Bytes of text that take the network as long again as the shortest text.
-_BYTES = 128
-# Characters of text for which a tokenizer takes as long as the network for the shortest text.
+_PIXELS = 700_000  # pixels plus bytes that take as long to decode as the network takes for the image
+_UNKNOWN_PIXELS = 4_000_000  # pixels assumed if the first bytes do not tell the size
+_MOST_PARTS = 64  # JPEG segments, PNG chunks or GIF blocks that are searched for the size
+_BYTES = 128  # bytes of text that add as much network time as the shortest text takes
+# Characters of text that take the tokenizer as long as the shortest text takes the network.
 _CHARACTERS = 2_500
-# Of ordinary text, for each token.
-_BYTES_PER_TOKEN = 4
+_BYTES_PER_TOKEN = 4  # average of ordinary text
 
 
 def image_expense(data: bytes) -> float:
-    """The cost of an encoded image: by the pixels that its header claims, and by its bytes."""
+    """Estimate the cost of an encoded image from the pixels that its header claims and from its bytes."""
     try:
         pixels = _pixels(data)
     except (struct.error, IndexError):
@@ -31,16 +26,16 @@ def image_expense(data: bytes) -> float:
 
 
 def text_expense(text: str, max_tokens: int) -> float:
-    """The cost of a text: by the tokens that the network sees, at most `max_tokens`, and by characters."""
+    """Estimate the cost of a text from its tokens, at most `max_tokens`, and from its characters."""
     most = _BYTES_PER_TOKEN * max_tokens
     seen = min(most, len(text[:most].encode("utf-8", "surrogatepass")))
     return 1.0 + seen / _BYTES + len(text) / _CHARACTERS
 
 
 def _pixels(data: bytes) -> int | None:
-    """Width times height as the header has them; None where it does not say, or not in its first parts.
+    """Width times height from the header; None if they are not in its first parts.
 
-    Raises struct.error or IndexError for a header that is not whole.
+    Raises struct.error or IndexError for an incomplete header.
     """
     if data.startswith(b"\xff\xd8"):
         return _jpeg_pixels(data)
@@ -62,7 +57,7 @@ def _jpeg_pixels(data: bytes) -> int | None:
         mark, kind, length = struct.unpack_from(">BBH", data, place)
         if mark != 0xFF:
             return None
-        # Start of a frame: all but tables for arithmetic and Huffman coding, and the reserved one.
+        # These markers start a frame. The exceptions are tables (DHT, DAC) and a reserved marker.
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, place + 5)
             return int(width * height)
@@ -71,7 +66,7 @@ def _jpeg_pixels(data: bytes) -> int | None:
 
 
 def _png_pixels(data: bytes) -> int | None:
-    """Of the header before the picture, if there is but one: a decoder takes the last."""
+    """Width times height if there is exactly one header before the pixels: a decoder takes the last one."""
     pixels: int | None = None
     place = 8
     for _ in range(_MOST_PARTS):
@@ -88,7 +83,7 @@ def _png_pixels(data: bytes) -> int | None:
 
 
 def _gif_pixels(data: bytes) -> int | None:
-    """Of the screen, or of the first frame where that reaches beyond it."""
+    """Width times height of the screen, extended to hold the first frame."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     for _ in range(_MOST_PARTS):
@@ -97,7 +92,7 @@ def _gif_pixels(data: bytes) -> int | None:
             return int(max(width, left + wide) * max(height, top + high))
         if data[place] == 0x21:
             place += 2
-        # Blocks of an extension, each with its length before it, and none of length 0 but the last.
+        # An extension is a sequence of blocks with their lengths in front; a block of length 0 ends it.
         place += 1 + data[place]
         if data[place] == 0:
             place += 1

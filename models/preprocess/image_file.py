@@ -1,8 +1,8 @@
-"""What an image's file says of itself, read without decoding, and the file without its metadata.
+"""Reading an image's header without decoding, and removing its metadata.
 
-Decoders trust the structure of a file: a thousand scans are decoded one by one, every colour profile is
-unpacked. So the markers and chunks are walked here first, in time linear in the bytes. What no decoder needs
-is dropped, and what no camera or program writes is refused.
+Decoders trust the structure of a file: they decode a thousand scans one by one and unpack every colour
+profile. So the markers and chunks are scanned here first, in time linear in the bytes. Parts that no decoder
+needs are dropped, and structures that no camera or program writes are refused.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from importlib.util import find_spec
 from models.preprocess.limits import InputError
 
 READABLE = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and, with `topwork[heic]` installed, HEIC"
-"""The formats that are read, for a sentence."""
+"""The readable formats, for use in messages."""
 NOT_AN_IMAGE = f"This is not a readable image; {READABLE} are read."
 
-# Above this many pixels, or bytes, decoding is work for another process; see models/preprocess/decoder.py.
+# Images above these sizes are decoded in another process; see models/preprocess/decoder.py.
 LARGE_PIXELS = 4_000_000
 _LARGE_BYTES = 4 << 20
 
-_LEAST_BYTES = 26  # of any image: what is shorter only begins like one
-_MOST_SCANS = 50  # encoders write at most 18
-_MOST_SCANNED = 1_500_000_000  # pixels, each scan counted
-_USUAL_SCANS = 10
-_MOST_SEGMENTS = 4_000  # of a JPEG outside of its scans: 255 of a profile, some hundred of extended XMP
-_MOST_CHUNKS = 20_000  # of a PNG or WebP; 16 MB in the smallest chunks that encoders write are 4,000
-_MOST_BLOCKS = 100_000  # of a GIF before its first frame: of at most 255 bytes each
-# Of a BMP, whose run lengths Pillow unpacks in Python, a run and a pixel at a time.
+_LEAST_BYTES = 26  # size of the smallest image; shorter data only begins like one
+_MOST_SCANS = 50  # maximum scans of a JPEG; encoders write at most 18
+_MOST_SCANNED = 1_500_000_000  # maximum pixels times scans of a JPEG
+_USUAL_SCANS = 10  # scans above which a JPEG counts as more work
+_MOST_SEGMENTS = 4_000  # maximum segments of a JPEG; a profile has up to 255, extended XMP some hundred
+_MOST_CHUNKS = 20_000  # maximum chunks of a PNG or WebP; encoders split 16 MB into at most 4,000
+_MOST_BLOCKS = 100_000  # maximum blocks, of at most 255 bytes each, before the first frame of a GIF
+# Limits for BMPs with run lengths, which Pillow unpacks in Python, a run and a pixel at a time.
 _MOST_RUN_BYTES = 2 << 20
 _MOST_RUN_PIXELS = 4_000_000
-_MOST_TAGS = 4_096
-_MOST_STRIPS = 100_000
-_USUAL_STRIPS = 256  # Pillow begins anew for each
-_MOST_BOXES = 1_000
-_MOST_XMP = 1 << 20  # unpacked
-_MOST_EXIF = 1 << 18  # unpacked
+_MOST_TAGS = 4_096  # maximum tags of a TIFF directory
+_MOST_STRIPS = 100_000  # maximum values of a TIFF tag, e.g. strips
+_USUAL_STRIPS = 256  # strips above which a TIFF is doubtful, because Pillow starts anew for each
+_MOST_BOXES = 1_000  # maximum image sizes in a HEIF file
+_MOST_XMP = 1 << 20  # maximum bytes of XMP, unpacked
+_MOST_EXIF = 1 << 18  # maximum bytes of EXIF, unpacked
 
-# What reading beyond the end, or far beyond it, raises.
+# Errors raised by reading beyond the end of the data.
 _DAMAGED = (struct.error, IndexError, OverflowError)
 
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
-# A marker among a scan's data: not a stuffed byte, not a fill byte, not a restart.
+# A marker within a scan's data; stuffed bytes, fill bytes and restart markers do not count.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD))
@@ -62,7 +62,7 @@ _PNG_RAW_EXIF = b"Raw profile type exif\0"
 _WEBP_KEPT = frozenset((b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"))
 _WEBP_ALPHA, _WEBP_ANIMATED = 0x10, 0x02
 
-# What describes the pixels of a TIFF: sizes, samples, strips and tiles, tables, orientation, XMP.
+# TIFF tags that describe the pixels: sizes, samples, strips and tiles, tables, orientation, XMP.
 _TIFF_KEPT = frozenset(
     (*range(254, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 301, 317, 320, *range(322, 326),
      332, 338, 339, 347, *range(512, 522), *range(529, 533), 700)
@@ -92,31 +92,25 @@ _UNREAD = (
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image that is not decoded yet.
+    """An image that has not been decoded yet."""
 
-    format: as Pillow names it. width, height: the largest that the file declares, in pixels. data: the file
-    without its metadata. orientation: how EXIF or XMP say that it is to be turned, 1 to 8; always 1 where the
-    decoder sees to it. significant_bits: of a sample of a PNG, as sBIT says; None without. work: pixels that
-    its decoder goes through. doubtful: its cost cannot be told from its size.
-    """
-
-    format: str
-    width: int
-    height: int
-    data: bytes
-    orientation: int = 1
-    significant_bits: int | None = None
-    work: int = 0
-    doubtful: bool = False
+    format: str  # Pillow's name
+    width: int  # largest declared in the file, in pixels
+    height: int  # largest declared in the file, in pixels
+    data: bytes  # the file without its metadata
+    orientation: int = 1  # 1 to 8, from EXIF or XMP; always 1 if the decoder applies it
+    significant_bits: int | None = None  # bits used per sample of a PNG, from sBIT; None without
+    work: int = 0  # pixels that the decoder processes
+    doubtful: bool = False  # the cost cannot be predicted from the size
 
     @property
     def large(self) -> bool:
-        """Whether it is decoded where that can be ended."""
+        """Whether the image must be decoded in another process."""
         return self.doubtful or self.work > LARGE_PIXELS or len(self.data) > _LARGE_BYTES
 
 
 def read_image_file(data: bytes) -> ImageFile:
-    """The file, walked through once. Raises InputError."""
+    """Scan the file once, without decoding it. Raises InputError."""
     reader = _reader(data)
     if reader is None:
         raise _unread(data)
@@ -132,10 +126,10 @@ def read_image_file(data: bytes) -> ImageFile:
 
 
 def declared_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels as the header says, None where there is no header that can be read.
+    """Return width and height in pixels from the header, None if there is no readable header.
 
-    Cheap, at most microseconds for what a camera writes: for estimates of cost before anything is decoded.
-    Nothing is checked, and nothing is raised.
+    Takes microseconds at most for a camera's files, to estimate costs before decoding. Checks nothing and
+    raises nothing.
     """
     try:
         if data.startswith(b"\xff\xd8\xff"):
@@ -200,7 +194,7 @@ def _jpeg(data: bytes) -> ImageFile:
             turned = _exif_orientation(data[start + 10 : end])
         elif marker == _APP1 and not told and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", start + 4):
             told = _xmp_orientation(data[start:end])
-        # The first of each tells how the colours are meant.
+        # The first APP0 and the first APP14 segment define the interpretation of the colours.
         meant = marker in (_APP0, _APP14) and marker not in applications
         applications.add(marker)
         if meant or marker in _FRAMES or marker in _TABLES or marker in (_SOS, _EOI):
@@ -221,7 +215,7 @@ def _jpeg(data: bytes) -> ImageFile:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment of a JPEG up to its end; a scan's data belong to it."""
+    """Yield marker, start and end of each JPEG segment; a scan's segment includes its data."""
     place, count = 2, 0
     while (found := _MARKER.search(data, place)) is not None:
         start, marker = found.start(), data[found.start() + 1]
@@ -282,7 +276,7 @@ def _png(data: bytes) -> ImageFile:
     if not picture and width and height:
         raise InputError("truncated_image", "The image ends before its first pixel; send all of it.")
     head = _PNG_CHUNK.pack(sum(map(len, picture)), b"IDAT")
-    # Pillow does not look at the checksum of pixels: zlib's own is in them.
+    # Pillow does not verify the checksum of pixel data, which contains zlib's own, so it is left zero.
     parts: list[bytes | memoryview] = [_PNG_SIGNATURE, *(kept[kind] for kind in _PNG_KEPT if kind in kept)]
     pared = b"".join([*parts, head, *picture, bytes(4), b"\0\0\0\0IEND\xaeB`\x82"])
     return ImageFile("PNG", width, height, pared, turned or told or 1, bits, work=width * height)
@@ -291,7 +285,7 @@ def _png(data: bytes) -> ImageFile:
 def _png_text_orientation(kind: bytes, chunk: bytes) -> int:
     if kind == b"iTXt" and chunk.startswith(_PNG_XMP):
         rest = chunk[len(_PNG_XMP) :]
-        # A flag, a method, a language and a translated keyword stand before the text.
+        # A flag, a method, a language and a translated keyword precede the text.
         text = rest[2:].split(b"\0", 2)[-1]
         return _xmp_orientation(_inflated(text, _MOST_XMP) if rest[:1] == b"\1" else text)
     if kind in (b"zTXt", b"tEXt") and chunk.startswith(_PNG_RAW_EXIF):
@@ -306,7 +300,7 @@ def _png_text_orientation(kind: bytes, chunk: bytes) -> int:
 
 
 def _inflated(data: bytes, most: int) -> bytes:
-    """At most so many bytes of what was compressed; none where it is damaged."""
+    """Decompress at most `most` bytes; empty if the data is damaged."""
     try:
         return zlib.decompressobj().decompress(data, most)
     except zlib.error:
@@ -326,7 +320,7 @@ def _gif(data: bytes) -> ImageFile:
         if kind == 0x3B:
             raise InputError("empty_image" if not width or not height else "truncated_image", NOT_AN_IMAGE)
         if kind != 0x21:
-            # Between blocks, decoders skip what they do not know.
+            # Decoders skip unknown bytes between blocks.
             place += 1
             blocks += 1
         else:
@@ -363,7 +357,7 @@ def _webp(data: bytes) -> ImageFile:
         elif kind == b"XMP ":
             told = told or _xmp_orientation(data[start : start + min(length, _MOST_XMP)])
         elif kind == b"VP8X":
-            # Only what is kept is said to be there.
+            # The flags may only announce chunks that are kept.
             content = bytes([content[0] & (_WEBP_ALPHA | _WEBP_ANIMATED)]) + content[1:]
             width = max(width, 1 + int.from_bytes(content[4:7], "little"))
             height = max(height, 1 + int.from_bytes(content[7:10], "little"))
@@ -384,7 +378,7 @@ def _webp(data: bytes) -> ImageFile:
             raise InputError("undecodable_image", NOT_AN_IMAGE)
     body = b"WEBP" + b"".join(kept)
     pared = b"RIFF" + struct.pack("<I", len(body)) + body
-    # Lossless ones take several times as long for a pixel as others.
+    # Lossless WebP images take several times as long per pixel as other formats.
     return ImageFile("WEBP", width, height, pared, turned or told or 1, work=3 * width * height)
 
 
@@ -428,7 +422,7 @@ def _tiff(data: bytes) -> ImageFile:
         return found
 
     width, height = value(_TIFF_WIDTH), value(_TIFF_HEIGHT)
-    # A tile may claim to be larger than the picture, and whole tiles are unpacked.
+    # A tile may be larger than the image, and decoders unpack whole tiles.
     wide, high = (value(tag) for tag in _TIFF_TILE)
     if wide * high > width * height and width and height:
         width, height = wide, high
@@ -442,7 +436,7 @@ def _tiff(data: bytes) -> ImageFile:
 
 
 def _entries(data: bytes, start: int, order: str, big: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Tag and entry, as it is written, of each entry of a TIFF directory."""
+    """Yield the tag and the raw bytes of each entry of a TIFF directory."""
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, start)
     if count > _MOST_TAGS:
         raise _odd(f"more than {_MOST_TAGS:,} tags")
@@ -455,7 +449,7 @@ def _entries(data: bytes, start: int, order: str, big: bool = False) -> Iterator
 
 
 def _exif_orientation(exif: bytes) -> int:
-    """1 to 8, or 0 where it says none or is damaged: then the picture was most likely never turned."""
+    """The EXIF orientation, 1 to 8; 0 if missing or damaged, when the image most likely was never turned."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -492,7 +486,7 @@ def _heif(data: bytes) -> ImageFile:
 
 
 def _sizes(data: bytes) -> list[tuple[int, int]]:
-    """Of the images of a HEIF file, as its properties say, which stand before the pixels."""
+    """Width and height of each image in a HEIF file, from the properties in front of the pixels."""
     found: list[tuple[int, int]] = []
     for match in _ISPE.finditer(data, 0, 1 << 20):
         found.append((int.from_bytes(match[1], "big"), int.from_bytes(match[2], "big")))

@@ -1,4 +1,4 @@
-"""The limits of an input, and the error of one that cannot be used."""
+"""Input limits, and the error for an input that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 
 class InputError(ValueError):
-    """One input that cannot be used; its neighbours can.
+    """One input cannot be used; the others of its batch are not affected.
 
-    code is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
-    input_too_costly, empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. detail says what
+    `code` is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
+    input_too_costly, empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. `detail` says what
     to do.
     """
 
@@ -21,8 +21,8 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class InputLimits:
-    """Refused above: bytes of an encoded image, pixels in its header, characters of a text."""
+    """Limits above which an input is refused."""
 
-    max_image_bytes: int = 16 << 20
-    max_pixels: int = 50_000_000
+    max_image_bytes: int = 16 << 20  # size of the encoded image
+    max_pixels: int = 50_000_000  # width times height, as declared in the header
     max_text_chars: int = 100_000

@@ -1,6 +1,6 @@
-"""Pictures as bytes, and networks that take them: what normalises pixels is part of the graph.
+"""Image graphs that take bytes and normalise the pixels themselves.
 
-A picture of 224 pixels is 151 KB so, and 602 KB in float32, which are copied on the way to a GPU.
+An image of 224 × 224 pixels is 151 KB in bytes and 602 KB in float32, which must be copied to a GPU.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PREFIX = "topwork_input_"
 
 
 def scale_and_shift(transform: ImageTransform) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What bytes are multiplied by, and what is then subtracted, float32 (3, 1, 1) each."""
+    """The factors to multiply bytes by, and the offsets to subtract then, float32 (3, 1, 1) each."""
     mean, std = (np.array(one, np.float32)[:, None, None] for one in (transform.mean, transform.std))
     return (1 / (255 * std)).astype(np.float32), (mean / std).astype(np.float32)
 
 
 def normalised(rgb: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.float32]:
-    """Pixels as networks are trained on them, float32 (n, 3, size, size), of bytes (n, size, size, 3).
+    """Normalise bytes (n, size, size, 3) to pixels as in training, float32 (n, 3, size, size).
 
-    The same numbers, bit for bit, as in the graphs that with_byte_input gives.
+    The result is bit for bit the same as in the graphs of `with_byte_input`.
     """
     scale, shift = scale_and_shift(transform)
     pixels: Any = rgb.transpose(0, 3, 1, 2).astype(np.float32, order="C")
@@ -48,9 +48,9 @@ def normalised(rgb: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.
 
 
 def with_byte_input(model: bytes, transform: ImageTransform) -> bytes:
-    """The model with RGB, uint8 (batch, size, size, 3), in place of PIXELS, float32 (batch, 3, size, size).
+    """Replace the input PIXELS, float32 (batch, 3, size, size), by RGB, uint8 (batch, size, size, 3).
 
-    One that takes bytes already is returned as it is. Raises InvalidGraph.
+    A model that already takes bytes is returned unchanged. Raises InvalidGraph.
     """
     graph, rest = graph_of(model)
     kept, inputs = [], []
@@ -66,7 +66,7 @@ def with_byte_input(model: bytes, transform: ImageTransform) -> bytes:
     scale, shift = scale_and_shift(transform)
     turned, floats, scaled = (f"{_PREFIX}{place}" for place in range(3))
     added = [
-        # The bytes are turned, not the floats: they are a quarter of the memory.
+        # Bytes are transposed rather than floats, because they take a quarter of the memory.
         node("Transpose", (RGB,), turned, perm=(0, 3, 1, 2)),
         node("Cast", (turned,), floats, to=FLOAT),
         node("Mul", (floats, f"{_PREFIX}scale"), scaled),
@@ -75,5 +75,5 @@ def with_byte_input(model: bytes, transform: ImageTransform) -> bytes:
         constant(f"{_PREFIX}shift", shift),
         tensor(GRAPH_INPUT, RGB, UINT8, "batch", transform.size, transform.size, 3),
     ]
-    # Nodes stand in the order in which they run.
+    # Nodes must be listed in the order in which they run, so the new ones go first.
     return b"".join([*rest, message(MODEL_GRAPH, *added, *kept)])

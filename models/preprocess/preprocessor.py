@@ -1,4 +1,4 @@
-"""From bytes or text to the arrays that a backbone takes: decoding with limits, torch-free."""
+"""Preprocessing of encoded images and texts into a backbone's input arrays, with limits and without torch."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from models.preprocess.limits import InputError as InputError
 from models.preprocess.limits import InputLimits as InputLimits
 from models.spec import CROP_MODES, FAR_FROM_SQUARE, ImageTransform, TextTransform
 
-# One input as the network takes it. Image: float32 (3, size, size). Text: int64 (tokens,).
+# One preprocessed input. Image: uint8 (size, size, 3). Text: int64 (tokens,).
 Prepared = NDArray[Any]
 
-# With its plugins loaded, Image.open does not import the forty others to look further.
+# Plugins are imported here so that Image.open does not import forty others to look for a format.
 _PLUGINS = (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -53,10 +53,10 @@ _PLUGINS = (
     TiffImagePlugin,
     WebPImagePlugin,
 )
-# Decoders that would take threads for themselves.
+# The AVIF decoder would otherwise start threads of its own.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# How to undo what a camera did, by the number that EXIF has for it.
+# Operations that turn an image upright, by EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,9 +67,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What 16 bits hold that were filled from an analogue converter: 10, 12 and 14 bits, or 8.
+# Possible bit depths of samples stored in 16 bits: converters of cameras and scanners have 8 to 14.
 _DEPTHS = (8, 10, 12, 14, 16)
-# A picture of 16 bits a channel whose brightest one has 12 or fewer is nearly black: it was not scaled.
+# An image with 16 bits per channel was not scaled, and is nearly black, if it uses 12 bits or fewer: the
+# upper 8 bits of all its samples, which Pillow keeps, are below this.
 _UNSCALED = 1 << 4
 
 # A PNG of one pixel.
@@ -77,14 +78,14 @@ TINY_IMAGE = base64.b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNoaGgAAAMEAYFL09IQAAAAAElFTkSuQmCC"
 )
 
-# ImagePreprocessor checks its own limit on the header before anything is decoded. Pillow's is a second one
-# for the whole process, which warns at 89 million pixels whatever the operator allowed.
+# Pillow's process-wide limit is off: it warns at 89 million pixels whatever the operator allows.
+# ImagePreprocessor checks its own limit on the header before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
-# Python keeps each text of a warning that it has shown, and Pillow's hold numbers out of the image: they
-# would grow without end.
+# Python stores the text of each warning shown, and Pillow's texts contain numbers from the image, so memory
+# would grow without bound.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-# What Pillow finds in a damaged image belongs into its refusal, and not into the log.
+# Pillow's messages about damaged images belong in the refusal, not in the log.
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
 
 _INTERPOLATIONS = {
@@ -94,36 +95,36 @@ _INTERPOLATIONS = {
 }
 
 
-# More than any language takes on the average: a start of so many characters for each token kept has enough.
+# Characters to tokenize per token kept. It is above the average of any language, so they are usually enough.
 _CHARACTERS_PER_TOKEN = 16
 
-# What SentencePiece makes of white space; a text's first piece may be nothing else.
+# SentencePiece's piece for white space; the first piece of a text may consist of it alone.
 _BLANK_PIECE = "\u2581"
-# Unigram models name their unknown piece by its number, which the library does not tell.
+# Unigram models store the id of their unknown piece, but the library does not expose it.
 _UNIGRAM_UNKNOWN = re.compile(rb'"unk_id"\s*:\s*(\d+)')
 
-# Of a text's beginning, which tells of most texts that something of them is known.
+# Length of the start of a text, in characters, that is searched first for a known token. Most texts have one.
 _FIRST_CHARACTERS = 64
 
-# Source pixels on either side that the widest of them, Lanczos, looks at.
+# Radius of the widest interpolation filter, Lanczos, in source pixels.
 _SUPPORT = 3
 
 
 class ImagePreprocessor:
-    """Encoded image → uint8 (size, size, 3), near squares as timm's evaluation transform sees it.
+    """Encoded image → uint8 (size, size, 3); nearly square images as in timm's evaluation transform.
 
-    Thread-safe. The network normalises the bytes itself. Around that transform: EXIF orientation is applied,
-    transparency composited on white, 16-bit grey scaled to 8, CMYK and grey made RGB, the first frame taken
-    of an animation. Colour profiles are not applied. Large images, and those whose cost is in doubt, are
-    decoded in another process.
+    Thread-safe. The network normalises the bytes itself. In addition to that transform, EXIF orientation is
+    applied, transparency is composited on white, 16-bit grey is scaled to 8 bits, CMYK and grey are converted
+    to RGB, and the first frame of an animation is used. Colour profiles are not applied. Large images, and
+    those with an unpredictable cost, are decoded in another process.
     """
 
     def __init__(
         self, transform: ImageTransform, limits: InputLimits = InputLimits(), decoder: Decoder | None = None
     ) -> None:
-        """decoder: the one that all preprocessors of this process share by default.
+        """`decoder`: by default the one that all preprocessors of this process share.
 
-        Raises ValueError for an interpolation or crop mode that cannot be reproduced.
+        Raises ValueError for an unsupported interpolation or crop mode.
         """
         if transform.interpolation not in _INTERPOLATIONS or transform.crop_mode not in CROP_MODES:
             raise ValueError(f"no such preprocessing: {transform.interpolation}, {transform.crop_mode}")
@@ -132,9 +133,9 @@ class ImagePreprocessor:
         self._decoder = decoder or Decoder.shared()
 
     def __call__(self, data: bytes, waiting: Waiting = wait_unseen) -> Prepared:
-        """waiting(True) is called where another process begins to decode, waiting(False) once it is done.
+        """Preprocess one encoded image. Raises InputError.
 
-        Raises InputError.
+        If another process decodes it, `waiting(True)` is called before and `waiting(False)` after.
         """
         file = _checked(data, self.limits)
         if file.large:
@@ -144,13 +145,13 @@ class ImagePreprocessor:
         return np.asarray(square)
 
     def square(self, file: ImageFile) -> Image.Image:
-        """What the network sees, in RGB, decoded in this thread however large it is. Raises InputError."""
+        """Decode in this thread, whatever the size, to the network's RGB square. Raises InputError."""
         with _open(file, self.limits) as image:
             return to_square(_as_rgb(image, file), self.transform)
 
 
 def to_square(image: Image.Image, transform: ImageTransform) -> Image.Image:
-    """What the network sees of an upright RGB image, size × size pixels. See ImageTransform.crop_mode."""
+    """Resize and crop an upright RGB image to the network's square. See ImageTransform.crop_mode."""
     size, resampling = transform.size, _INTERPOLATIONS[transform.interpolation]
     if transform.crop_mode == "squash":
         scaled = int(size / transform.crop)
@@ -163,10 +164,10 @@ def to_square(image: Image.Image, transform: ImageTransform) -> Image.Image:
 
 
 def _folded(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
-    """All of a long picture: cut into equal parts that lie one below the other, of a tall one side by side.
+    """Cut a long image into equal parts: those of a wide one are stacked, those of a tall one side by side.
 
-    As many parts as make about a square, squeezed or stretched to fill it. At most one a pixel, so the strip
-    that is cut has about as many pixels as the square, whatever the picture's shape.
+    There are as many parts as make up about a square, resized to fill it, and at most one per pixel of the
+    square's side. So the strip to be cut has about as many pixels as the square, for any shape of the image.
     """
     wide = image.width >= image.height
     parts = min(size, round(math.sqrt(max(image.size) / min(image.size))))
@@ -174,19 +175,18 @@ def _folded(image: Image.Image, size: int, resampling: Image.Resampling) -> Imag
     strip = image.resize((length, across) if wide else (across, length), resampling)
     square = Image.new("RGB", (size, size))
     for part in range(parts):
-        # What begins left of the square or above it, or ends beyond it, is left out.
+        # The strip is shifted for each part; paste() clips whatever lies outside the square.
         along, aside = -size * part, size * part // parts
         square.paste(strip, (along, aside) if wide else (aside, along))
     return square
 
 
 def _centre(image: Image.Image, size: int, scaled: int, resampling: Image.Resampling) -> Image.Image:
-    """torchvision's Resize and CenterCrop, computing only the pixels that stay.
+    """Apply torchvision's Resize and CenterCrop, computing only the pixels that are kept.
 
-    Pillow rounds to 8 bits between the passes along the rows and along the columns, so the answer is the
-    reference's only with the passes in the order in which Pillow resizes the whole. Going straight to the
-    crop takes a third of the time, and a picture of one by a million pixels does not become one of 256 by
-    256 million on the way.
+    Pillow rounds to 8 bits between the passes along rows and columns, so the result equals the reference only
+    if the passes are in the same order as when Pillow resizes the whole image. Computing only the crop takes
+    a third of the time, and avoids that an image of one by a million pixels becomes 256 by 256 million.
     """
     width, height = image.size
     shorter = min(width, height)
@@ -194,7 +194,7 @@ def _centre(image: Image.Image, size: int, scaled: int, resampling: Image.Resamp
     left, right = _span(width, new_width, size)
     top, bottom = _span(height, new_height, size)
     if height <= width:
-        # In one call Pillow looks at the rows that it needs alone, and has the same order for these.
+        # In a single call, Pillow reads only the rows that it needs and keeps the same order of passes.
         return image.resize((size, size), resampling, box=(left, top, right, bottom))
     first, last = 0, height
     if height > 2 * width:
@@ -209,22 +209,22 @@ def _centre(image: Image.Image, size: int, scaled: int, resampling: Image.Resamp
 
 
 def rgb(data: bytes, limits: InputLimits = InputLimits()) -> Image.Image:
-    """The upright first frame in RGB, as ImagePreprocessor resizes it. Raises InputError."""
+    """Decode the upright first frame in RGB, as ImagePreprocessor does before resizing. Raises InputError."""
     file = _checked(data, limits)
     with _open(file, limits) as image:
         decoded = _as_rgb(image, file)
-        # The file is closed at the end, and an image that needed no conversion is the file's own.
+        # An image that needed no conversion belongs to the file, which is closed on exit.
         return decoded.copy() if decoded is image else decoded
 
 
 def _span(length: int, scaled: int, size: int) -> tuple[float, float]:
-    """Where the central `size` of `scaled` pixels lie among the `length` pixels that are scaled to them."""
+    """Start and end, in source pixels, of the central `size` of `scaled` pixels made from `length`."""
     start = round((scaled - size) / 2)
     return start * length / scaled, min((start + size) * length / scaled, length)
 
 
 def _checked(data: bytes, limits: InputLimits) -> ImageFile:
-    """The file, within the limits on what it says of itself. Raises InputError."""
+    """Read the file and check its declared size against the limits. Raises InputError."""
     if not data:
         raise InputError("empty_image", "The image has no bytes.")
     if len(data) > limits.max_image_bytes:
@@ -239,14 +239,14 @@ def _checked(data: bytes, limits: InputLimits) -> ImageFile:
 
 @contextmanager
 def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
-    """An image of which only the header was read. Whatever decoding it raises becomes an InputError."""
+    """Open an image, reading only the header. All decoding errors but MemoryError become InputErrors."""
     if file.format == "HEIF":
         _open_heic()
     try:
         with Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
             _check_size(image, limits)
-            # All at once: between blocks, by default of 64 KB, the decoder waits for the interpreter. Each
-            # strip of a TIFF would read all of the file.
+            # The decoder gets all data at once, because it waits for the interpreter between blocks, of 64 KB
+            # by default. With several tiles, each strip of a TIFF would read the whole file.
             if len(image.tile) == 1:
                 image.decodermaxblock = max(image.decodermaxblock, len(file.data))
             yield image
@@ -257,7 +257,7 @@ def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:
-        # Decoders of damaged files raise whatever they trip over: OSError, SyntaxError, struct.error,
+        # Decoders raise all kinds of errors for damaged files: OSError, SyntaxError, struct.error,
         # IndexError, …
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
             raise InputError(
@@ -268,7 +268,7 @@ def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
 
 @cache
 def _open_heic() -> None:
-    """Has Pillow read HEIC, in one thread and without what lies beside the picture."""
+    """Let Pillow read HEIC, in one thread and without thumbnails, depth and auxiliary images."""
     from pillow_heif import register_heif_opener
 
     register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
@@ -287,15 +287,16 @@ def _check_pixels(pixels: int, most: int) -> None:
 
 
 def _takes_twice(image: Image.Image) -> bool:
-    """Whether its decoder needs about twice as much memory for a pixel as others do.
+    """Whether decoding needs about twice as much memory per pixel as other images do.
 
-    WebP's keeps two more pictures, for animations; a progressive JPEG's all coefficients, here of four inks.
+    The WebP decoder keeps two more images, for animations; the decoder of a progressive JPEG keeps all
+    coefficients, of four inks in CMYK.
     """
     return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 
 
 def _as_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
-    """The upright first frame in RGB."""
+    """Decode the upright first frame in RGB."""
     if image.mode in ("I", "F", "LAB"):
         detail = (
             f"Images of the mode {image.mode} have no agreed white; convert to RGB or grey of 8 or 16 bits."
@@ -320,7 +321,7 @@ def _as_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
 
 def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
     if file.format == "AVIF":
-        # Pillow tells there how the file turns its picture.
+        # Pillow reports the rotation of an AVIF file as an EXIF orientation.
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -331,11 +332,11 @@ def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, significant: int | None) -> Image.Image:
-    """16-bit grey in 8 bits, scaled, what is transparent white.
+    """Scale 16-bit grey to 8 bits, with transparent pixels in white.
 
-    significant: bits of each sample, where the file says so. Values that need fewer than 16 are those of a
-    camera or a scanner of 8 to 14 bits, written as they came. Pillow's own conversion clips at 255, and
-    nearly everything is white.
+    `significant`: bits per sample, if the file declares them. Values that need fewer than 16 bits come
+    unscaled from a camera or scanner with 8 to 14 bits. Pillow's own conversion clips at 255, so nearly
+    everything would be white.
     """
     wide = np.asarray(image)
     needed = int(wide.max()).bit_length()
@@ -353,11 +354,11 @@ def _eight_bits(image: Image.Image, significant: int | None) -> Image.Image:
 
 
 def _has_16_bits(image: Image.Image, file: ImageFile) -> bool:
-    """Whether the file has 16 bits a channel, of which Pillow keeps the upper 8."""
+    """Whether the file has 16 bits per channel, of which Pillow keeps the upper 8."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         depths = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
         return 16 in (depths if isinstance(depths, tuple) else (depths,))
-    # The depth stands behind the sizes of a PNG's header.
+    # The bit depth follows the width and the height in a PNG's header.
     return file.format == "PNG" and file.data[24] == 16
 
 
@@ -371,7 +372,7 @@ def _check_scaled(image: Image.Image) -> None:
 
 
 def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The first row of each strip, and the one behind its last."""
+    """Yield the first row of each strip, and the row after its last."""
     width, height = size
     rows = max(1, LARGE_PIXELS // width)
     for top in range(0, height, rows):
@@ -380,38 +381,35 @@ def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """How to see that a text's tokens say nothing: beyond the first `skipped` ones all are of `tokens`.
+    """How to recognise a text without known tokens: after the first `skipped`, all are in `tokens`."""
 
-    tokens: the unknown token and those that every text has, sorted; empty where nothing is ever unknown.
-    skipped: tokens in front of the text's own, with the prompt; 0 without a prompt.
-    """
-
+    # The unknown token and those that every text has, sorted; empty if the tokenizer has no unknown token.
     tokens: tuple[int, ...]
-    skipped: int
+    skipped: int  # tokens in front of the text's own if there is a prompt; 0 without a prompt
 
 
 class TextPreprocessor:
-    """Text → int64 (tokens,), as the model's own tokenizer gives them, truncated to max_tokens. Thread-safe.
+    """Text → int64 (tokens,) by the model's own tokenizer, truncated to `max_tokens`. Thread-safe.
 
-    No Unicode normalisation of its own: the tokenizer's is part of the model.
+    Unicode normalisation is left to the tokenizer, where it is part of the model.
     """
 
     def __init__(
         self, transform: TextTransform, tokenizer: Path, limits: InputLimits = InputLimits()
     ) -> None:
-        """Raises ValueError if the file is not the tokenizer of the transform."""
+        """Load the tokenizer. Raises ValueError if the file is not the tokenizer of the transform."""
         serialised = tokenizer.read_bytes()
         if hashlib.sha256(serialised).hexdigest() != transform.tokenizer_sha256:
             raise ValueError(f"{tokenizer} is not the tokenizer of this backbone")
         self.transform = transform
         self.limits = limits
-        # "Already borrowed" comes from setting truncation or padding while another thread encodes. Set here
-        # once and never again, one tokenizer serves all threads.
+        # Setting truncation or padding while another thread encodes raises "Already borrowed". They are set
+        # only here, so that all threads can share one tokenizer.
         self._tokenizer = Tokenizer.from_buffer(serialised)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(transform.max_tokens)
         unknown = _unknown_id(self._tokenizer, serialised)
-        # Tokens that say nothing of a text: the unknown one, and those that every text has.
+        # Tokens that carry no information: the unknown token, and those that every text has.
         self._idle: frozenset[int] = frozenset()
         if unknown is not None:
             blank = self._tokenizer.token_to_id(_BLANK_PIECE)
@@ -421,11 +419,11 @@ class TextPreprocessor:
         self._idle_in_front = self._idle.union(in_front)
 
     def __call__(self, text: str) -> Prepared:
-        """Raises InputError."""
+        """Tokenize one text. Raises InputError."""
         return self.cut(text)[0]
 
     def cut(self, text: str) -> tuple[Prepared, bool]:
-        """The tokens of a text that are kept, and whether there were more. Raises InputError."""
+        """Return the tokens of a text that are kept, and whether there were more. Raises InputError."""
         if len(text) > self.limits.max_text_chars:
             raise InputError(
                 "text_too_long",
@@ -444,30 +442,30 @@ class TextPreprocessor:
         return self.tokens(text)
 
     def tokens(self, text: str) -> tuple[Prepared, bool]:
-        """As cut, of a text that is not checked."""
+        """Tokenize as `cut` does, without checking the text."""
         tokens, truncated = self._encode(self.transform.prompt + text)
         return np.array(tokens, dtype=np.int64), truncated
 
     def knows_nothing(self, text: str, tokens: Prepared) -> bool:
-        """Whether no token of the text is a known one: an embedding of such a text says nothing.
+        """Whether the text has no known token, so that its embedding is meaningless.
 
-        tokens: of the text, as they were prepared. What surrounds every text, special tokens and the prompt,
-        does not count. False for every text where the tokenizer has no unknown token.
+        `tokens`: the prepared tokens of the text. Special tokens and the prompt do not count. Always False if
+        the tokenizer has no unknown token.
         """
-        # Not converted to a list: the first word of most texts is known, and the others are not looked at.
+        # The array is not converted to a list, because the search usually stops at the first word.
         if not self._idle or not self._idle_in_front.issuperset(tokens):
             return False
         return not self.transform.prompt or self._idle.issuperset(self._encode(text)[0])
 
     def is_truncated(self, text: str) -> bool:
         """Whether a text has more tokens than are kept. Raises InputError."""
-        # No character becomes more than four tokens, and special ones are few.
+        # A character becomes at most four tokens, and there are few special tokens.
         most = 4 * (len(self.transform.prompt) + len(text) + 2)
         return most > self.transform.max_tokens and self.cut(text)[1]
 
     @property
     def silence(self) -> Silence:
-        """knows_nothing as data, for programs that have the tokens alone."""
+        """The rule of `knows_nothing` as data, for programs that only have the tokens."""
         prompt, skipped = self.transform.prompt, 0
         if prompt:
             first, second, alone = (self._encode(text)[0] for text in (f"{prompt}a", f"{prompt}b", "a"))
@@ -475,20 +473,20 @@ class TextPreprocessor:
         return Silence(tuple(sorted(self._idle)), skipped)
 
     def is_unknown(self, text: str) -> bool:
-        """As knows_nothing, of a text that is not prepared. Raises InputError."""
+        """Whether `knows_nothing` holds for a text that is not prepared. Raises InputError."""
         if len(text) > _FIRST_CHARACTERS:
-            # Without its last word, which may be cut off.
+            # The last word may be cut off, so it is left out.
             words = text[:_FIRST_CHARACTERS].rsplit(maxsplit=1)
             if len(words) == 2 and not self.knows_nothing(words[0], self(words[0])):
                 return False
         return self.knows_nothing(text, self(text))
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
-        """The tokens of a text that are kept, and whether there were more, looking at little of a long one.
+        """Return the tokens that are kept and whether there were more, reading little of a long text.
 
-        A tokenizer reads to the end, 0.1 s for 100,000 characters, to keep a few hundred tokens. A start that
-        gives more than twice what is kept gives the same: what is cut off touches the last words only. Where
-        it gives fewer, for a long word or white space, four times as much is tried.
+        A tokenizer reads to the end, 0.1 s for 100,000 characters, to keep a few hundred tokens. A start of
+        the text with more than twice the tokens kept gives the same result, because the cut only affects the
+        last words. If it gives fewer, as with long words or white space, a start four times as long is tried.
         """
         characters = _CHARACTERS_PER_TOKEN * self.transform.max_tokens
         while characters < len(text):
@@ -496,7 +494,7 @@ class TextPreprocessor:
             if len(encoding.overflowing) >= 2:
                 return list(encoding.ids), True
             characters *= 4
-            # Most of a text is not worth a try: the whole costs little more.
+            # More than half of a text is not tried, because the whole text costs little more.
             if 2 * characters > len(text):
                 break
         encoding = self._tokenizer.encode(text)
@@ -504,16 +502,13 @@ class TextPreprocessor:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many of the first tokens are the same."""
+    """The length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _unknown_id(tokenizer: Tokenizer, serialised: bytes) -> int | None:
-    """The id of the token for what the vocabulary lacks, None if there is none.
-
-    serialised: the tokenizer as JSON.
-    """
+    """The id of the unknown token, None if there is none. `serialised`: the tokenizer as JSON."""
     if isinstance(tokenizer.model, Unigram):
         found = _UNIGRAM_UNKNOWN.search(serialised)
         return None if found is None else int(found[1])

@@ -1,1 +1,1 @@
-"""ONNX Runtime, and how a backbone runs best on it."""
+"""ONNX Runtime sessions, and the fastest way to run a backbone in them."""

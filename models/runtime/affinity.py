@@ -1,4 +1,4 @@
-"""The threads that a run has beside the one that calls it, and the cores that they keep to."""
+"""CPU affinity of the threads that help the calling thread with a run."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 _numbers = itertools.count(1)
-# Of the C library: the core that the calling thread is on. Linux alone has it.
+# The C library's function for the calling thread's core. Linux only.
 _current_core = getattr(ctypes.PyDLL(None), "sched_getcpu", lambda: -1)
 
 
 class IntraOpThreads:
-    """Threads that are kept off the core of the one that they work for.
+    """The helper threads of runs, which are kept off the calling thread's core.
 
-    A kernel may wake them on that very core while another is idle: in a virtual machine one that has been
-    halted does not count as free. Then both share a core, and wait for each other at each step, until the
-    kernel balances its load, milliseconds later. Empty, and without effect, where threads have no such mask.
+    A kernel may wake them on that core while another is idle: in a virtual machine, a halted core does not
+    count as free. Both threads then share a core and wait for each other at each step, until the kernel
+    balances its load milliseconds later. Without threads, as on systems without affinity masks, it does
+    nothing.
     """
 
     def __init__(self, threads: Sequence[int]) -> None:
-        """threads: by the numbers that the kernel knows them by."""
+        """`threads`: the kernel's thread ids."""
         self.threads = tuple(threads)
         self._cores = os.sched_getaffinity(0) if threads else set[int]()
         self._caller = -1
 
     def make_room(self) -> None:
-        """Leaves the core that the calling thread is on to it: a system call each, if it is a new one."""
+        """Reserve the calling thread's core for it: one system call per helper if the core has changed."""
         if not self.threads or (here := _current_core()) == self._caller:
             return
         self._caller = here
-        # A core that was taken from the process meanwhile, or there is but one: they stay where they may be.
+        # This fails if the process has lost a core or has only one; the threads then keep their masks.
         with contextlib.suppress(OSError):
             for thread in self.threads:
                 os.sched_setaffinity(thread, self._cores - {here})
@@ -43,15 +44,16 @@ class IntraOpThreads:
 
 @contextlib.contextmanager
 def capture_new_threads() -> Iterator[list[int]]:
-    """The threads that this one starts meanwhile, in a list that is filled at the end.
+    """Yield a list that is filled on exit with the ids of the threads started by this one in between.
 
-    They are known by their name, which they inherit and keep. Empty where the kernel tells no names.
+    They are identified by their name, which they inherit and keep. The list stays empty if the kernel does
+    not tell the names of threads.
     """
     found: list[int] = []
     own = _TASKS / str(threading.get_native_id()) / "comm"
     try:
         before = own.read_text().strip()
-        # Of at most 15 characters, and never the same again: others may start threads at the same time.
+        # The name has at most 15 characters and is unique, as other threads may start some at the same time.
         name = f"run-{next(_numbers)}"
         own.write_text(name)
     except OSError:
@@ -62,7 +64,7 @@ def capture_new_threads() -> Iterator[list[int]]:
     finally:
         own.write_text(before)
         for task in _TASKS.iterdir():
-            # It may have ended by now.
+            # The thread may have ended by now.
             with contextlib.suppress(OSError):
                 if (task / "comm").read_text().strip() == name:
                     found.append(int(task.name))

@@ -1,6 +1,7 @@
-"""How a backbone runs best on this machine: measured at its first start here, kept beside the export.
+"""Autotuning: the fastest plan on this machine, measured at the first start and stored beside the export.
 
-On a busy machine a measurement says little: it is kept as doubtful, until a quiet one takes its place.
+A measurement on a busy machine is unreliable: it is stored as unconfirmed until one on a quiet machine
+replaces it.
 """
 
 from __future__ import annotations
@@ -31,50 +32,43 @@ T = TypeVar("T")
 
 PLAN_FILE = "plan.json"
 _FORMAT = 6
-# The usual one first. More images at once would take more memory and gain nothing.
+# Batch sizes to try on a CPU, the usual one first. More images at once take more memory and gain nothing.
 BATCHES: Mapping[Kind, Sequence[int]] = {"image": (2, 1, 4), "text": (32, 1, 8)}
 BATCHES_ON_GPU: Mapping[Kind, Sequence[int]] = {
     "image": (8, 32, 64, 128, 256),
     "text": (32, 128, 256, 512, 1024),
 }
-# Between single precision and any other way to compute the same embedding.
-_MIN_COSINE = 0.9999
-# More threads than these are worth trying in one run only if that run has all of them.
-_FEW_THREADS = 4
-# A choice that is better by less is the machine's noise; on a machine that others use, by much less.
+_MIN_COSINE = 0.9999  # minimum cosine between embeddings of a plan on a GPU and float32 ones of a CPU
+_FEW_THREADS = 4  # maximum threads per concurrent run, unless a single run uses all threads
+# Factors by which a choice must be faster than the usual one: smaller gains may be noise, of which a busy
+# machine has more.
 _CLEARLY, _CLEARLY_IN_DOUBT = 1.05, 2.0
 _ROUNDS = 5
 _ROUND_SECONDS = 0.02
-# Above these a measurement is doubtful: the share of the cores that others used meanwhile, and by how much
-# rounds of one way lie below the best of them.
-_MOST_OTHERS = 0.1
-_MOST_SPREAD = 0.2
-# In which it shows whether others use the cores.
-_LOOK_SECONDS = 0.2
+# A measurement above either limit is unconfirmed.
+_MOST_OTHERS = 0.1  # share of the cores' time used by other processes
+_MOST_SPREAD = 0.2  # see spread_of
+_LOOK_SECONDS = 0.2  # time to observe whether other processes use the cores
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPlan:
-    """alone: threads of a run that has the machine to itself. workers: runs beside each other where inputs
-    wait, with `beside` threads each. batch: inputs of one run at most.
+    """How a backbone is run. On a GPU, workers only prepare inputs; `alone` and `beside` have no effect."""
 
-    On a GPU the workers prepare inputs, and threads mean nothing. half: it computes in float16. graphs: it
-    replays CUDA graphs. channels_last: convolutions have the channels of a pixel beside each other.
-    """
-
-    alone: int
-    workers: int
-    beside: int
-    batch: int
-    half: bool = False
-    graphs: bool = False
-    channels_last: bool = False
+    alone: int  # threads of a run that has the machine to itself
+    workers: int  # concurrent runs when inputs wait
+    beside: int  # threads of each concurrent run
+    batch: int  # maximum inputs per run
+    half: bool = False  # compute in float16 (GPU)
+    graphs: bool = False  # replay CUDA graphs (GPU)
+    channels_last: bool = False  # NHWC convolutions (GPU)
 
     @classmethod
     def usual(cls, kind: Kind, device: Device, threads: int) -> ExecutionPlan:
-        """What is taken without measuring.
+        """The default plan, without measuring.
 
-        On a CPU convolutions gain little by batching (the activations leave the cache), and short texts much.
+        On a CPU, batching gains little for convolutions (activations no longer fit the cache) and much for
+        short texts.
         """
         batch = BATCHES[kind][0] if device == "cpu" else {"image": 32, "text": 128}[kind]
         return cls(threads, threads, 1, batch)
@@ -82,21 +76,21 @@ class ExecutionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A plan, and what the machine was like when it was measured."""
+    """A measured plan, and the state of the machine during the measurement."""
 
     plan: ExecutionPlan
-    others: float  # share of the cores' time that other processes used
+    others: float  # share of the cores' time used by other processes
     spread: float  # see spread_of
-    cosine: float = 1.0  # the least one between its embeddings and a CPU's; 1.0 on a CPU
+    cosine: float = 1.0  # lowest one between the plan's embeddings and a CPU's; 1.0 on a CPU
 
     @property
     def doubt(self) -> float:
-        """How far it is from being relied on; confirmed up to 1."""
+        """How unreliable the measurement is; it is confirmed up to 1."""
         return max(self.others / _MOST_OTHERS, self.spread / _MOST_SPREAD)
 
     @property
     def confirmed(self) -> bool:
-        """Whether the machine was quiet enough."""
+        """Whether the machine was quiet enough for a reliable measurement."""
         return self.doubt <= 1.0
 
 
@@ -106,20 +100,16 @@ Run = Callable[[Mapping[str, Any]], object]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How one way did on a GPU.
+    """The result of trying one plan on a GPU."""
 
-    cosine: the least one between its embeddings and a CPU's. opening: seconds until it could run. others:
-    share of the cores that other processes used. rounds: inputs a second, in some rounds, by inputs at once.
-    """
-
-    cosine: float
-    opening: float
-    others: float
-    rounds: Mapping[int, Sequence[float]]
+    cosine: float  # lowest one between the plan's embeddings and a CPU's
+    opening: float  # seconds until the backbone was ready
+    others: float  # share of the cores' time used by other processes
+    rounds: Mapping[int, Sequence[float]]  # inputs per second in each round, by batch size
 
 
 class TrialFailed(RuntimeError):
-    """The way cannot be used here; the message says why."""
+    """The plan cannot be used here; the message says why."""
 
     code = "trial_failed"
 
@@ -130,18 +120,19 @@ def measure(
     open_run: Callable[[int], Run],
     feed: Callable[[int], Mapping[str, Any]],
 ) -> Measured:
-    """The fastest plan on this CPU; what is usual, where nothing is clearly faster. A second or two.
+    """Measure the fastest plan on this CPU, in a second or two; `usual` unless another is clearly faster.
 
-    batches: to choose from, the usual one first. open_run(threads) opens a session. feed(n) is a batch of n.
+    `batches`: sizes to choose from, the usual one first. `open_run(threads)` opens a session. `feed(n)`
+    returns a batch of n.
     """
     cores = usual.alone
-    # The usual one first: it is taken where nothing is clearly faster.
+    # The usual number of threads goes first, since _best prefers the first choice.
     runs = {cores: open_run(cores)}
     threads = 1
     while threads < cores:
         runs[threads] = open_run(threads)
         threads *= 2
-    # Threads, inputs of a run, and runs beside each other.
+    # The keys are (threads per run, inputs per run, concurrent runs).
     alone = {(threads, 1, 1): threads for threads in runs}
     beside = {
         (threads, n, cores // threads): (cores // threads, threads, n)
@@ -154,7 +145,7 @@ def measure(
     rates: dict[tuple[int, int, int], list[float]] = {way: [] for way in ways}
     for threads, n, _ in ways:
         runs[threads](feed(n))
-    # In turn, so that what disturbs the machine for a while disturbs all alike.
+    # The ways are measured in turn, so that a temporary disturbance affects all of them alike.
     for _, (threads, n, workers) in product(range(_ROUNDS), ways):
         rates[threads, n, workers].append(rate(runs[threads], feed(n), n, workers))
     best = {way: max(found) for way, found in rates.items()}
@@ -168,13 +159,13 @@ def measure(
 
 
 def ways_on_gpu(usual: ExecutionPlan, halves: bool, images: bool) -> tuple[ExecutionPlan, ...]:
-    """What is worth trying, the likely best first. halves: there is a graph in half precision."""
+    """The plans worth trying, likely best first. `halves`: there is a graph in half precision."""
     return tuple(
         replace(usual, half=half, graphs=graphs, channels_last=channels_last)
         for half, graphs, channels_last in product(
             (True, False) if halves else (False,), (True, False), (False, True) if images else (False,)
         )
-        # Half precision is what channels are laid out for.
+        # The channels_last layout only helps in half precision.
         if half or not channels_last
     )
 
@@ -185,11 +176,10 @@ def measure_on_gpu(
     batches: Sequence[int],
     try_out: Callable[[ExecutionPlan], Trial],
 ) -> Measured:
-    """The fastest way on this GPU whose embeddings are those of a CPU. A minute or less.
+    """Find the fastest plan on this GPU whose embeddings equal a CPU's, in a minute or less.
 
-    batches: inputs of one run that were tried, beside a single one. try_out(plan) raises TrialFailed. What is
-    usual, in single precision, where every way that works gives other embeddings. Raises TrialFailed where
-    none works.
+    `batches`: sizes that were tried besides 1. `try_out(plan)` may raise TrialFailed. Returns `usual`, in
+    single precision, if all working plans give other embeddings. Raises TrialFailed if none works.
     """
     found: dict[ExecutionPlan, float] = {}
     cosines: dict[ExecutionPlan, float] = {}
@@ -200,7 +190,7 @@ def measure_on_gpu(
         try:
             trial = try_out(way)
         except TrialFailed as error:
-            # A network may have what no graph can capture.
+            # Some networks contain operations that CUDA graphs cannot capture.
             logger.info("a way to run a backbone cannot be used here, %s: %s", way, error)
             failed = error
             continue
@@ -210,9 +200,9 @@ def measure_on_gpu(
             continue
         rounds += trial.rounds.values()
         rates = {count: max(some) for count, some in trial.rounds.items()}
-        # The smallest that is about as fast: less waits, and less memory is bound.
+        # The smallest batch that is about as fast is best: shorter waits, and less memory.
         batch = min(count for count in batches if rates[count] * _CLEARLY >= max(rates.values()))
-        # One input after the other counts as much as many at once.
+        # The speed of single inputs counts as much as that of batches.
         chosen = replace(way, batch=batch)
         found[chosen] = math.sqrt(rates[1] * rates[batch])
         cosines[chosen] = trial.cosine
@@ -223,9 +213,9 @@ def measure_on_gpu(
 
 
 def spread_of(rounds: Sequence[Sequence[float]]) -> float:
-    """By how much rounds lie below the best one of the same way: the median round, of the median way.
+    """The relative gap between the median and the best round of a way, as the median over all ways.
 
-    rounds: the rates of each way, at least one each.
+    `rounds`: the rates of each way, at least one each.
     """
     return median(1.0 - median(rates) / max(rates) for rates in rounds)
 
@@ -233,7 +223,7 @@ def spread_of(rounds: Sequence[Sequence[float]]) -> float:
 def rate(
     run: Callable[[T], object], feed: T, items: int, workers: int, seconds: float = _ROUND_SECONDS
 ) -> float:
-    """Items a second by this number of threads."""
+    """Measure the items per second that `workers` threads run."""
 
     def repeat(until: float) -> int:
         count = 0
@@ -249,20 +239,20 @@ def rate(
 
 
 def _best(rates: Mapping[K, float], clearly: float = _CLEARLY) -> K:
-    """The fastest; the first where none is faster than it by such a factor."""
+    """The key with the highest rate; the first key unless that is faster by the factor `clearly`."""
     first, best = next(iter(rates)), max(rates, key=lambda key: rates[key])
     return best if rates[best] > clearly * rates[first] else first
 
 
 def is_quiet(seconds: float = _LOOK_SECONDS) -> bool:
-    """Whether others leave the cores to this process, looking for so long."""
+    """Observe for `seconds` whether other processes leave the cores to this one."""
     usage = Usage()
     time.sleep(seconds)
     return usage.others() <= _MOST_OTHERS
 
 
 def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> Measured | None:
-    """What was measured on this machine, if there is something that can be read."""
+    """Read the measurement stored for this machine; None if there is none that can be used."""
     try:
         kept = json.loads((export / PLAN_FILE).read_text())
         if kept["about"] != _about(usual, device):
@@ -277,7 +267,7 @@ def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> Measured | 
 
 
 def keep_plan(export: Path, usual: ExecutionPlan, device: Device, measured: Measured) -> None:
-    """Writes the plan beside the export; where that cannot be, the next start measures again."""
+    """Store the plan beside the export. If that fails, the next start measures again."""
     content = json.dumps({"about": _about(usual, device), **asdict(measured)}, indent=2)
     scratch = export / f".{PLAN_FILE}.{os.getpid()}"
     try:
@@ -290,7 +280,7 @@ def keep_plan(export: Path, usual: ExecutionPlan, device: Device, measured: Meas
 
 
 def _about(usual: ExecutionPlan, device: Device) -> dict[str, Any]:
-    """What a plan depends on."""
+    """Everything that a plan depends on."""
     return {
         "format": _FORMAT,
         "onnxruntime": runtime_version(),
@@ -301,7 +291,7 @@ def _about(usual: ExecutionPlan, device: Device) -> dict[str, Any]:
 
 
 def _processor() -> str | None:
-    """What the kernel calls this machine's."""
+    """The kernel's name of this machine's processor, None if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

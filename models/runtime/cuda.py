@@ -1,4 +1,4 @@
-"""Runs on a GPU: one thread for all callers, a few fixed shapes, memory that stays where it is."""
+"""Runs on a GPU, with one thread for all callers, a few fixed shapes, and buffers at fixed addresses."""
 
 from __future__ import annotations
 
@@ -20,45 +20,44 @@ from models.preprocess.preprocessor import Prepared
 from models.runtime.progress import PATIENCE, ThreadProgress
 from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
 
-# Rows of a run. Each shape has buffers, and where they are captured a CUDA graph, for good: so there are few.
+# Rows per run to choose from. They are few, because each shape permanently holds buffers and, if captured, a
+# CUDA graph.
 _IMAGE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _TEXT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_WIDTHS = (16, 32, 64, 128, 256)
-# Of a tenant's fine-tuned network, of which there are many.
-_FEW_ROWS = (1, 8, 32)
-# Of a run, padding included: short texts are run in larger numbers.
+_WIDTHS = (16, 32, 64, 128, 256)  # tokens per row
+_FEW_ROWS = (1, 8, 32)  # rows per run of fine-tuned networks, as there may be many, one per tenant
+# Maximum tokens per run, padding included, so that more short texts than long ones fit into a run.
 _TOKENS_PER_RUN = 32_768
-# Inputs that wait for the next run are at most so many times as many as fit into one.
-_BACKLOG = 2
-# Between what a captured graph gives for the same inputs at first, and once all others are captured.
+_BACKLOG = 2  # maximum waiting inputs, as a multiple of those of the largest run
+# Minimum cosine between the embeddings of a shape when opened and after all other shapes were captured.
 _MIN_COSINE = 0.9999
 _CLOSING_SECONDS = 10.0
 
-# What the runner's thread does: it waits for inputs, copies them together, copies them to the device, runs,
-# and copies the embeddings back.
+# Stages of the runner's thread: it waits for inputs, gathers them in one array, copies that to the device,
+# runs, and copies the embeddings back.
 STAGES = ("wait", "fill", "copy_in", "run", "copy_out")
 
 
 class DeviceLost(RuntimeError):
-    """The GPU has failed in a way that this process cannot recover from; only a new process can use it."""
+    """The GPU has failed and this process cannot recover; only a new process can use it."""
 
     code = "device_lost"
 
 
 class Shape(NamedTuple):
-    """Rows of a run, and tokens of each; images have a width of 0."""
+    """Rows of a run, and tokens per row; images have a width of 0."""
 
     rows: int
     width: int
 
     @property
     def size(self) -> int:
-        """Tokens, or images."""
+        """The number of tokens or images."""
         return self.rows * max(1, self.width)
 
 
 def shapes_for(spec: BackboneSpec, batch: int, *, few: bool = False) -> tuple[Shape, ...]:
-    """The shapes of a backbone's runs, the largest first. batch: rows of one run, at most."""
+    """The shapes of a backbone's runs, largest first. `batch`: maximum rows per run."""
     images = isinstance(spec.transform, ImageTransform)
     steps = _FEW_ROWS if few else _IMAGE_ROWS if images else _TEXT_ROWS
     rows = {*(step for step in steps if step < batch), batch}
@@ -77,9 +76,9 @@ def shapes_for(spec: BackboneSpec, batch: int, *, few: bool = False) -> tuple[Sh
 
 
 class Access:
-    """Who may use the device: many at once, or one alone, who is let in before those that come later.
+    """A lock on the device, shared or exclusive; exclusive requests go before later shared ones.
 
-    CUDA forbids to allocate memory or to copy it in any thread while a graph is captured in another one.
+    While a graph is captured in one thread, CUDA forbids all others to allocate or copy memory.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class Access:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Beside others that share it. Not to be asked for twice by one thread."""
+        """Use the device concurrently with other shared users. Not reentrant."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone and not self._waiting)
             self._users += 1
@@ -103,7 +102,7 @@ class Access:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Once everybody else is done, and before anybody else begins."""
+        """Use the device exclusively: wait for the current users and hold off new ones."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not self._alone and not self._users)
@@ -118,19 +117,19 @@ class Access:
 
 
 DEVICE = Access()
-"""To the GPU of this process."""
+"""Access to this process's GPU."""
 
 
 class CudaRunner:
-    """A network on a GPU, run for whoever asks. Thread-safe.
+    """A network on a GPU that runs the inputs of all callers. Thread-safe.
 
-    ONNX Runtime keeps CUDA graphs for each thread apart and cannot replay one beside another, so one thread
-    runs everything; what callers bring while it runs goes together into its next run. Inputs are filled up to
-    the next of a few shapes. All of these are allocated, and captured where that is wanted, before the first
-    run: what is new in the middle of service takes seconds, and a run beside a capture fails.
+    ONNX Runtime keeps CUDA graphs per thread and cannot replay two at once, so one thread runs everything;
+    inputs that arrive during a run go together into the next. They are padded to one of a few shapes. All
+    shapes are allocated, and captured if requested, before the first run: opening one while serving would
+    take seconds, and a run during a capture fails.
 
-    turn: what its thread is at. lost: whether the device is. seconds: what its thread has spent with each of
-    STAGES since the shapes are open.
+    `turn`: progress of the thread. `lost`: whether the device has failed. `seconds`: time that the thread has
+    spent in each of STAGES since the shapes were opened.
     """
 
     def __init__(
@@ -145,12 +144,12 @@ class CudaRunner:
         access: Access = DEVICE,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Opens all shapes. Raises what that raises.
+        """Open all shapes. Errors from opening them are raised.
 
-        open_session: called once for texts, and for images once for each shape: a convolution is planned anew
-        whenever a session meets another number of images. shapes: as shapes_for gives them. probes: prepared
-        inputs, at least one, with which they are tried. graphs: the sessions capture CUDA graphs. is_lost():
-        whether the device has failed for good, asked when a run has failed.
+        `open_session`: called once for texts, and once per shape for images, because a session plans its
+        convolutions anew whenever the number of images changes. `shapes`: from `shapes_for`. `probes`: at
+        least one prepared input to test each shape. `graphs`: the sessions capture CUDA graphs. `is_lost()`:
+        called after a failed run, to ask whether the device has failed for good.
         """
         self.turn = ThreadProgress()
         self.lost = False
@@ -178,18 +177,18 @@ class CudaRunner:
 
     @property
     def nbytes(self) -> int:
-        """Of what is bound here; on the device there is as much, and what the runs need."""
+        """Bytes of the bound host arrays; the device holds as much, plus the memory that runs need."""
         return sum(bound.nbytes for bound in self._bound.values())
 
     def run(self, prepared: Sequence[Prepared]) -> Floats:
-        """Embeddings, float32 (n, dim), of n prepared inputs. Raises as submit does, or what a run raises."""
+        """Embed n prepared inputs: float32 (n, dim). Raises as `submit` does, or the error of the run."""
         return self.submit(prepared).result()
 
     def submit(self, prepared: Sequence[Prepared]) -> Future[Floats]:
-        """What run gives, later. Waits while enough for two runs is waiting.
+        """Return a future for the result of `run`. Blocks while inputs for two runs are waiting.
 
-        What is called when it is done is called in the runner's own thread. Raises RuntimeError once it is
-        closed, DeviceLost once the device is.
+        The future's callbacks run in the runner's thread. Raises RuntimeError if the runner is closed,
+        DeviceLost if the device has failed.
         """
         future: Future[Floats] = Future()
         if not prepared:
@@ -208,7 +207,7 @@ class CudaRunner:
         return future
 
     def close(self) -> None:
-        """Runs what waits, then frees what is on the device; not while a run hangs."""
+        """Run the waiting inputs, then free the device's memory. Returns after 10 s even if a run hangs."""
         with self._lock:
             self._open = False
             self._changed.notify_all()
@@ -244,9 +243,9 @@ class CudaRunner:
         self._bound.clear()
 
     def _open_shapes(self, probes: Sequence[Prepared]) -> None:
-        """Allocates and captures every shape, and looks whether each still answers as it did at first.
+        """Allocate and capture every shape, then check that each still gives its first embeddings.
 
-        A graph that was captured goes on using what its session planned for it.
+        A captured graph keeps using what its session planned for it.
         """
         session = None
         for number, shape in enumerate(self._shapes, start=1):
@@ -267,7 +266,7 @@ class CudaRunner:
             bound.first = None
 
     def _take(self) -> list[tuple[Sequence[Prepared], Future[Floats]]]:
-        """Who waits, as many as fit into a run; at least one, or nobody when there will be no more."""
+        """Wait for requests and take as many as fit into one run, at least one; none once closed."""
         with self._lock:
             begun = time.perf_counter()
             while not self._waiting:
@@ -286,7 +285,7 @@ class CudaRunner:
             return taken
 
     def _fail(self, taken: Sequence[tuple[Sequence[Prepared], Future[Floats]]], error: BaseException) -> None:
-        """Tells those whose run failed, and everybody where there will be no other one."""
+        """Fail the requests of a run, and all waiting ones too if the device is lost."""
         taken = list(taken)
         if self._is_lost():
             with self._lock:
@@ -307,7 +306,7 @@ class CudaRunner:
         return embeddings
 
     def _runs(self, rows: Sequence[Prepared]) -> Iterator[tuple[Shape, list[int]]]:
-        """The rows of one run each; texts in the order of their lengths, so that little is padding."""
+        """Yield the shape and the rows of each run; texts are sorted by length to reduce padding."""
         order = list(range(len(rows)))
         if self._spec.kind == "image":
             while order:
@@ -316,22 +315,22 @@ class CudaRunner:
             return
         order.sort(key=lambda row: -len(rows[row]))
         while order:
-            # The first is the longest.
+            # The first text is the longest.
             widest = self._shape_for(1, len(rows[order[0]])).width
             most = max(shape.rows for shape in self._shapes if shape.width == widest)
             chosen, order = order[:most], order[most:]
             yield self._shape_for(len(chosen), widest), chosen
 
     def _shape_for(self, rows: int, width: int) -> Shape:
-        """The smallest one that holds them."""
+        """The smallest shape with at least these rows and this width."""
         fitting = [shape for shape in self._shapes if shape.rows >= rows and shape.width >= width]
         return min(fitting, key=lambda shape: (shape.width, shape.rows))
 
 
 class _Bound:
-    """One shape of a run: arrays here, their places on the device, and the binding of a session to them.
+    """One shape of a run: host arrays, their device buffers, and the session's binding to them.
 
-    first: what its first run gave, until that was compared.
+    `first`: the embeddings of the first run, kept until they are compared.
     """
 
     def __init__(
@@ -343,7 +342,7 @@ class _Bound:
         number: int | None,
         seconds: dict[str, float],
     ) -> None:
-        """number: of the CUDA graph, from 1 on; None to capture none. seconds: by stage, added to."""
+        """`number`: CUDA graph id, from 1; None for no capture. `seconds`: by stage, added to by runs."""
         self.first: Floats | None = None
         self._seconds = seconds
         self._session = session
@@ -359,7 +358,7 @@ class _Bound:
                 IDS: np.full(shape, self._pad, np.int64),
                 MASK: np.zeros(shape, np.int64),
             }
-            # A row of padding alone would be a mean of nothing.
+            # A row of padding alone would be pooled to a mean of no tokens.
             self._arrays[MASK][:, 0] = 1
         values = onnxruntime.OrtValue
         self._places = {
@@ -376,16 +375,16 @@ class _Bound:
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays here."""
+        """Bytes of the host arrays."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def filled_with(self, probes: Sequence[Prepared]) -> list[Prepared]:
-        """As many rows as it has, of the probes in turn, texts no longer than it is wide."""
+        """Repeat the probes to fill all rows of the shape; texts are cut to its width."""
         rows = [probes[row % len(probes)] for row in range(self._shape.rows)]
         return [row[: self._shape.width] for row in rows] if self._shape.width else rows
 
     def run(self, rows: Sequence[Prepared]) -> Floats:
-        """Embeddings, float32 (n, dim), of n rows, at most as many as the shape has."""
+        """Embed n rows, at most those of the shape: float32 (n, dim)."""
         times = [time.perf_counter()]
         self._fill(rows)
         times.append(time.perf_counter())
@@ -401,7 +400,7 @@ class _Bound:
         return embeddings
 
     def _fill(self, rows: Sequence[Prepared]) -> None:
-        """What is left of earlier rows behind these is answered too, and not looked at."""
+        """Copy rows into the arrays. Rows left behind them by earlier runs are computed, but ignored."""
         if RGB in self._arrays:
             np.stack(rows, out=self._arrays[RGB][: len(rows)])
             return
@@ -414,6 +413,6 @@ class _Bound:
 
 
 def lowest_cosine(one: Floats, other: Floats) -> float:
-    """Between the rows of two arrays, (n, dim); NaN where a number is."""
+    """The lowest cosine between corresponding rows of two arrays (n, dim); NaN if a value is NaN."""
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return float((np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-12)).min())

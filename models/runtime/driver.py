@@ -1,4 +1,4 @@
-"""NVIDIA's driver and libraries, without torch: which GPU there is, and whether it still works."""
+"""Access to NVIDIA's driver and libraries without torch: the name of the GPU, and whether it still works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 logger = logging.getLogger("topwork")
 
-# What ONNX Runtime's CUDA provider needs, each behind what it needs itself. cuDNN loads its other parts.
+# Libraries that ONNX Runtime's CUDA provider needs, each after its own dependencies. cuDNN loads its other
+# parts itself.
 LIBRARIES = (
     "libcudart.so.13",
     "libnvJitLink.so.13",
@@ -24,7 +25,7 @@ _NAME_LENGTH = 256
 
 
 def gpu_name() -> str | None:
-    """The name of the first GPU, None where the driver finds none. Nothing is allocated there."""
+    """The name of the first GPU, None if the driver finds none. Allocates nothing on the GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -41,14 +42,14 @@ def gpu_name() -> str | None:
 
 
 def library_folders() -> list[Path]:
-    """Where the installed packages have NVIDIA's libraries, in all folders of Python's path."""
+    """The folders of NVIDIA's libraries in installed packages, over all of Python's path."""
     found = importlib.util.find_spec("nvidia")
     places = found.submodule_search_locations if found is not None else None
     return [folder for place in places or () for folder in sorted(Path(place).glob("*/lib"))]
 
 
 def load_libraries() -> None:
-    """Loads what the packages have of LIBRARIES. What they lack, the system's loader is left to find."""
+    """Load those of LIBRARIES that are in packages. The system's loader has to find the others."""
     folders = library_folders()
     for name in LIBRARIES:
         path = next((folder / name for folder in folders if (folder / name).is_file()), None)
@@ -61,7 +62,7 @@ def load_libraries() -> None:
 
 
 def is_lost() -> bool:
-    """Whether an error on the GPU has made it useless for this process, as an illegal access does."""
+    """Whether an error, such as an illegal memory access, has made the GPU unusable for this process."""
     try:
         return bool(ctypes.CDLL("libcudart.so.13").cudaDeviceSynchronize())
     except OSError:

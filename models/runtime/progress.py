@@ -1,19 +1,18 @@
-"""What a thread that runs a network is at, for whoever watches it."""
+"""The progress of a thread that runs a network, for monitoring."""
 
 from __future__ import annotations
 
-# A run may take so many times what the measured rate says, and any run, prepared input or answer the lower
-# bound: with the look that finds it late, five seconds. Beyond the upper one it hangs, whatever was measured.
-PATIENCE = 4.5
-LONGEST_RUN = 60.0
+# The time allowed for a run is derived from the measured pace, within these bounds, in seconds.
+PATIENCE = 4.5  # always allowed for a run, an input or an answer; with the interval between looks, 5 s
+LONGEST_RUN = 60.0  # a longer run hangs, whatever was measured
 
 
 class ThreadProgress:
-    """What one thread is at. It alone writes, and whoever watches reads, without a lock.
+    """The progress of one thread. Only that thread writes it; monitors read it without a lock.
 
-    steps: goes up with all that it does. busy: it has inputs. allowed: seconds that its run may take, 0 while
-    it prepares inputs. waits: another process prepares its input, for a time that is bounded there. clock: of
-    its CPU time, for time.clock_gettime; None until the thread has begun.
+    `steps`: increases with every step done. `busy`: the thread has inputs. `allowed`: seconds that its run
+    may take, 0 while it prepares inputs. `waits`: another process prepares its input, within a time limit of
+    its own. `clock`: id of its CPU clock for time.clock_gettime; None until the thread has started.
     """
 
     __slots__ = ("allowed", "busy", "clock", "steps", "waits")

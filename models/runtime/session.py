@@ -1,4 +1,4 @@
-"""The only place that opens an ONNX Runtime session, and the check that it runs where it was asked to."""
+"""Opening of ONNX Runtime sessions, here only, with a check that they run on the requested device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnxruntime
 from models.runtime.affinity import IntraOpThreads, capture_new_threads
 from models.runtime.driver import gpu_name, load_libraries
 
-# models/__init__.py has turned it off before this import; a program may have imported it earlier.
+# models/__init__.py turns telemetry off before this import, but a program may have imported it earlier.
 onnxruntime.disable_telemetry_events()
 
 Device = Literal["cpu", "cuda"]
@@ -24,11 +24,11 @@ _PROVIDERS: Final[dict[Device, list[Any]]] = {
         (
             "CUDAExecutionProvider",
             {
-                # TF32 rounds to 10 bits of mantissa: embeddings of one fingerprint would differ between
-                # hosts. The setting takes the tensor cores from convolutions in half precision too.
+                # TF32 rounds to 10 bits of mantissa, so embeddings of one fingerprint would differ between
+                # hosts. "0" also keeps half precision convolutions off the tensor cores; see open_session.
                 "use_tf32": "0",
-                # cuDNN's first choice. DEFAULT is the slow one that always works, and EXHAUSTIVE another
-                # list of choices, of which none is measured.
+                # HEURISTIC takes cuDNN's first choice. DEFAULT is slow but always works, and EXHAUSTIVE
+                # has another list of choices, none of which it measures.
                 "cudnn_conv_algo_search": "HEURISTIC",
                 "arena_extend_strategy": "kSameAsRequested",
             },
@@ -45,18 +45,18 @@ GPU_ADVICE = (
 
 
 class DeviceUnavailable(RuntimeError):
-    """The device asked for is not there; the message says what to do."""
+    """The requested device is not available; the message says what to do."""
 
     code = "device_unavailable"
 
 
 def runtime_version() -> str:
-    """Of ONNX Runtime."""
+    """The version of ONNX Runtime."""
     return str(onnxruntime.__version__)
 
 
 def open_table(path: Path) -> onnxruntime.OrtValue:
-    """A large constant of a graph, mapped from its .npy file: only what is used of it is in memory, once."""
+    """Map a large constant from its .npy file: sessions share it, and only the used parts are in memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
@@ -71,38 +71,38 @@ def open_session(
     one_shape: bool = False,
     tables: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
-    """A session for the graph in model, a file or its bytes, on the device asked for or not at all.
+    """Open a session for a graph, given as a file or as bytes, on the requested device only.
 
-    threads: of one run on the CPU, the calling one included. graphs: capture CUDA graphs; runs are then
-    of one thread, with bound inputs and outputs, and name a graph each: see cuda.py. half: the graph
-    computes in float16. channels_last: convolutions on a GPU have the channels of a pixel together.
-    one_shape: the inputs of all runs are of few shapes. tables: constants to take from elsewhere than the
-    graph, by name. The session's crew are the other threads of a run.
-    Raises DeviceUnavailable: ONNX Runtime itself would go on without the GPU and say nothing. Safe to run
-    from several threads.
+    `threads`: per run on the CPU, the calling thread included. `graphs`: capture CUDA graphs; all runs must
+    then come from one thread, with bound inputs and outputs and the id of a graph, see cuda.py. `half`: the
+    graph computes in float16. `channels_last`: NHWC convolutions on a GPU. `one_shape`: inputs have few
+    different shapes. `tables`: constants by name that replace those of the graph. The session's `crew` holds
+    the other threads of a run. Sessions can be run from several threads.
+
+    Raises DeviceUnavailable; ONNX Runtime itself would silently continue without the GPU.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Threads of one run wait for each other sixty times in a short text; waking takes a quarter of its time.
-    # Between runs they must not spin, which takes the cores from decoding and from the event loop.
+    # The threads of one run wait for each other sixty times per short text; waking them would take a quarter
+    # of its time, so they spin. Between runs they must not: decoding and the event loop need the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, table in tables.items():
         options.add_initializer(name, table)
     if device == "cpu":
-        # The arena keeps the memory of the largest batch for ever, and the pattern plans one block per new
-        # shape: right for images, whose activations are some megabytes and without the two are mapped and
-        # faulted in again by each run, a lone one of which is slowed down by 6 %.
+        # The arena never returns the memory of the largest batch, and the pattern plans a block per shape.
+        # This suits images: otherwise each run would map and fault in megabytes of activations again, which
+        # slows a single run down by 6 %.
         options.enable_cpu_mem_arena = one_shape
         options.enable_mem_pattern = one_shape
     else:
         if gpu_name() is None:
             raise DeviceUnavailable(GPU_ADVICE)
-        # Only for CUDA: these are gigabytes.
+        # The libraries are loaded only for CUDA, because they take gigabytes.
         load_libraries()
-        # get_provider_graph_assignment_info() then says which nodes the GPU does not run.
+        # This entry makes get_provider_graph_assignment_info() tell which nodes the GPU does not run.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers = _PROVIDERS[device]
     if device == "cuda":
@@ -117,7 +117,7 @@ def open_session(
             providers=providers,
             enable_fallback=0,
         )
-    # They must live as long as the session, which does not see to that.
+    # The tables must live as long as the session, which does not keep them alive itself.
     session.tables = tables
     session.crew = IntraOpThreads(threads_beside)
     wanted = _PROVIDERS[device][0] if device == "cpu" else _PROVIDERS[device][0][0]

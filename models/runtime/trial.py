@@ -1,6 +1,6 @@
-"""Tries a way to run a backbone on a GPU in a process of its own.
+"""Trials of execution plans on a GPU, each in a separate process.
 
-What goes wrong there, an illegal access or a capture that ends the process, is that way's alone.
+An illegal memory access, or a capture that ends the process, then only affects that plan.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from models.child import plain_environment
 from models.runtime.autotune import ExecutionPlan, Trial, TrialFailed
 from models.runtime.session import Device
 
-# For opening, capturing all shapes and measuring.
-_MOST_SECONDS = 90.0
+_MOST_SECONDS = 90.0  # time limit for opening, capturing all shapes and measuring
 
 
 def try_out(export: Path, plan: ExecutionPlan, batches: Sequence[int], device: Device = "cuda") -> Trial:
-    """Tries a plan with batches of so many inputs. Raises TrialFailed."""
+    """Try a plan with these batch sizes. Raises TrialFailed."""
     asked = {"export": str(export), "plan": asdict(plan), "batches": batches, "device": device}
     try:
         done = subprocess.run(

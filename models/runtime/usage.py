@@ -1,4 +1,4 @@
-"""How much of the cores other processes use, which tells whether a measurement can be relied on."""
+"""The CPU usage of other processes, which tells whether a measurement is reliable."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import time
 from pathlib import Path
 
 _STAT = Path("/proc/stat")
-# Of a line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal; guests are within user.
+# Fields of a line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal. Guests are in user.
 _FIELDS, _IDLE = 8, (3, 4)
 
 
 class Usage:
-    """The time of this process's cores that others use, a hypervisor's other guests included, from now on."""
+    """The use of this process's cores by others since creation, other guests of the hypervisor included."""
 
     def __init__(self) -> None:
         self._begun = self._read()
 
     def others(self) -> float:
-        """The share of the cores' time that others used since then; 0 where the kernel tells nothing."""
+        """The share of the cores' time used by others so far; 0 if the kernel does not tell."""
         busy, whole, own = (now - then for now, then in zip(self._read(), self._begun, strict=True))
         return min(1.0, max(0.0, busy - own) / whole) if whole > 0 else 0.0
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds: of the cores that are used, of all, of this process."""
+        """Seconds of CPU time: busy and total of the cores, and of this process."""
         own = time.process_time()
         busy = whole = 0
         cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}

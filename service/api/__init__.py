@@ -1,1 +1,1 @@
-"""The routes: what each reads of a request, asks of the adapters, and answers."""
+"""The routes: each reads the request, calls the adapters and builds the response."""

@@ -1,6 +1,6 @@
-"""The routes: HTTP in, one call of the domain, HTTP out.
+"""The FastAPI application and its main routes: request, one domain call, response.
 
-What is refused, and how, is in service/errors.py.
+Errors become responses in service/errors.py.
 """
 
 from __future__ import annotations
@@ -38,37 +38,36 @@ from service.server.process import told_to_end
 _NAME = re.compile(requests.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
 
-# What follows is async for FastAPI's sake, which runs any other dependency in a thread: 0.2 ms of every
-# request.
+# These dependencies are async because FastAPI runs any other in a thread, which costs 0.2 ms per request.
 
 
 async def adapter_name(adapter: str) -> str:
-    """The adapter in the path. A name that no adapter can have is unknown like any other."""
+    """Return the adapter named in the path. Raises UnknownAdapter for a name that no adapter can have."""
     if _NAME.fullmatch(adapter) is None:
         raise UnknownAdapter(adapter[:63])
     return adapter
 
 
 async def example_id(example: str) -> str:
-    """The example in the path; its id may hold slashes."""
+    """Return the example id in the path, which may contain slashes."""
     check_id(example)
     return example
 
 
 async def job_id(job: str) -> str:
-    """The job in the path. An id that no job can have is unknown like any other."""
+    """Return the job id in the path. Raises UnknownJob for an id that no job can have."""
     if _JOB.fullmatch(job) is None:
         raise UnknownJob(job[:63])
     return job
 
 
 async def jobs_adapter(adapter: str | None = None) -> str | None:
-    """The adapter whose jobs are meant, None for all. No adapter has the empty name."""
+    """Return the adapter whose jobs are listed, None for all. An invalid name becomes "", which none has."""
     return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
 
 
 async def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
-    """The entity tag that must still hold. Any will do for `*`, and without the header."""
+    """Return the entity tag that must still match, or None if any does: for `*`, or without the header."""
     return None if if_match is None or if_match.strip() == "*" else if_match.strip()
 
 
@@ -81,8 +80,8 @@ Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
 
 
 def build_api(components: Components) -> FastAPI:
-    """The application. Its routes hold no state; everything is in the components."""
-    # A redirect to the path without its last slash would name the host that the caller named.
+    """Return the application. Its routes hold no state; all state is in the components."""
+    # A redirect to the path without its trailing slash would repeat the host that the caller sent.
     api = FastAPI(
         title="Topwork",
         version=__version__,
@@ -101,6 +100,7 @@ def build_api(components: Components) -> FastAPI:
     add_openai(api, components.predictor, bodies)
     add_adapters(api, components, bodies, keyed)
     add_examples(api, components, bodies, keyed)
+    # A stream ends by itself before the edge aborts it.
     events = Events(components.submitter, 0.9 * settings.request_timeout)
     components.closing.enter_context(told_to_end(events.close))
     add_jobs(api, components.submitter, events)
@@ -111,7 +111,7 @@ def build_api(components: Components) -> FastAPI:
 
 
 def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard) -> None:
-    """Adapting, predicting and embedding."""
+    """Add the routes for adapting, predicting and embedding, for backbones and for metrics."""
     pipeline, predictor, batchers = components.pipeline, components.predictor, components.batchers
     submitter, uploads = components.submitter, components.uploads
 
@@ -187,7 +187,7 @@ def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed
         """What can be adapted."""
         return render.backbones(batchers, components.surveyor.measured)
 
-    # Prometheus scrapes it, whose configuration should not hold a key.
+    # Prometheus scrapes this route, and its configuration should not hold a key.
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     @needs("nothing")
     async def metrics() -> Response:
@@ -198,7 +198,7 @@ def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed
 def add_adapters(
     api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard
 ) -> None:
-    """Adapters, their versions and their live alias."""
+    """Add the routes for adapters, their versions and their live alias."""
     catalog, editor, exporter = components.catalog, components.editor, components.exporter
     eraser, restorer = components.eraser, components.restorer
 
@@ -293,7 +293,7 @@ def add_adapters(
 def add_examples(
     api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard
 ) -> None:
-    """Examples and feedback."""
+    """Add the routes for examples and feedback."""
     catalog, editor = components.catalog, components.editor
 
     @api.get(
@@ -375,7 +375,7 @@ def add_examples(
 
 
 def add_jobs(api: FastAPI, submitter: JobSubmitter, events: Events) -> None:
-    """Work that outlives its request."""
+    """Add the routes for jobs, which outlive their request."""
 
     @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
     @needs("adapt")
@@ -408,7 +408,7 @@ def add_jobs(api: FastAPI, submitter: JobSubmitter, events: Events) -> None:
 
 
 def which(ids: list[str] | None, everything: bool) -> list[str] | None:
-    """The ids to remove, None for all. Raises a 422 Problem unless exactly one of both is asked for."""
+    """Return the ids to remove, None for all. Raises a 422 Problem unless exactly one of the two is given."""
     if bool(ids) == everything:
         raise Problem(422, "invalid_request", "Name the examples as `id`, or say `all=true`.")
     return ids

@@ -1,4 +1,4 @@
-"""The hot paths: routes that are called straight, without what FastAPI does around every route."""
+"""The hot paths: endpoints that are called directly, without FastAPI's work around every route."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from service.edge.access import access_of
 
 
 class Direct:
-    """An ASGI application behind the edge. Requests for routes that declare it go to their endpoint, all
-    others to FastAPI.
+    """An ASGI application that calls the endpoints of direct routes, and FastAPI for all others.
 
-    FastAPI knows all of the routes, and documents them. Around an endpoint it has five middlewares, two
-    stacks of contexts and the solving of dependencies, which an endpoint that takes the request alone does
-    not need: a third of what the event loop does for a short text. What such an endpoint raises, the edge
-    answers.
+    FastAPI knows and documents all routes. Around each endpoint it runs five middlewares, two exit stacks and
+    dependency resolution. An endpoint that takes only the request does not need them, and they are a third of
+    the event loop's work for a short text. The edge answers the exceptions of direct endpoints.
     """
 
     def __init__(self, api: FastAPI) -> None:
-        """Raises ValueError for a direct route whose endpoint takes more than the request."""
+        """Raises ValueError if the endpoint of a direct route takes anything but the request."""
         self._api = api
         for route in api.routes:
             endpoint = getattr(route, "endpoint", None)

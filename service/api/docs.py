@@ -1,7 +1,4 @@
-"""The API's documentation page, without a content delivery network:
-
-The assets are those that BentoML ships.
-"""
+"""The API's documentation page, with the assets that BentoML ships instead of a content delivery network."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ _SERVED = {
 
 
 def add_docs(app: FastAPI) -> None:
-    """Serves /docs from local files, and the app's one OpenAPI document, which names the key.
+    """Serve /docs from local files, and the app's OpenAPI document with the key that each route needs.
 
-    All of it is static, the same for everybody, and fetched by browsers, which send no key.
+    All of it is static and the same for every caller. Browsers fetch it, so it needs no key.
     """
 
     @app.get("/", include_in_schema=False)
@@ -86,7 +83,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def _security(access: Access) -> list[dict[str, list[str]]]:
-    """OpenAPI's security of a route: the role of the key is its scope."""
+    """Return the OpenAPI security requirement of a route, with the scope of the key as its role."""
     if access.need == "nothing":
         return []
     return [{"key": [] if access.need == "key" else [access.need]}, {}]

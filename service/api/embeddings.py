@@ -1,4 +1,4 @@
-"""OpenAI's embeddings and models, for clients that speak its protocol already."""
+"""OpenAI-compatible routes for embeddings and models, for clients that already use that API."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from service.payloads import responses as answer_schemas
 from service.payloads.reader import RequestReader
 
 PART = 32
-"""Texts that wait for the backbone at once: other tenants' turns come between the parts of a request."""
+"""Texts of a request that are embedded together; other tenants get their turns between the parts."""
 _MOST_ERRORS = 100
 _SHORTEST_WAIT = 0.05  # seconds
 
 
 def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> None:
-    """The routes below /v1."""
+    """Add the routes below /v1."""
     batchers = predictor.batchers
 
     @api.post(
@@ -62,7 +62,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
 
 
 def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
-    """The batcher of a backbone for texts. Raises a 404 Problem if there is none of that name."""
+    """Return the batcher of a text backbone. Raises a 404 Problem if there is none of that name."""
     batcher = batchers.get(model)
     if batcher is None or batcher.backbone.spec.kind != "text":
         raise Problem(
@@ -72,7 +72,7 @@ def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
 
 
 async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.OpenAIRequest) -> Response:
-    """The embeddings of all texts, or a 422 Problem that names those that cannot be embedded."""
+    """Return the embeddings of all texts. Raises a 422 Problem that names texts that cannot be embedded."""
     backbone = text_batcher(predictor.batchers, asked.model).backbone
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     if not texts:
@@ -93,8 +93,9 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
 
 
 async def _embed(tenant: str, predictor: Predictor, model: str, texts: Sequence[str]) -> Embedded:
-    """All texts, part by part. Where there is no room, only the first part is refused; the others wait for
-    it, until the request has taken too long.
+    """Embed all texts, part by part.
+
+    If the queue is full, the first part raises Overloaded; later parts wait, until the request times out.
     """
     found: list[Embedded] = []
     errors: dict[int, InputError] = {}

@@ -1,4 +1,4 @@
-"""A job as it goes on, as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+"""A job's progress as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from service.edge.gateway import ConcurrencyLimit
 from service.payloads import render
 
 _STREAMS = 50
-# As many as a tenant may have jobs under way, unless that is set otherwise.
+# The default of `max_jobs`: a tenant can follow all of its open jobs.
 _STREAMS_OF_A_TENANT = 10
-# A worker tells how far it is every two seconds.
+# Workers report progress every two seconds.
 _POLL_SECONDS = 1.0
-# A comment so often keeps proxies from thinking that nothing comes any more.
+# Interval of keep-alive comments, without which proxies may drop a quiet stream.
 _SILENCE_SECONDS = 15.0
 _FINISHED = ("succeeded", "failed", "cancelled")
 
 
 class Events:
-    """The streams of events that are open. For one event loop. seconds: how long a stream lasts at most."""
+    """The open event streams. For one event loop. `seconds`: maximum duration of a stream."""
 
     def __init__(self, submitter: JobSubmitter, seconds: float) -> None:
         self._submitter = submitter
@@ -37,10 +37,10 @@ class Events:
         self._closing = asyncio.Event()
 
     async def stream(self, tenant: str, job_id: str) -> Response:
-        """An event named after the job's state with each change, until it has ended or the seconds are over.
+        """Stream an event, named after the job's state, at each change until the job ends or time is up.
 
-        An EventSource asks again by itself, and begins with how the job is then. Raises UnknownJob, and a 429
-        Problem where too many streams are open.
+        An EventSource reconnects by itself, and starts with the job's current state. Raises UnknownJob, and a
+        429 Problem if too many streams are open.
         """
         with ExitStack() as slot:
             slot.enter_context(self._slots.take(tenant))
@@ -48,7 +48,7 @@ class Events:
             return _Stream(self._events(tenant, first), slot.pop_all())
 
     def close(self) -> None:
-        """Ends every stream: at once, for a server waits for all that it answers before it stops."""
+        """End every stream at once, because the server waits for all open responses before it stops."""
         self._closing.set()
 
     async def _events(self, tenant: str, record: JobRecord) -> AsyncIterator[bytes]:
@@ -72,7 +72,7 @@ class Events:
 
 
 class _Stream(StreamingResponse):
-    """Gives its slot back however it ends: a generator that nobody began has no end of its own."""
+    """Releases its slot however it ends: a generator that was never started would not run its `finally`."""
 
     def __init__(self, events: AsyncIterator[bytes], slot: ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -84,7 +84,7 @@ class _Stream(StreamingResponse):
 
 
 def brief(record: JobRecord) -> JobRecord:
-    """The job without what is wrong with each line of an upload: where there are many, or again and again."""
+    """Return the job without the errors of an upload's lines, for lists of jobs and repeated events."""
     if record.progress is None or "errors" not in record.progress:
         return record
     progress = {name: value for name, value in record.progress.items() if name != "errors"}

@@ -1,6 +1,6 @@
-"""Requests with an Idempotency-Key: each is done once, and answered alike however often it is sent.
+"""Requests with an Idempotency-Key: each is executed once, and repetitions get the same answer.
 
-As in https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/, section 2.
+See https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/, section 2.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class Replying(Protocol):
-    """Makes of how an outcome is answered what is recorded with it: nothing, without a key."""
+    """Builds the reply that is recorded with an outcome; None for a request without a key."""
 
     def __call__(self, answer: Callable[[T], Response]) -> PendingReply[T] | None:
-        """The reply to be recorded. answer: called in a thread, before anybody is told."""
+        """Return the reply to record. `answer` is called in a thread, before the response is sent."""
         ...
 
 
 Work = Callable[[Request, Replying], Awaitable[Response]]
-"""What a route does. Whatever it changes, it changes in the transaction that it hands the reply to."""
+"""The work of a route. It must make all its changes in the transaction that records the reply."""
 
 
 class IdempotencyGuard:
-    """Answers requests of one process. For one event loop. Of `rejected` what is kept has the beginning.
+    """Answers the requests of one process. For one event loop. Recorded answers keep the start of `rejected`.
 
-    Of what is in flight only its own process knows; between processes the first commit decides.
+    Requests in flight are known only to their own process; between processes the first commit wins.
     """
 
     def __init__(self, replies: Replies) -> None:
@@ -52,10 +52,10 @@ class IdempotencyGuard:
         self._in_flight: set[tuple[str, str]] = set()
 
     async def answer(self, request: Request, tenant: str, work: Work) -> Response:
-        """What the work answers, or what the same request was answered before.
+        """Return the work's answer, or the recorded answer to the same request.
 
-        Refusals are not kept: they have changed nothing. Raises a Problem for a key that is none (400), that
-        another request was sent with (422), or that is in flight (409), and what the work raises.
+        Errors are not recorded, because they have changed nothing. Raises a Problem if the key is malformed
+        (400), was sent with another request (422) or is in flight (409), and whatever the work raises.
         """
         key = _key_of(request)
         if key is None:
@@ -67,7 +67,7 @@ class IdempotencyGuard:
                 try:
                     return await keyed.do(work)
                 except AlreadyAnswered as error:
-                    # Another process was first, or a request whose caller hung up while it was committed.
+                    # Another process committed first, or a request whose caller hung up during the commit.
                     found = error.answered
             return await keyed.repeat(found)
 
@@ -84,7 +84,7 @@ class IdempotencyGuard:
 
 
 class _Keyed:
-    """One request with a key: what it is, and how it is answered."""
+    """One request with a key: its digest and its answer."""
 
     def __init__(self, request: Request, key: str) -> None:
         self._key = key
@@ -95,12 +95,12 @@ class _Keyed:
         self._rendered: Response | None = None
 
     async def do(self, work: Work) -> Response:
-        """What was recorded as the answer of the work."""
+        """Do the work and return its answer as recorded."""
         answer = await work(Request(self._scope, self._read), self._reply)
         return self._rendered or answer
 
     async def repeat(self, found: StoredReply) -> Response:
-        """The same answer again. Raises a 422 Problem if it was given to another request."""
+        """Return the recorded answer. Raises a 422 Problem if it was given to another request."""
         if not self._read_whole:
             async for _ in Request(self._scope, self._read).stream():
                 pass
@@ -126,9 +126,9 @@ class _Keyed:
 
 
 class _Digest:
-    """The sha256 of a request: method, path, query, media type and body.
+    """The SHA-256 of a request: method, path, query, media type and body.
 
-    A multipart boundary counts as any other in its place, for clients make a new one whenever they send.
+    Multipart boundaries are masked, because clients generate a new one for each request.
     """
 
     def __init__(self, request: Request) -> None:
@@ -142,27 +142,27 @@ class _Digest:
         self._held = b""
 
     def update(self, data: bytes) -> None:
-        """More of the body, in pieces of any size."""
+        """Add a piece of the body, of any size."""
         if self._boundary:
             data = (self._held + data).replace(self._boundary, b"\0")
-            # Of a boundary that goes on in the next piece.
+            # The last bytes are held back: a boundary may continue in the next piece.
             whole = max(0, len(data) - len(self._boundary) + 1)
             data, self._held = data[:whole], data[whole:]
         self._sha256.update(data)
 
     def hexdigest(self) -> str:
-        """Of what has come by now."""
+        """Return the digest of the request so far."""
         found = self._sha256.copy()
         found.update(self._held)
         return found.hexdigest()
 
 
 def _unkept(answer: Callable[[T], Response]) -> None:
-    """Replying, without a key."""
+    """`Replying` for a request without a key: nothing is recorded."""
 
 
 def _key_of(request: Request) -> str | None:
-    """The sha256 of the request's key, if it has one. Raises a 400 Problem for what is none."""
+    """Return the SHA-256 of the request's key, if it has one. Raises a 400 Problem if it is malformed."""
     given = request.headers.getlist(HEADER)
     if not given:
         return None

@@ -1,4 +1,4 @@
-"""The parts of the OpenAPI document that FastAPI cannot see: bodies that the routes read themselves."""
+"""The parts of the OpenAPI document that FastAPI cannot infer: bodies that the routes read themselves."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     tenants.KeyRequest,
     tenants.RotateRequest,
 )
-# What the edge finds of any request: it is none, has no key or the wrong one, is too large, is one too many,
-# or cannot be answered now, or in time.
+# Statuses that the edge may return for any request: it is malformed, has no key or the wrong one, is too slow
+# or too large, exceeds a limit, or cannot be answered now or in time.
 _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
 _METHODS = {"get", "put", "post", "patch", "delete"}
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
@@ -53,10 +53,10 @@ def body(
     query: type[BaseModel] | None = None,
     bulk: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
-    """`openapi_extra` of a route with a JSON body.
+    """Return `openapi_extra` of a route with a JSON body.
 
-    files: the field that a multipart body gives as files. query: the body may be one raw input, and the
-    model's other fields are then in the query string. bulk: so they are of an upload, those of this model.
+    `files`: the field that a multipart body sends as files. `query`: the body may be one raw input; the other
+    fields of this model are then in the query string. `bulk`: the model of a bulk upload, likewise.
     """
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     if files is not None:
@@ -79,18 +79,18 @@ def _in_query(model: type[BaseModel], left_out: str, description: str) -> list[d
 
 
 def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
-    """`openapi_extra` of a route whose requests may have an Idempotency-Key. statuses: of what is kept."""
+    """Return `openapi_extra` of a route that takes an Idempotency-Key. `statuses`: of recorded answers."""
     answered = {str(status): {"headers": {"Idempotency-Replayed": _REPLAYED}} for status in statuses}
     return {**extra, "parameters": [*extra.get("parameters", ()), _KEY], "responses": answered}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that may answer with problems of these statuses."""
+    """Return `responses` of a route that may answer with problems of these statuses."""
     return _refusals(statuses, "application/problem+json", answer_schemas.ProblemOut)
 
 
 def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route below /v1, which answers with problems in OpenAI's form."""
+    """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
     return _refusals(statuses, "application/json", answer_schemas.OpenAIProblem)
 
 
@@ -102,7 +102,7 @@ def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> di
 
 
 def describe(app: FastAPI) -> None:
-    """Adds the schemas of the bodies, and the header that names the tenant, to the app's document."""
+    """Add the schemas of the bodies, the common problems and the X-Tenant header to the app's document."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -145,7 +145,7 @@ _REPLAYED = {
 
 
 def _add_problems(responses: dict[str, Any], openai: bool) -> None:
-    """What any path may be refused with, and problems where FastAPI thinks of its own form of a 422."""
+    """Add the problems that any path may answer with, and replace FastAPI's own form of a 422."""
     form = openai_problems if openai else problems
     for status, response in form(*_ANYWHERE).items():
         if str(status) == "422" or str(status) not in responses:
@@ -153,7 +153,7 @@ def _add_problems(responses: dict[str, Any], openai: bool) -> None:
 
 
 def _plain_properties(model: type[BaseModel], left_out: str) -> dict[str, Any]:
-    """What a form field or a query parameter can say: all but that one, and what is an object itself."""
+    """Return the properties that fit a form field or query parameter: no objects, and not `left_out`."""
     properties: dict[str, Any] = model.model_json_schema()["properties"]
     return {
         name: schema for name, schema in properties.items() if name != left_out and "$ref" not in str(schema)

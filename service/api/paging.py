@@ -1,4 +1,4 @@
-"""Pages of lists: behind what they begin, and how long they are."""
+"""Pagination of lists: the cursor and the page size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.errors import Problem
 
 
 async def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
-    """Behind what a page begins. Raises a 422 Problem for what no answer gave out."""
+    """Return the item after which the page begins. Raises a 422 Problem for an invalid cursor."""
     return None if cursor is None else _last_of(cursor)
 
 
@@ -20,7 +20,7 @@ def _last_of(cursor: str) -> str:
         last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
     except ValueError:
         last = "\0"
-    # No page ends with a NUL, and PostgreSQL takes none.
+    # No valid cursor contains a NUL, and PostgreSQL rejects it.
     if "\0" in last:
         raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.")
     return last

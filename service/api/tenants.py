@@ -1,4 +1,4 @@
-"""The routes by which tenants and their keys are made, seen and ended."""
+"""The routes for tenants, their quotas and their keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from service.payloads.tenants import (
 
 
 def add_tenants(api: FastAPI, tenants: Tenants, eraser: Eraser, bodies: RequestReader) -> None:
-    """Tenants and keys."""
+    """Add the routes for tenants, quotas and keys."""
 
     @api.post(
         "/tenants",

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments; those of commands are of this class, too."""
+    """Reports invalid arguments in one line. Subcommands use the same class."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2."""
+        """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the process's exit status."""
-    # What a command writes, its user alone may read.
+    """Run the command and return the exit status."""
+    # Files that a command writes are readable by their owner only.
     os.umask(0o077)
     parser = Parser(prog="topwork", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from service.settings import set_serving_environment
 
-    # Before any library is imported that reads it.
+    # Libraries read these variables when they are imported.
     set_serving_environment()
     try:
         match options.command:
@@ -79,8 +79,8 @@ def _port(value: str) -> int:
 
 
 def _serve(host: str, port: int | None) -> int:
-    # One process, with BentoML's application in it: the supervisor of `bentoml serve` would cost two more
-    # seconds of imports before its worker begins, and would hide that a worker cannot start.
+    # BentoML's application runs in this process: the supervisor of `bentoml serve` would add two seconds of
+    # imports before its worker starts, and would hide that a worker cannot start.
     from service.settings import Settings, bind_port
 
     settings = Settings()
@@ -96,14 +96,14 @@ def _serve(host: str, port: int | None) -> int:
             application(),
             log_config=None,
             server_header=False,
-            # Nothing here asks where a request comes from.
+            # The service never uses the client's address.
             proxy_headers=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=settings.drain_timeout,
         )
     )
     threading.Thread(target=_announce, args=(_url(listener), server), daemon=True).start()
-    # uvicorn raises the signal again once it has drained: without this the status would be that of a kill.
+    # uvicorn raises the signal again after draining; unhandled, it would set the exit status of a kill.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
@@ -131,16 +131,15 @@ def _work() -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket: the service reads from it whether it can be reached from elsewhere."""
+    """Return a listening socket, from which the service also learns whether other machines can reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     listener.set_inheritable(False)
-    # Connections inherit it. asyncio sets it only where the socket names its protocol, which create_server's
-    # does not, and without it every other answer waits 40 ms: its body is held back for the acknowledgement
-    # of its head.
+    # Connections inherit this option. asyncio sets it only on sockets that name their protocol, unlike those
+    # of create_server. Without it every other answer waits 40 ms: its body is held back for the head's ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -152,7 +151,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _announce(url: str, server: uvicorn.Server) -> None:
-    """Prints the address once the service says that it is ready."""
+    """Print the address once the service is ready."""
     while not server.should_exit:
         try:
             with urllib.request.urlopen(f"{url}/readyz", timeout=600):

@@ -16,7 +16,7 @@ COMMANDS = ("plan",)
 
 
 def add_commands(commands: Any) -> None:
-    """Adds it to the command line."""
+    """Add `plan` to the command line."""
     plan = commands.add_parser("plan", help="show how backbones run here, a line of JSON each")
     plan.add_argument("backbone", nargs="*", help="names (default: those of TOPWORK_BACKBONES)")
     plan.add_argument(
@@ -25,11 +25,11 @@ def add_commands(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Does what was asked for; the exit status. Raises our own errors, which say what is wrong."""
+    """Run the command and return the exit status. Raises our own errors, which say what is wrong."""
     from models.priority import NICENESS
     from service.settings import Settings, serving_environment
 
-    # Before numpy is imported, whose threads keep the priority that they begin with.
+    # numpy must be imported after this, because its threads keep the priority that they start with.
     for name, value in serving_environment().items():
         os.environ.setdefault(name, value)
     if options.measure:

@@ -21,7 +21,7 @@ COMMANDS = ("backup", "restore", "doctor", "migrate")
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the four to the command line."""
+    """Add the four commands to the command line."""
     backup = commands.add_parser("backup", help="write database and artifacts into a folder")
     backup.add_argument("folder", type=Path, help="gets a new folder for this backup")
     restore = commands.add_parser("restore", help="put a backup in the place of database and artifacts")
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Does what was asked for; the exit status. Raises our own errors, which say what is wrong."""
+    """Run the command and return the exit status. Raises our own errors, which say what is wrong."""
     from service.settings import Settings
 
     settings = Settings()
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
-    """The database with this release's tables, and its store."""
+    """Yield the database, which must have this release's tables, and its store."""
     from adapters.registry.database import Database
     from adapters.registry.identity import Identity
     from adapters.storage.open import open_store
@@ -122,7 +122,7 @@ def _report(restored: Restored) -> dict[str, Any]:
             "examples": again.examples,
             "jobs": again.jobs,
         },
-        # Their live version had learned from what was erased: adapt again, or promote an older one.
+        # Adapters whose live version was fitted on erased data: adapt again, or promote an older version.
         "without_live_version": [
             {"tenant": tenant, "adapter": name} for tenant, name in sorted(again.without_live)
         ],

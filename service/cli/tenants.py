@@ -21,13 +21,13 @@ _LONGEST = 3_650 * _DAY
 
 
 class BadArgument(ValueError):
-    """An argument of the command line that cannot be used; the message says why."""
+    """A command-line argument cannot be used; the message says why."""
 
     code = "bad_argument"
 
 
 def add_commands(commands: Any) -> None:
-    """Adds both to the command line."""
+    """Add `tenants` and `keys` to the command line."""
     tenants = commands.add_parser("tenants", help="make and list tenants").add_subparsers(
         dest="action", required=True
     )
@@ -63,8 +63,8 @@ def add_commands(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Does what was asked for. Raises RegistryError, BadArgument."""
-    # Here, for `topwork serve` sets the environment before any of it is imported.
+    """Run the command and return the exit status. Raises RegistryError, BadArgument."""
+    # These imports are late because `topwork serve` must set the environment first.
     from adapters.registry.registry import Registry
     from service.settings import Settings
 
@@ -110,7 +110,7 @@ def _lines(registry: Registry, settings: Settings, options: argparse.Namespace) 
 
 
 def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
-    """Erases the tenant here; services that run hear of it within a second."""
+    """Erase the tenant in database and store; running services notice within a second."""
     from adapters.adaptation.erasure import ErasureSweeper
     from adapters.storage.open import open_store
 

@@ -1,1 +1,1 @@
-"""What every request passes before its route: who asks, how much, how long, and what is recorded."""
+"""The ASGI layers around the routes: authentication, limits, deadlines, and the access and audit logs."""

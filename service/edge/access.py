@@ -1,4 +1,4 @@
-"""What each route asks of its callers: declared on the route, and found by the application's own routing."""
+"""Access rules: declared on each endpoint and looked up with the application's own routing."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 Need = Literal["nothing", "key", "predict", "adapt", "admin", "operator"]
-"""From the least to the most: no key, any key, a key with that scope, the admin key of the service."""
+"""Least to most: no key, any key, a key with that scope (predict, adapt, admin), the service's admin key."""
 
 _NEEDS: tuple[Need, ...] = get_args(Need)
 
-# To try the routes takes 5 to 100 µs. What is found of usual paths is remembered, that of the last ones.
-_REMEMBERED = 1_024
-_USUAL_PATH = 128
+# Matching a path against the routes takes 5 to 100 µs, so recent results are cached.
+_REMEMBERED = 1_024  # results in the LRU cache
+_USUAL_PATH = 128  # characters; only shorter paths are cached
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a route declares of itself."""
+    """The access rule of a route."""
 
     need: Need
-    bulk: bool = False  # its body may be a bulk upload
-    direct: bool = False  # its endpoint is called without FastAPI
+    bulk: bool = False  # the body may be a bulk upload
+    direct: bool = False  # the endpoint is called without FastAPI
 
     @property
     def is_about_tenants(self) -> bool:
-        """Whether it makes, changes or ends tenants and keys: the end of a tenant does not break it off."""
+        """Whether the route manages tenants or keys; erasing a tenant does not abort its requests."""
         return self.need in ("admin", "operator")
 
     def may_change(self, method: str) -> bool:
-        """Whether a request with that method changes something; what is only asked does not."""
+        """Whether a request with this method may change data; predictions never do."""
         return method in _WRITES and self.need != "predict"
 
 
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
-# A route that declares nothing is closed to tenants' keys.
+# A route without a declaration is closed to tenants' keys.
 UNDECLARED = Access("operator")
-# A path that no route has. Only a caller with a key is told so.
+# An unknown path needs a key, so that only callers with a key learn that it does not exist.
 NO_ROUTE = Access("key")
 
 
 def needs(need: Need, *, bulk: bool = False, direct: bool = False) -> Callable[[Endpoint], Endpoint]:
-    """Declare on an endpoint, below its route, what it needs of a caller."""
+    """Declare an endpoint's access rule; the decorator goes below the one of the route."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
         endpoint.access = Access(need, bulk, direct)  # type: ignore[attr-defined]
@@ -59,24 +59,24 @@ def needs(need: Need, *, bulk: bool = False, direct: bool = False) -> Callable[[
 
 
 def access_of(endpoint: Any) -> Access:
-    """What the endpoint declares; UNDECLARED where it does not."""
+    """Return the access rule that the endpoint declares, or UNDECLARED."""
     found = getattr(endpoint, "access", UNDECLARED)
     return found if isinstance(found, Access) else UNDECLARED
 
 
 class Doors:
-    """The routes of an application, as its router tries them."""
+    """The routes of an application, matched in the order in which its router tries them."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
-        """routes: none is added later."""
+        """`routes`: all routes of the application; results are cached, so none may be added later."""
         self._routes = routes
         self._remembered = lru_cache(_REMEMBERED)(self._find)
 
     def find(self, scope: Scope) -> tuple[BaseRoute | None, Access]:
-        """The route that answers the request, None where none does, and what it needs.
+        """Return the route that answers the request, or None, and its access rule.
 
-        HEAD asks for what GET gives. A path that is there without the method needs the most that any of its
-        routes needs, so nothing opens if the method is read in another way later.
+        HEAD is looked up as GET. A path that exists without this method gets the strictest rule of its
+        routes, so that no access is opened if the method is interpreted differently later.
         """
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         find = self._remembered if len(scope["path"]) < _USUAL_PATH else self._find

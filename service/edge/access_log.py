@@ -1,4 +1,4 @@
-"""The access log: a line for each request, written a moment later and together with others."""
+"""The access log: one line per request, written in batches shortly after the answer."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from urllib.parse import quote
 
 _logger = logging.getLogger("topwork.access")
 
-# To write a line takes as long as to answer a tenth of a short text, while its caller asks again.
-_LATE_SECONDS = 0.1
-_LOGGED_PATH = 200
+# Writing a line at once would delay the caller's next request by a tenth of the time a short text takes.
+_LATE_SECONDS = 0.1  # seconds; the longest delay of a line
+_LOGGED_PATH = 200  # characters; longer paths are cut
 _EXAMPLES = "/examples/"
 _PRINTED = "/:@!$&'()*+,;="
 
 
 class AccessLog:
-    """Lines written within a tenth of a second, each with the time of its request. For one event loop."""
+    """Writes each line within 0.1 s, under the time at which it was added. For one event loop."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[float, str, str, int, float, str]] = []
         self._due: asyncio.TimerHandle | None = None
 
     def add(self, method: str, path: str, status: int, seconds: float, request_id: str) -> None:
-        """One request, which has just been answered."""
+        """Add a request that has just been answered."""
         self._lines.append((time.time(), method, path, status, seconds, request_id))
         if self._due is None:
             self._due = asyncio.get_running_loop().call_later(_LATE_SECONDS, self.write)
 
     def write(self) -> None:
-        """All that was added and is not written yet."""
+        """Write all pending lines."""
         if self._due is not None:
             self._due.cancel()
             self._due = None
@@ -47,6 +47,6 @@ class AccessLog:
 
 
 def logged(path: str) -> str:
-    """The path as it is logged: in printable ASCII, and without an example's id, which logs would keep."""
+    """Return the path as logged: printable ASCII, without an example's id, which must not stay in logs."""
     kept, examples, _ = path.partition(_EXAMPLES)
     return quote((kept + examples)[:_LOGGED_PATH], safe=_PRINTED)

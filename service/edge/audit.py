@@ -1,4 +1,4 @@
-"""The audit log: a line for each request that changes something, or tries to."""
+"""The audit log: one line for each request that changes data or tries to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from service.edge.rate_limits import TokenBucket
 
 _logger = logging.getLogger("topwork.audit")
 
-# Lines of refusals for each key, and for all requests without a known key together: a flood of them must not
-# fill a disk.
-REFUSALS_AT_ONCE = 100
+# Lines about refused requests are rate-limited, so that a flood of them cannot fill the disk. Each key has
+# its own limit; all requests without a known key share one.
+REFUSALS_AT_ONCE = 100  # burst, in lines
 _REFUSALS_PER_SECOND = 1.0
-_TOLD_AFTER = 60.0  # seconds from the first line that is left out to the one that counts them
-_MOST_KEYS = 10_000
+_TOLD_AFTER = 60.0  # seconds from the first omitted line to the line that counts the omitted ones
+_MOST_KEYS = 10_000  # keys with a limit in memory; the least recently used goes first
 
 
 class Audit:
-    """Writes the lines. For one event loop."""
+    """Writes the audit log. For one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,7 +34,7 @@ class Audit:
     def add(
         self, method: str, path: str, status: int, *, tenant: str, key: str, request_id: str, refused: bool
     ) -> None:
-        """One request. key: the id of its key, or a word. refused: it never came as far as its route."""
+        """Add a request. `key`: the id of its key, or a word. `refused`: it did not reach its route."""
         if refused and not self._has_room(key):
             self._left_out[key] += 1
             if self._due is None:
@@ -44,7 +44,7 @@ class Audit:
         _logger.info("%s %s %d tenant=%s key=%s %s", method, logged(path), status, who, key, request_id)
 
     def write(self) -> None:
-        """Say how many lines were left out since this was said last."""
+        """Log how many lines were omitted since the last call, by key."""
         if self._due is not None:
             self._due.cancel()
             self._due = None

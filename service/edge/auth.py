@@ -1,4 +1,4 @@
-"""Who may call: with the admin key, with a tenant's, or from this machine. And which tenant a call is for."""
+"""Authentication by admin key, tenant key or loopback address, and the tenant that a request is for."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from service.edge.access import Access
 from service.edge.rate_limits import Meter, RateLimiter
 from service.errors import Problem
 
-# What a browser on this machine calls the service. Names that only resolve to it are not among them.
+# The Host headers accepted without an admin key. Other names that resolve to this machine do not match.
 _LOCAL_HOST = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 _OWN_PAGES = (None, b"same-origin", b"none")
 
 Headers = Mapping[bytes, bytes]
-"""As in ASGI: lower-case names, the last of each."""
+"""Header values by lower-case name, as in ASGI; of a repeated header, the last value."""
 
 NEEDS_KEY = (
     "The service would listen on {address}, where others can reach it. Set TOPWORK_ADMIN_KEY "
@@ -37,17 +37,16 @@ NEEDS_KEY = (
 
 
 class KeyMissing(RuntimeError):
-    """The service listens beyond this machine and has no key to ask for."""
+    """The service would listen on a non-loopback address without an admin key."""
 
     code = "key_missing"
 
 
 def listening_addresses() -> tuple[str, ...]:
-    """The addresses of the sockets on which this process listens, as BentoML or the command line handed
-    them over.
+    """Return the addresses of the listening sockets that BentoML or the command line handed to this process.
 
-    Whoever starts the service, it inherits its socket already listening, so this needs no option to be
-    repeated and cannot disagree with the truth.
+    The sockets are inherited in listening state, so they give the actual addresses and no option has to
+    repeat them.
     """
     found = set()
     for entry in Path("/dev/fd").iterdir():
@@ -64,7 +63,7 @@ def listening_addresses() -> tuple[str, ...]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address, or localhost, is reachable from this machine only."""
+    """Whether an IP address or "localhost" is reachable from this machine only."""
     if address == "localhost":
         return True
     try:
@@ -75,48 +74,47 @@ def is_loopback(address: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls. tenant: whose key it is, None for the operator, who may name any. meter: of its quotas. key:
-    its id, or a word for who has none.
-    """
+    """The authenticated sender of a request."""
 
-    tenant: str | None
+    tenant: str | None  # owner of the tenant's key, else None; the operator may act for any tenant
     scopes: frozenset[Scope]
-    key: str
-    meter: Meter | None = None
+    key: str  # id of the tenant's key, else a word such as "operator"
+    meter: Meter | None = None  # the tenant's quota usage; None without quotas
 
     def use(self, what: str, amount: float) -> None:
-        """Counts items or bytes against the tenant's quotas."""
+        """Count items or bytes against the tenant's quotas."""
         if self.meter is not None:
             self.meter.take(what, amount)
 
 
 OPERATOR = Caller(None, frozenset(get_args(Scope)), "operator")
-# Whoever can reach a service that asks for no key.
+# Every caller of a service without an admin key.
 LOCAL = Caller(None, frozenset(get_args(Scope)), "none")
+# A caller of a route that needs no key.
 NOBODY = Caller(None, frozenset(), "none")
-# Who was refused before it was known whose key it is.
+# A caller that was refused before its key was identified.
 STRANGER = Caller(None, frozenset(), "unknown")
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Whether a request may pass."""
+    """The result of authentication: the request may pass unless it has a refusal."""
 
-    caller: Caller  # as far as it is known
+    caller: Caller  # STRANGER if the key was not identified
     refusal: Exception | None = None
 
 
 async def _no_keys(key_id: str) -> HeldKey | None:
-    """There are no tenants' keys."""
+    """Find no key: the default without tenants' keys."""
     return None
 
 
 class Authenticator:
-    """Decides whether a request may pass, and as whom.
+    """Decides whether a request may pass, and who its caller is.
 
-    With an admin key, everybody needs that or a tenant's. Without one only on loopback addresses: every
-    caller is the operator then, but never a web page of somebody else's: its Origin is refused, and a name
-    that was made to point at this machine is not its Host.
+    With an admin key, every caller needs that key or a tenant's. Without one, the service must listen on
+    loopback only and every caller is the operator. Pages of other origins are still refused, by their Origin
+    header, and so is a foreign Host, against DNS rebinding.
     """
 
     def __init__(
@@ -125,10 +123,9 @@ class Authenticator:
         addresses: Iterable[str],
         find: Callable[[str], Awaitable[HeldKey | None]] = _no_keys,
     ) -> None:
-        """find(id) gives a tenant's key while it is in use.
+        """`find`: returns the tenant's key with an id, or None if it is not in use.
 
-        Raises KeyMissing without an admin key unless every address is loopback; no known address counts as
-        foreign.
+        Raises KeyMissing without an admin key unless every address is loopback and there is at least one.
         """
         foreign = sorted(
             address for address in (list(addresses) or ["an unknown address"]) if not is_loopback(address)
@@ -140,7 +137,7 @@ class Authenticator:
         self._meters = RateLimiter()
 
     async def admit(self, access: Access, method: str, headers: Headers) -> Admission:
-        """Who the request is from, and its refusal. access: what its route needs."""
+        """Authenticate a request and check it against the access rule of its route."""
         if self._key is None:
             return Admission(LOCAL, _foreign_host(headers) or _foreign_page(access, method, headers))
         if access.need == "nothing":
@@ -158,7 +155,7 @@ class Authenticator:
         return Admission(STRANGER, _unauthorized()) if key is None else self._as_tenant(key, access, headers)
 
     async def check(self, caller: Caller) -> Problem | None:
-        """The refusal of one who was let in, and would not be by now."""
+        """Return the refusal of an admitted caller whose key is no longer in use, else None."""
         if caller.tenant is None:
             return None
         with suppress(RegistryUnavailable):
@@ -167,7 +164,10 @@ class Authenticator:
         return None
 
     async def _key_of(self, given: bytes) -> HeldKey | None:
-        """The tenant's key that was sent. Raises RegistryUnavailable for one that was not read before."""
+        """Return the tenant's key that was sent, or None.
+
+        Raises RegistryUnavailable if the key is not cached and the database does not answer.
+        """
         parts = split_key(given.decode("latin-1"))
         key = await self._find(parts[0]) if parts else None
         return key if parts is not None and key is not None and key.opens_with(parts[1]) else None
@@ -188,7 +188,7 @@ class Authenticator:
 
 
 def _missing(access: Access, key: HeldKey) -> Problem | None:
-    """The refusal of a tenant's key that does not open what the route needs."""
+    """Return the refusal of a tenant's key without the scope that the route needs."""
     if access.need == "operator":
         return Problem(403, "operator_only", "This needs the admin key of the service.")
     if access.need in ("nothing", "key") or access.need in key.scopes:
@@ -218,9 +218,9 @@ def _foreign_host(headers: Headers) -> Problem | None:
 
 
 def _foreign_page(access: Access, method: str, headers: Headers) -> Problem | None:
-    """The refusal of what a browser sends for a page of another origin, another local port's included.
+    """Return the refusal of a browser request from a page of another origin, another local port included.
 
-    A link that leads to an open document is followed: no page can read what another window shows.
+    Following a link to a public document is allowed: the page with the link cannot read that document.
     """
     origin = headers.get(b"origin")
     own = origin is None or _without_port_80(origin) == b"http://" + _without_port_80(headers[b"host"])
@@ -250,26 +250,26 @@ def is_local_host(host: str) -> bool:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who the edge found the request to be from."""
+    """Return the caller that the edge identified."""
     caller: Caller = request.scope["state"]["caller"]
     return caller
 
 
 def count_items(request: Request, count: int) -> None:
-    """Counts what the request asks for against its caller's quotas."""
+    """Count the items of the request against its caller's quotas."""
     caller_of(request).use("items", count)
     request.scope["state"]["items"] = count
 
 
 def in_vain(request: Request) -> None:
-    """Notes that the request has no good item: it counts as refused, whatever its status."""
+    """Mark a request without any valid item: Pace counts it as refused, whatever its status."""
     request.scope["state"]["in_vain"] = True
 
 
 async def tenant_of(request: Request) -> str:
-    """The tenant of the key; of the operator the one named by the X-Tenant header, "default" without one.
+    """Return the tenant of the key; for the operator, the tenant in X-Tenant, or "default" without it.
 
-    Raises a 422 Problem for an impossible name. Async, or FastAPI would run it in a thread.
+    Raises a 422 Problem for an invalid name. Async because FastAPI would run it in a thread otherwise.
     """
     own = caller_of(request).tenant
     if own is not None:
@@ -285,9 +285,9 @@ async def tenant_of(request: Request) -> str:
 
 
 async def named_tenant(request: Request, tenant: str) -> str:
-    """The tenant in the path. To another tenant's key it is one that does not exist.
+    """Return the tenant in the path.
 
-    Raises UnknownTenant.
+    Raises UnknownTenant for an invalid name and for a key of another tenant, which must not learn more.
     """
     own = caller_of(request).tenant
     if not is_tenant(tenant) or own not in (None, tenant):

@@ -1,4 +1,4 @@
-"""A request's channel: counts its body, notes the status, and stops the work when nobody waits for it."""
+"""The channels between a request and its route: body limits, status, deadlines and hang-ups."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from service.edge.pace import Pace
 
-# What an upload must come at, over all of it.
+# Lowest average rate of an upload, beyond the request timeout.
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
-# For so much of the request timeout nothing may come, while somebody waits for it.
+# Longest wait for the next bytes of an upload, as a share of the request timeout.
 _SILENT = 0.25
 
 
 class RequestChannel:
-    """One request's channel: counts its body, notes the status, stops the work when the caller hangs up."""
+    """Counts the body of one request, records its status, and cancels its work when the caller hangs up."""
 
     TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
@@ -42,14 +42,14 @@ class RequestChannel:
         self._bodies = bodies
         self._state = scope["state"]
         self.bytes = 0
-        # Whose pace a large body is read at, if at any; and what was set aside for it.
+        # The pace and the tenant that a large body waits for, and the milliseconds that Pace.wait reserved.
         self._pace: tuple[Pace, str] | None = None
         self._reserved = 0.0
-        # When it has taken too long, on time.monotonic.
+        # Deadline by time.monotonic().
         self.until = math.inf
         self._body_read = False
         self._has_gone = False
-        # Whoever waits for the caller to hang up; few do.
+        # Set when the caller hangs up; created only for the few requests that wait for that.
         self._gone: asyncio.Event | None = None
         self._work: asyncio.Task[None] | None = None
         self._when_gone: set[Callable[[], None]] | None = None
@@ -58,20 +58,21 @@ class RequestChannel:
         self._cancelled = False
 
     def pace_by(self, pace: Pace, tenant: str) -> None:
-        """Has the body, unless it is small, wait until those of the tenant before it are made up for."""
+        """Make a body of more than SMALL_BYTES wait while the tenant is over its share of the event loop."""
         self._pace = pace, tenant
 
     def refusal(self, error: Exception) -> Response | None:
-        """What to answer instead of what failed; None where an answer has begun."""
+        """Return the response to an error; None if an answer has begun."""
         return self.respond(error) if self.status is None else None
 
     def respond(self, error: Exception) -> Response:
-        """The response for any exception, in the form that the path has."""
+        """Return the response to any exception, in the error format of the path."""
         return respond(error, self.request_id, openai=self._openai)
 
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
-        """Runs the application, for at most so many seconds if somebody looks at `until`; cancels it once the
-        caller has gone, for nobody will read the answer.
+        """Run the application; cancel it if the caller hangs up before the answer has begun.
+
+        The deadline `until` is `seconds` from now. The gateway checks it; this method does not.
         """
         self.until = time.monotonic() + seconds
         self._work = asyncio.current_task()
@@ -85,7 +86,7 @@ class RequestChannel:
             if not self._cancelled or self._work is None or self._work.uncancel():
                 raise
         finally:
-            # What comes after it is not broken off.
+            # Only the application may be cancelled, not what runs after it.
             self._work = None
             self.until = math.inf
 
@@ -95,7 +96,7 @@ class RequestChannel:
         self._hung_up()
 
     def end(self, why: Exception) -> None:
-        """Breaks off the work; an answer that has begun stays unfinished. The first reason counts."""
+        """Cancel the work; an answer that has begun stays incomplete. Only the first reason counts."""
         if self._work is not None and not self._cancelled:
             self.ended = why
             self._cancel(self._work)
@@ -127,7 +128,7 @@ class RequestChannel:
         before, self.bytes = self.bytes, self._bodies.take(self.bytes, len(body))
         if self._pace is not None and before <= SMALL_BYTES < self.bytes:
             pace, tenant = self._pace
-            # One that is refused here, or hangs up, has cost nothing by now.
+            # A request that is refused or hangs up while it waits has cost nothing, so close() skips it.
             self._pace = None
             self._reserved = await pace.wait(tenant)
             self._pace = pace, tenant
@@ -149,7 +150,7 @@ class RequestChannel:
         await self._send(message)
 
     def close(self) -> None:
-        """Ends the watch for the caller's hanging up; the body counts no more."""
+        """Stop watching for a hang-up, release the body's bytes and settle the tenant's pace."""
         self._bodies.give_back(self.bytes)
         if self._pace is not None and self.bytes > SMALL_BYTES:
             pace, tenant = self._pace
@@ -163,7 +164,7 @@ class RequestChannel:
 
 
 class UploadChannel(RequestChannel):
-    """A bulk upload's channel. It gets time for what it has sent, and may not fall silent."""
+    """The channel of a bulk upload: each byte received extends its deadline, and silence ends it."""
 
     TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
 
@@ -185,14 +186,14 @@ class UploadChannel(RequestChannel):
             raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
         since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
         if not message.get("more_body", False):
-            # What is left to do has the time of any request.
+            # Work after the last byte gets the full request timeout.
             since = time.monotonic()
         self.until = since + self._seconds
         return message
 
 
 class BodyBudget:
-    """Counts the bytes of request bodies, of each and of all that are being answered."""
+    """Limits the bytes of one request body, and of all bodies whose requests are in progress."""
 
     def __init__(self, max_one: int, max_all: float) -> None:
         self._max_one = max_one
@@ -200,7 +201,7 @@ class BodyBudget:
         self._held = 0
 
     def refuse_declared(self, headers: dict[bytes, bytes]) -> Problem | None:
-        """The refusal of a body whose announced length is too large, before a byte of it is read."""
+        """Return the refusal of a body whose Content-Length is too large or invalid, before it is read."""
         try:
             length = int(headers.get(b"content-length", b"0"))
         except ValueError:
@@ -208,7 +209,10 @@ class BodyBudget:
         return self._too_large() if length > self._max_one else None
 
     def take(self, before: int, more: int) -> int:
-        """Bytes of the body so far. Raises a 413 Problem for this body, a 429 one for all bodies together."""
+        """Count `more` bytes of a body that has `before`, and return the sum.
+
+        Raises a 413 Problem if this body is too large, a 429 one if all bodies together are.
+        """
         if before + more > self._max_one:
             raise self._too_large()
         if self._held + more > self._max_all:
@@ -222,7 +226,7 @@ class BodyBudget:
         return before + more
 
     def give_back(self, taken: int) -> None:
-        """The request is answered."""
+        """Release the bytes of an answered request."""
         self._held -= taken
 
     def _too_large(self) -> Problem:

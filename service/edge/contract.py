@@ -1,4 +1,4 @@
-"""What holds for every route alike: HEAD wherever GET is, OPTIONS, no unknown query parameter."""
+"""Rules common to all routes: HEAD wherever there is GET, OPTIONS, no unknown query parameters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.payloads.validation import refuse_parameters
 
-# Callers ask the same of one input after the other.
-_SHORT_QUERY = 256
+# Callers send many inputs with the same query string, so parsed ones are cached.
+_SHORT_QUERY = 256  # bytes; longer query strings are not cached
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Of one route: where it is, its methods, and the names of its query parameters."""
+    """The path, the methods and the query parameters of one route."""
 
     path: re.Pattern[str]
     methods: frozenset[str]
@@ -33,15 +33,15 @@ class Rule:
 
 
 class Contract:
-    """An ASGI application in front of others, with the rules of their routes. The edge has found the route.
+    """ASGI middleware that applies the rules of the routes. The edge must have put the route into the scope.
 
-    HEAD is answered as GET would be, up to the end of the headers. OPTIONS, and a method that a path does not
-    have, are answered with `Allow`. A query parameter that the route does not have is refused with its name.
+    HEAD gets the status and headers of GET. OPTIONS, and a method that a path does not have, are answered
+    with `Allow`. A query parameter that the route does not have is refused by name.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
-        # Routes compare by what they hold, so they have no hash.
+        # Routes compare by value and are not hashable, so the key is their id.
         self._rules = {id(route): rule_of(route) for route in routes if isinstance(route, Route)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +61,7 @@ class Contract:
         await Response(status_code=204, headers=headers)(scope, receive, send)
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ends the answer to GET behind its headers, even one that would go on for minutes."""
+        """Answer as GET up to the end of the headers, then cancel it, even if it would stream for minutes."""
         asked = {**scope, "method": "GET"}
         answered = asyncio.Event()
 
@@ -85,7 +85,7 @@ class Contract:
 
 
 def rule_of(route: Route | APIRoute) -> Rule:
-    """The rule of a route: its query parameters are those that its document has."""
+    """Return the rule of a route, with the query parameters that its OpenAPI document lists."""
     extra = getattr(route, "openapi_extra", None) or {}
     parameters = {one["name"] for one in extra.get("parameters", ()) if one["in"] == "query"}
     if isinstance(route, APIRoute):
@@ -95,7 +95,7 @@ def rule_of(route: Route | APIRoute) -> Rule:
 
 
 def allowed(rules: Iterable[Rule]) -> list[str]:
-    """The methods that a path with these rules has."""
+    """Return the methods of a path with these rules, sorted, with OPTIONS, and HEAD if there is GET."""
     methods = {"OPTIONS"}.union(*(rule.methods for rule in rules))
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 

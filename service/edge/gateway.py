@@ -1,4 +1,4 @@
-"""What every request passes through around the routes: id, guard, limits, deadline, metrics, log."""
+"""The ASGI application around the routes: request ids, admission, limits, deadlines, metrics and logs."""
 
 from __future__ import annotations
 
@@ -44,19 +44,17 @@ BULK: Mapping[str, Form] = {
 }
 """The form of a bulk upload by its media type."""
 
-# Each has one part of adapters/jobs/submission.py in memory, whatever its pace.
+# Open bulk uploads; each holds one part (see adapters/jobs/submission.py) in memory, however slow it is.
 UPLOADS = 48
 UPLOADS_OF_A_TENANT = 2
-UPLOAD_PATIENCE = 3.0  # seconds that an upload waits for a place
-# Between looks for keys of requests under way that are in use no more.
-_LOOK_SECONDS = 1.0
-# Between looks for requests past their deadlines, which end so much late: a share of what each may take, and
-# at most. A timer for each request would be set and taken back for nothing.
+UPLOAD_PATIENCE = 3.0  # seconds that an upload waits for a slot
+_LOOK_SECONDS = 1.0  # between checks that the keys of running requests are still in use
+# Deadlines are checked periodically, since a timer for each request costs more and rarely fires. So a request
+# may end late, by a share of its timeout and at most by _LATE_SECONDS.
 _LATE_SHARE = 0.1
 _LATE_SECONDS = 0.25
 
-# Headers that mean one thing. Of two, one part of what reads the request might heed the first, and another
-# the last.
+# Headers that may occur once only: of two values, one component might use the first and another the last.
 _ONCE = frozenset(
     {
         b"host",
@@ -74,17 +72,17 @@ _ONCE = frozenset(
 )
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Patterns of routes end before a final newline too, and no name in a path may have any of these.
+# Route patterns also match before a final newline, and no name in a path may contain control characters.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 Observer = Callable[[str, "str | None", int, float], None]
-"""Is told of each request: method, route where one matched, status, seconds."""
-_CLIENT_GONE = 499  # nginx's number: nobody is there to read a status
+"""Called for each request with its method, its route template (None without a match), status and seconds."""
+_CLIENT_GONE = 499  # nginx's status for a caller that hung up; recorded, never sent
 
 
 class ConcurrencyLimit:
-    """What may be open at once, of all tenants and of one. For one event loop.
+    """Limits what may be open at once, in all and per tenant. For one event loop.
 
-    Once half of all are taken, a tenant that has one gets no more.
+    Once half of all slots are taken, a tenant that has one gets no more.
     """
 
     def __init__(self, what: str, most: int, most_of_a_tenant: int) -> None:
@@ -96,7 +94,7 @@ class ConcurrencyLimit:
 
     @contextmanager
     def take(self, tenant: str) -> Iterator[None]:
-        """Holds one meanwhile. Raises a 429 Problem where there is none left."""
+        """Hold a slot for the block. Raises a 429 Problem if none is free."""
         if not self._has_room(tenant):
             raise Problem(
                 429,
@@ -115,7 +113,7 @@ class ConcurrencyLimit:
 
     @asynccontextmanager
     async def wait(self, tenant: str, seconds: float) -> AsyncIterator[None]:
-        """Holds one meanwhile, once there is one. Raises a 429 Problem if there is none in that time."""
+        """Wait up to `seconds` for a slot and hold it for the block. Raises a 429 Problem if none is free."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._has_room(tenant):
@@ -131,7 +129,7 @@ class ConcurrencyLimit:
 
 
 class Edge:
-    """An ASGI application around the routes. Mounted before the routes exist; until `open` it answers 503."""
+    """ASGI application around the routes. It is mounted before they exist and answers 503 until `open`."""
 
     def __init__(self) -> None:
         self._inner: _Inner | None = None
@@ -145,30 +143,30 @@ class Edge:
         guard: Authenticator,
         observe: Observer,
     ) -> None:
-        """Lets requests through to the application. routes: the application's own. observe: see Observer."""
+        """Let requests through to `app`. `routes`: those of the application itself."""
         self._inner = _Inner(app, Doors(routes), settings, guard, observe)
 
     def close(self) -> None:
-        """Answers 503 from now on."""
+        """Answer 503 from now on; write the pending lines of both logs."""
         if self._inner is not None:
             self._inner.log.write()
             self._inner.audit.write()
         self._inner = None
 
     def end(self, tenant: str, why: Exception) -> None:
-        """Breaks off the tenant's requests, with that for an answer; those about it by the operator go on."""
+        """Cancel the tenant's requests and answer them with `why`; requests that manage tenants go on."""
         if self._inner is not None:
             self._inner.end(tenant, why)
 
     async def watch(self) -> None:
-        """Breaks off what goes on under keys that were revoked or have expired, until it is cancelled."""
+        """Cancel requests whose key was revoked or has expired, in a loop that runs until it is cancelled."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 if self._inner is not None:
                     await self._inner.check_keys()
             except Exception:
-                # Whoever watches must not be the first to fall.
+                # No error may end the watch.
                 logger.exception("keys of requests under way cannot be looked at")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,10 +192,10 @@ class _Inner:
         self._guard = guard
         self._observe = observe
         self._bodies = BodyBudget(settings.max_body_bytes, settings.max_bodies_bytes)
-        # Uploads go through in parts: their bytes are on the way, and not in memory.
+        # Uploads are passed on in parts and never in memory as a whole, so their sum is not limited.
         self._uploads = BodyBudget(settings.max_upload_bytes, math.inf)
         self._pace = Pace()
-        # Whose they are; the operator's, which are about all tenants, are nobody's.
+        # Tenant and caller of each running request; None for requests that manage tenants.
         self._open: dict[RequestChannel, tuple[str, Caller] | None] = {}
         self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
         self._look: asyncio.TimerHandle | None = None
@@ -205,13 +203,12 @@ class _Inner:
         self.audit = Audit()
 
     def end(self, tenant: str, why: Exception) -> None:
-        """See Edge.end."""
         for exchange, whose in list(self._open.items()):
             if whose is not None and whose[0] == tenant:
                 exchange.end(why)
 
     def _end_late(self) -> None:
-        """Breaks off what is past its deadline; looks again as long as there is something."""
+        """Cancel requests past their deadline; schedule the next check while requests are open."""
         now = time.monotonic()
         for exchange in list(self._open):
             if exchange.until <= now:
@@ -225,10 +222,10 @@ class _Inner:
             self._look = asyncio.get_running_loop().call_later(self._pause, self._end_late)
 
     async def check_keys(self) -> None:
-        """Breaks off what goes on under keys that are in use no more."""
+        """Cancel requests whose key is no longer in use."""
         for exchange, whose in list(self._open.items()):
             refusal = None if whose is None else await self._guard.check(whose[1])
-            # It may have been answered meanwhile.
+            # The request may have been answered during the check.
             if refusal is not None and exchange in self._open:
                 exchange.end(refusal)
 
@@ -282,7 +279,7 @@ class _Inner:
                 )
 
     def _find(self, scope: Scope) -> Access:
-        """What the request's route needs; the scope says which it is, if there is one."""
+        """Return the access rule of the request; store it, and the route if one matches, in the scope."""
         route, access = self._doors.find(scope)
         if route is not None:
             scope["route"] = route
@@ -296,14 +293,14 @@ class _Inner:
         return await self._guard.admit(access, scope["method"], headers)
 
     async def _run(self, scope: Scope, exchange: RequestChannel) -> None:
-        """The routes' answer, or a problem: whatever escapes them, or why they were broken off."""
+        """Run the application; answer with a problem if it raises or was cancelled for a reason."""
         try:
             await exchange.answer(self._app, scope, self._settings.request_timeout)
             if exchange.ended is None:
                 return
             answer = exchange.refusal(exchange.ended)
-        # No name for the error outlives this: its traceback holds this frame, which would hold the error, and
-        # only a garbage collection would end that.
+        # No variable may keep the error after this block: its traceback refers to this frame, and only the
+        # garbage collector would free that cycle.
         except Exception as error:
             answer = exchange.refusal(error)
         if answer is not None:
@@ -317,7 +314,7 @@ def _bad_path(scope: Scope) -> Problem | None:
 
 
 def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
-    """The refusal of a request that can be read in more ways than one (RFC 9112, 3.2)."""
+    """Return the refusal of an ambiguous request: no Host, or a repeated header (RFC 9112, 3.2)."""
     if b"host" not in headers and scope.get("http_version", "1.1") == "1.1":
         return Problem(400, "bad_request", "The header Host is missing.")
     if len(headers) == len(scope["headers"]):
@@ -329,7 +326,7 @@ def _doubtful(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
 
 
 def _tenant(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
-    """Who the request is for, or what the operator's header says."""
+    """Return the tenant of the caller's key; for the operator, X-Tenant unchecked; "" for a stranger."""
     if caller.tenant is not None or caller is STRANGER:
         return caller.tenant or ""
     return headers.get(b"x-tenant", b"default").decode("latin-1")

@@ -1,4 +1,4 @@
-"""Keys of tenants as the database had them a moment ago, so that a request reads no database."""
+"""A short-lived cache of tenants' keys, so that requests do not wait for the database."""
 
 from __future__ import annotations
 
@@ -15,32 +15,29 @@ from adapters.registry.tenants import HeldKey
 
 logger = logging.getLogger("topwork")
 
-# A key that is asked for is read again beside the answer after so long, and before it after twice as long:
-# what is revoked opens nothing any more within 5 seconds, in every process.
-_FRESH_SECONDS = 2.0
-_STALE_SECONDS = 4.0
-# So long a database that does not answer is waited for.
-_PATIENCE_SECONDS = 0.5
-_MOST = 10_000
-# Keys that nobody has would otherwise take every thread there is.
+# A revoked key must stop working within 5 seconds in every process.
+_FRESH_SECONDS = 2.0  # older entries are refreshed in the background
+_STALE_SECONDS = 4.0  # older entries are refreshed before they are used
+_PATIENCE_SECONDS = 0.5  # longest wait for the database; after it, an entry is used for _FRESH_SECONDS more
+_MOST = 10_000  # entries
+# Requests with unknown keys could otherwise occupy every thread.
 _READS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """key: None where there is none of that id. Times by time.monotonic(). at: before the reading began.
-    until: when it must be read again before it is used.
-    """
+    """The result of reading one key. Times are by time.monotonic()."""
 
-    key: HeldKey | None
-    at: float
-    until: float
+    key: HeldKey | None  # None if no key has this id
+    at: float  # before the read began
+    until: float  # after this, it is read again before it is used
 
 
 class KeyCache:
-    """For one event loop. find(id) reads one key, in a thread; it may raise RegistryUnavailable.
+    """Caches keys by id. For one event loop.
 
-    While the database does not answer, keys that were read before go on as they were.
+    `find`: reads one key and is called in a thread; it may raise RegistryUnavailable. While the database does
+    not answer, cached keys stay valid.
     """
 
     def __init__(self, find: Callable[[str], HeldKey | None]) -> None:
@@ -51,7 +48,10 @@ class KeyCache:
         self._away = False
 
     async def get(self, key_id: str) -> HeldKey | None:
-        """The key of that id while it is in use. Raises RegistryUnavailable for one that is not known."""
+        """Return the key with this id, or None if it is not in use.
+
+        Raises RegistryUnavailable if the key is not cached and the database does not answer.
+        """
         read = self._known.get(key_id)
         if read is None:
             read = await self._flights.join(key_id, lambda: self._read(key_id))
@@ -64,7 +64,7 @@ class KeyCache:
         return key
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
-        """Forget the keys of a tenant that was erased; an adapter has none."""
+        """Forget the keys of an erased tenant. With `name` an adapter was erased, which has no keys."""
         if name is None:
             for key_id in [
                 key_id for key_id, read in self._known.items() if read.key and read.key.tenant == tenant
@@ -72,12 +72,12 @@ class KeyCache:
                 del self._known[key_id]
 
     async def close(self) -> None:
-        """Waits until nothing of it reads the database."""
+        """Wait until no read of the database is running, and let none begin."""
         for _ in range(_READS_AT_ONCE):
             await self._reading.acquire()
 
     async def _looked_after(self, key_id: str, read: _Read) -> _Read:
-        """What was read, or what is read anew where that is too old."""
+        """Return the entry, refreshed first if it has expired and the database answers in time."""
         now = time.monotonic()
         if now < read.at + _FRESH_SECONDS:
             return read

@@ -1,4 +1,4 @@
-"""Has a tenant wait with large requests while its last ones cost others too much, refused ones above all."""
+"""Delays a tenant's large requests while its recent ones cost the event loop more than the tenant's share."""
 
 from __future__ import annotations
 
@@ -16,52 +16,51 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SMALL_BYTES = 16 << 10
-"""A body of no more costs too little to be waited for."""
+"""Largest body that never waits: it costs too little."""
 
-# Milliseconds of the event loop that a request takes before anything is computed.
+# Time that a request costs the event loop before any computation, in milliseconds.
 _MS_PER_BYTE = 4e-6
 _MS_PER_ITEM = 0.05
-# A tenant's refused requests may take so many milliseconds of each second. Answered ones may take so many
-# times as long, and have no limit while nobody else asks.
+# Time of the event loop that a tenant's refused requests may take, in milliseconds per second. Answered ones
+# may take _ANSWERED times as much, and have no limit while no other tenant sends requests.
 _MS_A_SECOND = 50.0
 _ANSWERED = 4.0
-_ALONE_SECONDS = 1.0
-# For the body of one request. Who would wait for longer is told to come again after that: told at once, he
-# would be back at once.
+_ALONE_SECONDS = 1.0  # without a request of another tenant, until a tenant counts as alone
+# Longest wait of one body, in seconds. A request that needs longer is refused only after this wait: a client
+# that is refused at once comes back at once.
 _LONGEST_WAIT = 10.0
-_MOST_TENANTS = 10_000
+_MOST_TENANTS = 10_000  # tenants with a debt in memory
 
 
 @dataclass(slots=True)
 class _Debt:
     bucket: TokenBucket
-    # The last request took so long. The next one is expected to take as long.
-    usual: float = 0.0
+    usual: float = 0.0  # cost of the last request in ms, taken as an estimate for the next one
 
 
 class Pace:
-    """At what pace each tenant's large requests are let in. For one event loop.
+    """Sets the pace at which each tenant's large requests are read. For one event loop.
 
-    Who asks again and again, whatever Retry-After says, would else keep the loop busy with what it refuses.
+    Clients that ignore Retry-After would otherwise keep the event loop busy with requests that it refuses.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # Least recently used first.
+        # Ordered from least to most recently used.
         self._debts: OrderedDict[str, _Debt] = OrderedDict()
         self._last = self._before = ("", -math.inf)
 
     def seen(self, tenant: str) -> None:
-        """Notes that the tenant has sent a request."""
+        """Record that the tenant has sent a request."""
         if tenant != self._last[0]:
             self._before = self._last
         self._last = (tenant, self._clock())
 
     async def wait(self, tenant: str) -> float:
-        """Until what the tenant's requests have cost by now is made up for.
+        """Wait until the tenant's debt is paid off, and return the milliseconds reserved for this request.
 
-        What is returned counts as spent from now on, and is given back by `settle`. Raises a 429 Problem
-        once that has taken long.
+        They count as spent until `settle` gives them back. If the debt takes longer than _LONGEST_WAIT to pay
+        off, waits that long and raises a 429 Problem.
         """
         debt = self._debts.get(tenant)
         if debt is None or not (seconds := debt.bucket.wait(_MS_A_SECOND, self._clock())):
@@ -74,7 +73,7 @@ class Pace:
                 "The large requests of this tenant take more than its share; wait before the next one.",
                 headers={"Retry-After": str(math.ceil(seconds - _LONGEST_WAIT)), "Connection": "close"},
             )
-        # Those that wait go on one after the other.
+        # The reservation makes waiting requests go on one after another.
         reserved = debt.usual
         debt.bucket.take(reserved)
         try:
@@ -85,7 +84,7 @@ class Pace:
         return reserved
 
     def settle(self, tenant: str, reserved: float, size: int, items: int, *, refused: bool) -> None:
-        """Notes how a request ended that was waited for. size: bytes that were read of it."""
+        """Charge the tenant for a finished request. `reserved`: from `wait`. `size`: bytes of its body."""
         debt = self._debts.get(tenant)
         if debt is not None:
             debt.bucket.take(-reserved)

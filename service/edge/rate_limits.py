@@ -1,4 +1,4 @@
-"""What tenants use by the second, beside what they may."""
+"""Rate limits: what tenants use per second, against their quotas."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from adapters.registry.tenants import Quotas
 from service.errors import Problem
 
-_SAVED_SECONDS = 2.0
-_MOST = 10_000
+_SAVED_SECONDS = 2.0  # burst size, in seconds of quota
+_MOST = 10_000  # tenants with a meter in memory
 
 
 class TokenBucket:
-    """Fills at a rate. What is taken may leave a debt: then nothing is given for a while. So a request is let
-    in while there is anything left, and pays for all that turned out to be in it.
+    """A token bucket that may go into debt.
 
-    saved_seconds: what is not used is saved up for so long.
+    A request is admitted while any tokens are left, and then pays for everything in it; a debt delays the
+    requests after it. `saved_seconds`: burst size, in seconds of the rate.
     """
 
     __slots__ = ("_at", "_level", "_saved_seconds", "rate")
@@ -30,14 +30,14 @@ class TokenBucket:
         self._level = self._most(rate)
 
     def wait(self, rate: float, now: float) -> float:
-        """Seconds until there is something again, at this rate from now on; 0 where there is."""
+        """Refill the bucket and return the seconds until it has tokens, 0 if it has. `rate`: from now on."""
         self.rate = rate
         self._level = min(self._most(rate), self._level + rate * (now - self._at))
         self._at = now
         return 0.0 if self._level > 0 else -self._level / rate + 1e-3
 
     def take(self, amount: float) -> None:
-        """Takes so much, there or not."""
+        """Take tokens, even if too few are left. A negative amount gives them back."""
         self._level -= amount
 
     def _most(self, rate: float) -> float:
@@ -45,7 +45,7 @@ class TokenBucket:
 
 
 class Meter:
-    """What one tenant has used of late."""
+    """One tenant's recent usage, per quota."""
 
     __slots__ = ("_buckets",)
 
@@ -53,7 +53,7 @@ class Meter:
         self._buckets: dict[str, TokenBucket] = {}
 
     def wait(self, quotas: Quotas, now: float) -> tuple[float, str] | None:
-        """Seconds until another request may come, and which quota says so; None where one may come now."""
+        """Return the seconds until the next request and the quota that demands them; None if none does."""
         limits = {
             "requests": quotas.requests_per_second,
             "items": quotas.items_per_second,
@@ -69,7 +69,7 @@ class Meter:
         return longest if longest[0] > 0 else None
 
     def take(self, what: str, amount: float) -> None:
-        """Counts requests, items or bytes; those without a quota are not counted."""
+        """Count requests, items or bytes; those without a quota are ignored."""
         bucket = self._buckets.get(what)
         if bucket is not None:
             bucket.take(amount)
@@ -83,7 +83,7 @@ class RateLimiter:
         self._meters: OrderedDict[str, Meter] = OrderedDict()
 
     def admit(self, tenant: str, quotas: Quotas) -> Meter | Problem | None:
-        """The meter of what else a request uses, which counts as one; or its refusal; None without quotas."""
+        """Count a request; return the meter for its items and bytes, its refusal, or None without quotas."""
         if quotas.requests_per_second is quotas.items_per_second is quotas.bytes_per_second is None:
             self._meters.pop(tenant, None)
             return None

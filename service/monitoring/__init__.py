@@ -1,1 +1,1 @@
-"""What the service tells of itself, and what it does about parts that hang."""
+"""Metrics of the service, and monitors that replace what hangs and measure plans again."""

@@ -1,4 +1,4 @@
-"""Sees whether backbones answer and the event loop turns. Replaces what is stuck, or ends the process."""
+"""Monitors the backbones and the event loop; replaces a stuck backbone or ends the process."""
 
 from __future__ import annotations
 
@@ -28,40 +28,37 @@ logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
-_LOOK_SECONDS = 0.25
-_CANARY_SECONDS = 1.0
-# Between the canary's embedding and the first one, for one element and unless embeddings are larger than 1.
+_LOOK_SECONDS = 0.25  # between checks of the batchers' threads
+_CANARY_SECONDS = 1.0  # without work, after which a backbone gets a canary
+# Tolerance for each element of a canary's embedding against the first canary; the second one is for float16.
+# It scales with the largest element if that exceeds 1.
 _CLOSE, _CLOSE_IN_HALF = 1e-3, 5e-3
-# Wrong canaries one after the other for which a backbone is replaced.
-_WRONG = 3
-# Whoever must be replaced again so soon is not helped by it.
-_AGAIN_SECONDS = 60.0
-_OPEN_SECONDS = 30.0
-# For which a batcher that was exchanged still takes what was on its way to it.
-_RETIRE_SECONDS = 30.0
-# Batchers with threads that are stuck, each with its sessions.
-_MOST_LEFT = 3
-# In which the event loop must turn once.
-_TURN_SECONDS = 10.0
-_WATCH_SECONDS = 0.5
+_WRONG = 3  # wrong canaries in a row, after which a backbone is replaced
+_AGAIN_SECONDS = 60.0  # a second replacement within this time ends the process: replacing does not help
+_OPEN_SECONDS = 30.0  # longest time to open a backbone again
+_RETIRE_SECONDS = 30.0  # for which an exchanged batcher still accepts requests that hold a reference to it
+_MOST_LEFT = 3  # abandoned batchers whose threads have not ended; each keeps its sessions in memory
+_TURN_SECONDS = 10.0  # without a turn of the event loop, after which the process ends
+_WATCH_SECONDS = 0.5  # between checks of the event loop
 
 
 @dataclass(slots=True)
 class _Watched:
-    """What is known of one backbone. right: its newest canary was as its first one."""
+    """The state of one monitored backbone."""
 
     standstill: StallDetector
-    first: Floats | None = None
-    right: bool = True
-    wrong: int = 0
-    replaced: float = -math.inf
-    replacing: asyncio.Task[None] | None = None
+    first: Floats | None = None  # embedding of the first canary; None if the backbone refused it
+    right: bool = True  # whether the latest canary was close to the first one
+    wrong: int = 0  # wrong canaries in a row
+    replaced: float = -math.inf  # time.monotonic() of the last replacement
+    replacing: asyncio.Task[None] | None = None  # the task that opens the backbone again
 
 
 class BackboneMonitor:
-    """Looks after the batchers, in their own mapping, and after those of networks. For one event loop.
+    """Monitors the batchers of backbones and of fine-tuned networks. For one event loop.
 
-    replaced: how many were, of the parts `backbone` and `network`.
+    The batcher of a reopened backbone replaces the old one in the mapping `batchers`. `replaced`: number of
+    replacements so far, by part: "backbone" and "network".
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class BackboneMonitor:
         batcher_for: Callable[[Backbone], Batcher],
         end: Callable[[str], NoReturn],
     ) -> None:
-        """reopen(name) opens the backbone anew, in a thread. end(why) ends the process, in any thread."""
+        """`reopen`: opens a backbone by name; runs in a thread. `end`: ends the process, from any thread."""
         self.replaced: Counter[str] = Counter()
         self._batchers = batchers
         self._networks = networks
@@ -88,24 +85,24 @@ class BackboneMonitor:
 
     @property
     def ready(self) -> bool:
-        """Whether every backbone answers, and as it did at first. One that is busy is ready."""
+        """Whether every backbone answers, and its canary as at first. A busy backbone is ready."""
         return all(
             one.right and one.standstill.quiet <= PATIENCE and self._batchers[name].alive
             for name, one in self._watched.items()
         )
 
     async def start(self) -> None:
-        """Asks each backbone once, for what is right. Raises EmbeddingFailed."""
+        """Embed each backbone's canary for reference and start monitoring. Raises EmbeddingFailed."""
         for name, one in self._watched.items():
             found = await self._batchers[name].embed([self._batchers[name].backbone.canary], counted=False)
-            # A setting may allow no image at all.
+            # The canary is refused if a setting allows no image at all.
             one.first = None if found.errors else found.embeddings[0]
         self._tasks = [asyncio.create_task(self._canaries(name)) for name in self._watched]
         self._tasks.append(asyncio.create_task(self._look()))
         self._watchdog.start()
 
     async def close(self) -> None:
-        """Looks no more. What is stuck by now is left alone."""
+        """Stop monitoring. Stuck threads are left alone."""
         self._watchdog.close()
         replacing = [one.replacing for one in self._watched.values() if one.replacing is not None]
         for task in (*self._tasks, *replacing, *self._retiring):
@@ -119,19 +116,19 @@ class BackboneMonitor:
             await asyncio.sleep(_LOOK_SECONDS)
             self._watchdog.turn()
             now = time.monotonic()
-            # A process that was stopped meanwhile, or had no core, has not been stuck.
+            # Time is capped: a process that was stopped or had no core was not stuck.
             passed, looked = min(now - looked, 2 * _LOOK_SECONDS), now
             try:
                 self._look_at_backbones(passed)
                 self._look_at_networks(passed)
             except Exception:
-                # Whoever watches must not be the first to fall.
+                # No error may end the monitoring.
                 logger.exception("a look at the backbones failed")
 
     def _look_at_backbones(self, passed: float) -> None:
         for name, one in self._watched.items():
             if self._batchers[name].backbone.lost:
-                # What is opened again in this process fails as well.
+                # A backbone reopened in this process would fail as well.
                 self._end(f"the GPU failed under the backbone {name}")
             if one.replacing is None and (why := one.standstill.look(passed)) is not None:
                 self._replace(name, why)
@@ -150,7 +147,7 @@ class BackboneMonitor:
                 self._leave(batcher)
 
     async def _canaries(self, name: str) -> None:
-        """Asks while nobody else does: whoever is answered shows as well that there are answers."""
+        """Send a canary whenever the backbone was idle for a second; otherwise its answers prove as much."""
         one = self._watched[name]
         while True:
             before = _steps(self._batchers[name])
@@ -175,7 +172,7 @@ class BackboneMonitor:
         one.right = right
 
     def _replace(self, name: str, why: str) -> None:
-        """Ends the callers' waiting at once, and opens the backbone anew beside what is stuck."""
+        """Fail the waiting callers at once and open the backbone again; the stuck threads are left."""
         one, batcher = self._watched[name], self._batchers[name]
         logger.error("the backbone %s is replaced: %s", name, why)
         self.replaced["backbone"] += 1
@@ -202,13 +199,13 @@ class BackboneMonitor:
         logger.warning("the backbone %s is there again after %.1f s", name, time.monotonic() - begun)
 
     async def exchange(self, name: str) -> None:
-        """Opens a backbone anew, and lets it take the place of the one that runs, which first ends its work.
+        """Open a backbone with its newest plan; the one that runs finishes its work and is closed.
 
-        Raises what opening it raises: then everything is as before.
+        Raises the errors of opening it; the running backbone then stays.
         """
         one, before = self._watched[name], self._batchers[name]
         if one.replacing is not None:
-            # It is opened anew as it is.
+            # It is being reopened already.
             return
         one.replacing = asyncio.current_task()
         try:
@@ -224,24 +221,24 @@ class BackboneMonitor:
         self._retiring.append(asyncio.create_task(self._retire(before)))
 
     async def _retire(self, batcher: Batcher) -> None:
-        """Closes what was exchanged, once those who found it there have asked it."""
+        """Close an exchanged batcher, once callers that hold a reference to it have used it."""
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(_RETIRE_SECONDS)
         await batcher.close()
         batcher.backbone.close()
 
     def _leave(self, batcher: Batcher) -> None:
-        """Notes what is abandoned: its memory is free only once its threads have ended."""
+        """Record an abandoned batcher. Its memory is freed only once its threads have ended."""
         self._left = [left for left in self._left if left.threads_left] + [batcher]
         if len(self._left) > _MOST_LEFT:
             self._end(f"the threads of {len(self._left)} abandoned batchers have not ended")
 
 
 class LoopWatchdog:
-    """A thread that ends the process once the event loop has not turned for ten seconds, for then nobody is
-    answered, and nothing in the loop can help.
+    """A thread that ends the process if the event loop has not turned for ten seconds.
 
-    Seconds are counted as this thread sees them pass: a process that is stopped does not end for it.
+    Nothing is answered then, and no code in the loop can help. Time is counted as this thread sees it pass,
+    so that a process that was stopped is not ended for that.
     """
 
     def __init__(self, end: Callable[[str], NoReturn]) -> None:
@@ -250,15 +247,15 @@ class LoopWatchdog:
         self._closing = threading.Event()
 
     def start(self) -> None:
-        """Begins to watch; from now on the loop is to call turn."""
+        """Start the thread; from now on the loop must call `turn`."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def turn(self) -> None:
-        """The loop turns."""
+        """Record a turn of the loop."""
         self._turns += 1
 
     def close(self) -> None:
-        """Watches no more."""
+        """Stop the thread."""
         self._closing.set()
 
     def _watch(self) -> None:
@@ -283,9 +280,7 @@ def _close(found: Floats, first: Floats, backbone: Backbone) -> bool:
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """The result of some work, in a thread of its own: those of the loop's executor may all be stuck, and
-    whoever ends the process would wait for them.
-    """
+    """Run work in a daemon thread: those of the executor may all be stuck, and would block the exit."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

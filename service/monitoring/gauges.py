@@ -1,4 +1,4 @@
-"""What is read when the metrics are scraped."""
+"""Metrics that are read from other components at each scrape."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the gauges tell of. ready: whether the service can do all its work."""
+    """The components that the gauges read."""
 
-    ready: Callable[[], bool]
+    ready: Callable[[], bool]  # whether the service can do all its work
     batchers: Mapping[str, Batcher]
     surveyor: Surveyor
     monitor: BackboneMonitor
@@ -44,7 +44,7 @@ class Parts:
 
 
 def add_gauges(metrics: Metrics, parts: Parts) -> None:
-    """Has the metrics tell of the parts, of what is in memory and of what is in the database."""
+    """Register the gauges and counters of the components, of memory and of the database."""
     gauge, counter = metrics.gauge, metrics.counter
     build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
     gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
@@ -168,7 +168,7 @@ def _jobs(registry: Registry, state: JobState) -> float:
 
 
 def _live_versions(registry: Registry) -> float:
-    """NaN while the database is away: a scrape of everything else must not fail with it."""
+    """Return NaN while the database is unavailable, so that the scrape of all other metrics succeeds."""
     try:
         return float(registry.live_versions())
     except RegistryError:

@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of our own, with a bounded number of series."""
+"""Prometheus metrics in a separate registry, with a bounded number of series."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# What is counted at once: half a millisecond.
-_TOGETHER = 256
+_TOGETHER = 256  # observations counted together, which takes 0.5 ms
 
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
@@ -31,7 +30,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._noted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        # The first that a scrape asks.
+        # Registered first, so that a scrape counts pending observations before it reads the metrics.
         self.registry.register(_Before(self._count))
         self._requests = Counter(
             "topwork_requests",
@@ -61,7 +60,7 @@ class Metrics:
             registry=self.registry,
         )
         self._adapts = Counter("topwork_adapts", "Adapts by outcome.", ["outcome"], registry=self.registry)
-        # There are few label sets, and finding one's series takes as long as counting.
+        # Looking up a series takes as long as counting, and there are few label sets.
         self._request = cache(self._requests.labels)
         self._request_time = cache(self._request_seconds.labels)
         self._stage = cache(self._stages.labels)
@@ -70,7 +69,7 @@ class Metrics:
         self.registry.register(self._watched)
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """Count one answered request; `route` is the template that matched, None where none did."""
+        """Count one answered request. `route`: the template that matched, or None."""
         self._note(self._count_request, method, route, status, seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
@@ -82,7 +81,7 @@ class Metrics:
         self._note(self._count_batch, backbone, items)
 
     def _note(self, count: Callable[..., None], *what: Any) -> None:
-        """Keeps it to be counted with others, or at the next scrape: one alone takes five times as long."""
+        """Queue an observation to be counted with others: counting one alone takes five times as long."""
         self._noted.append((count, what))
         if len(self._noted) >= _TOGETHER:
             self._count()
@@ -92,7 +91,7 @@ class Metrics:
             try:
                 count, what = self._noted.popleft()
             except IndexError:
-                return  # Another thread was ahead.
+                return  # Another thread took the last one.
             count(*what)
 
     def _count_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
@@ -119,16 +118,16 @@ class Metrics:
     def counter(
         self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str] | None = None
     ) -> None:
-        """Report a total that somebody else counts, `read()`, under `name` at every scrape."""
+        """Report a total that another component counts, `read()`, under `name` at every scrape."""
         self._watched.add(CounterMetricFamily, name, text, read, labels or {})
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class _Before(Collector):
-    """Has nothing to tell, but something to do before the others tell."""
+    """A collector without metrics that runs a function at the start of a scrape."""
 
     def __init__(self, do: Callable[[], None]) -> None:
         self._do = do

@@ -1,4 +1,4 @@
-"""Measures again, while nothing else happens, how backbones run best whose plan is in doubt."""
+"""Measures doubtful execution plans again while the service and the machine are idle."""
 
 from __future__ import annotations
 
@@ -18,32 +18,29 @@ from models.runtime.autotune import ExecutionPlan, Measured, is_quiet
 
 logger = logging.getLogger("topwork")
 
-# That a measurement may take, on a machine that turned busy.
-_MOST_SECONDS = 120.0
+_MOST_SECONDS = 120.0  # timeout of a measurement, for a machine that became busy
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Seconds. idle: without a request before a measurement. look: between looks for one meanwhile.
+    """When plans are measured. All times are in seconds."""
 
-    again, most: until the next measurement of what stays in doubt, twice as long each time, and at most.
-    """
-
-    idle: float = 10.0
-    look: float = 0.01
-    again: float = 30.0
-    most: float = 240.0
+    idle: float = 10.0  # without a request before a measurement
+    look: float = 0.01  # between checks for a request during a measurement
+    again: float = 30.0  # until the next measurement of a plan still in doubt; doubles each time
+    most: float = 240.0  # upper bound of that
 
 
 def command(name: str) -> Sequence[str]:
-    """What measures a backbone in a process of its own, keeps the plan and prints it."""
+    """Return the command that measures a backbone in a new process, saves the plan and prints it."""
     return sys.executable, "-m", "service.cli", "plan", "--measure", name
 
 
 class Surveyor:
-    """For one event loop. `measured` has what is known of each backbone.
+    """Measures doubtful plans in idle moments. For one event loop.
 
-    A measurement is a process of its own, which can be ended at any moment: a request does not wait for it.
+    `measured`: the current plan of each backbone, with its doubt. A measurement runs in a process of its own,
+    which is killed as soon as a request comes.
     """
 
     def __init__(
@@ -57,8 +54,8 @@ class Surveyor:
         command: Callable[[str], Sequence[str]] = command,
         schedule: Schedule = Schedule(),
     ) -> None:
-        """exchange(name) lets a backbone run by another plan, the one in `measured`. quiet(seconds) looks for
-        so long whether other processes leave the cores alone, in a thread. command(name): see `command`.
+        """`exchange`: reopens a backbone by name with its plan in `measured`. `quiet`: checks for the given
+        seconds, in a thread, whether other processes leave the cores idle.
         """
         self.measured = measured
         self._batchers = batchers
@@ -70,7 +67,7 @@ class Surveyor:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to wait for idle moments, if anything is in doubt."""
+        """Log the plans in doubt and start to wait for idle moments."""
         for name in self._doubtful():
             found = self.measured[name]
             logger.warning(
@@ -83,7 +80,7 @@ class Surveyor:
         self._task = asyncio.create_task(self._survey())
 
     async def close(self) -> None:
-        """Ends what is being measured."""
+        """Stop, and kill a running measurement."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -102,7 +99,7 @@ class Surveyor:
                     if found is not None:
                         await self._adopt(name, found)
                 except Exception:
-                    # What serves goes on by the plan that it has.
+                    # The backbone goes on with its current plan.
                     logger.exception("how %s runs best cannot be measured", name)
                     found = None
                 if found is None:
@@ -112,7 +109,7 @@ class Surveyor:
                 pause = min(2 * pause, self._schedule.most)
 
     async def _idle(self) -> None:
-        """Returns once no request has come for a while and the machine is quiet."""
+        """Wait until no request has come for a while and the machine is quiet."""
         while True:
             before = self._asked()
             await asyncio.sleep(self._schedule.idle)
@@ -120,7 +117,7 @@ class Surveyor:
                 return
 
     async def _measure(self, name: str) -> Measured | None:
-        """What a process found; None where a request came, or where it said nothing."""
+        """Return the result of a measurement; None if a request came, it timed out, or printed no plan."""
         before = self._asked()
         process = await asyncio.create_subprocess_exec(
             *self._command(name),
@@ -152,12 +149,12 @@ class Surveyor:
             await self._exchange(name)
 
     def _asked(self) -> int:
-        """Inputs sent so far. It changes with each, and when a network leaves."""
+        """Return the inputs submitted so far; changes with each one, and when a network is unloaded."""
         return sum(batcher.admitted for batcher in (*self._batchers.values(), *self._networks.batchers))
 
 
 def _read(output: bytes) -> Measured | None:
-    """What the command printed."""
+    """Return the measured plan that the command printed, or None."""
     try:
         told = json.loads(output)
         return Measured(

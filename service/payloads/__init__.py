@@ -1,1 +1,1 @@
-"""Requests as they are read, and answers as they are written."""
+"""Schemas of the HTTP API, readers of request bodies and writers of responses."""

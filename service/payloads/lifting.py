@@ -1,9 +1,8 @@
 """Large strings taken out of a JSON body before it is parsed.
 
-A parser holds Python's interpreter lock from the first byte to the last: 40 MB of images in base64 would keep
-every other request waiting for as long as a tenth of a second. So the values of "image" and "text" are found
-by looking for their closing quotes, and decoded one by one; only what is left is parsed. All of it in slices
-of at most about a millisecond.
+The parser holds the GIL from the first byte to the last: 40 MB of base64 images would block every other
+request for up to 0.1 s. So the values of "image" and "text" are located by their closing quotes and decoded
+one by one, and only the rest is parsed. Each step takes about a millisecond at most.
 """
 
 from __future__ import annotations
@@ -20,22 +19,20 @@ from pydantic_core import from_json
 from adapters.examples.base64_images import BASE64, SLICE, decode_base64
 from models.preprocess.preprocessor import InputError
 
-# A byte order mark, which Excel, PowerShell and Notepad put before UTF-8.
+# The byte order mark that Excel, PowerShell and Notepad write before UTF-8.
 _MARK = b"\xef\xbb\xbf"
 _KEYS = (b'"image"', b'"text"')
 _COLON = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
-_LARGE = 1024
-_WINDOW = 4096
-_ESCAPES_SLICE = 1 << 15
-# A parser makes an object of every item: so many take it tens of milliseconds.
+_LARGE = 1024  # bytes; shorter strings are left to the parser
+_WINDOW = 4096  # bytes searched for a key at once
+_ESCAPES_SLICE = 1 << 15  # bytes of a string with escapes that are matched at once
+# The parser makes an object of every item, which takes tens of milliseconds for this many.
 _MOST_ITEMS = 500_000
-_MOST_KEYS = 50_000
-# Behind a key; what is further away is left to the parser.
-_MOST_SPACE = 64
+_MOST_KEYS = 50_000  # occurrences of "image" and "text", in quotes
+_MOST_SPACE = 64  # bytes between a key and its value; a value further away is left to the parser
 _TOO_MUCH = "There is too much in the body besides images and texts. Send less at once."
-# A character outside of the basic plane is written as two escapes of six bytes.
-_LONGEST_ESCAPE = 12
+_LONGEST_ESCAPE = 12  # bytes; a character outside the basic plane takes two escapes of six bytes
 
 
 class NotJson(ValueError):
@@ -45,25 +42,25 @@ class NotJson(ValueError):
 
 
 class TooIntricate(ValueError):
-    """There is too much in the body besides images and texts."""
+    """The body has too much besides images and texts to parse it at once."""
 
     code = "body_too_large"
 
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """What was parsed, and where in the body the large strings lie that it has placeholders for."""
+    """A parsed body in which placeholders stand for the large strings."""
 
-    value: Any
-    _mark: str
+    value: Any  # the parsed JSON
+    _mark: str  # prefix of a placeholder; the index into _spans follows it
     _body: bytes | bytearray
-    _spans: Sequence[tuple[int, int]]
+    _spans: Sequence[tuple[int, int]]  # start and end of each large string in the body, without its quotes
 
     def text(self, value: str, max_characters: int) -> str:
-        """The text that a parsed value stands for.
+        """Return the text of a parsed value.
 
-        Raises NotJson for a string that is not JSON, InputError (text_too_long) for one that need not be
-        looked at.
+        Raises NotJson for a string that is not JSON, and InputError (text_too_long) for one that is too long
+        even if every character is escaped.
         """
         raw = self._raw(value)
         if raw is None:
@@ -73,7 +70,7 @@ class Lifted:
         return _unescaped(raw)
 
     def image(self, value: str) -> bytes:
-        """The bytes that a parsed value stands for in base64. Raises InputError (invalid_base64), NotJson."""
+        """Return the bytes of a parsed value in base64. Raises InputError (invalid_base64) and NotJson."""
         raw = self._raw(value)
         if raw is None:
             return decode_base64(value.encode("utf-8", "surrogatepass"))
@@ -82,14 +79,14 @@ class Lifted:
             try:
                 return BASE64.validate_json(bytes(raw))
             except ValidationError:
-                # Perhaps only white space or a data: URI's head, which the next lines remove.
+                # White space or the head of a data: URI may be the cause; the lines below remove them.
                 pass
         if self._body.find(b"\\", start, end) >= 0:
             return decode_base64(_unescaped(raw).encode("utf-8", "surrogatepass"))
         return decode_base64(raw[1:-1])
 
     def _raw(self, value: str) -> memoryview | None:
-        """The string with its quotes, as it stands in the body."""
+        """Return the large string that a placeholder stands for, with its quotes; None for another value."""
         if not value.startswith(self._mark):
             return None
         start, end = self._spans[int(value[len(self._mark) :])]
@@ -97,9 +94,9 @@ class Lifted:
 
 
 def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
-    """The body parsed; a byte order mark before it is passed by.
+    """Parse a body, without its byte order mark if it has one.
 
-    Raises NotJson, and TooIntricate where more than `max_rest` bytes are left to the parser.
+    Raises NotJson, and TooIntricate if more than `max_rest` bytes, or too many items, are left to the parser.
     """
     mark = f"lifted-{secrets.token_hex(16)}:"
     view = memoryview(body)
@@ -134,9 +131,9 @@ def parse(body: bytes | bytearray, *, max_rest: int) -> Lifted:
 
 
 def _next_key(body: bytes | bytearray, position: int, end: int) -> int | None:
-    """Where one of the keys stands next, before `end`.
+    """Return the position of the next key before `end`, or None.
 
-    Looked for in small windows: a key that does not come would else be looked for to the end each time.
+    The search goes by small windows: a search for an absent key would scan to the end each time.
     """
     for window in range(position, min(end, len(body)), _WINDOW):
         found = [body.find(key, window, window + _WINDOW + len(key) - 1) for key in _KEYS]
@@ -146,10 +143,10 @@ def _next_key(body: bytes | bytearray, position: int, end: int) -> int | None:
 
 
 def _value(body: bytes | bytearray, key: int) -> int | None:
-    """Where the string under the key begins; None if it has no string, or is not a key.
+    """Return the position of the string under the key; None if the value is no string or `key` is no key.
 
-    What is found begins a string wherever the body is JSON. The quote behind the key's last letter is not
-    escaped, so it closes a string; nor is the one before its first, so that string is the key.
+    In valid JSON the result always begins a string: the quote after the key's last letter is not escaped, so
+    it closes a string; nor is the quote before its first letter, so that string is the key.
     """
     position = body.index(b'"', key + 1) + 1
     colon = _COLON.match(body, position, position + _MOST_SPACE)
@@ -157,7 +154,7 @@ def _value(body: bytes | bytearray, key: int) -> int | None:
 
 
 def _closing_quote(body: bytes | bytearray, start: int) -> int:
-    """Where the string that begins at start ends."""
+    """Return the position of the quote that closes the string. Raises NotJson if there is none."""
     position = body.find(b'"', start)
     if position >= 0 and body[position - 1 : position] != b"\\":
         return position

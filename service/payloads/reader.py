@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, multipart, or one raw input, read into what the domain takes."""
+"""Reads request bodies (JSON, multipart, or one raw input) into the domain's commands and queries."""
 
 from __future__ import annotations
 
@@ -41,37 +41,33 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
-# Bodies up to this size and with so many commas are parsed where they are, in about a millisecond; a thread
-# would take longer to begin.
+# Bodies up to this size and number of commas are parsed in the event loop, in about a millisecond; starting a
+# thread would take longer.
 _AT_ONCE = 128 << 10
 _ITEMS_AT_ONCE = 200
-_REST = 16 << 20
+_REST = 16 << 20  # largest part of a body that is left to the JSON parser, in bytes
 _ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
-_FIELDS = 64
-# Of which many are remembered.
-_SHORT_QUERY = 256
+_FIELDS = 64  # fields of a form, besides its files
+_SHORT_QUERY = 256  # bytes; longer query strings are not cached
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedPredict:
-    """Whether the body was one raw input, whose error is then the request's own."""
+    """A prediction query and the form of its body."""
 
     query: PredictQuery
-    raw: bool
+    raw: bool  # the body was one raw input, so an error of that input is the error of the request
 
 
 class _InMemoryParser(MultiPartParser):
-    """Starlette's parser without its temporary files: the body is bounded, and inputs touch no disk here."""
+    """Starlette's parser without temporary files: bodies are bounded, and inputs must not touch the disk."""
 
     spool_max_size = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
 class RequestReader:
-    """Reads bodies within the limits of one request.
-
-    Every method raises Problem.
-    """
+    """Reads request bodies within the limits of one request. Every method may raise Problem."""
 
     max_examples: int
     max_inputs: int
@@ -79,7 +75,7 @@ class RequestReader:
     max_text_chars: int
 
     async def adapt(self, request: Request) -> AdaptCommand:
-        """Examples as JSON or multipart."""
+        """Read examples as JSON or multipart."""
         media = media_type(request)
         if media == "multipart/form-data":
             return await self._adapt_form(request)
@@ -88,7 +84,7 @@ class RequestReader:
         return await self._json(request, self._adapt_command)
 
     def bulk(self, request: Request, form: Form) -> tuple[AdaptCommand, AsyncIterator[bytes]]:
-        """An upload: what to do with it, which is in the query string, and its bytes as they come."""
+        """Return the command of a bulk upload, which is in the query string, and the stream of its bytes."""
         body = lax(UploadRequest, dict(request.query_params))
         columns = body.columns()
         if columns and form != "csv":
@@ -101,11 +97,11 @@ class RequestReader:
         return replace(_command(body, (), job=True), columns=columns), request.stream()
 
     def adapter(self, request: Request) -> str | None:
-        """Of a raw input, the adapter that is to predict: known before the input is read."""
+        """Return the adapter that a raw input is for, before its body is read; None for other bodies."""
         return _asked(request).adapter if _is_raw(media_type(request)) else None
 
     async def predict(self, request: Request) -> ParsedPredict:
-        """Inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
+        """Read inputs as JSON or multipart, or one raw image or text with the rest in the query string."""
         media = media_type(request)
         if media == "application/json":
             return await self._json(request, self._predict_query)
@@ -115,7 +111,7 @@ class RequestReader:
         return ParsedPredict(_query(body, inputs), raw=raw)
 
     async def embed(self, request: Request) -> tuple[str, Sequence[Input], bool]:
-        """A backbone's name and inputs, as predict takes them, and whether the body was one raw input."""
+        """Return a backbone's name, the inputs (in any form of `predict`), and whether the body was raw."""
         media = media_type(request)
         if media == "application/json":
             return await self._json(request, self._embed_query)
@@ -124,11 +120,11 @@ class RequestReader:
         return body.backbone, inputs, media != "multipart/form-data"
 
     async def openai(self, request: Request) -> OpenAIRequest:
-        """A request to OpenAI's embeddings endpoint."""
+        """Read a request to OpenAI's embeddings endpoint."""
         _want_json(request)
 
         def build(lifted: Lifted) -> OpenAIRequest:
-            # Of token ids there are many more than of texts.
+            # A list of token ids is longer than one of texts; validation refuses it, whatever its length.
             texts = lifted.value.get("input") if isinstance(lifted.value, dict) else None
             if isinstance(texts, list) and isinstance(next(iter(texts), None), str):
                 self._count(texts, self.max_openai_inputs, "texts")
@@ -137,12 +133,12 @@ class RequestReader:
         return await self._json(request, build)
 
     async def feedback(self, request: Request) -> Feedback:
-        """An input or an example's id, with the right label."""
+        """Read an input or an example's id, with the right label."""
         _want_json(request)
         return await self._json(request, self._feedback)
 
     async def amendment(self, request: Request) -> Amendment:
-        """What is another of a kept example."""
+        """Read the changes to a kept example."""
         body = await self.model(request, AmendRequest)
         target = _target(body)
         given = any(value is not None for value in (body.label, body.labels, body.target))
@@ -163,12 +159,12 @@ class RequestReader:
         )
 
     async def nothing(self, request: Request) -> None:
-        """No body, or an empty JSON object."""
+        """Require an empty body or an empty JSON object."""
         if (await request.body()).strip() not in (b"", b"{}"):
             raise Problem(422, "invalid_request", "This request takes no body; leave it out.")
 
     async def model(self, request: Request, model: type[M]) -> M:
-        """A small JSON body."""
+        """Read a small JSON body."""
         _want_json(request)
         return await self._json(request, lambda lifted: strict(model, lifted.value))
 
@@ -204,7 +200,7 @@ class RequestReader:
         return body.backbone, inputs, False
 
     def _items(self, model: type[Asking], lifted: Lifted) -> tuple[Asking, Sequence[Input]]:
-        """A request with `inputs`, and these, an error in the place of each that has not their form."""
+        """Return a request and its inputs, with an error in the place of each malformed one."""
         body, faults = apart(model, lifted.value, "inputs")
         good = (self._input(one, lifted) for one in body.inputs)
         errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
@@ -289,13 +285,13 @@ class RequestReader:
 
     @staticmethod
     def _count(items: Any, most: int, what: str) -> None:
-        # Before each is validated: every one of millions of wrong items would become an error of its own.
+        # Items are counted before validation, which would make an error object of each wrong one of millions.
         if isinstance(items, list) and len(items) > most:
             raise too_many(most, what)
 
 
 def media_type(request: Request) -> str:
-    """The body's media type in lower case without parameters. Raises a 415 Problem for a compressed body."""
+    """Return the body's media type, lower case, without parameters. Raises a 415 Problem if compressed."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise Problem(415, "unsupported_encoding", f"A body in {encoding} is not read. Send it uncompressed.")
@@ -307,7 +303,7 @@ def _is_raw(media: str) -> bool:
 
 
 def unsupported(media: str, wanted: str) -> Problem:
-    """The refusal of a media type."""
+    """Return the refusal of a media type. `wanted`: those that are read."""
     return Problem(
         415,
         "unsupported_media_type",
@@ -316,12 +312,12 @@ def unsupported(media: str, wanted: str) -> Problem:
 
 
 def too_many(most: int, what: str) -> Problem:
-    """The refusal of more items than one request may have."""
+    """Return the refusal of more than `most` items in one request."""
     return Problem(413, "too_many_items", f"A request has at most {most:,} {what}. Send several requests.")
 
 
 async def _whole(request: Request) -> bytearray:
-    """The body. One of a known size has its memory at once, for growing costs more than all else here."""
+    """Return the body. A large one is allocated at once, because growing it costs more than all else here."""
     size = int(request.headers.get("content-length", "0"))
     if size <= _AT_ONCE:
         body = bytearray()
@@ -354,7 +350,7 @@ def _asked(request: Request) -> PredictRequest:
 
 @lru_cache(1024)
 def _parsed_query(query: bytes) -> PredictRequest:
-    """Callers ask the same of one input after the other."""
+    """Parse a query string; cached, because callers send many inputs with the same one."""
     return lax(PredictRequest, dict(QueryParams(query)))
 
 
@@ -391,14 +387,14 @@ def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
 
 
 def _source(one: InputIn) -> str:
-    """The field that the input is in, "" unless it is in exactly one."""
+    """Return the field of the input, image or text; "" unless exactly one is given."""
     if (one.image is None) == (one.text is None):
         return ""
     return "text" if one.image is None else "image"
 
 
 def _faulty(lifted: Lifted, index: int, fault: Fault) -> PostedExample:
-    """The example, whose form is wrong, as one that cannot be used."""
+    """Return a malformed example as one whose input is an error."""
     example = lifted.value["examples"][index]
     name = example.get("id") if isinstance(example, dict) else None
     known = name if isinstance(name, str) else None
@@ -406,7 +402,7 @@ def _faulty(lifted: Lifted, index: int, fault: Fault) -> PostedExample:
 
 
 def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:
-    """All of them in their order; others: by their places."""
+    """Merge items in their original order. `others`: those missing from `good`, by position."""
     rest = list(good)
     following = iter(rest)
     return [others[at] if at in others else next(following) for at in range(len(rest) + len(others))]
@@ -435,6 +431,6 @@ def _decoded(content: bytes) -> Input:
 
 
 def _folder(filename: str | None) -> str | None:
-    """The label in `label/file.jpg`: the innermost folder of a file's name."""
+    """Return the label in `label/file.jpg`: the innermost folder of a file's name, or None."""
     parts = [part for part in (filename or "").replace("\\", "/").split("/") if part]
     return parts[-2] if len(parts) > 1 else None

@@ -1,6 +1,6 @@
-"""What the domain answered, in the form of service/payloads/requests.py.
+"""Renders the domain's results in the form of service/payloads/responses.py.
 
-Plain JSON values: a model for each would cost more.
+Answers are plain JSON values, because an instance of a model for each would cost more.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from models.preprocess.preprocessor import InputError
 from models.runtime.autotune import Measured
 
 Json = dict[str, Any]
-_MOST_MISSING = 1_000
+_MOST_MISSING = 1_000  # missing examples listed in an answer
 
 REJECTED_KEPT = 100
-"""Of the examples that a request was told to be rejected, those that it is told again."""
+"""Rejected examples that a stored reply lists; the original answer lists all."""
 _SHORT = 4_096  # bytes; a shorter answer has fewer rejected examples
 
-_THREADED = frozenset({"decode", "tokenize", "embed"})
+_THREADED = frozenset({"decode", "tokenize", "embed"})  # stages that several threads work on at once
 
 
 def answer(value: Json, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    """A JSON response."""
+    """Return a JSON response."""
     return Response(to_json(value, inf_nan_mode="null"), status, headers, "application/json")
 
 
 def adapted(outcome: AdaptOutcome) -> Response:
-    """AdaptResponse."""
+    """Return AdaptResponse."""
     return answer(_revised(outcome.revised, outcome.rejected, outcome.timings))
 
 
 def revised(done: RevisionResult) -> Response:
-    """AdaptResponse, of feedback or of a rebase."""
+    """Return AdaptResponse for feedback or a rebase."""
     return answer(_revised(done, [], done.timings))
 
 
 def kept(body: bytes) -> bytes:
-    """What is kept of an answer, to be given again: all of it, but for rejected examples beyond the first."""
+    """Return the part of an answer that is stored to be repeated: at most REJECTED_KEPT rejected examples."""
     if len(body) < _SHORT:
         return body
     value = from_json(body)
@@ -70,7 +70,7 @@ def kept(body: bytes) -> bytes:
 
 
 def repeated(found: StoredReply) -> Response:
-    """What was answered before to the same request with an Idempotency-Key."""
+    """Return the stored answer to an earlier request with the same Idempotency-Key."""
     headers = {"Idempotency-Replayed": "true"}
     if found.status == 202:
         headers |= _where(json.loads(found.body)["id"])
@@ -78,7 +78,7 @@ def repeated(found: StoredReply) -> Response:
 
 
 def job(record: JobRecord) -> Json:
-    """JobOut."""
+    """Return JobOut."""
     failed = record.error_code is not None
     return {
         "id": record.id,
@@ -97,37 +97,37 @@ def job(record: JobRecord) -> Json:
 
 
 def submitted(record: JobRecord, stored: AdaptOutcome | None = None) -> Response:
-    """SubmittedOut, and where to look for the job again. stored: what became of examples sent with it."""
+    """Return SubmittedOut with the job's Location. `stored`: what became of the examples sent with it."""
     examples = None if stored is None else _examples(stored.revised, stored.rejected)
     return answer({**job(record), "examples": examples}, _where(record.id), status=202)
 
 
 def tuning(done: Submitted) -> Response:
-    """SubmittedOut, of a fine-tune."""
+    """Return SubmittedOut for a fine-tune."""
     return submitted(*done)
 
 
 def one_job(record: JobRecord) -> Response:
-    """JobOut."""
+    """Return JobOut."""
     return answer(job(record))
 
 
 def jobs(records: Sequence[JobRecord], limit: int) -> Response:
-    """JobsOut, of one record more than the page has where there is a next one."""
+    """Return JobsOut, a page. `records`: one more than `limit` if there is a next page."""
     page = records[:limit]
     following = cursor(page[-1].id) if len(records) > limit else None
     return answer({"jobs": [job(record) for record in page], "next": following})
 
 
 def removed(done: RevisionResult) -> Response:
-    """RemovalResponse."""
+    """Return RemovalResponse."""
     committed = done.committed
     more = {"gone": committed.erased, "erasure": committed.erasure}
     return answer(_revised(done, [], done.timings) | more)
 
 
 def restored(done: Restored) -> Response:
-    """RestoreResponse."""
+    """Return RestoreResponse."""
     rollback, missing = done.rollback, done.rollback.missing
     return answer(
         {
@@ -149,13 +149,13 @@ def restored(done: Restored) -> Response:
 
 
 def erased(receipt: Receipt) -> Response:
-    """ErasureOut."""
+    """Return ErasureOut."""
     counts = {name: getattr(receipt, name) for name in ("adapters", "examples", "versions", "jobs", "keys")}
     return answer({"erasure": receipt.id, "tenant": receipt.tenant, "erased_at": receipt.at, **counts})
 
 
 def predicted(found: PredictAnswer, *, raw: bool) -> Response:
-    """PredictResponse; for a raw input that failed, raises its error instead."""
+    """Return PredictResponse. Raises the InputError of a failed raw input."""
     if raw and isinstance(found.items[0], InputError):
         raise found.items[0]
     return answer(
@@ -169,12 +169,12 @@ def predicted(found: PredictAnswer, *, raw: bool) -> Response:
 
 
 def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> bytes:
-    """EmbedResponse as JSON; for a raw input that failed, raises its error instead. Slow: for a thread."""
+    """Return EmbedResponse as JSON. Slow: run in a thread. Raises the InputError of a failed raw input."""
     if raw and found.errors:
         raise found.errors[0]
     spec = batcher.backbone.spec
     head = {"backbone": name, "fingerprint": spec.fingerprint, "dim": spec.dim}
-    # One by one, so that other threads get their turn in between.
+    # Rows are serialised one by one, so that other threads can run in between.
     items = [
         to_json(
             _failed(found.errors[index])
@@ -188,7 +188,7 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
 
 
 def openai(model: str, found: Embedded, encoding: str) -> bytes:
-    """OpenAIResponse as JSON. Slow: for a thread."""
+    """Return OpenAIResponse as JSON. Slow: run in a thread."""
     embeddings = found.embeddings.astype(np.float32, copy=False)
     items = [
         to_json(
@@ -207,13 +207,13 @@ def openai(model: str, found: Embedded, encoding: str) -> bytes:
 
 
 def openai_models(batchers: Mapping[str, Batcher]) -> Response:
-    """OpenAIModels: of backbones for texts."""
+    """Return OpenAIModels, the backbones for texts."""
     texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
     return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
 
 
 def openai_model(name: str, batcher: Batcher) -> Response:
-    """OpenAIModel."""
+    """Return OpenAIModel."""
     return answer(_openai_model(name, batcher))
 
 
@@ -223,7 +223,7 @@ def _openai_model(name: str, batcher: Batcher) -> Json:
 
 
 def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
-    """BackbonesOut."""
+    """Return BackbonesOut."""
     return answer(
         {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
     )
@@ -251,7 +251,7 @@ def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
 
 
 def adapter(record: AdapterRecord) -> Json:
-    """AdapterOut."""
+    """Return AdapterOut."""
     return {
         "adapter": record.name,
         "backbone": record.backbone,
@@ -271,19 +271,19 @@ def adapter(record: AdapterRecord) -> Json:
 
 
 def adapters(records: Sequence[AdapterRecord], limit: int) -> Response:
-    """AdaptersOut, of one record more than the page has where there is a next one."""
+    """Return AdaptersOut, a page. `records`: one more than `limit` if there is a next page."""
     page = records[:limit]
     following = cursor(page[-1].name) if len(records) > limit else None
     return answer({"adapters": [adapter(record) for record in page], "next": following})
 
 
 def one_adapter(record: AdapterRecord) -> Response:
-    """AdapterOut with the entity tag of its alias."""
+    """Return AdapterOut with the ETag of its alias."""
     return answer(adapter(record), {"ETag": record.etag})
 
 
 def version(record: VersionRecord, owner: AdapterRecord) -> Json:
-    """VersionOut."""
+    """Return VersionOut."""
     return {
         "version": record.number,
         "live": record.number == owner.live,
@@ -300,23 +300,23 @@ def version(record: VersionRecord, owner: AdapterRecord) -> Json:
 
 
 def versions(owner: AdapterRecord, records: Sequence[VersionRecord]) -> Response:
-    """VersionsOut."""
+    """Return VersionsOut."""
     return answer({"adapter": owner.name, "versions": [version(record, owner) for record in records]})
 
 
 def one_version(owner: AdapterRecord, record: VersionRecord) -> Response:
-    """VersionOut."""
+    """Return VersionOut."""
     return answer(version(record, owner))
 
 
 def file(content: bytes, name: str) -> Response:
-    """A file to download."""
+    """Return a file to download."""
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
 def example(record: ExampleRecord) -> Json:
-    """KeptExampleOut."""
+    """Return KeptExampleOut."""
     return {
         "id": record.id,
         **_target(record.target),
@@ -329,7 +329,7 @@ def example(record: ExampleRecord) -> Json:
 
 
 def examples(owner: AdapterRecord, records: Sequence[ExampleRecord], limit: int) -> Response:
-    """ExamplesPage, of one record more than the page has where there is a next one."""
+    """Return ExamplesPage. `records`: one more than `limit` if there is a next page."""
     page = records[:limit]
     following = cursor(page[-1].id) if len(records) > limit else None
     return answer(
@@ -338,19 +338,19 @@ def examples(owner: AdapterRecord, records: Sequence[ExampleRecord], limit: int)
 
 
 def one_example(owner: AdapterRecord, record: ExampleRecord, value: bytes | str | None) -> Response:
-    """ExampleOut."""
+    """Return ExampleOut. `value`: the input, an image as bytes or a text; None if inputs are not kept."""
     if isinstance(value, bytes):
         return answer(example(record) | {"image": base64.b64encode(value).decode()})
     return answer(example(record) | ({} if value is None else {"text": value}))
 
 
 def cursor(last: str) -> str:
-    """An opaque cursor that stands behind a name or an id."""
+    """Return an opaque cursor for the entries after a name or an id."""
     return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
 
 
 def _where(job_id: str) -> dict[str, str]:
-    """Where and when to look for a job again."""
+    """Return the headers that say where and when to ask for a job."""
     return {"Location": f"/jobs/{job_id}", "Retry-After": "5"}
 
 
@@ -422,7 +422,7 @@ def _target(target: Target) -> Json:
 
 
 def _cut(truncated: bool) -> Json:
-    """What is said of a text of which only the start was read."""
+    """Return the field that marks a text of which only the start was read."""
     return {"truncated": True} if truncated else {}
 
 
@@ -438,9 +438,9 @@ def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
 
 
 def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:
-    """Stages that add up to the total, with `other` for what is none of them.
+    """Return milliseconds by stage that add up to `total`, with `other` for time outside the stages.
 
-    Of what several threads did at once, each stage gets its share of the time that passed.
+    Stages that several threads work on at once get their shares of the time that passed.
     """
     stages = {stage: seconds for stage, seconds in timings.items() if stage != "total"}
     total = timings.get("total", sum(stages.values()))

@@ -1,4 +1,4 @@
-"""Bodies of requests, as they stand in the API's documentation. Unknown fields are refused."""
+"""Request bodies, as the API documentation shows them. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from adapters.examples.target import Task, Weights
 
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 BIGGEST = 2**31 - 1
-"""The largest number of a version, an epoch or a revision that every database can hold."""
+"""Largest version, epoch or revision number that every supported database can store."""
 MOST_BATCH_PIXELS = 64 * 224**2
-"""Of all images of a batch together. On a GPU they go through the network at once."""
+"""Largest number of pixels in a batch, over all its images. On a GPU they go through the network at once."""
 
 AdapterName = Annotated[
     str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
@@ -205,7 +205,7 @@ class UploadRequest(AdaptRequest):
     group_column: ColumnName = None
 
     def columns(self) -> dict[str, str]:
-        """The names of a table's columns that are given, by field."""
+        """Return the given column names of a table, by field."""
         fields = ("text", "label", "labels", "target", "id", "group")
         given = {field: getattr(self, f"{field}_column") for field in fields}
         return {field: name for field, name in given.items() if name is not None}

@@ -1,4 +1,4 @@
-"""Bodies of answers, as they stand in the API's documentation."""
+"""Response bodies, as the API documentation shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers about tenants and keys, as they stand in the API's documentation."""
+"""Request and response bodies for tenants and keys, as the API documentation shows them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from adapters.registry.tenants import Scope
 from service.payloads.requests import ADAPTER_PATTERN, BIGGEST, Request
 
-_YEARS = 10 * 365 * 86_400
+_YEARS = 10 * 365 * 86_400  # seconds; the longest lifetime of a key
 
 
 class TenantRequest(Request):
@@ -30,7 +30,7 @@ class KeyRequest(Request):
     note: str = Field(
         default="",
         max_length=200,
-        # PostgreSQL takes no NUL, and a note is one line.
+        # PostgreSQL text cannot store NUL, and a note is one line.
         pattern=r"^[^\x00-\x1f\x7f]*$",
         description="What it is for.",
         examples=["web shop"],

@@ -1,4 +1,4 @@
-"""Requests against their models: what is wrong, where in the request, and with which item alone."""
+"""Validates requests against their models; errors point into the request, or reject single items."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from service.errors import INVALID, Problem, pointer
 M = TypeVar("M", bound=BaseModel)
 Location = Sequence[str | int]
 
-_MOST_ERRORS = 100
+_MOST_ERRORS = 100  # entries of `errors` in one answer
 _TYPES = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
-# What a field of one item takes, and the code of an item that has something else there.
+# Error code and wanted type of each field of an item, for items with another type there.
 _WANTED = {
     "image": ("invalid_base64", "a string in base64"),
     "text": ("invalid_text", "a string"),
@@ -31,15 +31,15 @@ _WANTED = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why one item cannot be used. place: a JSON pointer into the item, without its first slash."""
+    """Why one item cannot be used."""
 
     code: str
     detail: str
-    place: str
+    place: str  # JSON pointer into the item, without its first slash
 
 
 def strict(model: type[M], value: Any) -> M:
-    """The model of parsed JSON. Raises a 422 Problem whose pointers lead to what is in the body."""
+    """Validate parsed JSON. Raises a 422 Problem whose pointers lead to existing values in the body."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -47,9 +47,9 @@ def strict(model: type[M], value: Any) -> M:
 
 
 def apart(model: type[M], value: Any, items: str) -> tuple[M, dict[int, Fault]]:
-    """The model without those of its items that do not have their form, and what is wrong with each of them.
+    """Validate parsed JSON; return the model without its malformed items, and their faults by index.
 
-    items: the field that lists them. Raises a 422 Problem if anything else is wrong.
+    `items`: the field that lists the items. Raises a 422 Problem if anything else is wrong.
     """
     try:
         return model.model_validate(value), {}
@@ -67,9 +67,9 @@ def apart(model: type[M], value: Any, items: str) -> tuple[M, dict[int, Fault]]:
 
 
 def lax(model: type[M], query: Mapping[str, str], fields: Mapping[str, str] = {}) -> M:
-    """The model of a query string and form fields, of which those count that both name.
+    """Validate a query string and form fields; a field takes precedence over a parameter of the same name.
 
-    Raises a 422 Problem whose pointers begin with where the wrong one is: /query or /fields.
+    Raises a 422 Problem whose pointers begin with /query or /fields.
     """
     try:
         return model.model_validate_strings({**query, **fields}, strict=False)
@@ -88,7 +88,7 @@ def lax(model: type[M], query: Mapping[str, str], fields: Mapping[str, str] = {}
 
 
 def unknown_parameter(name: str, known: Iterable[str]) -> dict[str, str]:
-    """An entry of `errors` for a parameter in the query string that the route does not have."""
+    """Return an entry of `errors` for a query parameter that the route does not have."""
     names = sorted(known)
     there = f"There are: {', '.join(names)}." if names else "There are none here."
     return {
@@ -99,7 +99,7 @@ def unknown_parameter(name: str, known: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_parameters(names: Iterable[str], known: Iterable[str], *, why: str = "") -> None:
-    """Raises a 422 Problem that names the parameters that are not known, if there are any."""
+    """Raise a 422 Problem that names the unknown query parameters, if there are any. `why`: its detail."""
     wrong = sorted(set(names) - set(known))
     if wrong:
         raise _refusal((unknown_parameter(name, known) for name in wrong[:_MOST_ERRORS]), why)
@@ -114,7 +114,7 @@ def _found(error: ValidationError) -> list[Any]:
 
 
 def _told(model: type[BaseModel], one: Any, value: Any) -> dict[str, str]:
-    """An entry of `errors`: the pointer leads to the field, or to what it is missing from."""
+    """Return an entry of `errors`; its pointer leads to the wrong field, or to the object that lacks it."""
     location = one["loc"]
     name = str(location[-1]) if location else ""
     if one["type"] == "missing":
@@ -128,7 +128,7 @@ def _told(model: type[BaseModel], one: Any, value: Any) -> dict[str, str]:
 
 
 def _fault(one: Any, rest: Location, item: Any) -> Fault:
-    """What is wrong with one item, of which `rest` is the place."""
+    """Return what is wrong with one item. `rest`: the location within the item."""
     there = _there(rest, item)
     place = pointer(there).removeprefix("/")
     name = str(rest[0]) if rest else ""
@@ -148,7 +148,7 @@ def _fault(one: Any, rest: Location, item: Any) -> Fault:
 
 
 def _there(location: Location, value: Any) -> list[str | int]:
-    """The location as far as the value has it: without the names of pydantic's own validators."""
+    """Return the part of a location that exists in the value, without the names of pydantic's validators."""
     found: list[str | int] = []
     for part in location:
         in_object = isinstance(value, Mapping) and part in value

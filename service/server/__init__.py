@@ -1,1 +1,1 @@
-"""The process and its connections: all that knows the insides of uvicorn and BentoML."""
+"""The process and its connections: the code that relies on internals of uvicorn and BentoML."""

@@ -1,4 +1,4 @@
-"""The connections that are open: how many there may be, and a look at each of them once a second."""
+"""The open connections: their maximum number, and a check of each once a second."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections import Counter
 from typing import Any, Protocol
 
 MOST = 4_096
-# Descriptors for everything else: databases, artifacts, pipes, what is being read and written.
+# Descriptors reserved for everything else: databases, artifacts, pipes, open files.
 _ROOM = 256
 _LEAST = 64
-# They are looked at in so many parts, one after the other: all at once would hold up every answer.
+# Number of parts in which the connections are checked, one after the other: checking all at once would delay
+# every answer.
 _PARTS = 8
 _LOOK_SECONDS = 1.0
 
 CUT = ("head", "body", "unread", "silent", "idle", "refused")
-"""Why a connection is cut off: what it sends too slowly, that it does not read, that it never said a word,
-that it makes room for another, or that there is none for it."""
+"""Why a connection is cut off: slow head, slow body, response not read, nothing ever sent, idle and closed to
+make room for another, or refused because there is no room."""
 
 
 class Connection(Protocol):
-    """What the table asks of a connection. part: where it is among the others, the table's own."""
+    """The interface of a connection in the table. `part`: its part of the table, set by the table."""
 
     loop: asyncio.AbstractEventLoop
     transport: Any
@@ -28,19 +29,19 @@ class Connection(Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for a request."""
+        """Whether the connection waits for a request."""
         ...
 
     def look(self, passed: float) -> None:
-        """Ends it where its client is too slow; so many seconds have passed since the last look."""
+        """End the connection if its client is too slow. `passed`: seconds since the last check."""
         ...
 
 
 class ConnectionTable:
-    """Those of this process. For one event loop. cut: how many were cut off, by reason.
+    """The connections of this process. For one event loop. `cut`: number of connections cut off, by reason.
 
-    draining: no more are taken, and those that are there end with their next answer. drain_seconds: what a
-    server that was told nothing else gives them.
+    `draining`: the server is shutting down, and connections close after their next answer. `drain_seconds`:
+    the drain timeout of a server that has no other.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -60,11 +61,11 @@ class ConnectionTable:
         return len(self._open)
 
     def bound(self, descriptors: int) -> None:
-        """Leaves room among so many descriptors for what else is opened."""
+        """Limit the connections so that some of these descriptors remain for other files."""
         self._most = max(_LEAST, min(MOST, descriptors - _ROOM))
 
     def admit(self, connection: Connection) -> bool:
-        """Takes the connection up, closing an idle one for it if need be; False where there is no room."""
+        """Add the connection, closing an idle one for it if necessary. Return False if there is no room."""
         if len(self._open) >= self._most and not self._make_room():
             self.cut["refused"] += 1
             return False
@@ -78,7 +79,7 @@ class ConnectionTable:
         return True
 
     def discard(self, connection: Connection) -> None:
-        """The connection is closed, or somebody else's."""
+        """Remove a connection that is closed or belongs to another protocol."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
         self._parts[connection.part].discard(connection)
@@ -87,7 +88,7 @@ class ConnectionTable:
         return min(range(_PARTS), key=lambda part: len(self._parts[part]))
 
     def _make_room(self) -> bool:
-        """Closes the connection that has been idle for the longest time, as far as was seen."""
+        """Close the connection that has been idle for the longest time, according to the checks."""
         while self._idle:
             longest = next(iter(self._idle))
             self.discard(longest)
@@ -102,7 +103,7 @@ class ConnectionTable:
         self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look) if self._open else None
         part, now = self._next, self._loop.time()
         self._next = (part + 1) % _PARTS
-        # A process that was stopped has not waited for anybody.
+        # Time in which this process was stopped does not count against clients.
         passed = min(now - self._looked[part], 2 * _LOOK_SECONDS)
         self._looked[part] = now
         for connection in tuple(self._parts[part]):
@@ -114,4 +115,4 @@ class ConnectionTable:
 
 
 connections = ConnectionTable()
-"""Those of this process: servers make a protocol for each without asking."""
+"""The table of this process. It is global because servers construct the protocols themselves."""

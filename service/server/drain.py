@@ -1,4 +1,4 @@
-"""How the server ends: what it has accepted, and what the system has accepted for it, is answered."""
+"""Graceful shutdown: every connection accepted by the server, or by the kernel for it, is answered."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import uvicorn
 
 from service.server.connections import connections
 
-# For handshakes that were begun.
+# Time for handshakes in progress to complete.
 _SETTLE_SECONDS = 0.1
 
-# Linux's numbers, and a program for its packet filter: drop what has the flag SYN, byte 13 of a TCP header.
+# Linux's option numbers, and a BPF program: drop packets with the SYN flag, in byte 13 of the TCP header.
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's, but for its end. `bentoml serve` is given it too: see service/app.py."""
+    """uvicorn's server with another shutdown. `bentoml serve` uses it too: see service/app.py."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no more connections and answers on those that there are, for the time that drains have.
+        """Stop accepting connections and answer on the open ones, within the drain timeout.
 
-        Closing a listening socket resets the connections that wait in its queue, whose clients believe that
-        they are connected and have sent their requests. So first no more handshakes are begun; then a
-        duplicate keeps the socket open until all are taken.
+        Closing a listening socket resets the connections in its queue, although their clients believe that
+        they are connected and have sent requests. So new handshakes are stopped first; then a duplicate keeps
+        the socket open until the queue is empty.
         """
         connections.draining = True
         if self.config.timeout_graceful_shutdown is None:
@@ -59,9 +59,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def begin_no_more(listener: socket.socket) -> None:
-    """Lets whoever wants to connect from now on hear nothing; he tries again, and is refused then.
+    """Drop new SYN packets: clients try again after a second, and are refused then.
 
-    Where the system has no such filter, it does nothing.
+    Does nothing if the system has no such filter.
     """
     listener.setblocking(False)
     code = b"".join(struct.pack("HBBI", *line) for line in _NO_SYN)
@@ -72,10 +72,10 @@ def begin_no_more(listener: socket.socket) -> None:
 
 
 def take(listener: socket.socket) -> list[socket.socket]:
-    """The connections in the queue of a listening socket, which ends with them, whoever else has it.
+    """Return the connections in the queue of a listening socket, and stop it for all processes that share it.
 
-    BentoML's supervisor has, in whose hands it would go on to accept what nobody answers; it may listen on it
-    again for another worker.
+    BentoML's supervisor shares it, so it would otherwise accept connections that no process answers. The
+    supervisor can listen on it again for another worker.
     """
     taken: list[socket.socket] = []
     with listener, contextlib.suppress(OSError):

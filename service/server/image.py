@@ -1,4 +1,4 @@
-"""The image that `bentoml containerize` makes of the bento, for what bentofile.yaml cannot say."""
+"""The image that `bentoml containerize` builds from the bento: what bentofile.yaml cannot express."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _BENTO = "/home/bentoml/bento"
 _CHECK = f"{_BENTO}/src/deploy/healthcheck.py"
 _HOME = "/home/bentoml/topwork"
 
-# BentoML has no words for VOLUME, HEALTHCHECK and CMD, and its own ENV lines win over an `envs` entry of the
-# same name. It writes commands as they are: these lines follow one.
+# BentoML has no options for VOLUME, HEALTHCHECK and CMD, and its own ENV lines override `envs` entries of the
+# same name. It writes commands verbatim, so these Dockerfile lines are appended to one.
 _LINES = f"""\
 install -d -o bentoml -g bentoml -m 700 {_HOME}
 ENV TOPWORK_HOME={_HOME} BENTOML_HOME={_BENTO} PYTHONPATH={_BENTO}/src HF_HUB_OFFLINE=1
@@ -19,10 +19,10 @@ CMD ["topwork", "serve", "--host", "0.0.0.0"]"""
 
 
 def image() -> Image:
-    """Debian without a compiler, which no locked package needs, with a volume for the data.
+    """Return a Debian image with a volume for the data, and no compiler, because no locked package needs one.
 
-    The store of models is the bento's, for processes that do not load the bento too: workers, commands.
+    The model store is the bento's, also for processes that do not load the bento: workers, commands.
     """
-    # Without a distribution BentoML installs no Debian packages.
+    # BentoML installs Debian packages only if a distribution is given.
     slim = Image(base_image="python:3.11-slim", distro="", python_version="3.11")
     return slim.run("pip install --no-cache-dir uv==0.13.9").run(_LINES)

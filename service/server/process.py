@@ -1,4 +1,4 @@
-"""How the service says that it is up, and why it cannot be."""
+"""The process: start-up errors, exit statuses, limits, memory, logging and signals."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from pydantic_settings import SettingsError
 
 from adapters.registry.records import RegistryUnavailable
 
-# From glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _TRIM_SECONDS = 10.0
 
 STUCK = 70
-"""The exit status of a process that is stuck and cannot help itself: EX_SOFTWARE of sysexits.h."""
-# For a line of the log, which may be stuck too.
+"""Exit status of a process that is stuck and cannot recover: EX_SOFTWARE of sysexits.h."""
+# Time to write the last log line, since logging may be stuck too.
 _LAST_WORD_SECONDS = 1.0
-# More than anybody uses; some systems allow a billion, and libraries walk through all of them.
+# More than any service uses. Some systems allow a billion, and libraries iterate over all of them.
 _MOST_DESCRIPTORS = 1 << 20
 
 
 def explain(error: Exception) -> str:
-    """One line that says what is wrong and, for a setting, which variable it is."""
+    """Return one line that says what is wrong and, for a setting, in which variable."""
     if isinstance(error, SettingsError):
         found = re.search(r'field "(\w+)"', str(error))
         return f"TOPWORK_{found[1].upper() if found else '…'}: this is no JSON"
     if isinstance(error, RegistryUnavailable) and (cause := getattr(error.__cause__, "orig", None)):
-        # Where the database is, and what is the matter there, is the operator's to know.
+        # The operator may see the database's address and error message.
         return " ".join(f"{error} ({cause})".split())
     if isinstance(error, ValidationError):
         return "; ".join(
@@ -58,23 +58,23 @@ def expected(error: Exception) -> bool:
 
 
 def complain(error: Exception) -> None:
-    """Writes one line that says why the service cannot start; with the traceback where that is news."""
+    """Print one line that says why the service cannot start, and the traceback if the error is unexpected."""
     if not expected(error):
         traceback.print_exception(error)
     print(f"topwork: {explain(error)}", file=sys.stderr, flush=True)
 
 
 def give_up(error: Exception, *, supervised: bool) -> NoReturn:
-    """Complains, and ends the process with status 1."""
+    """Print why the service cannot start, and exit with status 1."""
     complain(error)
     if supervised:
-        # BentoML's supervisor would start a worker again that cannot start, for ever, and then exit with 0.
+        # BentoML's supervisor would otherwise restart the worker for ever, and then exit with 0.
         os.kill(os.getppid(), signal.SIGUSR1)
     os._exit(1)
 
 
 def end_stuck(why: str) -> NoReturn:
-    """Ends the process with STUCK and one line of the log, for its supervisor to start another one."""
+    """Log one line and exit with status STUCK, so that the supervisor starts another process."""
 
     def say() -> None:
         logging.getLogger("topwork").critical("the process ends with status %d: %s", STUCK, why)
@@ -86,7 +86,7 @@ def end_stuck(why: str) -> NoReturn:
 
 
 def end_within(seconds: float) -> None:
-    """Has the process end by then, however much of it is stuck. Does not wait."""
+    """Force the process to exit after this time, even if parts of it are stuck. Returns at once."""
 
     def wait() -> None:
         time.sleep(seconds)
@@ -96,7 +96,7 @@ def end_within(seconds: float) -> None:
 
 
 def raise_descriptor_limit() -> int:
-    """Files and connections that this process may have open, after it has allowed itself all that it may."""
+    """Raise the limit of open files and connections as far as allowed, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= most:
@@ -106,12 +106,11 @@ def raise_descriptor_limit() -> int:
 
 
 def give_back_memory() -> None:
-    """Makes glibc return freed blocks of 8 MB and more to the system, and use two heaps for all threads.
+    """Make glibc return freed blocks of 8 MB and more to the system, and use two arenas for all threads.
 
-    By default it learns to keep blocks of up to 32 MB, in a heap for each of many threads: after one
+    By default glibc adapts to keep blocks of up to 32 MB, in one arena for each of many threads: after one
     request with huge images the process would hold hundreds of megabytes for ever. Smaller blocks are worth
-    keeping: at 1 MB the network's own buffers would be mapped afresh in every run. Elsewhere than on glibc
-    it does nothing.
+    keeping: at 1 MB the network's own buffers would be mapped again in every run. Does nothing without glibc.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
@@ -121,9 +120,10 @@ def give_back_memory() -> None:
 
 
 def trim_memory(closing: threading.Event) -> None:
-    """Gives back, every ten seconds, what the heap keeps between blocks in use: the memory of a long queue,
-    else kept for ever. It takes a millisecond, seven after a burst, for which the heap is locked. Returns
-    when closing.
+    """Return free heap memory to the system every ten seconds, until `closing` is set.
+
+    The memory of a long queue, between blocks in use, would otherwise be kept for ever. A call locks the heap
+    for 1 ms, or 7 ms after a burst.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while trim is not None and not closing.wait(_TRIM_SECONDS):
@@ -131,8 +131,8 @@ def trim_memory(closing: threading.Event) -> None:
 
 
 def configure_logging() -> None:
-    """Our own loggers to standard error, one line each; BentoML's and uvicorn's are left to BentoML."""
-    # Where, by which thread and by which process a line was logged is half of its cost, and not shown.
+    """Log to standard error, one line per record. The loggers of BentoML and uvicorn are left to BentoML."""
+    # Finding the caller, thread and process is half the cost of a record, and the format omits them.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     stream = logging.StreamHandler()
@@ -145,10 +145,10 @@ def configure_logging() -> None:
 
 @contextmanager
 def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
-    """Calls `tell` in this event loop as soon as the process is told to end.
+    """Call `tell` in this event loop as soon as the process is told to end, by SIGTERM or SIGINT.
 
-    The server tells the application only once it has drained. Its own handling of the signals goes on; where
-    nobody handles them, nothing is done.
+    The server tells the application only after draining. Existing signal handlers still run; a signal without
+    a handler is left as it is.
     """
     loop = asyncio.get_running_loop()
     ours: dict[signal.Signals, Hearing] = {}
@@ -167,7 +167,7 @@ def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
 
 
 Hearing = Callable[[int, FrameType | None], object]
-"""What is called with a signal."""
+"""A signal handler."""
 
 
 def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: Hearing) -> Hearing:

@@ -1,4 +1,4 @@
-"""How bytes become requests: uvicorn's protocol around llhttp, with bounds on what is sent and how slowly."""
+"""From bytes to requests: uvicorn's protocol around llhttp, with limits on sizes and on slow clients."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from service.errors import problem_body
 from service.server.connections import connections
 from service.server.scope import GONE, SLOW, UNHURRIED, new_id
 
-# Of a request line with its headers, of a chunk's extensions, of trailers. Common servers allow 8 to 64 KB.
+# Maximum size of the request line with the headers, of a chunk's extensions, and of trailers. Common servers
+# allow 8 to 64 KB.
 MAX_HEAD_BYTES = 64 << 10
 _TOO_LONG = f"The request line and the headers have at most {MAX_HEAD_BYTES:,} bytes."
 
-# For a request line with its headers, from its first byte on; and for that byte, from the connection on.
+# Time from the connection to the first byte, and from that to the end of the headers.
 HEAD_SECONDS = 10.0
-# Without a byte of a body; and what all of it must come at, after so many seconds.
+# Time without a byte of the body, and the minimum average rate of the body once that time has passed.
 SILENT_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 64 << 10
-# Without a byte of an answer being read.
+# Time in which the client reads nothing of a waiting response.
 UNREAD_SECONDS = 20.0
-# For what was sent before its sender could know that the service ends: to the second look after that.
+# Drain grace for requests already on the wire. In effect, it lasts until the second check after shutdown.
 _PARTING_SECONDS = 0.5
 _LATE_HEAD = f"The request line and the headers must come within {HEAD_SECONDS:g} seconds."
 _LATE_BODY = (
@@ -37,17 +38,16 @@ _LATE_BODY = (
 _NO_HTTP = "This is not HTTP/1.1 as it may be sent."
 _NO_ROOM = "Too many connections are open; try again later."
 
-# Of a body that is not taken yet: with uvicorn's 64 KB every photograph stops the reading.
+# Size of the unread part of a body at which reading pauses. uvicorn's 64 KB would pause it for every photo.
 _UNREAD_BYTES = 256 << 10
-# Nothing follows it at once.
+# Start of an interim response (1xx), which must not wait for a body.
 _INTERIM = b"HTTP/1.1 1"
 
 
 class CoalescingTransport:
-    """A transport that sends the head of an answer together with what follows at once.
+    """A transport that sends the head of a response together with what is written right after it.
 
-    uvicorn writes them one after the other, and each write is a system call, a packet, and a client that
-    wakes.
+    uvicorn writes them separately, and each write costs a system call, a packet and a wake-up of the client.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -62,7 +62,7 @@ class CoalescingTransport:
         return self._transport.is_closing()
 
     def write(self, data: bytes) -> None:
-        """Sends the data, or keeps it for this round of the event loop if it is a head."""
+        """Send the data. A response head is held back for one round of the event loop at most."""
         if self._head is not None:
             head, self._head = self._head, None
             self._transport.writelines((head, data))
@@ -73,7 +73,7 @@ class CoalescingTransport:
             self._transport.write(data)
 
     def close(self) -> None:
-        """Sends what is kept, and closes."""
+        """Send a head that is held back, then close."""
         self._flush()
         self._transport.close()
 
@@ -85,32 +85,32 @@ class CoalescingTransport:
 
 class _Phase(Enum):
     FRESH = auto()
-    """Not a byte has come."""
+    """No byte has been received."""
     HEAD = auto()
     BODY = auto()
     WORK = auto()
-    """The service is to do something: answer, or read on."""
+    """The client waits for the service to answer, or to resume reading."""
     IDLE = auto()
-    """Everything is answered."""
+    """Every request has been answered."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection.
+    """One HTTP connection, with limits on the size of heads and on slow clients.
 
-    llhttp keeps a head of any length, so what is read between pieces of bodies is counted: more than the
-    bound, and what was read at once, is answered with 431, or with the end of the connection where an answer
-    is still to come.
+    llhttp accepts heads of any length, so the bytes read between pieces of bodies are counted. More than
+    MAX_HEAD_BYTES, plus up to one read, is answered with 431, or with the end of the connection if another
+    answer is still pending.
 
-    Nothing waits for time here: `look`, once a second, sees how far things are and how far they were. So a
-    request that comes at once and is answered at once costs nothing more; uvicorn's own timer between
-    requests is done without. part: where it is among the connections.
+    There are no timers: `look` compares the state with the previous one, once a second. So requests that are
+    sent and answered promptly cost nothing extra, and uvicorn's keep-alive timer is not used.
+    `part`: the part of the connection table.
     """
 
     part = 0
-    # Bytes read, and how many they were at the end of the last piece of a body.
+    # Bytes read in total, and up to the last piece of a body.
     _read = 0
     _mark = 0
-    # What was seen at the last look: the phase and whose, since when, bytes read, bytes not sent.
+    # State at the last check: the phase, its scope and its age in seconds, bytes read, bytes not sent.
     _phase: _Phase | None = None
     _of: Any = None
     _age = 0.0
@@ -124,7 +124,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
-        # Every answer is the last one.
+        # While draining, a connection closes after its next answer.
         self._leaving = connections.draining
         super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
         if not connections.admit(self):
@@ -134,7 +134,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         connections.discard(self)
         super().connection_lost(exc)
-        # uvicorn tells the newest request alone, and answers the others into nothing.
+        # uvicorn notifies only the newest request, although an earlier one may still be running.
         if self._scorer is not None and not self._scorer.response_complete:
             self._scorer.disconnected = True
             self._scorer.message_event.set()
@@ -148,7 +148,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        # uvicorn adds the trailers of a chunked body to its list; they are no headers (RFC 9110, 6.5.1).
+        # uvicorn appends the trailers of a chunked body to its list; they are not headers (RFC 9110, 6.5.1).
         self.scope["headers"] = self.headers.copy()
         if self._leaving:
             self.cycle.keep_alive = False
@@ -183,7 +183,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        # As uvicorn has it, but without a timer for each answer: the looks close what is idle.
+        # The same as in uvicorn, but without a timer for each answer: `look` closes idle connections.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -196,14 +196,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is no HTTP; but what was asked before it is answered first, and then nothing more.
+        """Refuse invalid HTTP. Earlier requests are answered first, and the connection closes afterwards.
 
-        uvicorn's 400 would be taken for the answer to the request before it, or stand in the midst of it.
+        uvicorn's 400 would be taken for the answer to an earlier request, or appear in the middle of it.
         """
         last: Cycle | None = self.cycle
         scorer = self._scorer
         if last is not None and last.more_body and last is not scorer and self.pipeline:
-            # It was to wait, and its own body is what cannot be read.
+            # The invalid data is in the body of this queued request, so it is dropped.
             self.pipeline.popleft()
             last = self.pipeline[0][0] if self.pipeline else scorer
         if last is None or last.response_complete:
@@ -220,13 +220,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """What comes behind a request to speak something else is thrown away, so no request may follow."""
+        """Let no request follow a request to upgrade, because the data after it is discarded."""
         if self.cycle.response_complete:
             self.transport.close()
         self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """Answers what has come, and what was sent before its sender could know; then closes."""
+        """Answer the requests received and those already on the wire, then close."""
         self._leaving = True
         self._phase = None
         cycle = self.cycle
@@ -235,23 +235,23 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing has come that is not answered."""
+        """Whether no request is being received or answered."""
         return self._now() in (_Phase.IDLE, _Phase.FRESH)
 
     def _now(self) -> _Phase:
-        # Until the first head has begun, and has come, there are none.
+        # `scope` is None until the first head begins, and `cycle` until that head is complete.
         cycle: Any = self.cycle
         scope: Any = self.scope
         if cycle is None:
             return _Phase.FRESH if scope is None else _Phase.HEAD
         if cycle.response_complete:
-            # A body that was not waited for may still come: it begins no request.
+            # The rest of an unread body may still arrive, which does not begin a request.
             return _Phase.IDLE if scope is cycle.scope else _Phase.HEAD
         waits = cycle.more_body and not self.flow.read_paused and not cycle.waiting_for_100_continue
         return _Phase.BODY if waits else _Phase.WORK
 
     def look(self, passed: float) -> None:
-        """Cuts the connection off if it is too slow. passed: seconds since the last look."""
+        """Cut the connection off if its client is too slow. `passed`: seconds since the last check."""
         unsent = self.transport.get_write_buffer_size()
         self._unread = self._unread + passed if unsent and unsent >= self._unsent else 0.0
         self._unsent = unsent
@@ -283,7 +283,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return HEAD_SECONDS if phase is _Phase.FRESH else self.timeout_keep_alive
 
     def _look_at_body(self, passed: float) -> None:
-        """Has whoever reads a body that comes too slowly refuse it; where nobody does, closes."""
+        """Make the reader of a slow body refuse it. If the reader does not in SILENT_SECONDS, close."""
         self._silent = 0.0 if self._read != self._read_before else self._silent + passed
         self._read_before = self._read
         slow = self._age > SILENT_SECONDS + (self._read - self._begun_at) / SLOWEST_BYTES_PER_SECOND
@@ -299,7 +299,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def _refusal(status: int, code: str, detail: str, *more: bytes) -> bytes:
-    """A problem as the application answers one, for what never comes so far."""
+    """Return a problem as the application would, for a request that does not reach it."""
     request_id = new_id()
     body = json.dumps(problem_body(status, code, detail, request_id)).encode()
     fields = (

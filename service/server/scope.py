@@ -1,4 +1,4 @@
-"""Keys of an ASGI scope by which the server and the edge tell each other of a request, and its id."""
+"""Keys of the ASGI scope that the server and the edge share, and the ids of requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def new_id() -> str:
-    """The id of a request: random, so that ids tell nothing of how many requests there are. Thread-safe."""
+    """Return a request id, random so that ids do not reveal the number of requests. Thread-safe."""
     try:
         return _drawn.pop()
     except IndexError:
@@ -23,20 +23,20 @@ def new_id() -> str:
         return digits[:_ID_DIGITS]
 
 
-# How a server tells that a caller has hung up: in the scope's extensions, the set of what it calls then. A
-# server without one is asked, by a task for each request.
+# Key in the scope's extensions: the set of callbacks that the server calls when the client has hung up. A
+# server without it is polled, by a task for each request.
 GONE = "topwork.gone"
 
 
-# What the server puts beside it for a body that comes too slowly: why it waits no longer. It wakes who reads.
+# Key in the extensions: why the server rejects a body as too slow. The server sets it and wakes the reader.
 SLOW = "topwork.slow"
 
 
-# What says there that the body has a time of its own.
+# Key in the extensions: the body has time limits of its own, so the server's do not apply.
 UNHURRIED = "topwork.unhurried"
 
 
-# Ids drawn from the system's generator and not given yet: to ask it for each one takes three times as long.
+# Unused ids, drawn in batches from the system's generator: drawing each one alone takes three times as long.
 _drawn: list[str] = []
 
 

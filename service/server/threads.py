@@ -1,4 +1,4 @@
-"""The threads for what blocks: files, databases, megabytes of JSON. Tenants take turns on them."""
+"""Threads for blocking work: files, databases, megabytes of JSON. Tenants take turns on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="")
-"""Whose request is answered. Empty for what is nobody's."""
+"""The tenant whose request is being answered; empty for the service's own work."""
 
-# A tenant has all threads while no other one has asked for so long, and else a third of them: threads that
-# compute hold each other up.
+# A tenant gets all threads if no other tenant has submitted work for this time, and otherwise a third of
+# them, because computing threads slow each other down.
 _ALONE_SECONDS = 1.0
 _SHARES = 3
 
@@ -33,23 +33,23 @@ class _Work:
 
 
 class FairThreads(ThreadPoolExecutor):
-    """An executor for an event loop, where nobody waits behind all that another one asks.
+    """An executor for an event loop in which no tenant waits for all the work of another.
 
-    Work is of the tenant in whose context it is submitted. A tenant's work is begun in its order.
+    Work belongs to the tenant in whose context it is submitted. A tenant's work starts in order.
     """
 
     def __init__(self, most: int) -> None:
-        """most: threads."""
+        """`most`: number of threads."""
         super().__init__(most, "blocking")
         self._most = most
         self._changing = threading.Lock()
         self._waiting: Turns[_Work] = Turns()
         self._running: Counter[str] = Counter()
-        # Who asked last, and who did before him.
+        # The tenant that submitted last, and the different one before it, each with the time.
         self._last = self._before = ("", -math.inf)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """See ThreadPoolExecutor.submit."""
+        """Submit work for the current tenant; see ThreadPoolExecutor.submit."""
         future: Future[T] = Future()
         tenant = TENANT.get()
 
@@ -64,13 +64,13 @@ class FairThreads(ThreadPoolExecutor):
                 future.set_result(result)
 
         with self._changing:
-            # The service's own work, which never ends, takes no threads from a tenant that is alone.
+            # The service's own work never stops, so it does not count as another tenant.
             if tenant:
                 if tenant != self._last[0]:
                     self._before = self._last
                 self._last = (tenant, time.monotonic())
             self._waiting.add(tenant, _Work(tenant, run))
-        # Some thread will look. What it finds may be another's: whoever is done looks again.
+        # A thread takes the next work, which may be another tenant's, and looks again after each.
         super().submit(self._work)
         return future
 
@@ -84,7 +84,7 @@ class FairThreads(ThreadPoolExecutor):
                     self._running += Counter()
 
     def _take(self) -> _Work | None:
-        """What comes next, of those who do not have their share of the threads."""
+        """Return the next work of a tenant that is below its share of the threads, None if there is none."""
         with self._changing:
             try:
                 work = self._waiting.take(lambda tenant: self._running[tenant] < self._share(tenant))

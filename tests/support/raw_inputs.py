@@ -70,11 +70,14 @@ def texts() -> list[str]:
 def images() -> list[bytes]:
     """Two hundred different ones: photographs and drawings, square and far from it."""
     photographs = [
-        Image.open(path).convert("RGB") for path in sorted((ROOT / "models" / "export" / "calibration").glob("*.jpg"))
+        Image.open(path).convert("RGB")
+        for path in sorted((ROOT / "models" / "export" / "calibration").glob("*.jpg"))
     ]
     drawn = [Image.open(io.BytesIO(data)).convert("RGBA") for _, data in PICTURES]
     found = [data for _, data in PICTURES] + list(UNSEEN.values())
-    found += [path.read_bytes() for path in sorted((ROOT / "models" / "export" / "calibration").glob("*.jpg"))]
+    found += [
+        path.read_bytes() for path in sorted((ROOT / "models" / "export" / "calibration").glob("*.jpg"))
+    ]
     sizes = (
         *((640, 480), (480, 640), (224, 224), (300, 200), (197, 331), (1200, 900), (1000, 1777), (61, 47)),
         *((800, 300), (210, 900), (1500, 250), (90, 1300), (2400, 24), (5, 1800), (4000, 1), (1, 3000)),

@@ -1,1 +1,1 @@
-"""What is read and written in one transaction."""
+"""SQL statements that run inside a caller's transaction."""

@@ -1,4 +1,4 @@
-"""The one transaction that writes a Change."""
+"""The transaction that writes a Change, and other writes to single adapters."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ from adapters.registry.tenants import add_tenant, check_adapters, check_examples
 from adapters.storage.artifact import Artifact
 
 CHANGES_KEPT = 3600.0
-"""Seconds for which the database remembers who changed."""
-_FORGOTTEN_AT_ONCE = 100
+"""Seconds for which the database records which adapters changed."""
+_FORGOTTEN_AT_ONCE = 100  # expired records deleted by each new one
 _SINCE = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
 def commit(connection: Connection, change: Change) -> Committed:
-    """Write the change. See Registry.commit. The connection is in a writing transaction."""
+    """Write the change, in a writing transaction. See Registry.commit."""
     _check(change)
     adapter = _create(connection, change) if change.create else _locked(connection, change)
     now = current_time(connection)
@@ -120,8 +120,8 @@ def commit(connection: Connection, change: Change) -> Committed:
 
 
 def commit_job(connection: Connection, change: Change, claim: Claim) -> Committed:
-    """Write the change that a job made; with a version, the job has succeeded. See Registry.commit."""
-    # The adapter's row first, as in its deletion: two that lock both rows must not wait for each other.
+    """Write a change made by a job; if it has a version, the job has succeeded. See Registry.commit."""
+    # The adapter's row is locked before the job's, as in a deletion, to avoid a deadlock.
     query = select(adapters.c.uid).where(adapters.c.uid == claim.job.adapter_uid)
     connection.execute(query.with_for_update())
     held(connection, claim)
@@ -134,7 +134,7 @@ def commit_job(connection: Connection, change: Change, claim: Claim) -> Committe
 
 
 def promote(connection: Connection, uid: str, number: int, if_match: str | None) -> Committed:
-    """Point `live` at the version. See Registry.promote. The connection is in a writing transaction."""
+    """Point `live` at the version, in a writing transaction. See Registry.promote."""
     adapter = adapter_by_uid(connection, uid, lock=True)
     if if_match is not None and if_match != adapter.etag:
         raise AliasMoved(f"The alias now points to version {adapter.live}; read it again before moving it.")
@@ -143,7 +143,7 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
     gone: set[int] = set()
     standing = number, _rolled_back_at(connection, adapter, version)
     if adapter.standing != standing:
-        # The version that was live may be kept for that only.
+        # The previously live version may have been kept only because it was live.
         connection.execute(update(adapters).where(adapters.c.uid == uid).values(live=number))
         gone, released = prune(connection, uid, number)
         adapter = _finish(connection, adapter, {"live": number, "rolled_back_at": standing[1]})
@@ -160,17 +160,17 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
 
 
 def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
-    """Delete damaged versions; what nothing refers to any more.
+    """Delete damaged versions; return the artifacts that are no longer referenced.
 
-    Where the live one is not there any more, the newest that is left is made live. The connection is in a
-    writing transaction. Raises UnknownAdapter.
+    If the live version is missing, the newest remaining one becomes live; under a rollback, the newest older
+    one. Call it in a writing transaction. Raises UnknownAdapter.
     """
     adapter = adapter_by_uid(connection, uid, lock=True)
     _, released = delete_versions(connection, uid, numbers)
     left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
     live, held = adapter.standing
     if live is not None and live not in left:
-        # Under a rollback, newer versions are used only if no older one is left.
+        # Under a rollback, a newer version becomes live only if no older one is left.
         older = {number for number in left if number < live}
         live = max(older if held and older else left, default=None)
         held = held if older else None
@@ -179,9 +179,9 @@ def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[
 
 
 def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
-    """Forget what versions were fitted on, where it is lost; what nothing refers to any more.
+    """Remove lost evidence from versions; return the artifacts that are no longer referenced.
 
-    The connection is in a writing transaction. Raises UnknownAdapter.
+    Call it in a writing transaction. Raises UnknownAdapter.
     """
     adapter = adapter_by_uid(connection, uid, lock=True)
     which = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
@@ -192,9 +192,9 @@ def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[
 
 
 def recount(connection: Connection, uid: str) -> tuple[Artifact, ...]:
-    """Set the adapter's counts to what its rows say; nothing becomes unreferenced.
+    """Recompute the adapter's counters from its rows; return no artifacts, as none become unreferenced.
 
-    The connection is in a writing transaction. Raises UnknownAdapter.
+    Call it in a writing transaction. Raises UnknownAdapter.
     """
     adapter = adapter_by_uid(connection, uid, lock=True)
     mine = adapters.c.uid == uid
@@ -214,7 +214,7 @@ def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Rece
 
 
 def _check(change: Change) -> None:
-    """Refuse what no caller should send: a change that contradicts itself."""
+    """Raises ValueError for a change that contradicts itself, which no caller should send."""
     ids = [example.id for example in change.upserts]
     ids += [*change.removals, *(example.id for example in change.repoints)]
     if len(set(ids)) != len(ids):
@@ -273,9 +273,9 @@ def _locked(connection: Connection, change: Change) -> AdapterRecord:
 def _rolled_back_at(
     connection: Connection, adapter: AdapterRecord, version: VersionRecord
 ) -> datetime | None:
-    """Since when a rollback holds, if a person makes that version live; None if that promotes it.
+    """Return since when a rollback is in force if a person makes the version live; None if there is none.
 
-    What was fitted since a rollback is promoted, whatever came behind it: its examples have been judged.
+    A version fitted after a rollback ends it, even if newer versions exist: its examples have been judged.
     """
     newest = select(func.max(versions.c.number)).where(versions.c.adapter_uid == adapter.uid)
     before = adapter.rolled_back_at
@@ -285,7 +285,7 @@ def _rolled_back_at(
 
 
 def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
-    """What the change makes another of what is wanted of the adapter's versions."""
+    """Return the values of answer_accuracy and weights that the change replaces."""
     asked = {"answer_accuracy": change.answer_accuracy, "weights": change.weights}
     return {
         name: value for name, value in asked.items() if value is not None and value != getattr(adapter, name)
@@ -293,7 +293,7 @@ def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
 
 
 def _staying(connection: Connection, adapter: AdapterRecord, number: int) -> int:
-    """The number, if that version is still there."""
+    """Return the number. Raises RevisionMoved if that version no longer exists."""
     query = select(versions.c.number).where(versions.c.adapter_uid == adapter.uid)
     if connection.execute(query.where(versions.c.number == number)).first() is None:
         raise RevisionMoved(f"Version {number} of {adapter.name!r} went meanwhile; send the request again.")
@@ -314,7 +314,7 @@ def _artifacts_of(change: Change) -> set[Artifact]:
 
 
 def _artifact_numbers(connection: Connection, uid: str, wanted: Collection[Artifact]) -> dict[Artifact, int]:
-    """Row ids of the artifacts; rows are made for those that the adapter does not know yet."""
+    """Return the row ids of the artifacts; rows are inserted for those that the adapter lacks."""
 
     def known(some: Iterable[Artifact]) -> dict[Artifact, int]:
         query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
@@ -385,7 +385,7 @@ def _write_examples(
     revision: int,
     now: datetime,
 ) -> int:
-    """Delete, insert and repoint; returns how many of the upserted are new to the adapter."""
+    """Delete, insert and repoint examples; return the number of upserts that are new to the adapter."""
     mine = examples.c.adapter_uid == change.uid
     known = [example.id for example in change.upserts if example.id in previous.used]
     if change.clear_first:
@@ -408,7 +408,7 @@ def _write_examples(
                     "row": example.row,
                     "inputs_id": None if example.inputs is None else numbers[example.inputs],
                     "first_revision": first,
-                    # The same input is the same example, whatever else is said of it.
+                    # An example with the same input remains the same example, even if its target changes.
                     "created_at": created_at if example.digest == digest else now,
                     "group": example.group,
                     "sampled": example.sampled,
@@ -440,7 +440,7 @@ def _record_version(
     revision: int,
     now: datetime,
 ) -> int:
-    # A counter, and not the highest number plus one: numbers of deleted versions are never used again.
+    # A counter, not the highest number plus one, so that numbers of deleted versions are never reused.
     mine = adapters.c.uid == adapter.uid
     number: int = connection.execute(select(adapters.c.next_version).where(mine)).scalar_one()
     connection.execute(update(adapters).where(mine).values(next_version=number + 1))
@@ -473,17 +473,17 @@ def _finish(
 
 
 def next_epoch(last: int, now: datetime) -> int:
-    """The epoch of a change to an adapter whose last one was `last`: the time, in microseconds since 1970.
+    """Return the epoch after `last`: the time, in microseconds since 1970, or last + 1 if that is later.
 
-    It grows with every change whatever the clock does, and tells nothing of other adapters.
+    It grows with every change even if the clock goes back, and reveals nothing about other adapters.
     """
     return max(last + 1, (now - _SINCE) // _MICROSECOND)
 
 
 def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:
-    """Tell other processes, as late as can be: they look back only so far for what becomes visible late.
+    """Record the change for other processes; return the time.
 
-    Returns the time.
+    Call it as late as possible: other processes look back a limited time for rows that become visible late.
     """
     now = current_time(connection)
     connection.execute(insert(changes).values(tenant=tenant, name=name, at=now, gone=gone))
@@ -491,7 +491,7 @@ def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> 
         select(changes.c.epoch)
         .where(changes.c.at < now - timedelta(seconds=CHANGES_KEPT))
         .limit(_FORGOTTEN_AT_ONCE)
-        # Two commits at once must not wait for each other over what both would forget.
+        # Concurrent commits must not wait for each other over rows that both would delete.
         .with_for_update(skip_locked=True)
     )
     connection.execute(delete(changes).where(changes.c.epoch.in_(old)))

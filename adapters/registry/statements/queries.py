@@ -1,4 +1,4 @@
-"""Rows to records: the queries that both the registry's reads and its commits use."""
+"""Queries that return records, for both the registry's reads and its commits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from adapters.storage.artifact import Artifact
 
 T = TypeVar("T")
 
-# PostgreSQL takes 65,535 parameters in a statement, SQLite 32,766.
+# Parameters of one statement. The limit of PostgreSQL is 65,535, that of SQLite 32,766.
 _PARAMETERS = 10_000
 
 _ADAPTER = (
@@ -54,40 +54,40 @@ _network = artifacts.alias("network")
 
 
 class Used(NamedTuple):
-    """The revisions in which an example was in use: from the first on, up to the one that set it aside."""
+    """The revisions in which an example was in use."""
 
     first: int
-    until: int | None
+    until: int | None  # the revision that set it aside, exclusive; None if it is still in use
 
     def taught(self, revision: int) -> bool:
-        """Whether what was fitted on that revision may have learned from it."""
+        """Return whether a version fitted on that revision may have learned from the example."""
         return self.first <= revision and (self.until is None or revision < self.until)
 
 
 def chunks(values: Iterable[T], size: int = _PARAMETERS) -> Iterator[list[T]]:
-    """The values in lists that fit the parameters of one statement."""
+    """Split the values into lists that fit the parameters of one statement."""
     everything = list(values)
     for start in range(0, len(everything), size):
         yield everything[start : start + size]
 
 
 def current_time(connection: Connection) -> datetime:
-    """The database's clock."""
+    """Return the time by the database's clock."""
     return connection.execute(select(database_now())).scalar_one()
 
 
 def select_adapter() -> Select[Any]:
-    """Query whose rows `adapter_record` takes."""
+    """Return the query whose rows `adapter_record` takes."""
     return select(*_ADAPTER)
 
 
 def adapter_record(row: Row[Any]) -> AdapterRecord:
-    """Record of a row of `select_adapter`."""
+    """Return the record of a row of `select_adapter`."""
     return AdapterRecord(*tuple(row))
 
 
 def adapter_by_uid(connection: Connection, uid: str, *, lock: bool = False) -> AdapterRecord:
-    """The adapter, its row locked until the transaction ends if asked. Raises UnknownAdapter."""
+    """Return the adapter; `lock`: lock its row until the transaction ends. Raises UnknownAdapter."""
     query = select_adapter().where(adapters.c.uid == uid)
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
@@ -96,7 +96,7 @@ def adapter_by_uid(connection: Connection, uid: str, *, lock: bool = False) -> A
 
 
 def adapter_by_name(connection: Connection, tenant: str, name: str, *, lock: bool = False) -> AdapterRecord:
-    """The adapter, its row locked until the transaction ends if asked. Raises UnknownAdapter."""
+    """Return the adapter; `lock`: lock its row until the transaction ends. Raises UnknownAdapter."""
     query = select_adapter().where(adapters.c.tenant == tenant, adapters.c.name == name)
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
@@ -105,7 +105,7 @@ def adapter_by_name(connection: Connection, tenant: str, name: str, *, lock: boo
 
 
 def artifacts_by_id(connection: Connection, uid: str) -> dict[int, Artifact]:
-    """Everything that the adapter's rows refer to."""
+    """Return the artifacts that the adapter's rows refer to, by row id."""
     query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
     rows = connection.execute(query.where(artifacts.c.adapter_uid == uid))
     return {number: Artifact(sha256, length, nonce) for number, sha256, length, nonce in rows}
@@ -114,7 +114,7 @@ def artifacts_by_id(connection: Connection, uid: str) -> dict[int, Artifact]:
 def example_records(
     connection: Connection, uid: str, narrow: Callable[[Select[Any]], Select[Any]] = lambda query: query
 ) -> list[ExampleRecord]:
-    """Examples in the order of their ids, those that `narrow` leaves of the query."""
+    """Return examples ordered by id; `narrow` restricts the query."""
     query = narrow(
         select(
             examples.c.id,
@@ -140,7 +140,7 @@ def example_records(
 
 
 def example_record(connection: Connection, uid: str, example_id: str) -> ExampleRecord:
-    """One example. Raises UnknownExample."""
+    """Return one example. Raises UnknownExample."""
     found = example_records(connection, uid, lambda query: query.where(examples.c.id == example_id))
     if not found:
         raise UnknownExample(example_id)
@@ -150,7 +150,7 @@ def example_record(connection: Connection, uid: str, example_id: str) -> Example
 def places_of(
     connection: Connection, tenant: str, fingerprint: str, digests: Iterable[str]
 ) -> dict[str, tuple[str, Artifact, int]]:
-    """Where any adapter of the tenant on this backbone has an input's embedding: uid, segment and row."""
+    """Locate the tenant's embeddings by this backbone: adapter uid, segment and row by input digest."""
     query = (
         select(
             examples.c.digest,
@@ -172,7 +172,7 @@ def places_of(
 
 
 def version_records(connection: Connection, uid: str, number: int | None = None) -> list[VersionRecord]:
-    """The versions that are kept, newest first; only `number` if given."""
+    """Return the kept versions, newest first; only `number` if given."""
     query = (
         select(
             versions.c.number,
@@ -205,7 +205,7 @@ def version_records(connection: Connection, uid: str, number: int | None = None)
 
 
 def versions_without(connection: Connection, uid: str, ids: Collection[str]) -> list[VersionRecord]:
-    """The versions, newest first, that have learned from none of these examples."""
+    """Return the versions that have learned from none of these examples, newest first."""
     columns = examples.c.first_revision, examples.c.excluded_since
     used = {
         Used(*row)
@@ -219,7 +219,7 @@ def versions_without(connection: Connection, uid: str, ids: Collection[str]) -> 
 
 
 def version_record(connection: Connection, uid: str, number: int) -> VersionRecord:
-    """One version. Raises UnknownVersion."""
+    """Return one version. Raises UnknownVersion."""
     found = version_records(connection, uid, number)
     if not found:
         raise UnknownVersion(number)
@@ -227,7 +227,7 @@ def version_record(connection: Connection, uid: str, number: int) -> VersionReco
 
 
 def alias_of(connection: Connection, adapter: AdapterRecord, number: int | None = None) -> Alias:
-    """The alias of the version, by default of the live one. Raises UnknownVersion."""
+    """Return the alias of the version, by default of the live one. Raises UnknownVersion."""
     wanted = adapter.live if number is None else number
     version = None if wanted is None else version_record(connection, adapter.uid, wanted)
     return Alias(
@@ -265,7 +265,7 @@ def _version_record(row: Sequence[Any]) -> VersionRecord:
 
 
 def _artifacts_of(numbers: set[int | None], connection: Connection, uid: str) -> dict[int | None, Artifact]:
-    """Artifacts by their row's id, only those asked for where they are few."""
+    """Return artifacts by row id: those in `numbers`, or all of the adapter if these are over 1000."""
     if len(numbers) > 1000:
         return dict(artifacts_by_id(connection, uid).items())
     query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
@@ -275,5 +275,5 @@ def _artifacts_of(numbers: set[int | None], connection: Connection, uid: str) ->
 
 @lru_cache(maxsize=4096)
 def _target(text: str) -> Target:
-    """Thousands of examples share a few labels; a number is read anew, which is cheap too."""
+    """Decode a target. Cached, because thousands of examples share a few labels; numbers decode fast."""
     return decode_target(text)

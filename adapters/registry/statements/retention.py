@@ -1,4 +1,4 @@
-"""What a change takes away: versions, and the artifacts that nothing refers to any more."""
+"""Deletes versions, and the artifacts that are no longer referenced."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from adapters.storage.artifact import Artifact
 
 @dataclass(frozen=True, slots=True)
 class Previous:
-    """What the touched examples were before the change, by id.
+    """The state of the changed examples before the change, by example id."""
 
-    used: in which revisions. created: the digest of its input, and since when it is there. places: artifacts
-    and rows of embedding and input. released: artifacts that may be used no more.
-    """
-
-    used: dict[str, Used] = field(default_factory=dict)
+    used: dict[str, Used] = field(default_factory=dict)  # the revisions in which it was in use
+    # Digest of its input, and creation time.
     created: dict[str, tuple[str, datetime]] = field(default_factory=dict)
+    # Artifact ids and rows of its embedding and input.
     places: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    released: set[int] = field(default_factory=set)
+    released: set[int] = field(default_factory=set)  # ids of artifacts that may be unreferenced afterwards
 
 
 def drop_fitted_on(
     connection: Connection, uid: str, removals: Collection[str], previous: Previous
 ) -> tuple[set[int], set[int]]:
-    """Delete the versions that learned from a removed example; their numbers and the artifacts released."""
+    """Delete the versions that learned from a removed example. Returns as `delete_versions` does."""
     if not removals:
         return set(), set()
     used = {previous.used[name] for name in removals}
@@ -42,13 +40,13 @@ def drop_fitted_on(
 
 
 def prune(connection: Connection, uid: str, live: int | None) -> tuple[set[int], set[int]]:
-    """Delete what is neither among the newest versions nor live."""
+    """Delete all but the live and the newest KEPT_VERSIONS versions. Returns as `delete_versions` does."""
     query = select(versions.c.number).where(versions.c.adapter_uid == uid).order_by(versions.c.number.desc())
     return delete_versions(connection, uid, set(connection.scalars(query.offset(KEPT_VERSIONS))) - {live})
 
 
 def delete_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[set[int], set[int]]:
-    """Delete these versions; their numbers and the artifacts released."""
+    """Delete these versions; return their numbers, and the row ids of the artifacts that they used."""
     if not numbers:
         return set(), set()
     doomed = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
@@ -59,7 +57,7 @@ def delete_versions(connection: Connection, uid: str, numbers: set[int]) -> tupl
 
 
 def release(connection: Connection, candidates: Collection[int]) -> tuple[Artifact, ...]:
-    """Delete the rows of those artifacts that nothing refers to any more, and return them."""
+    """Delete the rows of those artifacts that are no longer referenced; return the artifacts."""
     free: dict[int, Artifact] = {}
     used = or_(
         exists().where(examples.c.segment_id == artifacts.c.id),
@@ -78,7 +76,7 @@ def release(connection: Connection, candidates: Collection[int]) -> tuple[Artifa
 
 
 def check_erased(connection: Connection, removals: Iterable[str], previous: Previous) -> None:
-    """Refuse a removal that would leave the removed bytes in a file that is still in use."""
+    """Raises ValueError if a removal would leave the removed bytes in a file that is still in use."""
     places = {place for name in removals for place in previous.places[name]}
     used: set[tuple[int, int]] = set()
     for chunk in chunks({stored for stored, _ in places}):
@@ -86,6 +84,6 @@ def check_erased(connection: Connection, removals: Iterable[str], previous: Prev
             rows = connection.execute(select(column, examples.c.row).where(column.in_(chunk)).distinct())
             used |= {(stored, row) for stored, row in rows}
     in_use = {stored for stored, _ in used}
-    # A place that another example shares is not this example's alone, and stays.
+    # A row that a remaining example shares may stay.
     if any(stored in in_use and (stored, row) not in used for stored, row in places):
         raise ValueError("a removed example's file is still in use: repoint its other examples to a new one")

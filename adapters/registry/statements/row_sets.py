@@ -1,7 +1,7 @@
-"""Many rows at once, in and out of a database, in one step.
+"""Reads and writes many rows in one step, in SQLite as a single JSON value.
 
-SQLite's driver lets go of the interpreter for each row, and gets it back only once a thread that computes is
-made to. A thousand rows took 0.6 s beside three such threads, with the database locked; as one value, 20 ms.
+SQLite's driver releases the GIL for each row, and gets it back only when a computing thread is forced to
+yield. Beside three such threads, a thousand rows took 0.6 s, with the database locked; as one value, 20 ms.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sqlalchemy import (
 )
 
 _ROWS = "rows"
-# Rows of one statement. SQLite holds several copies of the JSON while it runs.
+# Rows per statement. SQLite holds several copies of the JSON while it runs one.
 _MOST_ROWS = 10_000
 
 
 def all_rows(connection: Connection, query: Select[Any]) -> Sequence[Sequence[Any]]:
-    """All rows of a query, whose columns are texts, numbers and what is stored as such."""
+    """Return all rows of a query. Its columns must be stored as texts or numbers."""
     if connection.dialect.name != "sqlite":
         return connection.execute(query).all()
     columns = query.subquery().c
@@ -44,7 +44,7 @@ def all_rows(connection: Connection, query: Select[Any]) -> Sequence[Sequence[An
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Inserts rows that all name the same columns."""
+    """Insert rows, which must all have the same columns."""
     names = list(rows[0])
     packed = _packed(connection, [table.c[name] for name in names], rows)
     if packed is None:
@@ -62,10 +62,13 @@ def update_rows(
     columns: Sequence[Column[Any]],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Sets the columns of the rows that the statement is about. rows: by the names of key and columns."""
+    """Set the columns of the statement's rows by their key.
+
+    `rows`: mappings from the names of `key` and `columns` to values.
+    """
     packed = _packed(connection, [key, *columns], rows)
     if packed is None:
-        # A parameter may not have the name of a column that is set.
+        # A parameter must not have the name of a column that is set.
         new: dict[Column[Any], Any] = {column: bindparam(f"new_{column.name}") for column in columns}
         connection.execute(
             statement.where(key == bindparam(f"new_{key.name}")).values(new),
@@ -79,7 +82,7 @@ def update_rows(
 
 
 def _unpacked(count: int) -> list[ColumnElement[Any]]:
-    """The values of each packed row."""
+    """Return the columns of the packed rows."""
     each = func.json_each(bindparam(_ROWS, type_=Text)).table_valued("value")
     return [func.json_extract(each.c.value, f"$[{place}]") for place in range(count)]
 
@@ -87,7 +90,7 @@ def _unpacked(count: int) -> list[ColumnElement[Any]]:
 def _packed(
     connection: Connection, columns: Sequence[Column[Any]], rows: Sequence[Mapping[str, Any]]
 ) -> list[str] | None:
-    """The rows' values of the columns as JSON, in parts; None where they cannot or need not be packed."""
+    """Return the rows as JSON arrays, in parts; None if they cannot or need not be packed."""
     dialect = connection.dialect
     if dialect.name != "sqlite":
         return None
@@ -98,5 +101,5 @@ def _packed(
         for row in rows
     ]
     parts = [json.dumps(values[start : start + _MOST_ROWS]) for start in range(0, len(values), _MOST_ROWS)]
-    # SQLite reads a text of JSON up to the first such character.
+    # SQLite truncates a JSON string at a NUL character.
     return None if any(r"\u0000" in part for part in parts) else parts
