@@ -16,20 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import probes
-from models.arrays import Floats
+from models.arrays import Floats, Prepared
 from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
 from models.preprocess.decoder import Waiting, wait_unseen
 from models.preprocess.expense import HEAVY, image_expense, text_expense
+from models.preprocess.image import TINY_IMAGE, ImagePreprocessor
+from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import with_byte_input
-from models.preprocess.preprocessor import (
-    TINY_IMAGE,
-    ImagePreprocessor,
-    InputError,
-    InputLimits,
-    Prepared,
-    Silence,
-    TextPreprocessor,
-)
+from models.preprocess.text import Silence, TextPreprocessor
 from models.runtime import driver
 from models.runtime.autotune import (
     BATCHES,
@@ -44,9 +38,10 @@ from models.runtime.autotune import (
     read_plan,
     ways_on_gpu,
 )
-from models.runtime.cuda import CudaRunner, shapes_for
+from models.runtime.cuda import CudaRunner
 from models.runtime.progress import ThreadProgress
 from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
+from models.runtime.shapes import shapes_for
 from models.runtime.trial import try_out
 from models.spec import (
     FLOAT16,

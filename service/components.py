@@ -17,7 +17,7 @@ from adapters.jobs.submission import JobSubmitter
 from adapters.jobs.supervisor import WorkerSupervisor
 from adapters.prediction.export import VersionExporter
 from adapters.prediction.predictor import Predictor
-from adapters.processes.fitter import Fitter
+from adapters.processes.fit_client import Fitter
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from models.batching.batcher import Batcher

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.commands import AdapterLimits
 from adapters.adaptation.erasure import Eraser, ErasureSweeper
 from adapters.adaptation.example_editor import ExampleEditor
 from adapters.adaptation.repository import AdapterRepository
-from adapters.adaptation.revision import AdapterLimits, RevisionWriter
+from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.rollback import Restorer
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
@@ -31,7 +32,7 @@ from adapters.prediction.neighbours import NeighbourIndex
 from adapters.prediction.predictor import Predictor
 from adapters.probe.fit import ProbeConfig
 from adapters.processes.child import child_environment
-from adapters.processes.fitter import Fitter
+from adapters.processes.fit_client import Fitter
 from adapters.registry.records import Alias
 from adapters.registry.registry import Registry, RegistryError
 from adapters.storage.artifact import Store, StoreError
@@ -41,7 +42,7 @@ from models.backbone import Backbone, planned
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.model_store import find
-from models.preprocess.preprocessor import InputLimits
+from models.preprocess.limits import InputLimits
 from models.runtime.autotune import Measured
 from service.components import Components
 from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit

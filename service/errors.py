@@ -15,14 +15,15 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters.adaptation.adapt import (
+from adapters.adaptation.commands import (
+    AdapterFull,
     ContractChanged,
     ExamplesRejected,
     FingerprintMismatch,
+    NothingToFit,
     WeightsNotForTask,
 )
 from adapters.adaptation.example_editor import InputsNotKept
-from adapters.adaptation.revision import AdapterFull, NothingToFit
 from adapters.adaptation.rollback import CannotRestore
 from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload
@@ -32,10 +33,10 @@ from adapters.jobs.callbacks import CallbackNotAllowed
 from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel, TooCostly
-from adapters.processes.fitter import FitFailed, FitterOverloaded, FitterUnavailable
+from adapters.processes.errors import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
-from adapters.registry.records import (
+from adapters.registry.errors import (
     AliasMoved,
     JobFinished,
     RegistryUnavailable,
@@ -52,7 +53,7 @@ from adapters.storage.artifact import CorruptArtifact, MissingArtifact, StoreFul
 from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
 from models.preprocess.decoder import DecoderUnavailable
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.protobuf import InvalidGraph
 from models.spec import UnknownBackbone
 

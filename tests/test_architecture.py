@@ -262,7 +262,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["service.app", "service.composition", "service.api.app", "adapters.processes.fitter"]
+    "module", ["service.app", "service.composition", "service.api.app", "adapters.processes.fit_client"]
 )
 def test_importing_the_service_imports_nothing_of_training(module: str) -> None:
     script = f"import sys, {module}; print(*sorted(name for name in sys.modules if '.' not in name))"

@@ -8,24 +8,35 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
 
+from adapters.adaptation.commands import (
+    AdaptCommand,
+    AdaptOutcome,
+    ContractChanged,
+    ExampleEdit,
+    ExamplesRejected,
+    FingerprintMismatch,
+    New,
+    NothingToFit,
+    RevisionResult,
+    WeightsNotForTask,
+    _blamed,
+)
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import plan_change
-from adapters.adaptation.promotion import Promote
 from adapters.adaptation.repository import AdapterSnapshot, BackgroundPublish
-from adapters.adaptation.revision import ExampleEdit, NothingToFit, RevisionResult, RevisionWriter
-from adapters.examples.target import Task, Weights, label_set
-from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit, common_kind
+from adapters.adaptation.revision import RevisionWriter
+from adapters.examples.target import Weights, label_set
+from adapters.examples.validation import RejectedExample, ValidExample, admit, common_kind
 from adapters.processes.turns import Gate
+from adapters.registry.errors import UnknownAdapter
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import AdapterRecord, Creation, UnknownAdapter
+from adapters.registry.records import AdapterRecord, Creation
 from adapters.storage.formats import encode_inputs
-from models.arrays import Floats
 from models.batching.batcher import Batcher
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.priority import lower_thread_priority
 from models.spec import BackboneSpec, Kind, UnknownBackbone
 
@@ -33,22 +44,6 @@ from models.spec import BackboneSpec, Kind, UnknownBackbone
 _PUBLISHED_AHEAD = 1 << 20
 # Characters tokenized per call when texts are checked for truncation or for unknown tokens.
 _CHARACTERS_AT_ONCE = 50_000
-Update = Literal["append", "replace"]
-
-
-class ExamplesRejected(ValueError):
-    """No posted example can be used, or the request is strict and at least one cannot.
-
-    `errors`: {pointer, code, detail} of the first 100 rejected examples.
-    """
-
-    code = "examples_rejected"
-
-    def __init__(self, rejected: Sequence[RejectedExample], *, strict: bool) -> None:
-        reason = "The request is strict, and" if strict else "None can be used:"
-        super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
-        self.rejected = tuple(rejected)
-        self.errors = _blamed(rejected)
 
 
 @contextmanager
@@ -65,98 +60,6 @@ def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
             also = f"{len(rejected)} of the examples were rejected before that; `errors` says why."
             vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
         raise
-
-
-def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:
-    return [
-        {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
-        for one in rejected[:100]
-    ]
-
-
-class ContractChanged(ValueError):
-    """The request contradicts a setting fixed when the adapter was created; `code` says which."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
-class WeightsNotForTask(ValueError):
-    """Balanced weights were requested for a task other than classification.
-
-    Its examples have no label, or several.
-    """
-
-    code = "weights_not_for_task"
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
-
-
-class FingerprintMismatch(RuntimeError):
-    """The backbone served under this name is not the one that the adapter was taught with."""
-
-    code = "fingerprint_mismatch"
-
-    def __init__(self, backbone: str) -> None:
-        super().__init__(
-            f"The backbone {backbone!r} served here is not the one that this adapter was taught with, for "
-            "example of an earlier release. POST /adapters/{adapter}/rebase with "
-            f'{{"backbone": "{backbone}"}} moves the adapter to it.'
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptCommand:
-    """A request to /adapt. None: the adapter's own setting, or the default if it is created.
-
-    `fine_tune`: how to train a network, if one is to be trained; `callback`: where to report the end of a
-    job; see JobSubmitter. `uploaded`: see ExampleEdit. `answer_accuracy`, `weights`: see ProbeConfig.
-    `columns`: of an upload's table, see layout_of. `began`: see Creation.
-    """
-
-    adapter: str
-    posted: Sequence[PostedExample] = ()
-    backbone: str | None = None
-    task: Task | None = None
-    update: Update = "append"
-    promote: Promote = "if_better"
-    fit: bool = True
-    strict: bool = False
-    keep_inputs: bool | None = None
-    fine_tune: Mapping[str, Any] | None = None
-    callback: str | None = None
-    uploaded: AbstractSet[str] | None = None
-    answer_accuracy: float | None = None
-    weights: Weights | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptOutcome:
-    """The result of an adapt request. `timings`: seconds by stage."""
-
-    revised: RevisionResult
-    rejected: Sequence[RejectedExample] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class New:
-    """The result of embedding inputs that the adapter does not have. `timings`: seconds by stage.
-
-    `vectors`: embeddings by digest. `rejected`: examples whose input failed. `truncated`: digests of texts of
-    which the backbone reads only the start. `embedded`: digests of all inputs that were embedded for this
-    result.
-    """
-
-    vectors: dict[str, Floats]
-    rejected: Sequence[RejectedExample]
-    timings: Mapping[str, float]
-    truncated: frozenset[str]
-    embedded: AbstractSet[str]
 
 
 class AdaptPipeline:
@@ -422,11 +325,6 @@ def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
         f"The backbone {backbone!r} knows no word of {text}, so its embedding says nothing. "
         "Leave the text out, or use a backbone for its language.",
     )
-
-
-def pointer(index: int, part: str) -> str:
-    """Return the JSON pointer (RFC 6901) to an example of a request, or to a part of it."""
-    return f"/examples/{index}/{part}" if part else f"/examples/{index}"
 
 
 def _admit(

@@ -11,11 +11,12 @@ from functools import partial
 import numpy as np
 
 from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
+from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import ExampleEdit, RevisionResult, RevisionWriter, new_version
+from adapters.adaptation.revision import RevisionWriter, new_version
 from adapters.examples.target import ExampleError, Target, label_set, normalise_target
 from adapters.examples.validation import (
     PostedExample,
@@ -25,12 +26,13 @@ from adapters.examples.validation import (
     check_group,
     drop_collisions,
 )
+from adapters.registry.errors import UnknownAdapter, UnknownExample
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint, UnknownAdapter, UnknownExample
+from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import encode_embeddings, encode_evidence
 from models.arrays import Floats
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 
 
 class InputsNotKept(RuntimeError):

@@ -17,18 +17,9 @@ from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.processes.turns import Gate
+from adapters.registry.errors import RegistryUnavailable, UnknownAdapter, UnknownVersion
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Claim,
-    Committed,
-    ExampleRecord,
-    RegistryUnavailable,
-    UnknownAdapter,
-    UnknownVersion,
-    VersionRecord,
-)
+from adapters.registry.records import AdapterRecord, Change, Claim, Committed, ExampleRecord, VersionRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 from adapters.storage.formats import Evidence, decode_embeddings, decode_evidence, decode_inputs

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from adapters.adaptation.agreement import Agreement, ask
+from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
 from adapters.adaptation.gathering import AdapterContext, complete, encoders, gather, starts
 from adapters.adaptation.layout import LayoutPlan, PlannedExample, locate, plan_change
 from adapters.adaptation.promotion import Decision, Promote, best_of, decide, remember, unlearned
@@ -20,21 +20,12 @@ from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, B
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.examples.target import label_set
-from adapters.examples.validation import ValidExample
 from adapters.heads.head import CorruptHead, Head
-from adapters.probe.fit import Dataset, OneLabel, ProbeConfig
-from adapters.processes.fitter import Fitter
+from adapters.probe.fit import Dataset, OneLabel
+from adapters.processes.fit_client import Fitter
+from adapters.registry.errors import RevisionMoved, UnknownVersion
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Committed,
-    Creation,
-    NewVersion,
-    RevisionMoved,
-    UnknownVersion,
-    VersionRecord,
-)
+from adapters.registry.records import AdapterRecord, Change, Committed, Creation, NewVersion, VersionRecord
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact
 from adapters.storage.formats import Evidence, encode_evidence
 from models.arrays import Floats
@@ -47,76 +38,6 @@ LINEAR_PROBE = "linear_probe"
 ATTEMPTS = 5
 # Position of the new inputs' file in the list from gathering.encoders.
 _NEW_INPUTS = 1
-
-
-class AdapterFull(ValueError):
-    """The adapter would hold more examples or labels than are allowed."""
-
-    code = "adapter_full"
-
-
-class NothingToFit(ValueError):
-    """There are no examples to fit a head on."""
-
-    code = "nothing_to_fit"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterLimits:
-    """Limits of one adapter: kept examples and distinct labels; and how it is fitted."""
-
-    max_examples: int = 100_000
-    max_labels: int = 2_000
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleEdit:
-    """A change to an adapter's examples.
-
-    `clear`: forget the examples that are not upserted. `fit`: make a version. `required`: raise OneLabel if
-    nothing can be fitted, instead of leaving the adapter without a live version. `uploaded`: ids of the
-    examples stored by an upload that is to replace all others; the others count towards no limit, and `clear`
-    keeps the uploaded ones. `live`: the version that a person makes live with the edit, if none is fitted.
-    """
-
-    upserts: Sequence[ValidExample] = ()
-    removals: Sequence[str] = ()
-    clear: bool = False
-    fit: bool = True
-    promote: Promote = "if_better"
-    required: bool = True
-    uploaded: AbstractSet[str] | None = None
-    live: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RevisionResult:
-    """The result of an edit.
-
-    `version` and `decision` are None if nothing was fitted. `timings`: seconds by stage. `truncated`: how
-    many of the edit's examples are texts of which the backbone reads only the start.
-    """
-
-    committed: Committed
-    decision: Decision | None
-    timings: Mapping[str, float]
-    truncated: int = 0
-
-    @property
-    def adapter(self) -> AdapterRecord:
-        """The adapter after the edit."""
-        return self.committed.adapter
-
-    @property
-    def version(self) -> VersionRecord | None:
-        """The version that was fitted, if any."""
-        return self.committed.version
-
-    @property
-    def live(self) -> bool:
-        """Whether the new version is the live one."""
-        return self.version is not None and self.adapter.live == self.version.number
 
 
 @dataclass(frozen=True, slots=True)

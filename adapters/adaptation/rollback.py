@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from adapters.adaptation.adapt import terms_of
+from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import ExampleEdit, RevisionResult, RevisionWriter
+from adapters.adaptation.revision import RevisionWriter
 from adapters.examples.validation import ValidExample
+from adapters.registry.errors import AliasMoved, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import AdapterRecord, AliasMoved, ExampleRecord, UnknownAdapter
+from adapters.registry.records import AdapterRecord, ExampleRecord
 from adapters.storage.formats import Evidence
 
 Gone = Literal["not_kept", "other_input"]

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from adapters.cache.lru import SingleFlight
 from adapters.completion import to_its_end
-from adapters.registry.records import Alias, Changed, UnknownAdapter
+from adapters.registry.errors import UnknownAdapter
+from adapters.registry.records import Alias, Changed
 from adapters.registry.registry import CHANGES_KEPT, Registry
 
 logger = logging.getLogger("topwork")

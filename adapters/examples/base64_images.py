@@ -6,7 +6,7 @@ import io
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 
 # pydantic-core decodes base64 about four times as fast as the standard library.
 BASE64: TypeAdapter[bytes] = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))

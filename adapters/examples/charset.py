@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 
 Encoding = Literal["utf-8", "utf-16-le", "utf-16-be", "windows-1252"]
 

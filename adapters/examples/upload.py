@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.examples.validation import PostedExample
-from models.preprocess.preprocessor import InputError, InputLimits
+from models.preprocess.limits import InputError, InputLimits
 
 _MOST_CHARACTERS = 200  # longest place or name in a report
 _MOST_IGNORED = 100  # most ignored columns in a report

@@ -16,7 +16,7 @@ from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bou
 from adapters.examples.upload_tables import TARGETS, layout_of, records_of
 from adapters.examples.upload_zip import files, kind_of_files
 from adapters.examples.validation import PostedExample
-from models.preprocess.preprocessor import InputError, InputLimits
+from models.preprocess.limits import InputError, InputLimits
 from models.spec import Kind
 
 Form = Literal["ndjson", "csv", "zip"]

@@ -14,7 +14,7 @@ from adapters.examples.charset import Lines, is_text
 from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload, Record, bounded, cut
 from adapters.examples.validation import PostedExample
-from models.preprocess.preprocessor import InputError, InputLimits
+from models.preprocess.limits import InputError, InputLimits
 
 TARGETS = ("label", "labels", "target")
 """Fields for the target of a text; a table has a column for exactly one of them."""

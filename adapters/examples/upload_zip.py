@@ -14,7 +14,7 @@ from typing import BinaryIO
 from adapters.examples.charset import decoded, encoding_of
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, bounded, cut, too_long
 from adapters.examples.validation import PostedExample
-from models.preprocess.preprocessor import InputError, InputLimits
+from models.preprocess.limits import InputError, InputLimits
 from models.spec import Kind
 
 _INFLATION = 10  # largest decompressed size, as a multiple of the zip's own, above UploadLimits.zip_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters.examples.target import ExampleError, Target, Task, input_digest, label_set, normalise_target
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import Kind
 
 MAX_NAME_CHARACTERS = 256  # longest id or group

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from models.preprocess.preprocessor import ImagePreprocessor, InputLimits, Prepared, TextPreprocessor, rgb
+from models.arrays import Prepared
+from models.preprocess.image import ImagePreprocessor, rgb
+from models.preprocess.limits import InputLimits
+from models.preprocess.text import TextPreprocessor
 from models.spec import BackboneSpec, ImageTransform
 
 Tensors = tuple[torch.Tensor, ...]

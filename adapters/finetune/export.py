@@ -20,11 +20,10 @@ from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe import calibration
 from adapters.probe.classification import Measured, report_of
-from models.arrays import Floats
+from models.arrays import Floats, Prepared
 from models.backbone import Backbone
 from models.export.loaders import ExportRefused, Network
 from models.export.onnx_export import write
-from models.preprocess.preprocessor import Prepared
 from models.spec import GRAPH_FILE, BackboneSpec
 
 _PROBES = 512  # inputs on which ONNX Runtime has to agree with torch

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adapters.heads.head import Head
 from adapters.heads.novelty import NoveltyRegion
 from models import protobuf
-from models.preprocess.preprocessor import Silence
+from models.preprocess.text import Silence
 from models.protobuf import InvalidGraph
 from models.spec import IDS, MASK, OUTPUT_NAME
 

@@ -12,11 +12,18 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, TypeVar, cast
 
-from adapters.adaptation.adapt import AdaptCommand, AdaptPipeline, ExamplesRejected, terms_of, wanted
+from adapters.adaptation.adapt import AdaptPipeline, terms_of, wanted
+from adapters.adaptation.commands import (
+    AdaptCommand,
+    AdapterLimits,
+    ExampleEdit,
+    ExamplesRejected,
+    RevisionResult,
+)
 from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.promotion import as_asked
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import AdapterLimits, ExampleEdit, RevisionResult, RevisionWriter
+from adapters.adaptation.revision import RevisionWriter
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.examples.target import ExampleError, input_digest
@@ -26,16 +33,17 @@ from adapters.examples.validation import PostedExample, RejectedExample, ValidEx
 from adapters.heads.head import Head
 from adapters.jobs.lease import Lease
 from adapters.probe.fit import OneLabel
-from adapters.processes.fitter import Fitter
+from adapters.processes.fit_client import Fitter
+from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import upload_of
-from adapters.registry.records import AdapterRecord, RevisionMoved, UnknownAdapter
+from adapters.registry.records import AdapterRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.stall_detector import StallDetector
 from models.model_store import find
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
 
 logger = logging.getLogger("topwork")

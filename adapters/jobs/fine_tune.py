@@ -32,17 +32,8 @@ from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.submission import FINE_TUNE, CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from adapters.probe.folds import folds
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Committed,
-    Creation,
-    ExampleRecord,
-    NewVersion,
-    RegistryUnavailable,
-    RevisionMoved,
-    UnknownVersion,
-)
+from adapters.registry.errors import RegistryUnavailable, RevisionMoved, UnknownVersion
+from adapters.registry.records import AdapterRecord, Change, Committed, Creation, ExampleRecord, NewVersion
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Store, StoreError
 from adapters.storage.formats import (
@@ -53,7 +44,7 @@ from adapters.storage.formats import (
     encode_evidence,
 )
 from models.export.loaders import Network, load_network
-from models.preprocess.preprocessor import InputLimits
+from models.preprocess.limits import InputLimits
 from models.priority import use_idle_scheduling
 from models.spec import FLOAT32, TOKENIZER_FILE
 

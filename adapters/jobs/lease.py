@@ -10,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.jobs import Jobs
-from adapters.registry.records import Claim, Heartbeat, RegistryUnavailable
+from adapters.registry.records import Claim, Heartbeat
 from adapters.storage.artifact import StoreFull
 
 logger = logging.getLogger("topwork")

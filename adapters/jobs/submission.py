@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome, AdaptPipeline, telling_rejected
+from adapters.adaptation.adapt import AdaptPipeline, telling_rejected
+from adapters.adaptation.commands import AdaptCommand, AdaptOutcome
 from adapters.adaptation.example_editor import InputsNotKept
 from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
@@ -19,19 +20,10 @@ from adapters.examples.upload_forms import Beginning, Form, look_at
 from adapters.examples.validation import TARGET_FIELDS, PostedExample
 from adapters.jobs.callbacks import check_callback
 from adapters.processes.turns import Gate
+from adapters.registry.errors import AdapterExists, RegistryUnavailable, TooManyJobs, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_of, upload_request
-from adapters.registry.records import (
-    AdapterExists,
-    AdapterRecord,
-    Change,
-    ExampleRecord,
-    JobKind,
-    JobRecord,
-    RegistryUnavailable,
-    TooManyJobs,
-    UnknownAdapter,
-)
+from adapters.registry.records import AdapterRecord, Change, ExampleRecord, JobKind, JobRecord
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, StoreError
 

@@ -28,15 +28,16 @@ from adapters.jobs.supervisor import WorkerConfig
 from adapters.processes.child import child_environment
 from adapters.processes.heartbeat import start_heartbeat
 from adapters.redaction import leaks_internals
+from adapters.registry.errors import LeaseLost, RegistryError, RegistryUnavailable
 from adapters.registry.jobs import upload_of
-from adapters.registry.records import Claim, JobKind, JobRecord, LeaseLost, RegistryError, RegistryUnavailable
+from adapters.registry.records import Claim, JobKind, JobRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable
 from adapters.storage.open import open_store
 from models.priority import give_way_but_for_commits
 
 if TYPE_CHECKING:
-    from models.preprocess.preprocessor import InputLimits
+    from models.preprocess.limits import InputLimits
 
 logger = logging.getLogger("topwork")
 
@@ -168,7 +169,7 @@ class Worker:
             logger.warning("nobody is called back for the job %s: %s", job.id, error)
 
     def _take_in(self, lease: Lease) -> None:
-        from adapters.adaptation.revision import AdapterLimits
+        from adapters.adaptation.commands import AdapterLimits
         from adapters.examples.upload import UploadLimits
         from adapters.jobs.bulk_adapt import BulkAdaptJob
         from adapters.probe.fit import ProbeConfig
@@ -220,7 +221,7 @@ class Worker:
 
     @property
     def _input_limits(self) -> InputLimits:
-        from models.preprocess.preprocessor import InputLimits
+        from models.preprocess.limits import InputLimits
 
         config = self._config
         return InputLimits(config.max_image_bytes, config.max_image_pixels, config.max_text_chars)

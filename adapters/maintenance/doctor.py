@@ -11,8 +11,9 @@ from sqlalchemy import Connection
 
 from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
 from adapters.registry.database import Database
+from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import uploads_of
-from adapters.registry.records import Change, ExampleRecord, Repoint, RevisionMoved, UnknownAdapter
+from adapters.registry.records import Change, ExampleRecord, Repoint
 from adapters.registry.statements.commit import commit, drop_evidence, drop_versions, recount
 from adapters.registry.statements.queries import artifacts_by_id
 from adapters.storage.artifact import Artifact, Store, StoreError

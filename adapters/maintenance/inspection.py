@@ -12,8 +12,9 @@ from sqlalchemy import Connection, Table, func, select, text
 
 from adapters.heads.head import Head
 from adapters.registry.database import Database
+from adapters.registry.errors import UnknownAdapter
 from adapters.registry.jobs import uploads_of
-from adapters.registry.records import AdapterRecord, ExampleRecord, UnknownAdapter, VersionRecord
+from adapters.registry.records import AdapterRecord, ExampleRecord, VersionRecord
 from adapters.registry.schema import adapters, metadata
 from adapters.registry.statements.queries import adapter_by_uid, example_records, version_records
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact, Store

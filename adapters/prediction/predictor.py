@@ -23,7 +23,7 @@ from adapters.storage.artifact import MissingArtifact, Store
 from models.arrays import Floats
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import GRAPH_FILE, UnknownBackbone
 
 Input = bytes | str | InputError

@@ -14,8 +14,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from adapters.registry.errors import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.migrations import HEAD
-from adapters.registry.records import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.schema import metadata
 from adapters.storage.artifact import StoreFull
 

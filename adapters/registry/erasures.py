@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from adapters.registry.database import Database, take_turns
+from adapters.registry.errors import RegistryError, UnknownTenant
 from adapters.registry.idempotency import forget
 from adapters.registry.jobs import forget_examples, new_id
-from adapters.registry.records import AdapterRecord, RegistryError, UnknownTenant
+from adapters.registry.records import AdapterRecord
 from adapters.registry.schema import (
     adapters,
     artifacts,

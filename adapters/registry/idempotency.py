@@ -19,7 +19,7 @@ from sqlalchemy import Connection, and_, delete, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from adapters.registry.database import Database
-from adapters.registry.records import RegistryError, RevisionMoved
+from adapters.registry.errors import RegistryError, RevisionMoved
 from adapters.registry.schema import replies
 from adapters.registry.statements.queries import current_time
 

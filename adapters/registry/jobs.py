@@ -16,18 +16,9 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
 
 from adapters.registry.database import Database, take_turns
+from adapters.registry.errors import JobFinished, LeaseLost, TooManyJobs, UnknownJob
 from adapters.registry.idempotency import PendingReply, check_unanswered, keep
-from adapters.registry.records import (
-    Claim,
-    Heartbeat,
-    JobFinished,
-    JobKind,
-    JobRecord,
-    JobState,
-    LeaseLost,
-    TooManyJobs,
-    UnknownJob,
-)
+from adapters.registry.records import Claim, Heartbeat, JobKind, JobRecord, JobState
 from adapters.registry.schema import jobs, tenants
 from adapters.registry.statements.queries import adapter_by_name, current_time
 from adapters.storage.artifact import Artifact

@@ -12,14 +12,23 @@ from sqlalchemy import Select, and_, case, func, select
 
 from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
+from adapters.registry.errors import (
+    AdapterExists,
+    AliasMoved,
+    RegistryError,
+    RegistryTooNew,
+    RegistryUnavailable,
+    RevisionMoved,
+    UnknownAdapter,
+    UnknownExample,
+    UnknownVersion,
+)
 from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
 from adapters.registry.identity import Identity
 from adapters.registry.jobs import Jobs, uploads_of
 from adapters.registry.records import (
-    AdapterExists,
     AdapterRecord,
     Alias,
-    AliasMoved,
     Change,
     Changed,
     Claim,
@@ -29,14 +38,7 @@ from adapters.registry.records import (
     ExampleWrite,
     NewVersion,
     Rebase,
-    RegistryError,
-    RegistryTooNew,
-    RegistryUnavailable,
     Repoint,
-    RevisionMoved,
-    UnknownAdapter,
-    UnknownExample,
-    UnknownVersion,
     VersionRecord,
 )
 from adapters.registry.schema import adapters, changes, erasures, examples

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.erasures import check_not_erased
-from adapters.registry.records import RegistryError, UnknownTenant
+from adapters.registry.errors import RegistryError, UnknownTenant
 from adapters.registry.schema import adapters, database_now, keys, tenants
 from adapters.registry.statements.queries import current_time
 

@@ -10,7 +10,7 @@ from benchmarks.data import datasets
 from benchmarks.data.datasets import Sample
 from models.manifest import read_manifest
 from models.model_store import find
-from models.preprocess.preprocessor import TextPreprocessor
+from models.preprocess.text import TextPreprocessor
 from models.spec import TOKENIZER_FILE, TextTransform
 
 _SPECIAL = 2  # [CLS] and [SEP]

@@ -30,8 +30,8 @@ import httpx
 
 from adapters.examples.target import input_digest
 from adapters.jobs.lease import checkpoints
+from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.jobs import KEPT_JOBS
-from adapters.registry.records import KEPT_VERSIONS
 from benchmarks.data import datasets
 from benchmarks.data.datasets import Sample
 from benchmarks.harness import client

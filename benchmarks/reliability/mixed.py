@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from adapters.examples.target import input_digest
-from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.errors import KEPT_VERSIONS
 
 TENANT = "default"
 ADAPTERS = tuple(f"a{number}" for number in range(6))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from models.arrays import Floats
+from models.arrays import Floats, Prepared
 from models.backbone import Backbone, Embedded, Ready
 from models.batching.core_sharing import CoreSharing
 from models.batching.fair_queue import FairQueue, Priority
@@ -27,7 +27,7 @@ from models.batching.request import (
 from models.batching.worker_progress import WorkerProgress
 from models.preprocess.decoder import DecoderUnavailable
 from models.preprocess.expense import HEAVY
-from models.preprocess.preprocessor import InputError, Prepared
+from models.preprocess.limits import InputError
 from models.priority import HEAVY_NICENESS, NICENESS, lower_thread_priority
 from models.runtime.progress import LONGEST_RUN, PATIENCE, ThreadProgress
 

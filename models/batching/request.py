@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 
 from models.backbone import Embedded
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 
 
 class Overloaded(RuntimeError):

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.arrays import Floats
+from models.arrays import Floats, Prepared
+from models.preprocess.image import ImagePreprocessor, rgb
 from models.preprocess.pixels import normalised
-from models.preprocess.preprocessor import ImagePreprocessor, Prepared, TextPreprocessor, rgb
+from models.preprocess.text import TextPreprocessor
 from models.spec import GRAPH_FILE, IDS, MASK, PIXELS, TOKENIZER_FILE, BackboneSpec, ImageTransform
 
 CALIBRATION = Path(__file__).with_name("calibration")

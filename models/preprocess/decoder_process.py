@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from models.preprocess.decoder import ANSWER, READY, REQUEST
+from models.preprocess.image import ImagePreprocessor
 from models.preprocess.image_file import ImageFile
 from models.preprocess.limits import InputError, InputLimits
-from models.preprocess.preprocessor import ImagePreprocessor
 from models.priority import DECODER_NICENESS
 from models.spec import ImageTransform
 

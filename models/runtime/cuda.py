@@ -7,27 +7,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models.arrays import Floats
-from models.preprocess.preprocessor import Prepared
+from models.arrays import Floats, Prepared
+from models.runtime.device_access import DEVICE, Access
 from models.runtime.progress import PATIENCE, ThreadProgress
+from models.runtime.shapes import Shape
 from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
 
-# Rows per run to choose from. They are few, because each shape permanently holds buffers and, if captured, a
-# CUDA graph.
-_IMAGE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
-_TEXT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_WIDTHS = (16, 32, 64, 128, 256)  # tokens per row
-_FEW_ROWS = (1, 8, 32)  # rows per run of fine-tuned networks, as there may be many, one per tenant
-# Maximum tokens per run, padding included, so that more short texts than long ones fit into a run.
-_TOKENS_PER_RUN = 32_768
 _BACKLOG = 2  # maximum waiting inputs, as a multiple of those of the largest run
 # Minimum cosine between the embeddings of a shape when opened and after all other shapes were captured.
 _MIN_COSINE = 0.9999
@@ -42,82 +34,6 @@ class DeviceLost(RuntimeError):
     """The GPU has failed and this process cannot recover; only a new process can use it."""
 
     code = "device_lost"
-
-
-class Shape(NamedTuple):
-    """Rows of a run, and tokens per row; images have a width of 0."""
-
-    rows: int
-    width: int
-
-    @property
-    def size(self) -> int:
-        """The number of tokens or images."""
-        return self.rows * max(1, self.width)
-
-
-def shapes_for(spec: BackboneSpec, batch: int, *, few: bool = False) -> tuple[Shape, ...]:
-    """The shapes of a backbone's runs, largest first. `batch`: maximum rows per run."""
-    images = isinstance(spec.transform, ImageTransform)
-    steps = _FEW_ROWS if few else _IMAGE_ROWS if images else _TEXT_ROWS
-    rows = {*(step for step in steps if step < batch), batch}
-    if isinstance(spec.transform, ImageTransform):
-        found = {Shape(count, 0) for count in rows}
-    else:
-        longest = spec.transform.max_tokens
-        widths = {*(width for width in _WIDTHS if width < longest), longest}
-        found = {
-            Shape(count, width)
-            for count in rows
-            for width in widths
-            if count == 1 or count * width <= _TOKENS_PER_RUN
-        }
-    return tuple(sorted(found, key=lambda shape: (-shape.size, -shape.rows)))
-
-
-class Access:
-    """A lock on the device, shared or exclusive; exclusive requests go before later shared ones.
-
-    While a graph is captured in one thread, CUDA forbids all others to allocate or copy memory.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._users = 0
-        self._alone = False
-        self._waiting = 0
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Use the device concurrently with other shared users. Not reentrant."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._alone and not self._waiting)
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Use the device exclusively: wait for the current users and hold off new ones."""
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: not self._alone and not self._users)
-            self._waiting -= 1
-            self._alone = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._alone = False
-                self._changed.notify_all()
-
-
-DEVICE = Access()
-"""Access to this process's GPU."""
 
 
 class CudaRunner:

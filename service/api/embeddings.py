@@ -12,14 +12,13 @@ from adapters.prediction.predictor import Predictor
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.batching.request import Overloaded
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from service.api.openapi import body, openai_problems
 from service.edge.access import needs
 from service.edge.auth import count_items, tenant_of
 from service.errors import Problem
+from service.payloads import openai, requests
 from service.payloads import render as answers
-from service.payloads import requests
-from service.payloads import responses as answer_schemas
 from service.payloads.reader import RequestReader
 
 PART = 32
@@ -35,7 +34,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
     @api.post(
         "/v1/embeddings",
         openapi_extra=body(requests.OpenAIRequest),
-        responses={200: {"model": answer_schemas.OpenAIResponse}, **openai_problems(404, 413, 415, 422, 429)},
+        responses={200: {"model": openai.OpenAIResponse}, **openai_problems(404, 413, 415, 422, 429)},
     )
     @needs("predict", direct=True)
     async def embeddings(request: Request) -> Response:
@@ -45,7 +44,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
         count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, predictor, asked)
 
-    @api.get("/v1/models", responses={200: {"model": answer_schemas.OpenAIModels}, **openai_problems()})
+    @api.get("/v1/models", responses={200: {"model": openai.OpenAIModels}, **openai_problems()})
     @needs("key")
     async def models() -> Response:
         """The backbones that /v1/embeddings takes."""
@@ -53,7 +52,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
 
     @api.get(
         "/v1/models/{model:path}",
-        responses={200: {"model": answer_schemas.OpenAIModel}, **openai_problems(404)},
+        responses={200: {"model": openai.OpenAIModel}, **openai_problems(404)},
     )
     @needs("key")
     async def model(model: str) -> Response:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.errors import is_openai
-from service.payloads import requests, tenants
+from service.payloads import openai, requests, tenants
 from service.payloads import responses as answer_schemas
 
 _REF = "#/components/schemas/{model}"
@@ -91,7 +91,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
-    return _refusals(statuses, "application/json", answer_schemas.OpenAIProblem)
+    return _refusals(statuses, "application/json", openai.OpenAIProblem)
 
 
 def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -107,7 +107,7 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        answered = (answer_schemas.ProblemOut, answer_schemas.OpenAIProblem)
+        answered = (answer_schemas.ProblemOut, openai.OpenAIProblem)
         models = [(model, "validation") for model in (*_REQUESTS, *answered)]
         _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])

@@ -11,8 +11,8 @@ from fastapi import FastAPI, Request, Response
 
 from adapters.adaptation.erasure import Eraser
 from adapters.registry.tenants import KeyRecord, Quotas, TenantRecord, Tenants
+from service.api.dependencies import Behind, Limit
 from service.api.openapi import body, problems
-from service.api.paging import Behind, Limit
 from service.edge.access import needs
 from service.edge.auth import NamedTenant
 from service.payloads import render

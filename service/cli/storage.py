@@ -137,7 +137,7 @@ def _doctor(settings: Settings, database: Database, store: Store, repair: bool) 
         def open_backbone(name: str) -> Backbone | None:
             from models.backbone import Backbone
             from models.model_store import find
-            from models.preprocess.preprocessor import InputLimits
+            from models.preprocess.limits import InputLimits
 
             folder = find(name)
             if folder is None:

@@ -16,7 +16,7 @@ from typing import Annotated, get_args
 from fastapi import Depends, Request
 from pydantic import SecretStr
 
-from adapters.registry.records import RegistryUnavailable, UnknownTenant
+from adapters.registry.errors import RegistryUnavailable, UnknownTenant
 from adapters.registry.tenants import HeldKey, Scope, split_key
 from adapters.storage.artifact import is_tenant
 from service.edge.access import Access

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from adapters.cache.lru import SingleFlight
-from adapters.registry.records import RegistryUnavailable
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey
 
 logger = logging.getLogger("topwork")

@@ -10,7 +10,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
 
-from adapters.registry.records import JobState, RegistryError
+from adapters.registry.errors import RegistryError
+from adapters.registry.records import JobState
 from models.preprocess.decoder import Decoder
 from service import __version__
 from service.server.connections import CUT, connections
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from adapters.cache.networks import NetworkPool
     from adapters.heads.head import Head
     from adapters.jobs.supervisor import WorkerSupervisor
-    from adapters.processes.fitter import Fitter
+    from adapters.processes.fit_client import Fitter
     from adapters.registry.registry import Registry
     from models.batching.batcher import Batcher
     from service.monitoring.backbone_monitor import BackboneMonitor

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from adapters.examples.base64_images import BASE64, SLICE, decode_base64
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 
 # The byte order mark that Excel, PowerShell and Notepad write before UTF-8.
 _MARK = b"\xef\xbb\xbf"

@@ -13,14 +13,14 @@ from pydantic import BaseModel
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from adapters.adaptation.adapt import AdaptCommand
+from adapters.adaptation.commands import AdaptCommand
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.examples.target import ExampleError
 from adapters.examples.upload_forms import Form
 from adapters.examples.validation import PostedExample
 from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from service.errors import Problem
 from service.payloads.lifting import Lifted, NotJson, TooIntricate, parse
 from service.payloads.requests import (

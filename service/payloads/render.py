@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
-from adapters.adaptation.adapt import AdaptOutcome
-from adapters.adaptation.revision import RevisionResult
+from adapters.adaptation.commands import AdaptOutcome, RevisionResult
 from adapters.adaptation.rollback import Restored
 from adapters.examples.target import Target
 from adapters.examples.validation import RejectedExample
@@ -29,7 +28,7 @@ from adapters.registry.idempotency import StoredReply
 from adapters.registry.records import AdapterRecord, ExampleRecord, JobRecord, VersionRecord
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.runtime.autotune import Measured
 
 Json = dict[str, Any]

@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from adapters.completion import to_its_end
-from adapters.registry.records import UnknownAdapter
+from adapters.registry.errors import UnknownAdapter
 
 
 async def leave(error: BaseException | None) -> list[str]:

@@ -26,8 +26,8 @@ from PIL import Image
 
 from benchmarks.serving import bombs
 from models.preprocess.decoder import Decoder
+from models.preprocess.image import ImagePreprocessor
 from models.preprocess.limits import InputError
-from models.preprocess.preprocessor import ImagePreprocessor
 from models.priority import ProcessCpuClock
 from models.spec import ImageTransform
 from tests.faults import input_mutations

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from adapters.registry.records import AdapterExists, RevisionMoved, UnknownAdapter
+from adapters.registry.errors import AdapterExists, RevisionMoved, UnknownAdapter
 from adapters.registry.registry import Change, Creation, ExampleWrite, NewVersion, Registry, new_uid
 from adapters.storage.artifact import Artifact, Store, StoreError
 from adapters.storage.open import open_store

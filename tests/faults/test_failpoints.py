@@ -36,12 +36,12 @@ ACTIONS = ("kill", "EIO", "ENOSPC", "stall")
 USUAL = [
     ("adapters.storage.local.LocalStore._write:after", "kill"),
     ("adapters.storage.local._write_synced:before", "ENOSPC"),
-    ("adapters.registry.statements.commit._record_version:after", "EIO"),
+    ("adapters.registry.statements.revision_rows.record_version:after", "EIO"),
     ("adapters.registry.registry.Registry.commit:after", "kill"),
     ("adapters.registry.statements.commit.promote:after", "EIO"),
     ("adapters.registry.registry.Registry.promote:after", "kill"),
     ("adapters.registry.jobs.held:before", "stall"),
-    ("adapters.processes.fitter._write_frame:before", "EIO"),
+    ("adapters.processes.frames.write_frame:before", "EIO"),
 ]
 CASES = times(1, 0) * [(place, action) for place in PLACES for action in ACTIONS] or USUAL
 # Refused for now, or gone; anything else of 5xx is a bug.

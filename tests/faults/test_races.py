@@ -6,7 +6,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.registry import Registry
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.registry import Registry
 from benchmarks.harness.service_process import Serving
 from tests.faults import times

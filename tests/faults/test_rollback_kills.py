@@ -22,7 +22,7 @@ CHANGES: dict[str, tuple[str, str, dict[str, Any] | None]] = {
 }
 IN_COMMITS = [
     "adapters.registry.statements.commit.commit:before",
-    "adapters.registry.statements.commit._write_examples:after",
+    "adapters.registry.statements.revision_rows.write_examples:after",
     "adapters.registry.statements.commit._announce:after",
     "adapters.registry.statements.commit.commit:after",
     "adapters.registry.registry.Registry.commit:after",
@@ -35,7 +35,7 @@ WHERE = {
         "adapters.registry.registry.Registry.promote:after",
     ],
     "restore": IN_COMMITS,
-    "amend": [*IN_COMMITS, "adapters.registry.statements.commit._record_version:after"],
+    "amend": [*IN_COMMITS, "adapters.registry.statements.revision_rows.record_version:after"],
 }
 CASES = [(name, where) for name, places in WHERE.items() for where in places]
 # One inside of each transaction and one behind it, in usual runs.

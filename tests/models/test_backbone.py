@@ -17,7 +17,7 @@ import pytest
 
 from models.backbone import Backbone, planned
 from models.manifest import CorruptExport, read_manifest, write_manifest
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
 from tests.support import tiny_backbones

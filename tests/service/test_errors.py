@@ -18,7 +18,7 @@ import adapters
 import models
 from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
-from adapters.registry.records import UnknownAdapter
+from adapters.registry.errors import UnknownAdapter
 from models.batching.request import Overloaded
 from service.edge.auth import Authenticator
 from service.edge.channel import RequestChannel

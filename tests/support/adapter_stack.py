@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome, AdaptPipeline
+from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.catalog import AdapterCatalog
+from adapters.adaptation.commands import AdaptCommand, AdapterLimits, AdaptOutcome
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
 from adapters.adaptation.repository import AdapterRepository
-from adapters.adaptation.revision import AdapterLimits, RevisionWriter
+from adapters.adaptation.revision import RevisionWriter
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.cache.networks import NetworkPool
@@ -23,7 +24,7 @@ from adapters.heads.head import Head
 from adapters.prediction.neighbours import NeighbourIndex
 from adapters.prediction.predictor import PredictAnswer, Predictor, PredictQuery
 from adapters.prediction.scorer import Prediction
-from adapters.processes.fitter import Fitter
+from adapters.processes.fit_client import Fitter
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store

@@ -71,7 +71,7 @@ def break_preparing(preprocessor):
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name not in ("models.runtime.session", "models.preprocess.preprocessor") and name not in CONSTANTS:
+        if name not in ("models.runtime.session", "models.preprocess.image") and name not in CONSTANTS:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -84,7 +84,7 @@ class Finder(importlib.abc.MetaPathFinder):
             if name == "models.runtime.session":
                 opened = module.open_session
                 module.open_session = lambda *inputs, **options: Session(opened(*inputs, **options))
-            if name == "models.preprocess.preprocessor":
+            if name == "models.preprocess.image":
                 break_preparing(module.ImagePreprocessor)
 
         spec.loader.exec_module = exec_module

@@ -11,15 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Connection, Row, Select, select
 
 from adapters.examples.target import Target
-from adapters.registry.records import (
-    AdapterRecord,
-    Alias,
-    ExampleRecord,
-    UnknownAdapter,
-    UnknownExample,
-    UnknownVersion,
-    VersionRecord,
-)
+from adapters.registry.errors import UnknownAdapter, UnknownExample, UnknownVersion
+from adapters.registry.records import AdapterRecord, Alias, ExampleRecord, VersionRecord
 from adapters.registry.schema import adapters, artifacts, database_now, decode_target, examples, versions
 from adapters.registry.statements.row_sets import all_rows
 from adapters.storage.artifact import Artifact

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, delete, exists, or_, select
 
-from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.schema import artifacts, examples, versions
 from adapters.registry.statements.queries import Used, chunks
 from adapters.storage.artifact import Artifact

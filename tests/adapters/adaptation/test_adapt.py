@@ -10,17 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from adapters.adaptation.adapt import AdaptCommand, ContractChanged, ExamplesRejected, FingerprintMismatch
+from adapters.adaptation.commands import (
+    AdaptCommand,
+    AdapterFull,
+    AdapterLimits,
+    ContractChanged,
+    ExamplesRejected,
+    FingerprintMismatch,
+)
 from adapters.adaptation.example_editor import Feedback, InputsNotKept
-from adapters.adaptation.revision import AdapterFull, AdapterLimits
 from adapters.examples.validation import PostedExample
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel
-from adapters.registry.records import UnknownAdapter
+from adapters.registry.errors import UnknownAdapter
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
 from models.backbone import Backbone
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
 from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world
 from tests.support.tiny_backbones import picture, sentence, text_export

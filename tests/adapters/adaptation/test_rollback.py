@@ -10,24 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters.adaptation.adapt import AdaptOutcome
+from adapters.adaptation.commands import AdapterFull, AdapterLimits, AdaptOutcome
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.adaptation.promotion import as_asked
-from adapters.adaptation.revision import AdapterFull, AdapterLimits, RevisionWriter
+from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.rollback import CannotRestore, Missing, Restorer, plan_rollback
 from adapters.examples.target import ExampleError, Target
 from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.database import Database
-from adapters.registry.records import (
-    AdapterRecord,
-    AliasMoved,
-    ExampleRecord,
-    ExampleWrite,
-    RevisionMoved,
-    UnknownExample,
-    UnknownVersion,
-)
+from adapters.registry.errors import AliasMoved, RevisionMoved, UnknownExample, UnknownVersion
+from adapters.registry.records import AdapterRecord, ExampleRecord, ExampleWrite
 from adapters.registry.registry import Registry
 from adapters.registry.statements.commit import drop_versions
 from adapters.storage.artifact import Artifact

@@ -19,7 +19,8 @@ from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.repository import AdapterRepository
 from adapters.cache.aliases import AliasCache
 from adapters.cache.networks import NetworkPool
-from adapters.registry.records import Alias, Committed, UnknownVersion
+from adapters.registry.errors import UnknownVersion
+from adapters.registry.records import Alias, Committed
 from adapters.registry.registry import Registry, new_uid
 from adapters.storage.artifact import Artifact, MissingArtifact
 from adapters.storage.local import LocalStore

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters.adaptation.adapt import ExamplesRejected, WeightsNotForTask
+from adapters.adaptation.commands import ExamplesRejected, WeightsNotForTask
 from adapters.adaptation.example_editor import Feedback
 from adapters.examples.validation import PostedExample
 from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig
 from models.backbone import Backbone
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world
 from tests.support.tiny_backbones import text_export
 

@@ -24,7 +24,7 @@ from adapters.examples.target import ExampleError
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits
 from adapters.examples.upload_forms import Form, look_at, records
 from adapters.examples.validation import PostedExample
-from models.preprocess.preprocessor import InputError, InputLimits
+from models.preprocess.limits import InputError, InputLimits
 
 LIMITS = UploadLimits(5, InputLimits(max_image_bytes=1_000, max_text_chars=50))
 WIDE = UploadLimits(10**6, LIMITS.inputs)

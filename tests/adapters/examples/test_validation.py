@@ -6,7 +6,7 @@ import pytest
 
 from adapters.examples.target import ExampleError, Task, input_digest
 from adapters.examples.validation import MixedInputs, PostedExample, admit, common_kind
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import Kind
 
 

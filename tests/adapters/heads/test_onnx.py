@@ -16,7 +16,7 @@ from adapters.heads.head import AbstentionRule, Head
 from adapters.heads.novelty import fit_region
 from adapters.heads.onnx import append_head
 from adapters.heads.scaling import Scaling
-from models.preprocess.preprocessor import Silence, TextPreprocessor
+from models.preprocess.text import Silence, TextPreprocessor
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
 from tests.support import tiny_backbones

@@ -17,27 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.adaptation.adapt import AdaptCommand
-from adapters.adaptation.revision import AdapterFull, AdapterLimits
+from adapters.adaptation.commands import AdaptCommand, AdapterFull, AdapterLimits
 from adapters.examples.upload import UploadLimits
 from adapters.examples.upload_forms import Form
 from adapters.jobs import bulk_adapt
 from adapters.jobs.bulk_adapt import BulkAdaptJob
 from adapters.jobs.lease import Cancelled, Lease, ShuttingDown
 from adapters.jobs.submission import JobSubmitter
+from adapters.registry.errors import LeaseLost, TooManyJobs
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_request
-from adapters.registry.records import (
-    Change,
-    Claim,
-    Committed,
-    Creation,
-    ExampleWrite,
-    JobKind,
-    JobRecord,
-    LeaseLost,
-    TooManyJobs,
-)
+from adapters.registry.records import Change, Claim, Committed, Creation, ExampleWrite, JobKind, JobRecord
 from adapters.registry.registry import Registry, new_uid
 from adapters.storage.artifact import Artifact, Buffer, Store
 from adapters.storage.formats import decode_inputs, encode_embeddings, encode_inputs

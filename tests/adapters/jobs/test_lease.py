@@ -13,7 +13,7 @@ from sqlalchemy import Connection, event
 
 from adapters.jobs import lease
 from adapters.jobs.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown
-from adapters.registry.records import LeaseLost
+from adapters.registry.errors import LeaseLost
 from adapters.registry.registry import Registry
 from tests.adapters.registry.test_jobs import PAST, begin, expire, now_of, set_row, submit
 from tests.adapters.registry.test_registry import create

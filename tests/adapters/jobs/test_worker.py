@@ -37,6 +37,7 @@ from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.jobs.worker import Worker
 from adapters.probe.fit import Dataset, fit
+from adapters.registry.errors import LeaseLost
 from adapters.registry.jobs import MAX_ATTEMPTS, upload_request
 from adapters.registry.records import (
     Change,
@@ -45,7 +46,6 @@ from adapters.registry.records import (
     ExampleWrite,
     JobKind,
     JobRecord,
-    LeaseLost,
     NewVersion,
 )
 from adapters.registry.registry import Registry, new_uid

@@ -27,8 +27,9 @@ from adapters.maintenance.backup import (
 )
 from adapters.maintenance.restore import BackupTooOld, TargetInUse, restore
 from adapters.registry.erasures import ERASURES_KEPT
+from adapters.registry.errors import RegistryTooNew
 from adapters.registry.jobs import upload_request
-from adapters.registry.records import JobKind, RegistryTooNew
+from adapters.registry.records import JobKind
 from adapters.registry.schema import changes, erasures
 from tests.support.adapter_stack import TENANT, World, says, taught
 from tests.support.storage_places import WHERE, Make, Place, Where

@@ -14,9 +14,9 @@ from adapters.examples.validation import PostedExample
 from adapters.heads.head import Head
 from adapters.prediction.predictor import Loaded
 from adapters.prediction.scorer import Prediction, shape
-from adapters.registry.records import UnknownAdapter, UnknownVersion
+from adapters.registry.errors import UnknownAdapter, UnknownVersion
 from adapters.storage.artifact import CorruptArtifact
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
 from tests.support.adapter_stack import TENANT, says, taught, world
 from tests.support.tiny_backbones import picture, sentence

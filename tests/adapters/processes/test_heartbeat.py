@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from adapters.processes import heartbeat
-from adapters.processes.fitter import Fitter
+from adapters.processes.fit_client import Fitter
 from adapters.processes.heartbeat import HeartbeatMonitor, ProgressClock
 from tests.support.synthetic_embeddings import classification
 

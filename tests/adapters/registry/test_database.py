@@ -14,8 +14,8 @@ from sqlalchemy import text
 
 import adapters.registry.migrations
 from adapters.registry.database import Database, DatabaseUnusable
+from adapters.registry.errors import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.migrations import HEAD
-from adapters.registry.records import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.registry import Registry
 from service.server.process import explain
 

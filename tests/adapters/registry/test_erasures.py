@@ -15,21 +15,14 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from adapters.adaptation.adapt import AdaptCommand
+from adapters.adaptation.commands import AdaptCommand
 from adapters.adaptation.erasure import ErasureSweeper
 from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, ERASURES_KEPT, TenantErased, digest
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Changed,
-    LeaseLost,
-    Repoint,
-    UnknownAdapter,
-    UnknownTenant,
-)
+from adapters.registry.errors import LeaseLost, UnknownAdapter, UnknownTenant
+from adapters.registry.records import AdapterRecord, Change, Changed, Repoint
 from adapters.registry.registry import Registry, new_uid
 from adapters.registry.schema import changes, erasures, metadata
 from adapters.registry.statements.queries import current_time

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from sqlalchemy import func, insert, select, update
 
-from adapters.adaptation.adapt import AdaptCommand, AdaptOutcome
+from adapters.adaptation.commands import AdaptCommand, AdaptOutcome, RevisionResult
 from adapters.adaptation.example_editor import Feedback
-from adapters.adaptation.revision import RevisionResult
 from adapters.jobs.submission import JobSubmitter
+from adapters.registry.errors import TooManyJobs, UnknownAdapter
 from adapters.registry.idempotency import MOST_BYTES, REPLIES_KEPT, AlreadyAnswered, PendingReply, StoredReply
-from adapters.registry.records import Committed, JobRecord, TooManyJobs, UnknownAdapter
+from adapters.registry.records import Committed, JobRecord
 from adapters.registry.registry import Change, Registry, new_uid
 from adapters.registry.schema import database_now, replies
 from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, example, version

@@ -12,18 +12,16 @@ import pytest
 from sqlalchemy import update
 
 import adapters.registry.jobs
-from adapters.registry.jobs import MAX_ATTEMPTS, held
-from adapters.registry.records import (
-    Claim,
+from adapters.registry.errors import (
     JobFinished,
-    JobKind,
-    JobRecord,
     LeaseLost,
     RevisionMoved,
     TooManyJobs,
     UnknownAdapter,
     UnknownJob,
 )
+from adapters.registry.jobs import MAX_ATTEMPTS, held
+from adapters.registry.records import Claim, JobKind, JobRecord
 from adapters.registry.registry import Committed, Registry
 from adapters.registry.schema import jobs
 from tests.adapters.registry.test_registry import append, artifact, change, create, version

@@ -16,7 +16,7 @@ import pytest
 
 from adapters.examples.target import Target, Task
 from adapters.registry.database import Database, wal_is_safe
-from adapters.registry.records import KEPT_VERSIONS
+from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.registry import (
     AdapterExists,
     AdapterRecord,

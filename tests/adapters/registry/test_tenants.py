@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 
 from adapters.registry.database import Database
-from adapters.registry.records import UnknownTenant
+from adapters.registry.errors import UnknownTenant
 from adapters.registry.registry import Registry
 from adapters.registry.schema import keys
 from adapters.registry.tenants import (

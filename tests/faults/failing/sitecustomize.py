@@ -36,7 +36,7 @@ def _sqlite_error(action: str) -> Exception:
 
 
 def _registry_error(action: str) -> Exception:
-    from adapters.registry.records import RegistryUnavailable
+    from adapters.registry.errors import RegistryUnavailable
 
     # After a commit nobody is told of a full disk: a commit that finds one is undone. The answer may be lost.
     return RegistryUnavailable(f"no answer: {action}")

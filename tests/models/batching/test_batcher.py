@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.arrays import Floats
+from models.arrays import Floats, Prepared
 from models.backbone import Backbone, Embedded
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, EmbedRequest, Overloaded
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess.limits import InputError
-from models.preprocess.preprocessor import Prepared
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
 from tests.support import tiny_backbones
 

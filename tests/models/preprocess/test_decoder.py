@@ -19,11 +19,11 @@ from PIL import Image
 
 from benchmarks.serving import bombs
 from models.preprocess.decoder import Decoder, DecoderUnavailable
+from models.preprocess.image import ImagePreprocessor
 from models.preprocess.limits import InputError
-from models.preprocess.preprocessor import ImagePreprocessor
 from models.priority import DECODER_NICENESS
+from tests.models.preprocess.test_image import drawing, encoded
 from tests.models.preprocess.test_image_file import PLAIN
-from tests.models.preprocess.test_preprocessor import drawing, encoded
 
 SMALL = encoded(drawing(), "AVIF")
 LARGE = encoded(drawing((3_000, 2_000)), "JPEG")
@@ -166,7 +166,7 @@ def test_it_ends_with_its_parent() -> None:
     program = (
         "import os, sys\n"
         "from models.preprocess.decoder import Decoder\n"
-        "from models.preprocess.preprocessor import ImagePreprocessor\n"
+        "from models.preprocess.image import ImagePreprocessor\n"
         "from tests.models.preprocess.test_decoder import PLAIN, SMALL, children\n"
         "ImagePreprocessor(PLAIN)(SMALL)\n"
         "print(*children(), flush=True)\n"

@@ -16,17 +16,19 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from models.arrays import Prepared
 from models.backbone import Backbone, planned
 from models.batching.batcher import Batcher
 from models.batching.request import EmbeddingFailed
 from models.batching.stall_detector import StallDetector
 from models.export.float16 import halve
 from models.manifest import read_manifest, write_manifest
-from models.preprocess.preprocessor import Prepared
 from models.runtime.autotune import ExecutionPlan
-from models.runtime.cuda import STAGES, Access, CudaRunner, DeviceLost, shapes_for
+from models.runtime.cuda import STAGES, CudaRunner, DeviceLost
+from models.runtime.device_access import Access
 from models.runtime.progress import PATIENCE
 from models.runtime.session import open_session
+from models.runtime.shapes import shapes_for
 from models.spec import GRAPH_FILE, HALF_FILE
 from tests.support import tiny_backbones
 from tests.support.gpu import require_gpu

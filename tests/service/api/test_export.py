@@ -52,7 +52,7 @@ def test_texts_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
 
 
 def test_images_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
-    from models.preprocess.preprocessor import ImagePreprocessor
+    from models.preprocess.image import ImagePreprocessor
     from models.spec import PACKAGED, ImageTransform
 
     caller.adapt("things", pictures())

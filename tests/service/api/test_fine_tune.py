@@ -215,7 +215,7 @@ def prepare(session: Any, asked: Json) -> Any:
     """As the metadata says: what any program would do."""
     import base64
 
-    from models.preprocess.preprocessor import ImagePreprocessor
+    from models.preprocess.image import ImagePreprocessor
     from models.spec import ImageTransform
 
     about = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])

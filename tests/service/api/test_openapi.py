@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from service.payloads import responses
+from service.payloads import openai, responses
 from tests.support.client import UNSEEN, Caller, image, pictures, reviews
 
 ROUTES = {
@@ -117,7 +117,7 @@ def test_answers_have_the_documented_form(caller: Caller) -> None:
         caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs}),
     )
     body = {"model": "minilm-l6-v2", "input": "x"}
-    exactly(responses.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
+    exactly(openai.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
     exactly(responses.BackbonesOut, caller.call("GET", "/backbones"))
     exactly(responses.AdaptersOut, caller.call("GET", "/adapters"))
     exactly(responses.AdapterOut, caller.call("GET", "/adapters/films"))

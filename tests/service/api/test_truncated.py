@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.payloads import responses
+from service.payloads import openai, responses
 from tests.support.client import Caller, Json, reviews
 
 LETTER = "I loved the film, and here is why: " + "the story moved me. " * 400
@@ -39,7 +39,7 @@ def test_openai_s_form_marks_the_embeddings_and_counts_what_was_read(caller: Cal
     found = caller.call("POST", "/v1/embeddings", json=body)
     assert marks(found["data"]) == [False, True]
     assert found["usage"] == {"prompt_tokens": 4 + 256, "total_tokens": 4 + 256}
-    responses.OpenAIResponse.model_validate(found, extra="forbid")
+    openai.OpenAIResponse.model_validate(found, extra="forbid")
 
 
 def test_teaching_counts_the_texts_that_were_cut(caller: Caller) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from adapters.registry.erasures import TenantErased
-from adapters.registry.records import RegistryUnavailable
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey, Quotas
 from service.edge.audit import REFUSALS_AT_ONCE, Audit
 from service.edge.auth import Authenticator, KeyMissing, is_loopback, listening_addresses

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapters.registry.records import RegistryUnavailable
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey
 from service.edge import key_cache
 from service.edge.key_cache import KeyCache

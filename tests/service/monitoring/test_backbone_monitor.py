@@ -71,7 +71,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     """All at once: a run that never returns, a fitting process and a worker that are stopped."""
     right = embed(caller, "text")
     before = {part: replaced(breaking, part) for part in ("backbone", "fitter", "worker")}
-    fitter, worker = breaking.child("adapters.processes.fitter"), breaking.child("adapters.jobs.worker")
+    fitter, worker = breaking.child("adapters.processes.fit_server"), breaking.child("adapters.jobs.worker")
     # The worker's silence counts from its first sign of life.
     time.sleep(3.0)
     for pid in (fitter, worker):
@@ -95,7 +95,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     )
     assert adapted["version"] == 1
     seconds_until(lambda: breaking.child("adapters.jobs.worker") != worker, REPLACED)
-    assert breaking.child("adapters.processes.fitter") != fitter
+    assert breaking.child("adapters.processes.fit_server") != fitter
     log = breaking.log.read_text()
     assert "is replaced: a run has not returned for" in log
     assert "the fitting process was silent for" in log

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.examples.base64_images import decode_base64
-from models.preprocess.preprocessor import InputError
+from models.preprocess.limits import InputError
 from service.payloads.lifting import NotJson, TooIntricate, parse
 
 MOST = 1 << 20

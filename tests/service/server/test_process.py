@@ -303,7 +303,7 @@ def test_a_dead_fitter_is_not_ready_or_replaced(server: str, serving: Serving) -
     (fitter,) = [
         pid
         for pid in serving.group()
-        if b"adapters.processes.fitter" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"adapters.processes.fit_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     os.kill(fitter, signal.SIGKILL)
     adapted = post(f"{server}/adapt", {"adapter": "after-a-dead-fitter", "examples": texts(4)})

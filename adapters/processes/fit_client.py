@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
-import os
 import queue
-import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import IO, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.heads.head import Head
-from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
+from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig, TooCostly, expected_seconds
 from adapters.processes.child import child_environment
-from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, ProgressClock, start_heartbeat
+from adapters.processes.errors import FitFailed, FitterOverloaded, FitterUnavailable
+from adapters.processes.frames import Frame, read_frame, write_frame
+from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor
 from adapters.processes.turns import Turns
 from models.priority import NICENESS
 
@@ -46,33 +43,9 @@ _ATTEMPTS: Final = 2  # processes that a fit may use up
 _MANY_EXAMPLES: Final = 5_000
 # Seconds between attempts to start a process while no fit waits for it.
 _PAUSE_SECONDS: Final = 5.0
-_FRAME: Final = struct.Struct("<QQ")  # length of the header and of the arrays, in bytes
-_Frame = tuple[dict[str, Any], list[NDArray[Any]]]
-_Answer = TypeVar("_Answer")
 
 logger = logging.getLogger("topwork")
-
-
-class FitterUnavailable(RuntimeError):
-    """The fitting process died twice on one request or cannot start, or the fitter is closed."""
-
-    code = "fitter_unavailable"
-
-
-class FitterOverloaded(RuntimeError):
-    """The tenant has too many fits waiting."""
-
-    code = "overloaded"
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__("Too many of your fits are waiting; try again later.")
-        self.retry_after = retry_after
-
-
-class FitFailed(RuntimeError):
-    """The fit raised an unexpected error; the process's standard error has the traceback."""
-
-    code = "fit_failed"
+_Answer = TypeVar("_Answer")
 
 
 class _Died(Exception):
@@ -356,13 +329,13 @@ class _Process:
     def __init__(self, niceness: int) -> None:
         self.ready = False
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "adapters.processes.fitter", str(niceness)],
+            [sys.executable, "-m", "adapters.processes.fit_server", str(niceness)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=child_environment() | _ONE_THREAD,
         )
         self.pulse = HeartbeatMonitor(self._child.pid)
-        self._answers: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._hearing = threading.Thread(target=self._hear, name="fitter-answers", daemon=True)
         self._hearing.start()
 
@@ -370,7 +343,7 @@ class _Process:
         """Read frames as they arrive, so that heartbeats count even while no answer is awaited."""
         assert self._child.stdout is not None
         with self._child.stdout as pipe:
-            while (frame := _read_frame(pipe)) is not None:
+            while (frame := read_frame(pipe)) is not None:
                 self.pulse.beat()
                 if "beat" not in frame[0]:
                     self._answers.put(frame)
@@ -387,12 +360,12 @@ class _Process:
     def write(self, header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
         assert self._child.stdin is not None
         try:
-            _write_frame(self._child.stdin, header, arrays)
+            write_frame(self._child.stdin, header, arrays)
         except OSError as error:
             self.end()
             raise _Died from error
 
-    def read(self) -> _Frame:
+    def read(self) -> Frame:
         frame = self._answers.get()
         if frame is None:
             self.end()
@@ -413,40 +386,6 @@ class _Process:
             self._child.stdin.close()
 
 
-def _write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
-    described = {**header, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
-    text = json.dumps(described).encode()
-    pipe.write(_FRAME.pack(len(text), sum(array.nbytes for array in arrays)))
-    pipe.write(text)
-    for array in arrays:
-        pipe.write(array.data.cast("B") if array.size else b"")
-    pipe.flush()
-
-
-def _read_frame(pipe: IO[bytes]) -> _Frame | None:
-    """Read a header and its arrays; return None at the end of the pipe."""
-    sizes = pipe.read(_FRAME.size)
-    if len(sizes) < _FRAME.size:
-        return None
-    text_size, _ = _FRAME.unpack(sizes)
-    text = pipe.read(text_size)
-    if len(text) < text_size:
-        return None
-    header: dict[str, Any] = json.loads(text)
-    arrays: list[NDArray[Any]] = []
-    for dtype, shape in header.pop("arrays"):
-        array = np.empty(shape, dtype=dtype)
-        if array.size:
-            view, filled = array.data.cast("B"), 0
-            while filled < len(view):
-                got = pipe.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not got:
-                    return None
-                filled += got
-        arrays.append(array)
-    return header, arrays
-
-
 def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> FittedProbe:
     """Return the result that an answer holds, or raise its error."""
     match header.get("error"):
@@ -459,80 +398,3 @@ def _fitted(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Fitted
             raise TooCostly(predicted, limit)
         case error:
             raise FitFailed(f"The fit failed: {error}")
-
-
-def _answer(
-    header: Mapping[str, Any], embeddings: NDArray[np.float32]
-) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """Fit as a request asks; return the header and the arrays of the answer."""
-    targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
-    dataset = Dataset(
-        embeddings=embeddings,
-        targets=targets,
-        digests=header["digests"],
-        task=header["task"],
-        fingerprint=header["fingerprint"],
-        groups=header["groups"],
-        sampled=header["sampled"],
-    )
-    try:
-        fitted = fit(dataset, ProbeConfig(**header["config"]))
-    except OneLabel as error:
-        return {"error": {"code": error.code, "detail": str(error)}}, []
-    except TooCostly as error:
-        predicted, limit = float(error.predicted_seconds), float(error.limit_seconds)
-        return {"error": {"code": error.code, "predicted": predicted, "limit": limit}}, []
-    except Exception as error:
-        traceback.print_exc()
-        return {"error": {"code": "fit_failed", "detail": repr(error)}}, []
-    head = np.frombuffer(fitted.head.to_bytes(), dtype=np.uint8)
-    return {"report": fitted.report}, [fitted.scores, head]
-
-
-def _warm() -> None:
-    """Run a small fit, so that the first tenant does not wait for code to be loaded."""
-    generator = np.random.default_rng(0)
-    rows = generator.standard_normal((40, 16), dtype=np.float32)
-    fit(Dataset(rows, ["a", "b"] * 20, [str(row) for row in range(40)], "classification", ""))
-
-
-def main() -> None:
-    """Serve fits on the standard pipes until the input closes. The first argument may give the niceness."""
-    os.nice(int(sys.argv[1]) if len(sys.argv) > 1 else NICENESS)
-    # The parent decides when this process ends. Ctrl-C in a terminal reaches every process, and BentoML's
-    # supervisor terminates all of them at once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    requests: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
-    headway, writing = ProgressClock(), threading.Lock()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # Printed text goes to standard error, since it must not get between the frames.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def read() -> None:
-        while (frame := _read_frame(sys.stdin.buffer)) is not None:
-            requests.put(frame)
-        # A running fit is cut off, since the parent that wants its result has gone.
-        os._exit(0)
-
-    def answer(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
-        with writing:
-            _write_frame(answers, header, arrays)
-
-    try:
-        _warm()
-        answer({"ready": True}, [])
-        start_heartbeat(lambda: answer({"beat": True}, []), headway.made)
-        threading.Thread(target=read, daemon=True).start()
-        while True:
-            header, (embeddings,) = requests.get()
-            headway.idle = False
-            answer(*_answer(header, embeddings))
-            headway.idle = True
-    except BrokenPipeError:
-        # The parent has gone. A normal exit would flush the pipe and raise again.
-        os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

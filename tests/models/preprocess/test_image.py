@@ -19,14 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from models.preprocess.image import ImagePreprocessor, to_square
+from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import normalised
-from models.preprocess.preprocessor import (
-    ImagePreprocessor,
-    InputError,
-    InputLimits,
-    TextPreprocessor,
-    to_square,
-)
+from models.preprocess.text import TextPreprocessor
 from models.spec import ImageTransform, TextTransform
 from tests.support import tiny_backbones
 
@@ -543,7 +539,7 @@ def test_what_is_made_in_strips_is_what_is_made_at_once(monkeypatch: pytest.Monk
         encoded(Image.fromarray(wide), "PNG", **transparent),
     ]
     at_once = [levels(data) for data in some]
-    monkeypatch.setattr("models.preprocess.preprocessor.LARGE_PIXELS", 500)
+    monkeypatch.setattr("models.preprocess.image.LARGE_PIXELS", 500)
     for data, before in zip(some, at_once, strict=True):
         np.testing.assert_array_equal(levels(data), before)
 

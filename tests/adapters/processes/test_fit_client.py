@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
-from adapters.processes.fitter import Fitter, FitterOverloaded, FitterUnavailable
+from adapters.processes.errors import FitterOverloaded, FitterUnavailable
+from adapters.processes.fit_client import Fitter
 from tests.support.synthetic_embeddings import classification, clouds, dataset
 
 pytestmark = pytest.mark.anyio
@@ -248,7 +249,7 @@ async def test_the_process_ends_when_its_input_does() -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "adapters.processes.fitter",
+        "adapters.processes.fit_server",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -1,0 +1,201 @@
+"""What is asked of an adapter's examples and versions, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapters.adaptation.promotion import Decision, Promote
+from adapters.examples.target import Task, Weights
+from adapters.examples.validation import PostedExample, RejectedExample, ValidExample
+from adapters.probe.fit import ProbeConfig
+from adapters.registry.records import AdapterRecord, Committed, VersionRecord
+from models.arrays import Floats
+
+
+class AdapterFull(ValueError):
+    """The adapter would hold more examples or labels than are allowed."""
+
+    code = "adapter_full"
+
+
+class NothingToFit(ValueError):
+    """There are no examples to fit a head on."""
+
+    code = "nothing_to_fit"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """Limits of one adapter: kept examples and distinct labels; and how it is fitted."""
+
+    max_examples: int = 100_000
+    max_labels: int = 2_000
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleEdit:
+    """A change to an adapter's examples.
+
+    `clear`: forget the examples that are not upserted. `fit`: make a version. `required`: raise OneLabel if
+    nothing can be fitted, instead of leaving the adapter without a live version. `uploaded`: ids of the
+    examples stored by an upload that is to replace all others; the others count towards no limit, and `clear`
+    keeps the uploaded ones. `live`: the version that a person makes live with the edit, if none is fitted.
+    """
+
+    upserts: Sequence[ValidExample] = ()
+    removals: Sequence[str] = ()
+    clear: bool = False
+    fit: bool = True
+    promote: Promote = "if_better"
+    required: bool = True
+    uploaded: AbstractSet[str] | None = None
+    live: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionResult:
+    """The result of an edit.
+
+    `version` and `decision` are None if nothing was fitted. `timings`: seconds by stage. `truncated`: how
+    many of the edit's examples are texts of which the backbone reads only the start.
+    """
+
+    committed: Committed
+    decision: Decision | None
+    timings: Mapping[str, float]
+    truncated: int = 0
+
+    @property
+    def adapter(self) -> AdapterRecord:
+        """The adapter after the edit."""
+        return self.committed.adapter
+
+    @property
+    def version(self) -> VersionRecord | None:
+        """The version that was fitted, if any."""
+        return self.committed.version
+
+    @property
+    def live(self) -> bool:
+        """Whether the new version is the live one."""
+        return self.version is not None and self.adapter.live == self.version.number
+
+
+Update = Literal["append", "replace"]
+
+
+class ExamplesRejected(ValueError):
+    """No posted example can be used, or the request is strict and at least one cannot.
+
+    `errors`: {pointer, code, detail} of the first 100 rejected examples.
+    """
+
+    code = "examples_rejected"
+
+    def __init__(self, rejected: Sequence[RejectedExample], *, strict: bool) -> None:
+        reason = "The request is strict, and" if strict else "None can be used:"
+        super().__init__(f"{reason} {len(rejected)} examples were rejected. Nothing was stored.")
+        self.rejected = tuple(rejected)
+        self.errors = _blamed(rejected)
+
+
+class ContractChanged(ValueError):
+    """The request contradicts a setting fixed when the adapter was created; `code` says which."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class WeightsNotForTask(ValueError):
+    """Balanced weights were requested for a task other than classification.
+
+    Its examples have no label, or several.
+    """
+
+    code = "weights_not_for_task"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
+
+
+class FingerprintMismatch(RuntimeError):
+    """The backbone served under this name is not the one that the adapter was taught with."""
+
+    code = "fingerprint_mismatch"
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__(
+            f"The backbone {backbone!r} served here is not the one that this adapter was taught with, for "
+            "example of an earlier release. POST /adapters/{adapter}/rebase with "
+            f'{{"backbone": "{backbone}"}} moves the adapter to it.'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptCommand:
+    """A request to /adapt. None: the adapter's own setting, or the default if it is created.
+
+    `fine_tune`: how to train a network, if one is to be trained; `callback`: where to report the end of a
+    job; see JobSubmitter. `uploaded`: see ExampleEdit. `answer_accuracy`, `weights`: see ProbeConfig.
+    `columns`: of an upload's table, see layout_of. `began`: see Creation.
+    """
+
+    adapter: str
+    posted: Sequence[PostedExample] = ()
+    backbone: str | None = None
+    task: Task | None = None
+    update: Update = "append"
+    promote: Promote = "if_better"
+    fit: bool = True
+    strict: bool = False
+    keep_inputs: bool | None = None
+    fine_tune: Mapping[str, Any] | None = None
+    callback: str | None = None
+    uploaded: AbstractSet[str] | None = None
+    answer_accuracy: float | None = None
+    weights: Weights | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptOutcome:
+    """The result of an adapt request. `timings`: seconds by stage."""
+
+    revised: RevisionResult
+    rejected: Sequence[RejectedExample] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """The result of embedding inputs that the adapter does not have. `timings`: seconds by stage.
+
+    `vectors`: embeddings by digest. `rejected`: examples whose input failed. `truncated`: digests of texts of
+    which the backbone reads only the start. `embedded`: digests of all inputs that were embedded for this
+    result.
+    """
+
+    vectors: dict[str, Floats]
+    rejected: Sequence[RejectedExample]
+    timings: Mapping[str, float]
+    truncated: frozenset[str]
+    embedded: AbstractSet[str]
+
+
+def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:
+    return [
+        {"pointer": pointer(one.index, one.field), "code": one.code, "detail": one.detail}
+        for one in rejected[:100]
+    ]
+
+
+def pointer(index: int, part: str) -> str:
+    """Return the JSON pointer (RFC 6901) to an example of a request, or to a part of it."""
+    return f"/examples/{index}/{part}" if part else f"/examples/{index}"

@@ -1,0 +1,111 @@
+"""Errors of the registry."""
+
+from __future__ import annotations
+
+KEPT_VERSIONS = 20
+"""Number of an adapter's newest versions that are kept, in addition to the live one."""
+
+
+class RegistryError(RuntimeError):
+    """The registry refuses or fails. `code` is stable; the message tells the user what to do."""
+
+    code = "registry_error"
+
+
+class UnknownAdapter(RegistryError):
+    """The tenant has no adapter of this name, whether or not another tenant has one."""
+
+    code = "unknown_adapter"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter {name!r}. GET /adapters lists yours; /adapt creates one.")
+
+
+class UnknownTenant(RegistryError):
+    """There is no tenant of this name."""
+
+    code = "unknown_tenant"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no tenant {name!r}. POST /tenants makes one.")
+
+
+class UnknownVersion(RegistryError):
+    """The adapter has no version of this number, or no longer has it."""
+
+    code = "unknown_version"
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"There is no version {number}. {KEPT_VERSIONS} are kept, and the live one.")
+
+
+class UnknownExample(RegistryError):
+    """The adapter has no example with this id."""
+
+    code = "unknown_example"
+
+    def __init__(self, example_id: str) -> None:
+        super().__init__(f"There is no example {example_id!r}. GET the adapter's examples lists their ids.")
+
+
+class RevisionMoved(RegistryError):
+    """The examples changed since they were read: read them again, merge, refit and commit again."""
+
+    code = "revision_moved"
+
+
+class AdapterExists(RevisionMoved):
+    """Another request created the adapter first: read it, and commit to it instead of creating it."""
+
+    code = "adapter_exists"
+
+
+class AliasMoved(RegistryError):
+    """The alias no longer points to the version that If-Match names."""
+
+    code = "alias_moved"
+
+
+class UnknownJob(RegistryError):
+    """The tenant has no job with this id, whether or not another tenant has one."""
+
+    code = "unknown_job"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"There is no job {job_id!r}. GET /jobs lists yours; an adapter's go with it.")
+
+
+class TooManyJobs(RegistryError):
+    """The tenant has reached its limit of queued and running jobs."""
+
+    code = "too_many_jobs"
+
+
+class JobFinished(RegistryError):
+    """The job has ended, so there is nothing left to cancel."""
+
+    code = "job_finished"
+
+
+class LeaseLost(RegistryError):
+    """The attempt or its lease has ended: its worker must stop, and can write nothing more."""
+
+    code = "lease_lost"
+
+
+class RegistryUnavailable(RegistryError):
+    """The database did not answer. If this happens during a commit, the change may have been recorded."""
+
+    code = "registry_unavailable"
+
+
+class RegistryTooOld(RegistryError):
+    """The database has the tables of an earlier release, or none."""
+
+    code = "registry_too_old"
+
+
+class RegistryTooNew(RegistryError):
+    """The database was written by a newer release than this one."""
+
+    code = "registry_too_new"

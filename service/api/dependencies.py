@@ -1,0 +1,89 @@
+"""What routes ask for of path, query and headers."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Annotated
+
+from fastapi import Depends, Header, Path, Query
+
+from adapters.examples.validation import check_id
+from adapters.registry.errors import UnknownAdapter, UnknownJob
+from service.errors import Problem
+from service.payloads import requests
+
+_NAME = re.compile(requests.ADAPTER_PATTERN)
+
+
+_JOB = re.compile(r"[0-9a-f]{32}")
+
+
+async def adapter_name(adapter: str) -> str:
+    """Return the adapter named in the path. Raises UnknownAdapter for a name that no adapter can have."""
+    if _NAME.fullmatch(adapter) is None:
+        raise UnknownAdapter(adapter[:63])
+    return adapter
+
+
+async def example_id(example: str) -> str:
+    """Return the example id in the path, which may contain slashes."""
+    check_id(example)
+    return example
+
+
+async def job_id(job: str) -> str:
+    """Return the job id in the path. Raises UnknownJob for an id that no job can have."""
+    if _JOB.fullmatch(job) is None:
+        raise UnknownJob(job[:63])
+    return job
+
+
+async def jobs_adapter(adapter: str | None = None) -> str | None:
+    """Return the adapter whose jobs are listed, None for all. An invalid name becomes "", which none has."""
+    return adapter if adapter is None or _NAME.fullmatch(adapter) else ""
+
+
+async def expected(if_match: Annotated[str | None, Header()] = None) -> str | None:
+    """Return the entity tag that must still match, or None if any does: for `*`, or without the header."""
+    return None if if_match is None or if_match.strip() == "*" else if_match.strip()
+
+
+Adapter = Annotated[str, Depends(adapter_name)]
+
+
+Example = Annotated[str, Depends(example_id)]
+
+
+Expected = Annotated[str | None, Depends(expected)]
+
+
+Job = Annotated[str, Depends(job_id)]
+
+
+JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
+
+
+Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
+
+
+async def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
+    """Return the item after which the page begins. Raises a 422 Problem for an invalid cursor."""
+    return None if cursor is None else _last_of(cursor)
+
+
+def _last_of(cursor: str) -> str:
+    try:
+        last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+    except ValueError:
+        last = "\0"
+    # No valid cursor contains a NUL, and PostgreSQL rejects it.
+    if "\0" in last:
+        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.")
+    return last
+
+
+Behind = Annotated[str | None, Depends(behind)]
+
+
+Limit = Annotated[int, Query(ge=1, le=1_000)]
