@@ -11,7 +11,5 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-
 # One preprocessed input. Image: uint8 (size, size, 3). Text: int64 (tokens,).
 Prepared = NDArray[Any]

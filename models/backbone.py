@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models import probes
 from models.arrays import Floats, Prepared
-from models.manifest import CorruptExport, read_manifest, read_tables, takes_bytes
+from models.feeds import dummy_input, feed_of, graph_of, probe_inputs, spec_for
+from models.manifest import CorruptExport, read_tables
 from models.preprocess.decoder import Waiting, wait_unseen
 from models.preprocess.expense import HEAVY, image_expense, text_expense
 from models.preprocess.image import TINY_IMAGE, ImagePreprocessor
@@ -26,32 +26,15 @@ from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import Silence, TextPreprocessor
 from models.runtime import driver
 from models.runtime.autotune import (
-    BATCHES,
-    BATCHES_ON_GPU,
     ExecutionPlan,
-    Measured,
-    Run,
-    is_quiet,
-    keep_plan,
-    measure,
-    measure_on_gpu,
-    read_plan,
-    ways_on_gpu,
 )
 from models.runtime.cuda import CudaRunner
 from models.runtime.progress import ThreadProgress
-from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session, open_table
+from models.runtime.session import Device, open_session, open_table
 from models.runtime.shapes import shapes_for
-from models.runtime.trial import try_out
 from models.spec import (
     FLOAT16,
-    GRAPH_FILE,
-    HALF_FILE,
-    IDS,
-    INT8,
-    MASK,
     OUTPUT_NAME,
-    RGB,
     TOKENIZER_FILE,
     BackboneSpec,
     ImageTransform,
@@ -60,7 +43,6 @@ from models.spec import (
 
 # Maximum tokens per run on a CPU, padding included. It bounds the memory of a run.
 _TOKENS_PER_RUN = 1024
-_TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
 _TUNED_BATCH = 32  # maximum inputs per run of a fine-tuned network on a GPU
 
 
@@ -132,7 +114,7 @@ class Backbone:
         `threads`: total number of threads on a CPU. `plan`: how to use them, `ExecutionPlan.usual` by
         default. Raises CorruptExport, DeviceUnavailable.
         """
-        spec = _spec_for(export, device, verify=True)
+        spec = spec_for(export, device, verify=True)
         preprocessor = (
             ImagePreprocessor(spec.transform, limits)
             if isinstance(spec.transform, ImageTransform)
@@ -144,17 +126,17 @@ class Backbone:
         images = spec.kind == "image"
         session: Any
         if device == "cuda":
-            session = _runner(spec, _graph(export, spec, plan.half), plan, preprocessor)
+            session = _runner(spec, graph_of(export, spec, plan.half), plan, preprocessor)
         else:
             session = open_session(
-                _graph(export, spec), device=device, threads=plan.alone, one_shape=images, tables=tables
+                graph_of(export, spec), device=device, threads=plan.alone, one_shape=images, tables=tables
             )
         # Concurrent runs share the cores best with few threads each, because a run waits for its slowest
         # thread.
         beside = session
         if device == "cpu" and plan.beside != plan.alone:
             beside = open_session(
-                _graph(export, spec), device=device, threads=plan.beside, one_shape=images, tables=tables
+                graph_of(export, spec), device=device, threads=plan.beside, one_shape=images, tables=tables
             )
         backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
@@ -318,7 +300,7 @@ class Backbone:
 
     def probes(self) -> list[Prepared]:
         """Varied prepared inputs, for comparing the embeddings of two ways to run the backbone."""
-        return _probes(self._preprocessor)
+        return probe_inputs(self._preprocessor)
 
     def embed(self, inputs: Sequence[bytes | str]) -> Embedded:
         """Preprocess and run in this thread. A service should use a Batcher instead."""
@@ -358,14 +340,14 @@ class Backbone:
         self._session = self._beside = None
 
     def _answers(self) -> bool:
-        begin, blank = time.perf_counter(), _blank(self.spec)
+        begin, blank = time.perf_counter(), dummy_input(self.spec)
         embedding = self.run([blank])
         self.pace = (time.perf_counter() - begin) / blank.size
         return embedding.shape == (1, self.spec.dim) and bool(np.isfinite(embedding).all())
 
     def feed(self, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Build the graph's inputs for one run of at least one input; texts are padded to the longest."""
-        return _feed(self.spec, prepared)
+        return feed_of(self.spec, prepared)
 
     def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
         """Yield the rows of each run."""
@@ -393,60 +375,6 @@ def _positions(inputs: Sequence[bytes | str], holds: Callable[[str], bool]) -> f
     return frozenset(found)
 
 
-def planned(export: Path, *, device: Device, threads: int) -> Measured:
-    """Return the fastest plan for the export on this machine, with this total number of threads.
-
-    Measures if there is no stored result, or if that result is unconfirmed and the machine is quiet now.
-    Raises CorruptExport, DeviceUnavailable.
-    """
-    found = known_plan(export, device=device, threads=threads)
-    if found is None or (not found.confirmed and is_quiet()):
-        return survey(export, device=device, threads=threads)
-    return found
-
-
-def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
-    """Return the stored measurement for this machine, None if there is none. Raises as `planned` does."""
-    spec = _spec_for(export, device, verify=False)
-    return read_plan(export, ExecutionPlan.usual(spec.kind, device, threads), device)
-
-
-def survey(export: Path, *, device: Device, threads: int) -> Measured:
-    """Measure now; return and store the new result unless the stored one is more reliable.
-
-    A confirmed new result always replaces the stored one. Raises as `planned` does.
-    """
-    spec = _spec_for(export, device, verify=False)
-    usual = ExecutionPlan.usual(spec.kind, device, threads)
-    before = read_plan(export, usual, device)
-    found = (_measure if device == "cpu" else _measure_on_gpu)(export, spec, usual)
-    if before is not None and not found.confirmed and before.doubt < found.doubt:
-        return before
-    keep_plan(export, usual, device, found)
-    return found
-
-
-def _measure(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
-    def open_run(count: int) -> Run:
-        session = open_session(
-            _graph(export, spec), device="cpu", threads=count, one_shape=spec.kind == "image"
-        )
-        return lambda feed: session.run([OUTPUT_NAME], feed)
-
-    blank = _blank(spec)
-    return measure(usual, BATCHES[spec.kind], open_run, lambda count: _feed(spec, [blank] * count))
-
-
-def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
-    if driver.gpu_name() is None:
-        raise DeviceUnavailable(GPU_ADVICE)
-    ways = ways_on_gpu(usual, (export / HALF_FILE).exists(), spec.kind == "image")
-    batches = BATCHES_ON_GPU[spec.kind]
-    # Plans are opened for the largest batch, so that each batch tried is a single run.
-    ways = tuple(replace(way, batch=max(batches)) for way in ways)
-    return measure_on_gpu(usual, ways, batches, lambda way: try_out(export, way, (1, *batches)))
-
-
 def _runner(
     spec: BackboneSpec,
     graph: Path | bytes,
@@ -466,52 +394,7 @@ def _runner(
             channels_last=plan.channels_last,
         ),
         shapes_for(spec, plan.batch, few=few),
-        _probes(preprocessor),
+        probe_inputs(preprocessor),
         graphs=plan.graphs,
         is_lost=driver.is_lost,
     )
-
-
-def _probes(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
-    if isinstance(preprocessor, ImagePreprocessor):
-        # Probes must pass whatever limits the settings impose, so the default limits are used.
-        prepare = ImagePreprocessor(preprocessor.transform)
-        return [prepare(picture) for picture in probes.pictures()]
-    return [preprocessor.tokens(text)[0] for text in probes.TEXTS]
-
-
-def _graph(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:
-    """The export's graph; image graphs of older releases are converted to take bytes."""
-    name = HALF_FILE if half else GRAPH_FILE
-    if not isinstance(spec.transform, ImageTransform) or takes_bytes(export):
-        return export / name
-    return with_byte_input((export / name).read_bytes(), spec.transform)
-
-
-def _spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
-    spec = read_manifest(export, verify=verify)
-    if spec.precision == INT8 and device != "cpu":
-        # ONNX Runtime would silently run the integer matrix products on the CPU.
-        raise DeviceUnavailable(
-            f"{spec.name} is for CPUs; on a GPU serve {spec.name.removesuffix('-int8')}, faster there."
-        )
-    return spec
-
-
-def _feed(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
-    if isinstance(spec.transform, ImageTransform):
-        return {RGB: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
-    width = max(len(tokens) for tokens in prepared)
-    ids = np.full((len(prepared), width), spec.transform.pad_id, np.int64)
-    mask = np.zeros((len(prepared), width), np.int64)
-    for row, tokens in enumerate(prepared):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return {IDS: ids, MASK: mask}
-
-
-def _blank(spec: BackboneSpec) -> Prepared:
-    """A prepared dummy input of zeros, for warm-up and measuring."""
-    if isinstance(spec.transform, ImageTransform):
-        return np.zeros((spec.transform.size, spec.transform.size, 3), np.uint8)
-    return np.zeros(min(_TOKENS, spec.transform.max_tokens), np.int64)

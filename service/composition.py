@@ -38,12 +38,13 @@ from adapters.registry.registry import Registry, RegistryError
 from adapters.storage.artifact import Store, StoreError
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
-from models.backbone import Backbone, planned
+from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.model_store import find
 from models.preprocess.limits import InputLimits
 from models.runtime.autotune import Measured
+from models.survey import planned
 from service.components import Components
 from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.edge.key_cache import KeyCache

@@ -103,8 +103,9 @@ LEVELS = {
     ),
     "models": (
         ("models.export", "models.trial_process"),
-        ("models.batching",),
+        ("models.batching", "models.survey"),
         ("models.backbone",),
+        ("models.feeds",),
         ("models.runtime",),
         ("models.preprocess",),
         ("models.model_store", "models.probes"),

@@ -24,10 +24,10 @@ from adapters.adaptation.commands import (
     WeightsNotForTask,
     _blamed,
 )
-from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import plan_change
 from adapters.adaptation.repository import AdapterSnapshot, BackgroundPublish
 from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision_files import AdapterContext
 from adapters.examples.target import Weights, label_set
 from adapters.examples.validation import RejectedExample, ValidExample, admit, common_kind
 from adapters.processes.turns import Gate

@@ -12,11 +12,11 @@ import numpy as np
 
 from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
-from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import RevisionWriter, new_version
+from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision_files import AdapterContext, new_version
 from adapters.examples.target import ExampleError, Target, label_set, normalise_target
 from adapters.examples.validation import (
     PostedExample,

@@ -13,10 +13,17 @@ from typing import Any, TypeVar
 
 from adapters.adaptation.agreement import Agreement, ask
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
-from adapters.adaptation.gathering import AdapterContext, complete, encoders, gather, starts
-from adapters.adaptation.layout import LayoutPlan, PlannedExample, locate, plan_change
+from adapters.adaptation.layout import LayoutPlan, PlannedExample, plan_change
 from adapters.adaptation.promotion import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
+from adapters.adaptation.revision_files import (
+    AdapterContext,
+    Fit,
+    change_of,
+    complete,
+    encoders,
+    gather,
+)
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.examples.target import label_set
@@ -25,7 +32,7 @@ from adapters.probe.fit import Dataset, OneLabel
 from adapters.processes.fit_client import Fitter
 from adapters.registry.errors import RevisionMoved, UnknownVersion
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import AdapterRecord, Change, Committed, Creation, NewVersion, VersionRecord
+from adapters.registry.records import AdapterRecord, Committed, Creation, VersionRecord
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact
 from adapters.storage.formats import Evidence, encode_evidence
 from models.arrays import Floats
@@ -34,20 +41,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("topwork")
 
-LINEAR_PROBE = "linear_probe"
 ATTEMPTS = 5
 # Position of the new inputs' file in the list from gathering.encoders.
 _NEW_INPUTS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A fitted head with its evidence, report and promotion decision."""
-
-    head: Head
-    evidence: Evidence
-    report: Mapping[str, Any]
-    decision: Decision
 
 
 @dataclass(slots=True)
@@ -143,7 +139,7 @@ class RevisionWriter:
 
         with _timed(timings, "publish", self._observe):
             published = await self._publish(subject, plan, fresh, fit, ahead)
-            change = _change(subject, edit, plan, published, fit)
+            change = change_of(subject, edit, plan, published, fit)
             committed = await self.repository.commit(change, published, reply and reply.of(revised))
         await self.warm(committed, fit)
         return revised(committed)
@@ -361,41 +357,6 @@ def _plan_of(subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
     plan = plan_change(subject.examples, (), removals=others)
     # The change forgets all examples that it does not write, so those that stay are written again.
     return replace(plan, upserted=frozenset(row.id for row in plan.rows))
-
-
-def _change(
-    subject: AdapterContext,
-    edit: ExampleEdit,
-    plan: LayoutPlan,
-    published: Sequence[Artifact],
-    fit: Fit | None,
-) -> Change:
-    start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
-    upserts, repoints = locate(plan, start, bundles)
-    state = subject.state
-    return Change(
-        tenant=subject.tenant,
-        name=subject.name,
-        uid=subject.uid,
-        revision=0 if state is None else state.revision,
-        create=subject.terms if state is None else None,
-        clear_first=edit.clear and state is not None,
-        upserts=upserts,
-        removals=tuple(edit.removals),
-        repoints=repoints,
-        version=None if fit is None else new_version(fit, *left),
-        promote=fit is not None and fit.decision.promote,
-        answer_accuracy=subject.terms.answer_accuracy,
-        weights=subject.terms.weights,
-        fallback=edit.live if fit is None else fit.decision.fallback,
-        restores=edit.live is not None,
-        standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,
-    )
-
-
-def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
-    """Return the version to record for a fit whose files are published."""
-    return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))
 
 
 def with_ids(report: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:

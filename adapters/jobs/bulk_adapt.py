@@ -20,10 +20,10 @@ from adapters.adaptation.commands import (
     ExamplesRejected,
     RevisionResult,
 )
-from adapters.adaptation.gathering import AdapterContext
 from adapters.adaptation.promotion import as_asked
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision_files import AdapterContext
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.examples.target import ExampleError, input_digest

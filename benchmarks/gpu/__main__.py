@@ -30,12 +30,13 @@ from benchmarks.gpu.operations import Cost, cost_of
 from benchmarks.gpu.session import Asked, Found
 from benchmarks.harness.report import RESULTS, Report, Spread, table
 from models import probes
-from models.backbone import Backbone, planned
+from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.model_store import find
 from models.runtime.cuda import lowest_cosine
 from models.runtime.session import Device, DeviceUnavailable
 from models.spec import GRAPH_FILE, HALF_FILE
+from models.survey import planned
 
 PARTS = ("chip", "sessions", "served", "torch")
 ROUNDS = 3

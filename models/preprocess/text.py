@@ -20,16 +20,10 @@ from models.spec import TextTransform
 
 # Characters to tokenize per token kept. It is above the average of any language, so they are usually enough.
 _CHARACTERS_PER_TOKEN = 16
-
-
 # SentencePiece's piece for white space; the first piece of a text may consist of it alone.
 _BLANK_PIECE = "\u2581"
-
-
 # Unigram models store the id of their unknown piece, but the library does not expose it.
 _UNIGRAM_UNKNOWN = re.compile(rb'"unk_id"\s*:\s*(\d+)')
-
-
 # Length of the start of a text, in characters, that is searched first for a known token. Most texts have one.
 _FIRST_CHARACTERS = 64
 

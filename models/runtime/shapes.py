@@ -9,17 +9,9 @@ from models.spec import BackboneSpec, ImageTransform
 # Rows per run to choose from. They are few, because each shape permanently holds buffers and, if captured, a
 # CUDA graph.
 _IMAGE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
-
-
 _TEXT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
 _WIDTHS = (16, 32, 64, 128, 256)  # tokens per row
-
-
 _FEW_ROWS = (1, 8, 32)  # rows per run of fine-tuned networks, as there may be many, one per tenant
-
-
 # Maximum tokens per run, padding included, so that more short texts than long ones fit into a run.
 _TOKENS_PER_RUN = 32_768
 

@@ -14,8 +14,6 @@ from service.errors import Problem
 from service.payloads import requests
 
 _NAME = re.compile(requests.ADAPTER_PATTERN)
-
-
 _JOB = re.compile(r"[0-9a-f]{32}")
 
 
@@ -50,20 +48,10 @@ async def expected(if_match: Annotated[str | None, Header()] = None) -> str | No
 
 
 Adapter = Annotated[str, Depends(adapter_name)]
-
-
 Example = Annotated[str, Depends(example_id)]
-
-
 Expected = Annotated[str | None, Depends(expected)]
-
-
 Job = Annotated[str, Depends(job_id)]
-
-
 JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
-
-
 Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
 
 
@@ -84,6 +72,4 @@ def _last_of(cursor: str) -> str:
 
 
 Behind = Annotated[str | None, Depends(behind)]
-
-
 Limit = Annotated[int, Query(ge=1, le=1_000)]

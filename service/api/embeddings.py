@@ -18,7 +18,6 @@ from service.edge.access import needs
 from service.edge.auth import count_items, tenant_of
 from service.errors import Problem
 from service.payloads import openai, requests
-from service.payloads import render as answers
 from service.payloads.reader import RequestReader
 
 PART = 32
@@ -48,7 +47,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
     @needs("key")
     async def models() -> Response:
         """The backbones that /v1/embeddings takes."""
-        return answers.openai_models(batchers)
+        return openai.models(batchers)
 
     @api.get(
         "/v1/models/{model:path}",
@@ -57,7 +56,7 @@ def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> Non
     @needs("key")
     async def model(model: str) -> Response:
         """One of them."""
-        return answers.openai_model(model, text_batcher(batchers, model))
+        return openai.model(model, text_batcher(batchers, model))
 
 
 def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
@@ -86,7 +85,7 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
     embedded = await _embed(tenant, predictor, asked.model, texts)
 
     def render() -> bytes:
-        return answers.openai(asked.model, embedded, asked.encoding_format)
+        return openai.embeddings(asked.model, embedded, asked.encoding_format)
 
     return Response(await asyncio.to_thread(render), media_type="application/json")
 

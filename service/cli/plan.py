@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _plan(settings: Settings, name: str, *, measure: bool) -> Measured | None:
-    from models.backbone import known_plan, survey
     from models.model_store import find
+    from models.survey import known_plan, survey
 
     folder = find(name)
     if folder is None:

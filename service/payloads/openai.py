@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
+from pydantic_core import to_json
+from starlette.responses import Response
 
+from models.backbone import Embedded
+from models.batching.batcher import Batcher
+from service.payloads.render import Json, answer, truncation
 from service.payloads.responses import TRUNCATED, ErrorAt
 
 
@@ -64,3 +73,45 @@ class OpenAIProblem(BaseModel):
 
     error: OpenAIError
     errors: list[ErrorAt] = Field(default_factory=list)
+
+
+def embeddings(model: str, found: Embedded, encoding: str) -> bytes:
+    """Return OpenAIResponse as JSON. Slow: run in a thread."""
+    embeddings = found.embeddings.astype(np.float32, copy=False)
+    items = [
+        to_json(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(row, encoding),
+                **truncation(index in found.truncated),
+            }
+        )
+        for index, row in enumerate(embeddings)
+    ]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    tail = to_json({"model": model, "usage": usage})
+    return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
+
+
+def models(batchers: Mapping[str, Batcher]) -> Response:
+    """Return OpenAIModels, the backbones for texts."""
+    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
+    return answer({"object": "list", "data": [_model(*one) for one in texts.items()]})
+
+
+def model(name: str, batcher: Batcher) -> Response:
+    """Return OpenAIModel."""
+    return answer(_model(name, batcher))
+
+
+def _model(name: str, batcher: Batcher) -> Json:
+    exported = int(batcher.backbone.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
+
+
+def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
+    values: list[float] = row.tolist()
+    return values

@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
@@ -178,47 +176,12 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
         to_json(
             _failed(found.errors[index])
             if index in found.errors
-            else {"embedding": row.tolist(), **_cut(index in found.truncated)}
+            else {"embedding": row.tolist(), **truncation(index in found.truncated)}
         )
         for index, row in enumerate(found.embeddings)
     ]
     tail = to_json({"timing_ms": _milliseconds(found.timings)})
     return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
-
-
-def openai(model: str, found: Embedded, encoding: str) -> bytes:
-    """Return OpenAIResponse as JSON. Slow: run in a thread."""
-    embeddings = found.embeddings.astype(np.float32, copy=False)
-    items = [
-        to_json(
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": _encoded(row, encoding),
-                **_cut(index in found.truncated),
-            }
-        )
-        for index, row in enumerate(embeddings)
-    ]
-    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-    tail = to_json({"model": model, "usage": usage})
-    return b'{"object":"list","data":[' + b",".join(items) + b"]," + tail[1:]
-
-
-def openai_models(batchers: Mapping[str, Batcher]) -> Response:
-    """Return OpenAIModels, the backbones for texts."""
-    texts = {name: one for name, one in batchers.items() if one.backbone.spec.kind == "text"}
-    return answer({"object": "list", "data": [_openai_model(*one) for one in texts.items()]})
-
-
-def openai_model(name: str, batcher: Batcher) -> Response:
-    """Return OpenAIModel."""
-    return answer(_openai_model(name, batcher))
-
-
-def _openai_model(name: str, batcher: Batcher) -> Json:
-    exported = int(batcher.backbone.path.stat().st_mtime)
-    return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
 
 
 def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
@@ -404,7 +367,7 @@ def _prediction(item: Prediction | InputError, task: str) -> Json:
         "abstention_score": item.abstention_score,
         "distance": item.distance,
     }
-    found |= _cut(item.truncated)
+    found |= truncation(item.truncated)
     if item.nearest is not None:
         found["nearest"] = [_neighbour(one) for one in item.nearest]
     return found
@@ -420,20 +383,13 @@ def _target(target: Target) -> Json:
     return {"labels": target} if isinstance(target, tuple) else {"target": target}
 
 
-def _cut(truncated: bool) -> Json:
+def truncation(truncated: bool) -> Json:
     """Return the field that marks a text of which only the start was read."""
     return {"truncated": True} if truncated else {}
 
 
 def _failed(error: InputError) -> Json:
     return {"error": {"code": error.code, "detail": error.detail}}
-
-
-def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
-    if encoding == "base64":
-        return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
-    values: list[float] = row.tolist()
-    return values
 
 
 def _milliseconds(timings: Mapping[str, float]) -> dict[str, float]:

@@ -25,9 +25,7 @@ from adapters.registry.errors import RegistryUnavailable
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-
 _TRIM_SECONDS = 10.0
-
 STUCK = 70
 """Exit status of a process that is stuck and cannot recover: EX_SOFTWARE of sysexits.h."""
 # Time to write the last log line, since logging may be stuck too.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
+# Key in the scope's extensions: the set of callbacks that the server calls when the client has hung up. A
+# server without it is polled, by a task for each request.
+GONE = "topwork.gone"
+# Key in the extensions: why the server rejects a body as too slow. The server sets it and wakes the reader.
+SLOW = "topwork.slow"
+# Key in the extensions: the body has time limits of its own, so the server's do not apply.
+UNHURRIED = "topwork.unhurried"
+# Unused ids, drawn in batches from the system's generator: drawing each one alone takes three times as long.
+_drawn: list[str] = []
+_DRAWN_AT_ONCE = 256
+_ID_DIGITS = 32
 
 
 def new_id() -> str:
@@ -21,26 +26,3 @@ def new_id() -> str:
         starts = range(_ID_DIGITS, len(digits), _ID_DIGITS)
         _drawn.extend([digits[start : start + _ID_DIGITS] for start in starts])
         return digits[:_ID_DIGITS]
-
-
-# Key in the scope's extensions: the set of callbacks that the server calls when the client has hung up. A
-# server without it is polled, by a task for each request.
-GONE = "topwork.gone"
-
-
-# Key in the extensions: why the server rejects a body as too slow. The server sets it and wakes the reader.
-SLOW = "topwork.slow"
-
-
-# Key in the extensions: the body has time limits of its own, so the server's do not apply.
-UNHURRIED = "topwork.unhurried"
-
-
-# Unused ids, drawn in batches from the system's generator: drawing each one alone takes three times as long.
-_drawn: list[str] = []
-
-
-_DRAWN_AT_ONCE = 256
-
-
-_ID_DIGITS = 32

@@ -15,11 +15,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from models.backbone import Backbone, planned
+from models.backbone import Backbone
 from models.manifest import CorruptExport, read_manifest, write_manifest
 from models.preprocess.limits import InputError
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
+from models.survey import planned
 from tests.support import tiny_backbones
 
 

@@ -12,13 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.registry.errors import AdapterExists, AliasMoved, RevisionMoved
 from adapters.registry.jobs import end, held
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Claim,
-    Committed,
-    VersionRecord,
-)
+from adapters.registry.records import AdapterRecord, Change, Claim, Committed, VersionRecord
 from adapters.registry.schema import adapters, changes, database_now, examples, versions
 from adapters.registry.statements.queries import (
     adapter_by_name,

@@ -12,10 +12,7 @@ from sqlalchemy import Connection, delete, insert, select, tuple_, update
 from adapters.registry.errors import UnknownExample
 from adapters.registry.records import AdapterRecord, Change, ExampleWrite, NewVersion, Repoint
 from adapters.registry.schema import adapters, artifacts, encode_target, examples, versions
-from adapters.registry.statements.queries import (
-    Used,
-    chunks,
-)
+from adapters.registry.statements.queries import Used, chunks
 from adapters.registry.statements.retention import Previous
 from adapters.registry.statements.row_sets import all_rows, insert_rows, update_rows
 from adapters.storage.artifact import Artifact

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from models.backbone import Backbone, known_plan, planned, survey
+from models.backbone import Backbone
 from models.runtime.autotune import (
     PLAN_FILE,
     ExecutionPlan,
@@ -32,6 +32,7 @@ from models.runtime.autotune import (
 )
 from models.runtime.trial import try_out
 from models.runtime.usage import Usage
+from models.survey import known_plan, planned, survey
 from tests.support import tiny_backbones
 
 CONFIRMED = {"others": 0.02, "spread": 0.05}

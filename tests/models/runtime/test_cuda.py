@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 
 from models.arrays import Prepared
-from models.backbone import Backbone, planned
+from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import EmbeddingFailed
 from models.batching.stall_detector import StallDetector
@@ -30,6 +30,7 @@ from models.runtime.progress import PATIENCE
 from models.runtime.session import open_session
 from models.runtime.shapes import shapes_for
 from models.spec import GRAPH_FILE, HALF_FILE
+from models.survey import planned
 from tests.support import tiny_backbones
 from tests.support.gpu import require_gpu
 

@@ -16,9 +16,10 @@ import pytest
 
 from adapters.cache.networks import NetworkPool
 from adapters.storage.open import open_store
-from models.backbone import Backbone, known_plan
+from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.runtime.autotune import ExecutionPlan, Measured, keep_plan
+from models.survey import known_plan
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.surveyor import Schedule, Surveyor
 from tests.service.cli.test_storage import topwork

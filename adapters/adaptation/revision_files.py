@@ -6,15 +6,25 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored
+from adapters.adaptation.commands import ExampleEdit
+from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored, locate
+from adapters.adaptation.promotion import Decision
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.registry.records import AdapterRecord, Creation, ExampleRecord
+from adapters.heads.head import Head
+from adapters.registry.records import (
+    AdapterRecord,
+    Change,
+    Creation,
+    ExampleRecord,
+    NewVersion,
+)
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, Buffer
-from adapters.storage.formats import encode_embeddings, encode_inputs
+from adapters.storage.formats import Evidence, encode_embeddings, encode_inputs
 from models.arrays import Floats
 
 
@@ -131,3 +141,52 @@ async def kept_inputs(
         if place.inputs not in found:
             found[place.inputs] = await repository.inputs(adapter, place.inputs)
     return [found[place.inputs][place.row] for place in bundle if place.inputs is not None]
+
+
+LINEAR_PROBE = "linear_probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted head with its evidence, report and promotion decision."""
+
+    head: Head
+    evidence: Evidence
+    report: Mapping[str, Any]
+    decision: Decision
+
+
+def change_of(
+    subject: AdapterContext,
+    edit: ExampleEdit,
+    plan: LayoutPlan,
+    published: Sequence[Artifact],
+    fit: Fit | None,
+) -> Change:
+    """The change that a revision commits: its examples with their places, and its version."""
+    start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
+    upserts, repoints = locate(plan, start, bundles)
+    state = subject.state
+    return Change(
+        tenant=subject.tenant,
+        name=subject.name,
+        uid=subject.uid,
+        revision=0 if state is None else state.revision,
+        create=subject.terms if state is None else None,
+        clear_first=edit.clear and state is not None,
+        upserts=upserts,
+        removals=tuple(edit.removals),
+        repoints=repoints,
+        version=None if fit is None else new_version(fit, *left),
+        promote=fit is not None and fit.decision.promote,
+        answer_accuracy=subject.terms.answer_accuracy,
+        weights=subject.terms.weights,
+        fallback=edit.live if fit is None else fit.decision.fallback,
+        restores=edit.live is not None,
+        standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,
+    )
+
+
+def new_version(fit: Fit, head: Artifact, evidence: Artifact) -> NewVersion:
+    """Return the version to record for a fit whose files are published."""
+    return NewVersion(LINEAR_PROBE, head, evidence, fit.report, len(fit.head.labels))

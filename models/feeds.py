@@ -1,0 +1,75 @@
+"""The arrays that a network is fed with, and which graph it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models import probes
+from models.arrays import Prepared
+from models.manifest import read_manifest, takes_bytes
+from models.preprocess.image import ImagePreprocessor
+from models.preprocess.pixels import with_byte_input
+from models.preprocess.text import TextPreprocessor
+from models.runtime.session import Device, DeviceUnavailable
+from models.spec import (
+    GRAPH_FILE,
+    HALF_FILE,
+    IDS,
+    INT8,
+    MASK,
+    RGB,
+    BackboneSpec,
+    ImageTransform,
+)
+
+_TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
+
+
+def probe_inputs(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
+    if isinstance(preprocessor, ImagePreprocessor):
+        # Probes must pass whatever limits the settings impose, so the default limits are used.
+        prepare = ImagePreprocessor(preprocessor.transform)
+        return [prepare(picture) for picture in probes.pictures()]
+    return [preprocessor.tokens(text)[0] for text in probes.TEXTS]
+
+
+def graph_of(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:
+    """The export's graph; image graphs of older releases are converted to take bytes."""
+    name = HALF_FILE if half else GRAPH_FILE
+    if not isinstance(spec.transform, ImageTransform) or takes_bytes(export):
+        return export / name
+    return with_byte_input((export / name).read_bytes(), spec.transform)
+
+
+def spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
+    spec = read_manifest(export, verify=verify)
+    if spec.precision == INT8 and device != "cpu":
+        # ONNX Runtime would silently run the integer matrix products on the CPU.
+        raise DeviceUnavailable(
+            f"{spec.name} is for CPUs; on a GPU serve {spec.name.removesuffix('-int8')}, faster there."
+        )
+    return spec
+
+
+def feed_of(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+    if isinstance(spec.transform, ImageTransform):
+        return {RGB: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
+    width = max(len(tokens) for tokens in prepared)
+    ids = np.full((len(prepared), width), spec.transform.pad_id, np.int64)
+    mask = np.zeros((len(prepared), width), np.int64)
+    for row, tokens in enumerate(prepared):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return {IDS: ids, MASK: mask}
+
+
+def dummy_input(spec: BackboneSpec) -> Prepared:
+    """A prepared dummy input of zeros, for warm-up and measuring."""
+    if isinstance(spec.transform, ImageTransform):
+        return np.zeros((spec.transform.size, spec.transform.size, 3), np.uint8)
+    return np.zeros(min(_TOKENS, spec.transform.max_tokens), np.int64)
