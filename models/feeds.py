@@ -31,6 +31,7 @@ _TOKENS = 16  # length of the dummy text used for warm-up and measuring, in toke
 
 
 def probe_inputs(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
+    """Prepared inputs of many kinds, on which ways to run are compared."""
     if isinstance(preprocessor, ImagePreprocessor):
         # Probes must pass whatever limits the settings impose, so the default limits are used.
         prepare = ImagePreprocessor(preprocessor.transform)
@@ -47,6 +48,7 @@ def graph_of(export: Path, spec: BackboneSpec, half: bool = False) -> Path | byt
 
 
 def spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
+    """The spec of an export that can run on the device. Raises CorruptExport, DeviceUnavailable."""
     spec = read_manifest(export, verify=verify)
     if spec.precision == INT8 and device != "cpu":
         # ONNX Runtime would silently run the integer matrix products on the CPU.
@@ -57,6 +59,7 @@ def spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
 
 
 def feed_of(spec: BackboneSpec, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+    """The arrays of prepared inputs by the names of the graph's inputs; texts are padded to the longest."""
     if isinstance(spec.transform, ImageTransform):
         return {RGB: prepared[0][None] if len(prepared) == 1 else np.stack(prepared)}
     width = max(len(tokens) for tokens in prepared)

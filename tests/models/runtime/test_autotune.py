@@ -232,19 +232,19 @@ def test_a_doubtful_plan_gives_way_to_one_that_is_doubted_less(
     usual = ExecutionPlan.usual("text", "cpu", 2)
     kept = Measured(ExecutionPlan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
     keep_plan(export, usual, "cpu", kept)
-    monkeypatch.setattr("models.backbone.is_quiet", lambda: False)
+    monkeypatch.setattr("models.survey.is_quiet", lambda: False)
     assert planned(export, device="cpu", threads=2) == kept
 
     def found(others: float) -> Measured:
         measured = Measured(USUAL, others, 0.0)
-        monkeypatch.setattr("models.backbone.measure", lambda *_: measured)
+        monkeypatch.setattr("models.survey.measure", lambda *_: measured)
         return measured
 
     found(0.95)
     assert survey(export, device="cpu", threads=2) == kept
     better = found(0.5)
     assert survey(export, device="cpu", threads=2) == better
-    monkeypatch.setattr("models.backbone.is_quiet", lambda: True)
+    monkeypatch.setattr("models.survey.is_quiet", lambda: True)
     quiet = found(0.01)
     assert planned(export, device="cpu", threads=2) == quiet
     assert read_plan(export, usual, "cpu") == quiet
