@@ -11,7 +11,7 @@ from models.runtime.autotune import (
     BATCHES,
     BATCHES_ON_GPU,
     ExecutionPlan,
-    Measured,
+    MeasuredPlan,
     Run,
     is_quiet,
     keep_plan,
@@ -29,7 +29,7 @@ from models.spec import (
 )
 
 
-def planned(export: Path, *, device: Device, threads: int) -> Measured:
+def planned(export: Path, *, device: Device, threads: int) -> MeasuredPlan:
     """Return the fastest plan for the export on this machine, with this total number of threads.
 
     Measures if there is no stored result, or if that result is unconfirmed and the machine is quiet now.
@@ -41,13 +41,13 @@ def planned(export: Path, *, device: Device, threads: int) -> Measured:
     return found
 
 
-def known_plan(export: Path, *, device: Device, threads: int) -> Measured | None:
+def known_plan(export: Path, *, device: Device, threads: int) -> MeasuredPlan | None:
     """Return the stored measurement for this machine, None if there is none. Raises as `planned` does."""
     spec = spec_for(export, device, verify=False)
     return read_plan(export, ExecutionPlan.usual(spec.kind, device, threads), device)
 
 
-def survey(export: Path, *, device: Device, threads: int) -> Measured:
+def survey(export: Path, *, device: Device, threads: int) -> MeasuredPlan:
     """Measure now; return and store the new result unless the stored one is more reliable.
 
     A confirmed new result always replaces the stored one. Raises as `planned` does.
@@ -62,7 +62,7 @@ def survey(export: Path, *, device: Device, threads: int) -> Measured:
     return found
 
 
-def _measure(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
+def _measure(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> MeasuredPlan:
     def open_run(count: int) -> Run:
         session = open_session(
             graph_of(export, spec), device="cpu", threads=count, one_shape=spec.kind == "image"
@@ -73,7 +73,7 @@ def _measure(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured
     return measure(usual, BATCHES[spec.kind], open_run, lambda count: feed_of(spec, [blank] * count))
 
 
-def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> Measured:
+def _measure_on_gpu(export: Path, spec: BackboneSpec, usual: ExecutionPlan) -> MeasuredPlan:
     if driver.gpu_name() is None:
         raise DeviceUnavailable(GPU_ADVICE)
     ways = ways_on_gpu(usual, (export / HALF_FILE).exists(), spec.kind == "image")

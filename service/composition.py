@@ -43,7 +43,7 @@ from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.model_store import find
 from models.preprocess.limits import InputLimits
-from models.runtime.autotune import Measured
+from models.runtime.autotune import MeasuredPlan
 from models.survey import planned
 from service.components import Components
 from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
@@ -217,7 +217,7 @@ async def compose(
     return components
 
 
-async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, Measured]]:
+async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, MeasuredPlan]]:
     """Return each backbone's export folder and execution plan, exporting missing backbones first.
 
     Plans are measured one by one, while nothing else runs.
@@ -236,7 +236,7 @@ async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, Measure
 async def _backbones(
     settings: Settings,
     folders: Mapping[str, Path],
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, MeasuredPlan],
     stack: AsyncExitStack,
 ) -> dict[str, Backbone]:
     loaded = await asyncio.gather(
@@ -250,7 +250,7 @@ async def _backbones(
     return dict(zip(folders, loaded, strict=True))
 
 
-def _open_backbone(settings: Settings, folder: Path, measured: Measured) -> Backbone:
+def _open_backbone(settings: Settings, folder: Path, measured: MeasuredPlan) -> Backbone:
     limits = InputLimits(
         max_image_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,

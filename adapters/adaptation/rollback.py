@@ -58,7 +58,7 @@ class Rollback:
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoredVersion:
     """The adapter after a rollback to the version with this number."""
 
     version: int
@@ -84,8 +84,8 @@ class Restorer:
         name: str,
         number: int,
         if_match: str | None = None,
-        reply: PendingReply[Restored] | None = None,
-    ) -> Restored:
+        reply: PendingReply[RestoredVersion] | None = None,
+    ) -> RestoredVersion:
         """Make the version live, and the adapter's examples those that it was fitted on.
 
         They get the targets back that they had then, and keep their present groups. All others are set aside.
@@ -95,7 +95,7 @@ class Restorer:
         RevisionWriter.revise raises.
         """
 
-        async def step(state: AdapterSnapshot | None) -> Restored:
+        async def step(state: AdapterSnapshot | None) -> RestoredVersion:
             if state is None:
                 raise UnknownAdapter(name)
             if if_match is not None and if_match != state.adapter.etag:
@@ -104,8 +104,8 @@ class Restorer:
                 )
             rollback = await self._rollback(state, number)
 
-            def restored(revised: RevisionResult) -> Restored:
-                return Restored(number, rollback, revised)
+            def restored(revised: RevisionResult) -> RestoredVersion:
+                return RestoredVersion(number, rollback, revised)
 
             edit = ExampleEdit(rollback.changed, fit=False, live=number)
             subject = AdapterContext.of(tenant, name, terms_of(state.adapter), state)

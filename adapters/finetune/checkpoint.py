@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters.finetune.full_phase import Checkpoint, Measured
+from adapters.finetune.full_phase import Checkpoint, HeldOutResult
 from adapters.finetune.model import Score
 
 logger = logging.getLogger("topwork")
@@ -65,8 +65,8 @@ def load_checkpoint(path: Path, about: str) -> Checkpoint | None:
         return None
 
 
-def _measured(numbers: dict[str, Any] | None) -> Measured | None:
+def _measured(numbers: dict[str, Any] | None) -> HeldOutResult | None:
     if numbers is None:
         return None
     scores = {name: Score(**numbers.pop(name)) for name in ("first", "final")}
-    return Measured(**{**numbers, **scores})
+    return HeldOutResult(**{**numbers, **scores})

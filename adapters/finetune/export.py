@@ -19,7 +19,7 @@ from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, 
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe import calibration
-from adapters.probe.classification import Measured, report_of
+from adapters.probe.classification import CrossValidated, report_of
 from models.arrays import Floats, Prepared
 from models.backbone import Backbone
 from models.export.loaders import ExportRefused, Network
@@ -130,7 +130,7 @@ def _measured(
         smoothing=smoothing,
     )
     sizes = np.bincount(lesson.labels, minlength=len(names))
-    report = report_of(Measured(probabilities, np.array(lesson.testing), own), sizes, names)
+    report = report_of(CrossValidated(probabilities, np.array(lesson.testing), own), sizes, names)
     scores = np.full(len(lesson.labels), np.nan, np.float32)
     scores[lesson.testing] = right
     return head, report | {"temperature": temperature, "threshold": threshold}, scores

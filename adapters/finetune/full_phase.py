@@ -64,7 +64,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class HeldOutResult:
     """Scores on the held-out rows, and how they were reached."""
 
     first: Score  # score of phase 1
@@ -88,7 +88,7 @@ class Checkpoint:
     best_epoch: int
     best: Score
     first: Score
-    measured: Measured | None = None
+    measured: HeldOutResult | None = None
 
 
 class FullNetworkPhase:
@@ -105,7 +105,7 @@ class FullNetworkPhase:
         config: FineTuneConfig,
         first: Score,
         resume: Checkpoint | None = None,
-        refit: tuple[Measured, State] | None = None,
+        refit: tuple[HeldOutResult, State] | None = None,
     ) -> None:
         self._model, self._lesson, self._config = model, lesson, config
         self.first = self._best = first

@@ -19,7 +19,7 @@ from adapters.finetune.full_phase import (
     Diverged,
     FineTuneConfig,
     FullNetworkPhase,
-    Measured,
+    HeldOutResult,
     Progress,
 )
 from adapters.finetune.model import (
@@ -46,7 +46,7 @@ _MIXES = (0.25, 0.5, 0.75, 1.0)
 class FineTuned:
     """The result of a fine-tune; the model itself holds the network to be served."""
 
-    measured: Measured
+    measured: HeldOutResult
     refit_epochs: int  # epochs of phase 2 on all rows; 0 without a refit
     # Logits of the held-out rows after a refit, float32 (held out, labels). They are by the network that was
     # measured, which had not learned from these rows.
@@ -152,7 +152,7 @@ def _first_phase(model: Model, lesson: TrainingSet, strength: float) -> torch.Te
     return embeddings
 
 
-def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> Measured:
+def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> HeldOutResult:
     """Leave the model at the mix of both phases with the lowest held-out loss."""
     start, best = training.start, training.best_state
     found, found_mix = training.first, 0.0
@@ -163,7 +163,7 @@ def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> Mea
             found, found_mix = score, mix
     model.load_state_dict(_between(start, best, found_mix))
     freeze(model)
-    return Measured(training.first, found, found_mix, training.epoch, training.best_epoch)
+    return HeldOutResult(training.first, found, found_mix, training.epoch, training.best_epoch)
 
 
 def _between(start: State, end: State, mix: float) -> State:

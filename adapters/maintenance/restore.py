@@ -65,7 +65,7 @@ class _ErasedMeanwhile(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoredBackup:
     """The result of a restore."""
 
     manifest: Manifest
@@ -77,7 +77,7 @@ class Restored:
 
 def restore(
     backup: Path, database: Database, store: Store, *, replace: bool = False, old: bool = False
-) -> Restored:
+) -> RestoredBackup:
     """Restore the backup into the database and the store. Running services notice within a second.
 
     The backup is verified, and the erasures since then are repeated in a copy, before anything changes.
@@ -113,7 +113,7 @@ def restore(
                 continue
         if replaced:
             _make_sure(store, files, held)
-    return Restored(manifest, written, len(held), replaced, replayed)
+    return RestoredBackup(manifest, written, len(held), replaced, replayed)
 
 
 class _Overlay:

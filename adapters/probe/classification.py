@@ -103,7 +103,7 @@ def fit_classification(
     scores[held] = right
     unmeasured = data.sampled & (data.folds < 0)
     report = report_of(
-        Measured(probabilities, held, own),
+        CrossValidated(probabilities, held, own),
         sizes,
         names,
         groups=groups,
@@ -119,7 +119,7 @@ def fit_classification(
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class CrossValidated:
     """Predictions for m held-out examples."""
 
     probabilities: Floats  # (m, labels)
@@ -128,7 +128,7 @@ class Measured:
 
 
 def report_of(
-    held_out: Measured,
+    held_out: CrossValidated,
     sizes: NDArray[np.int64],
     names: tuple[str, ...],
     *,
@@ -276,7 +276,7 @@ def _confusion(
 
 
 def _suspects(
-    held_out: Measured, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
+    held_out: CrossValidated, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Return doubtful labels by row, with the probability of the label that the example looks like."""
     return [

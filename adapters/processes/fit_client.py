@@ -30,7 +30,7 @@ from adapters.processes.child import child_environment
 from adapters.processes.errors import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.processes.frames import Frame, read_frame, write_frame
 from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor
-from adapters.processes.turns import Turns
+from adapters.processes.turns import TenantTurns
 from models.priority import NICENESS
 
 # Linear algebra gets one thread: the other cores are for serving.
@@ -150,7 +150,7 @@ class _Line:
         self.process: _Process | None = None
         self._niceness = niceness
         self._idle_seconds = idle_seconds
-        self._waiting: Turns[_Request] = Turns()
+        self._waiting: TenantTurns[_Request] = TenantTurns()
         self._wanted = asyncio.Event()
         self._current: _Request | None = None
         self._starting = asyncio.Lock()

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
+class TenantTurns(Generic[T]):
     """A queue in which tenants take turns; the items of one tenant keep their order. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Gate:
 
     def __init__(self, most: int) -> None:
         self._free = most
-        self._waiting: Turns[asyncio.Future[None]] = Turns()
+        self._waiting: TenantTurns[asyncio.Future[None]] = TenantTurns()
 
     @asynccontextmanager
     async def passed(self, tenant: str) -> AsyncIterator[None]:

@@ -19,9 +19,9 @@ from models.batching.request import (
     BatcherClosed,
     DeadlineExceeded,
     EmbeddingFailed,
-    EmbedRequest,
     Overloaded,
     Part,
+    QueuedRequest,
     settle,
 )
 from models.batching.worker_progress import WorkerProgress
@@ -46,7 +46,7 @@ _MOST_LEFT = 3  # maximum threads abandoned with a stuck input, each of which ma
 _LOCK_SECONDS = 0.1  # timeout for the lock, which a stuck thread may hold
 
 # An input that a thread has taken: its request, and its position there.
-_Taken = tuple[EmbedRequest, int]
+_Taken = tuple[QueuedRequest, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class _Batch:
         return sum(ready.prepared.size for _, ready in self.good)
 
     @property
-    def requests(self) -> set[EmbedRequest]:
+    def requests(self) -> set[QueuedRequest]:
         return {request for (request, _), _, _ in self.spent}
 
 
@@ -118,7 +118,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._predicts: Priority[Part] = Priority(self._lock)
         self._bulk: Priority[Part] = Priority(self._lock)
-        self._unanswered: set[EmbedRequest] = set()
+        self._unanswered: set[QueuedRequest] = set()
         # Thread seconds per element of a prepared input, to predict how long a run takes.
         self._pace = backbone.pace
         self.turns: list[ThreadProgress] = []
@@ -270,7 +270,7 @@ class Batcher:
         caller is cancelled or the deadline passes, its waiting inputs are dropped.
         """
         stage = self.backbone.preprocess_stage
-        request = EmbedRequest(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
+        request = QueuedRequest(list(inputs), self.backbone.spec.dim, stage, source, counted, bulk)
         if not inputs:
             return Embedded(request.embeddings, request.errors, request.timings)
         priority = self._bulk if bulk else self._predicts
@@ -295,7 +295,7 @@ class Batcher:
         with self._lock:
             self._check_room(self._predicts, source, 1, (1.0, 0.0))
 
-    def _share_out(self, request: EmbedRequest) -> None:
+    def _share_out(self, request: QueuedRequest) -> None:
         """Split the inputs of a request into a light and a heavy part."""
         costs = [self.backbone.expense(item) for item in request.inputs]
         for heavy in (False, True):
@@ -321,7 +321,7 @@ class Batcher:
                 if wait > self._max_wait:
                     raise Overloaded(wait - self._max_wait)
 
-    def _admit(self, priority: Priority[Part], request: EmbedRequest) -> None:
+    def _admit(self, priority: Priority[Part], request: QueuedRequest) -> None:
         light, heavy = request.parts
         with self._lock:
             costs = sum(light.costs), sum(heavy.costs)
@@ -377,7 +377,7 @@ class Batcher:
         for _, lane, _ in self._crews:
             lane.ready.notify_all()
 
-    def _forget(self, requests: Iterable[EmbedRequest]) -> None:
+    def _forget(self, requests: Iterable[QueuedRequest]) -> None:
         """Drop the waiting inputs of some requests."""
         with self._lock:
             for request in requests:
@@ -526,7 +526,7 @@ class Batcher:
         """Store each result in its request. `occupied`: seconds for which the batch occupied its worker."""
         end = time.perf_counter()
         good, spent, embed_seconds = batch.good, batch.spent, end - batch.prepared
-        finished: list[EmbedRequest] = []
+        finished: list[QueuedRequest] = []
         stage = self.backbone.preprocess_stage
         counted = sum(request.counted for (request, _), _ in good)
         # Refused inputs are left out: they fail early, whatever size they claim to have.
@@ -604,7 +604,7 @@ class Batcher:
             turn.input = one
             return None if one is None else turn.refused.get(one)
 
-    def _fail(self, requests: set[EmbedRequest], error: BaseException) -> None:
+    def _fail(self, requests: set[QueuedRequest], error: BaseException) -> None:
         logger.error(
             "a batch of %d requests failed on the backbone %s",
             len(requests),

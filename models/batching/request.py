@@ -49,7 +49,7 @@ class Part:
 
     __slots__ = ("costs", "next", "places", "request")
 
-    def __init__(self, request: EmbedRequest, places: Sequence[int], costs: Sequence[float]) -> None:
+    def __init__(self, request: QueuedRequest, places: Sequence[int], costs: Sequence[float]) -> None:
         """`places`: positions of the inputs in the request. `costs`: per input, a small one's being 1."""
         self.request = request
         self.places = places
@@ -62,7 +62,7 @@ class Part:
         return self.request.source
 
 
-class EmbedRequest:
+class QueuedRequest:
     """One caller's inputs and results. All but `inputs` and `arrived` is guarded by the batcher's lock."""
 
     __slots__ = (
@@ -110,7 +110,7 @@ class EmbedRequest:
 
 
 def settle(
-    requests: Collection[EmbedRequest],
+    requests: Collection[QueuedRequest],
     failure: Callable[[], Exception] | None,
     report: Callable[[], None] = lambda: None,
 ) -> None:

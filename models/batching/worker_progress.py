@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from models.runtime.progress import ThreadProgress
 
 if TYPE_CHECKING:
-    from models.batching.request import EmbedRequest, Part
+    from models.batching.request import Part, QueuedRequest
     from models.preprocess.limits import InputError
 
 
@@ -25,8 +25,8 @@ class WorkerProgress(ThreadProgress):
         super().__init__()
         self.thread: threading.Thread | None = None
         self.taken: list[tuple[Part, int]] = []
-        self.input: tuple[EmbedRequest, int] | None = None
-        self.refused: dict[tuple[EmbedRequest, int], InputError] = {}
+        self.input: tuple[QueuedRequest, int] | None = None
+        self.refused: dict[tuple[QueuedRequest, int], InputError] = {}
 
     def wait(self, waits: bool) -> None:
         """Record that the thread starts (True) or stops (False) waiting."""

@@ -42,6 +42,7 @@ _ISPE = re.compile(rb"ispe.{4}(.{4})(.{4})", re.DOTALL)
 
 
 def read_jpeg(data: bytes) -> ImageFile:
+    """What a JPEG file says of its image. Raises InputError, DAMAGED errors."""
     view = memoryview(data)
     kept: list[bytes | memoryview] = [view[:2]]
     width = height = scans = 0
@@ -100,11 +101,13 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg_frame_size(data: bytes, start: int) -> tuple[int, int]:
+    """Width and height from the frame header of a JPEG."""
     height, width = struct.unpack_from(">HH", data, start + 5)
     return width, height
 
 
 def read_png(data: bytes) -> ImageFile:
+    """What a PNG file says of its image. Raises InputError, DAMAGED errors."""
     view = memoryview(data)
     kept: dict[bytes, memoryview] = {}
     picture: list[memoryview] = []
@@ -172,6 +175,7 @@ def _inflated(data: bytes, most: int) -> bytes:
 
 
 def read_gif(data: bytes) -> ImageFile:
+    """What a GIF file says of its image. Raises InputError, DAMAGED errors."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     head = data[:place]
@@ -208,6 +212,7 @@ def read_gif(data: bytes) -> ImageFile:
 
 
 def read_webp(data: bytes) -> ImageFile:
+    """What a WebP file says of its image. Raises InputError, DAMAGED errors."""
     kept: list[bytes] = []
     width = height = turned = told = count = 0
     frames = 0
@@ -247,6 +252,7 @@ def read_webp(data: bytes) -> ImageFile:
 
 
 def read_bmp(data: bytes) -> ImageFile:
+    """What a BMP file says of its image. Raises InputError, DAMAGED errors."""
     (size,) = struct.unpack_from("<I", data, 14)
     if size == 12:
         width, height = struct.unpack_from("<HH", data, 18)
@@ -260,6 +266,7 @@ def read_bmp(data: bytes) -> ImageFile:
 
 
 def read_heif(data: bytes) -> ImageFile:
+    """What a HEIF file says of its image. Raises InputError, DAMAGED errors."""
     (length,) = struct.unpack_from(">I", data)
     brands = {data[place : place + 4] for place in (8, *range(16, min(length, 512), 4))}
     if brands & _AVIF and data[8:12] not in _HEIC:

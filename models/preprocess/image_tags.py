@@ -26,6 +26,7 @@ _SHORT, _LONG, _LONG8 = 3, 4, 16
 
 
 def read_tiff(data: bytes) -> ImageFile:
+    """What a TIFF file says of its image. Raises InputError, DAMAGED errors."""
     order = "<" if data.startswith(b"II") else ">"
     big = 43 in data[2:4]
     (start,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
@@ -94,5 +95,6 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def xmp_orientation(xmp: bytes) -> int:
+    """The orientation that XMP names, 1 where it names none."""
     found = _XMP_ORIENTATION.search(xmp)
     return 0 if found is None else int(found[1])

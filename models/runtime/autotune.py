@@ -75,7 +75,7 @@ class ExecutionPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredPlan:
     """A measured plan, and the state of the machine during the measurement."""
 
     plan: ExecutionPlan
@@ -119,7 +119,7 @@ def measure(
     batches: Sequence[int],
     open_run: Callable[[int], Run],
     feed: Callable[[int], Mapping[str, Any]],
-) -> Measured:
+) -> MeasuredPlan:
     """Measure the fastest plan on this CPU, in a second or two; `usual` unless another is clearly faster.
 
     `batches`: sizes to choose from, the usual one first. `open_run(threads)` opens a session. `feed(n)`
@@ -149,7 +149,7 @@ def measure(
     for _, (threads, n, workers) in product(range(_ROUNDS), ways):
         rates[threads, n, workers].append(rate(runs[threads], feed(n), n, workers))
     best = {way: max(found) for way, found in rates.items()}
-    found = Measured(usual, usage.others(), spread_of(list(rates.values())))
+    found = MeasuredPlan(usual, usage.others(), spread_of(list(rates.values())))
     clearly = _CLEARLY if found.confirmed else _CLEARLY_IN_DOUBT
     plan = ExecutionPlan(
         _best({threads: best[way] for way, threads in alone.items()}, clearly),
@@ -175,7 +175,7 @@ def measure_on_gpu(
     ways: Sequence[ExecutionPlan],
     batches: Sequence[int],
     try_out: Callable[[ExecutionPlan], Trial],
-) -> Measured:
+) -> MeasuredPlan:
     """Find the fastest plan on this GPU whose embeddings equal a CPU's, in a minute or less.
 
     `batches`: sizes that were tried besides 1. `try_out(plan)` may raise TrialFailed. Returns `usual`, in
@@ -209,7 +209,7 @@ def measure_on_gpu(
     if not cosines and failed is not None:
         raise failed
     best = max(found, key=lambda plan: found[plan], default=usual)
-    return Measured(best, others, spread_of(rounds) if rounds else 1.0, cosines.get(best, 1.0))
+    return MeasuredPlan(best, others, spread_of(rounds) if rounds else 1.0, cosines.get(best, 1.0))
 
 
 def spread_of(rounds: Sequence[Sequence[float]]) -> float:
@@ -251,7 +251,7 @@ def is_quiet(seconds: float = _LOOK_SECONDS) -> bool:
     return usage.others() <= _MOST_OTHERS
 
 
-def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> Measured | None:
+def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> MeasuredPlan | None:
     """Read the measurement stored for this machine; None if there is none that can be used."""
     try:
         kept = json.loads((export / PLAN_FILE).read_text())
@@ -260,13 +260,13 @@ def read_plan(export: Path, usual: ExecutionPlan, device: Device) -> Measured | 
         plan = ExecutionPlan(
             **{name: type(getattr(usual, name))(value) for name, value in kept["plan"].items()}
         )
-        found = Measured(plan, float(kept["others"]), float(kept["spread"]), float(kept["cosine"]))
+        found = MeasuredPlan(plan, float(kept["others"]), float(kept["spread"]), float(kept["cosine"]))
         return found if min(plan.alone, plan.workers, plan.beside, plan.batch) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_plan(export: Path, usual: ExecutionPlan, device: Device, measured: Measured) -> None:
+def keep_plan(export: Path, usual: ExecutionPlan, device: Device, measured: MeasuredPlan) -> None:
     """Store the plan beside the export. If that fails, the next start measures again."""
     content = json.dumps({"about": _about(usual, device), **asdict(measured)}, indent=2)
     scratch = export / f".{PLAN_FILE}.{os.getpid()}"

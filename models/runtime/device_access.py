@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Access:
+class DeviceAccess:
     """A lock on the device, shared or exclusive; exclusive requests go before later shared ones.
 
     While a graph is captured in one thread, CUDA forbids all others to allocate or copy memory.
@@ -48,5 +48,5 @@ class Access:
                 self._changed.notify_all()
 
 
-DEVICE = Access()
+DEVICE = DeviceAccess()
 """Access to this process's GPU."""

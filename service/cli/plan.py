@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.runtime.autotune import Measured
+    from models.runtime.autotune import MeasuredPlan
     from service.settings import Settings
 
 COMMANDS = ("plan",)
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(settings: Settings, name: str, *, measure: bool) -> Measured | None:
+def _plan(settings: Settings, name: str, *, measure: bool) -> MeasuredPlan | None:
     from models.model_store import find
     from models.survey import known_plan, survey
 
@@ -54,7 +54,7 @@ def _plan(settings: Settings, name: str, *, measure: bool) -> Measured | None:
     return way(folder, device=settings.device, threads=settings.usable_threads)
 
 
-def _told(found: Measured | None) -> dict[str, Any]:
+def _told(found: MeasuredPlan | None) -> dict[str, Any]:
     if found is None:
         return {"plan": None, "confirmed": False}
     return {**asdict(found), "confirmed": found.confirmed}

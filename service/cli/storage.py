@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapters.maintenance.restore import Restored
+    from adapters.maintenance.restore import RestoredBackup
     from adapters.registry.database import Database
     from adapters.storage.artifact import Store
     from models.backbone import Backbone
@@ -109,7 +109,7 @@ def _migrate(settings: Settings) -> int:
     return 0
 
 
-def _report(restored: Restored) -> dict[str, Any]:
+def _report(restored: RestoredBackup) -> dict[str, Any]:
     again = restored.replayed
     return {
         "restored": restored.manifest.created_at,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from adapters.cache.networks import NetworkPool
 from adapters.processes.child import child_environment
 from models.batching.batcher import Batcher
-from models.runtime.autotune import ExecutionPlan, Measured, is_quiet
+from models.runtime.autotune import ExecutionPlan, MeasuredPlan, is_quiet
 
 logger = logging.getLogger("topwork")
 
@@ -45,7 +45,7 @@ class Surveyor:
 
     def __init__(
         self,
-        measured: dict[str, Measured],
+        measured: dict[str, MeasuredPlan],
         batchers: Mapping[str, Batcher],
         networks: NetworkPool,
         exchange: Callable[[str], Awaitable[None]],
@@ -116,7 +116,7 @@ class Surveyor:
             if self._asked() == before and await asyncio.to_thread(self._quiet, self._schedule.idle / 10):
                 return
 
-    async def _measure(self, name: str) -> Measured | None:
+    async def _measure(self, name: str) -> MeasuredPlan | None:
         """Return the result of a measurement; None if a request came, it timed out, or printed no plan."""
         before = self._asked()
         process = await asyncio.create_subprocess_exec(
@@ -137,7 +137,7 @@ class Surveyor:
                 process.kill()
             await process.wait()
 
-    async def _adopt(self, name: str, found: Measured) -> None:
+    async def _adopt(self, name: str, found: MeasuredPlan) -> None:
         before = self.measured[name]
         if not found.confirmed and found.doubt >= before.doubt:
             return
@@ -153,11 +153,11 @@ class Surveyor:
         return sum(batcher.admitted for batcher in (*self._batchers.values(), *self._networks.batchers))
 
 
-def _read(output: bytes) -> Measured | None:
+def _read(output: bytes) -> MeasuredPlan | None:
     """Return the measured plan that the command printed, or None."""
     try:
         told = json.loads(output)
-        return Measured(
+        return MeasuredPlan(
             ExecutionPlan(**told["plan"]), float(told["others"]), float(told["spread"]), float(told["cosine"])
         )
     except (ValueError, KeyError, TypeError):

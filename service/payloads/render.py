@@ -14,7 +14,7 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from adapters.adaptation.commands import AdaptOutcome, RevisionResult
-from adapters.adaptation.rollback import Restored
+from adapters.adaptation.rollback import RestoredVersion
 from adapters.examples.target import Target
 from adapters.examples.validation import RejectedExample
 from adapters.jobs.submission import Submitted
@@ -27,7 +27,7 @@ from adapters.registry.records import AdapterRecord, ExampleRecord, JobRecord, V
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.preprocess.limits import InputError
-from models.runtime.autotune import Measured
+from models.runtime.autotune import MeasuredPlan
 
 Json = dict[str, Any]
 _MOST_MISSING = 1_000  # missing examples listed in an answer
@@ -123,7 +123,7 @@ def removed(done: RevisionResult) -> Response:
     return answer(_revised(done, [], done.timings) | more)
 
 
-def restored(done: Restored) -> Response:
+def restored(done: RestoredVersion) -> Response:
     """Return RestoreResponse."""
     rollback, missing = done.rollback, done.rollback.missing
     return answer(
@@ -184,14 +184,14 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
     return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
 
 
-def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, Measured]) -> Response:
+def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, MeasuredPlan]) -> Response:
     """Return BackbonesOut."""
     return answer(
         {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
     )
 
 
-def _backbone(name: str, batcher: Batcher, measured: Measured) -> Json:
+def _backbone(name: str, batcher: Batcher, measured: MeasuredPlan) -> Json:
     spec, plan = batcher.backbone.spec, batcher.backbone.plan
     return {
         "name": name,

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from adapters.processes.turns import Turns
+from adapters.processes.turns import TenantTurns
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class FairThreads(ThreadPoolExecutor):
         super().__init__(most, "blocking")
         self._most = most
         self._changing = threading.Lock()
-        self._waiting: Turns[_Work] = Turns()
+        self._waiting: TenantTurns[_Work] = TenantTurns()
         self._running: Counter[str] = Counter()
         # The tenant that submitted last, and the different one before it, each with the time.
         self._last = self._before = ("", -math.inf)

@@ -26,7 +26,7 @@ from adapters.finetune.full_phase import (
     Diverged,
     FineTuneConfig,
     FullNetworkPhase,
-    Measured,
+    HeldOutResult,
     Progress,
 )
 from adapters.finetune.model import (
@@ -205,7 +205,7 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
 def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
     model, learned = Model(network(), head(), SPEC.transform), lesson()
     score = Score(1.0, 0.5)
-    measured = Measured(score, score, 1.0, 3, 2)
+    measured = HeldOutResult(score, score, 1.0, 3, 2)
     whole = FullNetworkPhase(model, learned, CONFIG, score)
     refit = FullNetworkPhase(model, learned, CONFIG, score, refit=(measured, whole.start))
     steps = -(-len(learned.training) // CONFIG.batch)

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from adapters.processes.turns import Gate, Turns
+from adapters.processes.turns import Gate, TenantTurns
 
 
 def test_tenants_take_turns_and_each_one_waits_in_order() -> None:
-    turns: Turns[str] = Turns()
+    turns: TenantTurns[str] = TenantTurns()
     for tenant, one in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1"), ("b", "b2")):
         turns.add(tenant, one)
     assert [turns.take() for _ in range(3)] == ["a1", "b1", "c1"]

@@ -22,7 +22,13 @@ from models.arrays import Floats, Prepared
 from models.backbone import Backbone, Embedded
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
-from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, EmbedRequest, Overloaded
+from models.batching.request import (
+    BatcherClosed,
+    DeadlineExceeded,
+    EmbeddingFailed,
+    Overloaded,
+    QueuedRequest,
+)
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess.limits import InputError
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
@@ -132,7 +138,7 @@ async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
     """Without a garbage collection, which walks all that was left, for tens of milliseconds."""
 
     def kept() -> int:
-        return sum(type(one) in (InputError, EmbedRequest) for one in gc.get_objects())
+        return sum(type(one) in (InputError, QueuedRequest) for one in gc.get_objects())
 
     async with running(images) as batcher:
         gc.collect()

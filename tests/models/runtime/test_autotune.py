@@ -18,7 +18,7 @@ from models.backbone import Backbone
 from models.runtime.autotune import (
     PLAN_FILE,
     ExecutionPlan,
-    Measured,
+    MeasuredPlan,
     Run,
     Trial,
     TrialFailed,
@@ -59,7 +59,7 @@ def feed(items: int) -> Mapping[str, Any]:
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured counts as measured on a quiet machine, whatever else runs on it."""
-    monkeypatch.setattr(Measured, "confirmed", True)
+    monkeypatch.setattr(MeasuredPlan, "confirmed", True)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -195,14 +195,14 @@ def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path],
     usual = ExecutionPlan.usual(Backbone.open(export).spec.kind, "cpu", 2)
     assert read_plan(export, usual, "cpu") == found == known_plan(export, device="cpu", threads=2)
     # What is kept is taken, whatever is fastest.
-    kept = Measured(ExecutionPlan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
+    kept = MeasuredPlan(ExecutionPlan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
     keep_plan(export, usual, "cpu", kept)
     assert planned(export, device="cpu", threads=2) == kept
     backbone = Backbone.open(export, plan=kept.plan)
     assert (backbone.batch, backbone.plan) == (5, kept.plan)
     # No worker would serve nobody.
     keep_plan(
-        export, usual, "cpu", Measured(ExecutionPlan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED)
+        export, usual, "cpu", MeasuredPlan(ExecutionPlan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED)
     )
     assert read_plan(export, usual, "cpu") is None
     # Another number of threads is another question.
@@ -210,9 +210,9 @@ def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path],
 
 
 def test_a_plan_is_confirmed_by_a_quiet_machine() -> None:
-    assert Measured(USUAL, **CONFIRMED).confirmed
-    assert not Measured(USUAL, others=0.5, spread=0.01).confirmed
-    assert not Measured(USUAL, others=0.0, spread=0.5).confirmed
+    assert MeasuredPlan(USUAL, **CONFIRMED).confirmed
+    assert not MeasuredPlan(USUAL, others=0.5, spread=0.01).confirmed
+    assert not MeasuredPlan(USUAL, others=0.0, spread=0.5).confirmed
 
 
 def test_the_spread_is_how_far_rounds_lie_below_their_best() -> None:
@@ -230,13 +230,13 @@ def test_a_doubtful_plan_gives_way_to_one_that_is_doubted_less(
     """And at a start it is taken as it is, unless the machine is quiet."""
     export = tiny_backbones.text_export(tmp_path)
     usual = ExecutionPlan.usual("text", "cpu", 2)
-    kept = Measured(ExecutionPlan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
+    kept = MeasuredPlan(ExecutionPlan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)
     keep_plan(export, usual, "cpu", kept)
     monkeypatch.setattr("models.survey.is_quiet", lambda: False)
     assert planned(export, device="cpu", threads=2) == kept
 
-    def found(others: float) -> Measured:
-        measured = Measured(USUAL, others, 0.0)
+    def found(others: float) -> MeasuredPlan:
+        measured = MeasuredPlan(USUAL, others, 0.0)
         monkeypatch.setattr("models.survey.measure", lambda *_: measured)
         return measured
 
@@ -259,7 +259,7 @@ def test_in_doubt_only_what_is_much_faster_is_taken(monkeypatch: pytest.MonkeyPa
     doubtful = measure(USUAL, (1,), open_run, feed)
     assert not doubtful.confirmed
     assert doubtful.plan.alone == 2
-    monkeypatch.setattr(Measured, "confirmed", True)
+    monkeypatch.setattr(MeasuredPlan, "confirmed", True)
     assert measure(USUAL, (1,), open_run, feed).plan.alone == 1
 
 

@@ -25,7 +25,7 @@ from models.export.float16 import halve
 from models.manifest import read_manifest, write_manifest
 from models.runtime.autotune import ExecutionPlan
 from models.runtime.cuda import STAGES, CudaRunner, DeviceLost
-from models.runtime.device_access import Access
+from models.runtime.device_access import DeviceAccess
 from models.runtime.progress import PATIENCE
 from models.runtime.session import open_session
 from models.runtime.shapes import shapes_for
@@ -65,7 +65,7 @@ def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backbo
 def simulated(backbone: Backbone, *, graphs: bool = False, **more: Any) -> CudaRunner:
     """The runner with sessions on the CPU, where memory is bound alike; the id of a graph means nothing."""
     more.setdefault("open_session", lambda: open_session(backbone.path / GRAPH_FILE, device="cpu"))
-    more.setdefault("access", Access())
+    more.setdefault("access", DeviceAccess())
     shapes = more.pop("shapes", shapes_for(backbone.spec, ROWS))
     opens = more.pop("open_session")
     return CudaRunner(backbone.spec, opens, shapes, inputs(backbone, 9), device="cpu", graphs=graphs, **more)
@@ -222,7 +222,7 @@ def test_every_number_of_inputs_has_a_shape(tmp_path: Path, make: Make, batch: i
 
 def test_nothing_else_uses_the_device_while_a_graph_is_captured(reference: Backbone) -> None:
     """Two networks are opened beside each other, and one that runs all the time is replaced by another."""
-    access, inside, wrong = Access(), [0, 0], []
+    access, inside, wrong = DeviceAccess(), [0, 0], []
     lock = threading.Lock()
 
     def use(alone: bool) -> None:
@@ -234,7 +234,7 @@ def test_nothing_else_uses_the_device_while_a_graph_is_captured(reference: Backb
         with lock:
             inside[alone] -= 1
 
-    class Seen(Access):
+    class Seen(DeviceAccess):
         @contextmanager
         def shared(self) -> Iterator[None]:
             with access.shared():
@@ -267,7 +267,7 @@ def test_nothing_else_uses_the_device_while_a_graph_is_captured(reference: Backb
 
 
 def test_who_wants_the_device_alone_is_let_in_before_those_that_come_later() -> None:
-    access, order = Access(), []
+    access, order = DeviceAccess(), []
     holding, go = threading.Event(), threading.Event()
 
     def hold() -> None:

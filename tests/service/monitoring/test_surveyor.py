@@ -18,7 +18,7 @@ from adapters.cache.networks import NetworkPool
 from adapters.storage.open import open_store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
-from models.runtime.autotune import ExecutionPlan, Measured, keep_plan
+from models.runtime.autotune import ExecutionPlan, MeasuredPlan, keep_plan
 from models.survey import known_plan
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.surveyor import Schedule, Surveyor
@@ -28,12 +28,12 @@ from tests.support import tiny_backbones
 pytestmark = pytest.mark.anyio
 
 NAME = tiny_backbones.TEXT_NAME
-DOUBTFUL = Measured(ExecutionPlan(alone=1, workers=2, beside=1, batch=8), others=0.9, spread=0.3)
-BETTER = Measured(ExecutionPlan(alone=2, workers=2, beside=1, batch=16), others=0.01, spread=0.02)
+DOUBTFUL = MeasuredPlan(ExecutionPlan(alone=1, workers=2, beside=1, batch=8), others=0.9, spread=0.3)
+BETTER = MeasuredPlan(ExecutionPlan(alone=2, workers=2, beside=1, batch=16), others=0.01, spread=0.02)
 SCHEDULE = Schedule(idle=0.1, look=0.01, again=0.1, most=0.2)
 
 
-def printing(measured: Measured, log: Path) -> Callable[[str], list[str]]:
+def printing(measured: MeasuredPlan, log: Path) -> Callable[[str], list[str]]:
     """A process that tells so, and leaves a line in the log when it begins."""
     code = f"open({str(log)!r}, 'a').write('x\\n'); print({json.dumps(asdict(measured))!r})"
     return lambda name: [sys.executable, "-c", code]
@@ -60,7 +60,7 @@ class Served:
 
 
 @asynccontextmanager
-async def served(folder: Path, measured: Measured, **options: Any) -> AsyncIterator[Served]:
+async def served(folder: Path, measured: MeasuredPlan, **options: Any) -> AsyncIterator[Served]:
     export = tiny_backbones.text_export(folder)
     known = {NAME: measured}
 
@@ -143,7 +143,7 @@ async def test_a_measurement_gives_way_to_a_request_at_once(tmp_path: Path) -> N
 async def test_what_is_not_better_changes_nothing(tmp_path: Path, told: ExecutionPlan | None) -> None:
     """A measurement that is doubted more, and a process that says nothing."""
     log = tmp_path / "log"
-    worse = Measured(BETTER.plan, others=0.95, spread=0.3)
+    worse = MeasuredPlan(BETTER.plan, others=0.95, spread=0.3)
     command = printing(worse, log)
     if told is None:
         silent = f"open({str(log)!r}, 'a').write('x\\n')"
