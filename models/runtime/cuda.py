@@ -57,7 +57,7 @@ class CudaRunner:
         *,
         device: str = "cuda",
         graphs: bool = False,
-        access: Access = DEVICE,
+        access: DeviceAccess = DEVICE,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
         """Open all shapes. Errors from opening them are raised.
