@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models.arrays import Floats, Prepared
-from models.runtime.device_access import DEVICE
+from models.runtime.device_access import DEVICE, DeviceAccess
 from models.runtime.progress import PATIENCE, ThreadProgress
 from models.runtime.shapes import Shape
 from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
