@@ -11,16 +11,11 @@ import threading
 from typing import Any, NoReturn
 
 import bentoml
-import uvicorn
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
-from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
-from starlette.applications import Starlette
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.config import HTTP_PROTOCOLS
+from starlette.types import ASGIApp
 
 from service.edge.gateway import Edge
+from service.server.bentoml_shell import configured_host, shell_around, stop_tracking
 from service.server.connections import connections
-from service.server.drain import DrainingServer
 from service.server.image import image
 from service.server.process import (
     configure_logging,
@@ -29,12 +24,10 @@ from service.server.process import (
     give_up,
     raise_descriptor_limit,
 )
-from service.server.protocol import BoundedHttpProtocol
 from service.settings import (
     Settings,
     serving_environment,
     set_serving_environment,
-    tracing_wanted,
     warn_of_unknown_settings,
 )
 
@@ -45,8 +38,6 @@ edge = Edge()
 _COLLECT_AFTER = (10_000, 20, 100)
 _SWITCH_SECONDS = 0.0005
 
-_HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
-
 
 class TooManyWorkers(RuntimeError):
     """BentoML was told to start more than one worker."""
@@ -54,51 +45,9 @@ class TooManyWorkers(RuntimeError):
     code = "too_many_workers"
 
 
-class HealthSplit:
-    """Sends requests to our edge, bypassing BentoML's middlewares and routes, which take four times as long.
-
-    BentoML itself only handles the lifespan and the health checks.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ours = scope["type"] != "lifespan" and scope["path"] not in _HEALTH_CHECKS
-        await (edge if ours else self._app)(scope, receive, send)
-
-
-class BentoShell(bentoml.Service[Any]):  # type: ignore[misc]
-    """BentoML's application behind our edge, without the middlewares that the edge replaces."""
-
-    def to_asgi(self, is_main: bool = True) -> Starlette:
-        """Return BentoML's application: its health checks and lifespan, and our edge for every other path."""
-        # Every launcher, `bentoml serve` included, lets uvicorn choose the HTTP protocol.
-        HTTP_PROTOCOLS["auto"] = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
-        # Launchers look this class up after `to_asgi`.
-        uvicorn.Server = DrainingServer  # type: ignore[misc]
-        app: Starlette = super().to_asgi(is_main=is_main)
-        # Tracing moves outside the edge, to cover all requests. TimeoutMiddleware is dropped: it has its own
-        # error format, and keeps a timer for each request until the timeout, even if it has been answered.
-        layers: dict[Any, Any] = {layer.cls: layer for layer in app.user_middleware}
-        tracing = layers.pop(OpenTelemetryMiddleware, None)
-        layers.pop(TimeoutMiddleware, None)
-        app.user_middleware = list(layers.values())
-        build = app.build_middleware_stack
-
-        def build_behind_front() -> ASGIApp:
-            front: ASGIApp = HealthSplit(build())
-            if tracing is not None and tracing_wanted():
-                front = tracing.cls(front, *tracing.args, **tracing.kwargs)
-            return front
-
-        app.build_middleware_stack = build_behind_front  # type: ignore[method-assign]
-        return app
-
-
 @bentoml.service(
     name="topwork",
-    service_class=BentoShell,
+    service_class=shell_around(edge),
     image=image(),
     workers=1,
     envs=[{"name": name, "value": value} for name, value in serving_environment().items()],
@@ -112,14 +61,11 @@ class Topwork:
     def prepare() -> None:
         """Reject invalid settings in BentoML's supervising process, before any worker starts."""
         import click
-        from bentoml._internal.configuration.containers import BentoMLContainer
-        from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
         from service.edge.auth import Authenticator
 
-        # BentoML has already read whether it may send usage statistics, and cached it.
         set_serving_environment()
-        do_not_track.cache_clear()
+        stop_tracking()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, _stop_supervising)
         context = click.get_current_context(silent=True)
@@ -127,7 +73,7 @@ class Topwork:
         try:
             settings = Settings()
             if context is not None:
-                Authenticator(settings.admin_key, [host or BentoMLContainer.http.host.get()])
+                Authenticator(settings.admin_key, [host or configured_host()])
         except Exception as error:
             raise SystemExit(f"topwork: {explain(error)}") from None
 

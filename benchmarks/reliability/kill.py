@@ -114,7 +114,7 @@ def run(times: int, *, seed: int = 0, home: Path) -> Kills:
             for thread in threads:
                 thread.start()
             time.sleep(rng.uniform(0.05, LONGEST_SECONDS))
-            during = said.scorer
+            during = said.answering
             running.kill()
             stop.set()
             for thread in threads:

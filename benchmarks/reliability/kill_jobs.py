@@ -319,7 +319,7 @@ def _kill_server(running: Serving, said: _Acknowledged, rng: random.Random) -> b
     caller = threading.Thread(target=_submit_and_cancel, args=arguments)
     caller.start()
     time.sleep(rng.uniform(0.05, 0.5))
-    during = said.scorer > 0
+    during = said.answering > 0
     running.kill()
     stop.set()
     caller.join()

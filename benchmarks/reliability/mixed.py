@@ -38,18 +38,18 @@ class Asked:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.scorer = 0
+        self.answering = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """A request, meanwhile."""
         with self.lock:
-            self.scorer += 1
+            self.answering += 1
         try:
             yield
         finally:
             with self.lock:
-                self.scorer -= 1
+                self.answering -= 1
 
 
 class Said(Asked):

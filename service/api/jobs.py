@@ -14,7 +14,7 @@ from service.payloads import render
 from service.payloads import responses as answer_schemas
 
 
-def add_jobs(api: FastAPI, submitter: JobSubmitter, events: Events) -> None:
+def add_jobs(api: FastAPI, submitter: JobSubmitter, streams: Events) -> None:
     """Add the routes for jobs, which outlive their request."""
 
     @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
@@ -36,9 +36,9 @@ def add_jobs(api: FastAPI, submitter: JobSubmitter, events: Events) -> None:
         responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
     )
     @needs("adapt")
-    async def stream(tenant: Tenant, job: Job) -> Response:
+    async def events(tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
-        return await events.stream(tenant, job)
+        return await streams.stream(tenant, job)
 
     @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
     @needs("adapt")

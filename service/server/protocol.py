@@ -120,7 +120,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _unsent = 0
     _unread = 0.0
     _told = 0.0
-    _scorer: Cycle | None = None
+    _answering: Cycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._when_gone: set[Callable[[], None]] = set()
@@ -135,9 +135,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         connections.discard(self)
         super().connection_lost(exc)
         # uvicorn notifies only the newest request, although an earlier one may still be running.
-        if self._scorer is not None and not self._scorer.response_complete:
-            self._scorer.disconnected = True
-            self._scorer.message_event.set()
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         self.pipeline.clear()
         for tell in tuple(self._when_gone):
             tell()
@@ -192,7 +192,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
 
     def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:
-        self._scorer = cycle
+        self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
@@ -201,11 +201,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         uvicorn's 400 would be taken for the answer to an earlier request, or appear in the middle of it.
         """
         last: Cycle | None = self.cycle
-        scorer = self._scorer
-        if last is not None and last.more_body and last is not scorer and self.pipeline:
+        answering = self._answering
+        if last is not None and last.more_body and last is not answering and self.pipeline:
             # The invalid data is in the body of this queued request, so it is dropped.
             self.pipeline.popleft()
-            last = self.pipeline[0][0] if self.pipeline else scorer
+            last = self.pipeline[0][0] if self.pipeline else answering
         if last is None or last.response_complete:
             self._refuse_what_came()
         elif not last.more_body:
