@@ -45,9 +45,7 @@ def build_api(components: Components) -> FastAPI:
         redirect_slashes=False,
     )
     settings = components.settings
-    bodies = RequestReader(
-        settings.max_examples, settings.max_inputs, settings.max_openai_inputs, settings.max_text_chars
-    )
+    bodies = RequestReader(settings.max_examples, settings.max_inputs, settings.max_openai_inputs)
     keyed = IdempotencyGuard(components.registry.replies)
     errors.install(api)
     add_flows(api, components, bodies, keyed)

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from adapters.adaptation.commands import AdaptCommand
 from adapters.adaptation.example_editor import Amendment, Feedback
+from adapters.examples.base64_images import decode_base64
 from adapters.examples.target import ExampleError
 from adapters.examples.upload_forms import Form
 from adapters.examples.validation import PostedExample
@@ -22,7 +23,7 @@ from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.limits import InputError
 from service.errors import Problem
-from service.payloads.lifting import Lifted, NotJson, TooIntricate, parse
+from service.payloads.json_body import NotJson, TooIntricate, parse
 from service.payloads.requests import (
     AdaptRequest,
     AmendRequest,
@@ -45,7 +46,6 @@ Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 # thread would take longer.
 _AT_ONCE = 128 << 10
 _ITEMS_AT_ONCE = 200
-_REST = 16 << 20  # largest part of a body that is left to the JSON parser, in bytes
 _ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
 _FIELDS = 64  # fields of a form, besides its files
 _SHORT_QUERY = 256  # bytes; longer query strings are not cached
@@ -72,7 +72,6 @@ class RequestReader:
     max_examples: int
     max_inputs: int
     max_openai_inputs: int
-    max_text_chars: int
 
     async def adapt(self, request: Request) -> AdaptCommand:
         """Read examples as JSON or multipart."""
@@ -123,12 +122,12 @@ class RequestReader:
         """Read a request to OpenAI's embeddings endpoint."""
         _want_json(request)
 
-        def build(lifted: Lifted) -> OpenAIRequest:
+        def build(value: Any) -> OpenAIRequest:
             # A list of token ids is longer than one of texts; validation refuses it, whatever its length.
-            texts = lifted.value.get("input") if isinstance(lifted.value, dict) else None
+            texts = value.get("input") if isinstance(value, dict) else None
             if isinstance(texts, list) and isinstance(next(iter(texts), None), str):
                 self._count(texts, self.max_openai_inputs, "texts")
-            return strict(OpenAIRequest, lifted.value)
+            return strict(OpenAIRequest, value)
 
         return await self._json(request, build)
 
@@ -166,15 +165,15 @@ class RequestReader:
     async def model(self, request: Request, model: type[M]) -> M:
         """Read a small JSON body."""
         _want_json(request)
-        return await self._json(request, lambda lifted: strict(model, lifted.value))
+        return await self._json(request, lambda value: strict(model, value))
 
-    async def _json(self, request: Request, build: Callable[[Lifted], T]) -> T:
+    async def _json(self, request: Request, build: Callable[[Any], T]) -> T:
         refuse_parameters(request.query_params, (), why=_ALL_IN_BODY)
         body = await _whole(request)
 
         def read() -> T:
             try:
-                return build(parse(body, max_rest=_REST))
+                return build(parse(body))
             except TooIntricate as error:
                 raise Problem(413, error.code, str(error)) from error
             except NotJson as error:
@@ -183,26 +182,26 @@ class RequestReader:
         at_once = len(body) <= _AT_ONCE and body.count(b",") <= _ITEMS_AT_ONCE
         return read() if at_once else await asyncio.to_thread(read)
 
-    def _adapt_command(self, lifted: Lifted) -> AdaptCommand:
-        self._count_in(lifted.value, "examples", self.max_examples)
-        body, faults = apart(AdaptRequest, lifted.value, "examples")
-        good = (self._posted(example, lifted) for example in body.examples)
-        return _command(body, _merged(good, {at: _faulty(lifted, at, one) for at, one in faults.items()}))
+    def _adapt_command(self, value: Any) -> AdaptCommand:
+        self._count_in(value, "examples", self.max_examples)
+        body, faults = apart(AdaptRequest, value, "examples")
+        good = (self._posted(example) for example in body.examples)
+        return _command(body, _merged(good, {at: _faulty(value, at, one) for at, one in faults.items()}))
 
-    def _predict_query(self, lifted: Lifted) -> ParsedPredict:
-        self._count_in(lifted.value, "inputs", self.max_inputs)
-        body, inputs = self._items(PredictRequest, lifted)
+    def _predict_query(self, value: Any) -> ParsedPredict:
+        self._count_in(value, "inputs", self.max_inputs)
+        body, inputs = self._items(PredictRequest, value)
         return ParsedPredict(_query(body, inputs), raw=False)
 
-    def _embed_query(self, lifted: Lifted) -> tuple[str, Sequence[Input], bool]:
-        self._count_in(lifted.value, "inputs", self.max_inputs)
-        body, inputs = self._items(EmbedRequest, lifted)
+    def _embed_query(self, value: Any) -> tuple[str, Sequence[Input], bool]:
+        self._count_in(value, "inputs", self.max_inputs)
+        body, inputs = self._items(EmbedRequest, value)
         return body.backbone, inputs, False
 
-    def _items(self, model: type[Asking], lifted: Lifted) -> tuple[Asking, Sequence[Input]]:
+    def _items(self, model: type[Asking], value: Any) -> tuple[Asking, Sequence[Input]]:
         """Return a request and its inputs, with an error in the place of each malformed one."""
-        body, faults = apart(model, lifted.value, "inputs")
-        good = (self._input(one, lifted) for one in body.inputs)
+        body, faults = apart(model, value, "inputs")
+        good = (self._input(one) for one in body.inputs)
         errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
         inputs = _merged(good, errors)
         _some(inputs)
@@ -239,17 +238,17 @@ class RequestReader:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         return files, {key: value for key, value in form.multi_items() if isinstance(value, str)}
 
-    def _feedback(self, lifted: Lifted) -> Feedback:
-        body = strict(FeedbackRequest, lifted.value)
+    def _feedback(self, value: Any) -> Feedback:
+        body = strict(FeedbackRequest, value)
         if (body.id is None) == (body.image is None and body.text is None):
             raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
         target = _target(body)
         if isinstance(target, ExampleError):
             raise target
-        value = None if body.id is not None else self._input(body, lifted)
+        given = None if body.id is not None else self._input(body)
         return Feedback(
             target=target,
-            input=value,
+            input=given,
             id=body.id,
             promote=body.promote,
             fit=body.fit,
@@ -257,9 +256,9 @@ class RequestReader:
             sampled=body.sampled,
         )
 
-    def _posted(self, example: ExampleIn, lifted: Lifted) -> PostedExample:
+    def _posted(self, example: ExampleIn) -> PostedExample:
         return PostedExample(
-            input=self._input(example, lifted),
+            input=self._input(example),
             blamed=_source(example),
             target=_target(example),
             id=example.id,
@@ -267,15 +266,13 @@ class RequestReader:
             sampled=example.sampled,
         )
 
-    def _input(self, one: InputIn, lifted: Lifted) -> Input:
+    def _input(self, one: InputIn) -> Input:
         if (one.image is None) == (one.text is None):
             return InputError("input_missing", "Give exactly one of image and text.")
+        if one.text is not None:
+            return one.text
         try:
-            return (
-                lifted.text(one.text, self.max_text_chars)
-                if one.text is not None
-                else lifted.image(one.image or "")
-            )
+            return decode_base64((one.image or "").encode("utf-8", "surrogatepass"))
         except InputError as error:
             return error
 
@@ -393,9 +390,9 @@ def _source(one: InputIn) -> str:
     return "text" if one.image is None else "image"
 
 
-def _faulty(lifted: Lifted, index: int, fault: Fault) -> PostedExample:
+def _faulty(value: Any, index: int, fault: Fault) -> PostedExample:
     """Return a malformed example as one whose input is an error."""
-    example = lifted.value["examples"][index]
+    example = value["examples"][index]
     name = example.get("id") if isinstance(example, dict) else None
     known = name if isinstance(name, str) else None
     return PostedExample(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
