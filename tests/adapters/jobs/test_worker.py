@@ -684,7 +684,7 @@ def niceness():
 async def main():
     async with world(Path(sys.argv[1])) as one:
         await one.batchers["tiny-text"].embed(["ba be"], bulk=True)
-        print(niceness(), await one.keeping.aside("acme", niceness))
+        print(niceness(), await one.repository.aside("acme", niceness))
 
 asyncio.run(main())
 """
