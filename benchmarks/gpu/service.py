@@ -38,6 +38,8 @@ TOKENS = (16, 64)
 FORMS = ("raw", "32 in JSON")
 _LOADS = 2
 _SAMPLES = 64
+# What is measured is how much the service does, not whom it refuses when there is more.
+_PATIENT = {"TOPWORK_MAX_WAIT": "60", "TOPWORK_MAX_QUEUE": "65536"}
 _GPU_SECONDS = re.compile(r'^topwork_gpu_seconds_total\{backbone="([^"]+)",stage="([^"]+)"\} (\S+)$', re.M)
 
 
@@ -93,7 +95,8 @@ def replicas(count: int, device: str, homes: Path) -> Iterator[list[Serving]]:
                 # A process begins on the cores of the one that starts it.
                 os.sched_setaffinity(0, cores[begin : begin + each])
                 home = homes / f"{count}-{number}"
-                found.append(stack.enter_context(Serving(home, environment={"TOPWORK_DEVICE": device})))
+                environment = {"TOPWORK_DEVICE": device, **_PATIENT}
+                found.append(stack.enter_context(Serving(home, environment=environment)))
         finally:
             os.sched_setaffinity(0, cores)
         yield found
