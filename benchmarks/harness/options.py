@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.data.datasets import DEFAULT_FOLDER
+from benchmarks.harness.report import program
 
 
 def asked(
-    module: str,
     about: str | None,
     parts: Collection[str],
     arguments: Sequence[str] | None,
@@ -20,11 +20,11 @@ def asked(
 ) -> argparse.Namespace:
     """With `parts`, those named or all, `data`, a folder, and `seeds`, a number, where it has a default.
 
-    module: its name. about: its docstring. arguments: of the command line where None. Ends the process with
+    about: the module's docstring. arguments: of the command line where None. Ends the process with
     an explanation for a part that is none.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{module}", description=(about or "").partition("\n")[0]
+        prog=f"python -m {program()}", description=(about or "").partition("\n")[0]
     )
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(parts))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", DEFAULT_FOLDER)))

@@ -37,6 +37,12 @@ def _first_field(path: str, name: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "unknown")
 
 
+def program() -> str:
+    """The module that is run, as `python -m` names it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return "" if spec is None else str(spec.name).removesuffix(".__main__")
+
+
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
     return {
@@ -157,7 +163,7 @@ class Report:
         self.add("Measured on", table(["", ""], [[name, value] for name, value in facts.items()]))
         folder.mkdir(parents=True, exist_ok=True)
         day = time.strftime("%Y-%m-%d", time.gmtime(self.started))
-        command = " ".join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]])
+        command = " ".join(["python", "-m", program(), *sys.argv[1:]])
         markdown = f"# {self.title}\n\n{day}, `{command}`\n\n"
         (folder / f"{self.name}.md").write_text(markdown + "\n".join(self.parts), encoding="utf-8")
         document = {

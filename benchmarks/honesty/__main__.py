@@ -49,7 +49,7 @@ PARTS: Mapping[str, Callable[[Bench], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named parts and writes benchmarks/results/honesty.md and .json; 1 if a target is missed."""
-    options = asked("honesty", __doc__, PARTS, arguments, seeds=_SPLITS)
+    options = asked(__doc__, PARTS, arguments, seeds=_SPLITS)
     report = Report("honesty", "Honesty")
     sets.prepare(sets.CLASSIFIED, sets.COPIED, options.data)
     with ProcessPoolExecutor(

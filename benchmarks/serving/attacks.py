@@ -260,7 +260,7 @@ def _orders(texts: Scene, pictures: Scene) -> dict[str, Order]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes benchmarks/results/attacks.md and .json; 1 if a target is missed."""
-    options = asked("attacks", __doc__, tuple(ATTACKS), arguments)
+    options = asked(__doc__, tuple(ATTACKS), arguments)
     report = Report("attacks", "What attackers cost the other tenants")
     texts, pictures = text_scene(16, options.data), image_scene((400, 300), options.data)
     with client.running({"TOPWORK_MAX_JOBS": "1000"}) as server, contextlib.ExitStack() as stack:

@@ -36,7 +36,7 @@ def accuracy(split: Split, service: client.Client, backbone: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the groups and writes benchmarks/results/eight_bits.md and .json; 1 if a target is missed."""
-    options = asked("eight_bits", __doc__, [name for name in splits.GROUPS if name != LEFT_OUT], arguments)
+    options = asked(__doc__, [name for name in splits.GROUPS if name != LEFT_OUT], arguments)
     report = Report("eight_bits", "8 bits")
     sets = splits.Sets(options.data)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)

@@ -86,7 +86,7 @@ def lone_text(line: Line, requests: Sequence[Request]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes benchmarks/results/first_start.md and .json; 1 if a target is missed."""
-    options = asked("first_start", __doc__, (), arguments)
+    options = asked(__doc__, (), arguments)
     report = Report("first_start", "A first start on a busy machine")
     scene = text_scene(16, options.data)
     requests = scene.forms()["raw"]

@@ -71,7 +71,7 @@ def _teach(url: str, key: str, scene: Scene) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes benchmarks/results/neighbours.md and .json; 1 if a target is missed."""
-    options = asked("neighbours", __doc__, (), arguments)
+    options = asked(__doc__, (), arguments)
     report = Report("neighbours", "One tenant far above its quota")
     scene = text_scene(16, options.data)
     admin_key = secrets.token_hex(16)

@@ -451,7 +451,7 @@ PARTS: Mapping[str, tuple[Callable[[Report, Server, Path], None], Mapping[str, s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named parts and writes benchmarks/results/speed.md and .json; 1 if a target is missed."""
-    options = asked("speed", __doc__, PARTS, arguments)
+    options = asked(__doc__, PARTS, arguments)
     report = Report("speed", "Speed")
     for name in options.parts:
         run, settings = PARTS[name]

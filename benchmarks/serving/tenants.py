@@ -40,7 +40,7 @@ ADAPT_SECONDS = 1.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes benchmarks/results/tenants.md and .json; 1 if a target is missed."""
-    options = asked("tenants", __doc__, (), arguments)
+    options = asked(__doc__, (), arguments)
     report = Report("tenants", "A thousand tenants for twenty minutes")
     scene = text_scene(16, options.data)
     admin_key = secrets.token_hex(16)

@@ -205,7 +205,7 @@ PARTS = {"bare": beside_bare_loop, "append": one_more, "latency": beside_adapts}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named parts and writes benchmarks/results/adapt.md and .json; 1 if a target is missed."""
-    options = asked("adapt", __doc__, PARTS, arguments)
+    options = asked(__doc__, PARTS, arguments)
     report = Report("adapt", "Adapting")
     with client.running() as server:
         for name in options.parts:

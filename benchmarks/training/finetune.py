@@ -310,7 +310,7 @@ def compare(report: Report, sets: Sequence[str], seeds: int, folder: Path) -> No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named sets and writes benchmarks/results/finetune.md and .json; 1 if a target is missed."""
-    options = asked("finetune", __doc__, [LATENCY, *SPLITS], arguments, seeds=SEEDS)
+    options = asked(__doc__, [LATENCY, *SPLITS], arguments, seeds=SEEDS)
     report = Report("finetune", "Fine-tunes")
     if LATENCY in options.parts:
         beside_tunes(report, options.data)

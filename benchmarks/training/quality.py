@@ -253,7 +253,7 @@ def _record(run: Outcome) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named groups and writes benchmarks/results/quality.md and .json; 1 if a target is missed."""
-    options = asked("quality", __doc__, splits.GROUPS, arguments)
+    options = asked(__doc__, splits.GROUPS, arguments)
     report = Report("quality", "Quality")
     sets = splits.Sets(options.data)
     grouped: dict[str, list[Outcome]] = defaultdict(list)
