@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle bento lock clean
+.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -53,10 +53,11 @@ full/%: .venv/dev.stamp
 house: .venv/dev.stamp  ## How the code is laid out and reads, in numbers
 	$(RUN) tests.house $(ARGS)
 
-check: .venv/dev.stamp  ## What CI runs: lint, format, types, tests
+check: .venv/dev.stamp  ## What CI runs: lint, format, types, documents, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 
 bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
@@ -106,6 +107,9 @@ bench-finetune: .venv/dev.stamp  ## Fine-tunes beside the heads that they replac
 bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 	$(RUN) benchmarks.gpu
 
+docs: .docs/stamp  ## Build the documents as a site in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build
+
 bento: .venv/serve.stamp  ## Build the bento, exported backbones included
 	$(RUN) models.export
 	$(BIN)/bentoml build
@@ -115,11 +119,13 @@ lock: .venv/bin/uv  ## Resolve the dependencies again
 		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
 		--custom-compile-command 'make lock' pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command 'make lock' docs/requirements.in -o docs/requirements.lock
 	for peer in lit infinity; do $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
 		--custom-compile-command 'make lock' benchmarks/peers/$$peer.in -o benchmarks/peers/$$peer.lock; done
 
 clean:  ## Remove the virtual environment and what tools left; keeps ~/.topwork and the BentoML store
-	rm -rf .venv .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .docs .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/uv:
@@ -141,6 +147,11 @@ endef
 	@echo 'Installing the locked packages into .venv (a minute or two, once)'
 	$(call install,requirements-dev.lock)
 	@touch .venv/serve.stamp
+
+.docs/stamp: docs/requirements.lock | .venv/bin/uv
+	.venv/bin/uv venv -q --clear --python .venv/bin/python .docs
+	.venv/bin/uv pip install -q --python .docs --require-hashes -r $<
+	@touch $@
 
 # Servers to measure beside, each with the versions that it asks for.
 .peers/%/stamp: benchmarks/peers/%.lock | .venv/bin/uv

@@ -50,6 +50,8 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 def unfinished(command: str) -> bool:
     if command.endswith("\\"):
         return True
+    if "<<'EOF'" in command:
+        return not command.endswith("\nEOF")
     try:
         shlex.split(command)
     except ValueError:
@@ -162,11 +164,11 @@ class Shell:
         self._process.stdout.close()
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_the_commands_print_what_the_page_says(page: str, tmp_path: Path) -> None:
     found = list(commands((ROOT / page).read_text()))
-    assert any("/adapt" in command for command, _ in found), "no adapt in the README"
-    assert any("/predict" in command for command, _ in found), "no predict in the README"
+    assert any("/adapt" in command for command, _ in found), "no adapt in the page"
+    assert any("/predict" in command for command, _ in found), "no predict in the page"
     wrong = []
     with Serving(tmp_path / "home") as running:
         shell = Shell(ROOT)
@@ -201,13 +203,13 @@ def default_of(field: FieldInfo) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def test_the_settings_are_the_readme_s() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_settings_are_the_documents() -> None:
+    documents = (ROOT / "docs" / "settings.md").read_text()
     rows = [
         f"| `TOPWORK_{name.upper()}` | {default_of(field)} | {field.description} |"
         for name, field in Settings.model_fields.items()
     ]
-    assert not [row for row in rows if row not in readme]
+    assert not [row for row in rows if row not in documents]
 
 
 def test_every_make_target_is_explained() -> None:
