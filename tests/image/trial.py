@@ -84,7 +84,7 @@ def build_image(engine: Engine, scratch: Path) -> None:
         subprocess.run(
             [sys.executable, "-m", *command, "--image-tag", IMAGE],
             cwd=ROOT,
-            env={**environment(home), **engine.build_environment},
+            env={**engine.build_environment, **environment(home)},
             stdout=file,
             stderr=file,
         )
