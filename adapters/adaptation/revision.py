@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from adapters.adaptation.agreement import Agreement, ask
@@ -19,10 +18,12 @@ from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, B
 from adapters.adaptation.revision_files import (
     AdapterContext,
     Fit,
+    RevisionFiles,
     change_of,
     complete,
-    encoders,
     gather,
+    new_files,
+    publish_bundle,
 )
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
@@ -33,8 +34,8 @@ from adapters.processes.fit_client import Fitter
 from adapters.registry.errors import RevisionMoved, UnknownVersion
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Committed, Creation, VersionRecord
-from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact
-from adapters.storage.formats import Evidence, encode_evidence
+from adapters.storage.artifact import CorruptArtifact, MissingArtifact
+from adapters.storage.formats import Evidence
 from models.arrays import Floats
 
 T = TypeVar("T")
@@ -42,8 +43,6 @@ T = TypeVar("T")
 logger = logging.getLogger("topwork")
 
 ATTEMPTS = 5
-# Position of the new inputs' file in the list from gathering.encoders.
-_NEW_INPUTS = 1
 
 
 @dataclass(slots=True)
@@ -138,9 +137,9 @@ class RevisionWriter:
             return RevisionResult(committed, None if fit is None else fit.decision, timings)
 
         with _timed(timings, "publish", self._observe):
-            published = await self._publish(subject, plan, fresh, fit, ahead)
-            change = change_of(subject, edit, plan, published, fit)
-            committed = await self.repository.commit(change, published, reply and reply.of(revised))
+            files = await self._publish(subject, plan, fresh, fit, ahead)
+            change = change_of(subject, edit, plan, files, fit)
+            committed = await self.repository.commit(change, files.every, reply and reply.of(revised))
         await self.warm(committed, fit)
         return revised(committed)
 
@@ -151,31 +150,31 @@ class RevisionWriter:
         fresh: Mapping[str, Floats],
         fit: Fit | None,
         ahead: BackgroundPublish | None,
-    ) -> list[Artifact]:
-        """Publish the plan's files in the order of gathering.encoders, then the head and its evidence."""
-        files = await encoders(self.repository, subject, replace(plan, bundles=()), fresh)
-        placed = len(files)
-        if fit is not None:
-            files += [fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
+    ) -> RevisionFiles:
+        """Publish the files of a revision; if that fails, none of them is left."""
+        encoders = new_files(subject, plan, fresh, fit)
         early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
         if early:
-            del files[_NEW_INPUTS]
-        published = list(await self.repository.publish(subject.tenant, subject.uid, files))
-        moved: list[Artifact] = []
+            del encoders["inputs"]
+        published = await self.repository.publish(subject.tenant, subject.uid, list(encoders.values()))
+        named = dict(zip(encoders, published, strict=True))
+        files = RevisionFiles(
+            embeddings=named.get("embeddings"),
+            inputs=named.get("inputs"),
+            head=named.get("head"),
+            evidence=named.get("evidence"),
+        )
         try:
             if ahead is not None and early:
-                published.insert(_NEW_INPUTS, await ahead.take())
+                files = replace(files, inputs=await ahead.take())
             # Bundles are published one by one: together they may be all that the adapter keeps.
             for bundle in plan.bundles:
-                files = await encoders(
-                    self.repository, subject, replace(plan, fresh=(), bundles=(bundle,)), {}
-                )
-                moved += await self.repository.publish(subject.tenant, subject.uid, files)
+                slot = await publish_bundle(self.repository, subject, bundle)
+                files = replace(files, rewritten=(*files.rewritten, slot))
         except BaseException:
-            dropping = self.repository.drop(subject.tenant, subject.uid, [*published, *moved])
-            await to_its_end(dropping)
+            await to_its_end(self.repository.drop(subject.tenant, subject.uid, files.every))
             raise
-        return [*published[:placed], *moved, *published[placed:]]
+        return files
 
     async def fit(
         self,

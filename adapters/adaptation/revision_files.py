@@ -24,8 +24,21 @@ from adapters.registry.records import (
 )
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, Buffer
-from adapters.storage.formats import Evidence, encode_embeddings, encode_inputs
+from adapters.storage.formats import Evidence, encode_embeddings, encode_evidence, encode_inputs
 from models.arrays import Floats
+
+Encode = Callable[[], Buffer]
+LINEAR_PROBE = "linear_probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted head with its evidence, report and promotion decision."""
+
+    head: Head
+    evidence: Evidence
+    report: Mapping[str, Any]
+    decision: Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,40 +108,57 @@ def _interleave(plan: LayoutPlan, kept: Floats | None, fresh: Mapping[str, Float
     return gathered
 
 
-async def encoders(
-    repository: AdapterRepository, subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats]
-) -> list[Callable[[], Buffer]]:
-    """Return the encoders of the files to publish.
+@dataclass(frozen=True, slots=True)
+class RevisionFiles:
+    """The published files of one revision; None for those that it does not have."""
 
-    They are those of the new segment's embeddings, of its inputs if kept, then the same of every bundle.
-    """
-    files: list[Callable[[], Buffer]] = []
-    fingerprint = subject.terms.fingerprint
+    embeddings: Artifact | None = None  # of the new examples
+    inputs: Artifact | None = None  # of the new examples, if inputs are kept
+    head: Artifact | None = None
+    evidence: Artifact | None = None
+    rewritten: tuple[SegmentSlot, ...] = ()  # first slot of each of the plan's bundles, in its order
+
+    @property
+    def start(self) -> SegmentSlot | None:
+        """The first slot of the new examples."""
+        return None if self.embeddings is None else SegmentSlot(self.embeddings, 0, self.inputs)
+
+    @property
+    def every(self) -> list[Artifact]:
+        """All of them."""
+        bundles = [file for slot in self.rewritten for file in (slot.segment, slot.inputs)]
+        files = (self.embeddings, self.inputs, *bundles, self.head, self.evidence)
+        return [file for file in files if file is not None]
+
+
+def new_files(
+    subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats], fit: Fit | None
+) -> dict[str, Encode]:
+    """Return how the new files of a revision are encoded, by their names in RevisionFiles."""
+    files: dict[str, Encode] = {}
     if plan.fresh:
         new = np.stack([fresh[example.digest] for example in plan.fresh])
-        files.append(partial(encode_embeddings, new, fingerprint))
+        files["embeddings"] = partial(encode_embeddings, new, subject.terms.fingerprint)
         if subject.terms.keep_inputs:
             inputs = [example.input for example in plan.fresh if example.input is not None]
-            files.append(partial(encode_inputs, inputs))
-    for bundle in plan.bundles:
-        assert subject.adapter is not None
-        moved = await repository.embeddings(subject.adapter, bundle)
-        files.append(partial(encode_embeddings, moved, fingerprint))
-        if bundle[0].inputs is not None:
-            files.append(partial(encode_inputs, await kept_inputs(repository, subject.adapter, bundle)))
+            files["inputs"] = partial(encode_inputs, inputs)
+    if fit is not None:
+        files["head"] = fit.head.to_bytes
+        files["evidence"] = partial(encode_evidence, fit.evidence)
     return files
 
 
-def starts(
-    plan: LayoutPlan, keep_inputs: bool, published: Sequence[Artifact]
-) -> tuple[SegmentSlot | None, list[SegmentSlot], Sequence[Artifact]]:
-    """Return the first slots of the new segment and of the bundles, and the artifacts left over."""
-    left = iter(published)
-    start = SegmentSlot(next(left), 0, next(left) if keep_inputs else None) if plan.fresh else None
-    bundles = [
-        SegmentSlot(next(left), 0, next(left) if bundle[0].inputs else None) for bundle in plan.bundles
-    ]
-    return start, bundles, list(left)
+async def publish_bundle(
+    repository: AdapterRepository, subject: AdapterContext, bundle: Sequence[Stored]
+) -> SegmentSlot:
+    """Publish the examples of a bundle in files of their own; return the first one's slot."""
+    assert subject.adapter is not None
+    moved = await repository.embeddings(subject.adapter, bundle)
+    encoders: list[Encode] = [partial(encode_embeddings, moved, subject.terms.fingerprint)]
+    if bundle[0].inputs is not None:
+        encoders.append(partial(encode_inputs, await kept_inputs(repository, subject.adapter, bundle)))
+    segment, *inputs = await repository.publish(subject.tenant, subject.uid, encoders)
+    return SegmentSlot(segment, 0, inputs[0] if inputs else None)
 
 
 async def kept_inputs(
@@ -143,29 +173,20 @@ async def kept_inputs(
     return [found[place.inputs][place.row] for place in bundle if place.inputs is not None]
 
 
-LINEAR_PROBE = "linear_probe"
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A fitted head with its evidence, report and promotion decision."""
-
-    head: Head
-    evidence: Evidence
-    report: Mapping[str, Any]
-    decision: Decision
-
-
 def change_of(
     subject: AdapterContext,
     edit: ExampleEdit,
     plan: LayoutPlan,
-    published: Sequence[Artifact],
+    files: RevisionFiles,
     fit: Fit | None,
 ) -> Change:
     """The change that a revision commits: its examples with their places, and its version."""
-    start, bundles, left = starts(plan, subject.terms.keep_inputs, published)
-    upserts, repoints = locate(plan, start, bundles)
+    upserts, repoints = locate(plan, files.start, files.rewritten)
+    version = None
+    if fit is not None:
+        assert files.head is not None
+        assert files.evidence is not None
+        version = new_version(fit, files.head, files.evidence)
     state = subject.state
     return Change(
         tenant=subject.tenant,
@@ -177,7 +198,7 @@ def change_of(
         upserts=upserts,
         removals=tuple(edit.removals),
         repoints=repoints,
-        version=None if fit is None else new_version(fit, *left),
+        version=version,
         promote=fit is not None and fit.decision.promote,
         answer_accuracy=subject.terms.answer_accuracy,
         weights=subject.terms.weights,
