@@ -27,6 +27,7 @@ from service.edge.gateway import BULK, UPLOAD_PATIENCE
 from service.monitoring.metrics import CONTENT_TYPE
 from service.payloads import render, requests
 from service.payloads import responses as answer_schemas
+from service.payloads.backbones import all_backbones
 from service.payloads.reader import RequestReader, media_type
 from service.server.process import told_to_end
 
@@ -137,7 +138,7 @@ def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed
     @needs("key")
     async def backbones() -> Response:
         """What can be adapted."""
-        return render.backbones(batchers, components.surveyor.measured)
+        return all_backbones(batchers, components.surveyor.measured)
 
     # Prometheus scrapes this route, and its configuration should not hold a key.
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.limits import InputError
 from service.errors import Problem
+from service.payloads.content import AT_ONCE, content_of, decoded_text, folder_of, stream_of, whole_body
 from service.payloads.json_body import NotJson, TooIntricate, parse
 from service.payloads.requests import (
     AdaptRequest,
@@ -42,9 +43,6 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
-# Bodies up to this size and number of commas are parsed in the event loop, in about a millisecond; starting a
-# thread would take longer.
-_AT_ONCE = 128 << 10
 _ITEMS_AT_ONCE = 200
 _ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
 _FIELDS = 64  # fields of a form, besides its files
@@ -169,7 +167,7 @@ class RequestReader:
 
     async def _json(self, request: Request, build: Callable[[Any], T]) -> T:
         refuse_parameters(request.query_params, (), why=_ALL_IN_BODY)
-        body = await _whole(request)
+        body = await whole_body(request)
 
         def read() -> T:
             try:
@@ -179,7 +177,7 @@ class RequestReader:
             except NotJson as error:
                 raise Problem(400, error.code, str(error)) from error
 
-        at_once = len(body) <= _AT_ONCE and body.count(b",") <= _ITEMS_AT_ONCE
+        at_once = len(body) <= AT_ONCE and body.count(b",") <= _ITEMS_AT_ONCE
         return read() if at_once else await asyncio.to_thread(read)
 
     def _adapt_command(self, value: Any) -> AdaptCommand:
@@ -210,22 +208,24 @@ class RequestReader:
     async def _adapt_form(self, request: Request) -> AdaptCommand:
         files, fields = await self._form(request, self.max_examples)
         body = lax(AdaptRequest, dict(request.query_params), fields)
-        return _command(body, [PostedExample(await _content(file), _folder(file.filename)) for file in files])
+        return _command(
+            body, [PostedExample(await content_of(file), folder_of(file.filename)) for file in files]
+        )
 
     async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], dict[str, str]]:
         if media == "multipart/form-data":
             files, fields = await self._form(request, self.max_inputs)
-            inputs = [await _content(file) for file in files]
+            inputs = [await content_of(file) for file in files]
             _some(inputs)
             return inputs, fields
         if not _is_raw(media):
             raise unsupported(media, "application/json, multipart/form-data, image/* or text/plain")
         body = await request.body()
-        return [_decoded(body) if media == "text/plain" else body], {}
+        return [decoded_text(body) if media == "text/plain" else body], {}
 
     async def _form(self, request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
         parser = _InMemoryParser(
-            request.headers, _stream(request), max_files=most, max_fields=_FIELDS, max_part_size=_AT_ONCE
+            request.headers, stream_of(request), max_files=most, max_fields=_FIELDS, max_part_size=AT_ONCE
         )
         try:
             form = await parser.parse()
@@ -313,31 +313,10 @@ def too_many(most: int, what: str) -> Problem:
     return Problem(413, "too_many_items", f"A request has at most {most:,} {what}. Send several requests.")
 
 
-async def _whole(request: Request) -> bytearray:
-    """Return the body. A large one is allocated at once, because growing it costs more than all else here."""
-    size = int(request.headers.get("content-length", "0"))
-    if size <= _AT_ONCE:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-        return body
-    body, filled = bytearray(size), 0
-    async for chunk in request.stream():
-        body[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    del body[filled:]
-    return body
-
-
 def _want_json(request: Request) -> None:
     media = media_type(request)
     if media != "application/json":
         raise unsupported(media, "application/json")
-
-
-async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
-    async for chunk in request.stream():
-        yield chunk
 
 
 def _asked(request: Request) -> PredictRequest:
@@ -410,24 +389,3 @@ def _target(one: TargetIn) -> object:
     if len(given) > 1:
         return ExampleError("label_invalid", "Give only one of label, labels and target.")
     return given[0] if given else None
-
-
-async def _content(file: UploadFile) -> Input:
-    content = await file.read()
-    name, media = (file.filename or "").lower(), (file.content_type or "").lower()
-    if media.startswith("text/") or (not media.startswith("image/") and name.endswith(".txt")):
-        return _decoded(content)
-    return content
-
-
-def _decoded(content: bytes) -> Input:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return InputError("invalid_text", f"The text is not UTF-8: {error.reason} at byte {error.start}.")
-
-
-def _folder(filename: str | None) -> str | None:
-    """Return the label in `label/file.jpg`: the innermost folder of a file's name, or None."""
-    parts = [part for part in (filename or "").replace("\\", "/").split("/") if part]
-    return parts[-2] if len(parts) > 1 else None

@@ -27,7 +27,6 @@ from adapters.registry.records import AdapterRecord, ExampleRecord, JobRecord, V
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.preprocess.limits import InputError
-from models.runtime.autotune import MeasuredPlan
 
 Json = dict[str, Any]
 _MOST_MISSING = 1_000  # missing examples listed in an answer
@@ -182,34 +181,6 @@ def embedded(batcher: Batcher, name: str, found: Embedded, *, raw: bool) -> byte
     ]
     tail = to_json({"timing_ms": _milliseconds(found.timings)})
     return to_json(head)[:-1] + b',"embeddings":[' + b",".join(items) + b"]," + tail[1:]
-
-
-def backbones(batchers: Mapping[str, Batcher], measured: Mapping[str, MeasuredPlan]) -> Response:
-    """Return BackbonesOut."""
-    return answer(
-        {"backbones": [_backbone(name, batcher, measured[name]) for name, batcher in batchers.items()]}
-    )
-
-
-def _backbone(name: str, batcher: Batcher, measured: MeasuredPlan) -> Json:
-    spec, plan = batcher.backbone.spec, batcher.backbone.plan
-    return {
-        "name": name,
-        "kind": spec.kind,
-        "dim": spec.dim,
-        "licence": spec.licence,
-        "fingerprint": spec.fingerprint,
-        "device": batcher.backbone.device,
-        "precision": batcher.backbone.precision,
-        "source": spec.source,
-        "plan": {
-            "threads_alone": plan.alone,
-            "runs_beside": plan.workers,
-            "threads_beside": plan.beside,
-            "batch": plan.batch,
-            "confirmed": measured.confirmed,
-        },
-    }
 
 
 def adapter(record: AdapterRecord) -> Json:

@@ -1,0 +1,60 @@
+"""Bytes of a request's body and of its files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from adapters.prediction.predictor import Input
+from models.preprocess.limits import InputError
+
+# Bodies up to this size and number of commas are parsed in the event loop, in about a millisecond; starting a
+# thread would take longer.
+AT_ONCE = 128 << 10
+
+
+async def whole_body(request: Request) -> bytearray:
+    """Return the body. A large one is allocated at once, because growing it costs more than all else here."""
+    size = int(request.headers.get("content-length", "0"))
+    if size <= AT_ONCE:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+        return body
+    body, filled = bytearray(size), 0
+    async for chunk in request.stream():
+        body[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    del body[filled:]
+    return body
+
+
+async def stream_of(request: Request) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it comes."""
+    async for chunk in request.stream():
+        yield chunk
+
+
+async def content_of(file: UploadFile) -> Input:
+    """Return the text or the image that a file of a form holds; an error in its place if it is no text."""
+    content = await file.read()
+    name, media = (file.filename or "").lower(), (file.content_type or "").lower()
+    if media.startswith("text/") or (not media.startswith("image/") and name.endswith(".txt")):
+        return decoded_text(content)
+    return content
+
+
+def decoded_text(content: bytes) -> Input:
+    """Return the text of bytes in UTF-8, or the error of what is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return InputError("invalid_text", f"The text is not UTF-8: {error.reason} at byte {error.start}.")
+
+
+def folder_of(filename: str | None) -> str | None:
+    """Return the label in `label/file.jpg`: the innermost folder of a file's name, or None."""
+    parts = [part for part in (filename or "").replace("\\", "/").split("/") if part]
+    return parts[-2] if len(parts) > 1 else None
