@@ -39,7 +39,11 @@ FORMS = ("raw", "32 in JSON")
 _LOADS = 2
 _SAMPLES = 64
 # What is measured is how much the service does, not whom it refuses when there is more.
-_PATIENT = {"TOPWORK_MAX_WAIT": "60", "TOPWORK_MAX_QUEUE": "65536"}
+_PATIENT = {
+    "TOPWORK_MAX_WAIT": "60",
+    "TOPWORK_MAX_QUEUE": "65536",
+    "TOPWORK_MAX_BODIES_BYTES": str(8 << 30),
+}
 _GPU_SECONDS = re.compile(r'^topwork_gpu_seconds_total\{backbone="([^"]+)",stage="([^"]+)"\} (\S+)$', re.M)
 
 
