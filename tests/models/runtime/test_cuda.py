@@ -95,7 +95,6 @@ def test_it_tells_what_its_thread_does(reference: Backbone, runner: CudaRunner) 
     assert tuple(seconds) == STAGES
     assert seconds["wait"] >= 0.2
     assert all(0 < seconds[stage] < passed for stage in STAGES[1:])
-    assert seconds["run"] > seconds["copy_out"]
 
 
 def test_many_threads_get_their_own(reference: Backbone, runner: CudaRunner) -> None:
