@@ -213,7 +213,7 @@ def largest() -> Iterator[tuple[str, bytes]]:
 
 def decoders(serving: Serving) -> list[int]:
     """Processes of the service that decode, by the most memory that they have had, in bytes."""
-    name = b"\0models.decoder_process\0"
+    name = b"\0models.preprocess.decoder_process\0"
     pids = [pid for pid in serving.group() if name in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return [resident(pid, "VmHWM") for pid in pids]
 
