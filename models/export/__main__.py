@@ -4,4 +4,5 @@ import sys
 
 from models.export.onnx_export import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
