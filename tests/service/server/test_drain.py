@@ -36,8 +36,8 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bare]:
     own = ConnectionTable()
-    for module in ("protocol", "draining"):
-        monkeypatch.setattr(f"service.{module}.connections", own)
+    for module in ("protocol", "drain"):
+        monkeypatch.setattr(f"service.server.{module}.connections", own)
     with Bare(app, own) as running:
         yield running
 

@@ -49,8 +49,8 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
     own = ConnectionTable(MOST)
-    for module in ("protocol", "draining"):
-        monkeypatch.setattr(f"service.{module}.connections", own)
+    for module in ("protocol", "drain"):
+        monkeypatch.setattr(f"service.server.{module}.connections", own)
     monkeypatch.setattr("service.server.connections._LOOK_SECONDS", LOOK)
     monkeypatch.setattr(protocol, "HEAD_SECONDS", SECONDS)
     monkeypatch.setattr(protocol, "SILENT_SECONDS", SECONDS)
