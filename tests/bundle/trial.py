@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.gpu.bundle import COMMANDS, FOLDER, Command, requirements
 from benchmarks.harness.service_process import ROOT
 
-# A path that is somebody's own: the commands are for any machine.
+# An absolute path: the commands must run on any machine.
 _PATH = re.compile(r"(?<![\w.])/(?!bin/sh)\w")
 
-# What torch, timm and transformers need of the packages that the bundle brings in its own versions.
+# Dependencies of torch, timm and transformers that the bundle brings in versions of its own.
 _BESIDE = (
     "filelock", "fsspec", "httpx", "jinja2", "packaging", "pillow", "pytest", "pyyaml", "tqdm", "typer",
     "typing-extensions",

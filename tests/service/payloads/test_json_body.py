@@ -1,4 +1,4 @@
-"""JSON bodies: what is read, what is refused, and that large ones hold nobody up."""
+"""JSON bodies: they are read as the standard library reads them, and refused if they are too intricate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.training --results FOLDER`: seconds of a fine-tune, and how busy its GPU is.
+"""`python -m benchmarks.gpu.fine_tune --results FOLDER`: seconds of a fine-tune, and how busy its GPU is.
 
 EfficientNet-Lite0 as timm makes it, with random weights: what it learns is nothing to look at, how long it
 takes is. It ends in an export that is compared with torch, as every fine-tune does.
@@ -21,11 +21,12 @@ import numpy as np
 from adapters.finetune.data import Images
 from adapters.finetune.export import finish
 from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
-from adapters.finetune.model import Model, TrainingSet
+from adapters.finetune.model import Model, TrainingSet, embed
 from adapters.finetune.trainer import fine_tune
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
 from benchmarks.gpu.machine import jpeg
+from models.arrays import Floats
 from models.export.loaders import Network
 from models.spec import PACKAGED, ImageTransform
 
@@ -61,7 +62,7 @@ class Utilization:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fine-tunes and prints a line of JSON for each epoch. Raises ExportRefused, Diverged."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.training", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.gpu.fine_tune", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=200)
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import timm
 
     spec = PACKAGED["efficientnet-lite0"]
-    assert isinstance(spec.transform, ImageTransform)
+    transform = spec.transform
+    assert isinstance(transform, ImageTransform)
     body = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
     names = _LABELS
     weight = np.zeros((len(names), spec.dim), np.float32)
@@ -105,14 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = fine_tune(model, lesson, 0.1, config, tell=tell)
         if seen is not None:
             seen.end()
-        network = Network(replace(spec, name="timm:random", source="timm"), model.network, _unused)
+        own = replace(spec, name="timm:random", source="timm")
+
+        def reference(images: Sequence[bytes | str]) -> Floats:
+            samples = Images(transform, [one for one in images if isinstance(one, bytes)])
+            embeddings: Floats = embed(model, samples, range(len(images))).cpu().numpy()
+            return embeddings
+
+        network = Network(own, model.network, reference)
         made = finish(network, model, lesson, names, outcome, 0.9)
         note(pictures=options.pictures, export=made.report["export"])
     return 0
-
-
-def _unused(images: Sequence[bytes | str]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    raise NotImplementedError("a fine-tuned network is compared with itself in torch")
 
 
 if __name__ == "__main__":
