@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = Head("classification", spec.fingerprint, names, scaling, weight, np.zeros(len(names), np.float32))
     labels = np.arange(options.pictures) % len(names)
     lesson = TrainingSet(
-        Images(spec.transform, [jpeg(seed) for seed in range(options.pictures)]),
+        Images(transform, [jpeg(seed) for seed in range(options.pictures)]),
         labels,
         np.arange(options.pictures) % 4 == 3,
     )
