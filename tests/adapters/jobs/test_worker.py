@@ -37,7 +37,8 @@ from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.jobs.worker import Worker
 from adapters.probe.fit import Dataset, fit
-from adapters.registry.errors import LeaseLost
+from adapters.registry.database import Database
+from adapters.registry.errors import LeaseLost, RegistryUnavailable
 from adapters.registry.jobs import MAX_ATTEMPTS, upload_request
 from adapters.registry.records import (
     Change,
@@ -285,9 +286,10 @@ def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
 
 def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place) -> None:
     job = place.submit({**CONFIG, "epochs": 4, "full_size_epochs": 4, "patience": 4})
+    database = Database(place.config.database, patience=1.0)
     with worker(place.config) as stopped:
         until(place.checkpoint(job).exists)
-        stopped.send_signal(signal.SIGSTOP)
+        until(lambda: stopped_without_the_write_lock(stopped, database))
         with worker(place.config):
             until(lambda: place.job(job.id).finished_at is not None)
         check_tuned(place, place.job(job.id))
@@ -296,7 +298,20 @@ def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place
         # It may write once more what it was at, and takes it away when it sees that the lease is lost: late,
         # where it gets no core.
         until(lambda: not place.checkpoint(job).exists())
+    database.close()
     check_tuned(place, place.job(job.id))
+
+
+def stopped_without_the_write_lock(process: subprocess.Popen[str], database: Database) -> bool:
+    """Stop the process, or let it go on if it holds the write lock, for which the other worker would wait."""
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.02)
+    try:
+        with database.writing():
+            return True
+    except RegistryUnavailable:
+        process.send_signal(signal.SIGCONT)
+        return False
 
 
 def test_a_worker_that_is_told_to_end_leaves_the_job_to_another(place: Place) -> None:
