@@ -29,8 +29,8 @@ test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tun
 	$(RUN) benchmarks.reliability.kill_jobs --times-worker 50 --times-server 20
 
 # Two files at a time, the longest first.
-LONGEST_FAULTS := tests/faults/test_storage_kills.py
-FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tests/faults/test_*.py)))
+LONGEST_FAULTS := tests/faults/storage/test_storage_kills.py
+FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tests/faults/*/test_*.py)))
 
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.storage_places import WHERE, Make, Place, Where, make_places
+from tests.support.adapters.storage_places import WHERE, Make, Place, Where, make_places
 
 
 @pytest.fixture

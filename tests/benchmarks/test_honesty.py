@@ -16,7 +16,7 @@ from benchmarks.honesty.growth import compared, grown, predicted_beside
 from benchmarks.honesty.noise import Noise, noise
 from benchmarks.honesty.real import after_corrections, with_rare_labels
 from benchmarks.honesty.scores import Answers, Claim, Claims, Known, mean
-from tests.support.synthetic_embeddings import clouds
+from tests.support.models.synthetic_embeddings import clouds
 
 _TAGS = ("a", "b", "c", "d")
 

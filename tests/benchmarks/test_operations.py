@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpu.operations import cost_of
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 
 @pytest.mark.parametrize("count", [1, 3])

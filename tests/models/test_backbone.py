@@ -21,7 +21,7 @@ from models.preprocess.limits import InputError
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
 from models.survey import planned
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 
 @pytest.fixture(scope="module")

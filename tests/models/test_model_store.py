@@ -15,7 +15,7 @@ import pytest
 from models.manifest import folder_sha256, read_manifest, write_manifest
 from models.model_store import local_folder, model_name
 from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, ImageTransform, UnknownBackbone
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 
 def find(home: Path, *names: str) -> list[str | None]:

@@ -9,8 +9,8 @@ from subprocess import CalledProcessError
 import pytest
 
 from service.settings import serving_environment
-from tests.support.client import Caller
-from tests.support.seclusion import Seclusion
+from tests.support.service.client import Caller
+from tests.support.service.seclusion import Seclusion
 from tests.support.storage import unavailable
 
 

@@ -27,7 +27,7 @@ from service.errors import STATUSES, Problem, pointer, respond
 from service.monitoring.metrics import Metrics
 from service.server.scope import GONE, new_id
 from service.settings import Settings
-from tests.support.edge_app import Shell
+from tests.support.service.edge_app import Shell
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from adapters.storage.sweeper import sweep
 from models.backbone import Backbone
 from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
-from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world
-from tests.support.tiny_backbones import picture, sentence, text_export
+from tests.support.adapters.adapter_stack import TENANT, World, other_text_export, says, taught, world
+from tests.support.models.tiny_backbones import picture, sentence, text_export
 
 pytestmark = pytest.mark.anyio
 

@@ -31,7 +31,7 @@ from models.spec import GRAPH_FILE
 from tests.adapters.cache.test_aliases import eventually
 from tests.adapters.registry.test_registry import change, create
 from tests.adapters.registry.test_registry import version as new_version
-from tests.support.tiny_backbones import TEXT_NAME, sentence, text_backbone
+from tests.support.models.tiny_backbones import TEXT_NAME, sentence, text_backbone
 
 pytestmark = pytest.mark.anyio
 

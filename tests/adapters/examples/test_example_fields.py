@@ -15,8 +15,8 @@ from adapters.examples.validation import PostedExample
 from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig
 from models.backbone import Backbone
 from models.preprocess.limits import InputError
-from tests.support.adapter_stack import TENANT, World, other_text_export, says, taught, world
-from tests.support.tiny_backbones import text_export
+from tests.support.adapters.adapter_stack import TENANT, World, other_text_export, says, taught, world
+from tests.support.models.tiny_backbones import text_export
 
 pytestmark = pytest.mark.anyio
 

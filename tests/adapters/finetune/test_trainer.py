@@ -48,7 +48,7 @@ from models.backbone import Backbone
 from models.export.loaders import ExportRefused, Network, load_network
 from models.export.onnx_export import write
 from models.spec import GRAPH_FILE, BackboneSpec, ImageTransform
-from tests.support.gpu import require_gpu
+from tests.support.models.gpu import require_gpu
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("blue", "green", "red")
@@ -492,7 +492,7 @@ def tuned() -> tuple[Model, TrainingSet, TunedVersion]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Networks as timm and sentence-transformers save them."""
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.random_models", str(folder)]
+    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return folder
 

@@ -18,8 +18,8 @@ from adapters.probe.fit import fit
 from models.backbone import Backbone
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, IDS, MASK, RGB
-from tests.support import tiny_backbones
-from tests.support.synthetic_embeddings import classification, clouds, dataset
+from tests.support.models import tiny_backbones
+from tests.support.models.synthetic_embeddings import classification, clouds, dataset
 
 
 @pytest.fixture(scope="module")

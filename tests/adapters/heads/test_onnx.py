@@ -19,7 +19,7 @@ from adapters.heads.scaling import Scaling
 from models.preprocess.text import Silence, TextPreprocessor
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 DIM = tiny_backbones.TEXT_DIM
 

@@ -37,7 +37,7 @@ from adapters.storage.sweeper import Swept, sweep
 from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone
 from models.model_store import find
-from tests.support.adapter_stack import TENANT, taught, world
+from tests.support.adapters.adapter_stack import TENANT, taught, world
 
 pytestmark = pytest.mark.anyio
 

@@ -84,7 +84,7 @@ LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.random_models", str(folder)]
+    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return f"timm:{folder / 'image'}"
 
@@ -691,7 +691,7 @@ def stopped_while_writing(pid: int, folder: Path) -> bool:
 NICED = """
 import asyncio, os, sys, threading
 from pathlib import Path
-from tests.support.adapter_stack import world
+from tests.support.adapters.adapter_stack import world
 
 def niceness():
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

@@ -24,8 +24,8 @@ from adapters.maintenance.table_copy import references
 from adapters.registry.jobs import upload_request
 from adapters.registry.migrations import HEAD
 from adapters.storage.open import open_store
-from tests.support.adapter_stack import TENANT, says, taught
-from tests.support.storage_places import Make, Place, churn
+from tests.support.adapters.adapter_stack import TENANT, says, taught
+from tests.support.adapters.storage_places import Make, Place, churn
 
 pytestmark = pytest.mark.anyio
 

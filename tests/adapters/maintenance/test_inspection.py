@@ -15,9 +15,9 @@ from adapters.registry.schema import adapters, versions
 from adapters.storage.formats import decode_embeddings
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
-from tests.support.adapter_stack import TENANT, World, says, taught
-from tests.support.storage_places import Place, churn
-from tests.support.tiny_backbones import text_backbone
+from tests.support.adapters.adapter_stack import TENANT, World, says, taught
+from tests.support.adapters.storage_places import Place, churn
+from tests.support.models.tiny_backbones import text_backbone
 
 pytestmark = pytest.mark.anyio
 

@@ -31,8 +31,8 @@ from adapters.registry.errors import RegistryTooNew
 from adapters.registry.jobs import upload_request
 from adapters.registry.records import JobKind
 from adapters.registry.schema import changes, erasures
-from tests.support.adapter_stack import TENANT, World, says, taught
-from tests.support.storage_places import WHERE, Make, Place, Where
+from tests.support.adapters.adapter_stack import TENANT, World, says, taught
+from tests.support.adapters.storage_places import WHERE, Make, Place, Where
 
 pytestmark = pytest.mark.anyio
 

@@ -18,8 +18,8 @@ from adapters.registry.errors import UnknownAdapter, UnknownVersion
 from adapters.storage.artifact import CorruptArtifact
 from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
-from tests.support.adapter_stack import TENANT, says, taught, world
-from tests.support.tiny_backbones import picture, sentence
+from tests.support.adapters.adapter_stack import TENANT, says, taught, world
+from tests.support.models.tiny_backbones import picture, sentence
 
 pytestmark = pytest.mark.anyio
 

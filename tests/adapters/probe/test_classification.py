@@ -12,7 +12,7 @@ from adapters.heads.head import Head
 from adapters.probe import calibration
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from models.arrays import Floats
-from tests.support.synthetic_embeddings import clouds, dataset
+from tests.support.models.synthetic_embeddings import clouds, dataset
 
 
 def unseen(labels: int, dim: int, apart: float) -> tuple[Floats, list[str]]:

@@ -13,7 +13,7 @@ from adapters.heads.scaling import scaling_of
 from adapters.probe.basis import basis_of
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit, predicted_seconds
 from adapters.probe.logistic import Softmax, solve
-from tests.support.synthetic_embeddings import classification, clouds, dataset, permuted
+from tests.support.models.synthetic_embeddings import classification, clouds, dataset, permuted
 
 
 @pytest.mark.parametrize(("n", "dim"), [(60, 200), (300, 40), (700, 520)])

@@ -11,7 +11,7 @@ from adapters.heads.head import Head
 from adapters.probe import calibration
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from models.arrays import Bools, Floats
-from tests.support.synthetic_embeddings import dataset, permuted
+from tests.support.models.synthetic_embeddings import dataset, permuted
 
 
 def test_the_interval_of_micro_f1_holds_the_truth_on_coin_flips() -> None:

@@ -14,7 +14,7 @@ from adapters.probe import leverage
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from adapters.probe.leverage import left_out, spectrum_of
 from models.arrays import Doubles
-from tests.support.synthetic_embeddings import permuted
+from tests.support.models.synthetic_embeddings import permuted
 
 STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 1.0)
 

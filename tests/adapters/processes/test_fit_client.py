@@ -17,7 +17,7 @@ import pytest
 from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
 from adapters.processes.errors import FitterOverloaded, FitterUnavailable
 from adapters.processes.fit_client import Fitter
-from tests.support.synthetic_embeddings import classification, clouds, dataset
+from tests.support.models.synthetic_embeddings import classification, clouds, dataset
 
 pytestmark = pytest.mark.anyio
 

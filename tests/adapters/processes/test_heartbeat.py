@@ -17,7 +17,7 @@ import pytest
 from adapters.processes import heartbeat
 from adapters.processes.fit_client import Fitter
 from adapters.processes.heartbeat import HeartbeatMonitor, ProgressClock
-from tests.support.synthetic_embeddings import classification
+from tests.support.models.synthetic_embeddings import classification
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from adapters.storage.open import open_store
 from tests.adapters.registry.test_jobs import begin, submit
 from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, example, refit
 from tests.adapters.registry.test_registry import version as new_version
-from tests.support.adapter_stack import TENANT, says, taught, world
+from tests.support.adapters.adapter_stack import TENANT, says, taught, world
 
 anyio = pytest.mark.anyio
 

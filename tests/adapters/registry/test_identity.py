@@ -17,8 +17,8 @@ from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.local import LocalStore
 from adapters.storage.open import open_store
-from tests.support.adapter_stack import TENANT, taught
-from tests.support.storage_places import WHERE, Make, Place, Where
+from tests.support.adapters.adapter_stack import TENANT, taught
+from tests.support.adapters.storage_places import WHERE, Make, Place, Where
 
 pytestmark = pytest.mark.anyio
 

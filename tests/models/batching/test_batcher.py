@@ -32,7 +32,7 @@ from models.batching.request import (
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess.limits import InputError
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ from models.batching.request import BatcherClosed
 from models.batching.stall_detector import StallDetector
 from models.batching.worker_progress import WorkerProgress
 from models.runtime.progress import LONGEST_RUN, PATIENCE
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 

@@ -24,7 +24,7 @@ from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import normalised
 from models.preprocess.text import TextPreprocessor
 from models.spec import ImageTransform, TextTransform
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 HALF = (0.5, 0.5, 0.5)
 # The network sees the picture itself, so that a test can read colours from the answer.

@@ -13,7 +13,7 @@ from models.backbone import Backbone
 from models.preprocess.pixels import normalised, with_byte_input
 from models.protobuf import InvalidGraph
 from models.spec import GRAPH_FILE, OUTPUT_NAME, PIXELS, RGB, ImageTransform
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 # Means and deviations of ImageNet, of which none is a sum of powers of two.
 TRANSFORM = ImageTransform(32, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

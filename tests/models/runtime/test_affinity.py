@@ -12,7 +12,7 @@ import pytest
 from models.runtime.affinity import IntraOpThreads, capture_new_threads
 from models.runtime.session import open_session
 from models.spec import GRAPH_FILE
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 CORES = os.sched_getaffinity(0)
 

@@ -33,7 +33,7 @@ from models.runtime.autotune import (
 from models.runtime.trial import try_out
 from models.runtime.usage import Usage
 from models.survey import known_plan, planned, survey
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 CONFIRMED = {"others": 0.02, "spread": 0.05}
 DOUBTFUL = {"others": 0.9, "spread": 0.3}

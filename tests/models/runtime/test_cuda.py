@@ -31,8 +31,8 @@ from models.runtime.session import open_session
 from models.runtime.shapes import shapes_for
 from models.spec import GRAPH_FILE, HALF_FILE
 from models.survey import planned
-from tests.support import tiny_backbones
-from tests.support.gpu import require_gpu
+from tests.support.models import tiny_backbones
+from tests.support.models.gpu import require_gpu
 
 Make = Callable[[Path], Path]
 KINDS = pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])

@@ -14,7 +14,7 @@ from elftools.elf.elffile import ELFFile
 from models.runtime.driver import LIBRARIES, gpu_name, library_folders
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 # Of the system, of every driver, and of ONNX Runtime's own package.

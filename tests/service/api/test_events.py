@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.harness.service_process import Serving
-from tests.support.client import BLAME, PRAISE, Caller, Json
+from tests.support.service.client import BLAME, PRAISE, Caller, Json
 
 OF_A_TENANT, OF_ALL = 10, 50
 # Nobody does its jobs, so that each stays queued.

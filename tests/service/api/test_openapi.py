@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from service.payloads import openai, responses
-from tests.support.client import UNSEEN, Caller, image, pictures, reviews
+from tests.support.service.client import UNSEEN, Caller, image, pictures, reviews
 
 ROUTES = {
     ("post", "/adapt"),

@@ -13,8 +13,8 @@ import pytest
 
 from adapters.registry.migrations import HEAD
 from tests.adapters.registry.test_database import LAST, at_revision
-from tests.support.adapter_stack import TENANT, says, taught, world
-from tests.support.tiny_backbones import TEXT_NAME, install
+from tests.support.adapters.adapter_stack import TENANT, says, taught, world
+from tests.support.models.tiny_backbones import TEXT_NAME, install
 
 pytestmark = pytest.mark.anyio
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from benchmarks.harness.service_process import Serving
 from service.edge.access import Access, Doors, Need, access_of, needs
-from tests.support.client import Caller
+from tests.support.service.client import Caller
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SCOPES = ("predict", "adapt", "admin")

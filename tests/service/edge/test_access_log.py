@@ -12,7 +12,7 @@ import pytest
 
 from service.edge.access_log import AccessLog
 from service.settings import Settings
-from tests.support.edge_app import Shell
+from tests.support.service.edge_app import Shell
 
 
 class Lines(logging.Handler):

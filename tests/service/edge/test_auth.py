@@ -16,7 +16,7 @@ from adapters.registry.tenants import HeldKey, Quotas
 from service.edge.audit import REFUSALS_AT_ONCE, Audit
 from service.edge.auth import Authenticator, KeyMissing, is_loopback, listening_addresses
 from service.settings import Settings
-from tests.support.edge_app import Shell
+from tests.support.service.edge_app import Shell
 
 KEY = "0123456789abcdef0123456789abcdef"
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from service.api.docs import add_docs
 from service.edge.contract import Contract, allowed, rule_of
-from tests.support.client import Caller, reviews
+from tests.support.service.client import Caller, reviews
 
 METHODS = ("get", "put", "post", "patch", "delete")
 # Of what a browser opens, which is in no document.

@@ -22,8 +22,8 @@ from service.edge.channel import BodyBudget, RequestChannel
 from service.edge.gateway import UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.errors import Problem
 from service.settings import Settings
-from tests.support.client import Caller
-from tests.support.edge_app import Shell
+from tests.support.service.client import Caller
+from tests.support.service.edge_app import Shell
 
 SECONDS = 0.4
 CSV = {"Content-Type": "text/csv"}

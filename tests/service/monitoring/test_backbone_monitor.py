@@ -21,9 +21,9 @@ from service.monitoring.backbone_monitor import LoopWatchdog
 from service.server.process import STUCK
 from tests.faults import times
 from tests.service.server.test_process import get
-from tests.support import tiny_backbones
-from tests.support.client import Caller, image
-from tests.support.faulty_service import KINDS, Breaking
+from tests.support.models import tiny_backbones
+from tests.support.service.client import Caller, image
+from tests.support.service.faulty_service import KINDS, Breaking
 
 # Noticed in five seconds, with a look and an answer; there again in fifteen.
 NOTICED, REPLACED = 5.6, 15.0

@@ -7,7 +7,7 @@ import pytest
 
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
-from tests.support.edge_app import Shell
+from tests.support.service.edge_app import Shell
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from models.survey import known_plan
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.surveyor import Schedule, Surveyor
 from tests.service.cli.test_storage import topwork
-from tests.support import tiny_backbones
+from tests.support.models import tiny_backbones
 
 pytestmark = pytest.mark.anyio
 

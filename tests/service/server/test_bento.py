@@ -25,9 +25,9 @@ from benchmarks.harness.service_process import ROOT, Serving
 from models.model_store import find_tag
 from tests.service.server.test_process import KEY, get, post, texts
 from tests.support import bentos
-from tests.support.client import Caller
 from tests.support.dockerfile import Container, read
-from tests.support.seclusion import REPORTED_BY, Seclusion
+from tests.support.service.client import Caller
+from tests.support.service.seclusion import REPORTED_BY, Seclusion
 
 # What BentoML does for each engine.
 CONTAINERIZE = """

@@ -17,8 +17,8 @@ from service.server.connections import ConnectionTable
 from service.server.drain import begin_no_more, take
 from tests.faults import times
 from tests.service.server.test_protocol import connected
-from tests.support.load_callers import answer, post
-from tests.support.raw_server import Bare
+from tests.support.service.load_callers import answer, post
+from tests.support.service.raw_server import Bare
 
 ONE = post("/", b"12345", "text/plain")
 

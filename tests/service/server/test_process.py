@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.service_process import ROOT, DidNotStart, Serving
-from tests.support import faulty_service
+from tests.support.service import faulty_service
 
 KEY = "0123456789abcdef0123456789abcdef"
 

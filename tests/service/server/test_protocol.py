@@ -18,7 +18,7 @@ from benchmarks.harness.service_process import Serving
 from service.server.connections import connections
 from service.server.protocol import MAX_HEAD_BYTES
 from tests.service.server.test_process import get, post, texts
-from tests.support.raw_server import Bare
+from tests.support.service.raw_server import Bare
 
 LINE = b"x-filling: " + b"a" * 1_000 + b"\r\n"
 TEXT = b"content-type: text/plain\r\n"

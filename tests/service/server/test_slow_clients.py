@@ -23,8 +23,8 @@ from service.server import protocol
 from service.server.connections import ConnectionTable
 from service.settings import Settings
 from tests.service.server.test_protocol import connected, problem, received
-from tests.support.load_callers import answer, post
-from tests.support.raw_server import Bare
+from tests.support.service.load_callers import answer, post
+from tests.support.service.raw_server import Bare
 
 # In place of ten seconds; looks are as much closer to each other.
 SECONDS = 0.5

@@ -1,0 +1,1 @@
+"""Inputs and requests that are damaged, odd or hostile."""

@@ -1,0 +1,1 @@
+"""Files and databases that are damaged, or whose writer is killed."""

@@ -1,0 +1,1 @@
+"""What tenants see and leave behind."""

@@ -1,0 +1,1 @@
+"""Databases with stores, and the flows above them."""

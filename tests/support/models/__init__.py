@@ -1,0 +1,1 @@
+"""Models and inputs that several tests use."""

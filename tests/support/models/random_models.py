@@ -1,0 +1,79 @@
+"""Small models with random weights, saved as timm and sentence-transformers save theirs.
+
+`python -m tests.support.models.random_models FOLDER` makes them, in its own process because it imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def timm_folder(folder: Path) -> None:
+    """timm's smallest EfficientNet with five classes."""
+    import timm
+    import torch
+
+    torch.manual_seed(1)
+    model = timm.create_model("test_efficientnet", num_classes=5)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def sentence_folder(
+    folder: Path,
+    *,
+    pooling: str = "mean",
+    prompt: str = "",
+    include_prompt: bool = True,
+    kind: str = "Bert",
+) -> None:
+    """A BERT or its like, of two layers with pooling, and with normalisation if the pooling is the mean."""
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer
+
+    # Named as text: where the modules live has moved, and the old name stays without type stubs.
+    parts = importlib.import_module("sentence_transformers.models")
+
+    torch.manual_seed(2)
+    bert = folder.with_name(folder.name + "-bert")
+    bert.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    (bert / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(bert / "vocab.txt"), do_lower_case=True, model_max_length=64)
+    tokenizer.save_pretrained(str(bert))
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(str(bert))
+    chain = [
+        parts.Transformer(str(bert), max_seq_length=48),
+        parts.Pooling(32, pooling_mode=pooling, include_prompt=include_prompt),
+        *([parts.Normalize()] if pooling == "mean" else []),
+    ]
+    prompts: dict[str, Any] = {"prompts": {"query": prompt}, "default_prompt_name": "query"} if prompt else {}
+    SentenceTransformer(modules=chain, device="cpu", **prompts).save(str(folder))
+
+
+def main() -> None:
+    """All of them, in folders of the one named."""
+    root = Path(sys.argv[1])
+    timm_folder(root / "image")
+    sentence_folder(root / "mean")
+    sentence_folder(root / "cls-prompt", pooling="cls", prompt="query ")
+    sentence_folder(root / "albert", kind="Albert")
+    sentence_folder(root / "prompt-left-out", prompt="query ", include_prompt=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Services, and callers of them."""
