@@ -127,7 +127,7 @@ class Topwork:
         await self.components.aclose()
 
     async def __is_ready__(self) -> bool:
-        return self.components.ready
+        return self.components.ready and not connections.draining
 
 
 def application() -> ASGIApp:

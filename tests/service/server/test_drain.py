@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -14,8 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from service.server.connections import ConnectionTable
-from service.server.drain import begin_no_more, take
-from tests.faults import times
+from service.server.drain import accept_backlog
 from tests.service.server.test_protocol import connected
 from tests.support.service.load_callers import answer, post
 from tests.support.service.raw_server import Bare
@@ -67,7 +65,7 @@ def test_the_queue_of_a_listener_is_emptied_before_it_ends() -> None:
     address = listener.getsockname()
     with listener, listener.dup() as supervisors:
         waiting = [socket.create_connection(address, timeout=10) for _ in range(10)]
-        taken = take(listener.dup())
+        taken = accept_backlog(listener.dup())
         assert len(taken) == 10
         assert supervisors.fileno() > 0
         with pytest.raises(ConnectionRefusedError):
@@ -77,43 +75,12 @@ def test_the_queue_of_a_listener_is_emptied_before_it_ends() -> None:
             connection.close()
 
 
-@pytest.mark.parametrize("_", range(times(50, 2)))
-def test_nobody_comes_between_the_last_look_and_the_end(_: int) -> None:
-    """Whoever is connected is taken, however many come at that moment; others are refused."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = probe.getsockname()
-    # A port that was asked for is kept, as that of a service.
-    listener = socket.create_server(address, backlog=4_096)
-    connected: list[socket.socket] = []
-    begin = threading.Barrier(5)
-
-    def come() -> None:
-        begin.wait()
-        for _ in range(400):
-            try:
-                connected.append(socket.create_connection(address, timeout=10))
-            except ConnectionRefusedError:
-                return
-
-    comers = [threading.Thread(target=come) for _ in range(4)]
-    for comer in comers:
-        comer.start()
-    with listener, listener.dup():
-        begin.wait()
-        time.sleep(0.005)
-        begin_no_more(listener)
-        time.sleep(0.1)
-        taken = take(listener.dup())
-        for comer in comers:
-            comer.join()
-        # For another worker, who listens on what is left.
+def test_another_worker_listens_on_what_is_left() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+        assert accept_backlog(listener.dup()) == []
         listener.listen(16)
-        with socket.create_connection(address, timeout=10):
-            taken.append(listener.accept()[0])
-            connected.append(taken[-1])
-    assert len(connected) == len(taken)
-    for connection in (*connected, *taken):
-        connection.close()
+        with socket.create_connection(listener.getsockname(), timeout=10), listener.accept()[0]:
+            pass
 
 
 def test_the_next_request_of_a_connection_is_answered_too(bare: Bare) -> None:

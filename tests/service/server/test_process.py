@@ -12,7 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -274,6 +277,26 @@ def test_a_signal_drains_and_leaves_nothing_behind(tmp_path: Path, sign: signal.
     caller.join()
     assert answers[0]["version"] == 1
     assert running.group() == []
+
+
+def test_a_service_that_drains_is_not_ready(tmp_path: Path) -> None:
+    running = Serving(tmp_path / "home", environment=faulty_service.environment(tmp_path))
+    place = urlsplit(running.url)
+    assert place.hostname is not None
+    connection = HTTPConnection(place.hostname, place.port, timeout=30)
+    with closing(connection):
+        statuses = []
+        for sign in (signal.SIGTERM, None):
+            connection.request("GET", "/readyz")
+            answer = connection.getresponse()
+            answer.read()
+            statuses.append(answer.status)
+            if sign is not None:
+                running.process.send_signal(sign)
+                time.sleep(0.3)
+        assert statuses == [200, 503]
+        assert answer.getheader("connection") == "close"
+    assert running.process.wait(30) == 0
 
 
 def test_a_signal_to_every_process_starts_none_again(tmp_path: Path) -> None:

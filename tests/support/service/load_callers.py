@@ -19,7 +19,8 @@ class Loop:
     """One caller in a thread. keep_alive: it keeps its connection for as long as the service lets it.
 
     Ends when it is told to, or when the service takes no more connections. found: statuses of the answers,
-    and `dropped` for each request that was sent on an open connection and not answered.
+    `reset` for each connection that was reset before its first answer, and `dropped` for each other request
+    that was not answered.
     """
 
     url: str
@@ -51,9 +52,13 @@ class Loop:
             except ConnectionRefusedError:
                 self.refused = True
                 return
+            answered = self.found.total()
             with connection:
                 try:
                     self._ask(connection)
+                except (ConnectionResetError, BrokenPipeError):
+                    fresh = self.found.total() == answered
+                    self.found["reset" if fresh else "dropped"] += 1
                 except (Dropped, OSError):
                     self.found["dropped"] += 1
 
