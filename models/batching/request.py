@@ -109,6 +109,10 @@ class QueuedRequest:
         self.pending = len(inputs)
 
 
+# An input of a request: the request, and the input's position in it.
+Position = tuple[QueuedRequest, int]
+
+
 def settle(
     requests: Collection[QueuedRequest],
     failure: Callable[[], Exception] | None,

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
+from models.batching.fair_queue import FairQueue, Priority
+from models.batching.request import Part, Position
+from models.preprocess.limits import InputError
 from models.runtime.progress import ThreadProgress
-
-if TYPE_CHECKING:
-    from models.batching.request import Part, QueuedRequest
-    from models.preprocess.limits import InputError
 
 
 class WorkerProgress(ThreadProgress):
-    """The progress of one worker thread. These attributes are guarded by the batcher's lock.
+    """The progress of one worker thread on its lane. All but the lane is guarded by the batcher's lock.
 
     `thread`: the current thread. `taken`: the inputs that it has taken. `input`: the one being prepared.
     `refused`: inputs that must not be prepared, with the reason.
     """
 
-    __slots__ = ("input", "refused", "taken", "thread")
+    __slots__ = ("input", "lane", "priority", "refused", "taken", "thread")
 
-    def __init__(self) -> None:
+    def __init__(self, priority: Priority[Part], lane: FairQueue[Part]) -> None:
+        """`lane`: the lane of the priority that the thread works on."""
         super().__init__()
+        self.priority = priority
+        self.lane = lane
         self.thread: threading.Thread | None = None
         self.taken: list[tuple[Part, int]] = []
-        self.input: tuple[QueuedRequest, int] | None = None
-        self.refused: dict[tuple[QueuedRequest, int], InputError] = {}
+        self.input: Position | None = None
+        self.refused: dict[Position, InputError] = {}
 
     def wait(self, waits: bool) -> None:
         """Record that the thread starts (True) or stops (False) waiting."""

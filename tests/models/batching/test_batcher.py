@@ -608,9 +608,9 @@ async def test_what_cannot_be_read_makes_no_wait_look_short(images: Backbone) ->
     """Data of no known format count as a large picture, and are refused in no time."""
     async with running(images, workers=1) as batcher:
         await batcher.embed([blank(4_000_000)])
-        pace = batcher._predicts.heavy.pace
+        pace = batcher._queue.predicts.heavy.pace
         await batcher.embed([b"no image at all"] * 50)
-        assert batcher._predicts.heavy.pace == pace
+        assert batcher._queue.predicts.heavy.pace == pace
 
 
 async def test_long_texts_are_taken_one_by_one_and_short_ones_together(texts: Backbone, gate: Gate) -> None:

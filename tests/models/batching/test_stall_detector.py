@@ -296,15 +296,15 @@ async def test_who_is_not_counted_is_not_observed(backbone: Backbone) -> None:
         observe_batch=seen.append,
     )
     await batcher.start()
-    pace = batcher._predicts.light.pace
+    pace = batcher._queue.predicts.light.pace
     found = await batcher.embed(["a"], counted=False)
     with suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), 0.1)
     assert seen == []
-    assert batcher._predicts.light.pace == pace
-    assert batcher._predicts_until == 0.0
+    assert batcher._queue.predicts.light.pace == pace
+    assert batcher._queue._predicts_until == 0.0
     np.testing.assert_allclose(found.embeddings[0], backbone.embed(["a"]).embeddings[0], atol=1e-5)
     await batcher.embed(["a"])
-    assert batcher._predicts_until > 0.0
+    assert batcher._queue._predicts_until > 0.0
     await batcher.close()
     assert "queue" in seen

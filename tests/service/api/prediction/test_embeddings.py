@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.batching.request import Overloaded
+from models.batching.request import Overloaded, QueuedRequest
 from service.api.embeddings import PART, openai_embeddings
 from service.errors import Problem
 from service.payloads.requests import OpenAIRequest
@@ -59,16 +59,16 @@ async def test_later_parts_wait_for_room_and_the_first_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world(tmp_path) as here:
-        batcher = here.batchers["tiny-text"]
-        admit, seen = batcher._admit, []
+        queue = here.batchers["tiny-text"]._queue
+        admit, seen = queue.admit, []
 
-        def full_at_times(lane: object, request: object) -> None:
+        def full_at_times(request: QueuedRequest) -> None:
             seen.append(request)
             if len(seen) in refused:
                 raise Overloaded(0.0)
-            admit(lane, request)  # type: ignore[arg-type]
+            admit(request)
 
-        monkeypatch.setattr(batcher, "_admit", full_at_times)
+        monkeypatch.setattr(queue, "admit", full_at_times)
         refused = {2, 3}
         response = await openai_embeddings("acme", here.predictor, asked(3 * PART))
         assert len(json.loads(bytes(response.body))["data"]) == 3 * PART
