@@ -84,7 +84,6 @@ class Topwork:
         from service.api.direct import Direct
         from service.composition import compose
         from service.edge.auth import Authenticator, listening_addresses
-        from service.edge.contract import Contract
 
         # `topwork serve` has already set the umask; another server that runs the bento has not.
         os.umask(0o077)
@@ -107,8 +106,7 @@ class Topwork:
         api = build_api(self.components)
         self.monitor = asyncio.create_task(edge.watch())
         metrics = self.components.metrics
-        front = Contract(Direct(api), api.routes)
-        edge.open(front, api.routes, settings=settings, guard=guard, observe=metrics.request)
+        edge.open(Direct(api), api.routes, settings=settings, guard=guard, observe=metrics.request)
         # Objects loaded so far live as long as the process, so full collections need not scan them.
         gc.collect()
         gc.freeze()

@@ -1,148 +1,250 @@
-"""The FastAPI application and its main routes: request, one domain call, response.
+"""The FastAPI application: an explicit list of its routes, and the endpoints behind them.
 
 Errors become responses in service/errors.py.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
+from functools import partial
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 
-from models.preprocess.limits import InputError
 from service import __version__, errors
-from service.api.adapters import add_adapters
-from service.api.docs import add_docs
-from service.api.embeddings import add_openai
-from service.api.events import Events
-from service.api.examples import add_examples
-from service.api.idempotency import IdempotencyGuard, Replying
-from service.api.jobs import add_jobs
-from service.api.openapi import body, describe, once, problems
-from service.api.tenants import add_tenants
+from service.api.adapt import AdaptEndpoints
+from service.api.adapters import AdapterEndpoints
+from service.api.examples import ExampleEndpoints
+from service.api.idempotency import IdempotencyGuard
+from service.api.jobs import Events, JobEndpoints
+from service.api.openapi import body, describe, once, returns, returns_openai
+from service.api.operations import OperationEndpoints, PageEndpoints
+from service.api.predict import OpenAIEndpoints, PredictEndpoints
+from service.api.tenants import TenantEndpoints
 from service.components import Components
-from service.edge.access import needs
-from service.edge.auth import Tenant, count_items, in_vain, tenant_of
-from service.edge.gateway import BULK, UPLOAD_PATIENCE
-from service.monitoring.metrics import CONTENT_TYPE
-from service.payloads import render, requests
-from service.payloads import responses as answer_schemas
-from service.payloads.backbones import all_backbones
-from service.payloads.reader import RequestReader, media_type
+from service.edge.routes import NO_BODY, DeclaredRoute
+from service.payloads import requests as asked
+from service.payloads import responses as answered
+from service.payloads import tenants as of_tenants
+from service.payloads.openai import OpenAIModel, OpenAIModels, OpenAIResponse
+from service.payloads.reader import RequestReader
 from service.server.process import told_to_end
 
-# These dependencies are async because FastAPI runs any other in a thread, which costs 0.2 ms per request.
+get, post, put, patch, delete = (
+    partial(DeclaredRoute, method) for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+)
 
 
 def build_api(components: Components) -> FastAPI:
-    """Return the application. Its routes hold no state; all state is in the components."""
+    """Return the application. Its endpoints hold no state; all state is in the components."""
+    settings = components.settings
+    reader = RequestReader(settings.max_examples, settings.max_inputs, settings.max_openai_inputs)
+    guard = IdempotencyGuard(components.registry.replies)
+    # A stream ends by itself before the edge aborts it.
+    events = Events(components.submitter, 0.9 * settings.request_timeout)
+    components.closing.enter_context(told_to_end(events.close))
+    catalog, editor, eraser = components.catalog, components.editor, components.eraser
+    api = application(
+        [
+            *prediction_routes(
+                AdaptEndpoints(components.pipeline, components.submitter, components.uploads, reader, guard),
+                PredictEndpoints(components.predictor, reader),
+                OpenAIEndpoints(components.predictor, reader),
+                OperationEndpoints(components.batchers, components.surveyor.measured, components.metrics),
+            ),
+            *adapter_routes(
+                AdapterEndpoints(
+                    catalog, editor, components.restorer, components.exporter, eraser, reader, guard
+                ),
+                ExampleEndpoints(catalog, editor, reader, guard),
+                JobEndpoints(components.submitter, events),
+            ),
+            *tenant_routes(TenantEndpoints(components.registry.tenants, eraser, reader)),
+            *page_routes(PageEndpoints()),
+        ]
+    )
+    describe(api)
+    return api
+
+
+def application(routes: Sequence[DeclaredRoute]) -> FastAPI:
+    """Return an application with these routes, and with this service's error format."""
     # A redirect to the path without its trailing slash would repeat the host that the caller sent.
     api = FastAPI(
         title="Topwork",
         version=__version__,
+        routes=list(routes),
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
-    settings = components.settings
-    bodies = RequestReader(settings.max_examples, settings.max_inputs, settings.max_openai_inputs)
-    keyed = IdempotencyGuard(components.registry.replies)
     errors.install(api)
-    add_flows(api, components, bodies, keyed)
-    add_openai(api, components.predictor, bodies)
-    add_adapters(api, components, bodies, keyed)
-    add_examples(api, components, bodies, keyed)
-    # A stream ends by itself before the edge aborts it.
-    events = Events(components.submitter, 0.9 * settings.request_timeout)
-    components.closing.enter_context(told_to_end(events.close))
-    add_jobs(api, components.submitter, events)
-    add_tenants(api, components.registry.tenants, components.eraser, bodies)
-    describe(api)
-    add_docs(api)
     return api
 
 
-def add_flows(api: FastAPI, components: Components, bodies: RequestReader, keyed: IdempotencyGuard) -> None:
-    """Add the routes for adapting, predicting and embedding, for backbones and for metrics."""
-    pipeline, predictor, batchers = components.pipeline, components.predictor, components.batchers
-    submitter, uploads = components.submitter, components.uploads
-
-    @api.post(
-        "/adapt",
-        openapi_extra=once(
-            body(requests.AdaptRequest, files="examples", bulk=requests.UploadRequest), 200, 202
+def prediction_routes(
+    adapt: AdaptEndpoints, predict: PredictEndpoints, openai: OpenAIEndpoints, operations: OperationEndpoints
+) -> list[DeclaredRoute]:
+    """Return the routes that learn, predict and embed, and those that operators look at."""
+    examples = body(asked.AdaptRequest, "upload", files="examples", bulk=asked.UploadRequest)
+    inputs = body(asked.PredictRequest, "inputs", files="inputs", query=asked.PredictRequest)
+    to_embed = body(asked.EmbedRequest, "inputs", files="inputs", query=asked.EmbedRequest)
+    learned = {
+        202: {"model": answered.SubmittedOut},
+        **returns(answered.AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429),
+    }
+    return [
+        post("/adapt", adapt.adapt, "adapt", learned, body=once(examples, 200, 202)),
+        post(
+            "/predict",
+            predict.predict,
+            "predict",
+            returns(answered.PredictResponse, 404, 409, 413, 415, 422, 429),
+            body=inputs,
+            direct=True,
         ),
-        responses={
-            200: {"model": answer_schemas.AdaptResponse},
-            202: {"model": answer_schemas.SubmittedOut},
-            **problems(400, 404, 408, 409, 413, 415, 422, 429),
-        },
-    )
-    @needs("adapt", bulk=True)
-    async def adapt(request: Request, tenant: Tenant) -> Response:
-        """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
-        learn = upload if media_type(request) in BULK else teach
-        return await keyed.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
+        post(
+            "/embed",
+            predict.embed,
+            "predict",
+            returns(answered.EmbedResponse, 413, 415, 422, 429),
+            body=to_embed,
+            direct=True,
+        ),
+        get("/backbones", operations.backbones, "key", returns(answered.BackbonesOut)),
+        # Prometheus scrapes this route, and its configuration should not hold a key.
+        get("/metrics", operations.metrics, "nothing", returns("text/plain"), response_class=Response),
+        post(
+            "/v1/embeddings",
+            openai.embeddings,
+            "predict",
+            returns_openai(OpenAIResponse, 404, 413, 415, 422, 429),
+            body=body(asked.OpenAIRequest, "inputs"),
+            direct=True,
+        ),
+        get("/v1/models", openai.models, "key", returns_openai(OpenAIModels)),
+        get("/v1/models/{model:path}", openai.model, "key", returns_openai(OpenAIModel, 404)),
+    ]
 
-    async def upload(request: Request, tenant: str, reply: Replying) -> Response:
-        form = BULK[media_type(request)]
-        async with uploads.wait(tenant, UPLOAD_PATIENCE):
-            command, content = bodies.bulk(request, form)
-            job = await submitter.bulk(tenant, form, command, content, reply(render.submitted))
-        return render.submitted(job)
 
-    async def teach(request: Request, tenant: str, reply: Replying) -> Response:
-        command = await bodies.adapt(request)
-        count_items(request, len(command.posted))
-        if command.fine_tune is not None:
-            return render.tuning(await submitter.fine_tune(tenant, command, reply(render.tuning)))
-        return render.adapted(await pipeline.adapt(tenant, command, reply(render.adapted)))
+def adapter_routes(
+    adapters: AdapterEndpoints, examples: ExampleEndpoints, jobs: JobEndpoints
+) -> list[DeclaredRoute]:
+    """Return the routes of adapters, of their versions and examples, and of jobs."""
+    one, version = "/adapters/{adapter}", "/adapters/{adapter}/versions/{version}"
+    example = "/adapters/{adapter}/examples/{example:path}"
+    return [
+        get("/adapters", adapters.adapters, "key", returns(answered.AdaptersOut)),
+        get(one, adapters.adapter, "key", returns(answered.AdapterOut, 404)),
+        delete(one, adapters.delete_adapter, "adapt", returns(answered.ErasureOut, 404)),
+        get(f"{one}/versions", adapters.versions, "key", returns(answered.VersionsOut, 404)),
+        get(version, adapters.version, "key", returns(answered.VersionOut, 404)),
+        get(
+            f"{version}/export",
+            adapters.export,
+            "adapt",
+            returns("application/octet-stream", 404, 409),
+            response_class=Response,
+        ),
+        put(
+            f"{one}/aliases/live",
+            adapters.promote,
+            "adapt",
+            returns(answered.AdapterOut, 404, 412, 415, 422),
+            body=body(asked.PromoteRequest),
+        ),
+        post(
+            f"{version}/restore",
+            adapters.restore,
+            "adapt",
+            returns(answered.RestoreResponse, 400, 404, 409, 412),
+            body=once(NO_BODY, 200),
+        ),
+        post(
+            f"{one}/rebase",
+            adapters.rebase,
+            "adapt",
+            returns(answered.AdaptResponse, 404, 409, 415, 422, 429),
+            body=body(asked.RebaseRequest),
+        ),
+        get(f"{one}/examples", examples.examples, "adapt", returns(answered.ExamplesPage, 404)),
+        delete(
+            f"{one}/examples",
+            examples.remove_examples,
+            "adapt",
+            returns(answered.RemovalResponse, 404, 409, 422, 429),
+        ),
+        get(example, examples.example, "adapt", returns(answered.ExampleOut, 404)),
+        delete(example, examples.remove_example, "adapt", returns(answered.RemovalResponse, 404, 409, 429)),
+        patch(
+            example,
+            examples.amend_example,
+            "adapt",
+            returns(answered.AdaptResponse, 400, 404, 409, 415, 422, 429),
+            body=once(body(asked.AmendRequest), 200),
+        ),
+        post(
+            f"{one}/feedback",
+            examples.feedback,
+            "adapt",
+            returns(answered.AdaptResponse, 400, 404, 409, 415, 422, 429),
+            body=once(body(asked.FeedbackRequest, "inputs"), 200),
+        ),
+        get("/jobs", jobs.jobs, "adapt", returns(answered.JobsOut, 422)),
+        get("/jobs/{job}", jobs.job, "adapt", returns(answered.JobOut, 404)),
+        get(
+            "/jobs/{job}/events",
+            jobs.events,
+            "adapt",
+            returns("text/event-stream", 404, 429),
+            response_class=Response,
+        ),
+        post("/jobs/{job}/cancel", jobs.cancel, "adapt", returns(answered.JobOut, 404, 409)),
+    ]
 
-    @api.post(
-        "/predict",
-        openapi_extra=body(requests.PredictRequest, files="inputs", query=requests.PredictRequest),
-        responses={200: {"model": answer_schemas.PredictResponse}, **problems(404, 409, 413, 415, 422, 429)},
-    )
-    @needs("predict", direct=True)
-    async def predict(request: Request) -> Response:
-        """Predict with the live version, or with the one named."""
-        tenant = await tenant_of(request)
-        if (name := bodies.adapter(request)) is not None:
-            predictor.check_room(tenant, name)
-        asked = await bodies.predict(request)
-        count_items(request, len(asked.query.inputs))
-        found = await predictor.predict(tenant, asked.query)
-        if all(isinstance(item, InputError) for item in found.items):
-            in_vain(request)
-        return render.predicted(found, raw=asked.raw)
 
-    @api.post(
-        "/embed",
-        openapi_extra=body(requests.EmbedRequest, files="inputs", query=requests.EmbedRequest),
-        responses={200: {"model": answer_schemas.EmbedResponse}, **problems(413, 415, 422, 429)},
-    )
-    @needs("predict", direct=True)
-    async def embed(request: Request) -> Response:
-        """The bare embeddings of inputs."""
-        tenant = await tenant_of(request)
-        name, inputs, raw = await bodies.embed(request)
-        count_items(request, len(inputs))
-        found = await predictor.embed(tenant, name, inputs)
-        if len(found.errors) == len(inputs):
-            in_vain(request)
-        content = await asyncio.to_thread(render.embedded, batchers[name], name, found, raw=raw)
-        return Response(content, media_type="application/json")
+def tenant_routes(tenants: TenantEndpoints) -> list[DeclaredRoute]:
+    """Return the routes of tenants, their quotas and their keys."""
+    one, keys = "/tenants/{tenant}", "/tenants/{tenant}/keys"
+    made = returns(of_tenants.NewKeyOut, 404, 409, 415, 422, status=201)
+    return [
+        post(
+            "/tenants",
+            tenants.create_tenant,
+            "operator",
+            returns(of_tenants.TenantOut, 403, 409, 415, 422, status=201),
+            body=body(of_tenants.TenantRequest),
+            status_code=201,
+        ),
+        get("/tenants", tenants.list_tenants, "operator", returns(of_tenants.TenantsOut, 403)),
+        get(one, tenants.tenant, "admin", returns(of_tenants.TenantOut, 404)),
+        delete(one, tenants.erase_tenant, "operator", returns(answered.ErasureOut, 403, 404)),
+        put(
+            f"{one}/quotas",
+            tenants.set_quotas,
+            "operator",
+            returns(of_tenants.TenantOut, 403, 404, 415, 422),
+            body=body(of_tenants.QuotasIn),
+        ),
+        get(keys, tenants.keys, "admin", returns(of_tenants.KeysOut, 404)),
+        post(keys, tenants.create_key, "admin", made, body=body(of_tenants.KeyRequest), status_code=201),
+        post(
+            f"{keys}/{{key}}/rotate",
+            tenants.rotate_key,
+            "admin",
+            made,
+            body=body(of_tenants.RotateRequest),
+            status_code=201,
+        ),
+        delete(f"{keys}/{{key}}", tenants.revoke_key, "admin", returns(of_tenants.KeyOut, 404)),
+    ]
 
-    @api.get("/backbones", responses={200: {"model": answer_schemas.BackbonesOut}})
-    @needs("key")
-    async def backbones() -> Response:
-        """What can be adapted."""
-        return all_backbones(batchers, components.surveyor.measured)
 
-    # Prometheus scrapes this route, and its configuration should not hold a key.
-    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    @needs("nothing")
-    async def metrics() -> Response:
-        """What Prometheus scrapes."""
-        return Response(await asyncio.to_thread(components.metrics.render), media_type=CONTENT_TYPE)
+def page_routes(page: PageEndpoints) -> list[DeclaredRoute]:
+    """Return the routes of the documentation. Browsers fetch it, so it needs no key."""
+    return [
+        get("/", page.index, "nothing", include_in_schema=False),
+        get("/docs", page.page, "nothing", include_in_schema=False),
+        get("/openapi.json", page.document, "nothing", include_in_schema=False),
+        get("/docs/{asset}", page.asset, "nothing", include_in_schema=False),
+    ]

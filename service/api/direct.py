@@ -7,7 +7,7 @@ import inspect
 from fastapi import FastAPI, Request
 from starlette.types import Receive, Scope, Send
 
-from service.edge.access import access_of
+from service.edge.routes import DeclaredRoute
 
 
 class Direct:
@@ -22,10 +22,9 @@ class Direct:
         """Raises ValueError if the endpoint of a direct route takes anything but the request."""
         self._api = api
         for route in api.routes:
-            endpoint = getattr(route, "endpoint", None)
-            if not access_of(endpoint).direct:
+            if not isinstance(route, DeclaredRoute) or not route.access.direct:
                 continue
-            if list(inspect.signature(endpoint).parameters) != ["request"]:  # type: ignore[arg-type]
+            if list(inspect.signature(route.endpoint).parameters) != ["request"]:
                 raise ValueError(f"{route} is direct, and its endpoint does not take the request alone")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,47 +1,122 @@
-"""Routes of jobs."""
+"""The endpoints of jobs, and a job's progress as server-sent events.
+
+See https://html.spec.whatwg.org/multipage/server-sent-events.html.
+"""
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Response
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from pydantic_core import to_json
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from adapters.jobs.submission import JobSubmitter
-from service.api.dependencies import Behind, Job, JobsAdapter, Limit
-from service.api.events import Events, brief
-from service.api.openapi import problems
-from service.edge.access import needs
-from service.edge.auth import Tenant
+from adapters.registry.records import JobRecord
+from service.api.dependencies import Behind, Job, JobsAdapter, Limit, Tenant
+from service.edge.gateway import ConcurrencyLimit
 from service.payloads import render
-from service.payloads import responses as answer_schemas
+
+_STREAMS = 50
+# The default of `max_jobs`: a tenant can follow all of its open jobs.
+_STREAMS_OF_A_TENANT = 10
+# Workers report progress every two seconds.
+_POLL_SECONDS = 1.0
+# Interval of keep-alive comments, without which proxies may drop a quiet stream.
+_SILENCE_SECONDS = 15.0
+_FINISHED = ("succeeded", "failed", "cancelled")
 
 
-def add_jobs(api: FastAPI, submitter: JobSubmitter, streams: Events) -> None:
-    """Add the routes for jobs, which outlive their request."""
+class Events:
+    """The open event streams. For one event loop. `seconds`: maximum duration of a stream."""
 
-    @api.get("/jobs", responses={200: {"model": answer_schemas.JobsOut}, **problems(422)})
-    @needs("adapt")
-    async def jobs(tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100) -> Response:
+    def __init__(self, submitter: JobSubmitter, seconds: float) -> None:
+        self._submitter = submitter
+        self._seconds = seconds
+        self._slots = ConcurrencyLimit("streams", _STREAMS, _STREAMS_OF_A_TENANT)
+        self._closing = asyncio.Event()
+
+    async def stream(self, tenant: str, job_id: str) -> Response:
+        """Stream an event, named after the job's state, at each change until the job ends or time is up.
+
+        An EventSource reconnects by itself, and starts with the job's current state. Raises UnknownJob, and a
+        429 Problem if too many streams are open.
+        """
+        with ExitStack() as slot:
+            slot.enter_context(self._slots.take(tenant))
+            first = await self._submitter.job(tenant, job_id)
+            return _Stream(self._events(tenant, first), slot.pop_all())
+
+    def close(self) -> None:
+        """End every stream at once, because the server waits for all open responses before it stops."""
+        self._closing.set()
+
+    async def _events(self, tenant: str, record: JobRecord) -> AsyncIterator[bytes]:
+        end = time.monotonic() + self._seconds
+        sent, quiet = b"", time.monotonic()
+        while True:
+            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(render.job(brief(record))))
+            if event != sent:
+                sent, quiet = event, time.monotonic()
+                yield event
+            elif time.monotonic() - quiet > _SILENCE_SECONDS:
+                quiet = time.monotonic()
+                yield b":\n\n"
+            if record.state in _FINISHED or time.monotonic() > end:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
+            if self._closing.is_set():
+                return
+            record = await self._submitter.job(tenant, record.id)
+
+
+class _Stream(StreamingResponse):
+    """Releases its slot however it ends: a generator that was never started would not run its `finally`."""
+
+    def __init__(self, events: AsyncIterator[bytes], slot: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._slot = slot
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._slot:
+            await super().__call__(scope, receive, send)
+
+
+class JobEndpoints:
+    """What is done with jobs once they are submitted."""
+
+    def __init__(self, submitter: JobSubmitter, events: Events) -> None:
+        self._submitter = submitter
+        self._events = events
+
+    async def jobs(
+        self, tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100
+    ) -> Response:
         """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
-        found = await submitter.jobs(tenant, adapter, cursor, limit + 1)
+        found = await self._submitter.jobs(tenant, adapter, cursor, limit + 1)
         return render.jobs([brief(one) for one in found], limit)
 
-    @api.get("/jobs/{job}", responses={200: {"model": answer_schemas.JobOut}, **problems(404)})
-    @needs("adapt")
-    async def job(tenant: Tenant, job: Job) -> Response:
+    async def job(self, tenant: Tenant, job: Job) -> Response:
         """One job."""
-        return render.one_job(await submitter.job(tenant, job))
+        return render.one_job(await self._submitter.job(tenant, job))
 
-    @api.get(
-        "/jobs/{job}/events",
-        response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 429)},
-    )
-    @needs("adapt")
-    async def events(tenant: Tenant, job: Job) -> Response:
+    async def events(self, tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
-        return await streams.stream(tenant, job)
+        return await self._events.stream(tenant, job)
 
-    @api.post("/jobs/{job}/cancel", responses={200: {"model": answer_schemas.JobOut}, **problems(404, 409)})
-    @needs("adapt")
-    async def cancel(tenant: Tenant, job: Job) -> Response:
+    async def cancel(self, tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
-        return render.one_job(await submitter.cancel(tenant, job))
+        return render.one_job(await self._submitter.cancel(tenant, job))
+
+
+def brief(record: JobRecord) -> JobRecord:
+    """Return the job without the errors of an upload's lines, for lists of jobs and repeated events."""
+    if record.progress is None or "errors" not in record.progress:
+        return record
+    progress = {name: value for name, value in record.progress.items() if name != "errors"}
+    return replace(record, progress=progress)

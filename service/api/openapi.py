@@ -8,7 +8,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
+from service.edge.routes import Body, BodyKind, DeclaredRoute, Responses
 from service.errors import is_openai
 from service.payloads import openai, requests, tenants
 from service.payloads import responses as answer_schemas
@@ -48,12 +50,13 @@ _RAW = {
 
 def body(
     model: type[BaseModel],
+    kind: BodyKind = "small",
     *,
     files: str | None = None,
     query: type[BaseModel] | None = None,
     bulk: type[BaseModel] | None = None,
-) -> dict[str, Any]:
-    """Return `openapi_extra` of a route with a JSON body.
+) -> Body:
+    """Return the declaration of a JSON body.
 
     `files`: the field that a multipart body sends as files. `query`: the body may be one raw input; the other
     fields of this model are then in the query string. `bulk`: the model of a bulk upload, likewise.
@@ -68,7 +71,7 @@ def body(
     if query is not None:
         content |= _RAW
         extra["parameters"] = _in_query(query, "inputs", "With multipart or a raw body.")
-    return extra
+    return Body(kind, extra)
 
 
 def _in_query(model: type[BaseModel], left_out: str, description: str) -> list[dict[str, Any]]:
@@ -78,10 +81,23 @@ def _in_query(model: type[BaseModel], left_out: str, description: str) -> list[d
     ]
 
 
-def once(extra: dict[str, Any], *statuses: int) -> dict[str, Any]:
-    """Return `openapi_extra` of a route that takes an Idempotency-Key. `statuses`: of recorded answers."""
+def once(body: Body, *statuses: int) -> Body:
+    """Return the body of a route that takes an Idempotency-Key. `statuses`: of recorded answers."""
+    extra = body.documented
     answered = {str(status): {"headers": {"Idempotency-Replayed": _REPLAYED}} for status in statuses}
-    return {**extra, "parameters": [*extra.get("parameters", ()), _KEY], "responses": answered}
+    parameters = [*extra.get("parameters", ()), _KEY]
+    return Body(body.kind, {**extra, "parameters": parameters, "responses": answered})
+
+
+def returns(answer: type[BaseModel] | str, *refusals: int, status: int = 200) -> Responses:
+    """Return `responses` of a route that answers with a model or media type, or with problems."""
+    content: dict[str, Any] = {"content": {answer: {}}} if isinstance(answer, str) else {"model": answer}
+    return {status: content, **problems(*refusals)}
+
+
+def returns_openai(answer: type[BaseModel], *refusals: int) -> Responses:
+    """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
+    return {200: {"model": answer}, **openai_problems(*refusals)}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -102,7 +118,10 @@ def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> di
 
 
 def describe(app: FastAPI) -> None:
-    """Add the schemas of the bodies, the common problems and the X-Tenant header to the app's document."""
+    """Add to the app's document what FastAPI cannot infer.
+
+    That is the schemas of the bodies, the common problems, the X-Tenant header and the key of each route.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -118,6 +137,7 @@ def describe(app: FastAPI) -> None:
                 operations["parameters"] = [_TENANT]
         for name in _FASTAPIS_OWN:
             document["components"]["schemas"].pop(name, None)
+        _add_security(document, app.routes)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -142,6 +162,20 @@ _REPLAYED = {
     "schema": {"type": "string", "enum": ["true"]},
     "description": "There where this was answered before, to a request with the same Idempotency-Key.",
 }
+
+
+def _add_security(document: dict[str, Any], routes: Iterable[BaseRoute]) -> None:
+    """Add the security requirement of each route, with the scope of the key as its role."""
+    schemes = document["components"].setdefault("securitySchemes", {})
+    schemes["key"] = {"type": "http", "scheme": "bearer", "description": "Asked for when a key is set."}
+    document["security"] = [{"key": []}, {}]
+    for route in routes:
+        if not isinstance(route, DeclaredRoute) or not route.include_in_schema:
+            continue
+        need = route.access.need
+        security = [] if need == "nothing" else [{"key": [] if need == "key" else [need]}, {}]
+        for method in route.methods or ():
+            document["paths"][route.path_format][method.lower()]["security"] = security
 
 
 def _add_problems(responses: dict[str, Any], openai: bool) -> None:

@@ -1,4 +1,4 @@
-"""Authentication by admin key, tenant key or loopback address, and the tenant that a request is for."""
+"""Authentication by admin key, tenant key or loopback address."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import get_args
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import SecretStr
 
-from adapters.registry.errors import RegistryUnavailable, UnknownTenant
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey, Scope, split_key
-from adapters.storage.artifact import is_tenant
-from service.edge.access import Access
 from service.edge.rate_limits import Meter, RateLimiter
+from service.edge.routes import Access
 from service.errors import Problem
 
 # The Host headers accepted without an admin key. Other names that resolve to this machine do not match.
@@ -264,36 +263,3 @@ def count_items(request: Request, count: int) -> None:
 def in_vain(request: Request) -> None:
     """Mark a request without any valid item: Pace counts it as refused, whatever its status."""
     request.scope["state"]["in_vain"] = True
-
-
-async def tenant_of(request: Request) -> str:
-    """Return the tenant of the key; for the operator, the tenant in X-Tenant, or "default" without it.
-
-    Raises a 422 Problem for an invalid name. Async because FastAPI would run it in a thread otherwise.
-    """
-    own = caller_of(request).tenant
-    if own is not None:
-        return own
-    name = request.headers.get("x-tenant", "default")
-    if not is_tenant(name):
-        raise Problem(
-            422,
-            "invalid_tenant",
-            "X-Tenant is 1 to 63 of a-z, 0-9, dot, underscore and dash, the first a letter or digit.",
-        )
-    return name
-
-
-async def named_tenant(request: Request, tenant: str) -> str:
-    """Return the tenant in the path.
-
-    Raises UnknownTenant for an invalid name and for a key of another tenant, which must not learn more.
-    """
-    own = caller_of(request).tenant
-    if not is_tenant(tenant) or own not in (None, tenant):
-        raise UnknownTenant(tenant[:63])
-    return tenant
-
-
-Tenant = Annotated[str, Depends(tenant_of)]
-NamedTenant = Annotated[str, Depends(named_tenant)]

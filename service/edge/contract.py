@@ -14,9 +14,10 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.edge.routes import DeclaredRoute
 from service.payloads.validation import refuse_parameters
 
 # Callers send many inputs with the same query string, so parsed ones are cached.
@@ -42,7 +43,7 @@ class Contract:
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         # Routes compare by value and are not hashable, so the key is their id.
-        self._rules = {id(route): rule_of(route) for route in routes if isinstance(route, Route)}
+        self._rules = {id(route): rule_of(route) for route in routes if isinstance(route, DeclaredRoute)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         rule = self._rules.get(id(scope.get("route")))
@@ -53,8 +54,8 @@ class Contract:
             return
         others = [one for one in self._rules.values() if one.path.match(scope["path"])]
         if not others:
-            await self._app(scope, receive, send)
-            return
+            # The application is not asked: it would also answer routes that declare nothing.
+            raise HTTPException(404)
         headers = {"Allow": ", ".join(allowed(others))}
         if scope["method"] != "OPTIONS":
             raise HTTPException(405, headers=headers)
@@ -84,13 +85,12 @@ class Contract:
             await asyncio.gather(work, end, return_exceptions=True)
 
 
-def rule_of(route: Route | APIRoute) -> Rule:
+def rule_of(route: APIRoute) -> Rule:
     """Return the rule of a route, with the query parameters that its OpenAPI document lists."""
-    extra = getattr(route, "openapi_extra", None) or {}
+    extra = route.openapi_extra or {}
     parameters = {one["name"] for one in extra.get("parameters", ()) if one["in"] == "query"}
-    if isinstance(route, APIRoute):
-        fields = get_flat_params(route.dependant)
-        parameters |= {field.alias for field in fields if isinstance(field.field_info, Query)}
+    fields = get_flat_params(route.dependant)
+    parameters |= {field.alias for field in fields if isinstance(field.field_info, Query)}
     return Rule(route.path_regex, frozenset(route.methods or ()), frozenset(parameters))
 
 

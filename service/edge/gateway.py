@@ -12,12 +12,13 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from service.edge.access import Access, Doors
 from service.edge.access_log import AccessLog
 from service.edge.audit import Audit
 from service.edge.auth import STRANGER, Admission
 from service.edge.channel import BodyBudget, RequestChannel, UploadChannel
+from service.edge.contract import Contract
 from service.edge.pace import Pace
+from service.edge.routes import Access, RouteTable
 from service.errors import Problem, is_openai, respond
 from service.server.scope import new_id
 from service.server.threads import TENANT
@@ -143,8 +144,8 @@ class Edge:
         guard: Authenticator,
         observe: Observer,
     ) -> None:
-        """Let requests through to `app`. `routes`: those of the application itself."""
-        self._inner = _Inner(app, Doors(routes), settings, guard, observe)
+        """Let requests through to the declared ones of the application's own `routes`."""
+        self._inner = _Inner(Contract(app, routes), RouteTable(routes), settings, guard, observe)
 
     def close(self) -> None:
         """Answer 503 from now on; write the pending lines of both logs."""
@@ -184,10 +185,10 @@ class Edge:
 
 class _Inner:
     def __init__(
-        self, app: ASGIApp, doors: Doors, settings: Settings, guard: Authenticator, observe: Observer
+        self, app: ASGIApp, table: RouteTable, settings: Settings, guard: Authenticator, observe: Observer
     ) -> None:
         self._app = app
-        self._doors = doors
+        self._table = table
         self._settings = settings
         self._guard = guard
         self._observe = observe
@@ -237,7 +238,7 @@ class _Inner:
         scope.setdefault("state", {})["request_id"] = request_id
         access = self._find(scope)
         media = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
-        bulk = access.bulk and media in BULK
+        bulk = access.body == "upload" and media in BULK
         bodies = self._uploads if bulk else self._bodies
         exchange = (UploadChannel if bulk else RequestChannel)(scope, receive, send, bodies, request_id)
         caller, refusal = STRANGER, None
@@ -280,7 +281,7 @@ class _Inner:
 
     def _find(self, scope: Scope) -> Access:
         """Return the access rule of the request; store it, and the route if one matches, in the scope."""
-        route, access = self._doors.find(scope)
+        route, access = self._table.find(scope)
         if route is not None:
             scope["route"] = route
         scope["state"]["access"] = access

@@ -12,19 +12,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fastapi import FastAPI
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from benchmarks.harness.service_process import Serving
-from service.edge.access import Access, Doors, Need, access_of, needs
+from service.api.app import delete, get
+from service.edge.auth import Authenticator
+from service.edge.routes import Access, Need, RouteTable
+from service.settings import Settings
 from tests.support.service.client import Caller
+from tests.support.service.edge_app import Shell
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SCOPES = ("predict", "adapt", "admin")
 SECURITY = Path(__file__).resolve().parents[3] / "docs" / "security.md"
 DECLARE = (
-    "Declare what a new route needs with @needs(...) below its @api.get or @api.post, see "
-    "service/edge/access.py, and name the route in the table of docs/security.md. What declares nothing is "
-    "the operator's."
+    "Declare a new route in service/api/app.py, and name it in the table of docs/security.md. A route that "
+    "declares nothing does not exist."
 )
 
 # Not in the document of the API; of BentoML the last three.
@@ -206,24 +210,11 @@ def test_control_characters_in_a_path_are_refused(callers: Callers) -> None:
         assert client.code("GET", "/adapters/a/examples/a%20%2f%c3%a9", 404) == "unknown_adapter"
 
 
-def build() -> FastAPI:
-    app = FastAPI(openapi_url=None)
+async def nothing() -> None:
+    """An endpoint."""
 
-    @app.get("/things")
-    @needs("key")
-    async def things() -> None:
-        """The things."""
 
-    @app.delete("/things")
-    @needs("adapt")
-    async def forget() -> None:
-        """Forget the things."""
-
-    @app.post("/new")
-    async def new() -> None:
-        """A route that its author forgot to declare."""
-
-    return app
+ROUTES = (get("/things", nothing, "key"), delete("/things", nothing, "adapt"))
 
 
 @pytest.mark.parametrize(
@@ -237,21 +228,43 @@ def build() -> FastAPI:
         ("OPTIONS", "/things", "adapt"),
         ("GET", "/nowhere", "key"),
         ("GET", "/things/", "key"),
-        ("POST", "/new", "operator"),
-        ("GET", "/new", "operator"),
     ],
 )
-def test_what_declares_nothing_is_closed(method: str, path: str, need: Need) -> None:
-    _, access = Doors(build().routes).find({"type": "http", "method": method, "path": path})
+def test_a_route_needs_what_it_declares(method: str, path: str, need: Need) -> None:
+    _, access = RouteTable(ROUTES).find({"type": "http", "method": method, "path": path})
     assert access.need == need
 
 
-def test_a_declaration_is_of_its_endpoint() -> None:
-    @needs("predict", direct=True)
-    async def endpoint() -> None:
-        """Nothing."""
+@pytest.mark.anyio
+@pytest.mark.parametrize("key", [None, ADMIN])
+async def test_a_route_that_declares_nothing_does_not_exist(tmp_path: Path, key: str | None) -> None:
+    """Not even for the operator, whichever way it came into the application."""
+    shell = Shell(Settings(home=tmp_path, admin_key=key, access_log=False))
+    called = []
 
-    assert access_of(endpoint) == Access("predict", direct=True)
-    assert access_of(None) == access_of(build) == Access("operator")
-    assert [access_of(endpoint).may_change(method) for method in ("GET", "POST")] == [False, False]
+    @shell.app.api_route("/secret", methods=["GET", "POST"])
+    async def secret() -> None:
+        called.append("api_route")
+
+    shell.app.router.routes.append(Route("/plain", lambda request: called.append("plain")))
+
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        called.append("mounted")
+
+    shell.app.mount("/mounted", mounted)
+    guard = Authenticator(shell.settings.admin_key, ("127.0.0.1",))
+    shell.edge.open(
+        shell.app, shell.app.routes, settings=shell.settings, guard=guard, observe=shell.metrics.request
+    )
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    async with shell.client(**headers) as client:
+        assert (await client.get("/things/one")).status_code == 200
+        for path in ("/secret", "/plain", "/mounted", "/mounted/on"):
+            for method in ("GET", "HEAD", "POST", "OPTIONS"):
+                assert (await client.request(method, path)).status_code == 404, (method, path)
+    assert called == []
+
+
+def test_predictions_and_reading_change_nothing() -> None:
+    assert [Access("predict").may_change(method) for method in ("GET", "POST")] == [False, False]
     assert [Access("key").may_change(method) for method in ("GET", "POST")] == [False, True]

@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
-from starlette.routing import Route
+from fastapi import Depends
 
-from service.api.docs import add_docs
+from service.api.app import get, page_routes
+from service.api.operations import PageEndpoints
 from service.edge.contract import Contract, allowed, rule_of
+from service.edge.routes import Body
 from tests.support.service.client import Caller, reviews
 
 METHODS = ("get", "put", "post", "patch", "delete")
@@ -149,31 +150,22 @@ def test_errors_below_v1_have_openai_s_form(
 
 
 def test_a_route_s_rule_has_what_its_dependencies_and_its_document_have() -> None:
-    api = FastAPI()
-
     async def page(limit: int = 3, cursor: str | None = None) -> None: ...
 
-    @api.get(
-        "/things/{name}",
-        openapi_extra={"parameters": [{"name": "raw", "in": "query"}, {"name": "h", "in": "header"}]},
-    )
     async def things(name: str, colour: str, page: None = Depends(page)) -> None: ...
 
-    found = [route for route in api.routes if isinstance(route, Route)]
-    (rule,) = [rule_of(route) for route in found if route.path.startswith("/things")]
+    body = Body("none", {"parameters": [{"name": "raw", "in": "query"}, {"name": "h", "in": "header"}]})
+    rule = rule_of(get("/things/{name}", things, "key", body=body))
     assert rule.parameters == {"limit", "cursor", "colour", "raw"}
     assert allowed([rule]) == ["GET", "HEAD", "OPTIONS"]
 
 
 @pytest.mark.anyio
 async def test_an_error_on_the_way_of_a_head_reaches_its_caller() -> None:
-    api = FastAPI(docs_url=None, redoc_url=None)
-    add_docs(api)
-
     async def failing(scope: Any, receive: Any, send: Any) -> None:
         raise ZeroDivisionError
 
-    (route,) = [route for route in api.routes if isinstance(route, Route) and route.path == "/docs"]
+    (route,) = [route for route in page_routes(PageEndpoints()) if route.path == "/docs"]
     contract = Contract(failing, [route])
     scope = {"type": "http", "method": "HEAD", "path": "/docs", "query_string": b"", "route": route}
     with pytest.raises(ZeroDivisionError):

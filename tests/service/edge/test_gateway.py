@@ -16,10 +16,11 @@ import httpx
 import pytest
 from fastapi import Request
 
+from service.api.app import post
 from service.edge import pace
-from service.edge.access import needs
 from service.edge.channel import BodyBudget, RequestChannel
 from service.edge.gateway import UPLOADS_OF_A_TENANT, ConcurrencyLimit
+from service.edge.routes import Body
 from service.errors import Problem
 from service.settings import Settings
 from tests.support.service.client import Caller
@@ -31,17 +32,22 @@ CSV = {"Content-Type": "text/csv"}
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    found = Shell(Settings(home=tmp_path, request_timeout=SECONDS, access_log=False))
-
-    @found.app.post("/adapt")
-    @needs("adapt", bulk=True)
     async def adapt(request: Request, wait: float = 0.0, work: float = 0.0) -> dict[str, int]:
         await asyncio.sleep(wait)
         received = sum([len(chunk) async for chunk in request.stream()])
         await asyncio.sleep(work)
         return {"bytes": received}
 
-    return found
+    async def full(request: Request) -> None:
+        await request.body()
+        raise Problem(429, "full", "Try again later.")
+
+    settings = Settings(home=tmp_path, request_timeout=SECONDS, access_log=False)
+    routes = [
+        post("/adapt", adapt, "adapt", body=Body("upload")),
+        post("/full", full, "predict", body=Body("inputs")),
+    ]
+    return Shell(settings, routes=routes)
 
 
 async def pieces(count: int, size: int, pause: float) -> AsyncIterator[bytes]:
@@ -103,12 +109,6 @@ async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
 ) -> None:
     monkeypatch.setattr(pace, "_MS_A_SECOND", 0.5)
     monkeypatch.setattr(pace, "_LONGEST_WAIT", 0.05)
-
-    @shell.app.post("/full")
-    @needs("predict")
-    async def full(request: Request) -> None:
-        await request.body()
-        raise Problem(429, "full", "Try again later.")
 
     async def sent(path: str, size: int, tenant: str) -> str:
         async with shell.client() as client:

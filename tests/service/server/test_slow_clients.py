@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service.edge.access import needs
 from service.edge.auth import Authenticator
 from service.edge.gateway import Edge
+from service.edge.routes import Body, DeclaredRoute
 from service.monitoring.metrics import Metrics
 from service.server import protocol
 from service.server.connections import ConnectionTable
@@ -57,7 +56,16 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
     monkeypatch.setattr(protocol, "UNREAD_SECONDS", SECONDS)
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False, request_timeout=20)
-    routes = [Route("/adapt", needs("adapt", bulk=True)(app), methods=["POST"])]
+
+    async def endpoint() -> None:
+        """The application answers by itself."""
+
+    routes = [
+        DeclaredRoute("POST", "/adapt", endpoint, "adapt", body=Body("upload")),
+        DeclaredRoute("POST", "/embed", endpoint, "predict", body=Body("inputs")),
+        DeclaredRoute("POST", "/early", endpoint, "predict", body=Body("inputs")),
+        DeclaredRoute("GET", "/large", endpoint, "key"),
+    ]
     edge.open(
         app, routes, settings=settings, guard=Authenticator(None, ["127.0.0.1"]), observe=Metrics().request
     )

@@ -9,15 +9,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
 import httpx
-from fastapi import FastAPI, Request
+from fastapi import Request
 from pydantic import BaseModel
 
 from adapters.registry.tenants import HeldKey
-from service import errors
-from service.api.docs import add_docs
-from service.edge.access import needs
-from service.edge.auth import Authenticator, Tenant
+from service.api.app import application, get, page_routes, post
+from service.api.dependencies import Tenant
+from service.api.operations import PageEndpoints
+from service.edge.auth import Authenticator
 from service.edge.gateway import Edge
+from service.edge.routes import Body as Declared
+from service.edge.routes import DeclaredRoute
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
 
@@ -41,15 +43,19 @@ class Shell:
         settings: Settings,
         addresses: Iterable[str] = ("127.0.0.1",),
         find: Callable[[str], Awaitable[HeldKey | None]] = nobody,
+        routes: Iterable[DeclaredRoute] = (),
     ) -> None:
+        """`routes`: in addition to those of every shell."""
+        self.settings = settings
         self.metrics = Metrics()
         self.edge = Edge()
-        self.app = _app()
+        self.app = application([*ROUTES, *routes])
         self.cancelled = asyncio.Event()
         self.app.state.shell = self
         guard = Authenticator(settings.admin_key, addresses, find)
-        routes = self.app.router.routes
-        self.edge.open(self.app, routes, settings=settings, guard=guard, observe=self.metrics.request)
+        self.edge.open(
+            self.app, self.app.routes, settings=settings, guard=guard, observe=self.metrics.request
+        )
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         """A client of the edge, with headers for every request."""
@@ -58,49 +64,47 @@ class Shell:
         )
 
 
-def _app() -> FastAPI:
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="Shell")
-    errors.install(app)
-    add_docs(app)
+async def thing(name: str) -> dict[str, str]:
+    return {"name": name}
 
-    @app.get("/things/{name}")
-    @needs("key")
-    async def thing(name: str) -> dict[str, str]:
-        return {"name": name}
 
-    @app.get("/tenant")
-    @needs("key")
-    async def tenant(tenant: Tenant) -> dict[str, str]:
-        return {"tenant": tenant}
+async def whose(tenant: Tenant) -> dict[str, str]:
+    return {"tenant": tenant}
 
-    @app.post("/validated")
-    @needs("adapt")
-    async def validated(body: Body) -> dict[str, int]:
-        return {"items": len(body.items)}
 
-    @app.post("/asked")
-    @needs("predict")
-    async def asked() -> None:
-        """What is asked changes nothing."""
+async def validated(body: Body) -> dict[str, int]:
+    return {"items": len(body.items)}
 
-    @app.post("/streamed")
-    @needs("key")
-    async def streamed(request: Request) -> dict[str, int]:
-        return {"bytes": sum([len(chunk) async for chunk in request.stream()])}
 
-    @app.post("/failing")
-    @needs("key")
-    async def failing() -> None:
-        raise ZeroDivisionError("a secret of the inside")
+async def asked() -> None:
+    """What is asked changes nothing."""
 
-    @app.post("/slow")
-    @needs("adapt")
-    async def slow(request: Request) -> None:
-        await request.body()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            request.app.state.shell.cancelled.set()
-            raise
 
-    return app
+async def streamed(request: Request) -> dict[str, int]:
+    return {"bytes": sum([len(chunk) async for chunk in request.stream()])}
+
+
+async def failing() -> None:
+    raise ZeroDivisionError("a secret of the inside")
+
+
+async def slow(request: Request) -> None:
+    await request.body()
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        request.app.state.shell.cancelled.set()
+        raise
+
+
+INPUTS = Declared("inputs")
+ROUTES = [
+    *page_routes(PageEndpoints()),
+    get("/things/{name}", thing, "key"),
+    get("/tenant", whose, "key"),
+    post("/validated", validated, "adapt", body=INPUTS),
+    post("/asked", asked, "predict", body=INPUTS),
+    post("/streamed", streamed, "key", body=INPUTS),
+    post("/failing", failing, "key", body=INPUTS),
+    post("/slow", slow, "adapt", body=INPUTS),
+]

@@ -10,11 +10,12 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from models.batching.request import Overloaded
-from service import errors
+from service.api.app import application, post
+from service.api.dependencies import Tenant, tenant_of
 from service.api.direct import Direct
-from service.edge.access import needs
-from service.edge.auth import Authenticator, Tenant, tenant_of
+from service.edge.auth import Authenticator
 from service.edge.gateway import Edge
+from service.edge.routes import Body as Declared
 from service.errors import Problem
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
@@ -26,29 +27,31 @@ class Body(BaseModel):
     number: int
 
 
+async def hot(request: Request) -> Response:
+    body = await request.body()
+    if body == b"problem":
+        raise Problem(409, "a_problem", "Do something.", headers={"Retry-After": "7"})
+    if body == b"overload":
+        raise Overloaded(3.2)
+    if body == b"bug":
+        raise ZeroDivisionError("a secret of the inside")
+    if body == b"invalid":
+        Body.model_validate({"number": "x"})
+    return Response(f"{await tenant_of(request)} {body.decode()}")
+
+
+async def cold(request: Request, tenant: Tenant) -> Response:
+    return Response(tenant)
+
+
+ROUTES = [
+    post("/hot", hot, "predict", body=Declared("inputs"), direct=True),
+    post("/cold", cold, "key", body=Declared("inputs")),
+]
+
+
 def api() -> FastAPI:
-    app = FastAPI()
-    errors.install(app)
-
-    @app.post("/hot")
-    @needs("predict", direct=True)
-    async def hot(request: Request) -> Response:
-        body = await request.body()
-        if body == b"problem":
-            raise Problem(409, "a_problem", "Do something.", headers={"Retry-After": "7"})
-        if body == b"overload":
-            raise Overloaded(3.2)
-        if body == b"bug":
-            raise ZeroDivisionError("a secret of the inside")
-        if body == b"invalid":
-            Body.model_validate({"number": "x"})
-        return Response(f"{await tenant_of(request)} {body.decode()}")
-
-    @app.post("/cold")
-    async def cold(request: Request, tenant: Tenant) -> Response:
-        return Response(tenant)
-
-    return app
+    return application(ROUTES)
 
 
 def client(app: FastAPI, tmp_path: Path, *, direct: bool) -> tuple[httpx.AsyncClient, Metrics]:
@@ -86,16 +89,9 @@ async def test_everything_else_is_fastapi_s(tmp_path: Path) -> None:
         assert (await http.post("/hot", headers={"X-Tenant": "?"})).status_code == 422
         assert (await http.get("/hot")).status_code == 405
         assert (await http.post("/hot/")).status_code in (307, 404)
-        assert "/hot" in (await http.get("/openapi.json")).json()["paths"]
 
 
 def test_only_what_takes_the_request_alone_can_be_called_straight() -> None:
-    app = api()
-
-    @app.post("/warm")
-    @needs("predict", direct=True)
-    async def warm(request: Request, tenant: Tenant) -> Response:
-        return Response(tenant)
-
+    warm = post("/warm", cold, "predict", direct=True)
     with pytest.raises(ValueError, match="request alone"):
-        Direct(app)
+        Direct(application([*ROUTES, warm]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.batching.request import Overloaded, QueuedRequest
-from service.api.embeddings import PART, openai_embeddings
+from service.api.predict import PART, openai_embeddings
 from service.errors import Problem
 from service.payloads.requests import OpenAIRequest
 from tests.support.adapters.adapter_stack import says, world

@@ -1,4 +1,4 @@
-"""OpenAI-compatible routes for embeddings and models, for clients that already use that API."""
+"""The endpoints that predict and embed, in this API's form and in OpenAI's."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 
 from adapters.prediction.predictor import Predictor
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.batching.request import Overloaded
 from models.preprocess.limits import InputError
-from service.api.openapi import body, openai_problems
-from service.edge.access import needs
-from service.edge.auth import count_items, tenant_of
+from service.api.dependencies import tenant_of
+from service.edge.auth import count_items, in_vain
 from service.errors import Problem
-from service.payloads import openai, requests
+from service.payloads import openai, render, requests
 from service.payloads.reader import RequestReader
 
 PART = 32
@@ -26,37 +25,59 @@ _MOST_ERRORS = 100
 _SHORTEST_WAIT = 0.05  # seconds
 
 
-def add_openai(api: FastAPI, predictor: Predictor, bodies: RequestReader) -> None:
-    """Add the routes below /v1."""
-    batchers = predictor.batchers
+class PredictEndpoints:
+    """Inputs in; predictions or embeddings out. Nothing is changed."""
 
-    @api.post(
-        "/v1/embeddings",
-        openapi_extra=body(requests.OpenAIRequest),
-        responses={200: {"model": openai.OpenAIResponse}, **openai_problems(404, 413, 415, 422, 429)},
-    )
-    @needs("predict", direct=True)
-    async def embeddings(request: Request) -> Response:
+    def __init__(self, predictor: Predictor, reader: RequestReader) -> None:
+        self._predictor = predictor
+        self._reader = reader
+
+    async def predict(self, request: Request) -> Response:
+        """Predict with the live version, or with the one named."""
+        tenant = await tenant_of(request)
+        if (name := self._reader.adapter(request)) is not None:
+            self._predictor.check_room(tenant, name)
+        asked = await self._reader.predict(request)
+        count_items(request, len(asked.query.inputs))
+        found = await self._predictor.predict(tenant, asked.query)
+        if all(isinstance(item, InputError) for item in found.items):
+            in_vain(request)
+        return render.predicted(found, raw=asked.raw)
+
+    async def embed(self, request: Request) -> Response:
+        """The bare embeddings of inputs."""
+        tenant = await tenant_of(request)
+        name, inputs, raw = await self._reader.embed(request)
+        count_items(request, len(inputs))
+        found = await self._predictor.embed(tenant, name, inputs)
+        if len(found.errors) == len(inputs):
+            in_vain(request)
+        batcher = self._predictor.batchers[name]
+        content = await asyncio.to_thread(render.embedded, batcher, name, found, raw=raw)
+        return Response(content, media_type="application/json")
+
+
+class OpenAIEndpoints:
+    """The endpoints below /v1."""
+
+    def __init__(self, predictor: Predictor, reader: RequestReader) -> None:
+        self._predictor = predictor
+        self._reader = reader
+
+    async def embeddings(self, request: Request) -> Response:
         """The embeddings of texts, as OpenAI's clients ask for them."""
         tenant = await tenant_of(request)
-        asked = await bodies.openai(request)
+        asked = await self._reader.openai(request)
         count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
-        return await openai_embeddings(tenant, predictor, asked)
+        return await openai_embeddings(tenant, self._predictor, asked)
 
-    @api.get("/v1/models", responses={200: {"model": openai.OpenAIModels}, **openai_problems()})
-    @needs("key")
-    async def models() -> Response:
+    async def models(self) -> Response:
         """The backbones that /v1/embeddings takes."""
-        return openai.models(batchers)
+        return openai.models(self._predictor.batchers)
 
-    @api.get(
-        "/v1/models/{model:path}",
-        responses={200: {"model": openai.OpenAIModel}, **openai_problems(404)},
-    )
-    @needs("key")
-    async def model(model: str) -> Response:
+    async def model(self, model: str) -> Response:
         """One of them."""
-        return openai.model(model, text_batcher(batchers, model))
+        return openai.model(model, text_batcher(self._predictor.batchers, model))
 
 
 def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:

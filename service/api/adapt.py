@@ -1,0 +1,51 @@
+"""The endpoint that learns from examples."""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+
+from adapters.adaptation.adapt import AdaptPipeline
+from adapters.jobs.submission import JobSubmitter
+from service.api.dependencies import Tenant
+from service.api.idempotency import IdempotencyGuard, Replying
+from service.edge.auth import count_items
+from service.edge.gateway import BULK, UPLOAD_PATIENCE, ConcurrencyLimit
+from service.payloads import render
+from service.payloads.reader import RequestReader, media_type
+
+
+class AdaptEndpoints:
+    """Examples in; a new version out, or a job that makes one."""
+
+    def __init__(
+        self,
+        pipeline: AdaptPipeline,
+        submitter: JobSubmitter,
+        uploads: ConcurrencyLimit,
+        reader: RequestReader,
+        guard: IdempotencyGuard,
+    ) -> None:
+        self._pipeline = pipeline
+        self._submitter = submitter
+        self._uploads = uploads
+        self._reader = reader
+        self._guard = guard
+
+    async def adapt(self, request: Request, tenant: Tenant) -> Response:
+        """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
+        learn = self._upload if media_type(request) in BULK else self._learn
+        return await self._guard.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
+
+    async def _upload(self, request: Request, tenant: str, reply: Replying) -> Response:
+        form = BULK[media_type(request)]
+        async with self._uploads.wait(tenant, UPLOAD_PATIENCE):
+            command, content = self._reader.bulk(request, form)
+            job = await self._submitter.bulk(tenant, form, command, content, reply(render.submitted))
+        return render.submitted(job)
+
+    async def _learn(self, request: Request, tenant: str, reply: Replying) -> Response:
+        command = await self._reader.adapt(request)
+        count_items(request, len(command.posted))
+        if command.fine_tune is not None:
+            return render.tuning(await self._submitter.fine_tune(tenant, command, reply(render.tuning)))
+        return render.adapted(await self._pipeline.adapt(tenant, command, reply(render.adapted)))

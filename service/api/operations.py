@@ -1,0 +1,82 @@
+"""The endpoints that operators and browsers open: backbones, metrics, and the documentation page.
+
+The page's assets are those that BentoML ships, instead of a content delivery network's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import bentoml
+from fastapi import Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+
+from models.batching.batcher import Batcher
+from models.runtime.autotune import MeasuredPlan
+from service.monitoring.metrics import CONTENT_TYPE, Metrics
+from service.payloads.backbones import all_backbones
+
+_ASSETS = Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
+_SERVED = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-light-32x32.png": "image/png",
+}
+
+
+class OperationEndpoints:
+    """What the service says of itself to operators."""
+
+    def __init__(
+        self, batchers: Mapping[str, Batcher], measured: Mapping[str, MeasuredPlan], metrics: Metrics
+    ) -> None:
+        self._batchers = batchers
+        self._measured = measured
+        self._metrics = metrics
+
+    async def backbones(self) -> Response:
+        """What can be adapted."""
+        return all_backbones(self._batchers, self._measured)
+
+    async def metrics(self) -> Response:
+        """What Prometheus scrapes."""
+        return Response(await asyncio.to_thread(self._metrics.render), media_type=CONTENT_TYPE)
+
+
+class PageEndpoints:
+    """The documentation page, its files and the OpenAPI document: static, and the same for every caller."""
+
+    def __init__(self) -> None:
+        self._document = b""
+
+    async def index(self) -> RedirectResponse:
+        """The way to the page."""
+        return RedirectResponse("docs")
+
+    async def page(self, request: Request) -> HTMLResponse:
+        """The page itself."""
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=request.app.title,
+            swagger_js_url="docs/swagger-ui-bundle.js",
+            swagger_css_url="docs/swagger-ui.css",
+            swagger_favicon_url="docs/favicon-light-32x32.png",
+        )
+
+    async def document(self, request: Request) -> Response:
+        """The OpenAPI document."""
+        self._document = self._document or to_json(request.app.openapi())
+        return Response(self._document, media_type="application/json")
+
+    async def asset(self, asset: str) -> FileResponse:
+        """A file of the page."""
+        if asset not in _SERVED:
+            raise HTTPException(404)
+        return FileResponse(
+            _ASSETS / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
+        )
