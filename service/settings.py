@@ -321,3 +321,9 @@ def set_serving_environment() -> None:
     """Set these variables in this process, and so in its child processes."""
     for name, value in serving_environment().items():
         os.environ.setdefault(name, value)
+
+
+def read_settings() -> Settings:
+    """Return the settings, after setting the variables that other libraries read when they are imported."""
+    set_serving_environment()
+    return Settings()

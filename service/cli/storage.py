@@ -1,14 +1,16 @@
-"""`topwork backup`, `restore`, `doctor`, `migrate`: straight on database and store, serving or not."""
+"""`topwork backup`, `restore`, `doctor` and `migrate`, which work on the database and the store directly."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.console import show
 
 if TYPE_CHECKING:
     from adapters.maintenance.restore import RestoredBackup
@@ -17,40 +19,88 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
     from service.settings import Settings
 
-COMMANDS = ("backup", "restore", "doctor", "migrate")
+
+def backup(
+    folder: Annotated[
+        Path, typer.Argument(help="Where to make the folder of this backup.", show_default=False)
+    ],
+) -> None:
+    """Copy the database and the artifacts into a new folder. Services may be running."""
+    from adapters.maintenance.backup import backup as write_backup
+    from service.settings import read_settings
+
+    with _storage(read_settings()) as (database, store):
+        path, manifest = write_backup(database, store, folder.expanduser().absolute())
+    show({"backup": str(path), **asdict(manifest)})
 
 
-def add_commands(commands: Any) -> None:
-    """Add the four commands to the command line."""
-    backup = commands.add_parser("backup", help="write database and artifacts into a folder")
-    backup.add_argument("folder", type=Path, help="gets a new folder for this backup")
-    restore = commands.add_parser("restore", help="put a backup in the place of database and artifacts")
-    restore.add_argument("backup", type=Path, help="the folder of one backup")
-    restore.add_argument(
-        "--replace", action="store_true", help="though there are tenants or adapters already"
-    )
-    restore.add_argument(
-        "--old", action="store_true", help="though erasures are not remembered for as long as it is old"
-    )
-    doctor = commands.add_parser("doctor", help="look for damage, and report each in a line of JSON")
-    doctor.add_argument("--repair", action="store_true", help="repair what can be")
-    commands.add_parser("migrate", help="bring an earlier release's tables to this release's")
+def restore(
+    backup: Annotated[Path, typer.Argument(help="The folder of one backup.", show_default=False)],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Restore over a database that has tenants or adapters.")
+    ] = False,
+    old: Annotated[
+        bool,
+        typer.Option(
+            "--old",
+            help="Restore a backup older than the record of erasures; erased data may come back.",
+        ),
+    ] = False,
+) -> None:
+    """Replace the database and the artifacts by those of a backup. Services may be running."""
+    from adapters.maintenance.restore import restore as restore_backup
+    from adapters.registry.database import Database
+    from adapters.storage.open import open_store
+    from service.settings import read_settings
+
+    settings = read_settings()
+    settings.make_home()
+    store = open_store(settings.store, settings.store_options)
+    database = Database(settings.database)
+    try:
+        restored = restore_backup(backup.expanduser().absolute(), database, store, replace=replace, old=old)
+    finally:
+        database.close()
+    show(_report(restored))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command and return the exit status. Raises our own errors, which say what is wrong."""
-    from service.settings import Settings
+def doctor(
+    repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
+) -> None:
+    """Look for damage.
 
-    settings = Settings()
-    match options.command:
-        case "migrate":
-            return _migrate(settings)
-        case "restore":
-            return _restore(settings, options)
-    with _storage(settings) as (database, store):
-        if options.command == "backup":
-            return _backup(database, store, options.folder)
-        return _doctor(settings, database, store, options.repair)
+    Prints one line of JSON for each finding, then a summary. The exit status is 1 if damage is left.
+    """
+    from adapters.maintenance.doctor import Doctor
+    from service.settings import read_settings
+
+    settings = read_settings()
+    with _storage(settings) as (database, store), ExitStack() as stack:
+        examination = Doctor(
+            database, store, lambda name: _open_backbone(settings, name, stack), repair=repair
+        )
+        for finding in examination.findings():
+            show(asdict(finding))
+        summary = examination.summary()
+    show(asdict(summary))
+    if summary.left:
+        raise typer.Exit(1)
+
+
+def migrate() -> None:
+    """Update the tables of an earlier release to those of this release."""
+    from adapters.registry.database import Database
+    from service.settings import read_settings
+
+    settings = read_settings()
+    settings.make_home()
+    database = Database(settings.database)
+    try:
+        before = database.revision
+        database.migrate()
+        show({"before": before, "schema": database.revision})
+    finally:
+        database.close()
 
 
 @contextmanager
@@ -68,45 +118,6 @@ def _storage(settings: Settings) -> Iterator[tuple[Database, Store]]:
         yield database, store
     finally:
         database.close()
-
-
-def _backup(database: Database, store: Store, folder: Path) -> int:
-    from adapters.maintenance.backup import backup
-
-    path, manifest = backup(database, store, folder.expanduser().absolute())
-    print(json.dumps({"backup": str(path), **asdict(manifest)}))
-    return 0
-
-
-def _restore(settings: Settings, options: argparse.Namespace) -> int:
-    from adapters.maintenance.restore import restore
-    from adapters.registry.database import Database
-    from adapters.storage.open import open_store
-
-    settings.make_home()
-    backup = options.backup.expanduser().absolute()
-    store = open_store(settings.store, settings.store_options)
-    database = Database(settings.database)
-    try:
-        restored = restore(backup, database, store, replace=options.replace, old=options.old)
-    finally:
-        database.close()
-    print(json.dumps(_report(restored)))
-    return 0
-
-
-def _migrate(settings: Settings) -> int:
-    from adapters.registry.database import Database
-
-    settings.make_home()
-    database = Database(settings.database)
-    try:
-        before = database.revision
-        database.migrate()
-        print(json.dumps({"before": before, "schema": database.revision}))
-    finally:
-        database.close()
-    return 0
 
 
 def _report(restored: RestoredBackup) -> dict[str, Any]:
@@ -129,33 +140,20 @@ def _report(restored: RestoredBackup) -> dict[str, Any]:
     }
 
 
-def _doctor(settings: Settings, database: Database, store: Store, repair: bool) -> int:
-    from adapters.maintenance.doctor import Doctor
+def _open_backbone(settings: Settings, name: str, stack: ExitStack) -> Backbone | None:
+    """Return the backbone, which closes with the stack, or None if it is not exported here."""
+    from models.backbone import Backbone
+    from models.model_store import find
+    from models.preprocess.limits import InputLimits
 
-    with ExitStack() as stack:
-
-        def open_backbone(name: str) -> Backbone | None:
-            from models.backbone import Backbone
-            from models.model_store import find
-            from models.preprocess.limits import InputLimits
-
-            folder = find(name)
-            if folder is None:
-                return None
-            limits = InputLimits(
-                max_image_bytes=settings.max_image_bytes,
-                max_pixels=settings.max_image_pixels,
-                max_text_chars=settings.max_text_chars,
-            )
-            opened = Backbone.open(
-                folder, device=settings.device, threads=settings.usable_threads, limits=limits
-            )
-            stack.callback(opened.close)
-            return opened
-
-        doctor = Doctor(database, store, open_backbone, repair=repair)
-        for finding in doctor.findings():
-            print(json.dumps(asdict(finding)), flush=True)
-        summary = doctor.summary()
-    print(json.dumps(asdict(summary)))
-    return 1 if summary.left else 0
+    folder = find(name)
+    if folder is None:
+        return None
+    limits = InputLimits(
+        max_image_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_text_chars=settings.max_text_chars,
+    )
+    opened = Backbone.open(folder, device=settings.device, threads=settings.usable_threads, limits=limits)
+    stack.callback(opened.close)
+    return opened

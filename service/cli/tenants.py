@@ -1,23 +1,24 @@
-"""`topwork tenants` and `topwork keys`: straight on the database, whether or not the service runs."""
+"""`topwork tenants`: works on the database directly, whether or not the service runs."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.console import command_group, show, show_all
 
 if TYPE_CHECKING:
-    from adapters.registry.erasures import Receipt
     from adapters.registry.registry import Registry
-    from adapters.registry.tenants import KeyRecord, Quotas, Scope, TenantRecord
+    from adapters.registry.tenants import Quotas
     from service.settings import Settings
 
+TenantName = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
 
-_DAY = 86_400.0
-_LONGEST = 3_650 * _DAY
+app = command_group("Create, list, limit and erase tenants.")
 
 
 class BadArgument(ValueError):
@@ -26,105 +27,85 @@ class BadArgument(ValueError):
     code = "bad_argument"
 
 
-def add_commands(commands: Any) -> None:
-    """Add `tenants` and `keys` to the command line."""
-    tenants = commands.add_parser("tenants", help="make and list tenants").add_subparsers(
-        dest="action", required=True
-    )
-    tenants.add_parser("create", help="make a tenant").add_argument("tenant")
-    tenants.add_parser("list", help="list all tenants, one in a line of JSON")
-    quotas = tenants.add_parser("quotas", help="say what a tenant may have, all of it at once")
-    quotas.add_argument("tenant")
-    quotas.add_argument("quotas", help='JSON, e.g. {"items_per_second": 50, "max_adapters": 10}')
-    tenants.add_parser(
-        "erase", help="erase a tenant with all that it has, and print the receipt"
-    ).add_argument("tenant")
-
-    keys = commands.add_parser("keys", help="make, list, rotate and revoke a tenant's keys").add_subparsers(
-        dest="action", required=True
-    )
-    create = keys.add_parser("create", help="make a key, and print it: it is shown this once")
-    create.add_argument("tenant")
-    create.add_argument(
-        "--scopes", default="predict,adapt", help="of predict,adapt,admin (default: %(default)s)"
-    )
-    create.add_argument("--note", default="", help="what it is for")
-    create.add_argument("--days", type=float, help="after which it expires (default: never)")
-    keys.add_parser("list", help="list a tenant's keys, one in a line of JSON").add_argument("tenant")
-    rotate = keys.add_parser("rotate", help="make a key in the place of another, and print it")
-    rotate.add_argument("tenant")
-    rotate.add_argument("key", help="its id")
-    rotate.add_argument(
-        "--grace", type=float, default=3_600, help="seconds the old one goes on (default: %(default)s)"
-    )
-    revoke = keys.add_parser("revoke", help="revoke a key")
-    revoke.add_argument("tenant")
-    revoke.add_argument("key", help="its id")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command and return the exit status. Raises RegistryError, BadArgument."""
-    # These imports are late because `topwork serve` must set the environment first.
+@contextmanager
+def open_registry(settings: Settings) -> Iterator[Registry]:
+    """Yield the registry, which must have this release's tables."""
     from adapters.registry.registry import Registry
-    from service.settings import Settings
 
-    settings = Settings()
     registry = Registry(settings.database)
     try:
         registry.require_current()
-        for line in _lines(registry, settings, options):
-            print(line)
+        yield registry
     finally:
         registry.close()
-    return 0
 
 
-def _lines(registry: Registry, settings: Settings, options: argparse.Namespace) -> Iterable[str]:
+@app.command()
+def create(tenant: TenantName) -> None:
+    """Create a tenant."""
+    from service.settings import read_settings
+
+    settings = read_settings()
+
     from adapters.storage.artifact import is_tenant
 
-    tenants = registry.tenants
-    match (options.command, options.action):
-        case ("tenants", "create"):
-            if not is_tenant(options.tenant):
-                raise BadArgument("A tenant's name is 1 to 63 of a-z, 0-9, dot, underscore and dash.")
-            yield _json(tenants.create(options.tenant))
-        case ("tenants", "list"):
-            after = None
-            while page := tenants.tenants(after):
-                yield from map(_json, page)
-                after = page[-1].name
-        case ("tenants", "quotas"):
-            yield _json(tenants.set_quotas(options.tenant, _quotas(options.quotas)))
-        case ("tenants", "erase"):
-            yield _json(_erase(registry, settings, options.tenant))
-        case ("keys", "create"):
-            lifetime = None if options.days is None else _duration(options.days * _DAY, 60.0)
-            scopes = _scopes(options.scopes)
-            yield tenants.create_key(options.tenant, scopes, note=options.note, lifetime=lifetime)[1]
-        case ("keys", "list"):
-            yield from map(_json, tenants.keys(options.tenant))
-        case ("keys", "rotate"):
-            yield tenants.rotate(options.tenant, options.key, _duration(options.grace, 0.0))[1]
-        case ("keys", "revoke"):
-            yield _json(tenants.revoke(options.tenant, options.key))
+    with open_registry(settings) as registry:
+        if not is_tenant(tenant):
+            raise BadArgument("A tenant's name is 1 to 63 of a-z, 0-9, dot, underscore and dash.")
+        show(asdict(registry.tenants.create(tenant)))
 
 
-def _erase(registry: Registry, settings: Settings, tenant: str) -> Receipt:
-    """Erase the tenant in database and store; running services notice within a second."""
+@app.command("list")
+def list_tenants() -> None:
+    """List all tenants, one line of JSON each."""
+    from service.settings import read_settings
+
+    with open_registry(read_settings()) as registry:
+        show_all(_all_tenants(registry))
+
+
+@app.command("quotas")
+def set_quotas(
+    tenant: TenantName,
+    quotas: Annotated[
+        str,
+        typer.Argument(
+            help='All quotas as JSON, such as {"items_per_second": 50, "max_adapters": 10}. '
+            "A quota that is left out is removed.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Replace all quotas of a tenant."""
+    from service.settings import read_settings
+
+    with open_registry(read_settings()) as registry:
+        show(asdict(registry.tenants.set_quotas(tenant, _quotas(quotas))))
+
+
+@app.command()
+def erase(tenant: TenantName) -> None:
+    """Erase a tenant with all its data, and print the receipt. Running services notice within a second."""
+    from service.settings import read_settings
+
+    settings = read_settings()
+
     from adapters.adaptation.erasure import ErasureSweeper
     from adapters.storage.open import open_store
 
-    store = open_store(settings.store, settings.store_options)
-    registry.identity.check(store)
-    receipt = registry.erasures.tenant(tenant)
-    ErasureSweeper(registry, store).clear()
-    return receipt
+    with open_registry(settings) as registry:
+        store = open_store(settings.store, settings.store_options)
+        registry.identity.check(store)
+        receipt = registry.erasures.tenant(tenant)
+        ErasureSweeper(registry, store).clear()
+        show(asdict(receipt))
 
 
-def _duration(seconds: float, least: float) -> timedelta:
-    if not least <= seconds <= _LONGEST:
-        raise BadArgument(f"That is from {least:g} seconds to ten years.")
-    return timedelta(seconds=seconds)
+def _all_tenants(registry: Registry) -> Iterator[dict[str, Any]]:
+    after = None
+    while page := registry.tenants.tenants(after):
+        yield from map(asdict, page)
+        after = page[-1].name
 
 
 def _quotas(text: str) -> Quotas:
@@ -139,17 +120,3 @@ def _quotas(text: str) -> Quotas:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
         raise BadArgument(f"These are no quotas: {where}{first['msg']}.") from error
-
-
-def _scopes(text: str) -> list[Scope]:
-    from adapters.registry.tenants import Scope
-
-    names = {name.strip() for name in text.split(",")}
-    found: list[Scope] = [scope for scope in get_args(Scope) if scope in names]
-    if len(found) != len(names):
-        raise BadArgument(f"{text!r} are no scopes; choose from {','.join(get_args(Scope))}.")
-    return found
-
-
-def _json(record: TenantRecord | KeyRecord | Receipt) -> str:
-    return json.dumps(asdict(record), default=datetime.isoformat)

@@ -227,7 +227,7 @@ def test_children_know_no_secrets_and_files_are_the_users_alone(tmp_path: Path) 
 def test_what_is_no_port_is_refused_in_one_line(port: str) -> None:
     done = topwork("serve", "--port", port)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("topwork serve: argument --port: ")
+    assert done.stderr.startswith("topwork serve: Invalid value for '--port': ")
     assert "from 1 to 65535" in done.stderr
     assert done.stderr.count("\n") == 1
 
