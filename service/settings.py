@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from adapters.jobs.callbacks import secret_key
 from adapters.jobs.supervisor import WorkerConfig
 from models import SILENT
 
@@ -141,6 +142,10 @@ class Settings(BaseSettings):
         default=(),
         description="Comma-separated URLs that jobs may call back; one that ends in / allows all below it.",
     )
+    callback_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description="Comma-separated secrets (whsec_…), each of which signs callbacks; default: unsigned.",
+    )
     network_cache_bytes: Bytes = Field(
         default=512 * MIB,
         description="Loaded networks of fine-tuned versions kept in memory.",
@@ -167,7 +172,7 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("backbones", "callback_urls", mode="before")
+    @field_validator("backbones", "callback_urls", "callback_secrets", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (
@@ -182,6 +187,13 @@ class Settings(BaseSettings):
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one backbone, each once")
         return names
+
+    @field_validator("callback_secrets", mode="after")
+    @classmethod
+    def _keys(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for secret in secrets:
+            secret_key(secret.get_secret_value())
+        return secrets
 
     @field_validator("admin_key", mode="after")
     @classmethod
@@ -234,6 +246,7 @@ class Settings(BaseSettings):
             max_image_bytes=self.max_image_bytes,
             max_image_pixels=self.max_image_pixels,
             max_text_chars=self.max_text_chars,
+            callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
         )
 
     @property

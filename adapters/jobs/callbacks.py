@@ -1,26 +1,21 @@
-"""Calls back a URL when a job has ended.
+"""Which URLs may be called back when a job has ended, and how a callback is signed.
 
 Only URLs that the operator allows are called, so that no tenant chooses where the service connects.
+Signatures follow Standard Webhooks: https://www.standardwebhooks.com
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import logging
-import threading
-import time
+import base64
+import binascii
+import hashlib
+import hmac
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
-from adapters.registry.records import JobRecord
-
-logger = logging.getLogger("topwork")
-
-_SECONDS = 10.0  # socket timeout of a callback, in seconds
-_PAUSES = (0.0, 2.0, 10.0)  # seconds before each attempt
 _MOST_CHARACTERS = 2_048  # longest callback URL
+_SECRET_PREFIX = "whsec_"
+_SECRET_BYTES = range(24, 65)  # lengths that Standard Webhooks allows
 
 
 class CallbackNotAllowed(ValueError):
@@ -57,53 +52,30 @@ def _is_below(url: str, allowed: str) -> bool:
     return asked.path == known.path or (known.path.endswith("/") and asked.path.startswith(known.path))
 
 
-def send_callback(job: JobRecord) -> None:
-    """POST the job's outcome to the callback URL of its request, if it has one, from a background thread.
-
-    Best effort: three attempts at most, and none after the process is killed.
-    """
-    url = job.request.get("callback")
-    if url is not None:
-        threading.Thread(target=_post, args=(str(url), job), name="callback", daemon=True).start()
-
-
-def _post(url: str, job: JobRecord) -> None:
-    content = json.dumps(_told(job)).encode()
-    for pause in _PAUSES:
-        time.sleep(pause)
-        try:
-            status = _request(url, content)
-        except (OSError, http.client.HTTPException) as error:
-            why = type(error).__name__
-        else:
-            if 200 <= status < 300:
-                return
-            why = f"status {status}"
-        logger.warning("the callback of the job %s failed: %s", job.id, why)
-
-
-def _request(url: str, content: bytes) -> int:
-    """POST and return the response status. Redirects are not followed, since they could lead anywhere."""
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=_SECONDS)
+def secret_key(secret: str) -> bytes:
+    """Return the key of a signing secret: `whsec_` and 24 to 64 bytes in base64. Raises ValueError."""
     try:
-        path = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        headers = {"Content-Type": "application/json", "User-Agent": "topwork"}
-        connection.request("POST", path, content, headers)
-        return connection.getresponse().status
-    finally:
-        connection.close()
+        key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not secret.startswith(_SECRET_PREFIX) or len(key) not in _SECRET_BYTES:
+        raise ValueError(
+            "use whsec_ and 24 to 64 random bytes in base64, e.g. of `echo whsec_$(openssl rand -base64 32)`"
+        )
+    return key
 
 
-def _told(job: JobRecord) -> dict[str, Any]:
-    """The callback's body, with field names as in GET /jobs/{id}."""
-    error = None if job.error_code is None else {"code": job.error_code, "detail": job.error_detail}
+def signature_headers(job_id: str, timestamp: int, body: bytes, secrets: Sequence[str]) -> dict[str, str]:
+    """Return the headers that prove who sent the body, and when (seconds since 1970); empty without a secret.
+
+    Every secret signs, so that a receiver may have the old or the new one while they are rotated.
+    """
+    if not secrets:
+        return {}
+    content = f"{job_id}.{timestamp}.".encode() + body
+    digests = [hmac.new(secret_key(secret), content, hashlib.sha256).digest() for secret in secrets]
     return {
-        "id": job.id,
-        "adapter": job.adapter,
-        "kind": job.kind,
-        "state": job.state,
-        "version": job.version,
-        "error": error,
+        "webhook-id": job_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": " ".join("v1," + base64.b64encode(digest).decode() for digest in digests),
     }

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from adapters.processes.child import child_environment
@@ -45,6 +45,7 @@ class WorkerConfig:
     max_image_bytes: int = 16 << 20
     max_image_pixels: int = 50_000_000
     max_text_chars: int = 100_000
+    callback_secrets: Sequence[str] = field(default=(), repr=False)
 
 
 class WorkerSupervisor:

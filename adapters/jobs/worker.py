@@ -22,7 +22,6 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from adapters.jobs.callbacks import send_callback
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.processes.child import child_environment
@@ -163,8 +162,12 @@ class Worker:
             self._store.delete(job.tenant, job.adapter_uid, upload_of(job.request))
         except StoreError as error:
             logger.warning("the upload of the job %s stays until the next sweep: %s", job.id, error)
+        if "callback" not in job.request:
+            return
+        from adapters.jobs.callback_sender import send_callback
+
         try:
-            send_callback(self._registry.jobs.job(job.tenant, job.id))
+            send_callback(self._registry.jobs.job(job.tenant, job.id), self._config.callback_secrets)
         except (RegistryError, StoreFull) as error:
             logger.warning("nobody is called back for the job %s: %s", job.id, error)
 

@@ -9,7 +9,13 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 
 
 # Secrets of the service. A child process that needs one gets it on standard input.
-_SECRETS = ("TOPWORK_ADMIN_KEY", "TOPWORK_DATABASE_URL", "TOPWORK_STORE_OPTIONS", "PGPASSWORD")
+_SECRETS = (
+    "TOPWORK_ADMIN_KEY",
+    "TOPWORK_CALLBACK_SECRETS",
+    "TOPWORK_DATABASE_URL",
+    "TOPWORK_STORE_OPTIONS",
+    "PGPASSWORD",
+)
 # Prefixes of cloud credentials. A worker needs these to open a bucket.
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
 

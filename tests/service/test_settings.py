@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from service.server.process import explain
 from service.settings import Settings, UnknownSetting, unknown_settings
 from tests.service.server.test_process import topwork
 
@@ -54,6 +55,18 @@ def test_what_else_is_unknown_is_named_and_what_others_set_is_not() -> None:
         "TOPWORK_MAX_TEXTS": "TOPWORK_MAX_TEXT_CHARS",
         "TOPWORK_PORT": None,
     }
+
+
+def test_callback_secrets_are_hidden_and_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = "whsec_" + "A" * 32, "whsec_" + "B" * 32
+    monkeypatch.setenv("TOPWORK_CALLBACK_SECRETS", f"{first}, {second}")
+    settings = Settings()
+    assert settings.worker.callback_secrets == [first, second]
+    assert "AAAA" not in repr(settings) + repr(settings.worker)
+    monkeypatch.setenv("TOPWORK_CALLBACK_SECRETS", "hunter2")
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert "hunter2" not in explain(caught.value)
 
 
 @pytest.mark.parametrize("command", [("serve",), ("keys", "list", "acme"), ("doctor",)])

@@ -1,19 +1,24 @@
-"""Which URLs may be called back, and what they are told."""
+"""Which URLs may be called back, what they are told, and how that is signed."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
+import stamina
 
-from adapters.jobs import callbacks
-from adapters.jobs.callbacks import CallbackNotAllowed, check_callback, send_callback
+from adapters.jobs.callback_sender import send_callback
+from adapters.jobs.callbacks import CallbackNotAllowed, check_callback, secret_key, signature_headers
 from adapters.registry.records import JobRecord
 
 ALLOWED = ("https://hooks.example.com/topwork/", "http://10.0.0.5:8080/done")
@@ -62,6 +67,7 @@ class Listener(ThreadingHTTPServer):
 
     def __init__(self, statuses: list[int]) -> None:
         self.told: list[tuple[str, dict[str, object]]] = []
+        self.received: list[tuple[Message, bytes]] = []
         self.statuses = statuses
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -71,6 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, Listener)
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        server.received.append((self.headers, body))
         server.told.append((self.path, json.loads(body)))
         self.send_response(server.statuses.pop(0) if server.statuses else 200)
         self.send_header("Location", "/elsewhere")
@@ -117,15 +124,22 @@ def job(url: str) -> JobRecord:
     )
 
 
-def test_the_end_is_told_again_until_it_is_heard_and_no_redirect_followed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(callbacks, "_PAUSES", (0.0, 0.05, 0.05))
-    with listening([302, 500]) as listener:
-        send_callback(job(f"http://127.0.0.1:{listener.server_port}/done?key=1"))
+def send(url: str, listener: Listener, times: int, secrets: tuple[str, ...] = ()) -> None:
+    """Send the callback of a job without pauses, and wait until the listener was called `times` times."""
+    with stamina.set_testing(True, attempts=3):
+        send_callback(job(url), secrets)
         end = time.monotonic() + 20
-        while len(listener.told) < 3 and time.monotonic() < end:
+        while len(listener.told) < times and time.monotonic() < end:
             time.sleep(0.02)
+    assert len(listener.told) == times
+
+
+def test_the_end_is_told_again_until_it_is_heard_and_no_redirect_followed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with listening([302, 500]) as listener:
+        send(f"http://127.0.0.1:{listener.server_port}/done?key=1", listener, 3)
     assert [path for path, _ in listener.told] == ["/done?key=1"] * 3
     assert listener.told[-1][1] == {
         "id": "1",
@@ -135,3 +149,50 @@ def test_the_end_is_told_again_until_it_is_heard_and_no_redirect_followed(
         "version": None,
         "error": {"code": "diverged", "detail": "The loss became nan."},
     }
+    assert not [name for name in listener.received[-1][0] if name.startswith("webhook-")]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the callback of the job 1 failed: status 302",
+        "the callback of the job 1 failed: status 500",
+    ]
+
+
+OLD = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+NEW = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD6TvHbKw3jzo="
+
+
+def documented() -> Any:
+    """The function of the documentation that verifies a signature."""
+    for page in (Path(__file__).parents[3] / "docs").rglob("*.md"):
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            if "def is_genuine" in block:
+                names: dict[str, Any] = {}
+                exec(block, names)
+                return names["is_genuine"]
+    raise AssertionError("no page shows how a signature is verified")
+
+
+def test_a_receiver_verifies_each_attempt_with_the_code_of_the_documentation() -> None:
+    is_genuine = documented()
+    with listening([500]) as listener:
+        send(f"http://127.0.0.1:{listener.server_port}/", listener, 2, (NEW, OLD))
+    for headers, body in listener.received:
+        assert headers["webhook-id"] == "1"
+        assert is_genuine(headers, body, OLD)
+        assert is_genuine(headers, body, NEW)
+        assert not is_genuine(headers, body + b" ", OLD)
+        assert not is_genuine(headers, body, "whsec_" + "A" * 32)
+        assert not is_genuine(headers, body, OLD, tolerance=-1)
+
+
+def test_the_signature_is_that_of_standard_webhooks() -> None:
+    # The message and its signature in the tests of the reference libraries.
+    headers = signature_headers("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', [OLD])
+    assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(
+    "secret", ["", "whsec_", OLD.removeprefix("whsec_"), "whsec_c2hvcnQ=", "whsec_" + "A" * 88, "whsec_é" * 8]
+)
+def test_other_secrets_are_refused(secret: str) -> None:
+    with pytest.raises(ValueError, match="whsec_"):
+        secret_key(secret)
