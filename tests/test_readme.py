@@ -164,7 +164,7 @@ class Shell:
         self._process.stdout.close()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial/first-classifier.md"])
 def test_the_commands_print_what_the_page_says(page: str, tmp_path: Path) -> None:
     found = list(commands((ROOT / page).read_text()))
     assert any("/adapt" in command for command, _ in found), "no adapt in the page"
@@ -204,7 +204,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def test_the_settings_are_the_documents() -> None:
-    documents = (ROOT / "docs" / "settings.md").read_text()
+    documents = (ROOT / "docs" / "reference" / "settings.md").read_text()
     rows = [
         f"| `TOPWORK_{name.upper()}` | {default_of(field)} | {field.description} |"
         for name, field in Settings.model_fields.items()

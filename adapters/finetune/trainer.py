@@ -2,8 +2,8 @@
 
 The order of steps is that of the Keras guide to transfer learning (https://keras.io/guides/transfer_learning):
 train a new head to convergence on the frozen network, then unfreeze and train everything with a learning rate
-ten to a hundred times smaller, normalisation layers still in inference mode. docs/fine-tuning.md gives the
-source of every choice. Requires torch.
+ten to a hundred times smaller, normalisation layers still in inference mode.
+docs/background/fine-tuning.md gives the source of every choice. Requires torch.
 """
 
 from __future__ import annotations

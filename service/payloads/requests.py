@@ -101,7 +101,7 @@ class ExampleIn(InputIn, TargetIn, GroupIn):
 
 
 class FineTuneIn(Request):
-    """How a network is fine-tuned. See docs/fine-tuning.md."""
+    """How a network is fine-tuned. See docs/background/fine-tuning.md."""
 
     epochs: int = Field(default=8, ge=1, le=100, description="Of everything, at most.")
     full_size_epochs: int = Field(

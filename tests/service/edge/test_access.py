@@ -25,10 +25,10 @@ from tests.support.service.edge_app import Shell
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SCOPES = ("predict", "adapt", "admin")
-SECURITY = Path(__file__).resolve().parents[3] / "docs" / "security.md"
+SECURITY = Path(__file__).resolve().parents[3] / "docs" / "background" / "security.md"
 DECLARE = (
-    "Declare a new route in service/api/app.py, and name it in the table of docs/security.md. A route that "
-    "declares nothing does not exist."
+    "Declare a new route in service/api/app.py, and name it in the table of docs/background/security.md. "
+    "A route that declares nothing does not exist."
 )
 
 # Not in the document of the API; of BentoML the last three.
