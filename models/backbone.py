@@ -25,21 +25,12 @@ from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import Silence, TextPreprocessor
 from models.runtime import driver
-from models.runtime.autotune import (
-    ExecutionPlan,
-)
+from models.runtime.autotune import ExecutionPlan
 from models.runtime.cuda import CudaRunner
 from models.runtime.progress import ThreadProgress
 from models.runtime.session import Device, open_session, open_table
 from models.runtime.shapes import shapes_for
-from models.spec import (
-    FLOAT16,
-    OUTPUT_NAME,
-    TOKENIZER_FILE,
-    BackboneSpec,
-    ImageTransform,
-    TextTransform,
-)
+from models.spec import FLOAT16, OUTPUT_NAME, TOKENIZER_FILE, BackboneSpec, ImageTransform, TextTransform
 
 # Maximum tokens per run on a CPU, padding included. It bounds the memory of a run.
 _TOKENS_PER_RUN = 1024

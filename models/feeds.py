@@ -16,16 +16,7 @@ from models.preprocess.image import ImagePreprocessor
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import TextPreprocessor
 from models.runtime.session import Device, DeviceUnavailable
-from models.spec import (
-    GRAPH_FILE,
-    HALF_FILE,
-    IDS,
-    INT8,
-    MASK,
-    RGB,
-    BackboneSpec,
-    ImageTransform,
-)
+from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform
 
 _TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
 

@@ -22,11 +22,7 @@ from models.runtime.autotune import (
 )
 from models.runtime.session import GPU_ADVICE, Device, DeviceUnavailable, open_session
 from models.runtime.trial import try_out
-from models.spec import (
-    HALF_FILE,
-    OUTPUT_NAME,
-    BackboneSpec,
-)
+from models.spec import HALF_FILE, OUTPUT_NAME, BackboneSpec
 
 
 def planned(export: Path, *, device: Device, threads: int) -> MeasuredPlan:

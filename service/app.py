@@ -24,12 +24,7 @@ from service.server.process import (
     give_up,
     raise_descriptor_limit,
 )
-from service.settings import (
-    Settings,
-    serving_environment,
-    set_serving_environment,
-    warn_of_unknown_settings,
-)
+from service.settings import Settings, serving_environment, set_serving_environment, warn_of_unknown_settings
 
 edge = Edge()
 

@@ -15,13 +15,7 @@ from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored, locate
 from adapters.adaptation.promotion import Decision
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.heads.head import Head
-from adapters.registry.records import (
-    AdapterRecord,
-    Change,
-    Creation,
-    ExampleRecord,
-    NewVersion,
-)
+from adapters.registry.records import AdapterRecord, Change, Creation, ExampleRecord, NewVersion
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, Buffer
 from adapters.storage.formats import Evidence, encode_embeddings, encode_evidence, encode_inputs

@@ -23,7 +23,7 @@ from typing import IO, Final
 from PIL import Image
 
 from models.child import plain_environment
-from models.preprocess.image_facts import NOT_AN_IMAGE, ImageFile
+from models.preprocess.image_file.facts import NOT_AN_IMAGE, ImageFile
 from models.preprocess.limits import InputError, InputLimits
 from models.spec import ImageTransform
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from models.preprocess.decoder import ANSWER, READY, REQUEST
 from models.preprocess.image import ImagePreprocessor
-from models.preprocess.image_facts import ImageFile
+from models.preprocess.image_file.facts import ImageFile
 from models.preprocess.limits import InputError, InputLimits
 from models.priority import DECODER_NICENESS
 from models.spec import ImageTransform

@@ -27,8 +27,8 @@ from PIL import (
 
 from models.arrays import Prepared
 from models.preprocess.decoder import Decoder, Waiting, wait_unseen
-from models.preprocess.image_facts import LARGE_PIXELS, NOT_AN_IMAGE, ImageFile
-from models.preprocess.image_file import read_image_file
+from models.preprocess.image_file.facts import LARGE_PIXELS, NOT_AN_IMAGE, ImageFile
+from models.preprocess.image_file.reader import read_image_file
 from models.preprocess.limits import InputError, InputLimits
 from models.spec import CROP_MODES, FAR_FROM_SQUARE, ImageTransform
 

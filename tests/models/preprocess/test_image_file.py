@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.serving import bombs
 from models.preprocess.decoder import Decoder
 from models.preprocess.image import ImagePreprocessor, rgb
-from models.preprocess.image_file import declared_size, read_image_file
+from models.preprocess.image_file.reader import declared_size, read_image_file
 from models.preprocess.limits import InputError
 from models.spec import ImageTransform
 from tests.models.preprocess.test_image import drawing, encoded, levels, refusal
@@ -193,7 +193,7 @@ def test_heic_is_read_or_refused_with_what_to_install(monkeypatch: pytest.Monkey
     data = heic(drawing((128, 64)))
     assert declared_size(data) == (128, 64)
     np.testing.assert_allclose(levels(data), levels(encoded(drawing((128, 64)), "PNG")), atol=40)
-    monkeypatch.setattr("models.preprocess.image_formats.heic_is_read", lambda: False)
+    monkeypatch.setattr("models.preprocess.image_file.formats.heic_is_read", lambda: False)
     with pytest.raises(InputError, match=r"^unsupported_image: HEIC .*topwork\[heic\]"):
         ImagePreprocessor(PLAIN)(data)
 

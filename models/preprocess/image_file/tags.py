@@ -6,7 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from models.preprocess.image_facts import DAMAGED, NOT_AN_IMAGE, ImageFile, odd
+from models.preprocess.image_file.facts import DAMAGED, NOT_AN_IMAGE, ImageFile, odd
 from models.preprocess.limits import InputError
 
 _MOST_TAGS = 4_096  # maximum tags of a TIFF directory

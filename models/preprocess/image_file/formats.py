@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from models.preprocess.image_facts import NOT_AN_IMAGE, ImageFile, odd
-from models.preprocess.image_tags import exif_orientation, xmp_orientation
+from models.preprocess.image_file.facts import NOT_AN_IMAGE, ImageFile, odd
+from models.preprocess.image_file.tags import exif_orientation, xmp_orientation
 from models.preprocess.limits import InputError
 
 _MOST_SCANS = 50  # maximum scans of a JPEG; encoders write at most 18

@@ -10,8 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from models.preprocess.image_facts import DAMAGED, NOT_AN_IMAGE, READABLE, ImageFile
-from models.preprocess.image_formats import (
+from models.preprocess.image_file.facts import DAMAGED, NOT_AN_IMAGE, READABLE, ImageFile
+from models.preprocess.image_file.formats import (
     JPEG_FRAMES,
     PNG_SIGNATURE,
     jpeg_frame_size,
@@ -23,7 +23,7 @@ from models.preprocess.image_formats import (
     read_png,
     read_webp,
 )
-from models.preprocess.image_tags import read_tiff
+from models.preprocess.image_file.tags import read_tiff
 from models.preprocess.limits import InputError
 
 _LEAST_BYTES = 26  # size of the smallest image; shorter data only begins like one
