@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from adapters.adaptation.promotion import Decision, Promote
 from adapters.examples.target import Task, Weights
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample
+from adapters.finetune.config import FineTuneConfig
 from adapters.probe.fit import ProbeConfig
 from adapters.registry.records import AdapterRecord, Committed, VersionRecord
 from models.arrays import Floats
@@ -155,7 +156,7 @@ class AdaptCommand:
     fit: bool = True
     strict: bool = False
     keep_inputs: bool | None = None
-    fine_tune: Mapping[str, Any] | None = None
+    fine_tune: FineTuneConfig | None = None
     callback: str | None = None
     uploaded: AbstractSet[str] | None = None
     answer_accuracy: float | None = None

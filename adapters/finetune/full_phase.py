@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import batches, seeded
 from adapters.finetune.model import (
     Model,
@@ -33,21 +34,6 @@ class Diverged(RuntimeError):
     """The loss is not finite any more. Nothing was published."""
 
     code = "diverged"
-
-
-@dataclass(frozen=True, slots=True)
-class FineTuneConfig:
-    """Settings of a fine-tune."""
-
-    epochs: int = 8  # most epochs in phase 2
-    full_size_epochs: int = 7  # the last epochs, which use images at the backbone's own size
-    pixels: int = 128  # size of the images in the other epochs, each of which costs a third
-    batch: int = 16
-    head_rate: float = 1e-3  # learning rate of the head in phase 2
-    backbone_rate: float = 1e-4  # learning rate of the network in phase 2
-    patience: int = 3  # epochs in the second half without a better held-out loss before phase 2 stops
-    refit: bool = True  # train once more in the best way found, on the held-out rows too
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

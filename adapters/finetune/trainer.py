@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.full_phase import (
     Checkpoint,
     Diverged,
-    FineTuneConfig,
     FullNetworkPhase,
     HeldOutResult,
     Progress,

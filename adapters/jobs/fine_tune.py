@@ -22,9 +22,10 @@ from adapters.adaptation.revision import with_ids
 from adapters.adaptation.revision_files import LINEAR_PROBE
 from adapters.examples.copies import together
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import Samples, Tensors, samples_of
 from adapters.finetune.export import TunedVersion, finish
-from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
+from adapters.finetune.full_phase import Checkpoint, Progress
 from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.pacing import cooperative_pauses
 from adapters.finetune.trainer import fine_tune

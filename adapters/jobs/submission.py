@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from adapters.completion import to_its_end
 from adapters.examples.upload import BadUpload
 from adapters.examples.upload_forms import Beginning, Form, look_at
 from adapters.examples.validation import TARGET_FIELDS, PostedExample
+from adapters.finetune.config import FineTuneConfig
 from adapters.jobs.callbacks import check_callback
 from adapters.processes.turns import Gate
 from adapters.registry.errors import AdapterExists, RegistryUnavailable, TooManyJobs, UnknownAdapter
@@ -119,7 +120,7 @@ class JobSubmitter:
         self._pipeline.check_served(state.adapter)
         request = {
             "promote": command.promote,
-            "config": dict(command.fine_tune or {}),
+            "config": asdict(command.fine_tune or FineTuneConfig()),
             "answer_accuracy": command.answer_accuracy,
             "weights": command.weights,
         }

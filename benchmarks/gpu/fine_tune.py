@@ -18,9 +18,10 @@ from statistics import fmean
 
 import numpy as np
 
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import Images
 from adapters.finetune.export import finish
-from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
+from adapters.finetune.full_phase import Checkpoint, Progress
 from adapters.finetune.model import Model, TrainingSet, embed
 from adapters.finetune.trainer import fine_tune
 from adapters.heads.head import Head

@@ -111,8 +111,9 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     """Accuracy of the same network trained from random weights, in this process, for so many seconds."""
     import torch
 
+    from adapters.finetune.config import FineTuneConfig
     from adapters.finetune.data import batches, samples_of
-    from adapters.finetune.full_phase import Checkpoint, FineTuneConfig, Progress
+    from adapters.finetune.full_phase import Checkpoint, Progress
     from adapters.finetune.model import Model, TrainingSet
     from adapters.finetune.trainer import fine_tune
     from adapters.heads.head import Head

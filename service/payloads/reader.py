@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from adapters.examples.base64_images import decode_base64
 from adapters.examples.target import ExampleError
 from adapters.examples.upload_forms import Form
 from adapters.examples.validation import PostedExample
+from adapters.finetune.config import FineTuneConfig
 from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.limits import InputError
@@ -45,6 +46,8 @@ Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
 _ITEMS_AT_ONCE = 200
 _ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
+# Fields that a request and its command have alike.
+_SHARED = AdaptRequest.model_fields.keys() & {field.name for field in fields(AdaptCommand)} - {"fine_tune"}
 _FIELDS = 64  # fields of a form, besides its files
 _SHORT_QUERY = 256  # bytes; longer query strings are not cached
 
@@ -342,19 +345,9 @@ def _command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: bool =
     if body.fine_tune is not None and not tunes:
         raise Problem(422, "invalid_request", "`fine_tune` says how; set `method` to fine_tune as well.")
     return AdaptCommand(
-        adapter=body.adapter,
         posted=posted,
-        backbone=body.backbone,
-        task=body.task,
-        update=body.update,
-        promote=body.promote,
-        fit=body.fit,
-        strict=body.strict,
-        keep_inputs=body.keep_inputs,
-        answer_accuracy=body.answer_accuracy,
-        weights=body.weights,
-        callback=body.callback,
-        fine_tune=(body.fine_tune.model_dump() if body.fine_tune else {}) if tunes else None,
+        fine_tune=(body.fine_tune or FineTuneConfig()) if tunes else None,
+        **body.model_dump(include=_SHARED),
     )
 
 

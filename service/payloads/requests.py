@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapters.adaptation.commands import AdaptCommand, Update
 from adapters.adaptation.promotion import Promote
 from adapters.examples.target import Task, Weights
+from adapters.finetune.config import FineTuneConfig
 
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 BIGGEST = 2**31 - 1
 """Largest version, epoch or revision number that every supported database can store."""
-MOST_BATCH_PIXELS = 64 * 224**2
-"""Largest number of pixels in a batch, over all its images. On a GPU they go through the network at once."""
+_DEFAULT = AdaptCommand(adapter="")  # the defaults of a request are those of the command
 
 AdapterName = Annotated[
     str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
@@ -100,40 +102,12 @@ class ExampleIn(InputIn, TargetIn, GroupIn):
     )
 
 
-class FineTuneIn(Request):
-    """How a network is fine-tuned. See docs/background/fine-tuning.md."""
-
-    epochs: int = Field(default=8, ge=1, le=100, description="Of everything, at most.")
-    full_size_epochs: int = Field(
-        default=7, ge=0, le=100, description="The last epochs, in which images have the backbone's own size."
-    )
-    pixels: int = Field(
-        default=128,
-        ge=32,
-        le=512,
-        description="Of an image's side in the other epochs. batch × pixels² is at most 64 × 224².",
-    )
-    batch: int = Field(default=16, ge=2, le=64, description="Examples in a step.")
-    head_rate: float = Field(default=1e-3, gt=0, le=1, description="Learning rate of the head.")
-    backbone_rate: float = Field(
-        default=1e-4, gt=0, le=0.1, description="Learning rate of the network, 10 to 100 times smaller."
-    )
-    patience: int = Field(
-        default=3, ge=1, le=100, description="Epochs without progress, in its second half, before it stops."
-    )
-    refit: bool = Field(
-        default=True,
-        description="Train once more, on the examples held out too, in the way that was found best. Takes "
-        "as long again.",
-    )
-    seed: int = Field(default=0, ge=0, le=BIGGEST)
-
-    @model_validator(mode="after")
-    def _fits_memory(self) -> FineTuneIn:
-        most = MOST_BATCH_PIXELS // self.pixels**2
-        if self.batch > most:
-            raise ValueError(f"at {self.pixels} pixels a batch has at most {most} images, not {self.batch}")
-        return self
+def _without_nulls(value: Any) -> Any:
+    """Return the fields of a fine-tune without those that are null, as in `Request`."""
+    if not isinstance(value, dict):
+        return value
+    known = {field.name for field in fields(FineTuneConfig)}
+    return {name: one for name, one in value.items() if one is not None or name not in known}
 
 
 class AdaptRequest(Request):
@@ -162,15 +136,21 @@ class AdaptRequest(Request):
         default="linear_probe",
         description="fine_tune trains the whole network on all that is kept: a job, answered with 202.",
     )
-    fine_tune: FineTuneIn | None = Field(default=None, description="How; only with method fine_tune.")
-    update: Literal["append", "replace"] = Field(
-        default="append", description="append: a known id replaces that example. replace: forget all others."
+    fine_tune: Annotated[FineTuneConfig, BeforeValidator(_without_nulls)] | None = Field(
+        default=None, description="How; only with method fine_tune."
+    )
+    update: Update = Field(
+        default=_DEFAULT.update,
+        description="append: a known id replaces that example. replace: forget all others.",
     )
     promote: Promote = Field(
-        default="if_better", description="if_better withholds only a version that is significantly worse."
+        default=_DEFAULT.promote,
+        description="if_better withholds only a version that is significantly worse.",
     )
-    fit: bool = Field(default=True, description="false only stores the examples, to send many in parts.")
-    strict: bool = Field(default=False, description="Refuse the request if any example is bad.")
+    fit: bool = Field(
+        default=_DEFAULT.fit, description="false only stores the examples, to send many in parts."
+    )
+    strict: bool = Field(default=_DEFAULT.strict, description="Refuse the request if any example is bad.")
     callback: str | None = Field(
         default=None,
         max_length=2_048,

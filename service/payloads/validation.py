@@ -29,6 +29,10 @@ _WANTED = {
 }
 
 
+# pydantic's names for an unknown field of a model and of a dataclass.
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Why one item cannot be used."""
@@ -119,7 +123,7 @@ def _told(model: type[BaseModel], one: Any, value: Any) -> dict[str, str]:
     name = str(location[-1]) if location else ""
     if one["type"] == "missing":
         code, detail = "missing", f"The field `{name}` is missing."
-    elif one["type"] == "extra_forbidden":
+    elif one["type"] in _UNKNOWN:
         known = list(model.model_fields) if len(location) == 1 else []
         code, detail = "unknown_field", f"There is no field `{name[:100]}`.{_nearest(name, known)}"
     else:

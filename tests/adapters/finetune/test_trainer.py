@@ -19,12 +19,12 @@ from PIL import Image
 from adapters.finetune import data as samples
 from adapters.finetune import full_phase
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import Images, Samples, Tensors, Texts, batches, samples_of, seeded
 from adapters.finetune.export import TunedVersion, check_parity, finish
 from adapters.finetune.full_phase import (
     Checkpoint,
     Diverged,
-    FineTuneConfig,
     FullNetworkPhase,
     HeldOutResult,
     Progress,

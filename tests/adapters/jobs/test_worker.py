@@ -25,9 +25,10 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.adaptation.example_editor import InputsNotKept
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
+from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import samples_of
 from adapters.finetune.export import finish
-from adapters.finetune.full_phase import Checkpoint, FineTuneConfig
+from adapters.finetune.full_phase import Checkpoint
 from adapters.finetune.model import Score
 from adapters.finetune.trainer import FineTuned, fine_tune
 from adapters.heads.head import Head
