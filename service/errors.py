@@ -52,7 +52,7 @@ from adapters.registry.tenants import KeyNotInUse, QuotaExceeded, TenantExists, 
 from adapters.storage.artifact import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
 from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
 from models.manifest import CorruptExport
-from models.preprocess.decoder import DecoderUnavailable
+from models.preprocess.decoder_child import DecoderUnavailable
 from models.preprocess.limits import InputError
 from models.protobuf import InvalidGraph
 from models.spec import UnknownBackbone

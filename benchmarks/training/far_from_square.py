@@ -33,7 +33,7 @@ from benchmarks.harness.report import Report, table
 from models.arrays import Floats
 from models.backbone import Backbone
 from models.model_store import find
-from models.preprocess.image import to_square
+from models.preprocess.square import to_square
 from models.spec import PACKAGED, ImageTransform
 
 BACKBONE = "efficientnet-lite0"

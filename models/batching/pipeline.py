@@ -15,7 +15,7 @@ from models.batching.fair_queue import FairQueue
 from models.batching.input_queue import InputQueue
 from models.batching.request import EmbeddingFailed, Part, Position, QueuedRequest, settle
 from models.batching.worker_progress import WorkerProgress
-from models.preprocess.decoder import DecoderUnavailable
+from models.preprocess.decoder_child import DecoderUnavailable
 from models.preprocess.limits import InputError
 from models.runtime.progress import LONGEST_RUN, PATIENCE
 

@@ -6,23 +6,14 @@ time and memory; an image that exceeds them is refused and affects nothing else.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-import signal
-import struct
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import cache
-from typing import IO, Final
+from typing import Final
 
 from PIL import Image
 
-from models.child import plain_environment
+from models.preprocess.decoder_child import DecoderChild, DecoderEnded
 from models.preprocess.image_file.facts import NOT_AN_IMAGE, ImageFile
 from models.preprocess.limits import InputError, InputLimits
 from models.spec import ImageTransform
@@ -35,50 +26,8 @@ PROCESSES: Final = 2
 _SMALL: Final = 1_200_000  # pixels plus bytes up to which an image is small
 _BASE_SECONDS: Final = 1.0  # CPU time allowed for an image of no pixels
 _SECONDS_PER_PIXEL: Final = 100e-9  # CPU time; a progressive JPEG takes up to 50e-9 on a machine of 2024
-# Wall time allowed for an image. The process is niced and the machine may be busy, so this is only exceeded
-# when decoding hangs.
-_WALL_SECONDS: Final = 120.0
-_START_SECONDS: Final = 30.0
-_PIPE_BYTES: Final = 1 << 20
-
-# A request begins with the sizes of a JSON header and of the file. An answer begins with width and height, or
-# with 0 and the size of a JSON error.
-REQUEST: Final = struct.Struct("<QQ")
-ANSWER: Final = struct.Struct("<QQ")
-READY: Final = b"\1"
-
-_CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_OUT_OF_TIME: Final = (signal.SIGPROF, signal.SIGXCPU)
 
 Waiting = Callable[[bool], None]
-
-
-class DecoderUnavailable(RuntimeError):
-    """No process for decoding images can be started."""
-
-    code = "decoder_unavailable"
-
-
-class _Ended(Exception):
-    """The process ended before it answered.
-
-    `status`: its exit status, negative if a signal ended it. `late`: it was killed after its time limit.
-    """
-
-    def __init__(self, status: int, late: bool) -> None:
-        super().__init__(str(status))
-        self.status = status
-        self.late = late
-
-    @property
-    def crashed(self) -> bool:
-        """Whether the decoder crashed."""
-        return -self.status in _CRASHES
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether an operator or a lack of memory, rather than the image, may have ended the process."""
-        return not self.late and not self.crashed and -self.status not in _OUT_OF_TIME
 
 
 def wait_unseen(waits: bool) -> None:
@@ -107,7 +56,7 @@ class Decoder:
         self._room = threading.BoundedSemaphore(processes)
         self._room_for_small = threading.BoundedSemaphore(1)
         self._lock = threading.Lock()
-        self._idle: list[_Process] = []
+        self._idle: list[DecoderChild] = []
 
     @staticmethod
     @cache
@@ -133,11 +82,11 @@ class Decoder:
             with self._room_for_small if small else self._room:
                 try:
                     return self._decode(file, transform, limits)
-                except _Ended as ended:
+                except DecoderEnded as ended:
                     if not ended.by_chance:
                         raise
                     return self._decode(file, transform, limits)
-        except _Ended as ended:
+        except DecoderEnded as ended:
             if ended.crashed:
                 raise InputError("undecodable_image", NOT_AN_IMAGE) from None
             raise InputError(
@@ -148,7 +97,7 @@ class Decoder:
             waiting(False)
 
     def _decode(self, file: ImageFile, transform: ImageTransform, limits: InputLimits) -> Image.Image:
-        """Decode in one process. Raises InputError, DecoderUnavailable, _Ended."""
+        """Decode in one process. Raises InputError, DecoderUnavailable, DecoderEnded."""
         process = self._take()
         seconds = self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
         try:
@@ -156,7 +105,7 @@ class Decoder:
         except InputError:
             self._keep(process)
             raise
-        except _Ended:
+        except DecoderEnded:
             with self._lock:
                 self.ended += 1
             raise
@@ -173,136 +122,16 @@ class Decoder:
         for process in idle:
             process.end()
 
-    def _take(self) -> _Process:
+    def _take(self) -> DecoderChild:
         while True:
             with self._lock:
                 process = self._idle.pop() if self._idle else None
             if process is None:
-                return _Process(self._memory_bytes)
+                return DecoderChild(self._memory_bytes)
             if process.alive:
                 return process
             process.end()
 
-    def _keep(self, process: _Process) -> None:
+    def _keep(self, process: DecoderChild) -> None:
         with self._lock:
             self._idle.append(process)
-
-
-class _Process:
-    """One decoding process. For use by one thread at a time."""
-
-    def __init__(self, memory_bytes: int) -> None:
-        """Start the process and wait until it is ready. Raises DecoderUnavailable."""
-        self._late = False
-        # Linear algebra libraries reserve memory for each thread that they might use.
-        environment = plain_environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "models.preprocess.decoder_process", str(memory_bytes)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                env=environment,
-            )
-        except OSError as error:
-            raise DecoderUnavailable(f"No process for decoding images can be started: {error}") from error
-        for pipe in (self._input, self._output):
-            # Larger pipes carry more of an image at once. If that is not allowed, the default size works too.
-            with contextlib.suppress(OSError, AttributeError):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        try:
-            with self._ended_after(_START_SECONDS):
-                self._read(len(READY))
-        except _Ended as ended:
-            raise DecoderUnavailable(
-                f"The process for decoding images ended with {ended.status} before it was ready."
-            ) from None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is still running."""
-        return self._process.poll() is None
-
-    @property
-    def _input(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def _output(self) -> IO[bytes]:
-        assert self._process.stdout is not None
-        return self._process.stdout
-
-    def decode(
-        self, file: ImageFile, transform: ImageTransform, limits: InputLimits, seconds: float
-    ) -> Image.Image:
-        """Decode one file. Raises InputError as reported by the process, and _Ended if it has ended.
-
-        The process cannot be used after _Ended.
-        """
-        header = json.dumps(
-            {
-                "seconds": seconds,
-                "max_pixels": limits.max_pixels,
-                "transform": asdict(transform),
-                "file": {name: value for name, value in asdict(file).items() if name != "data"},
-            }
-        ).encode()
-        with self._ended_after(_WALL_SECONDS):
-            self._write(REQUEST.pack(len(header), len(file.data)) + header)
-            self._write(file.data)
-            width, height = ANSWER.unpack(self._read(ANSWER.size))
-            if not width:
-                error: dict[str, str] = json.loads(self._read(height))
-                if error["code"] == "input_too_costly":
-                    # The process is about to end by itself, and must not get another request.
-                    self.end()
-                raise InputError(error["code"], error["detail"])
-            pixels = self._read(3 * width * height)
-        return Image.frombytes("RGB", (width, height), pixels)
-
-    def end(self) -> None:
-        """Kill the process, whatever it is doing."""
-        self._process.kill()
-        self._wait()
-
-    @contextlib.contextmanager
-    def _ended_after(self, seconds: float) -> Iterator[None]:
-        def end() -> None:
-            self._late = True
-            self._process.kill()
-
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self._input.fileno(), view) :]
-        except BrokenPipeError:
-            raise self._ended() from None
-
-    def _read(self, size: int) -> bytes:
-        found = bytearray()
-        while len(found) < size:
-            part = os.read(self._output.fileno(), size - len(found))
-            if not part:
-                self._process.kill()
-                raise self._ended()
-            found += part
-        return bytes(found)
-
-    def _ended(self) -> _Ended:
-        return _Ended(self._wait(), self._late)
-
-    def _wait(self) -> int:
-        for pipe in (self._input, self._output):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        return self._process.wait()

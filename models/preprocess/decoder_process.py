@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from models.preprocess.decoder import ANSWER, READY, REQUEST
+from models.preprocess.decoder_child import ANSWER, READY, REQUEST
 from models.preprocess.image import ImagePreprocessor
 from models.preprocess.image_file.facts import ImageFile
 from models.preprocess.limits import InputError, InputLimits

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.serving import bombs
-from models.preprocess.decoder import Decoder, DecoderUnavailable
+from models.preprocess.decoder import Decoder
+from models.preprocess.decoder_child import DecoderUnavailable
 from models.preprocess.image import ImagePreprocessor
 from models.preprocess.limits import InputError
 from models.priority import DECODER_NICENESS

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from models.preprocess.image import ImagePreprocessor, to_square
+from models.preprocess.image import ImagePreprocessor
 from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import normalised
+from models.preprocess.square import to_square
 from models.preprocess.text import TextPreprocessor
 from models.spec import ImageTransform, TextTransform
 from tests.support.models import tiny_backbones
