@@ -39,7 +39,7 @@ class Decoder:
 
     There is one more process for small images, which would otherwise wait for seconds behind large ones.
 
-    `ended`: number of processes that were killed or ended while decoding an image.
+    `ended`: number of processes that were killed, crashed, or ran out of memory while decoding an image.
     """
 
     def __init__(
@@ -101,19 +101,15 @@ class Decoder:
         process = self._take()
         seconds = self._base_seconds + _SECONDS_PER_PIXEL * file.width * file.height
         try:
-            square = process.decode(file, transform, limits, seconds)
+            return process.decode(file, transform, limits, seconds)
         except InputError:
-            self._keep(process)
-            raise
-        except DecoderEnded:
-            with self._lock:
-                self.ended += 1
             raise
         except BaseException:
+            # The process may be in the middle of a request.
             process.end()
             raise
-        self._keep(process)
-        return square
+        finally:
+            self._give_back(process)
 
     def close(self) -> None:
         """Kill the idle processes."""
@@ -132,6 +128,10 @@ class Decoder:
                 return process
             process.end()
 
-    def _keep(self, process: DecoderChild) -> None:
+    def _give_back(self, process: DecoderChild) -> None:
+        """Keep the process for later images, or count it if it has ended."""
         with self._lock:
-            self._idle.append(process)
+            if process.alive:
+                self._idle.append(process)
+            else:
+                self.ended += 1

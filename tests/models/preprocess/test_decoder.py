@@ -85,11 +85,13 @@ def test_what_takes_too_much_time_is_ended_and_harms_no_other(decoder: Decoder) 
         assert bad.result() in ("input_too_costly", "undecodable_image")
 
 
-def test_what_takes_too_much_memory_is_refused() -> None:
+def test_what_takes_too_much_memory_is_refused_and_its_process_is_counted() -> None:
     with closing(Decoder(memory_bytes=16 << 20)) as decoder:
-        for _ in range(2):
+        for count in (1, 2):
             assert refusal(decoder, LARGE) == "input_too_costly"
+            assert decoder.ended == count
             assert ImagePreprocessor(PLAIN, decoder=decoder)(SMALL).shape == (16, 16, 3)
+            assert decoder.ended == count
 
 
 def test_fifty_megapixels_are_decoded_in_the_memory_that_there_is(decoder: Decoder) -> None:
