@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_every_folder_has_its_level_and_at_most_twelve_modules(layer: str) -> No
     for folder in (path for path in (ROOT / layer).rglob("*") if path.is_dir()):
         own = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
         assert len(own) <= 12, folder
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_folders_of_tests_and_benchmarks_have_at_most_twelve_modules(folder: str) -> None:
+    own = [path for path in modules(folder) if path.stem not in ("__init__", "__main__", "conftest")]
+    assert not {parent: count for parent, count in Counter(path.parent for path in own).items() if count > 12}
+
+
+def test_tests_import_no_test_module() -> None:
+    for path in modules("tests", "benchmarks"):
+        wrong = [name for name in imports(path) if name.rpartition(".")[2].startswith("test_")]
+        assert not wrong, f"{path}: {wrong}"
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from service.server.process import explain
 from service.settings import Settings, UnknownSetting, unknown_settings
-from tests.service.server.test_process import topwork
+from tests.support.service.commands import topwork
 
 NUMBERS = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
 

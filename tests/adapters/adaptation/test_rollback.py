@@ -27,8 +27,8 @@ from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import orphans
-from tests.adapters.registry.test_registry import append, change, create, example, refit, version
 from tests.support.adapters.adapter_stack import TENANT, World, other_text_export, says, taught, world
+from tests.support.adapters.records import append, change, create, example, refit, version
 from tests.support.models.tiny_backbones import text_export
 
 pytestmark = pytest.mark.anyio

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,7 +13,8 @@ import pytest
 from adapters.cache.aliases import AliasCache
 from adapters.registry.records import AdapterRecord, Alias, Change, Changed, Committed
 from adapters.registry.registry import Registry, RegistryUnavailable, UnknownAdapter, UnknownVersion, new_uid
-from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, refit, version
+from tests.support.adapters.records import TEXTS, append, artifact, change, create, refit, version
+from tests.support.conditions import eventually
 
 
 class CountingRegistry(Registry):
@@ -44,14 +45,6 @@ def counting(registry: Registry, registry_url: str) -> Iterator[CountingRegistry
     counted = CountingRegistry(registry_url)
     yield counted
     counted.close()
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to pass")
 
 
 def test_a_known_alias_reads_no_database(registry: Registry, counting: CountingRegistry) -> None:

@@ -28,9 +28,9 @@ from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed
 from models.spec import GRAPH_FILE
-from tests.adapters.cache.test_aliases import eventually
-from tests.adapters.registry.test_registry import change, create
-from tests.adapters.registry.test_registry import version as new_version
+from tests.support.adapters.records import change, create
+from tests.support.adapters.records import version as new_version
+from tests.support.conditions import eventually
 from tests.support.models.tiny_backbones import TEXT_NAME, sentence, text_backbone
 
 pytestmark = pytest.mark.anyio

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from adapters.finetune import data as samples
 from adapters.finetune import full_phase
@@ -49,9 +44,10 @@ from models.export.loaders import ExportRefused, Network, load_network
 from models.export.onnx_export import write
 from models.spec import GRAPH_FILE, BackboneSpec, ImageTransform
 from tests.support.models.gpu import require_gpu
+from tests.support.models.random_models import make_models
+from tests.support.models.shades import NAMES, picture
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("blue", "green", "red")
 SIZE = 32
 DIM = 16
 CONFIG = FineTuneConfig(epochs=3, full_size_epochs=1, pixels=24, batch=16, head_rate=1e-2, backbone_rate=1e-3)
@@ -95,15 +91,6 @@ def network() -> Any:
             module.running_mean.normal_(0.0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
     return body.eval()
-
-
-def picture(label: int, rng: np.random.Generator) -> bytes:
-    """Noise with more of the label's colour in it, which takes some learning to see."""
-    pixels = rng.integers(0, 200, (40, 40, 3))
-    pixels[:, :, 2 - label] += 8
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def lesson(count: int = 90) -> TrainingSet:
@@ -492,8 +479,7 @@ def tuned() -> tuple[Model, TrainingSet, TunedVersion]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Networks as timm and sentence-transformers save them."""
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_models(folder, "image", "mean")
     return folder
 
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +14,7 @@ import stamina
 from adapters.jobs.callback_sender import send_callback
 from adapters.jobs.callbacks import CallbackNotAllowed, check_callback, secret_key, signature_headers
 from adapters.registry.records import JobRecord
+from tests.support.adapters.listener import Listener, listening
 
 ALLOWED = ("https://hooks.example.com/topwork/", "http://10.0.0.5:8080/done")
 
@@ -60,44 +55,6 @@ def test_what_lies_below_an_allowed_url_may_be_called(url: str) -> None:
 def test_nothing_else_may(url: str) -> None:
     with pytest.raises(CallbackNotAllowed):
         check_callback(url, ALLOWED)
-
-
-class Listener(ThreadingHTTPServer):
-    """Answers with the statuses in turn, then 200, and keeps what it was told."""
-
-    def __init__(self, statuses: list[int]) -> None:
-        self.told: list[tuple[str, dict[str, object]]] = []
-        self.received: list[tuple[Message, bytes]] = []
-        self.statuses = statuses
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server = self.server
-        assert isinstance(server, Listener)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        server.received.append((self.headers, body))
-        server.told.append((self.path, json.loads(body)))
-        self.send_response(server.statuses.pop(0) if server.statuses else 200)
-        self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@contextmanager
-def listening(statuses: list[int]) -> Iterator[Listener]:
-    """A server that answers."""
-    server = Listener(statuses)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def job(url: str) -> JobRecord:

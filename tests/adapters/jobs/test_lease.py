@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,20 +14,14 @@ from adapters.jobs import lease
 from adapters.jobs.lease import Cancelled, DeadlinePassed, Lease, ShuttingDown
 from adapters.registry.errors import LeaseLost
 from adapters.registry.registry import Registry
-from tests.adapters.registry.test_jobs import PAST, begin, expire, now_of, set_row, submit
-from tests.adapters.registry.test_registry import create
+from tests.support.adapters.job_records import PAST, begin, expire, now_of, set_row, submit
+from tests.support.adapters.records import create
+from tests.support.conditions import until
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_MOST_SECONDS", 0.05)
-
-
-def until(what: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -66,9 +66,11 @@ from models.preprocess.pixels import normalised
 from models.priority import NICENESS
 from models.spec import ImageTransform
 from service import composition
-from tests.adapters.finetune.test_trainer import NAMES, picture
-from tests.adapters.jobs.test_callbacks import Listener, listening
-from tests.adapters.registry.test_jobs import expire
+from tests.support.adapters.job_records import expire
+from tests.support.adapters.listener import Listener, listening
+from tests.support.conditions import until
+from tests.support.models.random_models import make_models
+from tests.support.models.shades import NAMES, picture
 
 ROOT = Path(__file__).parents[3]
 WORKER = [sys.executable, "-m", "adapters.jobs.worker"]
@@ -85,8 +87,7 @@ LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_models(folder, "image")
     return f"timm:{folder / 'image'}"
 
 
@@ -206,13 +207,6 @@ def worker(config: WorkerConfig, command: Sequence[str] = WORKER) -> Iterator[su
             process.kill()
         process.wait()
         process.stdin.close()
-
-
-def until(what: Any, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def check_tuned(place: Place, job: JobRecord) -> None:

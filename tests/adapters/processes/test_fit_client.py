@@ -7,8 +7,7 @@ import math
 import os
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
 from adapters.processes.errors import FitterOverloaded, FitterUnavailable
 from adapters.processes.fit_client import Fitter
+from tests.support.conditions import eventually
 from tests.support.models.synthetic_embeddings import classification, clouds, dataset
 
 pytestmark = pytest.mark.anyio
@@ -28,13 +28,6 @@ async def fitter() -> AsyncIterator[Fitter]:
     await fitter.start()
     yield fitter
     await fitter.close()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30.0
-    while not holds():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 def pid_of(fitter: Fitter, line: int) -> int | None:
@@ -226,8 +219,8 @@ async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None
         await lines.fit(data)
         pid = pid_of(lines, 1)
         assert pid is not None
-        await until(lambda: pid_of(lines, 1) is None)
-        await until(lambda gone=pid: not Path(f"/proc/{gone}").exists())  # type: ignore[misc]
+        await eventually(lambda: pid_of(lines, 1) is None)
+        await eventually(lambda gone=pid: not Path(f"/proc/{gone}").exists())  # type: ignore[misc]
         ended.add(pid)
     assert len(ended) == 2
     assert lines.alive
@@ -236,7 +229,7 @@ async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None
 
 async def test_a_long_fit_whose_process_is_killed_is_repeated(lines: Fitter) -> None:
     running = asyncio.create_task(lines.fit(classification(2_000, 384, 60)))
-    await until(lambda: not lines._lines[1].broken)
+    await eventually(lambda: not lines._lines[1].broken)
     pid = pid_of(lines, 1)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)

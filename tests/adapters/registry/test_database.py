@@ -8,19 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import text
 
-import adapters.registry.migrations
 from adapters.registry.database import Database, DatabaseUnusable
 from adapters.registry.errors import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.migrations import HEAD
 from adapters.registry.registry import Registry
 from service.server.process import explain
-
-LAST = "0007"
-"""The revision before this one that a release may have left."""
+from tests.support.adapters.schema import LAST, at_revision
 
 
 def made(path: Path) -> None:
@@ -28,17 +23,6 @@ def made(path: Path) -> None:
     registry.migrate()
     registry.tenants.create("acme")
     registry.close()
-
-
-def at_revision(url: str, revision: str) -> None:
-    """Make the tables of an earlier release in an empty database."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(adapters.registry.migrations.__file__).parent))
-    database = Database(url)
-    with database.writing() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
-    database.close()
 
 
 def used(path: Path) -> None:

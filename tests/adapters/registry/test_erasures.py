@@ -29,10 +29,10 @@ from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Artifact, Store
 from adapters.storage.local import LocalStore
 from adapters.storage.open import open_store
-from tests.adapters.registry.test_jobs import begin, submit
-from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, example, refit
-from tests.adapters.registry.test_registry import version as new_version
 from tests.support.adapters.adapter_stack import TENANT, says, taught, world
+from tests.support.adapters.job_records import begin, submit
+from tests.support.adapters.records import TEXTS, append, artifact, change, create, example, refit
+from tests.support.adapters.records import version as new_version
 
 anyio = pytest.mark.anyio
 

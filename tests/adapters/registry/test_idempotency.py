@@ -22,8 +22,8 @@ from adapters.registry.idempotency import MOST_BYTES, REPLIES_KEPT, AlreadyAnswe
 from adapters.registry.records import Committed, JobRecord
 from adapters.registry.registry import Change, Registry, new_uid
 from adapters.registry.schema import database_now, replies
-from tests.adapters.registry.test_registry import TEXTS, append, artifact, change, create, example, version
 from tests.support.adapters.adapter_stack import TENANT, says, taught, world
+from tests.support.adapters.records import TEXTS, append, artifact, change, create, example, version
 
 KEY = hashlib.sha256(b"a key").hexdigest()
 REQUEST = "1" * 64

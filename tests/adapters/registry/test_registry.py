@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,11 +18,9 @@ from adapters.registry.database import Database, wal_is_safe
 from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.registry import (
     AdapterExists,
-    AdapterRecord,
     AliasMoved,
     Change,
     Committed,
-    Creation,
     ExampleWrite,
     NewVersion,
     Rebase,
@@ -36,64 +33,9 @@ from adapters.registry.registry import (
     UnknownVersion,
     new_uid,
 )
-from adapters.storage.artifact import Artifact, StoreFull
+from adapters.storage.artifact import StoreFull
 from adapters.storage.local import LocalStore
-
-TEXTS = Creation("minilm-l6-v2", "f" * 64, "text", "classification", keep_inputs=True)
-
-
-def artifact(content: str = "") -> Artifact:
-    return Artifact.describe(content.encode())
-
-
-def example(name: str, segment: Artifact, row: int = 0, inputs: Artifact | None = None) -> ExampleWrite:
-    return ExampleWrite(name, "d" * 64, "cat", segment, row, inputs)
-
-
-def version(
-    *, head: Artifact | None = None, evidence: Artifact | None = None, network: Artifact | None = None
-) -> NewVersion:
-    report = {"accuracy": 0.5}
-    return NewVersion("linear_probe", head or artifact("head"), evidence, report, labels=2, network=network)
-
-
-def create(
-    registry: Registry, name: str = "pets", ids: Sequence[str] = ("a", "b"), tenant: str = "acme"
-) -> Committed:
-    """An adapter with its examples in one segment and a live version."""
-    segment, inputs = artifact("segment"), artifact("inputs")
-    return registry.commit(
-        Change(
-            tenant,
-            name,
-            new_uid(),
-            0,
-            create=TEXTS,
-            upserts=tuple(example(identity, segment, row, inputs) for row, identity in enumerate(ids)),
-            version=version(evidence=artifact("evidence")),
-            promote=True,
-        )
-    )
-
-
-def change(adapter: AdapterRecord) -> Change:
-    return Change(adapter.tenant, adapter.name, adapter.uid, adapter.revision)
-
-
-def append(registry: Registry, adapter: AdapterRecord, *ids: str) -> Committed:
-    segment = artifact("more")
-    return registry.commit(
-        replace(
-            change(adapter),
-            upserts=tuple(example(identity, segment, row) for row, identity in enumerate(ids)),
-            version=version(),
-            promote=True,
-        )
-    )
-
-
-def refit(registry: Registry, adapter: AdapterRecord, *, promote: bool = True) -> Committed:
-    return registry.commit(replace(change(adapter), version=version(), promote=promote))
+from tests.support.adapters.records import TEXTS, append, artifact, change, create, example, refit, version
 
 
 def test_creates_an_adapter_with_its_first_version(registry: Registry) -> None:
@@ -749,8 +691,8 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_version_and_leaves_no_row_wi
         adapter = registry.adapter("acme", "pets")
         assert adapter.live is not None
         assert adapter.live in (acknowledged, acknowledged + 1)
-        for artifact in registry.referenced(uid):
-            store.read("acme", uid, artifact)
+        for referenced in registry.referenced(uid):
+            store.read("acme", uid, referenced)
 
 
 KILLED_IN_COMMIT = """

@@ -25,8 +25,8 @@ from adapters.registry.tenants import (
     UnknownKey,
     split_key,
 )
-from tests.adapters.registry.test_jobs import claim, submit
-from tests.adapters.registry.test_registry import artifact, change, create, example
+from tests.support.adapters.job_records import claim, submit
+from tests.support.adapters.records import artifact, change, create, example
 
 ARTIFACT = artifact("more")
 PAST = datetime(2000, 1, 1, tzinfo=UTC)

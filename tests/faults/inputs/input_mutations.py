@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.support.service.client import BLAME, PICTURES, PRAISE
+from tests.support.service.client import (
+    BLAME,
+    PICTURES,
+    PRAISE,
+)
 
 FORMATS: Mapping[str, str] = {
     "JPEG": "image/jpeg",
@@ -257,3 +261,18 @@ def json_string(value: str, seed: int) -> bytes:
             + b'"'
         )
     return written
+
+
+CODES = {
+    "no_known_tokens",
+    "undecodable_image",
+    "truncated_image",
+    "image_too_large",
+    "empty_image",
+    "unsupported_image",
+    "input_too_costly",
+    "empty_text",
+    "text_too_long",
+    "invalid_text",
+    "wrong_kind",
+}

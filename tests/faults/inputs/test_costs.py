@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.faults import times
-from tests.faults.inputs.test_mutated_inputs import CODES
+from tests.faults.inputs.input_mutations import CODES
 
 MUTANTS = times(10_000, 120)
 PROCESSES = 2

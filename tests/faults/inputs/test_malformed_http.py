@@ -16,7 +16,7 @@ import pytest
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
 from tests.faults.inputs.malformed_requests import GOOD, Message, message
-from tests.service.server.test_protocol import connected, received, send
+from tests.support.service.connections import connected, received, send
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 KEY = (b"authorization", b"Bearer " + ADMIN.encode())

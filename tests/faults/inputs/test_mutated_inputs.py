@@ -19,21 +19,9 @@ from PIL import Image
 from benchmarks.harness.service_process import Serving, resident
 from tests.faults import times
 from tests.faults.inputs import input_mutations
+from tests.faults.inputs.input_mutations import CODES
 from tests.support.service.client import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
 
-CODES = {
-    "no_known_tokens",
-    "undecodable_image",
-    "truncated_image",
-    "image_too_large",
-    "empty_image",
-    "unsupported_image",
-    "input_too_costly",
-    "empty_text",
-    "text_too_long",
-    "invalid_text",
-    "wrong_kind",
-}
 # Of a request that cannot be read, whatever its items are.
 WHOLE = {"invalid_json", "unsupported_media_type", "body_too_large", "examples_rejected", "no_inputs"}
 MOST_MORE = 512 << 20

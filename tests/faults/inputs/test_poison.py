@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.faults import times
 from tests.faults.inputs import input_mutations
-from tests.service.api.prediction.test_bad_input import bomb, png_header
+from tests.support.models.png_bombs import bomb, png_header
 from tests.support.service.client import CLOSE, PICTURES, UNSEEN, Caller, image
 
 ROUNDS = times(1_000, 30)

@@ -27,8 +27,8 @@ from schemathesis.specs.openapi.checks import (
 
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.api.test_openapi import ROUTES
 from tests.support.service.client import JSON, Caller, reviews
+from tests.support.service.document import ROUTES
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 SERVICES = 2

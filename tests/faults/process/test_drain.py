@@ -15,9 +15,10 @@ import pytest
 
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.service.server.test_process import bentoml_serve, get
 from tests.support.models import tiny_backbones
+from tests.support.service.calls import get
 from tests.support.service.client import Caller
+from tests.support.service.commands import bentoml_serve
 from tests.support.service.faulty_service import environment
 from tests.support.service.load_callers import Loop, post, total
 

@@ -6,7 +6,6 @@ Each has fired, and what was acknowledged is there, nothing refers to what is no
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,13 +20,11 @@ from adapters.registry.database import Database
 from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
+from tests.faults.process.failpoints import PLACES_FILE, Failpoint
 
-FAILING = Path(__file__).with_name("failing")
-# What fails, and then the project itself.
-PATHS = os.pathsep.join((str(FAILING), str(Path(__file__).resolve().parents[3])))
 PLACES = [
     f"{module}.{path}:{when}"
-    for module, paths in json.loads((FAILING / "places.json").read_text()).items()
+    for module, paths in json.loads(PLACES_FILE.read_text()).items()
     for path in paths
     for when in ("before", "after")
 ]
@@ -54,8 +51,7 @@ class Place:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.failing = home / "failing"
-        self.failing.mkdir()
+        self.failpoint = Failpoint(home / "failing")
         self.number = 0
         self.versions: dict[str, int] = {}
         self.uncertain: set[str] = set()
@@ -63,23 +59,13 @@ class Place:
         self._start()
 
     def _start(self) -> None:
-        environment = {"PYTHONPATH": PATHS, "TOPWORK_FAILING": str(self.failing)}
-        self.serving = Serving(self.home, environment=environment)
+        self.serving = Serving(self.home, environment=self.failpoint.environment)
         self.http = httpx.Client(base_url=self.serving.url, timeout=30.0)
 
     def close(self) -> None:
         self.http.close()
         if self.serving.process.poll() is None:
             self.serving.stop()
-
-    def arm(self, place: str, action: str) -> None:
-        (self.failing / "fired").unlink(missing_ok=True)
-        (self.failing / "armed.new").write_text(f"{place} {action}")
-        (self.failing / "armed.new").rename(self.failing / "armed")
-
-    @property
-    def fired(self) -> bool:
-        return (self.failing / "fired").exists()
 
     def ask(self, method: str, path: str, **request: Any) -> httpx.Response | None:
         """The answer; None where the service was killed meanwhile, and then it runs again."""
@@ -175,9 +161,9 @@ def test_there_are_enough_places() -> None:
 @pytest.mark.parametrize(("where", "action"), CASES, ids=lambda value: value)
 def test_it_fires_and_is_survived(place: Place, where: str, action: str) -> None:
     place.settled()
-    place.arm(where, action)
+    place.failpoint.arm(where, action)
     end = time.monotonic() + PATIENCE
-    while not place.fired:
+    while not place.failpoint.fired:
         assert time.monotonic() < end, "nobody came there"
         place.work()
     place.settled()

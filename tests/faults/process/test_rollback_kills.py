@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.harness.service_process import Serving
 from tests.faults import times
-from tests.faults.process.test_failpoints import PATHS
+from tests.faults.process.failpoints import Failpoint
 
 ADAPTER = "/adapters/films"
 Ask = Callable[..., httpx.Response]
@@ -47,25 +47,18 @@ class Place:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.failing = home / "failing"
-        self.failing.mkdir()
+        self.failpoint = Failpoint(home / "failing")
         self.start()
 
     def start(self) -> None:
         self.serving = Serving(
             self.home,
             environment={
-                "PYTHONPATH": PATHS,
-                "TOPWORK_FAILING": str(self.failing),
+                **self.failpoint.environment,
                 "TOPWORK_BACKBONES": "minilm-l6-v2",
                 "TOPWORK_WORKERS": "0",
             },
         )
-
-    def arm(self, where: str) -> None:
-        (self.failing / "fired").unlink(missing_ok=True)
-        (self.failing / "armed.new").write_text(f"{where} kill")
-        (self.failing / "armed.new").rename(self.failing / "armed")
 
     def caller(self, tenant: str) -> httpx.Client:
         return httpx.Client(base_url=self.serving.url, headers={"X-Tenant": tenant}, timeout=60.0)
@@ -121,10 +114,10 @@ def test_a_kill_leaves_what_was_before_or_what_comes_after(place: Place, name: s
     place.ask(whole, method, path, body)
     after = place.state(whole)
     assert after != before
-    place.arm(where)
+    place.failpoint.arm(where, "kill")
     with pytest.raises(httpx.TransportError):
         place.ask(killed, method, path, body, **{"Idempotency-Key": "one"})
-    assert (place.failing / "fired").exists()
+    assert place.failpoint.fired
     assert place.serving.process.wait(30) != 0
     place.start()
     recorded = where.startswith("adapters.registry.registry.Registry") and where.endswith(":after")

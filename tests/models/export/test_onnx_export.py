@@ -16,6 +16,7 @@ from models.export.loaders import load_network
 from models.model_store import model_name
 from models.spec import ImageTransform, TextTransform
 from tests.support.models import tiny_backbones
+from tests.support.models.random_models import make_models
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,8 +27,7 @@ Outcome = tuple[int, list[str], str]
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_models(folder)
     return folder
 
 

@@ -23,8 +23,7 @@ from models.preprocess.decoder_child import DecoderUnavailable
 from models.preprocess.image import ImagePreprocessor
 from models.preprocess.limits import InputError
 from models.priority import DECODER_NICENESS
-from tests.models.preprocess.test_image import drawing, encoded
-from tests.models.preprocess.test_image_file import PLAIN
+from tests.support.models.drawings import PLAIN, drawing, encoded
 
 SMALL = encoded(drawing(), "AVIF")
 LARGE = encoded(drawing((3_000, 2_000)), "JPEG")

@@ -26,34 +26,9 @@ from models.preprocess.square import to_square
 from models.preprocess.text import TextPreprocessor
 from models.spec import ImageTransform, TextTransform
 from tests.support.models import tiny_backbones
+from tests.support.models.drawings import PLAIN, drawing, encoded, levels, refusal
 
 HALF = (0.5, 0.5, 0.5)
-# The network sees the picture itself, so that a test can read colours from the answer.
-PLAIN = ImageTransform(size=16, crop=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
-
-
-def drawing(size: tuple[int, int] = (16, 16)) -> Image.Image:
-    """Different in every corner, so that a turned one is noticed."""
-    corners = np.array([[[250, 10, 10], [10, 250, 10]], [[10, 10, 250], [240, 240, 10]]], np.uint8)
-    return Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
-
-
-def encoded(image: Image.Image, fmt: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, fmt, **options)
-    return buffer.getvalue()
-
-
-def levels(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What the network would see, float32 (3, height, width), as 0..255."""
-    return ImagePreprocessor(PLAIN)(data).transpose(2, 0, 1).astype(np.float32)
-
-
-def refusal(data: bytes, limits: InputLimits = InputLimits()) -> str:
-    with pytest.raises(InputError) as caught:
-        ImagePreprocessor(PLAIN, limits)(data)
-    assert caught.value.detail
-    return caught.value.code
 
 
 @pytest.mark.parametrize(

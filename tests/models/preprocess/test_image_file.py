@@ -18,10 +18,8 @@ from models.preprocess.decoder import Decoder
 from models.preprocess.image import ImagePreprocessor, rgb
 from models.preprocess.image_file.reader import declared_size, read_image_file
 from models.preprocess.limits import InputError
-from models.spec import ImageTransform
-from tests.models.preprocess.test_image import drawing, encoded, levels, refusal
+from tests.support.models.drawings import PLAIN, drawing, encoded, levels, refusal
 
-PLAIN = ImageTransform(size=16, crop=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MEGABYTE = 1 << 20
 

@@ -31,6 +31,7 @@ from models.runtime.session import open_session
 from models.runtime.shapes import shapes_for
 from models.spec import GRAPH_FILE, HALF_FILE
 from models.survey import planned
+from tests.support.conditions import until
 from tests.support.models import tiny_backbones
 from tests.support.models.gpu import require_gpu
 
@@ -390,13 +391,6 @@ def test_closed_it_runs_what_waits_and_then_says_so(reference: Backbone) -> None
         runner.run([one])
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def has_waiting(runner: CudaRunner, rows: int) -> bool:
     return runner._rows == rows
 
@@ -444,7 +438,7 @@ async def test_workers_prepare_what_comes_next_while_a_run_is_under_way(referenc
     for waiting, one in enumerate(some[1:], start=1):
         callers.append(asyncio.create_task(batcher.embed([one])))
         # The only worker has prepared it, although the first run has not returned.
-        await asyncio.to_thread(wait_until, partial(has_waiting, runner, waiting))
+        await asyncio.to_thread(until, partial(has_waiting, runner, waiting))
     standstill = StallDetector(batcher)
     assert standstill.look(0.0) is None
     assert standstill.look(PATIENCE) is None

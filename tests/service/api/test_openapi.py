@@ -5,49 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from service.payloads import openai, responses
 from tests.support.service.client import UNSEEN, Caller, image, pictures, reviews
-
-ROUTES = {
-    ("post", "/adapt"),
-    ("post", "/predict"),
-    ("post", "/embed"),
-    ("post", "/v1/embeddings"),
-    ("get", "/v1/models"),
-    ("get", "/v1/models/{model}"),
-    ("get", "/backbones"),
-    ("get", "/metrics"),
-    ("get", "/adapters"),
-    ("get", "/adapters/{adapter}"),
-    ("delete", "/adapters/{adapter}"),
-    ("get", "/adapters/{adapter}/versions"),
-    ("get", "/adapters/{adapter}/versions/{version}"),
-    ("get", "/adapters/{adapter}/versions/{version}/export"),
-    ("post", "/adapters/{adapter}/versions/{version}/restore"),
-    ("put", "/adapters/{adapter}/aliases/live"),
-    ("get", "/adapters/{adapter}/examples"),
-    ("delete", "/adapters/{adapter}/examples"),
-    ("get", "/adapters/{adapter}/examples/{example}"),
-    ("patch", "/adapters/{adapter}/examples/{example}"),
-    ("delete", "/adapters/{adapter}/examples/{example}"),
-    ("post", "/adapters/{adapter}/feedback"),
-    ("post", "/adapters/{adapter}/rebase"),
-    ("get", "/jobs"),
-    ("get", "/jobs/{job}"),
-    ("get", "/jobs/{job}/events"),
-    ("post", "/jobs/{job}/cancel"),
-    ("get", "/tenants"),
-    ("post", "/tenants"),
-    ("get", "/tenants/{tenant}"),
-    ("delete", "/tenants/{tenant}"),
-    ("put", "/tenants/{tenant}/quotas"),
-    ("get", "/tenants/{tenant}/keys"),
-    ("post", "/tenants/{tenant}/keys"),
-    ("post", "/tenants/{tenant}/keys/{key}/rotate"),
-    ("delete", "/tenants/{tenant}/keys/{key}"),
-}
+from tests.support.service.document import ROUTES, exactly
 
 
 @pytest.fixture
@@ -99,11 +60,6 @@ def test_examples_of_the_document_are_accepted(caller: Caller, document: Any) ->
     caller.call("POST", "/adapters/mails/feedback", json=found["FeedbackRequest"]["example"])
     body = {"fit": False, **found["AmendRequest"]["example"]}
     caller.call("PATCH", "/adapters/mails/examples/m1", json=body)
-
-
-def exactly(model: type[BaseModel], value: Any) -> None:
-    """Raises unless the value has the model's form, with no field anywhere that the model does not name."""
-    model.model_validate(value, extra="forbid")
 
 
 def test_answers_have_the_documented_form(caller: Caller) -> None:

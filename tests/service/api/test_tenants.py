@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks.harness.service_process import Serving
 from service.payloads import responses, tenants
-from tests.service.api.test_openapi import exactly
 from tests.support.service.client import UNSEEN, Caller, reviews
+from tests.support.service.document import exactly
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 PLAIN = {"content-type": "text/plain"}

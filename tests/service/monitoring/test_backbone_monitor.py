@@ -20,8 +20,8 @@ from benchmarks.serving import bombs
 from service.monitoring.backbone_monitor import LoopWatchdog
 from service.server.process import STUCK
 from tests.faults import times
-from tests.service.server.test_process import get
 from tests.support.models import tiny_backbones
+from tests.support.service.calls import get
 from tests.support.service.client import Caller, image
 from tests.support.service.faulty_service import KINDS, Breaking
 

@@ -22,8 +22,8 @@ from models.runtime.autotune import ExecutionPlan, MeasuredPlan, keep_plan
 from models.survey import known_plan
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.surveyor import Schedule, Surveyor
-from tests.service.cli.test_storage import topwork
 from tests.support.models import tiny_backbones
+from tests.support.service.commands import run_topwork
 
 pytestmark = pytest.mark.anyio
 
@@ -162,9 +162,9 @@ async def test_topwork_plan_shows_and_measures(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("BENTOML_HOME", str(home))
     monkeypatch.setenv("TOPWORK_BACKBONES", ",".join(names))
     monkeypatch.setenv("TOPWORK_THREADS", "2")
-    shown = await asyncio.to_thread(topwork, tmp_path, "plan")
+    shown = await asyncio.to_thread(run_topwork, tmp_path, "plan")
     assert shown == [{"backbone": name, "plan": None, "confirmed": False} for name in names]
-    (measured,) = await asyncio.to_thread(topwork, tmp_path, "plan", "--measure", names[1])
+    (measured,) = await asyncio.to_thread(run_topwork, tmp_path, "plan", "--measure", names[1])
     assert measured["backbone"] == names[1]
     (export,) = (path.parent for path in home.rglob("plan.json"))
     kept = known_plan(export, device="cpu", threads=2)
@@ -173,6 +173,6 @@ async def test_topwork_plan_shows_and_measures(tmp_path: Path, monkeypatch: pyte
     assert ExecutionPlan(**measured["plan"]) == kept.plan
     usual = ExecutionPlan.usual("text", "cpu", 2)
     keep_plan(export, usual, "cpu", BETTER)
-    (image, text) = await asyncio.to_thread(topwork, tmp_path, "plan")
+    (image, text) = await asyncio.to_thread(run_topwork, tmp_path, "plan")
     assert image["plan"] is None
     assert text == {"backbone": names[1], **asdict(BETTER), "confirmed": True}

@@ -23,9 +23,9 @@ import yaml
 
 from benchmarks.harness.service_process import ROOT, Serving
 from models.model_store import find_tag
-from tests.service.server.test_process import KEY, get, post, texts
 from tests.support import bentos
 from tests.support.dockerfile import Container, read
+from tests.support.service.calls import KEY, get, post, texts
 from tests.support.service.client import Caller
 from tests.support.service.seclusion import REPORTED_BY, Seclusion
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.server.connections import ConnectionTable
 from service.server.drain import accept_backlog
-from tests.service.server.test_protocol import connected
+from tests.support.service.connections import connected
 from tests.support.service.load_callers import answer, post
 from tests.support.service.raw_server import Bare
 

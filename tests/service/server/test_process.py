@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,45 +19,8 @@ import pytest
 
 from benchmarks.harness.service_process import ROOT, DidNotStart, Serving
 from tests.support.service import faulty_service
-
-KEY = "0123456789abcdef0123456789abcdef"
-
-
-def get(url: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read(), dict(answer.headers)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read(), dict(error.headers)
-
-
-def post(url: str, body: object) -> dict[str, object]:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        result: dict[str, object] = json.load(answer)
-        return result
-
-
-def texts(number: int) -> list[dict[str, str]]:
-    return [
-        {"id": f"e{index}", "text": f"{word} number {index}", "label": word}
-        for index in range(number)
-        for word in [("invoice", "holiday")[index % 2]]
-    ]
-
-
-def topwork(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("topwork")), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+from tests.support.service.calls import KEY, get, post, texts
+from tests.support.service.commands import bentoml_serve, topwork
 
 
 def mapped_libraries(pid: int) -> set[str]:
@@ -333,18 +294,6 @@ def test_a_dead_fitter_is_not_ready_or_replaced(server: str, serving: Serving) -
     assert adapted["version"] == 1
     assert get(f"{server}/readyz")[0] == 200
     assert fitter not in serving.group()
-
-
-def bentoml_serve(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bentoml", "serve", "service.app:Topwork", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TOPWORK_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def test_plain_bentoml_serve_refuses_a_foreign_address_without_a_key(tmp_path: Path) -> None:

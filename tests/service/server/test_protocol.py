@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from urllib.parse import urlsplit
+from collections.abc import Iterator
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -17,54 +14,12 @@ from starlette.types import Receive, Scope, Send
 from benchmarks.harness.service_process import Serving
 from service.server.connections import connections
 from service.server.protocol import MAX_HEAD_BYTES
-from tests.service.server.test_process import get, post, texts
+from tests.support.service.calls import get, post, texts
+from tests.support.service.connections import connected, problem, received, send
 from tests.support.service.raw_server import Bare
 
 LINE = b"x-filling: " + b"a" * 1_000 + b"\r\n"
 TEXT = b"content-type: text/plain\r\n"
-
-
-@contextmanager
-def connected(url: str) -> Iterator[socket.socket]:
-    place = urlsplit(url)
-    with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
-        yield connection
-
-
-def send(connection: socket.socket, pieces: Iterable[bytes]) -> int:
-    """Bytes sent until the other side had enough."""
-    sent = 0
-    try:
-        for piece in pieces:
-            connection.sendall(piece)
-            sent += len(piece)
-    except OSError:
-        pass
-    return sent
-
-
-def received(connection: socket.socket) -> bytes:
-    """Everything until the other side closes, or resets."""
-    found = b""
-    try:
-        while piece := connection.recv(65_536):
-            found += piece
-    except ConnectionResetError:
-        pass
-    return found
-
-
-def problem(answer: bytes) -> str:
-    """The code of a refusal, which has the form of every other one."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    told = json.loads(body)
-    lines = head.lower().split(b"\r\n")
-    assert b"content-type: application/problem+json" in lines
-    assert b"x-request-id: " + told["request_id"].encode() in lines
-    assert b"connection: close" in lines
-    assert lines[0].startswith(b"http/1.1 %d " % told["status"])
-    assert told["detail"]
-    return str(told["type"]).removeprefix("urn:topwork:")
 
 
 def begun(method: str = "POST", path: str = "/predict?adapter=none") -> bytes:

@@ -21,7 +21,7 @@ from service.monitoring.metrics import Metrics
 from service.server import protocol
 from service.server.connections import ConnectionTable
 from service.settings import Settings
-from tests.service.server.test_protocol import connected, problem, received
+from tests.support.service.connections import connected, problem, received
 from tests.support.service.load_callers import answer, post
 from tests.support.service.raw_server import Bare
 

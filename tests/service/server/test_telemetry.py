@@ -13,10 +13,10 @@ from pathlib import Path
 from subprocess import PIPE
 
 from benchmarks.harness.service_process import Serving
-from tests.service.api.adaptation.test_bulk import NDJSON, upload
-from tests.service.server.test_process import texts
+from tests.support.service.calls import texts
 from tests.support.service.client import Caller
 from tests.support.service.seclusion import REPORTED_BY, Seclusion
+from tests.support.service.uploads import NDJSON, upload
 
 
 def test_the_seclusion_sees_names_and_addresses(seclusion: Seclusion) -> None:

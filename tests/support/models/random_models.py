@@ -1,15 +1,20 @@
 """Small models with random weights, saved as timm and sentence-transformers save theirs.
 
-`python -m tests.support.models.random_models FOLDER` makes them, in its own process because it imports torch.
+A program that imports torch: `python -m tests.support.models.random_models FOLDER NAME…`.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[3]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -65,14 +70,25 @@ def sentence_folder(
     SentenceTransformer(modules=chain, device="cpu", **prompts).save(str(folder))
 
 
+MODELS: dict[str, Callable[[Path], None]] = {
+    "image": timm_folder,
+    "mean": sentence_folder,
+    "cls-prompt": partial(sentence_folder, pooling="cls", prompt="query "),
+    "albert": partial(sentence_folder, kind="Albert"),
+    "prompt-left-out": partial(sentence_folder, prompt="query ", include_prompt=False),
+}
+
+
+def make_models(root: Path, *names: str) -> None:
+    """Make the models of these names, or all, in folders of `root`. A process of its own imports torch."""
+    command = [sys.executable, "-m", "tests.support.models.random_models", str(root), *(names or MODELS)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
 def main() -> None:
-    """All of them, in folders of the one named."""
-    root = Path(sys.argv[1])
-    timm_folder(root / "image")
-    sentence_folder(root / "mean")
-    sentence_folder(root / "cls-prompt", pooling="cls", prompt="query ")
-    sentence_folder(root / "albert", kind="Albert")
-    sentence_folder(root / "prompt-left-out", prompt="query ", include_prompt=False)
+    root, *names = sys.argv[1:]
+    for name in names:
+        MODELS[name](Path(root, name))
 
 
 if __name__ == "__main__":

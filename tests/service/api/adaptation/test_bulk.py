@@ -13,15 +13,12 @@ import httpx
 import pytest
 
 from benchmarks.harness.service_process import Serving
-from service.payloads import responses
-from tests.adapters.jobs.test_callbacks import Listener, listening
+from tests.support.adapters.listener import Listener, listening
 from tests.support.service.client import BLAME, PICTURES, PRAISE, UNSEEN, Caller, Json, image
+from tests.support.service.uploads import CSV, NDJSON, ZIP, upload
 
 MAX_BODY = 200_000
 MAX_UPLOAD = 400_000
-CSV = {"Content-Type": "text/csv; charset=utf-8"}
-NDJSON = {"Content-Type": "application/x-ndjson"}
-ZIP = {"Content-Type": "application/zip"}
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +72,6 @@ def archive(files: dict[str, bytes]) -> bytes:
         for name, content in files.items():
             made.writestr(name, content)
     return buffer.getvalue()
-
-
-def upload(teacher: Caller, query: str, content: bytes, headers: dict[str, str]) -> Json:
-    """The job once it has ended."""
-    response = teacher.http.post(f"/adapt?{query}", content=content, headers=headers)
-    assert response.status_code == 202, response.text
-    job: Json = response.json()
-    assert response.headers["location"] == f"/jobs/{job['id']}"
-    assert (job["kind"], job["version"], job["error"]) == ("bulk_adapt", None, None)
-    end = time.monotonic() + 120
-    while job["finished_at"] is None:
-        assert time.monotonic() < end, job
-        time.sleep(0.2)
-        job = teacher.call("GET", f"/jobs/{job['id']}")
-    responses.JobOut.model_validate(job, extra="forbid")
-    return job
 
 
 def test_a_table_teaches_a_new_adapter(teacher: Caller, home: Path) -> None:

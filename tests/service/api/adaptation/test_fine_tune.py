@@ -22,24 +22,22 @@ from PIL import Image
 from adapters.registry.records import Change, NewVersion
 from adapters.registry.registry import Registry
 from adapters.storage.open import open_store
-from benchmarks.harness.service_process import ROOT, Serving
+from benchmarks.harness.service_process import Serving
 from models.model_store import find
 from models.spec import GRAPH_FILE
 from service.payloads import responses
 from service.settings import Settings
+from tests.support.models.random_models import make_models
+from tests.support.models.shades import picture
 from tests.support.service.client import Caller, Json, image, pictures, reviews, same
-
-NAMES = ("blue", "green", "red")
-QUICK = {"epochs": 3, "full_size_epochs": 3, "pixels": 32, "batch": 16, "refit": False}
-LONG = {"epochs": 100, "full_size_epochs": 0, "pixels": 32, "batch": 16, "patience": 100}
+from tests.support.service.fine_tunes import LONG, QUICK, shades, until_finished
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Settings with a small random network, whose fine-tunes take seconds."""
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_models(folder, "image")
     return {
         "TOPWORK_BACKBONES": f"timm:{folder / 'image'},minilm-l6-v2",
         "TOPWORK_REQUEST_TIMEOUT": "60",
@@ -57,28 +55,6 @@ def tuner(serving: Serving) -> Iterator[Caller]:
     found = Caller(serving.url)
     with found.http:
         yield found
-
-
-def shade(label: int, rng: np.random.Generator) -> bytes:
-    pixels = rng.integers(0, 200, (40, 40, 3))
-    pixels[:, :, 2 - label] += 8
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shades(count: int = 60, seed: int = 1) -> list[Json]:
-    rng = np.random.default_rng(seed)
-    return [{"id": f"s{row}", **image(shade(row % 3, rng)), "label": NAMES[row % 3]} for row in range(count)]
-
-
-def until_finished(tuner: Caller, job: Json, seconds: float = 150.0) -> Json:
-    end = time.monotonic() + seconds
-    while job["finished_at"] is None:
-        assert time.monotonic() < end, job
-        time.sleep(0.2)
-        job = tuner.call("GET", f"/jobs/{job['id']}")
-    return job
 
 
 def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller, tmp_path: Path) -> None:
@@ -116,7 +92,7 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     assert version["report"]["export"]["probes"] == 512
     assert version["report"]["promotion"]["compared"] == 12
 
-    asked = [image(shade(row % 3, np.random.default_rng(9))) for row in range(6)]
+    asked = [image(picture(row % 3, np.random.default_rng(9))) for row in range(6)]
     tuned = wait_for_version(tuner, "shades", 2, asked)
     probed = tuner.predict("shades", asked, version=1)
     assert (probed["version"], tuned["version"]) == (1, 2)
@@ -147,7 +123,7 @@ def test_predictions_go_on_while_a_network_loads_and_the_first_of_its_own_need_n
     tuner: Caller, serving: Serving, environment: dict[str, str]
 ) -> None:
     tuner.adapt("held", shades(12))
-    asked = [image(shade(row, np.random.default_rng(9))) for row in range(3)]
+    asked = [image(picture(row, np.random.default_rng(9))) for row in range(3)]
     waited_before = waited(tuner)
     export = find(environment["TOPWORK_BACKBONES"].partition(",")[0])
     assert export is not None
@@ -257,7 +233,7 @@ def test_what_cannot_be_tuned_is_refused_before_a_job_begins(tuner: Caller) -> N
     assert refused("gone", 409) == "inputs_not_kept"
     tuner.adapt("lopsided", [{**one, "label": "red" if row else "blue"} for row, one in enumerate(shades())])
     assert refused("lopsided", 422) == "too_few_examples"
-    numbers = [{**image(shade(0, np.random.default_rng(row))), "target": float(row)} for row in range(60)]
+    numbers = [{**image(picture(0, np.random.default_rng(row))), "target": float(row)} for row in range(60)]
     tuner.adapt("numbers", numbers, task="regression")
     assert refused("numbers", 409) == "task_not_tunable"
     assert refused("few", 422, fine_tune={"epochs": 0}) == "invalid_request"

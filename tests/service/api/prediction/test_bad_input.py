@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,9 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from PIL import Image
 
 from benchmarks.harness.service_process import Serving
+from tests.support.models.png_bombs import bomb, png_header
 from tests.support.service.client import JSON, PICTURES, UNSEEN, Caller, image, pictures, reviews
 
 
@@ -49,28 +46,6 @@ def snapshot(caller: Caller) -> Any:
         caller.predict("films", [{"text": "Lovely"}])["predictions"],
         caller.predict("things", [image(UNSEEN["cow"])])["predictions"],
     ]
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header says a size, and whose pixels are missing."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
-
-
-def bomb() -> bytes:
-    """A PNG of a few hundred kilobytes that decodes to 400 million pixels."""
-    buffer = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 BAD_IMAGES: dict[str, tuple[bytes, set[str]]] = {

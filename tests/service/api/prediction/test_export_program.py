@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,10 @@ import onnx
 import pytest
 
 from benchmarks.harness.service_process import ROOT, Serving
-from tests.service.api.adaptation.test_fine_tune import QUICK, shades, until_finished
+from tests.support.models.random_models import make_models
 from tests.support.models.raw_inputs import UNKNOWN, WRITTEN, images, texts
 from tests.support.service.client import BLAME, PICTURES, PRAISE, Caller, Json, image, pictures, reviews
+from tests.support.service.fine_tunes import QUICK, shades, until_finished
 
 PROGRAM = ROOT / "examples" / "run_export.py"
 # Besides these and the standard library, the program finds no package.
@@ -28,8 +28,7 @@ CLOSE = 1e-4
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The usual backbones, and a small network whose fine-tunes take seconds."""
     folder = tmp_path_factory.mktemp("networks")
-    command = [sys.executable, "-m", "tests.support.models.random_models", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_models(folder, "image")
     environment = {"TOPWORK_BACKBONES": f"efficientnet-lite0,minilm-l6-v2,timm:{folder / 'image'}"}
     with Serving(tmp_path_factory.mktemp("home"), environment=environment) as running:
         yield running

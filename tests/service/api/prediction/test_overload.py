@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from benchmarks.harness.service_process import Serving
-from tests.service.server.test_process import get, post, texts
+from tests.support.service.calls import get, post, texts
 from tests.support.service.client import Caller
 
 BODY = b"a holiday"
