@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from models import probes
 from models.arrays import Prepared
 from models.manifest import read_manifest, takes_bytes
 from models.preprocess.image import ImagePreprocessor
@@ -19,6 +20,17 @@ from models.runtime.session import Device, DeviceUnavailable
 from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform
 
 _TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
+# Varied inputs, on which different ways to compute the same embeddings are compared.
+PROBE_TEXTS = (
+    "How do I get my money back?",
+    "a",
+    "The quick brown fox jumps over the lazy dog. " * 60,
+    "Größe, naïve café, Ærø — “quoted” text…",
+    "请问这个产品什么时候发货?",
+    "ALL CAPITALS and MiXeD CaSe\nwith\ttabs and  double  spaces",
+    "emoji 🙂🚀 and symbols ≤ ∑ €5.00 50% #tag @name https://example.com/a?b=c",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+)
 
 
 def probe_inputs(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Prepared]:
@@ -26,8 +38,25 @@ def probe_inputs(preprocessor: ImagePreprocessor | TextPreprocessor) -> list[Pre
     if isinstance(preprocessor, ImagePreprocessor):
         # Probes must pass whatever limits the settings impose, so the default limits are used.
         prepare = ImagePreprocessor(preprocessor.transform)
-        return [prepare(picture) for picture in probes.pictures()]
-    return [preprocessor.tokens(text)[0] for text in probes.TEXTS]
+        return [prepare(picture) for picture in probe_images()]
+    return [preprocessor.tokens(text)[0] for text in PROBE_TEXTS]
+
+
+def probe_images() -> list[bytes]:
+    """Generate varied PNGs with smooth colours and grain.
+
+    They are nearly square, because the libraries' own preprocessing sees only the centre of longer ones.
+    """
+    rng = np.random.default_rng(0)
+    images = []
+    for height, width in ((480, 640), (333, 180), (48, 48), (224, 224), (257, 510)):
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return images
 
 
 def graph_of(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from models.errors import InternalFailure
 from models.spec import GRAPH_FILE, HALF_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
 
 # Version of the manifest. 2 added files for large tables, 3 the graph in half precision, 4 graphs that take
@@ -16,7 +17,7 @@ _READABLE = (1, 2, 3, 4)
 _TAKES_BYTES = 4
 
 
-class CorruptExport(RuntimeError):
+class CorruptExport(InternalFailure):
     """The export folder is incomplete or was changed; the message says what to do."""
 
     code = "corrupt_export"

@@ -11,6 +11,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from models.errors import InternalFailure
+
 MODEL_GRAPH, MODEL_METADATA = 7, 14
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
 FLOAT, UINT8, INT64, BOOL, DOUBLE = 1, 2, 7, 9, 11
@@ -20,7 +22,7 @@ _ATTRIBUTE_INT, _ATTRIBUTE_INTS = 2, 7
 _TYPES = {"f4": FLOAT, "f8": DOUBLE, "i8": INT64}
 
 
-class InvalidGraph(ValueError):
+class InvalidGraph(InternalFailure):
     """The bytes are not an ONNX model with the inputs and the output of a backbone."""
 
     code = "invalid_graph"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from models.errors import Invalid
+
 Kind = Literal["image", "text"]
 
 # Names of the inputs and the output of every exported graph. BERT graphs already use the name "embedding".
@@ -43,7 +45,7 @@ FAR_FROM_SQUARE: Final = 2
 CROP_MODES: Final = ("center", "squash", "fold")
 
 
-class UnknownBackbone(LookupError):
+class UnknownBackbone(Invalid):
     """The name is neither a packaged backbone nor `timm:<…>` nor `sentence-transformers:<…>`."""
 
     code = "unknown_backbone"

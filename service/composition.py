@@ -34,13 +34,14 @@ from adapters.probe.fit import ProbeConfig
 from adapters.processes.child import child_environment
 from adapters.processes.fit_client import Fitter
 from adapters.registry.records import Alias
-from adapters.registry.registry import Registry, RegistryError
-from adapters.storage.artifact import Store, StoreError
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
+from models.errors import DomainError
 from models.model_store import find
 from models.preprocess.limits import InputLimits
 from models.runtime.autotune import MeasuredPlan
@@ -307,7 +308,7 @@ def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
         try:
             # A database no older than the leftovers may be an empty one, used by mistake.
             swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
-        except (RegistryError, StoreError) as error:
+        except DomainError as error:
             logger.warning("sweep put off: %s", error)
         else:
             if any(asdict(swept).values()):
@@ -332,5 +333,5 @@ def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
     while not closing.wait(_CLEAR_SECONDS):
         try:
             clearing.clear()
-        except (RegistryError, StoreError) as error:
+        except DomainError as error:
             logger.warning("what is left of erasures is removed later: %s", error)

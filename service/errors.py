@@ -1,4 +1,4 @@
-"""One error format (RFC 9457, application/problem+json), and one table from exception classes to statuses."""
+"""One error format (RFC 9457, application/problem+json), and one table from kinds of errors to statuses."""
 
 from __future__ import annotations
 
@@ -15,47 +15,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters.adaptation.commands import (
-    AdapterFull,
-    ContractChanged,
-    ExamplesRejected,
-    FingerprintMismatch,
-    NothingToFit,
-    WeightsNotForTask,
-)
-from adapters.adaptation.example_editor import InputsNotKept
-from adapters.adaptation.rollback import CannotRestore
-from adapters.examples.target import ExampleError
-from adapters.examples.upload import BadUpload
-from adapters.examples.validation import MixedInputs
-from adapters.heads.head import CorruptHead
-from adapters.jobs.callbacks import CallbackNotAllowed
-from adapters.jobs.submission import CannotTune, TooFewExamples
-from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
-from adapters.probe.fit import OneLabel, TooCostly
-from adapters.processes.errors import FitFailed, FitterOverloaded, FitterUnavailable
 from adapters.redaction import leaks_internals
-from adapters.registry.erasures import TenantErased
-from adapters.registry.errors import (
-    AliasMoved,
-    JobFinished,
-    RegistryUnavailable,
-    RevisionMoved,
-    TooManyJobs,
-    UnknownAdapter,
-    UnknownExample,
-    UnknownJob,
-    UnknownTenant,
-    UnknownVersion,
+from models.errors import (
+    Conflict,
+    DomainError,
+    InternalFailure,
+    Invalid,
+    NotFound,
+    Overloaded,
+    PreconditionFailed,
+    StorageFull,
+    TimedOut,
+    TooLarge,
+    Unavailable,
 )
-from adapters.registry.tenants import KeyNotInUse, QuotaExceeded, TenantExists, TooManyKeys, UnknownKey
-from adapters.storage.artifact import CorruptArtifact, MissingArtifact, StoreFull, StoreUnavailable
-from models.batching.request import BatcherClosed, DeadlineExceeded, EmbeddingFailed, Overloaded
-from models.manifest import CorruptExport
-from models.preprocess.decoder_child import DecoderUnavailable
-from models.preprocess.limits import InputError
-from models.protobuf import InvalidGraph
-from models.spec import UnknownBackbone
 
 logger = logging.getLogger("topwork")
 
@@ -63,60 +36,19 @@ TYPE_PREFIX = "urn:topwork:"
 INVALID = "The request does not have the documented form."
 """Detail of a problem whose `errors` say what is wrong."""
 
-# HTTP status of each domain exception and its subclasses. Any other exception is a 500.
-STATUSES: dict[type[Exception], int] = {
-    InputError: 422,
-    ExampleError: 422,
-    ExamplesRejected: 422,
-    MixedInputs: 422,
-    NothingToFit: 422,
-    OneLabel: 422,
-    TooFewExamples: 422,
-    BadUpload: 422,
-    CallbackNotAllowed: 422,
-    WeightsNotForTask: 422,
-    UnknownBackbone: 422,
-    UnknownAdapter: 404,
-    UnknownVersion: 404,
-    UnknownExample: 404,
-    UnknownJob: 404,
-    UnknownTenant: 404,
-    UnknownKey: 404,
-    AdapterFull: 409,
-    TenantExists: 409,
-    TenantErased: 409,
-    KeyNotInUse: 409,
-    QuotaExceeded: 409,
-    TooManyKeys: 409,
-    CannotTune: 409,
-    JobFinished: 409,
-    ContractChanged: 409,
-    FingerprintMismatch: 409,
-    HeadMismatch: 409,
-    InputsNotKept: 409,
-    CannotRestore: 409,
-    NoLiveVersion: 409,
-    RevisionMoved: 409,
-    AliasMoved: 412,
-    TooCostly: 413,
+STATUSES: dict[type[DomainError], int] = {
+    Invalid: 422,
+    NotFound: 404,
+    Conflict: 409,
+    PreconditionFailed: 412,
+    TooLarge: 413,
     Overloaded: 429,
-    FitterOverloaded: 429,
-    TooManyJobs: 429,
-    EmbeddingFailed: 500,
-    FitFailed: 500,
-    InvalidGraph: 500,
-    CorruptHead: 500,
-    CorruptExport: 500,
-    CorruptArtifact: 500,
-    MissingArtifact: 500,
-    BatcherClosed: 503,
-    DecoderUnavailable: 503,
-    FitterUnavailable: 503,
-    RegistryUnavailable: 503,
-    StoreUnavailable: 503,
-    DeadlineExceeded: 504,
-    StoreFull: 507,
+    InternalFailure: 500,
+    Unavailable: 503,
+    TimedOut: 504,
+    StorageFull: 507,
 }
+"""HTTP status of each kind of error. Any other exception is a 500 that says nothing."""
 
 
 class Problem(HTTPException):
@@ -218,19 +150,23 @@ def _refusal(error: Exception, request_id: str) -> _Refusal:
         code = phrase.lower().replace(" ", "_").replace("-", "_")
         detail = error.detail if error.detail != phrase else _HINTS.get(error.status_code, phrase)
         return _Refusal(error.status_code, code, detail, headers=error.headers)
-    status = next((STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES), None)
-    detail = str(getattr(error, "detail", "") or error)
-    errors: Sequence[Mapping[str, str]] = getattr(error, "errors", ())
-    if status is None or status == 500 or any(map(leaks_internals, (detail, *_details(errors)))):
-        logger.error("request %s failed", request_id, exc_info=error)
-        detail, errors = f"The service failed. Its log has the cause under {request_id}.", ()
-    if status is None:
-        return _Refusal(500, "internal_error", detail)
-    wait = getattr(error, "retry_after", None)
-    if wait is None and status in (429, 503):
+    kind = next((kind for kind in STATUSES if isinstance(error, kind)), None)
+    if kind is None or not isinstance(error, DomainError):
+        return _Refusal(500, "internal_error", _withheld(error, request_id))
+    detail, errors = error.detail, error.errors
+    if kind is InternalFailure or any(map(leaks_internals, (detail, *_details(errors)))):
+        detail, errors = _withheld(error, request_id), ()
+    wait = error.retry_after
+    if wait is None and kind in (Overloaded, Unavailable):
         wait = 1.0
     headers = {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
-    return _Refusal(status, str(getattr(error, "code", "error")), detail, errors, headers)
+    return _Refusal(STATUSES[kind], error.code, detail, errors, headers)
+
+
+def _withheld(error: Exception, request_id: str) -> str:
+    """Log the error, and return the detail that stands for its message."""
+    logger.error("request %s failed", request_id, exc_info=error)
+    return f"The service failed. Its log has the cause under {request_id}."
 
 
 def _details(errors: Sequence[Mapping[str, str]]) -> list[str]:
@@ -271,5 +207,5 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return respond(error, request_id(request), openai=is_openai(request.scope["path"]))
 
-    for cls in (Problem, RequestValidationError, HTTPException, Exception, *STATUSES):
+    for cls in (Problem, RequestValidationError, HTTPException, DomainError, Exception):
         app.add_exception_handler(cls, answer)

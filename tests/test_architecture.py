@@ -109,9 +109,10 @@ LEVELS = {
         ("models.feeds",),
         ("models.runtime",),
         ("models.preprocess",),
-        ("models.model_store", "models.probes"),
+        ("models.model_store",),
         ("models.manifest",),
         ("models.spec", "models.protobuf", "models.arrays", "models.child", "models.priority"),
+        ("models.errors",),
     ),
 }
 

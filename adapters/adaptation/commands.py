@@ -15,15 +15,16 @@ from adapters.finetune.config import FineTuneConfig
 from adapters.probe.fit import ProbeConfig
 from adapters.registry.records import AdapterRecord, Committed, VersionRecord
 from models.arrays import Floats
+from models.errors import CodedError, Conflict, Invalid
 
 
-class AdapterFull(ValueError):
+class AdapterFull(Conflict):
     """The adapter would hold more examples or labels than are allowed."""
 
     code = "adapter_full"
 
 
-class NothingToFit(ValueError):
+class NothingToFit(Invalid):
     """There are no examples to fit a head on."""
 
     code = "nothing_to_fit"
@@ -90,7 +91,7 @@ class RevisionResult:
 Update = Literal["append", "replace"]
 
 
-class ExamplesRejected(ValueError):
+class ExamplesRejected(Invalid):
     """No posted example can be used, or the request is strict and at least one cannot.
 
     `errors`: {pointer, code, detail} of the first 100 rejected examples.
@@ -105,15 +106,11 @@ class ExamplesRejected(ValueError):
         self.errors = _blamed(rejected)
 
 
-class ContractChanged(ValueError):
+class ContractChanged(CodedError, Conflict):
     """The request contradicts a setting fixed when the adapter was created; `code` says which."""
 
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
-
-class WeightsNotForTask(ValueError):
+class WeightsNotForTask(Invalid):
     """Balanced weights were requested for a task other than classification.
 
     Its examples have no label, or several.
@@ -125,7 +122,7 @@ class WeightsNotForTask(ValueError):
         super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
 
 
-class FingerprintMismatch(RuntimeError):
+class FingerprintMismatch(Conflict):
     """The backbone served under this name is not the one that the adapter was taught with."""
 
     code = "fingerprint_mismatch"

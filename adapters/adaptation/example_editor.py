@@ -32,10 +32,11 @@ from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import encode_embeddings, encode_evidence
 from models.arrays import Floats
+from models.errors import Conflict
 from models.preprocess.limits import InputError
 
 
-class InputsNotKept(RuntimeError):
+class InputsNotKept(Conflict):
     """The adapter does not have its inputs, so they cannot be embedded again."""
 
     code = "inputs_not_kept"

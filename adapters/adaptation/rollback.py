@@ -17,16 +17,13 @@ from adapters.registry.errors import AliasMoved, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, ExampleRecord
 from adapters.storage.formats import Evidence
+from models.errors import CodedError, Conflict
 
 Gone = Literal["not_kept", "other_input"]
 
 
-class CannotRestore(RuntimeError):
+class CannotRestore(CodedError, Conflict):
     """The version's examples cannot be restored; `code` says why, the message what to do."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

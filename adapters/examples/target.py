@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from models.errors import CodedError, Invalid
+
 Task = Literal["classification", "multilabel", "regression"]
 Target = str | tuple[str, ...] | float
 """A label, the sorted labels of a multilabel example (possibly none), or a number."""
@@ -22,17 +24,12 @@ MAX_LABEL_CHARACTERS = 256
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
-class ExampleError(ValueError):
+class ExampleError(CodedError, Invalid):
     """An example cannot be used.
 
     `code` is stable (label_missing, label_invalid, label_too_long, target_missing, target_not_finite,
     target_invalid); `detail` tells the user what to change.
     """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)

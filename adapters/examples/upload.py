@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.examples.validation import PostedExample
+from models.errors import CodedError, Invalid
 from models.preprocess.limits import InputError, InputLimits
 
 _MOST_CHARACTERS = 200  # longest place or name in a report
 _MOST_IGNORED = 100  # most ignored columns in a report
 
 
-class BadUpload(ValueError):
+class BadUpload(CodedError, Invalid):
     """The upload cannot be read, or not to its end; `code` says why, the message where."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters.examples.target import ExampleError, Target, Task, input_digest, label_set, normalise_target
+from models.errors import Invalid
 from models.preprocess.limits import InputError
 from models.spec import Kind
 
@@ -64,7 +65,7 @@ class ValidExample:
     excluded: bool = False  # set aside, see ExampleRecord
 
 
-class MixedInputs(ValueError):
+class MixedInputs(Invalid):
     """A new adapter is given images and texts at once, and no backbone says which are meant."""
 
     code = "mixed_inputs"

@@ -22,6 +22,7 @@ from adapters.finetune.model import (
     state_of,
     unfreeze,
 )
+from models.errors import DomainError
 
 _WEIGHT_DECAY = 0.01
 _WARM_UP = 0.1  # share of the steps in which the rate rises
@@ -30,7 +31,7 @@ _WEIGHTS_A_STEP = 1_000_000  # weights per optimizer; a step then takes about 1 
 _SHARE_MEASURED = 0.45  # share of the work done before the refit, which trains on a quarter more rows
 
 
-class Diverged(RuntimeError):
+class Diverged(DomainError):
     """The loss is not finite any more. Nothing was published."""
 
     code = "diverged"

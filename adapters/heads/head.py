@@ -18,6 +18,7 @@ from adapters.examples.target import Task
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
 from models.arrays import Floats
+from models.errors import InternalFailure
 
 FORMAT: Final = 2
 _READ: Final = (1, 2)  # formats that can be read
@@ -28,7 +29,7 @@ _SINGLE_PRECISION_BYTES = 32 << 10
 _HEAD_BYTES = 62 << 10
 
 
-class CorruptHead(ValueError):
+class CorruptHead(InternalFailure):
     """The bytes are not a head that this version can read."""
 
     code = "corrupt_head"

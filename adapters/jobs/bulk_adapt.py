@@ -15,7 +15,9 @@ from typing import BinaryIO, Literal, TypeVar, cast
 from adapters.adaptation.adapt import AdaptPipeline, terms_of, wanted
 from adapters.adaptation.commands import (
     AdaptCommand,
+    AdapterFull,
     AdapterLimits,
+    ContractChanged,
     ExampleEdit,
     ExamplesRejected,
     RevisionResult,
@@ -32,7 +34,7 @@ from adapters.examples.upload_forms import Form, records
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit
 from adapters.heads.head import Head
 from adapters.jobs.lease import Lease
-from adapters.probe.fit import OneLabel
+from adapters.probe.fit import OneLabel, TooCostly
 from adapters.processes.fit_client import Fitter
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import upload_of
@@ -42,6 +44,7 @@ from adapters.storage.artifact import Store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.stall_detector import StallDetector
+from models.errors import Invalid
 from models.model_store import find
 from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
@@ -97,7 +100,7 @@ class BulkAdaptJob:
         The job's request has the keys "form", "upload", "update", "promote", "fit", "answer_accuracy",
         "weights" and "columns"; requests of an older release have only the first five. Examples that were
         stored stay if the job ends early, and another attempt does not embed them again. Raises BadUpload,
-        OneLabel, NothingToFit, AdapterFull, InputError, StoreError, RegistryError, and what Lease.check
+        OneLabel, NothingToFit, AdapterFull, InputError, StoreError, RegistryUnavailable, and what Lease.check
         raises.
         """
         asyncio.run(self._run(lease))
@@ -129,7 +132,7 @@ class BulkAdaptJob:
                     file.write(self._store.read(job.tenant, adapter.uid, part))
                 await work.store(cast(BinaryIO, file))
             await work.finish()
-        except ValueError:
+        except (Invalid, AdapterFull, ContractChanged, TooCostly):
             # The upload caused the error, so the tenant gets the progress with all rejected examples.
             await asyncio.to_thread(lease.tell)
             raise

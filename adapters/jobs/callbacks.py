@@ -13,12 +13,14 @@ import hmac
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from models.errors import Invalid
+
 _MOST_CHARACTERS = 2_048  # longest callback URL
 _SECRET_PREFIX = "whsec_"
 _SECRET_BYTES = range(24, 65)  # lengths that Standard Webhooks allows
 
 
-class CallbackNotAllowed(ValueError):
+class CallbackNotAllowed(Invalid):
     """The operator does not allow callbacks to this URL."""
 
     code = "callback_not_allowed"

@@ -122,7 +122,7 @@ class FineTuneJob:
 
         The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, where "config"
         holds the fields of FineTuneConfig; requests of an older release have only the first two. Raises
-        CannotTune, Diverged, ExportRefused, InputError, StoreError, RegistryError, and what Lease.check
+        CannotTune, Diverged, ExportRefused, InputError, StoreError, RegistryUnavailable, and what Lease.check
         raises.
         """
         job = lease.claim.job

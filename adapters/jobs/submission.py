@@ -27,6 +27,7 @@ from adapters.registry.jobs import upload_of, upload_request
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord, JobKind, JobRecord
 from adapters.registry.registry import new_uid
 from adapters.storage.artifact import Artifact, StoreError
+from models.errors import CodedError, Conflict, Invalid
 
 FINE_TUNE: Final = "fine_tune"
 BULK: Final = "bulk_adapt"
@@ -39,16 +40,14 @@ _PUBLISHED_AT_ONCE = 4  # parts of uploads that are published at the same time
 _PART_BYTES = 4 << 20  # size of a part; every open upload holds one in memory
 
 
-class CannotTune(RuntimeError):
+class CannotTune(CodedError, Conflict):
     """The adapter cannot be fine-tuned in its present state; `code` says why, the message what to do."""
 
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
-
-class TooFewExamples(CannotTune):
+class TooFewExamples(Invalid):
     """There are too few examples to train and to measure on."""
+
+    code = "too_few_examples"
 
 
 def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
@@ -65,7 +64,6 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
     sizes.update(example.target for example in examples if example.sampled)
     if sizes.total() < FEWEST_EXAMPLES or len(sizes) < 2 or min(sizes.values()) < FEWEST_OF_A_LABEL:
         raise TooFewExamples(
-            "too_few_examples",
             f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
             f"{FEWEST_OF_A_LABEL} of each, besides those that are not `sampled`; a linear probe needs two. "
             "Send more.",

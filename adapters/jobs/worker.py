@@ -27,12 +27,13 @@ from adapters.jobs.supervisor import WorkerConfig
 from adapters.processes.child import child_environment
 from adapters.processes.heartbeat import start_heartbeat
 from adapters.redaction import leaks_internals
-from adapters.registry.errors import LeaseLost, RegistryError, RegistryUnavailable
+from adapters.registry.errors import LeaseLost, RegistryUnavailable, UnknownJob
 from adapters.registry.jobs import upload_of
 from adapters.registry.records import Claim, JobKind, JobRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable
 from adapters.storage.open import open_store
+from models.errors import DomainError
 from models.priority import give_way_but_for_commits
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _LOOK_SECONDS = 0.2  # between checks of the lease during an export
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class _ExportFailed(RuntimeError):
+class _ExportFailed(DomainError):
     code = "export_failed"
 
 
@@ -139,9 +140,7 @@ class Worker:
             return False
         if isinstance(error, Stopped):
             return self._recorded(lambda: lease.record(error)) and not isinstance(error, ShuttingDown)
-        # Exceptions of other packages have codes too. SQLAlchemy's show the SQL statement.
-        ours = type(error).__module__.partition(".")[0] in ("adapters", "models")
-        code, detail = getattr(error, "code", None) if ours else None, str(error)
+        code, detail = error.code if isinstance(error, DomainError) else None, str(error)
         if code in _OUTAGES:
             logger.warning("job %s is left to another attempt: %s", job.id, error)
             # The pause grows with each release, because the job itself may cause the outage.
@@ -168,7 +167,7 @@ class Worker:
 
         try:
             send_callback(self._registry.jobs.job(job.tenant, job.id), self._config.callback_secrets)
-        except (RegistryError, StoreFull) as error:
+        except (RegistryUnavailable, UnknownJob, StoreFull) as error:
             logger.warning("nobody is called back for the job %s: %s", job.id, error)
 
     def _take_in(self, lease: Lease) -> None:

@@ -22,6 +22,7 @@ from adapters.registry.database import Database
 from adapters.registry.migrations import HEAD
 from adapters.registry.schema import identity
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact, Store, object_key
+from models.errors import DomainError
 
 FORM = "topwork.backup/1"
 MANIFEST = "MANIFEST.json"
@@ -36,13 +37,13 @@ Reference = tuple[str, str, Artifact]
 """Tenant, adapter uid, and artifact."""
 
 
-class BackupFailed(RuntimeError):
+class BackupFailed(DomainError):
     """No backup was written; the message says why."""
 
     code = "backup_failed"
 
 
-class BadBackup(RuntimeError):
+class BadBackup(DomainError):
     """The folder is not a usable backup; the message says what is wrong with it."""
 
     code = "bad_backup"

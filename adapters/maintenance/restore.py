@@ -35,6 +35,7 @@ from adapters.registry.statements.commit import next_epoch
 from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Artifact, Buffer, MissingArtifact, Store, StoreError
 from adapters.storage.local import LocalStore
+from models.errors import DomainError
 
 # Looks for missing artifacts after a restore: a running service may still delete what an older commit left
 # unreferenced.
@@ -48,13 +49,13 @@ _LOCK = (
 )
 
 
-class TargetInUse(RuntimeError):
+class TargetInUse(DomainError):
     """The database has tenants or adapters, and `replace` is not set."""
 
     code = "target_in_use"
 
 
-class BackupTooOld(RuntimeError):
+class BackupTooOld(DomainError):
     """The backup is so old that some erasures since then may no longer be recorded."""
 
     code = "backup_too_old"

@@ -23,6 +23,7 @@ from adapters.storage.artifact import MissingArtifact, Store
 from models.arrays import Floats
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
+from models.errors import Conflict
 from models.preprocess.limits import InputError
 from models.spec import GRAPH_FILE, UnknownBackbone
 
@@ -30,13 +31,13 @@ Input = bytes | str | InputError
 """Encoded image bytes, a text, or the error in place of either."""
 
 
-class NoLiveVersion(RuntimeError):
+class NoLiveVersion(Conflict):
     """The adapter exists, but none of its versions is live."""
 
     code = "no_live_version"
 
 
-class HeadMismatch(RuntimeError):
+class HeadMismatch(Conflict):
     """The version was fitted on a backbone other than the one served under its name."""
 
     code = "fingerprint_mismatch"
@@ -106,7 +107,7 @@ class Predictor:
         self._scorer = HeadScorer(lambda seconds: observe("head", seconds))
 
     def check_room(self, tenant: str, name: str) -> None:
-        """Raise Overloaded or BatcherClosed if a prediction would raise it, as far as is known.
+        """Raise QueueFull or BatcherClosed if a prediction would raise it, as far as is known.
 
         For callers that know the adapter before they have read the inputs.
         """
@@ -118,7 +119,7 @@ class Predictor:
         """Return one prediction, or an error, for each input.
 
         Errors that concern the adapter are raised before any work. Raises UnknownAdapter, UnknownVersion,
-        NoLiveVersion, HeadMismatch, CorruptArtifact, MissingArtifact, CorruptHead, Overloaded,
+        NoLiveVersion, HeadMismatch, CorruptArtifact, MissingArtifact, CorruptHead, QueueFull,
         DeadlineExceeded, BatcherClosed.
         """
         started = time.perf_counter()
@@ -232,7 +233,7 @@ class Predictor:
             raise
 
     async def embed(self, tenant: str, backbone: str, inputs: Sequence[Input]) -> Embedded:
-        """Return bare embeddings. Raises UnknownBackbone, Overloaded, DeadlineExceeded, BatcherClosed."""
+        """Return bare embeddings. Raises UnknownBackbone, QueueFull, DeadlineExceeded, BatcherClosed."""
         if backbone not in self.batchers:
             raise UnknownBackbone(
                 f"There is no backbone {backbone!r} here. GET /backbones lists what there is."

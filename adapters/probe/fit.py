@@ -20,6 +20,7 @@ from adapters.probe.folds import folds
 from adapters.probe.multilabel import fit_multilabel
 from adapters.probe.regression import fit_ridge
 from models.arrays import Floats
+from models.errors import Invalid, TooLarge
 
 __all__ = [
     "Dataset",
@@ -40,13 +41,13 @@ _NOT_MEASURED = {
 }
 
 
-class OneLabel(ValueError):
+class OneLabel(Invalid):
     """All examples have the same target, so there is nothing to tell apart."""
 
     code = "one_label"
 
 
-class TooCostly(ValueError):
+class TooCostly(TooLarge):
     """The fit is predicted to take longer than allowed; `predicted_seconds` says how long."""
 
     code = "fit_too_large"

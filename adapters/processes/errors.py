@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from models.errors import InternalFailure, Overloaded, Unavailable
 
-class FitterUnavailable(RuntimeError):
+
+class FitterUnavailable(Unavailable):
     """The fitting process died twice on one request or cannot start, or the fitter is closed."""
 
     code = "fitter_unavailable"
 
 
-class FitterOverloaded(RuntimeError):
+class FitterOverloaded(Overloaded):
     """The tenant has too many fits waiting."""
 
     code = "overloaded"
+    retry_after: float
 
     def __init__(self, retry_after: float) -> None:
         super().__init__("Too many of your fits are waiting; try again later.")
         self.retry_after = retry_after
 
 
-class FitFailed(RuntimeError):
+class FitFailed(InternalFailure):
     """The fit raised an unexpected error; the process's standard error has the traceback."""
 
     code = "fit_failed"

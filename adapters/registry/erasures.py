@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from adapters.registry.database import Database, take_turns
-from adapters.registry.errors import RegistryError, UnknownTenant
+from adapters.registry.errors import UnknownTenant
 from adapters.registry.idempotency import forget
 from adapters.registry.jobs import forget_examples, new_id
 from adapters.registry.records import AdapterRecord
@@ -31,6 +31,7 @@ from adapters.registry.schema import (
     versions,
 )
 from adapters.registry.statements.queries import adapter_by_name, chunks, current_time
+from models.errors import Conflict
 
 ERASURES_KEPT = timedelta(days=400)
 """How long an erasure is recorded. A backup up to this age can be restored without the erased data."""
@@ -48,7 +49,7 @@ _FORGOTTEN_AT_ONCE = 100  # expired records deleted by each new one
 _OF_AN_ADAPTER = (replies, jobs, examples, versions, artifacts)
 
 
-class TenantErased(RegistryError):
+class TenantErased(Conflict):
     """The tenant was erased during the request, or a moment before it."""
 
     code = "tenant_erased"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from models.errors import Conflict, DomainError, NotFound, Overloaded, PreconditionFailed, Unavailable
+
 KEPT_VERSIONS = 20
 """Number of an adapter's newest versions that are kept, in addition to the live one."""
 
 
-class RegistryError(RuntimeError):
-    """The registry refuses or fails. `code` is stable; the message tells the user what to do."""
-
-    code = "registry_error"
-
-
-class UnknownAdapter(RegistryError):
+class UnknownAdapter(NotFound):
     """The tenant has no adapter of this name, whether or not another tenant has one."""
 
     code = "unknown_adapter"
@@ -21,7 +17,7 @@ class UnknownAdapter(RegistryError):
         super().__init__(f"There is no adapter {name!r}. GET /adapters lists yours; /adapt creates one.")
 
 
-class UnknownTenant(RegistryError):
+class UnknownTenant(NotFound):
     """There is no tenant of this name."""
 
     code = "unknown_tenant"
@@ -30,7 +26,7 @@ class UnknownTenant(RegistryError):
         super().__init__(f"There is no tenant {name!r}. POST /tenants makes one.")
 
 
-class UnknownVersion(RegistryError):
+class UnknownVersion(NotFound):
     """The adapter has no version of this number, or no longer has it."""
 
     code = "unknown_version"
@@ -39,7 +35,7 @@ class UnknownVersion(RegistryError):
         super().__init__(f"There is no version {number}. {KEPT_VERSIONS} are kept, and the live one.")
 
 
-class UnknownExample(RegistryError):
+class UnknownExample(NotFound):
     """The adapter has no example with this id."""
 
     code = "unknown_example"
@@ -48,7 +44,7 @@ class UnknownExample(RegistryError):
         super().__init__(f"There is no example {example_id!r}. GET the adapter's examples lists their ids.")
 
 
-class RevisionMoved(RegistryError):
+class RevisionMoved(Conflict):
     """The examples changed since they were read: read them again, merge, refit and commit again."""
 
     code = "revision_moved"
@@ -60,13 +56,13 @@ class AdapterExists(RevisionMoved):
     code = "adapter_exists"
 
 
-class AliasMoved(RegistryError):
+class AliasMoved(PreconditionFailed):
     """The alias no longer points to the version that If-Match names."""
 
     code = "alias_moved"
 
 
-class UnknownJob(RegistryError):
+class UnknownJob(NotFound):
     """The tenant has no job with this id, whether or not another tenant has one."""
 
     code = "unknown_job"
@@ -75,37 +71,37 @@ class UnknownJob(RegistryError):
         super().__init__(f"There is no job {job_id!r}. GET /jobs lists yours; an adapter's go with it.")
 
 
-class TooManyJobs(RegistryError):
+class TooManyJobs(Overloaded):
     """The tenant has reached its limit of queued and running jobs."""
 
     code = "too_many_jobs"
 
 
-class JobFinished(RegistryError):
+class JobFinished(Conflict):
     """The job has ended, so there is nothing left to cancel."""
 
     code = "job_finished"
 
 
-class LeaseLost(RegistryError):
+class LeaseLost(DomainError):
     """The attempt or its lease has ended: its worker must stop, and can write nothing more."""
 
     code = "lease_lost"
 
 
-class RegistryUnavailable(RegistryError):
+class RegistryUnavailable(Unavailable):
     """The database did not answer. If this happens during a commit, the change may have been recorded."""
 
     code = "registry_unavailable"
 
 
-class RegistryTooOld(RegistryError):
+class RegistryTooOld(DomainError):
     """The database has the tables of an earlier release, or none."""
 
     code = "registry_too_old"
 
 
-class RegistryTooNew(RegistryError):
+class RegistryTooNew(DomainError):
     """The database was written by a newer release than this one."""
 
     code = "registry_too_new"

@@ -19,9 +19,10 @@ from sqlalchemy import Connection, and_, delete, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from adapters.registry.database import Database
-from adapters.registry.errors import RegistryError, RevisionMoved
+from adapters.registry.errors import RevisionMoved
 from adapters.registry.schema import replies
 from adapters.registry.statements.queries import current_time
+from models.errors import DomainError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class PendingReply(Generic[T]):
         return PendingReply(self.key_sha256, lambda found: self.render(outcome(found)))
 
 
-class AlreadyAnswered(RegistryError):
+class AlreadyAnswered(DomainError):
     """A request with this key was answered before. Nothing is written for this one."""
 
     code = "already_answered"

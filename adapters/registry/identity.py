@@ -8,6 +8,7 @@ from adapters.registry.database import Database
 from adapters.registry.schema import adapters, erasures, identity, tenants
 from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Store
+from models.errors import DomainError
 
 _WAY_OUT = (
     "Set TOPWORK_HOME, or TOPWORK_DATABASE_URL and TOPWORK_STORE_URL, to the two that belong together. A new "
@@ -15,7 +16,7 @@ _WAY_OUT = (
 )
 
 
-class WrongStore(RuntimeError):
+class WrongStore(DomainError):
     """The store belongs to another database."""
 
     code = "wrong_store"

@@ -15,7 +15,6 @@ from adapters.registry.erasures import Erasures, Receipt
 from adapters.registry.errors import (
     AdapterExists,
     AliasMoved,
-    RegistryError,
     RegistryTooNew,
     RegistryUnavailable,
     RevisionMoved,
@@ -77,7 +76,6 @@ __all__ = [
     "NewVersion",
     "Rebase",
     "Registry",
-    "RegistryError",
     "RegistryTooNew",
     "RegistryUnavailable",
     "Repoint",

@@ -17,9 +17,10 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.erasures import check_not_erased
-from adapters.registry.errors import RegistryError, UnknownTenant
+from adapters.registry.errors import UnknownTenant
 from adapters.registry.schema import adapters, database_now, keys, tenants
 from adapters.registry.statements.queries import current_time
+from models.errors import Conflict, NotFound
 
 Scope = Literal["predict", "adapt", "admin"]
 """predict: predictions and embeddings. adapt: examples, jobs, any change to an adapter. admin: keys."""
@@ -32,13 +33,13 @@ _PREFIX = "tw"
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
-class TenantExists(RegistryError):
+class TenantExists(Conflict):
     """There already is a tenant of this name."""
 
     code = "tenant_exists"
 
 
-class UnknownKey(RegistryError):
+class UnknownKey(NotFound):
     """The tenant has no key with this id."""
 
     code = "unknown_key"
@@ -47,19 +48,19 @@ class UnknownKey(RegistryError):
         super().__init__(f"There is no key {key_id[:16]!r}. GET the tenant's keys lists their ids.")
 
 
-class KeyNotInUse(RegistryError):
+class KeyNotInUse(Conflict):
     """The key was revoked or has expired."""
 
     code = "key_not_in_use"
 
 
-class QuotaExceeded(RegistryError):
+class QuotaExceeded(Conflict):
     """The write would exceed the tenant's quota of adapters or examples."""
 
     code = "quota_exceeded"
 
 
-class TooManyKeys(RegistryError):
+class TooManyKeys(Conflict):
     """The tenant has reached MAX_KEYS keys in use."""
 
     code = "too_many_keys"

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from models.errors import DomainError, InternalFailure, StorageFull, Unavailable
+
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _UID = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.partial)?")
@@ -24,31 +26,29 @@ IDENTITY = "identity"
 ASIDE = "_aside"
 
 
-class StoreError(RuntimeError):
-    """The store refuses or fails. `code` is stable; the message tells the user what to do."""
-
-    code = "store_error"
+class StoreError(DomainError):
+    """The store refuses or fails."""
 
 
-class CorruptArtifact(StoreError):
+class CorruptArtifact(StoreError, InternalFailure):
     """The stored bytes differ from those that were published."""
 
     code = "corrupt_artifact"
 
 
-class MissingArtifact(StoreError):
+class MissingArtifact(StoreError, InternalFailure):
     """The stored bytes are missing."""
 
     code = "missing_artifact"
 
 
-class StoreFull(StoreError):
+class StoreFull(StoreError, StorageFull):
     """No space is left for artifacts or for the database; nothing was stored."""
 
     code = "store_full"
 
 
-class StoreUnavailable(StoreError):
+class StoreUnavailable(StoreError, Unavailable):
     """The disk or the bucket failed or did not answer."""
 
     code = "store_unavailable"

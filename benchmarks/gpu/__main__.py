@@ -29,9 +29,9 @@ from benchmarks.gpu import machine
 from benchmarks.gpu.operations import Cost, cost_of
 from benchmarks.gpu.session import Asked, Found
 from benchmarks.harness.report import RESULTS, Report, Spread, table
-from models import probes
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
+from models.feeds import probe_images
 from models.model_store import find
 from models.runtime.cuda import lowest_cosine
 from models.runtime.session import Device, DeviceUnavailable
@@ -160,7 +160,7 @@ def _note_all(bench: Bench, part: str, measured: Callable[[], Iterator[dict[str,
 
 def _inputs(backbone: Backbone) -> Iterator[tuple[str, list[bytes | str]]]:
     if backbone.spec.kind == "image":
-        yield "224 px", list(probes.pictures())
+        yield "224 px", list(probe_images())
     else:
         for tokens in _TOKENS:
             yield f"{tokens} tokens", list(texts(64, tokens))

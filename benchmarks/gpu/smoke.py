@@ -20,9 +20,9 @@ import onnxruntime
 
 from benchmarks.gpu.__main__ import NAMES, run_session
 from benchmarks.gpu.session import Asked
-from models import probes
 from models.backbone import Backbone
 from models.export.onnx_export import complete
+from models.feeds import PROBE_TEXTS, probe_images
 from models.model_store import find, stored_exports
 from models.runtime.driver import LIBRARIES, gpu_name, load_libraries
 from models.spec import FLOAT32, HALF_FILE, MANIFEST_FILE, BackboneSpec
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: there is no complete export of it", file=sys.stderr)
             return 1
         reference = Backbone.open(folder)
-        inputs = probes.pictures() if reference.spec.kind == "image" else probes.TEXTS
+        inputs = probe_images() if reference.spec.kind == "image" else PROBE_TEXTS
         prepared = [reference.preprocess(one) for one in inputs]
         with tempfile.TemporaryDirectory(prefix="topwork-smoke-") as scratch:
             feed, embeddings = Path(scratch, "feed.npz"), Path(scratch, "embeddings.npy")

@@ -209,7 +209,7 @@ class Batcher:
         False for health checks, which are left out of the metrics and of the measured cost of inputs, and do
         not make bulk leave a core free.
 
-        Raises Overloaded, DeadlineExceeded, BatcherClosed, EmbeddingFailed, DecoderUnavailable. When the
+        Raises QueueFull, DeadlineExceeded, BatcherClosed, EmbeddingFailed, DecoderUnavailable. When the
         caller is cancelled or the deadline passes, its waiting inputs are dropped.
         """
         stage = self.backbone.preprocess_stage

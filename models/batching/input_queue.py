@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable
 from models.backbone import Backbone
 from models.batching.core_sharing import CoreSharing
 from models.batching.fair_queue import FairQueue, Priority
-from models.batching.request import BatcherClosed, Overloaded, Part, QueuedRequest, settle
+from models.batching.request import BatcherClosed, Part, QueuedRequest, QueueFull, settle
 from models.batching.worker_progress import WorkerProgress
 
 # Seconds after the last predict during which bulk leaves one core free: a thread that wakes on a busy core
@@ -76,7 +76,7 @@ class InputQueue:
             self._check_room(self.predicts, source, 1, (1.0, 0.0))
 
     def admit(self, request: QueuedRequest) -> None:
-        """Queue the parts of a request. Raises Overloaded, BatcherClosed."""
+        """Queue the parts of a request. Raises QueueFull, BatcherClosed."""
         priority = self.bulk if request.bulk else self.predicts
         light, heavy = request.parts
         with self._lock:
@@ -149,13 +149,13 @@ class InputQueue:
     def _check_room(
         self, priority: Priority[Part], source: Hashable, count: int, costs: tuple[float, float]
     ) -> None:
-        """Raise Overloaded or BatcherClosed. `costs`: of the light inputs, and of the heavy ones."""
+        """Raise QueueFull or BatcherClosed. `costs`: of the light inputs, and of the heavy ones."""
         if not self.is_open:
             raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
         surplus = priority.depth + count - self._max_queue
         if surplus > 0 and priority.depth > 0 and not priority.has_share(source, count, self._max_queue):
             share = min(1.0, surplus / priority.depth)
-            raise Overloaded(share * priority.seconds / self._workers)
+            raise QueueFull(share * priority.seconds / self._workers)
         if priority is not self.predicts:
             return
         for lane, cost in zip(priority.lanes, costs, strict=True):
@@ -163,7 +163,7 @@ class InputQueue:
             if cost and lane.cost * pace > self._max_wait:
                 wait = lane.ahead(source, cost) * pace
                 if wait > self._max_wait:
-                    raise Overloaded(wait - self._max_wait)
+                    raise QueueFull(wait - self._max_wait)
 
     def _remove(self, requests: Iterable[QueuedRequest]) -> None:
         for request in requests:

@@ -10,35 +10,37 @@ from contextlib import suppress
 import numpy as np
 
 from models.backbone import Embedded
+from models.errors import InternalFailure, Overloaded, TimedOut, Unavailable
 from models.preprocess.limits import InputError
 
 
-class Overloaded(RuntimeError):
+class QueueFull(Overloaded):
     """The queue is full, or the expected wait is too long.
 
     `retry_after`: seconds until there should be room, estimated from the measured rate.
     """
 
     code = "overloaded"
+    retry_after: float
 
     def __init__(self, retry_after: float) -> None:
         super().__init__("Too many inputs are waiting for this backbone; try again later.")
         self.retry_after = retry_after
 
 
-class DeadlineExceeded(RuntimeError):
+class DeadlineExceeded(TimedOut):
     """The deadline passed before all inputs were embedded; the remaining ones were dropped."""
 
     code = "deadline_exceeded"
 
 
-class BatcherClosed(RuntimeError):
+class BatcherClosed(Unavailable):
     """The batcher is closed, not started, or one of its threads died; no input will be embedded."""
 
     code = "backbone_unavailable"
 
 
-class EmbeddingFailed(RuntimeError):
+class EmbeddingFailed(InternalFailure):
     """The network raised an exception, kept as the cause, on the batch that held these inputs."""
 
     code = "embedding_failed"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.errors import DomainError
 from models.manifest import file_sha256, folder_sha256
 from models.model_store import local_folder
 from models.spec import (
@@ -40,7 +41,7 @@ _PLAIN_MASKS = (
 )
 
 
-class ExportRefused(RuntimeError):
+class ExportRefused(DomainError):
     """The network cannot be served: unexpected weights, an unsupported part, or ONNX differs from torch."""
 
     code = "export_refused"

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from models import probes
 from models.backbone import Backbone
 from models.export.float16 import halve
 from models.export.loaders import ExportRefused, Network, load_network
 from models.export.quantize import quantize
+from models.feeds import PROBE_TEXTS, probe_images
 from models.manifest import write_manifest
 from models.model_store import find, find_tag, model_name, tag
 from models.preprocess.pixels import with_byte_input
@@ -194,7 +194,7 @@ def _check(network: Network, folder: Path) -> None:
     Inputs are run one by one and as a batch, because the graph may have the example's batch size built in.
     Raises ExportRefused.
     """
-    samples = probes.pictures() if network.spec.kind == "image" else probes.TEXTS
+    samples = probe_images() if network.spec.kind == "image" else PROBE_TEXTS
     reference = network.reference(samples)
     backbone = Backbone.open(folder)
     prepared = [backbone.preprocess(sample) for sample in samples]

@@ -18,6 +18,7 @@ from typing import IO, Final
 from PIL import Image
 
 from models.child import plain_environment
+from models.errors import Unavailable
 from models.preprocess.image_file.facts import ImageFile
 from models.preprocess.limits import InputError, InputLimits
 from models.spec import ImageTransform
@@ -38,7 +39,7 @@ _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
 _OUT_OF_TIME: Final = (signal.SIGPROF, signal.SIGXCPU)
 
 
-class DecoderUnavailable(RuntimeError):
+class DecoderUnavailable(Unavailable):
     """No process for decoding images can be started."""
 
     code = "decoder_unavailable"

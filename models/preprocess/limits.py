@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models.errors import CodedError, Invalid
 
-class InputError(ValueError):
+
+class InputError(CodedError, Invalid):
     """One input cannot be used; the others of its batch are not affected.
 
     `code` is one of undecodable_image, truncated_image, image_too_large, empty_image, unsupported_image,
     input_too_costly, empty_text, text_too_long, invalid_text, no_known_tokens, wrong_kind. `detail` says what
     to do.
     """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from models.errors import DomainError
 from models.runtime.driver import gpu_name
 from models.runtime.session import Device, runtime_version
 from models.runtime.usage import Usage
@@ -108,7 +109,7 @@ class Trial:
     rounds: Mapping[int, Sequence[float]]  # inputs per second in each round, by batch size
 
 
-class TrialFailed(RuntimeError):
+class TrialFailed(DomainError):
     """The plan cannot be used here; the message says why."""
 
     code = "trial_failed"

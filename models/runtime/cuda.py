@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models.arrays import Floats, Prepared
+from models.errors import DomainError
 from models.runtime.device_access import DEVICE, DeviceAccess
 from models.runtime.progress import PATIENCE, ThreadProgress
 from models.runtime.shapes import Shape
@@ -30,7 +31,7 @@ _CLOSING_SECONDS = 10.0
 STAGES = ("wait", "fill", "copy_in", "run", "copy_out")
 
 
-class DeviceLost(RuntimeError):
+class DeviceLost(DomainError):
     """The GPU has failed and this process cannot recover; only a new process can use it."""
 
     code = "device_lost"

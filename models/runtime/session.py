@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnxruntime
 
+from models.errors import DomainError
 from models.runtime.affinity import IntraOpThreads, capture_new_threads
 from models.runtime.driver import gpu_name, load_libraries
 
@@ -44,7 +45,7 @@ GPU_ADVICE = (
 )
 
 
-class DeviceUnavailable(RuntimeError):
+class DeviceUnavailable(DomainError):
     """The requested device is not available; the message says what to do."""
 
     code = "device_unavailable"

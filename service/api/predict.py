@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from adapters.prediction.predictor import Predictor
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
-from models.batching.request import Overloaded
+from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
 from service.api.dependencies import tenant_of
 from service.edge.auth import count_items, in_vain
@@ -114,7 +114,7 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
 async def _embed(tenant: str, predictor: Predictor, model: str, texts: Sequence[str]) -> Embedded:
     """Embed all texts, part by part.
 
-    If the queue is full, the first part raises Overloaded; later parts wait, until the request times out.
+    If the queue is full, the first part raises QueueFull; later parts wait, until the request times out.
     """
     found: list[Embedded] = []
     errors: dict[int, InputError] = {}
@@ -123,7 +123,7 @@ async def _embed(tenant: str, predictor: Predictor, model: str, texts: Sequence[
     while start < len(texts):
         try:
             part = await predictor.embed(tenant, model, texts[start : start + PART])
-        except Overloaded as error:
+        except QueueFull as error:
             if start == 0:
                 raise
             await asyncio.sleep(max(_SHORTEST_WAIT, error.retry_after))

@@ -19,7 +19,7 @@ from adapters.cache.networks import NetworkPool
 from models.arrays import Floats
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
-from models.batching.request import BatcherClosed, EmbeddingFailed, Overloaded
+from models.batching.request import BatcherClosed, EmbeddingFailed, QueueFull
 from models.batching.stall_detector import StallDetector
 from models.runtime.progress import PATIENCE
 from models.spec import FLOAT16
@@ -162,7 +162,7 @@ class BackboneMonitor:
         try:
             found = await batcher.embed([batcher.backbone.canary], counted=False)
             right = one.first is None or _close(found.embeddings[0], one.first, batcher.backbone)
-        except (Overloaded, BatcherClosed):
+        except (QueueFull, BatcherClosed):
             return
         except EmbeddingFailed:
             right = False

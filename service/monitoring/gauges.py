@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
 
-from adapters.registry.errors import RegistryError
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.records import JobState
 from models.preprocess.decoder import Decoder
 from service import __version__
@@ -164,7 +164,7 @@ def _depth(batchers: Mapping[str, Batcher], name: str) -> float:
 def _jobs(registry: Registry, state: JobState) -> float:
     try:
         return float(registry.jobs.counts()[state])
-    except RegistryError:
+    except RegistryUnavailable:
         return math.nan
 
 
@@ -172,5 +172,5 @@ def _live_versions(registry: Registry) -> float:
     """Return NaN while the database is unavailable, so that the scrape of all other metrics succeeds."""
     try:
         return float(registry.live_versions())
-    except RegistryError:
+    except RegistryUnavailable:
         return math.nan

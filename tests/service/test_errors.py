@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import pkgutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import models
 from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
 from adapters.registry.errors import UnknownAdapter
-from models.batching.request import Overloaded
+from adapters.storage.artifact import StoreError
+from models.batching.request import QueueFull
+from models.errors import CodedError, DomainError, InternalFailure
 from service.edge.auth import Authenticator
 from service.edge.channel import RequestChannel
 from service.edge.gateway import Edge
@@ -95,7 +98,7 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     async def refusing(scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        raise Overloaded(1.0)
+        raise QueueFull(1.0)
 
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -213,59 +216,77 @@ async def test_before_the_start_and_after_the_stop_it_is_503(shell: Shell) -> No
     assert answer.headers["retry-after"] == "1"
 
 
-def test_every_domain_exception_with_a_code_has_a_status() -> None:
-    """An exception without one would be answered as a failure of ours, 500, when it is meant for the
-    caller.
-    """
-    # Raised while starting or in a worker, or caught by the layer above, and never on their way to a caller.
-    internal = {
-        "AlreadyAnswered",
-        "Cancelled",
-        "DeadlinePassed",
-        "DeviceLost",
-        "DeviceUnavailable",
-        "Diverged",
-        "ExportRefused",
-        "LeaseLost",
-        "RegistryError",
-        "RegistryTooNew",
-        "RegistryTooOld",
-        "WrongStore",
-        # Of commands.
-        "BackupFailed",
-        "BadBackup",
-        "BackupTooOld",
-        "TargetInUse",
-        "ShuttingDown",
-        "Stopped",
-        "StoreError",
-        "TrialFailed",
-    }
-    missing = set()
+def domain_errors() -> list[type[DomainError]]:
+    """Every class of errors of models/ and adapters/, but the kinds and the groups."""
     for package in (models, adapters):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if ".migrations" in module.name or module.name in {
-                "models.export.onnx_export",
-                "adapters.storage.bucket",
-            }:
-                continue
-            for value in vars(importlib.import_module(module.name)).values():
-                if not (isinstance(value, type) and issubclass(value, Exception)):
-                    continue
-                ours = value.__module__.split(".")[0] in {"models", "adapters"} and value.__name__[0] != "_"
-                if (
-                    ours
-                    and value.__name__ not in internal
-                    and not any(cls in STATUSES for cls in value.__mro__)
-                ):
-                    missing.add(f"{value.__module__}.{value.__name__}")
-    assert not missing
+            # These run in processes of their own, or need an optional library.
+            if ".migrations" not in module.name and module.name not in _NOT_IMPORTED:
+                importlib.import_module(module.name)
+    found: set[type[DomainError]] = set()
+    pending = [DomainError]
+    while pending:
+        below = pending.pop().__subclasses__()
+        found.update(below)
+        pending.extend(below)
+    ours = [cls for cls in found - {*STATUSES, CodedError, StoreError} if cls.__module__ != __name__]
+    return sorted(ours, key=lambda cls: cls.__name__)
 
 
-@pytest.mark.parametrize("error", STATUSES)
-def test_statuses_that_mean_later_say_when(error: type[Exception]) -> None:
-    response = respond(error.__new__(error), "r")
-    later = response.status_code in (429, 503) or error is TenantErased
+_NOT_IMPORTED = {"models.export.onnx_export", "adapters.storage.bucket"}
+# Raised at the start, in a worker or in a command, or caught by the layer above, and never seen by a caller.
+OF_NO_KIND = {
+    "AlreadyAnswered",
+    "BackupFailed",
+    "BackupTooOld",
+    "BadBackup",
+    "DeviceLost",
+    "DeviceUnavailable",
+    "Diverged",
+    "ExportRefused",
+    "LeaseLost",
+    "RegistryTooNew",
+    "RegistryTooOld",
+    "TargetInUse",
+    "TrialFailed",
+    "WrongStore",
+    "_ExportFailed",
+}
+DOMAIN_ERRORS = domain_errors()
+
+
+def blank(cls: type[DomainError]) -> DomainError:
+    """An error of the class without a message; one with several codes gets one."""
+    error = cls.__new__(cls)
+    if issubclass(cls, CodedError):
+        error.code = "one_of_several"
+    return error
+
+
+def test_every_error_has_a_code_and_at_most_one_kind() -> None:
+    """One without a kind is answered as a failure of the service, so the test knows them all."""
+    kinds = {cls: [kind for kind in STATUSES if issubclass(cls, kind)] for cls in DOMAIN_ERRORS}
+    assert {cls.__name__ for cls in DOMAIN_ERRORS if not kinds[cls]} == OF_NO_KIND
+    assert all(len(found) <= 1 for found in kinds.values())
+    for cls in DOMAIN_ERRORS:
+        assert hasattr(cls, "code") != issubclass(cls, CodedError), cls
+        assert respond(blank(cls), "r").status_code == (STATUSES[kinds[cls][0]] if kinds[cls] else 500)
+
+
+def test_every_exception_with_a_code_is_a_domain_error() -> None:
+    for module in {name: module for name, module in sys.modules.items() if name.startswith(_LAYERS)}.values():
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Exception) and hasattr(value, "code"):
+                assert issubclass(value, DomainError) or not value.__module__.startswith(_LAYERS), value
+
+
+_LAYERS = ("models.", "adapters.")
+
+
+@pytest.mark.parametrize("cls", DOMAIN_ERRORS)
+def test_statuses_that_mean_later_say_when(cls: type[DomainError]) -> None:
+    response = respond(blank(cls), "r")
+    later = response.status_code in (429, 503) or cls is TenantErased
     assert ("retry-after" in response.headers) == later
 
 
@@ -280,20 +301,23 @@ INSIDE = (
 UNFORESEEN = (RuntimeError, KeyError, OSError, UnicodeDecodeError, AssertionError, MemoryError, DBAPIError)
 
 
-@pytest.mark.parametrize("cls", [*STATUSES, *UNFORESEEN])
+@pytest.mark.parametrize("cls", [*DOMAIN_ERRORS, *UNFORESEEN])
 @pytest.mark.parametrize("message", INSIDE)
 def test_no_refusal_tells_of_the_inside(cls: type[Exception], message: str) -> None:
     for where in ("args", "detail", "errors"):
-        error = cls("", (), Exception()) if issubclass(cls, DBAPIError) else cls.__new__(cls)
+        if issubclass(cls, DomainError):
+            error: Exception = blank(cls)
+        else:
+            error = cls("", (), Exception()) if issubclass(cls, DBAPIError) else cls.__new__(cls)
         if where == "errors":
             error.errors = [{"pointer": "/a", "code": "b", "detail": message}]  # type: ignore[attr-defined]
-        elif where == "detail" and cls is not DBAPIError:
+        elif where == "detail" and not issubclass(cls, DBAPIError | DomainError):
             error.detail = message  # type: ignore[attr-defined]
         if cls not in (UnicodeDecodeError, DBAPIError):
-            error.args = (message,) if where == "args" else ("Fine.",)
+            error.args = ("Fine.",) if where == "errors" else (message,)
         response = respond(error, "the-id")
         body = json.loads(bytes(response.body))
-        assert response.status_code == body["status"] == STATUSES.get(cls, 500)
+        assert response.status_code == body["status"]
         assert "the-id" in body["detail"]
         assert "errors" not in body
         for word in ("topwork.db", "artifacts", "SELECT", "INSERT", "Traceback", "python3.11", "secret"):
@@ -301,8 +325,9 @@ def test_no_refusal_tells_of_the_inside(cls: type[Exception], message: str) -> N
 
 
 def test_what_a_caller_may_know_is_told() -> None:
-    ours = {"Problem", *(cls.__name__ for cls in STATUSES)}
-    for path in (*Path("service").glob("*.py"), *Path("adapters").glob("*.py"), *Path("models").glob("*.py")):
+    answered = [cls for cls in DOMAIN_ERRORS if issubclass(cls, tuple(STATUSES))]
+    ours = {"Problem", *(cls.__name__ for cls in answered if not issubclass(cls, InternalFailure))}
+    for path in (path for layer in ("service", "adapters", "models") for path in Path(layer).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                 continue
@@ -316,7 +341,7 @@ def test_what_a_caller_may_know_is_told() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "kind", "code"),
     [
-        (Overloaded(0.2), 429, "rate_limit_error", "overloaded"),
+        (QueueFull(0.2), 429, "rate_limit_error", "overloaded"),
         (UnknownAdapter("pets"), 404, "invalid_request_error", "unknown_adapter"),
         (Problem(401, "unauthorized", "Send the key."), 401, "invalid_request_error", "unauthorized"),
         (Problem(503, "not_ready", "Wait."), 503, "server_error", "not_ready"),
@@ -354,8 +379,8 @@ async def test_the_edge_s_own_refusals_below_v1_have_openai_s_form(tmp_path: Pat
 
 
 def test_a_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    assert respond(Overloaded(0.2), "r").headers["retry-after"] == "1"
-    assert respond(Overloaded(2.4), "r").headers["retry-after"] == "3"
+    assert respond(QueueFull(0.2), "r").headers["retry-after"] == "1"
+    assert respond(QueueFull(2.4), "r").headers["retry-after"] == "3"
 
 
 def test_a_pointer_is_escaped() -> None:

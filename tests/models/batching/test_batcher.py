@@ -26,8 +26,8 @@ from models.batching.request import (
     BatcherClosed,
     DeadlineExceeded,
     EmbeddingFailed,
-    Overloaded,
     QueuedRequest,
+    QueueFull,
 )
 from models.manifest import file_sha256, read_manifest, write_manifest
 from models.preprocess.limits import InputError
@@ -260,10 +260,10 @@ async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Back
         await gate.wait_for(1)
         filled = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)] * 4))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(QueueFull) as caught:
             await batcher.embed([tiny_backbones.picture(4)])
         assert 0 < caught.value.retry_after < 60
-        with pytest.raises(Overloaded):
+        with pytest.raises(QueueFull):
             await batcher.embed([tiny_backbones.picture(4)] * 4, bulk=True)
         gate.opened.set()
         await asyncio.gather(held, bulk, filled)
@@ -278,7 +278,7 @@ async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, g
         await gate.wait_for(1)
         ahead.append(asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 20)))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(QueueFull) as caught:
             await batcher.embed([tiny_backbones.picture(3)])
         assert caught.value.retry_after == pytest.approx(0.1, rel=0.05)
         bulk = asyncio.create_task(batcher.embed([tiny_backbones.picture(4)] * 20, bulk=True))
@@ -295,9 +295,9 @@ async def test_a_flood_of_one_source_keeps_no_other_out(images: Backbone, gate: 
         # All at once, for what would wait too long is refused.
         flood.append(asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 40, source="flood")))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded):
+        with pytest.raises(QueueFull):
             await batcher.embed([tiny_backbones.picture(3)], source="flood")
-        with pytest.raises(Overloaded):
+        with pytest.raises(QueueFull):
             batcher.check_room("flood")
         batcher.check_room("other")
         other = asyncio.create_task(batcher.embed([tiny_backbones.picture(3)], source="other"))
@@ -590,7 +590,7 @@ async def test_sources_wait_for_what_the_others_inputs_cost(images: Backbone, ga
         await gate.wait_for(1)
         flood.append(asyncio.create_task(batcher.embed([giant] * 60, source="flood")))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(QueueFull) as caught:
             await batcher.embed([giant], source="flood")
         assert caught.value.retry_after > 10
         batcher.check_room("flood")

@@ -192,7 +192,7 @@ def test_heic_is_read_or_refused_with_what_to_install(monkeypatch: pytest.Monkey
     assert declared_size(data) == (128, 64)
     np.testing.assert_allclose(levels(data), levels(encoded(drawing((128, 64)), "PNG")), atol=40)
     monkeypatch.setattr("models.preprocess.image_file.formats.heic_is_read", lambda: False)
-    with pytest.raises(InputError, match=r"^unsupported_image: HEIC .*topwork\[heic\]"):
+    with pytest.raises(InputError, match=r"^HEIC .*topwork\[heic\]"):
         ImagePreprocessor(PLAIN)(data)
 
 

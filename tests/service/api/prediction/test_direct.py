@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from models.batching.request import Overloaded
+from models.batching.request import QueueFull
 from service.api.app import application, post
 from service.api.dependencies import Tenant, tenant_of
 from service.api.direct import Direct
@@ -32,7 +32,7 @@ async def hot(request: Request) -> Response:
     if body == b"problem":
         raise Problem(409, "a_problem", "Do something.", headers={"Retry-After": "7"})
     if body == b"overload":
-        raise Overloaded(3.2)
+        raise QueueFull(3.2)
     if body == b"bug":
         raise ZeroDivisionError("a secret of the inside")
     if body == b"invalid":

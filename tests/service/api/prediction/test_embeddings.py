@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.batching.request import Overloaded, QueuedRequest
+from models.batching.request import QueuedRequest, QueueFull
 from service.api.predict import PART, openai_embeddings
 from service.errors import Problem
 from service.payloads.requests import OpenAIRequest
@@ -65,7 +65,7 @@ async def test_later_parts_wait_for_room_and_the_first_is_refused(
         def full_at_times(request: QueuedRequest) -> None:
             seen.append(request)
             if len(seen) in refused:
-                raise Overloaded(0.0)
+                raise QueueFull(0.0)
             admit(request)
 
         monkeypatch.setattr(queue, "admit", full_at_times)
@@ -75,6 +75,6 @@ async def test_later_parts_wait_for_room_and_the_first_is_refused(
         assert len(seen) == 5
         seen.clear()
         refused = {1}
-        with pytest.raises(Overloaded):
+        with pytest.raises(QueueFull):
             await openai_embeddings("acme", here.predictor, asked(3 * PART))
         assert len(seen) == 1
