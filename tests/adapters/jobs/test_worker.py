@@ -39,7 +39,7 @@ from adapters.jobs.supervisor import WorkerConfig
 from adapters.jobs.worker import Worker
 from adapters.probe.fit import Dataset, fit
 from adapters.registry.database import Database
-from adapters.registry.errors import LeaseLost, RegistryUnavailable
+from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.jobs import MAX_ATTEMPTS, upload_request
 from adapters.registry.records import (
     Change,
@@ -60,6 +60,7 @@ from adapters.storage.formats import (
     encode_inputs,
 )
 from adapters.storage.open import open_store
+from models.errors import DomainError
 from models.export.loaders import load_network
 from models.manifest import CorruptExport
 from models.preprocess.pixels import normalised
@@ -602,7 +603,7 @@ def test_an_adapter_deleted_meanwhile_takes_the_job_with_it(
 ) -> None:
     during(place, monkeypatch, lambda: place.registry.delete_adapter("acme", "shades"))
     place.submit()
-    with place.lease() as lease, pytest.raises((LeaseLost, LookupError, RuntimeError)):
+    with place.lease() as lease, pytest.raises(DomainError):
         place.tuning.run(lease)
     assert place.registry.adapters("acme") == []
 
