@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
@@ -31,7 +30,7 @@ from adapters.prediction.export import VersionExporter
 from adapters.prediction.neighbours import NeighbourIndex
 from adapters.prediction.predictor import Predictor
 from adapters.probe.fit import ProbeConfig
-from adapters.processes.child import child_environment
+from adapters.processes.export import ExportFailed, ensure_exported
 from adapters.processes.fit_client import Fitter
 from adapters.registry.records import Alias
 from adapters.registry.registry import Registry
@@ -67,12 +66,6 @@ _CLEAR_SECONDS = 1.5
 _FIT_SECONDS = (0.25, 2.0, math.inf)
 # Time from the signal to a forced exit; supervisors kill after 30 s.
 _END_SECONDS = 29.0
-
-
-class ExportFailed(RuntimeError):
-    """A backbone is not exported, and exporting it failed."""
-
-    code = "export_failed"
 
 
 class NotExported(ExportFailed):
@@ -223,7 +216,7 @@ async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, Measure
 
     Plans are measured one by one, while nothing else runs.
     """
-    await _export_missing(settings.backbones)
+    await ensure_exported(settings.backbones)
     folders: dict[str, Path] = {}
     for name in settings.backbones:
         folder = find(name)
@@ -264,28 +257,6 @@ async def _close_all(batchers: Mapping[str, Batcher]) -> None:
     for batcher in batchers.values():
         await batcher.close()
         batcher.backbone.close()
-
-
-async def _export_missing(names: Sequence[str]) -> None:
-    """Export missing backbones in another process, because this one never imports torch."""
-    missing = [name for name in names if find(name) is None]
-    if not missing:
-        return
-    logger.info("exporting %s: once, about a minute", ", ".join(missing))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "models.export.onnx_export",
-        *missing,
-        env=child_environment(),
-    )
-    try:
-        status = await process.wait()
-    except asyncio.CancelledError:
-        process.terminate()
-        raise
-    if status:
-        raise ExportFailed(f"Exporting {', '.join(missing)} failed; the lines above say why.")
 
 
 def _storage(settings: Settings) -> tuple[Registry, Store]:

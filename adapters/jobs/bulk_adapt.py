@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -36,6 +35,7 @@ from adapters.heads.head import Head
 from adapters.jobs.lease import Lease
 from adapters.probe.fit import OneLabel, TooCostly
 from adapters.processes.fit_client import Fitter
+from adapters.processes.heartbeat import ElapsedTime
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import upload_of
 from adapters.registry.records import AdapterRecord
@@ -316,14 +316,12 @@ class _Work:
     async def _until_stopped(self, work: Awaitable[T]) -> T:
         """Return the work's result. If the lease says to stop, the work is cancelled and records nothing."""
         running = asyncio.ensure_future(work)
-        looked = time.monotonic()
+        # Time in which this process was stopped or had no core does not count as a stall.
+        elapsed = ElapsedTime(2 * _CHECK_SECONDS)
         try:
             while not (await asyncio.wait([running], timeout=_CHECK_SECONDS))[0]:
                 self._lease.check()
-                now = time.monotonic()
-                # Time in which this process was stopped or had no core does not count as a stall.
-                passed, looked = min(now - looked, 2 * _CHECK_SECONDS), now
-                self._look(passed)
+                self._look(elapsed.lap())
             return running.result()
         finally:
             running.cancel()

@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from adapters.processes.child import child_environment
-from adapters.processes.heartbeat import LOOK_SECONDS, HeartbeatMonitor, drain
+from adapters.processes.child import ChildProcess, child_environment
+from adapters.processes.heartbeat import LOOK_SECONDS
 
 logger = logging.getLogger("topwork")
 
@@ -58,7 +56,7 @@ class WorkerSupervisor:
     def __init__(self, config: WorkerConfig) -> None:
         self.replaced = 0
         self._config = config
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
         self._monitor: asyncio.Task[None] | None = None
         self._ending = False
 
@@ -85,16 +83,8 @@ class WorkerSupervisor:
         if self._monitor is not None:
             self._monitor.cancel()
             await asyncio.wait([self._monitor])
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), _PATIENCE)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        if self._process is not None:
+            await asyncio.to_thread(self._process.end, _PATIENCE)
 
     async def _watch(self) -> None:
         pause = _FIRST_PAUSE
@@ -115,46 +105,16 @@ class WorkerSupervisor:
             self.replaced += 1
 
     async def _run(self) -> int:
-        pulse, beating = os.pipe()
-        os.set_blocking(pulse, False)
-        try:
-            try:
-                process = self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "adapters.jobs.worker",
-                    str(beating),
-                    stdin=asyncio.subprocess.PIPE,
-                    pass_fds=(beating,),
-                    env=child_environment(clouds=True),
-                )
-            finally:
-                os.close(beating)
-            return await self._until_it_ends(process, pulse)
-        finally:
-            os.close(pulse)
-
-    async def _until_it_ends(self, process: asyncio.subprocess.Process, pulse: int) -> int:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
+        """Start a worker, kill it once its heartbeats stop, and return its exit status."""
+        process = self._process = ChildProcess(
+            "worker", "adapters.jobs.worker", environment=child_environment(clouds=True)
+        )
+        # The line fits into the pipe, so that writing it does not wait for the worker.
         with contextlib.suppress(ConnectionError):
-            await process.stdin.drain()
-        listening = asyncio.create_task(self._listen(process, pulse))
-        try:
-            return await process.wait()
-        finally:
-            listening.cancel()
-            await asyncio.wait([listening])
-
-    async def _listen(self, process: asyncio.subprocess.Process, pipe: int) -> None:
-        """Kill the worker once its heartbeats stop. The time until the first heartbeat is not limited."""
-        pulse: HeartbeatMonitor | None = None
-        while process.returncode is None:
-            if drain(pipe):
-                pulse = pulse or HeartbeatMonitor(process.pid)
-                pulse.beat()
-            if pulse is not None and (silent := pulse.look()) is not None:
-                logger.warning("the worker was silent for %.1f s, and is replaced", silent)
-                process.kill()
-                return
+            process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
+            process.stdin.flush()
+        while (status := process.status) is None:
             await asyncio.sleep(LOOK_SECONDS)
+            process.kill_if_silent()
+        process.end()
+        return status

@@ -7,15 +7,13 @@ killed.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -24,7 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.jobs.supervisor import WorkerConfig
-from adapters.processes.child import child_environment
+from adapters.processes.export import ExportFailed, ensure_exported
 from adapters.processes.heartbeat import start_heartbeat
 from adapters.redaction import leaks_internals
 from adapters.registry.errors import LeaseLost, RegistryUnavailable, UnknownJob
@@ -44,19 +42,14 @@ logger = logging.getLogger("topwork")
 _KINDS: tuple[JobKind, ...] = ("fine_tune", "bulk_adapt")
 _RETRY_SECONDS = 2.0  # wait after an error of the registry or the store
 _LONGEST_PAUSE = 600.0  # seconds before a released job may be claimed again
-_LOOK_SECONDS = 0.2  # between checks of the lease during an export
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class _ExportFailed(DomainError):
-    code = "export_failed"
 
 
 # Error codes of outages. The job did not cause them, so it is retried until its deadline.
 _OUTAGES = {
     RegistryUnavailable.code,
     StoreUnavailable.code,
-    _ExportFailed.code,
+    ExportFailed.code,
     # The codes of the fitter and the batcher, whose modules are imported only for bulk jobs.
     "fitter_unavailable",
     "backbone_unavailable",
@@ -188,27 +181,9 @@ class Worker:
             uploads=UploadLimits(config.max_upload_examples, self._input_limits),
             limits=limits,
         )
-        self._export_missing(lease)
+        backbone = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
+        asyncio.run(ensure_exported([backbone], lease.check))
         bulk.run(lease)
-
-    def _export_missing(self, lease: Lease) -> None:
-        """Export the job's backbone if this host lacks it, in a subprocess that ends with the job."""
-        from models.model_store import find
-
-        name = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
-        if find(name) is not None:
-            return
-        logger.info("exporting %s: once, about a minute", name)
-        command = [sys.executable, "-m", "models.export", name]
-        with subprocess.Popen(command, env=child_environment()) as process:
-            try:
-                while process.poll() is None:
-                    lease.check()
-                    time.sleep(_LOOK_SECONDS)
-            finally:
-                process.terminate()
-        if process.returncode:
-            raise _ExportFailed(f"Exporting {name} failed; the lines above say why.")
 
     def _tune(self, lease: Lease) -> None:
         # Importing torch takes seconds and hundreds of megabytes, so an idle worker does not. The lease is
@@ -283,9 +258,7 @@ def main() -> None:
     """
     writer = give_way_but_for_commits()
     if len(sys.argv) > 1:
-        pulse = int(sys.argv[1])
-        os.set_inheritable(pulse, False)
-        start_heartbeat(lambda: os.write(pulse, b"."))
+        start_heartbeat(int(sys.argv[1]))
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     stopping = threading.Event()

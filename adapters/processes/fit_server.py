@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,14 +56,19 @@ def _warm() -> None:
 
 
 def main() -> None:
-    """Serve fits on the standard pipes until the input closes. The first argument may give the niceness."""
-    os.nice(int(sys.argv[1]) if len(sys.argv) > 1 else NICENESS)
+    """Serve fits on the standard pipes until the input closes.
+
+    Arguments, if given: the descriptor of the pipe for heartbeats, and the niceness.
+    """
+    os.nice(int(sys.argv[2]) if len(sys.argv) > 2 else NICENESS)
     # The parent decides when this process ends. Ctrl-C in a terminal reaches every process, and BentoML's
     # supervisor terminates all of them at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    headway = ProgressClock()
+    if len(sys.argv) > 1:
+        start_heartbeat(int(sys.argv[1]), headway.made)
     requests: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    headway, writing = ProgressClock(), threading.Lock()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # Printed text goes to standard error, since it must not get between the frames.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -74,19 +79,14 @@ def main() -> None:
         # A running fit is cut off, since the parent that wants its result has gone.
         os._exit(0)
 
-    def answer(header: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
-        with writing:
-            write_frame(answers, header, arrays)
-
     try:
         _warm()
-        answer({"ready": True}, [])
-        start_heartbeat(lambda: answer({"beat": True}, []), headway.made)
+        write_frame(answers, {"ready": True}, [])
         threading.Thread(target=read, daemon=True).start()
         while True:
             header, (embeddings,) = requests.get()
             headway.idle = False
-            answer(*_answer(header, embeddings))
+            write_frame(answers, *_answer(header, embeddings))
             headway.idle = True
     except BrokenPipeError:
         # The parent has gone. A normal exit would flush the pipe and raise again.

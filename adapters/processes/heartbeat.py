@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -22,11 +23,26 @@ _WORK_SECONDS = 0.01
 _LEAST_SECONDS = 1e-4
 
 
+class ElapsedTime:
+    """Measures time in laps, each of which counts for at most `longest` seconds.
+
+    So time in which this process was suspended, or had no core, hardly counts. For one thread.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._looked = time.monotonic()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the start, at most `longest`."""
+        before, self._looked = self._looked, time.monotonic()
+        return min(self._looked - before, self._longest)
+
+
 class HeartbeatMonitor:
     """Tracks a child's heartbeats. For one thread, except `beat`, which is thread-safe.
 
-    Each look counts for at most twice LOOK_SECONDS. So a child is not taken for dead after this process was
-    suspended together with it, or had no core.
+    A child is not taken for dead after this process was suspended together with it: see ElapsedTime.
     """
 
     def __init__(self, pid: int) -> None:
@@ -35,7 +51,7 @@ class HeartbeatMonitor:
         self._heard = -1
         self._used = 0.0
         self._silent = 0.0
-        self._looked = time.monotonic()
+        self._elapsed = ElapsedTime(2 * LOOK_SECONDS)
 
     def beat(self) -> None:
         """Record a heartbeat of the child."""
@@ -46,8 +62,7 @@ class HeartbeatMonitor:
 
         A child whose interpreter is blocked by a long call, such as loading a library, still uses the CPU.
         """
-        now = time.monotonic()
-        passed, self._looked = min(now - self._looked, 2 * LOOK_SECONDS), now
+        passed = self._elapsed.lap()
         if self._beats != self._heard:
             self._heard, self._used, self._silent = self._beats, self._cpu.seconds(), 0.0
             return None
@@ -58,22 +73,22 @@ class HeartbeatMonitor:
         return None if computes and self._silent < _LONGEST_SECONDS else self._silent
 
 
-def start_heartbeat(tell: Callable[[], object], lives: Callable[[], bool] = lambda: True) -> None:
-    """Call `tell` every second from a background thread, skipping it while `lives()` is false.
+def start_heartbeat(pipe: int, lives: Callable[[], bool] = lambda: True) -> None:
+    """Write to the pipe every second from a background thread, except while `lives()` is false.
 
-    The thread ends when `tell` raises OSError: the other end of the pipe has gone.
+    `pipe`: the descriptor that a ChildProcess gets as first argument. The thread ends with the pipe's reader.
     """
+    # A process that this one starts must not hold the pipe.
+    os.set_inheritable(pipe, False)
 
-    def go_on() -> None:
-        while True:
-            try:
+    def beat() -> None:
+        with contextlib.suppress(OSError):
+            while True:
                 if lives():
-                    tell()
-            except OSError:
-                return
-            time.sleep(BEAT_SECONDS)
+                    os.write(pipe, b".")
+                time.sleep(BEAT_SECONDS)
 
-    threading.Thread(target=go_on, name="pulse", daemon=True).start()
+    threading.Thread(target=beat, name="pulse", daemon=True).start()
 
 
 class ProgressClock:
@@ -91,11 +106,3 @@ class ProgressClock:
         """Return whether the thread is idle, or has used the CPU since the last call."""
         before, self._used = self._used, time.clock_gettime(self._clock)
         return self.idle or self._used - before > _LEAST_SECONDS
-
-
-def drain(pipe: int) -> bool:
-    """Empty a non-blocking pipe of heartbeats; return whether there were any."""
-    try:
-        return bool(os.read(pipe, 4096))
-    except BlockingIOError:
-        return False

@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from adapters.cache.networks import NetworkPool
+from adapters.processes.heartbeat import ElapsedTime
 from models.arrays import Floats
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
@@ -111,13 +112,12 @@ class BackboneMonitor:
             await asyncio.wait([*self._tasks, *self._retiring])
 
     async def _look(self) -> None:
-        looked = time.monotonic()
+        # A process that was stopped or had no core was not stuck.
+        elapsed = ElapsedTime(2 * _LOOK_SECONDS)
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             self._watchdog.turn()
-            now = time.monotonic()
-            # Time is capped: a process that was stopped or had no core was not stuck.
-            passed, looked = min(now - looked, 2 * _LOOK_SECONDS), now
+            passed = elapsed.lap()
             try:
                 self._look_at_backbones(passed)
                 self._look_at_networks(passed)
@@ -259,10 +259,9 @@ class LoopWatchdog:
         self._closing.set()
 
     def _watch(self) -> None:
-        seen, still, looked = self._turns, 0.0, time.monotonic()
+        seen, still, elapsed = self._turns, 0.0, ElapsedTime(2 * _WATCH_SECONDS)
         while not self._closing.wait(_WATCH_SECONDS):
-            now = time.monotonic()
-            passed, looked = min(now - looked, 2 * _WATCH_SECONDS), now
+            passed = elapsed.lap()
             still = 0.0 if self._turns != seen else still + passed
             seen = self._turns
             if still > _TURN_SECONDS:

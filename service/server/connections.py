@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from typing import Any, Protocol
 
+from adapters.processes.heartbeat import ElapsedTime
+
 MOST = 4_096
 # Descriptors reserved for everything else: databases, artifacts, pipes, open files.
 _ROOM = 256
@@ -52,7 +54,7 @@ class ConnectionTable:
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}
         self._parts: list[set[Connection]] = [set() for _ in range(_PARTS)]
-        self._looked = [0.0] * _PARTS
+        self._elapsed: list[ElapsedTime] = []
         self._next = 0
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,7 +76,8 @@ class ConnectionTable:
         self._parts[connection.part].add(connection)
         if self._timer is None or self._loop is not connection.loop:
             self._loop = connection.loop
-            self._looked = [self._loop.time()] * _PARTS
+            # Time in which this process was stopped does not count against clients.
+            self._elapsed = [ElapsedTime(2 * _LOOK_SECONDS) for _ in range(_PARTS)]
             self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look)
         return True
 
@@ -101,11 +104,9 @@ class ConnectionTable:
     def _look(self) -> None:
         assert self._loop is not None
         self._timer = self._loop.call_later(_LOOK_SECONDS / _PARTS, self._look) if self._open else None
-        part, now = self._next, self._loop.time()
+        part = self._next
         self._next = (part + 1) % _PARTS
-        # Time in which this process was stopped does not count against clients.
-        passed = min(now - self._looked[part], 2 * _LOOK_SECONDS)
-        self._looked[part] = now
+        passed = self._elapsed[part].lap()
         for connection in tuple(self._parts[part]):
             connection.look(passed)
             if not connection.idle:

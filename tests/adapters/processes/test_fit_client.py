@@ -31,7 +31,7 @@ async def fitter() -> AsyncIterator[Fitter]:
 
 
 def pid_of(fitter: Fitter, line: int) -> int | None:
-    process = fitter._lines[line].process
+    process = fitter._queues[line].process
     return None if process is None else process.pid
 
 
@@ -79,7 +79,7 @@ async def test_a_fit_that_kills_twice_is_given_up_and_the_next_one_works(fitter:
     killed: set[int] = set()
     while not running.done():
         await asyncio.sleep(0.05)
-        process = fitter._lines[0].process
+        process = fitter._queues[0].process
         if process is not None and process.pid not in killed and fitter.alive:
             await asyncio.sleep(0.1)
             if not running.done():
@@ -201,7 +201,7 @@ async def test_long_fits_of_one_tenant_do_not_hold_the_short_ones_of_another(lin
     assert fitted.head.to_bytes() == fit(short).head.to_bytes()
     fitted = await lines.fit(middle, tenant="one")
     assert not all(task.done() for task in asked)
-    priorities = [os.getpriority(os.PRIO_PROCESS, line.process.pid) for line in lines._lines if line.process]
+    priorities = [os.getpriority(os.PRIO_PROCESS, line.process.pid) for line in lines._queues if line.process]
     assert priorities == sorted(set(priorities))
     for task in asked:
         task.cancel()
@@ -229,7 +229,7 @@ async def test_a_process_that_is_not_needed_any_more_ends(lines: Fitter) -> None
 
 async def test_a_long_fit_whose_process_is_killed_is_repeated(lines: Fitter) -> None:
     running = asyncio.create_task(lines.fit(classification(2_000, 384, 60)))
-    await eventually(lambda: not lines._lines[1].broken)
+    await eventually(lambda: not lines._queues[1].broken)
     pid = pid_of(lines, 1)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)

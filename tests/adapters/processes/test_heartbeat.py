@@ -99,17 +99,17 @@ async def test_a_stopped_fit_is_noticed_and_done_again(monkeypatch: pytest.Monke
     fitter = Fitter()
     await fitter.start()
     try:
-        assert fitter._lines[0].process is not None
-        stopped = fitter._lines[0].process.pid
+        assert fitter._queues[0].process is not None
+        stopped = fitter._queues[0].process.pid
         os.kill(stopped, signal.SIGSTOP)
         begun = time.monotonic()
         fitted = await fitter.fit(classification(200, 24, 4))
         assert len(fitted.head.labels) == 4
         assert time.monotonic() - begun < 15.0
-        assert fitter._lines[0].process.pid != stopped
+        assert fitter._queues[0].process.pid != stopped
         assert fitter.replaced == 1
         # Nobody need ask for another one to be started.
-        fitter._lines[0].process.kill()
+        fitter._queues[0].process.kill()
         deadline = time.monotonic() + 15.0
         while fitter.replaced < 2 or not fitter.alive:
             assert time.monotonic() < deadline
@@ -123,12 +123,12 @@ async def test_a_fit_for_nobody_is_not_begun_by_a_new_process() -> None:
     fitter = Fitter()
     await fitter.start()
     try:
-        assert fitter._lines[0].process is not None
-        os.kill(fitter._lines[0].process.pid, signal.SIGSTOP)
+        assert fitter._queues[0].process is not None
+        os.kill(fitter._queues[0].process.pid, signal.SIGSTOP)
         caller = asyncio.create_task(fitter.fit(classification(10_000, 256, 20, apart=1.0)))
         await asyncio.sleep(0.2)
         caller.cancel()
-        fitter._lines[0].process.kill()
+        fitter._queues[0].process.kill()
         begun = time.monotonic()
         # The other one would take seconds.
         await fitter.fit(classification(60, 8, 2))
