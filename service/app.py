@@ -76,7 +76,6 @@ class Topwork:
     async def start(self) -> None:
         """Build all components. If that fails, the process exits with a one-line explanation."""
         from service.api.app import build_api
-        from service.api.direct import Direct
         from service.composition import compose
         from service.edge.auth import Authenticator, listening_addresses
 
@@ -101,7 +100,7 @@ class Topwork:
         api = build_api(self.components)
         self.monitor = asyncio.create_task(edge.watch())
         metrics = self.components.metrics
-        edge.open(Direct(api), api.routes, settings=settings, guard=guard, observe=metrics.request)
+        edge.open(api, api.routes, settings=settings, guard=guard, observe=metrics.request)
         # Objects loaded so far live as long as the process, so full collections need not scan them.
         gc.collect()
         gc.freeze()

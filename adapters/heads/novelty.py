@@ -52,16 +52,6 @@ class NoveltyRegion:
         squared: Floats = nearest(along, self.centres) + rest / np.float32(self.rest)
         return squared
 
-    def squared_distance_of(self, embedding: Floats) -> float:
-        """The squared distance of one embedding (dim,), in few calls; see adapters.prediction.scorer."""
-        centred = embedding - self.mean
-        along = np.matmul(self.directions.astype(np.float32), centred) * self.steps
-        inside = along * self.plain
-        apart = self.centres - along
-        to_centres = min(np.einsum("ij,ij->i", apart, apart).tolist())
-        rest = max(float(centred @ centred) - float(inside @ inside), 0.0)
-        return float(to_centres + rest / self.rest)
-
     def surprise(self, squared: Floats) -> Floats:
         """How many standard deviations the log distances lie above the mean of held-out examples."""
         logs = np.log(np.maximum(squared, 1e-30))

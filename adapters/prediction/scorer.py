@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ _DIGITS = 6
 _LEAST, _MOST = 0.000001, 0.999999
 # Heads with more weights than this answer from a thread: on the event loop they would delay all requests.
 _WEIGHTS_ON_LOOP = 1 << 16
-# Heads with more labels than this are applied with numpy to a single row too, which is then faster.
-_LABELS_OF_A_SINGLE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,47 +108,9 @@ class HeadScorer:
 
     def _pass(self, head: Head, embeddings: Floats, top_k: int) -> list[Prediction]:
         started = time.perf_counter()
-        if len(embeddings) == 1 and head.task == "classification" and len(head.labels) <= _LABELS_OF_A_SINGLE:
-            answers = [single(head, embeddings[0], top_k)]
-        else:
-            answers = shape(head, head.predict(embeddings), top_k)
+        answers = shape(head, head.predict(embeddings), top_k)
         self._observe(time.perf_counter() - started)
         return answers
-
-
-def single(head: Head, embedding: Floats, top_k: int) -> Prediction:
-    """Return the same as `shape` with `head.predict`, for one row, (dim,), of a classification.
-
-    A numpy call costs microseconds when a network has just evicted numpy from the processor's caches, and
-    `shape` with `predict` needs sixty of them. Here plain Python, in double precision, loops over the labels.
-    """
-    logits: list[float] = head.logits(embedding).tolist()
-    top = max(logits)
-    chances = [math.exp(logit - top) for logit in logits]
-    total = sum(chances)
-    kept, spread = (1.0 - head.smoothing) / total, head.smoothing / len(chances)
-    chances = [chance * kept + spread for chance in chances]
-    energy = top + math.log(total)
-    score = _evidence((head.doubt.energy_mean - energy) / head.doubt.energy_deviation)
-    distance = None
-    if (region := head.region) is not None:
-        squared = region.squared_distance_of(embedding)
-        distance = math.sqrt(squared / region.limit)
-        score += _evidence((math.log(max(squared, 1e-30)) - region.log_mean) / region.log_deviation)
-    order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:top_k]
-    far = distance is not None and distance > 1.0
-    reason = _reason(head, far=far, doubtful=chances[order[0]] < head.threshold)
-    shown = tuple(
-        (head.labels[place], min(max(round(chances[place], _DIGITS), _LEAST), _MOST)) for place in order
-    )
-    return Prediction(
-        confidence=shown[0][1],
-        abstention_score=score,
-        distance=None if distance is None else round(distance, _DIGITS),
-        abstention_reason=reason,
-        label=shown[0][0],
-        probabilities=shown,
-    )
 
 
 def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
@@ -161,11 +120,6 @@ def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
     if far:
         return "far_from_examples"
     return "low_confidence" if doubtful else None
-
-
-def _evidence(surprise: float) -> float:
-    """Return the squared softplus, as `_evidence` in head.py does for arrays."""
-    return float((max(surprise, 0.0) + math.log1p(math.exp(-abs(surprise)))) ** 2)
 
 
 def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:

@@ -101,7 +101,6 @@ def prediction_routes(
             "predict",
             returns(answered.PredictResponse, 404, 409, 413, 415, 422, 429),
             body=inputs,
-            direct=True,
         ),
         post(
             "/embed",
@@ -109,7 +108,6 @@ def prediction_routes(
             "predict",
             returns(answered.EmbedResponse, 413, 415, 422, 429),
             body=to_embed,
-            direct=True,
         ),
         get("/backbones", operations.backbones, "key", returns(answered.BackbonesOut)),
         # Prometheus scrapes this route, and its configuration should not hold a key.
@@ -120,7 +118,6 @@ def prediction_routes(
             "predict",
             returns_openai(OpenAIResponse, 404, 413, 415, 422, 429),
             body=body(asked.OpenAIRequest, "inputs"),
-            direct=True,
         ),
         get("/v1/models", openai.models, "key", returns_openai(OpenAIModels)),
         get("/v1/models/{model:path}", openai.model, "key", returns_openai(OpenAIModel, 404)),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from service.edge.access_log import AccessLog
+from service.edge.access_log import log_request
 from service.edge.audit import Audit
 from service.edge.auth import STRANGER, Admission
 from service.edge.channel import BodyBudget, RequestChannel, UploadChannel
@@ -148,9 +148,8 @@ class Edge:
         self._inner = _Inner(Contract(app, routes), RouteTable(routes), settings, guard, observe)
 
     def close(self) -> None:
-        """Answer 503 from now on; write the pending lines of both logs."""
+        """Answer 503 from now on; write the pending lines of the audit log."""
         if self._inner is not None:
-            self._inner.log.write()
             self._inner.audit.write()
         self._inner = None
 
@@ -200,7 +199,6 @@ class _Inner:
         self._open: dict[RequestChannel, tuple[str, Caller] | None] = {}
         self._pause = min(_LATE_SECONDS, _LATE_SHARE * settings.request_timeout)
         self._look: asyncio.TimerHandle | None = None
-        self.log = AccessLog()
         self.audit = Audit()
 
     def end(self, tenant: str, why: Exception) -> None:
@@ -267,7 +265,7 @@ class _Inner:
             method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
             self._observe(method, template, status, seconds)
             if self._settings.access_log:
-                self.log.add(method, path, status, seconds, request_id)
+                log_request(method, path, status, seconds, request_id)
             if access.may_change(method):
                 self.audit.add(
                     method,

@@ -48,7 +48,6 @@ class Access:
 
     need: Need
     body: BodyKind = "none"
-    direct: bool = False  # the endpoint is called without FastAPI
 
     @property
     def is_about_tenants(self) -> bool:
@@ -79,7 +78,6 @@ class DeclaredRoute(APIRoute):
         responses: Responses | None = None,
         *,
         body: Body = NO_BODY,
-        direct: bool = False,
         **documented: Any,
     ) -> None:
         super().__init__(
@@ -90,7 +88,7 @@ class DeclaredRoute(APIRoute):
             openapi_extra=body.documented or None,
             **documented,
         )
-        self.access = Access(need, body.kind, direct)
+        self.access = Access(need, body.kind)
 
 
 class RouteTable:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,8 +15,6 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-_TOGETHER = 256  # observations counted together, which takes 0.5 ms
-
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
@@ -29,9 +25,6 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._noted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        # Registered first, so that a scrape counts pending observations before it reads the metrics.
-        self.registry.register(_Before(self._count))
         self._requests = Counter(
             "topwork_requests",
             "Requests by route template and status.",
@@ -70,39 +63,16 @@ class Metrics:
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Count one answered request. `route`: the template that matched, or None."""
-        self._note(self._count_request, method, route, status, seconds)
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """Observe the seconds that one request spent in a stage."""
-        self._note(self._count_stage, stage, seconds)
-
-    def batch(self, backbone: str, items: int) -> None:
-        """Observe the size of one backbone run."""
-        self._note(self._count_batch, backbone, items)
-
-    def _note(self, count: Callable[..., None], *what: Any) -> None:
-        """Queue an observation to be counted with others: counting one alone takes five times as long."""
-        self._noted.append((count, what))
-        if len(self._noted) >= _TOGETHER:
-            self._count()
-
-    def _count(self) -> None:
-        while self._noted:
-            try:
-                count, what = self._noted.popleft()
-            except IndexError:
-                return  # Another thread took the last one.
-            count(*what)
-
-    def _count_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         known = method if route and method in _METHODS else "other"
         self._request(known, route or _UNMATCHED, str(status)).inc()
         self._request_time(route or _UNMATCHED).observe(seconds)
 
-    def _count_stage(self, stage: str, seconds: float) -> None:
+    def stage(self, stage: str, seconds: float) -> None:
+        """Observe the seconds that one request spent in a stage."""
         self._stage(stage).observe(seconds)
 
-    def _count_batch(self, backbone: str, items: int) -> None:
+    def batch(self, backbone: str, items: int) -> None:
+        """Observe the size of one backbone run."""
         self._batch(backbone).observe(items)
 
     def adapt(self, outcome: str) -> None:
@@ -124,17 +94,6 @@ class Metrics:
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
-
-
-class _Before(Collector):
-    """A collector without metrics that runs a function at the start of a scrape."""
-
-    def __init__(self, do: Callable[[], None]) -> None:
-        self._do = do
-
-    def collect(self) -> Iterable[Metric]:
-        self._do()
-        return ()
 
 
 _Family = type[GaugeMetricFamily] | type[CounterMetricFamily]

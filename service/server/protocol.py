@@ -40,47 +40,6 @@ _NO_ROOM = "Too many connections are open; try again later."
 
 # Size of the unread part of a body at which reading pauses. uvicorn's 64 KB would pause it for every photo.
 _UNREAD_BYTES = 256 << 10
-# Start of an interim response (1xx), which must not wait for a body.
-_INTERIM = b"HTTP/1.1 1"
-
-
-class CoalescingTransport:
-    """A transport that sends the head of a response together with what is written right after it.
-
-    uvicorn writes them separately, and each write costs a system call, a packet and a wake-up of the client.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head: bytes | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def write(self, data: bytes) -> None:
-        """Send the data. A response head is held back for one round of the event loop at most."""
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.writelines((head, data))
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(_INTERIM):
-            self._head = data
-            self._loop.call_soon(self._flush)
-        else:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Send a head that is held back, then close."""
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.write(head)
 
 
 class _Phase(Enum):
@@ -126,7 +85,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._when_gone: set[Callable[[], None]] = set()
         # While draining, a connection closes after its next answer.
         self._leaving = connections.draining
-        super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(transport)
         if not connections.admit(self):
             self.transport.write(_refusal(503, "too_many_connections", _NO_ROOM, b"retry-after: 1"))
             self.transport.close()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.heads.head import CorruptHead, Head
 from adapters.heads.onnx import PROBABILITIES, VALUES, append_head
-from adapters.prediction.scorer import shape, single
+from adapters.prediction.scorer import shape
 from adapters.probe.fit import fit
 from models.backbone import Backbone
 from models.protobuf import InvalidGraph
@@ -65,12 +65,11 @@ def test_one_row_is_answered_as_many_are(n: int, dim: int, labels: int) -> None:
         rows = clouds(100, dim, labels, apart=apart, seed=5)[0]
         many = shape(one, one.predict(rows), labels)
         for row, expected in zip(rows, many, strict=True):
-            found = single(one, row, labels)
+            (found,) = shape(one, one.predict(row[None]), labels)
             assert found.label == expected.label
             assert found.abstained == expected.abstained
             assert found.abstention_score == pytest.approx(expected.abstention_score, rel=1e-4, abs=1e-4)
             assert dict(found.probabilities) == pytest.approx(dict(expected.probabilities), abs=1e-5)
-            assert len(single(one, row, 1).probabilities) == 1
 
 
 def test_abstains_on_inputs_of_another_world(head: Head) -> None:
