@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
+.PHONY: help serve test check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -22,15 +22,26 @@ serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctr
 test: .venv/dev.stamp  ## Run the tests
 	$(RUN) pytest $(ARGS)
 
+check-fast: .venv/dev.stamp  ## Lint, format, types, and the tests that start no service and no database
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(RUN) pytest -m 'not alone' -n 2 --dist loadfile $(UNIT) $(ARGS)
+
 test-kill: .venv/dev.stamp  ## Kill the service 200 times under mixed load, and look for what was lost
 	$(RUN) benchmarks.reliability.kill --times 200
 
 test-kill-jobs: .venv/dev.stamp  ## Kill workers and the service during fine-tunes, and look at what became of the jobs
 	$(RUN) benchmarks.reliability.kill_jobs --times-worker 50 --times-server 20
 
+# Files of tests that start no service and no database.
+UNIT := tests/test_architecture.py $(addprefix tests/models/,batching preprocess runtime test_spec.py) \
+	$(addprefix tests/adapters/,examples heads prediction probe) tests/service/payloads
+
 # Two files at a time, the longest first.
 LONGEST_FAULTS := tests/faults/storage/test_storage_kills.py
-FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tests/faults/*/test_*.py)))
+FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tests/faults/*/test_*.py))) \
+	tests/service/api/prediction/test_export_program.py
 
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,28 @@ import pytest
 import models  # noqa: F401
 from benchmarks.harness.service_process import Serving
 
+# As in the service: spinning threads of BLAS take the cores of other tests. Read when numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 pytest_plugins = ["tests.support.storage"]
+
+# Files that take minutes. Parallel workers begin with them, so that none is left to the end.
+LONGEST = (
+    "tests/adapters/jobs/test_worker.py",
+    "tests/service/api/prediction/test_export_program.py",
+    "tests/service/api/adaptation/test_fine_tune.py",
+    "tests/models/export/test_onnx_export.py",
+    "tests/adapters/registry/test_registry.py",
+    "tests/faults/process/test_rollback_kills.py",
+    "tests/faults/process/test_failpoints.py",
+    "tests/adapters/probe/test_regression.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort the longest files to the front."""
+    order = {config.rootpath / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(Path(item.path), len(order)))
 
 
 @pytest.fixture(scope="session")
