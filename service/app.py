@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 import bentoml
 from starlette.types import ASGIApp
 
+from adapters.logs import configure_logging
 from service.edge.gateway import Edge
 from service.server.bentoml_shell import configured_host, shell_around, stop_tracking
 from service.server.connections import connections
 from service.server.image import image
 from service.server.process import (
-    configure_logging,
     explain,
     give_back_memory,
     give_up,
@@ -67,6 +67,7 @@ class Topwork:
         host = context.params.get("host") if context else None
         try:
             settings = Settings()
+            configure_logging(settings.log_format)
             if context is not None:
                 Authenticator(settings.admin_key, [host or configured_host()])
         except Exception as error:
@@ -81,7 +82,6 @@ class Topwork:
 
         # `topwork serve` has already set the umask; another server that runs the bento has not.
         os.umask(0o077)
-        configure_logging()
         give_back_memory()
         connections.bound(raise_descriptor_limit())
         worker = bentoml.server_context.worker_index

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.jobs.callbacks import secret_key
 from adapters.jobs.supervisor import WorkerConfig
+from adapters.logs import LogFormat
 from models import SILENT
 
 logger = logging.getLogger("topwork")
@@ -158,6 +159,10 @@ class Settings(BaseSettings):
         default=20, gt=0, le=25, description="Seconds that running requests get to finish at shutdown."
     )
     access_log: bool = Field(default=True, description="Log one line for each request.")
+    log_format: LogFormat = Field(
+        default="auto",
+        description="Log lines as json, or as columns (console); auto: console on a terminal, else json.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -246,6 +251,7 @@ class Settings(BaseSettings):
             max_image_bytes=self.max_image_bytes,
             max_image_pixels=self.max_image_pixels,
             max_text_chars=self.max_text_chars,
+            log_format=self.log_format,
             callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
         )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from adapters.logs import LogFormat
 from adapters.processes.child import ChildProcess, child_environment
 from adapters.processes.heartbeat import LOOK_SECONDS
 
@@ -43,6 +44,7 @@ class WorkerConfig:
     max_image_bytes: int = 16 << 20
     max_image_pixels: int = 50_000_000
     max_text_chars: int = 100_000
+    log_format: LogFormat = "auto"
     callback_secrets: Sequence[str] = field(default=(), repr=False)
 
 

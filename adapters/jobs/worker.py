@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
 from adapters.jobs.supervisor import WorkerConfig
+from adapters.logs import configure_logging
 from adapters.processes.export import ExportFailed, ensure_exported
 from adapters.processes.heartbeat import start_heartbeat
 from adapters.redaction import leaks_internals
@@ -259,14 +260,13 @@ def main() -> None:
     writer = give_way_but_for_commits()
     if len(sys.argv) > 1:
         start_heartbeat(int(sys.argv[1]))
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logger.setLevel(logging.INFO)
     stopping = threading.Event()
     # The parent decides when the worker ends. Ctrl-C in a terminal reaches every process, and SIGTERM from
     # BentoML's supervisor or systemd may as well.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
+    configure_logging(config.log_format)
     _end_with(sys.stdin, stopping)
     work(config, stopping, writer)
 

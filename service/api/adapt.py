@@ -8,6 +8,7 @@ from adapters.adaptation.adapt import AdaptPipeline
 from adapters.jobs.submission import JobSubmitter
 from service.api.dependencies import Tenant
 from service.api.idempotency import IdempotencyGuard, Replying
+from service.edge.access_log import note_adapter
 from service.edge.auth import count_items
 from service.edge.gateway import BULK, UPLOAD_PATIENCE, ConcurrencyLimit
 from service.payloads import render
@@ -40,11 +41,13 @@ class AdaptEndpoints:
         form = BULK[media_type(request)]
         async with self._uploads.wait(tenant, UPLOAD_PATIENCE):
             command, content = self._reader.bulk(request, form)
+            note_adapter(request, command.adapter)
             job = await self._submitter.bulk(tenant, form, command, content, reply(render.submitted))
         return render.submitted(job)
 
     async def _learn(self, request: Request, tenant: str, reply: Replying) -> Response:
         command = await self._reader.adapt(request)
+        note_adapter(request, command.adapter)
         count_items(request, len(command.posted))
         if command.fine_tune is not None:
             return render.tuning(await self._submitter.fine_tune(tenant, command, reply(render.tuning)))

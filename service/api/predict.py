@@ -14,6 +14,7 @@ from models.batching.batcher import Batcher
 from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
 from service.api.dependencies import tenant_of
+from service.edge.access_log import note_adapter
 from service.edge.auth import count_items, in_vain
 from service.errors import Problem
 from service.payloads import openai, render, requests
@@ -38,6 +39,7 @@ class PredictEndpoints:
         if (name := self._reader.adapter(request)) is not None:
             self._predictor.check_room(tenant, name)
         asked = await self._reader.predict(request)
+        note_adapter(request, asked.query.adapter)
         count_items(request, len(asked.query.inputs))
         found = await self._predictor.predict(tenant, asked.query)
         if all(isinstance(item, InputError) for item in found.items):

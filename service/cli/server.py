@@ -80,9 +80,9 @@ def worker() -> None:
     settings = read_settings()
 
     from adapters.jobs.worker import work
-    from service.server.process import configure_logging
+    from adapters.logs import configure_logging
 
-    configure_logging()
+    configure_logging(settings.log_format)
     warn_of_unknown_settings()
     settings.make_home()
     stopping = threading.Event()

@@ -40,8 +40,14 @@ class Audit:
             if self._due is None:
                 self._due = asyncio.get_running_loop().call_later(_TOLD_AFTER, self.write)
             return
-        who = tenant if is_tenant(tenant) else "-"
-        _logger.info("%s %s %d tenant=%s key=%s %s", method, logged(path), status, who, key, request_id)
+        facts = {
+            "method": method,
+            "status": status,
+            "tenant": tenant if is_tenant(tenant) else None,
+            "key": key,
+            "request_id": request_id,
+        }
+        _logger.info("%s %s %d", method, logged(path), status, extra=facts)
 
     def write(self) -> None:
         """Log how many lines were omitted since the last call, by key."""
@@ -50,7 +56,7 @@ class Audit:
             self._due = None
         left_out, self._left_out = self._left_out, Counter()
         for key, count in left_out.items():
-            _logger.info("%d more refused requests are not listed key=%s", count, key)
+            _logger.info("%d more refused requests are not listed", count, extra={"key": key})
 
     def _has_room(self, key: str) -> bool:
         now = self._clock()

@@ -42,6 +42,7 @@ class RequestChannel:
         self._bodies = bodies
         self._state = scope["state"]
         self.bytes = 0
+        self.bytes_sent = 0
         # The pace and the tenant that a large body waits for, and the milliseconds that Pace.wait reserved.
         self._pace: tuple[Pace, str] | None = None
         self._reserved = 0.0
@@ -147,6 +148,8 @@ class RequestChannel:
             }
         elif self._head:
             message = {**message, "body": b""}
+        else:
+            self.bytes_sent += len(message.get("body", b""))
         await self._send(message)
 
     def close(self) -> None:

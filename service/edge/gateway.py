@@ -265,7 +265,14 @@ class _Inner:
             method, path, status = scope["method"], scope["path"], exchange.status or _CLIENT_GONE
             self._observe(method, template, status, seconds)
             if self._settings.access_log:
-                log_request(method, path, status, seconds, request_id)
+                log_request(
+                    scope,
+                    status=status,
+                    seconds=seconds,
+                    bytes_in=exchange.bytes,
+                    bytes_out=exchange.bytes_sent,
+                    tenant=_tenant(caller, headers),
+                )
             if access.may_change(method):
                 self.audit.add(
                     method,

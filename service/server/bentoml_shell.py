@@ -12,10 +12,11 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
+from adapters.logs import configure_logging
 from service.server.drain import DrainingServer
 from service.server.overrides import check_overrides
 from service.server.protocol import BoundedHttpProtocol
-from service.settings import tracing_wanted
+from service.settings import Settings, tracing_wanted
 
 _HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
 
@@ -43,6 +44,8 @@ class BentoShell(bentoml.Service[Any]):  # type: ignore[misc]
     def to_asgi(self, is_main: bool = True) -> Starlette:
         """Return BentoML's application: its health checks and lifespan, and our edge for every other path."""
         check_overrides()
+        # BentoML has set its own format up by now.
+        configure_logging(Settings().log_format)
         # Every launcher, `bentoml serve` included, lets uvicorn choose the HTTP protocol.
         HTTP_PROTOCOLS["auto"] = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
         # Launchers look this class up after `to_asgi`.

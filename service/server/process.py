@@ -128,19 +128,6 @@ def trim_memory(closing: threading.Event) -> None:
         trim(0)
 
 
-def configure_logging() -> None:
-    """Log to standard error, one line per record. The loggers of BentoML and uvicorn are left to BentoML."""
-    # Finding the caller, thread and process is half the cost of a record, and the format omits them.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    stream = logging.StreamHandler()
-    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logger = logging.getLogger("topwork")
-    logger.handlers = [stream]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
 @contextmanager
 def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
     """Call `tell` in this event loop as soon as the process is told to end, by SIGTERM or SIGINT.

@@ -248,7 +248,7 @@ def test_wrong_canaries_take_it_out_and_what_hangs_again_ends_the_process(tmp_pa
         assert seconds_until(lambda: ready(service)) < REPLACED
         service.ask("hang", "text")
         assert service.process.wait(REPLACED) == STUCK
-        last = [line for line in service.log.read_text().splitlines() if "CRITICAL" in line]
+        last = [line for line in service.log.read_text().splitlines() if '"critical"' in line]
         assert len(last) == 1
         assert f"status {STUCK}: the backbone {KINDS['text']} was replaced less than 60 s ago" in last[0]
         seconds_until(lambda: not service.group())

@@ -112,16 +112,6 @@ def test_a_head_without_a_body_comes_too(server: str) -> None:
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_head_and_body_come_together(server: str) -> None:
-    with connected(server) as connection:
-        send(connection, [begun("GET", "/backbones") + b"\r\n"])
-        # One packet: a client on its way to the body need not wake twice.
-        answer = connection.recv(65_536)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 ")
-    assert f"content-length: {len(body)}".encode() in head.lower()
-
-
 def test_who_waits_to_be_told_to_go_on_is_told(server: str) -> None:
     body = b"hello"
     with connected(server) as connection:
