@@ -32,7 +32,8 @@ from models.errors import (
 
 logger = logging.getLogger("topwork")
 
-TYPE_PREFIX = "urn:topwork:"
+TYPE_PREFIX = "/docs/errors#"
+"""Start of a problem's `type`, which links to the entry of its code in the service's own reference."""
 INVALID = "The request does not have the documented form."
 """Detail of a problem whose `errors` say what is wrong."""
 
@@ -76,6 +77,7 @@ def problem_body(status: int, code: str, detail: str, request_id: str) -> dict[s
     """Return a problem as a JSON object."""
     return {
         "type": TYPE_PREFIX + code,
+        "code": code,
         "title": code.replace("_", " ").capitalize(),
         "status": status,
         "detail": detail,

@@ -243,5 +243,6 @@ def page_routes(page: PageEndpoints) -> list[DeclaredRoute]:
         get("/", page.index, "nothing", include_in_schema=False),
         get("/docs", page.page, "nothing", include_in_schema=False),
         get("/openapi.json", page.document, "nothing", include_in_schema=False),
+        get("/docs/errors", page.errors, "nothing", include_in_schema=False),
         get("/docs/{asset}", page.asset, "nothing", include_in_schema=False),
     ]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import bentoml
 from fastapi import Request
 from fastapi.openapi.docs import get_swagger_ui_html
+from markdown_it import MarkdownIt
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
@@ -27,6 +30,7 @@ _SERVED = {
     "swagger-ui.css": "text/css",
     "favicon-light-32x32.png": "image/png",
 }
+_ERRORS = Path(__file__).with_name("errors.md")
 
 
 class OperationEndpoints:
@@ -73,6 +77,10 @@ class PageEndpoints:
         self._document = self._document or to_json(request.app.openapi())
         return Response(self._document, media_type="application/json")
 
+    async def errors(self) -> HTMLResponse:
+        """What each code of an error means; `type` of every problem links to it."""
+        return HTMLResponse(_errors_page())
+
     async def asset(self, asset: str) -> FileResponse:
         """A file of the page."""
         if asset not in _SERVED:
@@ -80,3 +88,15 @@ class PageEndpoints:
         return FileResponse(
             _ASSETS / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
         )
+
+
+@cache
+def _errors_page() -> str:
+    """Return the reference of errors, in which each heading has its text as its anchor."""
+    parser = MarkdownIt()
+    tokens = parser.parse(_ERRORS.read_text())
+    for heading, text in pairwise(tokens):
+        if heading.type == "heading_open":
+            heading.attrSet("id", text.content)
+    body = parser.renderer.render(tokens, parser.options, {})
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Errors</title>{body}</html>'

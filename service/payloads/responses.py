@@ -27,7 +27,8 @@ class ErrorAt(BaseModel):
 class ProblemOut(BaseModel):
     """An error (RFC 9457)."""
 
-    type: str = Field(examples=["urn:topwork:unknown_adapter"])
+    type: str = Field(examples=["/docs/errors#unknown_adapter"])
+    code: str = Field(examples=["unknown_adapter"])
     title: str
     status: int
     detail: str

@@ -3,9 +3,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
-import importlib
 import json
-import pkgutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +13,9 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
-import adapters
-import models
 from adapters.redaction import leaks_internals
 from adapters.registry.erasures import TenantErased
 from adapters.registry.errors import UnknownAdapter
-from adapters.storage.artifact import StoreError
 from models.batching.request import QueueFull
 from models.errors import CodedError, DomainError, InternalFailure
 from service.edge.auth import Authenticator
@@ -30,6 +25,7 @@ from service.errors import STATUSES, Problem, pointer, respond
 from service.monitoring.metrics import Metrics
 from service.server.scope import GONE, new_id
 from service.settings import Settings
+from tests.support.domain_errors import DOMAIN_ERRORS
 from tests.support.service.edge_app import Shell
 
 
@@ -49,7 +45,7 @@ def is_problem(answer: Any, status: int, code: str) -> bool:
     assert body["request_id"] == answer.headers["x-request-id"]
     assert body["title"]
     assert body["detail"]
-    return (answer.status_code, body["status"], body["type"]) == (status, status, f"urn:topwork:{code}")
+    return (answer.status_code, body["status"], body["type"]) == (status, status, f"/docs/errors#{code}")
 
 
 @pytest.mark.anyio
@@ -212,28 +208,10 @@ async def test_before_the_start_and_after_the_stop_it_is_503(shell: Shell) -> No
     shell.edge.close()
     async with shell.client() as client:
         answer = await client.get("/things/1")
-    assert (answer.status_code, answer.json()["type"]) == (503, "urn:topwork:not_ready")
+    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
     assert answer.headers["retry-after"] == "1"
 
 
-def domain_errors() -> list[type[DomainError]]:
-    """Every class of errors of models/ and adapters/, but the kinds and the groups."""
-    for package in (models, adapters):
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            # These run in processes of their own, or need an optional library.
-            if ".migrations" not in module.name and module.name not in _NOT_IMPORTED:
-                importlib.import_module(module.name)
-    found: set[type[DomainError]] = set()
-    pending = [DomainError]
-    while pending:
-        below = pending.pop().__subclasses__()
-        found.update(below)
-        pending.extend(below)
-    ours = [cls for cls in found - {*STATUSES, CodedError, StoreError} if cls.__module__ != __name__]
-    return sorted(ours, key=lambda cls: cls.__name__)
-
-
-_NOT_IMPORTED = {"models.export.onnx_export", "adapters.storage.bucket"}
 # Raised at the start, in a worker or in a command, or caught by the layer above, and never seen by a caller.
 OF_NO_KIND = {
     "AlreadyAnswered",
@@ -252,7 +230,6 @@ OF_NO_KIND = {
     "WrongStore",
     "_ExportFailed",
 }
-DOMAIN_ERRORS = domain_errors()
 
 
 def blank(cls: type[DomainError]) -> DomainError:

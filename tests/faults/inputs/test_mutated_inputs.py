@@ -127,7 +127,7 @@ class Asking:
     def _wrong_refusal(self, response: httpx.Response, form: str, media: str | None) -> str | None:
         if response.status_code >= 500 or response.headers["content-type"] != "application/problem+json":
             return f"{response.status_code}: {response.text[:500]}"
-        code = response.json()["type"].removeprefix("urn:topwork:")
+        code = response.json()["code"]
         # A raw input that cannot be used is the request's own error; a text's string may end the JSON.
         may = CODES | WHOLE if form == "raw" else {"invalid_json"} if self.kind == "text" else set()
         return None if code in may else f"{response.status_code} {code}: {response.text[:500]}"

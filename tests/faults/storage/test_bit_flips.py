@@ -156,7 +156,7 @@ def test_over_http_only_the_damaged_version_is_refused(tmp_path: Path) -> None:
     with Serving(home, environment=settings) as running, httpx.Client(base_url=running.url) as http:
         for _ in range(2):
             answer = predict(http, "damaged", 1)
-            assert (answer.status_code, answer.json()["type"]) == (500, "urn:topwork:corrupt_artifact")
+            assert (answer.status_code, answer.json()["code"]) == (500, "corrupt_artifact")
             assert answer.headers["content-type"] == "application/problem+json"
         for adapter, version in (("damaged", 2), ("damaged", None), ("other", 1), ("other", 2)):
             answer = predict(http, adapter, version)

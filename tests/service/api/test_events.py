@@ -62,7 +62,7 @@ def test_the_streams_of_a_tenant_are_bounded_and_closed_ones_do_not_count(idle: 
                 assert open_stream(caller, job, streams).status_code == 200
             refused = open_stream(caller, job, streams)
             assert refused.status_code == 429
-            assert refused.json()["type"] == "urn:topwork:too_many_streams"
+            assert refused.json()["code"] == "too_many_streams"
             assert int(refused.headers["retry-after"]) > 0
         until_open(caller, job, streams)
 

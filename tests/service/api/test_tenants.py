@@ -89,7 +89,7 @@ def test_a_key_is_its_tenant(place: Place) -> None:
     assert [one["adapter"] for one in named.call("GET", "/adapters")["adapters"]] == ["films"]
     assert place.operator.call("GET", f"/tenants/{tenant}")["adapters"] == 1
     answer = caller.http.get("/adapters", headers={"X-Tenant": "default"})
-    assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:wrong_tenant")
+    assert (answer.status_code, answer.json()["code"]) == (403, "wrong_tenant")
     assert caller.http.get("/adapters", headers={"X-Tenant": tenant}).status_code == 200
 
 
@@ -143,7 +143,7 @@ def test_a_tenants_admin_sees_to_its_own_keys_and_nobody_elses(place: Place) -> 
     exactly(tenants.KeyOut, admin.call("DELETE", f"/tenants/{own}/keys/{made['id']}"))
     for method, path in (("GET", "/tenants"), ("POST", "/tenants")):
         problem = admin.call(method, path, 403, json={"tenant": "x"} if method == "POST" else None)
-        assert problem["type"] == "urn:topwork:operator_only"
+        assert problem["code"] == "operator_only"
     body = {"scopes": ["predict"]}
     for method, path, sent in (
         ("GET", "/tenants/{}", None),
@@ -155,7 +155,7 @@ def test_a_tenants_admin_sees_to_its_own_keys_and_nobody_elses(place: Place) -> 
         answers = []
         for name in (other, "a-" + other[2:]):
             problem = admin.call(method, path.format(name), 404, json=sent)
-            assert problem["type"] == "urn:topwork:unknown_tenant"
+            assert problem["code"] == "unknown_tenant"
             answers.append(json.dumps({**problem, "request_id": ""}).replace(name, "…"))
         assert answers[0] == answers[1]
 
@@ -214,7 +214,7 @@ def test_a_revoked_key_opens_nothing_after_five_seconds_though_it_is_in_use(plac
     while (answer := caller.http.post("/predict", json=body)).status_code == 200:
         assert time.monotonic() - begin < 5
         time.sleep(0.02)
-    assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
 
 
 def test_a_rotated_key_goes_on_for_its_grace(place: Place) -> None:
@@ -238,7 +238,7 @@ def test_what_is_no_key_opens_nothing(place: Place, key: str | None) -> None:
     headers = {} if key is None else {b"Authorization": b"Bearer " + key.encode("latin-1")}
     for path in ("/adapters", "/tenants", "/predict", "/nowhere"):
         answer = httpx.get(place.serving.url + path, headers=headers)
-        assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
 
 
 def test_a_key_with_another_secret_opens_nothing(place: Place) -> None:
@@ -369,7 +369,7 @@ def test_quotas_by_the_second_are_heeded_soon_and_say_when_to_come_again(place: 
     text = {"adapter": "films", "inputs": [{"text": "dull"}] * 10}
     while (answer := caller.http.post("/predict", json=text)).status_code == 200:
         assert time.monotonic() - begin < 5
-    assert (answer.status_code, answer.json()["type"]) == (429, "urn:topwork:rate_exceeded")
+    assert (answer.status_code, answer.json()["code"]) == (429, "rate_exceeded")
     assert 1 <= int(answer.headers["retry-after"]) <= 60
     caller.call("GET", "/adapters", 429)
     # The operator is not a tenant, and other tenants know nothing of it.
@@ -387,7 +387,7 @@ def test_quotas_of_what_is_kept(place: Place) -> None:
     caller.adapt("films", reviews())
     for adapter, examples in (("books", reviews()), ("films", [{"text": "One more", "label": "good"}])):
         problem = caller.adapt(adapter, examples, 409)
-        assert problem["type"] == "urn:topwork:quota_exceeded"
+        assert problem["code"] == "quota_exceeded"
     assert caller.call("GET", "/adapters/films")["examples"] == 12
     caller.call("GET", "/adapters/books", 404)
 

@@ -57,7 +57,7 @@ def _code(problem: dict[str, Any]) -> str:
     """The stable code, in OpenAI's form too."""
     if "error" in problem:
         return str(problem["error"]["code"])
-    return str(problem["type"]).removeprefix("urn:topwork:")
+    return str(problem["code"])
 
 
 def tricks(path: str) -> Iterator[str]:

@@ -100,7 +100,7 @@ async def test_without_a_key_local_names_are_answered(tmp_path: Path, host: str)
 async def test_without_a_key_foreign_names_are_refused(tmp_path: Path, host: str) -> None:
     async with Shell(settings(tmp_path)).client() as client:
         answer = await client.get("/things/1", headers=[(b"host", host.encode())])
-        assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:host_refused")
+        assert (answer.status_code, answer.json()["code"]) == (403, "host_refused")
 
 
 @pytest.mark.anyio
@@ -125,7 +125,7 @@ async def test_without_a_key_pages_of_other_sites_are_refused(tmp_path: Path, or
     """The name, the port and the scheme are those of the Host, 127.0.0.1:3000 here."""
     async with Shell(settings(tmp_path)).client(origin=origin) as client:
         answer = await client.post("/validated", json={"items": [1]})
-        assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused")
+        assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused")
 
 
 @pytest.mark.anyio
@@ -143,7 +143,7 @@ async def test_without_a_key_what_a_browser_sends_for_another_site_is_refused(
         ):
             for headers in ({}, {"origin": "http://127.0.0.1:3000"}):
                 answer = await client.request(method, path, headers=headers)
-                assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused")
+                assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused")
     async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client(**{"sec-fetch-site": site}) as client:
         assert (await client.get("/things/1", headers={"authorization": f"Bearer {KEY}"})).status_code == 200
 
@@ -163,7 +163,7 @@ async def test_without_a_key_a_link_leads_to_the_documentation_and_nowhere_else(
             ("GET", "/docs", {"origin": "http://evil.example"}),
         ):
             answer = await client.request(method, path, headers=headers)
-            assert (answer.status_code, answer.json()["type"]) == (403, "urn:topwork:origin_refused"), path
+            assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused"), path
     # What the page then fetches, and what is typed into the address bar.
     for site in ("same-origin", "none"):
         async with Shell(settings(tmp_path)).client(**{"sec-fetch-site": site}) as client:
@@ -180,7 +180,7 @@ async def test_with_a_key_every_path_asks_for_it(tmp_path: Path, path: str, head
     headers = {} if header is None else {"authorization": header}
     async with Shell(settings(tmp_path, KEY), ["0.0.0.0"]).client(**headers) as client:
         answer = await client.get(path)
-        assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
         assert answer.headers["www-authenticate"].startswith("Bearer")
         assert KEY not in answer.text
 
@@ -209,7 +209,7 @@ async def test_what_is_the_same_for_everybody_needs_no_key(tmp_path: Path) -> No
 async def test_an_impossible_tenant_is_refused(tmp_path: Path, name: str) -> None:
     async with Shell(settings(tmp_path)).client() as client:
         answer = await client.get("/tenant", headers=[(b"x-tenant", name.encode())])
-        assert (answer.status_code, answer.json()["type"]) == (422, "urn:topwork:invalid_tenant")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_tenant")
 
 
 @pytest.mark.anyio
@@ -375,12 +375,12 @@ async def test_what_goes_on_under_a_revoked_key_is_broken_off(tmp_path: Path) ->
         del known["0" * 16]
         async with asyncio.timeout(5):
             answer = await asked
-        assert (answer.status_code, answer.json()["type"]) == (401, "urn:topwork:unauthorized")
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
         await asyncio.wait_for(shell.cancelled.wait(), 5)
         assert not going_on.done()
         shell.edge.end("other", TenantErased("other"))
         answer = await going_on
-        assert (answer.status_code, answer.json()["type"]) == (409, "urn:topwork:tenant_erased")
+        assert (answer.status_code, answer.json()["code"]) == (409, "tenant_erased")
         assert answer.headers["Retry-After"] == "5"
     monitor.cancel()
 

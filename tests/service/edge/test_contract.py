@@ -47,7 +47,7 @@ def routes(taught: Caller) -> dict[str, dict[str, Any]]:
 
 def code_of(answer: httpx.Response) -> str:
     found = answer.json()
-    return str(found["error"]["code"] if "error" in found else found["type"].removeprefix("urn:topwork:"))
+    return str(found["error"]["code"] if "error" in found else found["code"])
 
 
 def test_no_route_takes_a_query_parameter_that_it_does_not_have(taught: Caller, routes: Any) -> None:

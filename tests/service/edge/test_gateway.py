@@ -66,7 +66,7 @@ async def upload(
 def code(answer: httpx.Response) -> tuple[int, str]:
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
-    return answer.status_code, answer.json()["type"].removeprefix("urn:topwork:")
+    return answer.status_code, answer.json()["code"]
 
 
 @pytest.mark.anyio
@@ -239,7 +239,7 @@ def test_a_tenant_cannot_hold_every_place_for_uploads(caller: Caller, server: st
         response = tenant.http.post("/adapt?adapter=a", content=b"one,two\n", headers=CSV)
         if response.status_code == 429:
             assert int(response.headers["retry-after"]) > 0
-        return str(response.json()["type"]).removeprefix("urn:topwork:")
+        return str(response.json()["code"])
 
     def until(expected: str) -> None:
         end = time.monotonic() + 10.0

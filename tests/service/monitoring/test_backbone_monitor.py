@@ -83,7 +83,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     # Whoever waits is told as soon as it is noticed.
     problem = caller.http.post("/embed", json={"backbone": KINDS["text"], "inputs": [{"text": "a"}]})
     assert time.monotonic() - begun < NOTICED + 1.0
-    assert (problem.status_code, problem.json()["type"]) == (503, "urn:topwork:backbone_unavailable")
+    assert (problem.status_code, problem.json()["code"]) == (503, "backbone_unavailable")
     assert "retry-after" in problem.headers
     embed(caller, "image")
     seconds_until(lambda: ready(breaking), REPLACED)
@@ -130,7 +130,7 @@ def test_a_bomb_of_scans_costs_its_sender_alone(breaking: Breaking, caller: Call
         content=bombs.scans(9_000),
         headers={"Content-Type": "image/jpeg"},
     )
-    assert (raw.status_code, raw.json()["type"]) == (422, "urn:topwork:input_too_costly")
+    assert (raw.status_code, raw.json()["code"]) == (422, "input_too_costly")
     assert ready(breaking)
     assert replaced(breaking, "backbone") == before
 

@@ -285,7 +285,7 @@ def test_the_bento_serves_from_another_folder(
         )
         with urllib.request.urlopen(raw, timeout=30) as embedded:
             assert json.load(embedded)
-        assert json.loads(get(f"{url}/nowhere")[1])["type"] == "urn:topwork:not_found"
+        assert json.loads(get(f"{url}/nowhere")[1])["code"] == "not_found"
         assert get(f"{url}/schema.json")[0] == 404
         assert b'version="of-the-bento"' in get(f"{url}/metrics")[1]
 

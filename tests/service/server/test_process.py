@@ -47,7 +47,7 @@ def test_health_is_plain_text_and_everything_else_a_problem(server: str) -> None
     for path in ("nowhere", "docs.json", "schema.json", "static_content/index.css", "docs/index.css"):
         status, body, headers = get(f"{server}/{path}")
         assert (status, headers["content-type"]) == (404, "application/problem+json"), path
-        assert json.loads(body)["type"] == "urn:topwork:not_found"
+        assert json.loads(body)["code"] == "not_found"
 
 
 def test_the_documentation_needs_no_network(server: str) -> None:

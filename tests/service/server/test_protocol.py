@@ -82,7 +82,7 @@ def test_a_body_in_small_chunks_is_read(server: str) -> None:
         send(connection, [head, chunks(1, count), b"0\r\n\r\n"])
         answer = received(connection)
     assert answer.startswith(b"HTTP/1.1 404 ")
-    assert b"urn:topwork:unknown_adapter" in answer
+    assert b"/docs/errors#unknown_adapter" in answer
 
 
 def test_trailers_and_extensions_without_end_are_ended(server: str) -> None:

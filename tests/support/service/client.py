@@ -76,8 +76,7 @@ class Caller:
     def code(self, method: str, path: str, status: int, **request: Any) -> str:
         """The code of the problem that is answered with this status."""
         problem = self.call(method, path, status, **request)
-        code: str = problem["error"]["code"] if "error" in problem else problem["type"]
-        return code.removeprefix("urn:topwork:")
+        return str(problem.get("error", problem)["code"])
 
 
 JSON = {"Content-Type": "application/json"}

@@ -50,4 +50,4 @@ def problem(answer: bytes) -> str:
     assert b"connection: close" in lines
     assert lines[0].startswith(b"http/1.1 %d " % told["status"])
     assert told["detail"]
-    return str(told["type"]).removeprefix("urn:topwork:")
+    return str(told["code"])

@@ -317,11 +317,11 @@ def test_what_is_wanted_of_answers_is_the_adapters_until_it_is_changed(caller: C
 def test_what_cannot_be_wanted_of_answers(caller: Caller) -> None:
     for field, value in [("answer_accuracy", 0.4), ("answer_accuracy", 1), ("answer_accuracy", float("nan"))]:
         found = caller.adapt("films", reviews(), 422, **{field: value})
-        assert found["type"] in ("urn:topwork:invalid_request", "urn:topwork:invalid_json")
-    assert caller.adapt("films", reviews(), 422, weights="some")["type"] == "urn:topwork:invalid_request"
+        assert found["code"] in ("invalid_request", "invalid_json")
+    assert caller.adapt("films", reviews(), 422, weights="some")["code"] == "invalid_request"
     numbers = [{"text": text, "target": float(row)} for row, text in enumerate(PRAISE)]
     found = caller.adapt("stars", numbers, 422, task="regression", weights="balanced")
-    assert found["type"] == "urn:topwork:weights_not_for_task"
+    assert found["code"] == "weights_not_for_task"
     assert caller.call("GET", "/adapters")["adapters"] == []
 
 
@@ -361,7 +361,7 @@ def test_examples_of_another_form_are_refused_one_by_one(caller: Caller) -> None
     assert told == [(12 + place, code) for place, (_, code, _) in enumerate(WRONG)]
     # Where the request is strict, all of it is refused, and each is named.
     problem = caller.adapt("films", posted, 422, strict=True)
-    assert problem["type"] == "urn:topwork:examples_rejected"
+    assert problem["code"] == "examples_rejected"
     assert [(one["pointer"], one["code"]) for one in problem["errors"]] == [
         (f"/examples/{12 + place}{pointer}", code) for place, (_, code, pointer) in enumerate(WRONG)
     ]
@@ -388,7 +388,7 @@ def test_rejected_examples_are_listed_where_the_request_fails_for_another_reason
         {"text": "g h"},
     ]
     problem = caller.adapt("hidden", examples, 422)
-    assert problem["type"] == "urn:topwork:one_label"
+    assert problem["code"] == "one_label"
     assert [(one["pointer"], one["code"]) for one in problem["errors"]] == [
         ("/examples/2/text", "empty_text"),
         ("/examples/3/label", "label_invalid"),
@@ -399,7 +399,7 @@ def test_rejected_examples_are_listed_where_the_request_fails_for_another_reason
     assert len(caller.adapt("hidden", many, 422)["errors"]) == 100
     # A fine-tune that has too few examples for a reason says that reason too.
     problem = caller.adapt("tuned", [*reviews(), {"text": "e f", "label": 3}], 422, method="fine_tune")
-    assert problem["type"] == "urn:topwork:too_few_examples"
+    assert problem["code"] == "too_few_examples"
     assert [one["pointer"] for one in problem["errors"]] == ["/examples/12/label"]
 
 

@@ -218,7 +218,7 @@ def test_an_example_that_cannot_be_used_is_told_of_with_the_job(tuner: Caller) -
     assert [(one["id"], one["code"]) for one in job["examples"]["rejected"]] == [("nan", "unsupported_image")]
     tuner.call("POST", f"/jobs/{job['id']}/cancel")
     only = tuner.adapt("nan", [{**nan, "id": "more"}], 422, method="fine_tune")
-    assert only["type"] == "urn:topwork:examples_rejected"
+    assert only["code"] == "examples_rejected"
 
 
 def test_what_cannot_be_tuned_is_refused_before_a_job_begins(tuner: Caller) -> None:
@@ -240,7 +240,7 @@ def test_what_cannot_be_tuned_is_refused_before_a_job_begins(tuner: Caller) -> N
     assert refused("few", 422, fine_tune={"speed": 3}) == "invalid_request"
     tuner.adapt("texts", reviews())
     mixed = tuner.adapt("texts", pictures(3), 422, method="fine_tune")
-    assert mixed["type"] == "urn:topwork:examples_rejected"
+    assert mixed["code"] == "examples_rejected"
     wrong = {"adapter": "few", "fine_tune": QUICK, "examples": []}
     assert tuner.code("POST", "/adapt", 422, json=wrong) == "invalid_request"
     assert tuner.call("GET", "/jobs")["jobs"] == []
@@ -253,7 +253,7 @@ def test_a_job_is_cancelled_within_seconds_and_only_by_its_tenant(tuner: Caller,
             theirs = other.request(method, f"/jobs/{job['id']}{path}")
             nobodys = other.request(method, f"/jobs/{'0' * 32}{path}")
             assert theirs.status_code == nobodys.status_code == 404
-            assert theirs.json()["type"] == nobodys.json()["type"] == "urn:topwork:unknown_job"
+            assert theirs.json()["code"] == nobodys.json()["code"] == "unknown_job"
         assert other.get("/jobs").json()["jobs"] == []
     end = time.monotonic() + 60.0
     while tuner.call("GET", f"/jobs/{job['id']}")["progress"] is None:

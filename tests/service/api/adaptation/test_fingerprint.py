@@ -38,7 +38,7 @@ def test_an_adapter_of_an_earlier_release_says_how_it_is_moved(tmp_path: Path) -
             after.adapt("long", [{**examples[0], "id": "new"}], 409),
             after.call("GET", "/adapters/long/versions/1/export", 409),
         ):
-            assert refused["type"] == "urn:topwork:fingerprint_mismatch"
+            assert refused["code"] == "fingerprint_mismatch"
             assert "POST /adapters/{adapter}/rebase" in refused["detail"]
             assert names[0] in refused["detail"]
         moved = after.call("POST", "/adapters/long/rebase", json={"backbone": names[0]})

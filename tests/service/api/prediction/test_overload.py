@@ -39,7 +39,7 @@ def test_a_prediction_that_would_wait_too_long_is_refused_before_its_body_comes(
             refused = connection.getresponse()
             assert refused.status == 429
             assert refused.headers["Retry-After"]
-            assert b"urn:topwork:overloaded" in refused.read()
+            assert b"/docs/errors#overloaded" in refused.read()
             # The connection goes on, behind the body that nobody waited for.
             busy.join()
             connection.send(BODY)
