@@ -221,6 +221,7 @@ OF_NO_KIND = {
     "DeviceLost",
     "DeviceUnavailable",
     "Diverged",
+    "ExportFailed",
     "ExportRefused",
     "LeaseLost",
     "RegistryTooNew",
@@ -228,7 +229,6 @@ OF_NO_KIND = {
     "TargetInUse",
     "TrialFailed",
     "WrongStore",
-    "_ExportFailed",
 }
 
 

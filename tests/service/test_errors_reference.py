@@ -44,7 +44,7 @@ _OTHERS: dict[str, set[int]] = {
     "unknown_parameter": set(),
 }
 # Of errors without a kind, these end jobs. The others are for operators, and their codes are written nowhere.
-_OF_JOBS = {"Diverged", "ExportRefused", "_ExportFailed"}
+_OF_JOBS = {"Diverged", "ExportRefused", "ExportFailed"}
 
 
 def documented() -> dict[str, set[int]]:

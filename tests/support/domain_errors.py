@@ -27,7 +27,8 @@ def domain_errors() -> list[type[DomainError]]:
         below = pending.pop().__subclasses__()
         found.update(below)
         pending.extend(below)
-    return sorted(found - {*STATUSES, CodedError, StoreError}, key=lambda cls: cls.__name__)
+    ours = {cls for cls in found if cls.__module__.startswith(("models.", "adapters."))}
+    return sorted(ours - {*STATUSES, CodedError, StoreError}, key=lambda cls: cls.__name__)
 
 
 DOMAIN_ERRORS = domain_errors()
