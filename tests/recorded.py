@@ -1,4 +1,4 @@
-"""What users and operators rely on, as one document: `python -m tests.recorded` records it anew.
+"""The recorded contract with users and operators; `python -m tests.recorded` records it again.
 
 A change of the code that is not meant to change it must leave it as it is; one that is meant to shows in the
 difference of the recorded file.

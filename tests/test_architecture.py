@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "adapters", "service")
-# What runs in processes of its own.
+# Modules that run in processes of their own.
 TORCH = {
     "models/export/__main__.py",
     "models/export/onnx_export.py",
@@ -177,7 +177,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def _whole_names(path: Path) -> Iterator[str]:
-    """Of the modules that the file imports, also those that it imports out of their folder."""
+    """The names of imported modules, including those imported from a package."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
@@ -215,7 +215,7 @@ def test_only_export_and_training_know_torch_and_onnx() -> None:
         "torch", "torchvision", "timm", "transformers", "sentence_transformers", "onnx", "onnxscript"
     )
     assert heavy <= TORCH
-    # Whoever imports one of them imports torch: nothing that serves does.
+    # An import of one of them imports torch, which no serving module may.
     names = {path.removesuffix(".py").replace("/", ".") for path in TORCH}
     assert {
         str(path.relative_to(ROOT)) for path in modules() if names & set(imports(path, at_import=True))

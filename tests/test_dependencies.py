@@ -1,4 +1,4 @@
-"""What is installed is above the versions in which holes were found."""
+"""Installed packages are newer than those with known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOORS = {
     "onnx": (1, 22),
     "ray": (2, 56),
 }
-# Not a dependency unless somebody makes it one.
+# The package is no dependency unless a user adds it.
 OPTIONAL = {"ray"}
 
 

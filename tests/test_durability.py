@@ -1,4 +1,4 @@
-"""What was acknowledged survives SIGKILL. All 200 kills: `make test-kill`."""
+"""Acknowledged writes survive SIGKILL. All 200 kills: `make test-kill`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def as_json(text: str) -> Any:
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
-    """Where the answer is not what the README prints."""
+    """The differences between the answer and the README."""
     if expected == "…":
         return []
     if isinstance(expected, dict) and isinstance(actual, dict):

@@ -1,4 +1,4 @@
-"""What people would use instead of the service, on the same splits."""
+"""Baselines on the same splits: methods that people use instead of the service."""
 
 from __future__ import annotations
 

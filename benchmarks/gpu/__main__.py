@@ -72,7 +72,7 @@ class Way:
 
 
 class Bench:
-    """What all parts need, and where their figures go: behind those of parts that were run before."""
+    """The state that all parts share; their figures are appended to those of earlier runs."""
 
     def __init__(self, device: Device, seconds: float, results: Path, report: Report) -> None:
         self.device = device
@@ -102,7 +102,7 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What fails in a part does not keep the others from being measured."""
+        """Run the part; its failure does not stop the others."""
         begun = time.perf_counter()
         try:
             yield
@@ -115,20 +115,20 @@ class Bench:
 
 
 def device_name() -> str:
-    """What nvidia-smi calls the first GPU, with its driver."""
+    """The name of the first GPU and its driver, from nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def texts(count: int, tokens: int) -> list[str]:
-    """Seeded sentences of about so many tokens, the two around each included."""
+    """Seeded sentences of about this number of tokens, including the two special ones."""
     words = ("refund", "order", "arrived", "nobody", "answers", "since", "the", "last", "update", "page")
     random = np.random.default_rng(0)
     return [" ".join(random.choice(words, tokens - 2)) for _ in range(count)]
 
 
 def rate(run: Callable[[], object], items: int, seconds: float) -> Spread:
-    """Items a second in ROUNDS rounds of at least so long, after a first run."""
+    """Items a second in ROUNDS rounds of at least this duration, after a first run."""
     run()
     found = []
     for _ in range(ROUNDS):
@@ -141,7 +141,7 @@ def rate(run: Callable[[], object], items: int, seconds: float) -> Spread:
 
 
 def chip(bench: Bench) -> None:
-    """What the GPU does at most."""
+    """The GPU's peak rates."""
     _note_all(bench, "chip", machine.chip)
 
 
@@ -211,7 +211,7 @@ def sessions(bench: Bench, name: str, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """So many inputs of a kind, in two files whose names begin with path. cost: of one input."""
+    """Inputs of one kind, in two files whose names begin with `path`; `cost` is that of one input."""
 
     what: str
     count: int
@@ -230,7 +230,7 @@ class Batch:
 
 
 def add_tables(report: Report) -> None:
-    """What bare sessions and torch gave, in this run or before."""
+    """Figures of bare sessions and of torch, from this run or an earlier one."""
     for name in NAMES:
         rows = [
             [
@@ -268,13 +268,13 @@ def add_tables(report: Report) -> None:
 
 
 def _share(one: Mapping[str, Any]) -> str:
-    """Of what the chip can do at most, by its operations or by the bytes that must be moved."""
+    """The share of the chip's peak, by operations or by bytes moved."""
     limits = [one[name] for name in ("limit_by_operations", "limit_by_bytes") if name in one]
     return f"{100 * max(one['on_device']) / min(limits):.0f} %" if limits else ""
 
 
 def run_session(asked: Asked) -> tuple[list[Found], str | None]:
-    """What was found of each batch in turn, and why there is no more of it where there is not."""
+    """Findings of each batch in turn, and the reason where they end early."""
     command = [sys.executable, "-m", "benchmarks.gpu.session"]
     limit = _MOST_SECONDS * len(asked.batches)
     with subprocess.Popen(

@@ -69,7 +69,7 @@ class Command:
 
 
 def requirements(python: str, *, there: bool = False) -> Iterator[str]:
-    """Of the lock, for Linux on x86-64, with their digests, those that the bundle brings.
+    """The lock's packages for Linux on x86-64 that the bundle contains, with their digests.
 
     there: those that it expects to find instead.
     """
@@ -166,7 +166,7 @@ def commands(made: Sequence[Path]) -> Iterator[Command]:
             seconds += _UNPACKING
         yield Command((f"{FOLDER}/{part.name}",), seconds, " && ".join(words))
     for steps, seconds in _STEPS:
-        # Each is done, whatever becomes of the one before.
+        # Every step runs, also when the one before it failed.
         yield Command((), seconds, f"{step} each {steps}")
 
 

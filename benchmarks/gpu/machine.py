@@ -50,7 +50,7 @@ class NoCuda(RuntimeError):
 
 
 def rate(run: Callable[[], object], items: int, seconds: float = _SECONDS) -> float:
-    """Items a second, over a time that is at least so long, after a first run."""
+    """Items a second over at least this duration, after a first run."""
     run()
     begun, runs = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
@@ -60,7 +60,7 @@ def rate(run: Callable[[], object], items: int, seconds: float = _SECONDS) -> fl
 
 
 def system() -> Figures:
-    """What is there."""
+    """The machine's hardware and software."""
     found = {"python": platform.python_version(), "system": platform.platform()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What a network costs, from its exported graph alone: operations, and values that a chip must move.
+"""A network's cost, read from its exported graph: operations, and values that a chip must move.
 
 Shapes are those of a run on the CPU, so graphs of any exporter can be counted.
 """
@@ -19,7 +19,7 @@ _PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run of a feed.
+    """The cost of one run of a feed.
 
     operations: of its convolutions and matrix products, a multiplication and an addition each. weights:
     values of the constants that these read. activations: values that these read and write, each once.
@@ -30,7 +30,7 @@ class Cost:
     activations: float
 
     def bytes(self, width: int) -> float:
-        """That are moved at least, with values of so many bytes."""
+        """Bytes that must be moved, with values of this size."""
         return width * (self.weights + self.activations)
 
 

@@ -48,7 +48,7 @@ _GPU_SECONDS = re.compile(r'^topwork_gpu_seconds_total\{backbone="([^"]+)",stage
 
 
 def scenes(inputs: Path | None) -> list[Scene]:
-    """What is asked, texts first. inputs: a folder WxH/label.number.jpg of pictures; None makes them."""
+    """The requests, texts first. inputs: a folder WxH/label.number.jpg of pictures; None makes them."""
     found = []
     for tokens in TOKENS:
         samples = [
@@ -72,7 +72,7 @@ def scenes(inputs: Path | None) -> list[Scene]:
 
 
 class Figures:
-    """Where figures go: a line of JSON each, as soon as it is known."""
+    """A file of figures, one line of JSON each, written at once."""
 
     def __init__(self, results: Path | None) -> None:
         self._file = None if results is None else (results / "http.jsonl").open("a", encoding="utf-8")
@@ -88,7 +88,7 @@ class Figures:
 
 @contextmanager
 def replicas(count: int, device: str, homes: Path) -> Iterator[list[Serving]]:
-    """So many services, each with its home and its share of the cores. The first measures the plans."""
+    """Services, each with its home and its share of the cores. The first measures the plans."""
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // count)
     with ExitStack() as stack:
@@ -108,14 +108,14 @@ def replicas(count: int, device: str, homes: Path) -> Iterator[list[Serving]]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What services did: seconds of cores, and of their GPU threads by backbone and stage."""
+    """Work of services: seconds of cores, and of their GPU threads by backbone and stage."""
 
     cpu: float
     gpu: dict[tuple[str, str], float]
 
 
 def seen(services: Sequence[Serving]) -> Seen:
-    """Of all of them together, since they started."""
+    """The work of all services since they started."""
     cpu, gpu = 0.0, dict[tuple[str, str], float]()
     for service in services:
         fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -127,7 +127,7 @@ def seen(services: Sequence[Serving]) -> Seen:
 
 
 def difference(before: Seen, after: Seen, backbone: str) -> dict[str, Any]:
-    """What was done in between, of one backbone."""
+    """The work between two readings, of one backbone."""
     stages = {
         stage: after.gpu[name, stage] - before.gpu.get((name, stage), 0.0)
         for name, stage in after.gpu

@@ -45,7 +45,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What one batch showed.
+    """Measurements of one batch.
 
     opening, first: seconds until the session was open, and of its first run, a capture included.
     on_device, with_copies: inputs a second of rounds, with the inputs on the device, and with copies there
@@ -63,7 +63,7 @@ class Found:
 
 
 def measure(asked: Asked, feed: Mapping[str, NDArray[Any]], reference: NDArray[np.float32]) -> Found:
-    """Of one batch, in a session of its own, as images are served. Raises what ONNX Runtime raises."""
+    """Measure one batch in its own session, as images are served. Raises what ONNX Runtime raises."""
     count = len(reference)
     begun = time.perf_counter()
     session = open_session(
@@ -121,7 +121,7 @@ def _memory(device: Device) -> int | None:
 
 
 def _rate(run: Callable[[], None], items: int, seconds: float) -> float:
-    """Items a second, over a time that is at least so long."""
+    """Items a second over at least this duration."""
     begun, runs = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         run()

@@ -40,7 +40,7 @@ def finish_exports() -> None:
 
 
 def missing_libraries() -> list[str]:
-    """What ONNX Runtime's CUDA provider needs and cannot be loaded."""
+    """Libraries that ONNX Runtime's CUDA provider needs and that cannot be loaded."""
     load_libraries()
     missing = []
     for name in ("libcuda.so.1", *LIBRARIES):

@@ -1,1 +1,1 @@
-"""What benchmarks have in common: services, clients, load and reports."""
+"""Services, clients, load and reports that benchmarks share."""

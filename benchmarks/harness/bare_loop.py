@@ -1,4 +1,4 @@
-"""A loop with nothing around it: prepare, embed, next. In a process of its own, told by lines on its input.
+"""A bare loop: prepare, embed, next. It runs as its own process and reads orders from its input.
 
 python -m benchmarks.harness.bare_loop BACKBONE FOLDER        # the inputs are the folder's files
 
@@ -47,7 +47,7 @@ WAYS = {
 
 
 def _session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
-    """With ONNX Runtime's own settings, which keep memory and let waiting threads spin."""
+    """A session with ONNX Runtime's defaults, which keep memory and let waiting threads spin."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -70,7 +70,7 @@ class Loops:
         session.run([OUTPUT_NAME], self._backbone.feed(prepared))
 
     def run(self, way: Way, times: int) -> None:
-        """All inputs, so many times."""
+        """Run all inputs this number of times."""
         session = self._sessions[way.threads]
         batches = [
             self._inputs[start : start + way.batch] for start in range(0, len(self._inputs), way.batch)

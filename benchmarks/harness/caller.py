@@ -62,7 +62,7 @@ def _time(pipe: Connection, url: str) -> None:
 
 def _repeat(pipe: Connection, url: str) -> None:
     while (requests := pipe.recv()) is not None:
-        # For each order anew: one on which nothing comes for ten seconds is cut off.
+        # Each order gets a new connection: the service cuts idle ones off after ten seconds.
         line = Line(url)
         done = 0
         while not pipe.poll():
@@ -77,7 +77,7 @@ class Process:
     """Work in a fresh interpreter that a pipe gives orders to; its context manager ends it."""
 
     def __init__(self, work: Callable[[Connection, str], None], url: str) -> None:
-        # A fork would copy the locks of this one's threads, in whatever state they are.
+        # A fork would copy locks that threads of this process hold.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, url), daemon=True)

@@ -88,7 +88,7 @@ class Client:
         return answer
 
     def backbones(self) -> list[dict[str, Any]]:
-        """What GET /backbones lists."""
+        """The backbones that GET /backbones lists."""
         listed: dict[str, list[dict[str, Any]]] = self.request("GET", "/backbones").json()
         return listed["backbones"]
 

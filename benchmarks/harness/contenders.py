@@ -1,4 +1,4 @@
-"""What the service is measured beside: the bare loop, and the servers that a team would run instead.
+"""The contenders: the service, the bare loop, and servers that a team would run instead.
 
 Each is a process of its own on the same machine. Whoever is not being measured is stopped (SIGSTOP), so that
 nobody's polling takes a core from another.
@@ -48,7 +48,7 @@ class BareLoop:
         self._answer()
 
     def seconds(self, way: str, times: int = 1) -> float:
-        """Of all inputs, so many times over."""
+        """Seconds for all inputs, this number of times over."""
         return float(self._answer(f"run {times} {way}"))
 
     def each(self, way: str, times: int) -> list[float]:
@@ -86,7 +86,7 @@ class BareLoop:
 
 
 class Peer:
-    """A server of somebody else's, in a group of its own; a context manager. `url` is where it answers."""
+    """Another project's server in its own process group; a context manager. `url` is where it answers."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
         """{port} in the command is a free port. Raises DidNotAnswer."""

@@ -34,7 +34,7 @@ class NoAnswer(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to send: the requests in turn, over so many connections, for so long.
+    """The requests to send in turn, the number of connections, and the duration.
 
     count: requests after which to end, whatever the time. rate: requests a second at fixed instants, whatever
     becomes of those before; None sends the next one when the last one on the connection is answered.
@@ -49,7 +49,7 @@ class Order:
 
 @dataclass(slots=True)
 class Round:
-    """What came back. seconds: from the first request to the last answer.
+    """The answers. seconds: from the first request to the last answer.
 
     latencies: seconds of the answers below 400, each from the instant it was to be sent (with a rate) or was
     sent, until its last byte could be read: what this client does before and after is not the service's.

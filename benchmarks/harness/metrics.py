@@ -1,4 +1,4 @@
-"""What predictions are worth: accuracy, calibration and ranking of doubt."""
+"""Measures of predictions: accuracy, calibration and ranking of doubt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for on its command line: which of its parts, and where the data sets are."""
+"""The command line of a benchmark: its parts, and the folder of the data sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def asked(
     *,
     seeds: int | None = None,
 ) -> argparse.Namespace:
-    """With `parts`, those named or all, `data`, a folder, and `seeds`, a number, where it has a default.
+    """The options: `parts`, named or all, `data`, a folder, and `seeds`, a number, where it has a default.
 
     about: the module's docstring. arguments: of the command line where None. Ends the process with
     an explanation for a part that is none.

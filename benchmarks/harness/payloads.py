@@ -1,4 +1,4 @@
-"""What is sent in the speed benchmark: inputs of a kind, in the form in which each contender takes them."""
+"""The payloads of the speed benchmark: inputs of a kind, in each contender's form."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ class Scene:
 
 
 def text_scene(tokens: int, folder: Path, backbone: str = "minilm-l6-v2") -> Scene:
-    """Texts of so many tokens, the special ones included."""
+    """Texts of this number of tokens, including the special ones."""
     samples = phrases(_TAUGHT + _INPUTS, tokens, folder)
     name = f"texts of {tokens} tokens"
     return Scene(name, "text", backbone, samples[:_TAUGHT], samples[_TAUGHT:])
 
 
 def image_scene(size: tuple[int, int], folder: Path, backbone: str = "efficientnet-lite0") -> Scene:
-    """JPEGs of so many pixels."""
+    """JPEGs of this size."""
     samples = photographs(_TAUGHT + _INPUTS, size, folder)
     name = f"JPEGs of {size[0]}x{size[1]}"
     return Scene(name, "image", backbone, samples[:_TAUGHT], samples[_TAUGHT:])

@@ -1,4 +1,4 @@
-"""What every benchmark says beside its numbers: the machine, the versions, the targets and which were met."""
+"""The report of a benchmark: its numbers, the machine, the versions, and which targets were met."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def program() -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     return {
         "processor": _first_field("/proc/cpuinfo", "model name"),
         "architecture": platform.machine(),
@@ -56,7 +56,7 @@ def machine() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on, where they are installed."""
+    """Versions of Python and of the installed packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -100,7 +100,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the measured number is finite and on the right side of the limit."""
+        """True if the measured number is finite and on the right side of the limit."""
         if self.relation == "<=":
             return self.measured <= self.limit
         return self.measured >= self.limit

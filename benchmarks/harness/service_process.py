@@ -50,7 +50,7 @@ class Serving:
         self.log = home / "serve.log"
         self._lines: list[str] = []
         script = Path(sys.executable).with_name("topwork")
-        # Where the packages lie in a folder of their own there is no script.
+        # There is no script where the packages are unpacked into a folder.
         program = [str(script)] if script.exists() else [sys.executable, "-m", "service.cli"]
         begun = time.perf_counter()
         with self.log.open("ab") as log:

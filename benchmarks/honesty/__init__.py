@@ -1,1 +1,1 @@
-"""What is reported beside what is true."""
+"""Reported scores beside true ones."""

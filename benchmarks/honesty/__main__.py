@@ -1,4 +1,4 @@
-"""What is reported beside what is true: scores, intervals, confidence, abstention, promotion.
+"""Reports beside the truth: scores, intervals, confidence, abstention, promotion.
 
 python -m benchmarks.honesty.__main__ [part ...]     # all parts by default
 

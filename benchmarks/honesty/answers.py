@@ -1,4 +1,4 @@
-"""What is answered with some examples a label: how much of it is right, how sure it is, how much is left."""
+"""Answers after a few examples a label: their accuracy, their confidence, and the share abstained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TESTED = 2_000
 # A label with fewer inputs left to test on says nothing of itself.
 _FEWEST_TESTED = 5
 
-# What is promised.
+# Promised limits.
 _ANSWERED_ACCURACY, _ANYWHERE = 0.94, 0.90  # of what is answered, on average and for each set and size
 _OF_HINDSIGHT = 0.85  # share answered, over the share that the best threshold would answer
 _CALIBRATION_ERROR, _CALIBRATED_FROM = 0.05, 10  # from so many examples a label
@@ -28,7 +28,7 @@ _FEWEST_ANSWERED = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Shots:
-    """So many examples of each label of a set; labels: at most so many, chosen at random, 0 for all."""
+    """Examples of each label of a set; labels: at most this number, chosen at random, 0 for all."""
 
     set: str
     examples: int
@@ -50,7 +50,7 @@ class Shots:
 
 
 def shots(folder: Path) -> list[Shots]:
-    """5, 10 and 40 examples of each label, of every set where at least two labels have so many."""
+    """5, 10 and 40 examples of each label, of every set where at least two labels have enough."""
     found = []
     for name in sets.CLASSIFIED:
         counts = np.unique(sets.classified(name, folder).targets, return_counts=True)[1]
@@ -69,7 +69,9 @@ def answers(case: Shots, seeds: Sequence[int], folder: Path) -> list[Answers]:
 
 
 def answered(known: Known, learned: Rows, test: Rows) -> Answers:
-    """What a head of some rows answers to others; test inputs of every label together weigh the same."""
+    """Answers of a head fitted on some rows to other rows; each label's test inputs have the same total
+    weight.
+    """
     head = fit(known.dataset(learned)).head
     predictions = head.predict(known.rows[test])
     return Answers(
@@ -140,7 +142,7 @@ def decisions(case: Tagged, seeds: Sequence[int], folder: Path) -> list[Decision
 
 
 def decided(known: Known, learned: Rows, test: Rows) -> Decisions:
-    """What a head of some rows decides on others, on the tags it has been taught."""
+    """Decisions of a head fitted on some rows on other rows, for the tags that it was taught."""
     head = fit(known.dataset(learned)).head
     predictions = head.predict(known.rows[test])
     assigned, uncertain = predictions.assigned, predictions.uncertain

@@ -1,4 +1,4 @@
-"""What the parts of the honesty benchmark share: where they run, what is promised, and tables of claims."""
+"""Shared by the parts of the honesty benchmark: the run, promised limits, and tables of claims."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SEEDS_TOGETHER = 10
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where a part runs and what it writes to. most: splits at most, whatever the part has by itself."""
+    """The run of a part and its report. most: an upper bound of its splits."""
 
     report: Report
     executor: Executor
@@ -39,7 +39,7 @@ class Bench:
     def over(
         self, run: Callable[..., Sequence[Found]], cases: Iterable[Case], splits: int
     ) -> dict[Case, list[Found]]:
-        """What `run` finds for each case and as many seeds, in the order of the seeds."""
+        """Findings of `run` for each case and seed, in the order of the seeds."""
         splits = min(splits, self.most)
         found: dict[Case, list[Future[Sequence[Found]]]] = {}
         for case in cases:

@@ -37,7 +37,7 @@ class Copied:
 
 
 _EXAMPLES = 100
-# Of more labels a hundred examples, half of them copies, are too few: their cross-validation is pessimistic.
+# With more labels, a hundred examples of which half are copies make cross-validation pessimistic.
 _LABELS = 5
 
 
@@ -65,7 +65,7 @@ def copied(case: Copied, seeds: Sequence[int], folder: Path) -> list[Claim]:
 
 
 def planted(known: Known, copies: Floats, share: float, flipped: bool, seed: int) -> Claim:
-    """What is claimed of examples among which this share are copies of others.
+    """The claim for examples of which this share are copies of others.
 
     copies: float32 (kinds, m, dim), of the first m inputs. A copy has the target of its original, and a
     digest of its own. flipped: targets are drawn without a look at the inputs.

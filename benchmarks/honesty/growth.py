@@ -25,7 +25,7 @@ Labels = NDArray[np.str_]
 _TESTED = 2_000
 _TESTED_WHILE_GROWING = 600
 
-# What is promised.
+# Promised limits.
 _DROP = 0.03  # balanced accuracy under the highest so far
 _OVERCONFIDENCE = 0.15  # mean confidence minus accuracy
 _BEHIND = 0.01  # accuracy under LogisticRegression's
@@ -35,7 +35,7 @@ _R2_BEHIND = 0.02  # R² under RidgeCV's
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """One example of each of so many labels of a set, and more as they come, one at a time, to 60."""
+    """One example of each of some labels of a set, then more, one at a time, up to 60."""
 
     set: str
     labels: int
@@ -69,7 +69,7 @@ def growth(case: Growing, seeds: Sequence[int], folder: Path) -> list[Growth]:
 
 
 def grown(known: Known, labels: int, examples: int, seed: int) -> Growth:
-    """One curve, to so many examples; every seed has other labels, other examples and another order."""
+    """One curve; every seed has other labels, other examples and another order."""
     names, counts = np.unique(known.targets, return_counts=True)
     generator = np.random.default_rng((seed, labels))
     some = generator.choice(names[counts >= _COMMON], labels, replace=False)
@@ -93,7 +93,7 @@ def grown(known: Known, labels: int, examples: int, seed: int) -> Growth:
 
 
 def is_constant(predictions: Predictions) -> bool:
-    """Whether every input gets the same label."""
+    """True if every input gets the same label."""
     return len(np.unique(predictions.probabilities.argmax(axis=1))) == 1
 
 

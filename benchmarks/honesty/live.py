@@ -1,4 +1,4 @@
-"""What promotion lets through, and what it keeps out: adapters that grow by right and by wrong examples."""
+"""Promotion, live: adapters that grow by right and by wrong examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.honesty.bench import Bench, splits_of
 from benchmarks.honesty.promotion import Inputs, Plan, Run, run
 from benchmarks.honesty.scores import Known, mean
 
-# What is promised.
+# Promised limits.
 _FALL = 0.03  # score of the live version under that of the first
 _HELD = {0.6: 0.90, 0.3: 0.75}  # share of wrong labels: share of runs that fall no deeper
 _WITHHELD_RUNS = 0.05  # share of runs of right examples in which any version is withheld

@@ -1,4 +1,4 @@
-"""What promotion lets through: adapters that grow by appends of right and of wrong examples, offline.
+"""Promotion, offline: adapters that grow by appends of right and of wrong examples.
 
 A run is a first fit and appends. Each append makes a version, and promotion decides on it as in the service.
 The truth is the live version's score on inputs that are never taught.
@@ -61,7 +61,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of a plan.
+    """The outcome of a plan.
 
     scores: of the live version after the start and after each append. newest: of the version fitted there,
     whether or not it went live. decisions: on each append.
@@ -146,7 +146,7 @@ def corrupt(
 
 
 def score(inputs: Inputs, head: Head, rows: NDArray[np.int64]) -> float:
-    """Of a head on these inputs: accuracy, share of exact matches, or R²."""
+    """A head's score on these inputs: accuracy, share of exact matches, or R²."""
     predictions = head.predict(inputs.embeddings[rows])
     truth = [inputs.targets[row] for row in rows]
     if inputs.task == "regression":

@@ -35,7 +35,7 @@ _CORRECTED_FROM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """n inputs of a real set as they come. labels: so many of the set's, chosen at random; 0 for all."""
+    """n inputs of a real set as they come. labels: a number of its labels, chosen at random; 0 for all."""
 
     task: Task
     set: str
@@ -96,7 +96,7 @@ def rare(case: str, seeds: Sequence[int], folder: Path) -> list[Claim]:
 
 
 def with_rare_labels(known: Known, examples: Sequence[int], seed: int) -> Claim:
-    """The claim with so many examples of labels at random; true at the examples' own shares of labels."""
+    """The claim for random examples; the truth weighs labels as the examples do."""
     generator = np.random.default_rng(seed)
     names = generator.permutation(np.unique(known.targets))[: len(examples)]
     sizes = dict(zip(names.tolist(), examples, strict=True))
@@ -110,7 +110,7 @@ def with_rare_labels(known: Known, examples: Sequence[int], seed: int) -> Claim:
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """What became of an adapter to which mistakes alone were sent back; its true score before that."""
+    """The claim of an adapter that received only its mistakes as feedback, and its true score before."""
 
     claim: Claim
     true_before: float
@@ -159,7 +159,7 @@ def after_corrections(known: Known, order: Rows, start: int, rounds: int, asked:
 
 
 def _mistaken(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
-    """Which answers a user would correct, bool (m,)."""
+    """The answers that a user would correct, bool (m,)."""
     predictions = head.predict(known.rows[rows])
     if predictions.values is not None:
         far: NDArray[np.bool_] = (

@@ -1,4 +1,4 @@
-"""What a fitted head claims of itself, beside what is true of it on inputs whose targets are known."""
+"""Claims of fitted heads beside their truth on inputs whose targets are known."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ class Claim:
 
     @property
     def measured(self) -> bool:
-        """Whether a score was reported."""
+        """True if a score was reported."""
         return not math.isnan(self.reported)
 
     @property
     def holds(self) -> bool:
-        """Whether the interval holds the truth."""
+        """True if the interval contains the truth."""
         return self.low <= self.true <= self.high
 
 
 def claim(fitted: FittedProbe, task: Task, true: float) -> Claim:
-    """What the report says, beside the truth."""
+    """A report's claim and the truth."""
     reported = fitted.report[SCORES[task]]
     interval = fitted.report[f"{SCORES[task]}_interval"]
     if reported is None or interval is None:
@@ -123,14 +123,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def own_labels(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
-    """Which of the head's labels are there, bool (m, labels), for multilabel."""
+    """The labels of each input, bool (m, labels), for multilabel."""
     places = [known.names.index(label) for label in head.labels]
     own: NDArray[np.bool_] = known.targets[rows][:, places]
     return own
 
 
 def right_answers(known: Known, head: Head, predictions: Predictions, rows: Rows) -> NDArray[np.bool_]:
-    """Whether the top label is right, bool (m,), for classification."""
+    """True where the top label is right, bool (m,), for classification."""
     right: NDArray[np.bool_] = (
         np.array(head.labels)[predictions.probabilities.argmax(axis=1)] == known.targets[rows]
     )

@@ -1,1 +1,1 @@
-"""What is lost when processes are killed."""
+"""Losses when processes are killed."""

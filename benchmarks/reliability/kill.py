@@ -39,7 +39,7 @@ SETTINGS = {"TOPWORK_BACKBONES": "minilm-l6-v2"}
 
 @dataclass
 class Found:
-    """What any run that kills may find. The lists are empty if every promise was kept."""
+    """Findings of any run that kills. The lists are empty if every promise was kept."""
 
     acknowledged: int = 0
     orphaned_artifacts: int = 0
@@ -64,13 +64,13 @@ class Found:
 
     @property
     def sound(self) -> bool:
-        """Whether every promise was kept."""
+        """True if every promise was kept."""
         return not any(self.failures.values())
 
 
 @dataclass
 class Kills(Found):
-    """What a run found."""
+    """Findings of a run."""
 
     kills: int = 0
     killed_during_a_request: int = 0
@@ -173,7 +173,7 @@ def _wait_for_the_jobs(url: str, said: Said, found: Kills) -> None:
 def look_into_the_files(
     home: Path, tenants: Iterable[str], examples: Mapping[tuple[str, str], set[str]], found: Found
 ) -> None:
-    """Without the service: is every artifact that a row names there whole, and every one of the examples?
+    """Check without the service that every artifact named by a row is whole, and every example there.
 
     examples: their ids, by tenant and adapter.
     """
@@ -220,7 +220,7 @@ def kill_worker(running: Serving) -> None:
 
 
 def wait_for_the_rest(running: Serving, found: Found, seconds: float) -> None:
-    """What the killed process had started must end by itself."""
+    """Wait until the processes that the killed one had started have ended by themselves."""
     deadline = time.monotonic() + seconds
     while running.group():
         if time.monotonic() > deadline:

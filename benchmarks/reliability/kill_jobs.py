@@ -40,7 +40,7 @@ from benchmarks.harness.service_process import Serving
 from benchmarks.reliability.kill import Found, conclude, kill_worker, look_into_the_files, wait_for_the_rest
 from benchmarks.reliability.mixed import Asked
 
-# A tenant whose job has lost its worker waits for the lease to run out: so many have work for the next one.
+# A tenant whose job lost its worker waits for the lease to expire. Eight tenants keep the next worker busy.
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 # Submits and cancels at once while the service is killed, so that the kill falls into an acknowledgement.
 HASTY = "hasty"
@@ -51,13 +51,13 @@ LABELS = ("Animals & Nature", "Food & Drink", "Objects")
 EXAMPLES_PER_LABEL = 20
 # More than a worker stores at once.
 UPLOAD_EXAMPLES = 1_010
-# Of these, the ones that no other upload has: in the first part and in the last.
+# Rows that no other upload has, in its first and its last part.
 OWN = (0, 500, UPLOAD_EXAMPLES - 1)
 QUICK = {"epochs": 2, "full_size_epochs": 1, "pixels": 32, "batch": 16}
 LOOK_SECONDS = 0.25
 PATIENCE_SECONDS = 600.0
 REST_SECONDS = 30.0
-# One kill of a worker in so many comes while files are published or their version is recorded.
+# Every fourth kill of a worker hits while files are published or their version is recorded.
 AIMED = 4
 
 Json = dict[str, Any]
@@ -66,7 +66,7 @@ Attempt = tuple[str, int]
 
 @dataclass
 class Outcomes(Found):
-    """What a run found."""
+    """Findings of a run."""
 
     worker_kills: int = 0
     server_kills: int = 0
@@ -109,7 +109,7 @@ class Outcomes(Found):
 
 
 class _Acknowledged(Asked):
-    """What the service has said yes to, and how it said that jobs ended."""
+    """The requests that the service accepted, and the ends of jobs that it reported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class _Tenants(ExitStack):
             self.look()
 
     def watch(self, seconds: float) -> None:
-        """Goes on looking and submitting for so long."""
+        """Go on looking and submitting for this time."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_SECONDS))
@@ -196,7 +196,7 @@ class _Tenants(ExitStack):
 
 
 def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) -> Outcomes:
-    """Kills the worker and the serving process so many times, in turn. The folder must be empty."""
+    """Kill the worker and the serving process in turn. The folder must be empty."""
     rng = random.Random(seed)
     home, settings = folder / "home", _settings(folder)
     found, said, over = Outcomes(), _Acknowledged(), set[Attempt]()
@@ -233,7 +233,7 @@ def run(worker_kills: int, server_kills: int, *, seed: int = 0, folder: Path) ->
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """Of a service with a small random network, whose fine-tunes take seconds."""
+    """The settings of a service with a small random network, whose fine-tunes take seconds."""
     import timm
     import torch
 
@@ -259,7 +259,7 @@ def _request(adapter: str, mark: str) -> tuple[Json, set[str]]:
     for row in range(UPLOAD_EXAMPLES):
         one = samples[row % len(samples)]
         assert isinstance(one.input, bytes)
-        # What stands behind a picture's end makes it another example, and shows the same.
+        # Bytes after a picture's end make another example of the same pixels.
         picture = one.input + (mark if row in OWN else str(row // len(samples))).encode()
         ids.add(input_digest(picture))
         lines.append(json.dumps({"image": base64.b64encode(picture).decode(), "label": one.label}))
@@ -348,7 +348,7 @@ def _submit_and_cancel(url: str, seed: int, said: _Acknowledged, stop: threading
 
 
 def _wait_for_the_jobs(tenants: _Tenants) -> None:
-    """Until all have ended, or have had much more time than they need."""
+    """Wait until all have ended, or have had much more time than they need."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         jobs = [job for tenant in tenants.clients for job in tenants.jobs(tenant)]

@@ -23,11 +23,11 @@ WORDS = ("invoice", "holiday", "weather", "football")
 # Asked again and again, so that answers can be compared.
 ASKED = tuple(f"about the {word} of yesterday" for word in WORDS)
 UPLOAD_EXAMPLES = 12
-# Between two answers of one version to one text, in whatever company it was embedded.
+# Largest difference between two answers of one version to one text, in different batches.
 TOLERANCE = 1e-4
 # Refused for now. Anything else that is no success is a failure.
 BUSY = (409, 429, 503)
-# What a caller does next: weights.
+# Weights of a caller's next operation.
 OPERATIONS = {"adapt": 8, "predict": 8, "tell": 2, "remove": 2, "upload": 1, "come and go": 1}
 
 Json = dict[str, Any]
@@ -53,7 +53,7 @@ class Asked:
 
 
 class Said(Asked):
-    """What the service has said. Guarded by the lock, but for what is read between the loads.
+    """The service's answers. Guarded by the lock, except when read between loads.
 
     versions: acknowledged, by adapter. examples and removed: ids that must and must not be there. gone:
     adapters that were deleted. jobs: the adapter and the examples' ids of uploads. answers: probabilities by
@@ -79,7 +79,7 @@ class Said(Asked):
             self.examples[adapter].update(examples)
 
     def newest(self, adapter: str) -> list[int]:
-        """Versions that must be there, oldest first, whatever else is made meanwhile."""
+        """Versions that must be there, oldest first; others may be added meanwhile."""
         with self.lock:
             # Asking after an adapter must not note it as one that was acknowledged.
             return sorted(self.versions.get(adapter, ()))[-KEPT_VERSIONS // 2 :]
@@ -103,7 +103,7 @@ class Said(Asked):
 
 
 class Caller:
-    """Does one thing after the other until the service is gone. prefix: of its ids, which nobody else has."""
+    """Call one operation after the other until the service is gone. prefix: of this caller's own ids."""
 
     def __init__(self, url: str, seed: int, prefix: str, said: Said, stop: threading.Event) -> None:
         self._http = httpx.Client(base_url=url, timeout=60)
@@ -191,18 +191,18 @@ class Caller:
         body = {"text": text, "label": f"{adapter} {word}", "fit": False}
         if self._ask("POST", f"/adapters/{adapter}/feedback", json=body) is None:
             return False
-        # What is told without an id has that of its input.
+        # Feedback without an id gets the id of its input.
         self._said.add(adapter, None, [input_digest(text)])
         return True
 
     def _remove(self) -> bool:
-        """Some examples, and the end of one. Versions that learned from it go too: nobody counts on them."""
+        """Add some examples and erase one. Versions that learned from it go too, and are not expected."""
         adapter, examples = CURATED, self._examples(CURATED, 4)
         if self._ask("POST", "/adapt", json={"adapter": adapter, "examples": examples}) is None:
             return False
         removed, *kept = [example["id"] for example in examples]
         self._said.add(adapter, None, kept)
-        # Until there is an answer it may be there or not.
+        # Without an answer, the example may be there or not.
         if self._ask("DELETE", f"/adapters/{adapter}/examples/{removed}") is None:
             return False
         with self._said.lock:

@@ -1,1 +1,1 @@
-"""What a service gives, and what it does to some while it serves others."""
+"""Speed of a service, and the effect of some callers on others."""

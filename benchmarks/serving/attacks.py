@@ -1,4 +1,4 @@
-"""What an attacker costs the other tenants: their latency alone and beside each attack, in turn.
+"""An attacker's cost to other tenants: their latency alone and beside each attack, in turn.
 
 python -m benchmarks.serving.attacks [part ...]
 
@@ -138,7 +138,7 @@ def _photo(width: int, height: int) -> bytes:
 
 
 class Attackers(Process):
-    """Attackers in a process of their own; a context manager.
+    """Attackers in their own process; a context manager.
 
     It is niced as far as can be: they would be on machines of their own, and what their clients compute is
     not to be taken from the service.
@@ -191,7 +191,7 @@ def _attack(pipe: Connection, url: str) -> None:
 
 @dataclass
 class Others:
-    """What the other tenants ask, of four kinds, each from a process of its own."""
+    """The other tenants' requests of four kinds, each from its own process."""
 
     loads: dict[str, Load]
     orders: dict[str, Order]

@@ -19,7 +19,7 @@ def _saved(fmt: str, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def scans(count: int, side: int = 7_000) -> bytes:
-    """A grey progressive JPEG with so many scans of all its blocks, each of which is a few bytes."""
+    """A grey progressive JPEG with many scans of all its blocks, each a few bytes."""
     blocks = (-(-side // 8)) ** 2
     head = b"\xff\xd8\xff\xdb\0\x43\0" + bytes([1]) * 64
     head += b"\xff\xc2" + struct.pack(">HBHHBBBB", 11, 8, side, side, 1, 1, 0x11, 0)
@@ -51,7 +51,7 @@ def _gif_with(block: bytes, size: int) -> bytes:
 
 
 def _tiff_with(entries: int) -> bytes:
-    """One directory with so many tags."""
+    """A TIFF directory with this number of tags."""
     tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 64}
     written = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
     written += [

@@ -1,4 +1,4 @@
-"""What the 8-bit backbones cost in accuracy: the splits of the quality benchmark, on both, over HTTP.
+"""The accuracy lost to 8-bit backbones: the splits of the quality benchmark, on both, over HTTP.
 
 python -m benchmarks.serving.eight_bits [group ...]     # all groups but the largest by default
 """
@@ -25,7 +25,7 @@ LEFT_OUT = "newsgroups-full"
 
 
 def accuracy(split: Split, service: client.Client, backbone: str) -> float:
-    """Of an adapter on this backbone, on the split's test inputs."""
+    """The accuracy of an adapter on this backbone, on the split's test inputs."""
     adapter = f"bits-{secrets.token_hex(6)}"
     service.adapt(adapter, split.train, backbone)
     predictions = service.predict(adapter, split.test)

@@ -32,7 +32,7 @@ from models.model_store import find
 BACKBONES = ("efficientnet-lite0", "minilm-l6-v2")
 TEXTS = "minilm-l6-v2"
 BUSY = 2
-# Until the plans are confirmed, from the moment on in which the machine is quiet.
+# Time until the plans are confirmed, counted from when the machine is quiet.
 SECONDS = 600.0
 ROUNDS = 12
 REQUESTS = 150

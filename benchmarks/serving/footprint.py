@@ -1,4 +1,4 @@
-"""What the service costs to have: time from start to ready, and memory idle and after the largest batches.
+"""The service's footprint: time from start to ready, and memory idle and after the largest batches.
 
 python -m benchmarks.serving.footprint
 """

@@ -1,4 +1,4 @@
-"""What a tenant far above its quota costs the others: their latency alone and beside it, in turn.
+"""A tenant far above its quota: the others' latency alone and beside it, in turn.
 
 python -m benchmarks.serving.neighbours
 """

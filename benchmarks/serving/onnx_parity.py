@@ -27,7 +27,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "run_export.py"
 
 
 def run_alone(model: bytes, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """What the program answers."""
+    """The program's answers."""
     with tempfile.TemporaryDirectory(prefix="topwork-parity-") as name:
         folder = Path(name)
         (folder / "model.onnx").write_bytes(model)

@@ -1,4 +1,4 @@
-"""How fast the service answers, beside a bare loop and beside what a team would run instead.
+"""The service's speed beside a bare loop and beside servers that a team would run instead.
 
 python -m benchmarks.serving.speed [part ...]   # texts-16, jpegs-640, int8, …; all by default
 
@@ -71,7 +71,7 @@ class Contender:
 
 @contextmanager
 def peers(scene: Scene) -> Iterator[list[Contender]]:
-    """What a team would run instead, started."""
+    """The servers that a team would run instead, started."""
     with ExitStack() as stack:
         taught = str(stack.enter_context(scene.folder()))
         commands = {
@@ -107,7 +107,7 @@ SCENES: Mapping[str, Callable[[Path], Scene]] = {
     "jpegs-224": partial(image_scene, (224, 224)),
     "jpegs-640": partial(image_scene, (640, 480)),
 }
-# By scene and concurrency: the least ratio to the bare loop, and to each peer at its own.
+# The least ratio to the bare loop and to each peer, by scene and concurrency.
 _AT_ONCE = {
     "texts-16": (32, {BARE: 0.80, "Infinity": 3.0, "by hand": 4.0}),
     "jpegs-640": (8, {BARE: 0.90, "by hand": 3.0}),
@@ -397,7 +397,7 @@ def soak(report: Report, server: Server, folder: Path) -> None:
         for scene in scenes:
             teach(server, scene)
         forms = [scene.forms()["raw"] for scene in scenes]
-        # What both reach beside each other: one alone would leave nothing to the other.
+        # Both are measured under load at once: one alone would take all cores.
         rounds = [
             [_good(found) for found in run(Order(form, 16, 3.0) for form in forms)] for _ in range(ROUNDS)
         ]

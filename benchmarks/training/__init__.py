@@ -1,1 +1,1 @@
-"""What adapters and fine-tunes are worth, and what they take."""
+"""Accuracy and cost of adapters and fine-tunes."""

@@ -136,7 +136,7 @@ def one_more(report: Report, server: client.Server, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """What one tenant asks while another adapts."""
+    """One tenant's requests while another adapts."""
 
     name: str
     predicts: list[Request]

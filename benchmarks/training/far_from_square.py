@@ -68,7 +68,7 @@ def served(crop_mode: str) -> Way:
 
 
 def squeezed(most: float, colour: Callable[[Image.Image], Colour]) -> Way:
-    """All of the picture, squeezed to at most so many times its shorter side, the rest filled up."""
+    """The whole picture, squeezed to at most this multiple of its shorter side, the rest filled up."""
 
     def show(image: Image.Image, size: int) -> Squares:
         longer = max(image.size)
@@ -87,7 +87,7 @@ def white(image: Image.Image) -> Colour:
 
 
 def mean(image: Image.Image) -> Colour:
-    """Of the picture."""
+    """The picture's mean colour."""
     red, green, blue = np.asarray(image.reduce(max(1, min(image.size) // 32))).mean((0, 1)).round().tolist()
     return int(red), int(green), int(blue)
 
@@ -161,7 +161,7 @@ def _embed(backbone: Backbone, show: Way, image: Image.Image) -> Floats:
 def right_of(
     rows: Floats, samples: Sequence[Sample], train: Sequence[int], test: Sequence[int]
 ) -> NDArray[np.bool_]:
-    """Whether each of the test samples is answered right, by a head fitted on the training ones."""
+    """True for each test sample that a head fitted on the training samples answers right."""
     labels, digests = zip(*((samples[index].label, samples[index].digest) for index in train), strict=True)
     # As in the service's fitting process: more threads of BLAS are slower.
     with threadpool_limits(1):
@@ -171,7 +171,7 @@ def right_of(
 
 
 def splits(samples: Sequence[Sample]) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """By name: rows to train on and to ask for, for each seed."""
+    """Rows to train on and to test, for each seed, by name."""
     index = {sample.digest: row for row, sample in enumerate(samples)}
     found: dict[str, list[tuple[list[int], list[int]]]] = defaultdict(list)
     for seed in range(SEEDS):

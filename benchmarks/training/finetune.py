@@ -29,11 +29,11 @@ SPLITS = {"trec-coarse": (1_000, 1_000), "emoji-google": (1_324, 562)}
 LATENCY = "latency"
 AHEAD = 3.0
 HONEST = 3.0
-# Of the examples, while the way of training is chosen.
+# Share of the examples that is held out while the way of training is chosen.
 HELD_OUT = 0.2
 POLL_SECONDS = 2.0
 CORES = len(os.sched_getaffinity(0))
-# Of a request's time on a version with a network of its own, over the same request on a head.
+# A request's time on a version with its own network, over that on a head.
 PREDICT_RATIO = 1.1
 PREDICTS = 200
 BESIDE_RATIO = 1.3
@@ -61,7 +61,7 @@ class Run:
 
 
 def accuracy(service: client.Client, adapter: str, test: Sequence[Sample], version: int) -> float:
-    """Of a version, over HTTP."""
+    """A version's accuracy, over HTTP."""
     right = 0
     for begin in range(0, len(test), 100):
         part = test[begin : begin + 100]
@@ -108,7 +108,7 @@ def predict_ratio(service: client.Client, adapter: str, sample: Sample, versions
 
 
 def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample], seconds: float) -> float:
-    """Accuracy of the same network trained from random weights, in this process, for so many seconds."""
+    """Accuracy of the same network trained from random weights in this process, for this time."""
     import torch
 
     from adapters.finetune.config import FineTuneConfig
@@ -173,7 +173,7 @@ def run(server: client.Server, name: str, seed: int, folder: Path) -> Run:
     service, adapter = client.Client(server, "bench-finetune"), f"{name}-{seed}"
     probe = service.adapt(adapter, train)
     job, seconds = tune(service, adapter)
-    # Where nothing better was found there is no version, and the head goes on.
+    # A job that finds nothing better makes no version, and the head stays live.
     number, before = job["version"] or probe["version"], probe["version"]
     version = service.request("GET", f"/adapters/{adapter}/versions/{number}").json()
     report = version["report"]

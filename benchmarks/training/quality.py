@@ -45,7 +45,7 @@ ABSTENTION_TARGET = 0.90
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the service and the baselines did on one split.
+    """Results of the service and the baselines on one split.
 
     confidence, correct: (tests,). worlds: AUROC of the abstention score by world, against the test inputs.
     """
@@ -67,7 +67,7 @@ class Outcome:
 
     @property
     def covered(self) -> bool:
-        """Whether the reported interval holds the test accuracy."""
+        """True if the reported interval contains the test accuracy."""
         return self.interval[0] <= self.accuracy <= self.interval[1]
 
     @property
@@ -77,7 +77,7 @@ class Outcome:
 
     @property
     def calibration_limit(self) -> float:
-        """What the calibration error may be at this size of test set."""
+        """The allowed calibration error at this size of test set."""
         if len(self.correct) >= LARGE_TEST:
             return CALIBRATION_TARGET
         return metrics.calibrated_limit(self.confidence)

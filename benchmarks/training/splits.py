@@ -1,4 +1,4 @@
-"""Which splits of which data sets the quality benchmark runs."""
+"""The splits and data sets of the quality benchmark."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Split:
 
     @property
     def judges_interval(self) -> bool:
-        """Whether the test accuracy is a fair judge of the reported interval."""
+        """True if the test accuracy is a fair judge of the reported interval."""
         return not self.shifted and len(self.test) >= COVERAGE_TEST * len(self.train)
 
 

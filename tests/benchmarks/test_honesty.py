@@ -1,4 +1,4 @@
-"""What heads report of themselves, on made-up inputs whose truth is known."""
+"""Reports of heads on synthetic inputs whose truth is known."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_noise_scores_as_noise(task: Task, shares: tuple[float, ...]) -> None:
     cells = [(n, dim) for n in (10, 20, 50) for dim in (16, 384)]
     claims = _claims(noise(Noise(task, n, dim, shares), range(20)) for n, dim in cells)
     assert len(claims.measured) > 80
-    # Of 120 intervals that each hold with 95 %, 0.90 and fewer hold in one of a hundred runs.
+    # If each of 120 intervals holds with 95 %, a share of 0.90 or less is as rare as one run in a hundred.
     assert claims.coverage >= 0.90
     assert claims.optimism <= 0.05
 

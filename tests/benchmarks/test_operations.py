@@ -1,4 +1,4 @@
-"""What the benchmarks say a network costs, where it can be counted by hand."""
+"""The counted cost of networks that can be counted by hand."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def copy_tree(tree: Path) -> None:
-    """What is under version control, as it lies here."""
+    """The files under version control, with local changes."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():

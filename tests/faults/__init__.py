@@ -1,4 +1,4 @@
-"""What is promised of when things break: a slice of each in every run, all of it by `make test-faults`."""
+"""Promises for faults: every run tests a slice of each, `make test-faults` all of it."""
 
 from __future__ import annotations
 

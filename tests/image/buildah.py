@@ -42,7 +42,7 @@ class Engine:
         self.build_environment = {**self.environment, "CONTAINERS_CONF": str(volumes)}
 
     def _for_builds(self) -> list[str]:
-        """What a build sees of this machine and the image does not keep: where packages come from."""
+        """Package indexes of this machine, which a build uses and the image does not keep."""
         pip = _pip_configuration()
         lines = [f"{name} = {value}" for name, value in pip.items()]
         (self._scratch / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
@@ -60,14 +60,14 @@ class Engine:
         return mounts
 
     def call(self, *arguments: str) -> str:
-        """What buildah writes. Raises CalledProcessError."""
+        """The output of buildah. Raises CalledProcessError."""
         done = subprocess.run(
             ["buildah", *arguments], env=self.environment, check=True, stdout=subprocess.PIPE, text=True
         )
         return done.stdout.strip()
 
     def has(self, image: str) -> bool:
-        """Whether there is an image of this name."""
+        """True if an image of this name exists."""
         command = ["buildah", "inspect", "--type", "image", image]
         return subprocess.run(command, env=self.environment, capture_output=True).returncode == 0
 
@@ -196,7 +196,7 @@ def _descendant(ancestor: int, argument: bytes) -> int:
 
 
 def _pip_configuration() -> dict[str, str]:
-    """What pip on this machine is told of where packages are."""
+    """The package indexes that pip on this machine is configured with."""
     listed = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     settings = {}
     for line in listed.splitlines():

@@ -107,7 +107,7 @@ def use_image(engine: Engine, scratch: Path) -> None:
         step("A first container: without a key, then with one"),
         engine.container(IMAGE, volume) as container,
     ):
-        # Where packages come from on this machine stays here.
+        # The image does not keep this machine's package indexes.
         assert container.run("sh", "-c", "cat /etc/pip.conf /etc/uv/uv.toml 2>/dev/null || true") == ""
         refused_without_a_key(container, scratch / "refused.log")
         with serving(container, first) as (caller, port):
@@ -166,7 +166,7 @@ def serving(container: Container, log: Path) -> Iterator[tuple[httpx.Client, str
 
 
 def ready(caller: httpx.Client) -> bool:
-    """Whether the service says so."""
+    """True if the service reports it."""
     try:
         return caller.get("/readyz").status_code == 200
     except httpx.TransportError:

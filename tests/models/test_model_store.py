@@ -19,7 +19,7 @@ from tests.support.models import tiny_backbones
 
 
 def find(home: Path, *names: str) -> list[str | None]:
-    """What models.model_store.find gives in a process whose model store is home: BentoML reads it once."""
+    """The result of model_store.find in a new process, because BentoML reads its home once."""
     program = (
         "import json, sys\nfrom models.model_store import find, find_tag\n"
         "print(json.dumps([find(n) and [str(find(n)), find_tag(n)] for n in sys.argv[1:]]))"

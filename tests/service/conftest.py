@@ -16,7 +16,7 @@ from tests.support.storage import unavailable
 
 @pytest.fixture
 def caller(server: str) -> Iterator[Caller]:
-    """A tenant that nobody else uses, at the running service."""
+    """A caller of the running service with its own tenant."""
     found = Caller(server)
     with found.http:
         yield found

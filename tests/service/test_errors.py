@@ -380,7 +380,7 @@ def test_a_problem_s_headers_and_errors_reach_the_caller() -> None:
 
 
 def test_only_the_edge_knows_statuses() -> None:
-    """Below service/ no module imports a web framework, so no status can hide there."""
+    """No module outside service/ imports a web framework, so no status can hide there."""
     for package in ("models", "adapters"):
         for path in Path(package).rglob("*.py"):
             tree = ast.parse(path.read_text())

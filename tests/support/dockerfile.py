@@ -1,4 +1,4 @@
-"""What a Dockerfile of one stage makes of a container: its environment, user, volumes and commands."""
+"""The container of a one-stage Dockerfile: its environment, user, volumes and commands."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def postgres_server() -> Iterator[str]:
         unavailable("postgres", "no initdb on this machine")
     assert programs is not None
     prefix, user = _unprivileged()
-    # Not pytest's folder: only its owner may enter that, and the cluster runs as another user.
+    # Only its owner may enter pytest's folder, and the cluster runs as another user.
     home = Path(tempfile.mkdtemp(prefix="topwork-postgres-"))
     os.chown(home, user.pw_uid, user.pw_gid)
     data = home / "data"
@@ -115,7 +115,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3_options(s3_server: str) -> dict[str, str]:
-    """What `open_store` needs to reach the endpoint."""
+    """The options with which `open_store` reaches the endpoint."""
     return {
         "endpoint": s3_server,
         "region": "us-east-1",

@@ -91,7 +91,7 @@ async def test_what_another_adapter_of_the_tenant_has_embedded_is_known(tmp_path
         here.embedded.clear()
         await here.pipeline.adapt("somebody-else", AdaptCommand("again", taught()))
         assert sum(here.embedded) == len(taught())
-        # Whatever becomes of the other one, each has its own.
+        # Each adapter has its own copy and loses nothing with the other.
         await here.eraser.adapter(TENANT, "words")
         await here.adapt([PostedExample(says("one", 999), "one")], "again")
         await here.adapt(taught())
@@ -223,7 +223,7 @@ async def test_a_cancelled_adapt_is_all_or_nothing(tmp_path: Path, steps: int) -
             await asyncio.sleep(0.001 if steps > 20 else 0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        # Whatever was past the point of no return ends by itself.
+        # A commit that has begun ends by itself.
         await asyncio.sleep(0.3)
         adapter = here.registry.adapter(TENANT, "words")
         assert (adapter.examples, adapter.live) in ((8, 1), (9, 2))
@@ -325,7 +325,7 @@ async def test_another_backbone_under_the_same_name_is_refused_until_a_rebase(tm
             await there.adapt([PostedExample(says("one", 999), "one")])
         with pytest.raises(FingerprintMismatch):
             await there.editor.feedback(TENANT, "words", Feedback("one", input="x"))
-        # What asks for no embedding works all the same.
+        # Changes that need no embedding still work.
         await there.editor.remove(TENANT, "words", ["one0"])
         done = await there.editor.rebase(TENANT, "words", "tiny-text", "if_better")
         assert done.live

@@ -1,4 +1,4 @@
-"""Where examples lie after a change: nothing is stored twice, nothing erased stays in a file."""
+"""The layout of examples after a change: nothing is stored twice, and no file keeps erased ones."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def three_versions(registry: Registry) -> AdapterRecord:
     return append(registry, second.adapter, "c").adapter
 
 
-# What the registry keeps, in both databases.
+# Rows that the registry keeps, in both databases.
 
 
 def test_any_but_the_newest_version_holds_until_it_is_the_newest_again(registry: Registry) -> None:
@@ -177,7 +177,7 @@ def test_an_always_from_before_a_person_went_back_gives_way(registry: Registry) 
         assert as_asked("never", before, gone_back) == "never"
 
 
-# What it takes to have a version's examples again.
+# Restoring a version's examples.
 
 
 def kept(name: str, target: Target = "x", *, excluded: bool = False, digest: str = "") -> ExampleRecord:
@@ -290,7 +290,7 @@ async def test_always_and_a_promotion_lift_it(tmp_path: Path) -> None:
 
 
 async def test_a_rollback_during_an_adapt_is_not_lost(tmp_path: Path) -> None:
-    """By another process, between the decision and its commit."""
+    """Another process commits between the decision and its commit."""
     async with world(tmp_path) as here, world(tmp_path) as there:
         await here.adapt(taught())
         await here.adapt([one(1)], promote="always")
@@ -459,7 +459,7 @@ async def test_set_aside_examples_teach_nothing_and_sent_again_they_do(tmp_path:
         back = await here.adapt(WRONG[:1], fit=False)
         assert (back.revised.committed.replaced, back.revised.committed.added) == (1, 0)
         assert not here.registry.example(done.adapter.uid, "wrong0").excluded
-        # What is told of an input that is kept is told of the example, set aside or not.
+        # Feedback on a stored input changes its example, also when that is excluded.
         await here.editor.feedback(TENANT, "words", Feedback("one", WRONG[1].input, fit=False))
         found = here.registry.example(done.adapter.uid, "wrong1")
         assert (found.target, found.excluded) == ("one", False)

@@ -308,7 +308,7 @@ def test_after_a_long_outage_nothing_old_is_believed(registry: Registry, countin
 
 
 class Loading:
-    """What loads networks: it notes what it was asked for, and waits until it may go on."""
+    """A loader of networks that notes its calls, and waits until it may go on."""
 
     def __init__(self) -> None:
         self.asked: list[Alias] = []
@@ -339,7 +339,7 @@ def test_another_processs_network_holds_once_it_is_loaded(
         await eventually(lambda: bool(loading.asked))
         assert await aliases.get("acme", "pets") == first.alias
         read = len(counting.resolved)
-        # Whoever knows of the commit gets it, and neither that nor the look-out reads again.
+        # A caller that knows of the commit gets it, and nothing is read again.
         for _ in range(3):
             assert await aliases.get("acme", "pets", min_epoch=second.adapter.epoch) == second.alias
         await asyncio.sleep(0.1)
@@ -352,7 +352,7 @@ def test_another_processs_network_holds_once_it_is_loaded(
         loading.go.set()
         await eventually(lambda: aliases.known("acme", "pets") == second.alias)
         assert await aliases.get("acme", "pets") == second.alias
-        # What needs no other network waits for nothing.
+        # A version that needs no other network does not wait.
         loading.go.clear()
         same = refit(registry, second.adapter, promote=False)
         await eventually(lambda: aliases.known("acme", "pets") == same.alias)
@@ -500,7 +500,7 @@ def test_where_nothing_can_answer_meanwhile_a_network_is_waited_for(
         await aliases.start()
         await eventually(lambda: bool(loading.asked))
         assert await aliases.get("acme", "pets") == first.alias
-        # What is known was deleted since.
+        # The known alias was deleted since.
         registry.delete_adapter("acme", "pets")
         again = create(registry)
         second = tune(registry, again.adapter, "another")
@@ -521,7 +521,7 @@ def test_nothing_reads_the_database_once_they_are_closed(
         counting.go.clear()
         reading = asyncio.ensure_future(aliases.get("acme", "pets"))
         await eventually(lambda: bool(counting.resolved))
-        # Whoever asks from now on does not join that load, so nothing else remembers it.
+        # Later callers do not join that load, so nothing else remembers it.
         aliases.put(committed.alias)
         closing = asyncio.ensure_future(aliases.close())
         reading.cancel()

@@ -202,7 +202,7 @@ async def test_what_an_owner_leaves_is_dropped() -> None:
     ]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    # Of what is the tenant's alone nobody knows to which adapter it belongs.
+    # Entries of the tenant alone belong to no adapter.
     cache.drop_of("acme", "pets")
     assert [key for key in owners if key in cache] == ["b", "d"]
     cache.drop_of("acme")

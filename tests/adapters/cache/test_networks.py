@@ -1,4 +1,4 @@
-"""Fine-tuned networks in memory: loaded once, pushed out, closed when nobody uses them any more."""
+"""Fine-tuned networks in memory: loaded once, evicted, closed when no longer used."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Shelf:
         return self.base.with_network(self.graph(seed)).embed(ASKED).embeddings
 
     def networks(self, room: int | None = None) -> NetworkPool:
-        """Room for so many of the tiny networks, or for all."""
+        """Room for this number of tiny networks, or for all."""
         size = int(1.5 * len(self.graph(1)))
         self.made.append(NetworkPool(self.store, ROOM_FOR_ALL if room is None else room * size, self.start))
         return self.made[-1]
@@ -110,7 +110,7 @@ class Shelf:
         return batcher
 
     def path(self, network: Artifact | None) -> Path:
-        """Where the network's file lies."""
+        """The path of the network's file."""
         assert network is not None
         (found,) = self.root.rglob(network.name)
         return found
@@ -133,7 +133,7 @@ def open_networks() -> float:
 
 
 def let_go(batcher: Batcher) -> bool:
-    """Whether the batcher's network has been let go."""
+    """True if the batcher's network was released."""
     try:
         batcher.backbone.run([batcher.backbone.preprocess("blank")])
     except RuntimeError:
@@ -185,7 +185,7 @@ async def test_what_is_pushed_out_answers_its_users_until_the_last_has_gone(shel
             await use(networks, shelf, shelf.alias(2))
         embeddings = (await batcher.embed(ASKED)).embeddings
         np.testing.assert_allclose(embeddings, shelf.expected(1), atol=1e-6)
-        # Whoever comes now gets it anew, and the old users keep what they have.
+        # New callers load it again, and earlier ones keep theirs.
         await use(networks, shelf, alias)
         assert batcher.alive
     await eventually(lambda: open_networks() == 1)
@@ -242,7 +242,7 @@ async def test_what_was_prepared_need_not_be_waited_for(shelf: Shelf) -> None:
     await networks.prepare(replace(alias, network=None), shelf.base)
     await use(networks, shelf, alias)
     assert (len(shelf.store.reads), networks.misses) == (1, 0)
-    # What cannot be kept would be loaded for nothing.
+    # A network that cannot be kept is not loaded.
     small = shelf.networks(room=0)
     await small.prepare(alias, shelf.base)
     assert len(shelf.store.reads) == 1
@@ -279,7 +279,7 @@ async def test_closing_ends_all(shelf: Shelf) -> None:
 
 @dataclass
 class Process:
-    """What a process knows of aliases and networks, composed as the service does."""
+    """Caches of aliases and networks, composed as in the service."""
 
     registry: Registry
     aliases: AliasCache

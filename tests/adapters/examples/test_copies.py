@@ -1,4 +1,4 @@
-"""Which examples belong together."""
+"""Groups of copies among examples."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_correction_belongs_to_the_example_that_misled() -> None:
     keys = ["a", "b", "c", "d", "e"]
     # The nearest with another label, not the nearest of all.
     assert with_misled(keys, rows, ["x", "y", "y", "y", "x"], sampled) == ["a", "b", "c", "a", "b"]
-    # Of numbers, the nearest that is a standard deviation away.
+    # For numbers, the nearest value at least a standard deviation away.
     values = [0.0, 5.0, 5.1, 5.2, 0.1]
     assert with_misled(keys, rows, values, sampled) == ["a", "b", "c", "a", "b"]
     assert with_misled(keys, rows, ["x"] * 5, sampled) == ["a", "b", "c", "b", "a"]

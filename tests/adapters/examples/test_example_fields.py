@@ -26,7 +26,7 @@ UNHEARD = "สวัสดี"
 
 @contextmanager
 def watched(here: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Dataset, ProbeConfig]]]:
-    """What is handed to the fitting process meanwhile."""
+    """The data that is sent to the fitting process meanwhile."""
     fitter, seen = here.writer._fitter, []
     fit = fitter.fit
 

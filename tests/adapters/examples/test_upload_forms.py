@@ -128,7 +128,7 @@ def test_a_row_that_cannot_be_used_is_an_error_in_its_place(row: bytes, wanted: 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_what_a_program_writes_is_read_as_it_was(delimiter: str) -> None:
-    """Whatever the fields hold, in any encoding that has it."""
+    """Any field content is read, in every encoding that can hold it."""
     random = Random(1)
     for round_ in range(200):
         texts = [
@@ -157,7 +157,7 @@ def test_no_table_ends_in_anything_but_examples_and_errors() -> None:
 
 
 def test_an_open_quote_is_an_error_of_its_row_alone() -> None:
-    """Whatever follows: other rows with quotes, lines of text, another one that is open."""
+    """The rows after it are read, with quotes, with lines, and with another open quote."""
     table = 'text,label\n"one,x\ntwo,y\n"three, 3",x\n"four\nlines",y\n"five,x\nsix,"y"\n'
     found = [(place, code(posted) or posted.input) for place, posted in read("csv", table.encode(), WIDE)]
     assert found == [
@@ -260,7 +260,7 @@ def test_a_file_of_a_zip_that_cannot_be_used_is_an_error_in_its_place() -> None:
 
 
 def test_a_file_packed_by_another_method_is_an_error_in_its_place() -> None:
-    """A few bytes of LZMA or bzip2 may be gigabytes; deflated ones are inflated as far as they are wanted."""
+    """LZMA and bzip2 can unpack to gigabytes; deflate is unpacked only as far as needed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/1.png", b"one", zipfile.ZIP_LZMA)
@@ -434,12 +434,12 @@ END = struct.Struct("<4sHHHHLLH")
 
 
 def with_its_mark_inside(data: bytes) -> bytes:
-    """With the signature of the directory's end where the numbers of entries belong."""
+    """An end record with its own signature in place of the numbers of entries."""
     return data[:-14] + b"PK\x05\x06" + data[-10:]
 
 
 def with_another_end(data: bytes) -> bytes:
-    """With a 64-bit end of the directory, which counts, and an ordinary one that says that there is none."""
+    """A 64-bit end record, which counts, and an ordinary one that denies it."""
     *_, entries, size, offset, _ = END.unpack(data[-22:])
     wide = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, entries, entries, size, offset)
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(data) - 22, 1)

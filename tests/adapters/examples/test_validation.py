@@ -1,4 +1,4 @@
-"""Which posted examples are kept, under which names, and why the others are not."""
+"""Validation of posted examples: those kept, their ids, and the reasons for the others."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def test_rows_held_out_are_trained_on_once_all_is_measured_and_not_before() -> N
     labels = torch.from_numpy(learned.labels[learned.testing])
     measured = outcome.measured.final
     assert float((logits.argmax(dim=1) == labels).float().mean()) == pytest.approx(measured.accuracy)
-    # By now it knows them better than what was measured did.
+    # By now it fits them better than the measured model did.
     assert evaluate(model, learned).loss < measured.loss
 
 

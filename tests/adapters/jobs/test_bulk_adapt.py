@@ -66,7 +66,7 @@ class Place:
         return self.registry.jobs.job("acme", self.job.id)
 
     def segments(self) -> dict[str, str]:
-        """By example: the file of its embedding."""
+        """The file of each example's embedding."""
         return {one.id: one.segment.name for one in self.registry.all_examples(self.uid)[1]}
 
     def run(self, lease: Lease, limits: AdapterLimits = AdapterLimits()) -> None:
@@ -97,7 +97,7 @@ class Place:
         return done, done.progress
 
     def texts(self) -> dict[str, bytes | str]:
-        """By example: its input."""
+        """The input of each example."""
         found: dict[str, bytes | str] = {}
         for one in self.registry.all_examples(self.uid)[1]:
             assert one.inputs is not None
@@ -175,7 +175,7 @@ def test_another_attempt_goes_on_where_one_was_stopped(place: Place, monkeypatch
     assert (done.progress["stored"], done.progress["rejected"]) == (EXAMPLES, 0)
     after = place.segments()
     assert len(after) == EXAMPLES
-    # Not embedded again: what the first attempt stored lies where it lay.
+    # Nothing is embedded again: the first attempt's files are still in place.
     assert {example: after[example] for example in first} == first
     assert [version.number for version in place.registry.versions(place.uid)] == [1]
 

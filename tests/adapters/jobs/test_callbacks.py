@@ -1,4 +1,4 @@
-"""Which URLs may be called back, what they are told, and how that is signed."""
+"""Callbacks: allowed URLs, the message, and its signature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that beats for a job: what it hears it records, whatever the work is at."""
+"""The heartbeat thread of a job records what it reads, independent of the work."""
 
 from __future__ import annotations
 

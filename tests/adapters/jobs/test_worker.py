@@ -437,7 +437,7 @@ def test_a_job_that_nobody_can_begin_again_is_cleared_up_and_told_of(place: Plac
 
 
 def on_small_disk(folder: Path, room: int) -> list[str]:
-    """A worker's command with so many bytes left in the folder. Skips where nobody may mount."""
+    """A worker's command with a limited disk as its folder. Skips where mounting is not allowed."""
     may = subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True)
     if may.returncode:
         pytest.skip("this machine lets nobody mount a small disk")
@@ -471,7 +471,7 @@ def test_a_full_database_stops_no_worker(tmp_path: Path, backbone: str) -> None:
         assert shutil.disk_usage(inside).free == 0
 
         def seen() -> JobRecord:
-            # Of a copy: SQLite would follow the link to the disk's other side.
+            # The test reads a copy, because SQLite would resolve the link out of the mount.
             copy = shutil.copyfile(inside / "registry.db", tmp_path / "seen.db")
             registry = Registry(f"sqlite:///{copy}")
             found = registry.jobs.job("acme", job.id)
@@ -879,7 +879,7 @@ def _nothing_found(*arguments: Any, **options: Any) -> FineTuned:
 def test_a_fine_tune_that_finds_nothing_makes_no_version(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its network would be a copy of the backbone, whatever the request says of promotion."""
+    """No version is made: its network would be a copy of the backbone."""
     monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", _nothing_found)
     before, job = place.objects(), place.submit()
     with place.lease() as lease:

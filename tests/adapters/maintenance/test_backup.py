@@ -1,4 +1,4 @@
-"""A backup holds one state of the database and all that it refers to, whatever goes on meanwhile."""
+"""A backup holds one state of the database and all files it refers to, while writers go on."""
 
 from __future__ import annotations
 

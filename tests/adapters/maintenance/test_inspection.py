@@ -141,7 +141,7 @@ async def test_damaged_embeddings_are_embedded_again(place: Place, backbone: Bac
         place.flip(one.segment)
         expected = ("embeddings of 8 examples", "corrupt_artifact")
         assert codes(place.examine()) == [(*expected, False)]
-        # Without the backbone it cannot be done.
+        # The repair needs the backbone.
         (finding,) = place.examine(repair=True)
         assert (finding.repaired, adapter.backbone in finding.detail) == (False, True)
         assert codes(place.examine(lambda name: backbone, repair=True)) == [(*expected, True)]

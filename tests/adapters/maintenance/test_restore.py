@@ -43,7 +43,7 @@ INPUTS = [says("one", 90), says("two", 91)]
 def erase(
     place: Place, adapter_uid: str | None, examples: str | None = None, seconds_ago: float = 0.0
 ) -> str:
-    """What an erasure leaves behind in the table."""
+    """The rows that an erasure leaves in the table."""
     row = {
         "id": secrets.token_hex(16),
         "tenant": TENANT,

@@ -1,4 +1,4 @@
-"""What a head of labels says of itself, where the truth is known."""
+"""Reports of classification heads on data with a known truth."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_threshold_is_where_the_expected_share_is_right() -> None:
     # Nothing is that good: what is wanted, of each answer.
     assert calibration.answer_threshold(confidence, right, 0.995) == pytest.approx(0.995)
     assert calibration.answer_threshold(confidence, right, 0.5) == 0.0
-    # Many answers count for themselves, whatever their confidence says.
+    # With many answers their share of errors counts, not their confidence.
     sure = np.full(1_000, 0.99, np.float32)
     assert calibration.answer_threshold(sure, np.arange(1_000) % 4 > 0, 0.95) > 0.99
     hesitant = np.linspace(0.7, 0.9, 1_000).astype(np.float32)

@@ -130,7 +130,7 @@ def test_one_that_knows_nothing_or_the_opposite_does_not_count() -> None:
 
 
 def test_logits_that_know_the_opposite_keep_the_order_of_labels() -> None:
-    """Whatever few examples say, the slope is small and not zero, so that no head is a constant."""
+    """With few examples the slope is small but not zero, so no head is a constant."""
     labels = np.random.default_rng(8).integers(0, LABELS, 30)
     first = -logits_of(labels, 2.0, 9)
     found = calibration.blend(first, np.zeros_like(first), FLAT, labels, 0.4)

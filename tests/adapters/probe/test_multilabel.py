@@ -65,7 +65,7 @@ def test_what_can_be_learned_is_better_than_constant() -> None:
 
 @pytest.mark.parametrize(("n", "labels"), [(60, 24), (200, 24), (60, 3), (200, 3)])
 def test_decisions_that_are_not_uncertain_are_right_as_promised(n: int, labels: int) -> None:
-    """And nearly as many are made as the best thresholds in hindsight would allow."""
+    """The promised precision holds, with nearly as many decisions as the best thresholds in hindsight."""
     right_shares, made, possible = [], 0, 0
     for seed in range(6):
         rows, own = learnable(n, labels, seed=seed)
@@ -208,7 +208,7 @@ def test_examples_in_any_order_give_the_same_head() -> None:
 
 
 def test_the_temperature_leaves_the_base_alone() -> None:
-    """Labels drawn from base + 3 z, with z as logits: the slope found is about 3, whatever the base."""
+    """Labels are drawn from base + 3 z, with z as logits: the slope is about 3 for every base."""
     generator = np.random.default_rng(0)
     z = generator.standard_normal((4, 3_000)).astype(np.float32)
     base = np.broadcast_to(np.array([[-4.0], [-2.0], [0.0], [1.0]], dtype=np.float32), z.shape)

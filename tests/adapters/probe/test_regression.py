@@ -140,7 +140,7 @@ def test_the_interval_holds_the_truth(n: int, dim: int, share: float) -> None:
 
 @pytest.mark.parametrize("dim", [60, 120, 384])
 def test_noise_scores_as_noise(dim: int) -> None:
-    """With more examples than dimensions, as many, and fewer."""
+    """Noise scores as noise with more examples than dimensions, as many, and fewer."""
     generator = np.random.default_rng(0)
     report = fit(regression(generator.standard_normal((120, dim)), generator.standard_normal(120))).report
     assert -0.1 < report["r2"] < 0.05

@@ -238,7 +238,7 @@ async def test_a_long_fit_whose_process_is_killed_is_repeated(lines: Fitter) -> 
 
 
 async def test_the_process_ends_when_its_input_does() -> None:
-    """As it does when the serving process is killed: nobody is left to fit for."""
+    """The fitting process ends when the serving process is killed."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

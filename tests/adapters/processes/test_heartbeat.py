@@ -108,7 +108,7 @@ async def test_a_stopped_fit_is_noticed_and_done_again(monkeypatch: pytest.Monke
         assert time.monotonic() - begun < 15.0
         assert fitter._queues[0].process.pid != stopped
         assert fitter.replaced == 1
-        # Nobody need ask for another one to be started.
+        # Another process starts without a request.
         fitter._queues[0].process.kill()
         deadline = time.monotonic() + 15.0
         while fitter.replaced < 2 or not fitter.alive:

@@ -1,4 +1,4 @@
-"""What a database that cannot be used says of itself, and what leaves one as it is."""
+"""Refusals of databases that cannot be used, which stay unchanged."""
 
 from __future__ import annotations
 

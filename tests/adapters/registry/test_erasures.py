@@ -79,7 +79,7 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
     ours = [one for one in registry.erasures.unfinished() if one.whole]
     assert [set(one.uids) for one in ours] == [{first.uid, second.uid}]
     after = rows(registry)
-    # What the others are told.
+    # The change that other processes read.
     assert after.pop("changes")[-1][1:3] == ("acme", "")
     assert before.pop("changes") == rows(registry)["changes"][:-1]
     assert after == before
@@ -93,7 +93,7 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
 
 
 def remove_the_second(registry: Registry, adapter: AdapterRecord) -> None:
-    """Of three examples in one file; the others are written anew."""
+    """One of three examples in a file is erased; the others are rewritten."""
     others = enumerate(("secret-1", "secret-3"))
     repoints = tuple(
         Repoint(identity, artifact("rewritten"), row, artifact("rewritten-inputs"))
@@ -161,7 +161,7 @@ def test_nothing_older_than_the_erasure_comes_after_it(registry: Registry) -> No
     registry.erasures.tenant("acme")
     with pytest.raises(TenantErased):
         new(registry, "acme", began=30.0)
-    # Nor what comes while keys may still be taken for good.
+    # The tenant stays erased while other processes may still accept its keys.
     with pytest.raises(TenantErased):
         new(registry, "acme", began=0.0)
     with pytest.raises(TenantErased):

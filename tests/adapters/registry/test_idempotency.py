@@ -87,7 +87,7 @@ def test_what_was_answered_is_not_done_again(registry: Registry) -> None:
     adapter = registry.commit(creation(), reply=reply()).adapter
     again = replace(change(adapter), version=version(), promote=True)
     assert refused(lambda: registry.commit(again, reply=reply(request="2" * 64))) == told(1)
-    # Whatever else would keep it from being done, too.
+    # The stored reply comes before every other reason to refuse.
     for other in (creation(), replace(again, revision=7), replace(again, uid=new_uid())):
         assert refused(lambda other=other: registry.commit(other, reply=reply())) == told(1)  # type: ignore[misc]
     assert registry.adapter("acme", "pets") == adapter
@@ -312,7 +312,7 @@ def test_replies_of_a_tenant_take_so_much_and_no_more(registry: Registry, regist
 
 
 def file_size(url: str) -> int:
-    """Of a database in SQLite; PostgreSQL gives pages back when it vacuums."""
+    """The size of a SQLite database's file; 0 for PostgreSQL, which frees pages when it vacuums."""
     return Path(url.partition("///")[2]).stat().st_size if url.startswith("sqlite") else 0
 
 

@@ -32,7 +32,7 @@ def succeed(registry: Registry, claimed: Claim) -> Committed:
 
 
 def writes(registry: Registry, claimed: Claim) -> dict[str, Callable[[], object]]:
-    """All that whoever runs a job can write."""
+    """Every write of a job's worker."""
     queue = registry.jobs
     return {
         "heartbeat": lambda: queue.heartbeat(claimed, 60, {"epoch": 9}),
@@ -139,7 +139,7 @@ def test_a_heartbeat_extends_the_lease_and_reports(registry: Registry) -> None:
 
 
 def test_progress_agrees_with_how_the_job_ended(registry: Registry) -> None:
-    """Whatever was reported a moment before: of the work, and of the time that is left."""
+    """The end of a job overrides the work and the time left that its last heartbeat reported."""
     create(registry)
     report = {"phase": "fit", "share": 0.95, "seconds_left": 1.5, "stored": 3}
     queue = registry.jobs
@@ -296,7 +296,7 @@ def test_a_tenant_has_only_so_many_jobs_at_once(registry: Registry) -> None:
 
 
 def test_submissions_at_once_do_not_pass_the_limit(registry: Registry) -> None:
-    # To adapters of their own, or they would wait for each other over the adapter's row.
+    # Each job has its own adapter: jobs of one would wait for its row.
     for number in range(16):
         create(registry, f"pets-{number}")
     with ThreadPoolExecutor(8) as pool:
@@ -327,7 +327,7 @@ def test_tenants_take_turns(registry: Registry) -> None:
     assert turn().job.id == again
     last = turn()
     assert last.job.id == many[2]
-    # What was let go comes before the tenant's newer ones.
+    # A released job comes before the tenant's newer ones.
     submit(registry)
     registry.jobs.release(last)
     assert turn().job.id == many[2]

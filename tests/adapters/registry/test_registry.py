@@ -681,7 +681,7 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_version_and_leaves_no_row_wi
         )
         assert child.stdout is not None
         acknowledged = int(child.stdout.readline())
-        # From the first acknowledgement on, spread over the few milliseconds that a round takes.
+        # The kill comes after the first acknowledgement, at another millisecond in each round.
         time.sleep(number * 0.002)
         child.send_signal(signal.SIGKILL)
         numbers = [int(line) for line in child.stdout.read().split()]

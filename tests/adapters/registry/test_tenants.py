@@ -249,7 +249,7 @@ def test_no_more_examples_than_the_quota_over_all_adapters(registry: Registry) -
     assert registry.adapter("acme", "other") == other.adapter
     one = replace(new, upserts=new.upserts[:1])
     assert registry.commit(one).adapter.examples == 3
-    # What is there may be replaced and removed, also by who has more than is allowed now.
+    # A tenant over its quota may still replace and remove examples.
     registry.tenants.set_quotas("acme", Quotas(max_examples=1))
     now = registry.adapter("acme", "other")
     again = registry.commit(replace(change(now), upserts=new.upserts[:1]))

@@ -1,4 +1,4 @@
-"""What a sweep takes, what it spares, and how what it took comes back."""
+"""Sweeps: what they delete, what they spare, and what may return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OTHER = "0" * 31 + "2"
 
 @dataclass
 class Rows:
-    """What a database would say."""
+    """The answers of a database."""
 
     held: dict[str, set[Artifact]] = field(default_factory=dict)
     erased: dict[str, float] = field(default_factory=dict)

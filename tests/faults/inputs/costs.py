@@ -1,4 +1,4 @@
-"""What mutated images cost: each is prepared as the service does it, and its CPU time and memory are noted.
+"""The cost of mutated images: CPU time and memory of preparing each, as the service does.
 
 `python -m tests.faults.inputs.costs 0 10000` prints as JSON how many were read and refused, the dearest,
 and the most memory that this process and those that decode for it have had.
@@ -119,7 +119,7 @@ def _numbered(data: bytes, rng: random.Random) -> bytes:
 
 
 def _parts(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the segments of a JPEG or the chunks of a PNG or a WebP are; slices of any other file."""
+    """The segments of a JPEG, the chunks of a PNG or a WebP, or slices of any other file."""
     if data.startswith(b"\x89PNG"):
         place, head, form = 8, 8, ">I4s"
     elif data.startswith(b"RIFF"):
@@ -233,7 +233,7 @@ class Costs:
         return _peak("self") - self._before
 
     def seconds(self) -> float:
-        """Of CPU time so far, those of processes that have ended with them."""
+        """Seconds of CPU time so far, including processes that have ended."""
         ended = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         pids = [process._process.pid for process in self._decoder._idle if process.alive]
         self.memory_of_decoders = max([self.memory_of_decoders, *(_peak(str(pid)) for pid in pids)])
@@ -241,7 +241,7 @@ class Costs:
 
 
 def measure(first: int, last: int) -> Mapping[str, Any]:
-    """What the images of these numbers cost, one after the other."""
+    """The cost of the images of these numbers, one after the other."""
     seeds()
     decoder = Decoder(processes=1)
     prepare = ImagePreprocessor(TRANSFORM, decoder=decoder)

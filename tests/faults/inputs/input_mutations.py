@@ -38,7 +38,7 @@ def saved(image: Image.Image, fmt: str, **options: Any) -> bytes:
     """The image as a file; as PNG where the format does not take its mode."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Of damage that is meant.
+        # The damage is intended.
         warnings.simplefilter("ignore")
         try:
             image.save(buffer, fmt, **options)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-# What a body carries: whoever answers it has taken the body for a request.
+# The request hidden in a body: a server that answers it has taken the body for a request.
 SMUGGLED = b"GET /adapters/smuggled HTTP/1.1\r\nhost: localhost\r\n\r\n"
 GOOD = b"GET /backbones HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
@@ -153,7 +153,7 @@ _FRAMES: Sequence[bytes] = (
     b"x: a\rtransfer-encoding: chunked\r\ncontent-length: 0\r\n",
     b"x: a\ncontent-length: 0\r\ntransfer-encoding: chunked\r\n",
 )  # fmt: skip
-# What is no chunk, each before what would be a request if it were one.
+# Malformed chunks, each in front of a hidden request.
 _CHUNKS: Sequence[bytes] = (
     b"-1\r\n", b"0x5\r\nhello\r\n", b"FFFFFFFFFFFFFFFFF\r\nhello\r\n", b"ffffffffffffffff\r\nhello\r\n",
     b"g\r\nhello\r\n",

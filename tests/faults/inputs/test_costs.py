@@ -1,4 +1,4 @@
-"""What a mutated image may cost, of every format: two seconds and 512 MB, and a refusal that has a name."""
+"""Limits for mutated images of every format: two seconds, 512 MB, and a known error code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUTANTS = times(10_000, 120)
 PROCESSES = 2
 MOST_SECONDS = 2.0
 MOST_MEMORY = 512 << 20
-# Of the libraries, before an image comes.
+# Bytes that the libraries take before the first image.
 LOADED = 128 << 20
 
 

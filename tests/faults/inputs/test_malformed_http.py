@@ -33,7 +33,7 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d\d\d)[ \r]")
 
 
 class OutOfStep(ValueError):
-    """What came is no row of answers."""
+    """The bytes are no sequence of answers."""
 
 
 def statuses(data: bytes, *, whole: bool = True) -> list[int]:
@@ -77,7 +77,7 @@ def _behind_body(head: bytes, data: bytes, status: int) -> bytes:
 
 @dataclass(slots=True)
 class Told:
-    """What came back for a message, and how long it took until the other side closed. reset: it broke."""
+    """The answer to a message, and the seconds until the service closed. reset: the connection broke."""
 
     data: bytes = b""
     seconds: float = 0.0
@@ -118,10 +118,10 @@ def _listen(connection: socket.socket, told: Told, patience: float, *, to_end: b
 
 
 def wrong(bad: Message, told: Told) -> str | None:
-    """What is wrong with the answer to a message."""
+    """The faults of the answer to a message."""
     if told.seconds > LONGEST:
         return f"nothing for {told.seconds:.0f} s"
-    # Whoever sends on when the other side has closed may lose what was on its way.
+    # A client that sends after the server has closed may lose an answer on its way.
     try:
         found = statuses(told.data, whole=not told.reset)
     except OutOfStep as error:
@@ -137,7 +137,7 @@ def wrong(bad: Message, told: Told) -> str | None:
 
 
 def works(url: str) -> bool:
-    """Whether a good request is answered."""
+    """True if a good request is answered."""
     with connected(url) as connection:
         send(connection, [GOOD.replace(b"\r\n\r\n", b"\r\n%s: %s\r\nconnection: close\r\n\r\n" % KEY)])
         return received(connection).startswith(b"HTTP/1.1 200 ")

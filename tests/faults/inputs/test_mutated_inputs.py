@@ -1,4 +1,4 @@
-"""Damaged and odd images and texts: each is answered or refused in its place, and costs nobody else."""
+"""Damaged and odd images and texts: each is answered or refused in its place, at no cost to others."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.faults.inputs import input_mutations
 from tests.faults.inputs.input_mutations import CODES
 from tests.support.service.client import JSON, PRAISE, UNSEEN, Caller, pictures, reviews, same
 
-# Of a request that cannot be read, whatever its items are.
+# Codes that refuse a whole request.
 WHOLE = {"invalid_json", "unsupported_media_type", "body_too_large", "examples_rejected", "no_inputs"}
 MOST_MORE = 512 << 20
-# Of a process that decodes, before an image comes.
+# Bytes that a decoding process takes before the first image.
 LOADED = 64 << 20
 WAYS = [(path, form) for path in ("predict", "embed", "adapt") for form in ("raw", "multipart", "json")]
 BACKBONES = {"image": "efficientnet-lite0", "text": "minilm-l6-v2"}
@@ -102,7 +102,7 @@ class Asking:
         return json.dumps(fields).encode()[:-1] + b', "%s": [%s]}' % (name, b", ".join(written))
 
     def wrong(self, path: str, form: str, item: Item, media: str | None = None) -> str | None:
-        """What is wrong with the answer to the item, asked for beside the good ones where that can be."""
+        """The faults of the answer to the item, sent beside good ones where possible."""
         items = [item] if form == "raw" else [self.good[0], item, self.good[1]]
         response = self.ask(path, form, items, media)
         if response.status_code != 200:

@@ -81,7 +81,7 @@ class Asking:
         self.alone = [self._alone(one) for one in self.goods]
 
     def together(self, inputs: Sequence[Json]) -> list[Floats | str]:
-        """Of each, the embedding or the code of its error, in one request."""
+        """The embedding or the error code of each item, from one request."""
         response = self.http.post("/embed", json={"backbone": BACKBONES[self.kind], "inputs": inputs})
         assert response.status_code == 200, response.text
         return [
@@ -121,7 +121,7 @@ class Asking:
         return image(input_mutations.image(rng.randrange(1_000))[:-1])
 
     def is_as_alone(self, found: Sequence[Floats | str], places: Sequence[int | None]) -> bool:
-        """Whether every good one has the embedding that it has alone."""
+        """True if every good item has the embedding that it has alone."""
         return len(found) == len(places) and all(
             place is None or (not isinstance(one, str) and np.abs(one - self.alone[place]).max() <= CLOSE)
             for one, place in zip(found, places, strict=True)

@@ -41,9 +41,9 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-# Jobs are queued, and stay so. Nobody waits longer than a few seconds for a stream to end.
+# Without workers jobs stay queued. The short timeout ends their event streams within seconds.
 SETTINGS = {"TOPWORK_BACKBONES": "minilm-l6-v2", "TOPWORK_WORKERS": "0", "TOPWORK_REQUEST_TIMEOUT": "20"}
-# What a route deletes is there again after so many routes.
+# Deleted objects are created again after this number of routes.
 _RENEW = 4
 Headers = dict[str, str]
 Operation = APIOperation[Any, Any, Any, Any]
@@ -91,14 +91,14 @@ class Place:
         }
 
     def runs(self) -> bool:
-        """Whether the service lives, and answers."""
+        """True if the service is alive and answers."""
         with Caller(self.url).http as http:
             return self.serving.process.poll() is None and http.get("/readyz").status_code == 200
 
 
 @pytest.fixture(scope="module")
 def open_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A service for whoever can reach it."""
+    """A service without keys."""
     with Serving(tmp_path_factory.mktemp("open"), environment=SETTINGS) as serving:
         yield Place(serving)
 

@@ -34,5 +34,5 @@ class Failpoint:
 
     @property
     def fired(self) -> bool:
-        """Whether the armed place was passed."""
+        """True once the armed place was passed."""
         return (self._folder / "fired").exists()

@@ -36,7 +36,7 @@ def supervised(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = ("--host", "127.0.0.1", "--port", str(port))
-    # Nobody reads what it writes meanwhile.
+    # The pipe of its log is not read meanwhile.
     quiet = {"TOPWORK_ACCESS_LOG": "false"}
     process = bentoml_serve(folder / "home", *arguments, **environment(folder), **quiet)
     url = f"http://127.0.0.1:{port}"

@@ -130,7 +130,7 @@ class Place:
         return any(job["finished_at"] is None for job in answer.json()["jobs"])
 
     def check(self) -> None:
-        """What was acknowledged is there and answers, and every row has its file."""
+        """Check that every acknowledged version answers, and every row has its file."""
         for name, version in self.versions.items():
             found = self.ask("GET", f"/adapters/{name}/versions")
             assert found is not None

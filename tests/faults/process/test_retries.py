@@ -35,7 +35,7 @@ LOSSES: tuple[Loss, ...] = ("half sent", "sent", "worked on", "answering", "answ
 
 @dataclass
 class Told:
-    """What callers found. answers: by number of the key. Thread-safe."""
+    """Findings of the callers. answers: by number of the key. Thread-safe."""
 
     answers: dict[int, bytes] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Told:
 
 
 class Target:
-    """Where the service is to be found; it is killed and started again."""
+    """A service that is killed and started again, and its URL."""
 
     def __init__(self, home: Path) -> None:
         self._home = home

@@ -33,7 +33,7 @@ _LONGEST_SECONDS = 0.04
 
 @dataclass
 class Stored:
-    """What kills of such processes left behind. The lists are empty if every promise was kept."""
+    """Findings after the kills. The lists are empty if every promise was kept."""
 
     seed: int
     kills: int = 0
@@ -46,7 +46,7 @@ class Stored:
 
     @property
     def sound(self) -> bool:
-        """Whether every promise was kept."""
+        """True if every promise was kept."""
         return not (self.lost or self.broken_rows or self.numbers_wrong or self.unswept)
 
 
@@ -58,7 +58,7 @@ def store_one(registry: Registry, store: Store, adapter: str, example: str) -> i
     while True:
         change = _begun(registry, adapter)
         content = f"{adapter} {example} "
-        # Not all of one length, and more than one page.
+        # The files have different lengths, and more than one page.
         blobs = [(content + part).encode() * 200 for part in ("segment", "inputs", "head", "evidence")]
         segment, inputs, head, evidence = published = store.publish_all(TENANT, change.uid, blobs)
         change = replace(
@@ -86,7 +86,7 @@ def _begun(registry: Registry, adapter: str) -> Change:
 
 
 def read_all(registry: Registry, store: Store, uid: str) -> list[str]:
-    """What is wrong with the files that the adapter's rows refer to."""
+    """The faults of the files that the adapter's rows refer to."""
     wrong = []
     for artifact in registry.referenced(uid):
         try:
@@ -136,7 +136,7 @@ def _go_on(url: str, place: Callable[[], Store], adapter: str, mark: str, pipe: 
 
 
 def _killed(work: Callable[[int], None], commits: int, seconds: float) -> dict[str, int]:
-    """Kills the work so many seconds after so many commits; the versions that it told of, by example."""
+    """Kill the writer some seconds after some commits; the versions that it acknowledged, by example."""
     receiver, sender = os.pipe()
     pid = os.fork()
     if not pid:

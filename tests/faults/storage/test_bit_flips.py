@@ -110,7 +110,7 @@ async def test_every_flipped_bit_is_found_in_a_bucket(
 
 
 def look(shelf: Shelf, flips: int) -> None:
-    """Turns over so many bits in turn, and finds every file whole at the end."""
+    """Flip bits one after the other; every file is whole at the end."""
     rng = random.Random(SEED)
     served = [wrong for number in range(flips) if (wrong := shelf.flip(rng, KINDS[number % len(KINDS)]))]
     assert not served, f"seed {SEED}: {served}"
@@ -121,7 +121,7 @@ def look(shelf: Shelf, flips: int) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", KINDS)
 async def test_what_a_flipped_file_is_needed_for_is_refused(tmp_path: Path, kind: str) -> None:
-    """By a process that has nothing in memory; the rest of the adapter goes on."""
+    """A fresh process refuses the damaged version; the rest of the adapter still answers."""
     root = tmp_path / "artifacts"
     uid, artifacts = await published(tmp_path, open_store(str(root)))
     path = root / object_key(TENANT, uid, artifacts[kind].name)
@@ -162,13 +162,13 @@ def test_over_http_only_the_damaged_version_is_refused(tmp_path: Path) -> None:
             answer = predict(http, adapter, version)
             assert answer.status_code == 200, answer.text
             assert [one["label"] for one in answer.json()["predictions"]] == ["one", "two"]
-        # What is damaged does not stand in the way of what comes after it.
+        # A damaged version does not prevent the next one.
         assert adapt(http, "damaged", 2) == 3
         assert predict(http, "damaged", 3).status_code == 200
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a service with the tiny backbones."""
+    """The settings of a service with the tiny backbones."""
     _, text = tiny_backbones.install(folder / "bentoml")
     return {
         "BENTOML_HOME": str(folder / "bentoml"),

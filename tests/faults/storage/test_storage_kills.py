@@ -1,4 +1,4 @@
-"""What a process has said to be stored is there when it is killed, at whatever instant."""
+"""Acknowledged files and rows survive a kill of their writer at any instant."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What tenants see and leave behind."""
+"""Isolation and erasure of tenants."""

@@ -14,7 +14,7 @@ def forms(canary: str) -> list[bytes]:
     """How the canary may be written down."""
     plain = canary.encode()
     shifted = [base64.b64encode(b"x" * shift + plain) for shift in range(3)]
-    # What depends on the neighbours is cut off at both ends.
+    # Characters that depend on neighbouring bytes are cut off at both ends.
     return [canary.encode(encoding) for encoding in _ENCODINGS] + [
         found[4:-4] if shift else found[:-4] for shift, found in enumerate(shifted)
     ]

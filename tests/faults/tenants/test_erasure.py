@@ -1,4 +1,4 @@
-"""What is erased is gone from the database's pages, the store, temporary files and logs within 5 seconds."""
+"""Erased data leaves the database's pages, the store, temporary files and logs within 5 seconds."""
 
 from __future__ import annotations
 

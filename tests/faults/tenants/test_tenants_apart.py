@@ -49,7 +49,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def operator(url: str) -> httpx.Client:
-    """Whoever has the admin key."""
+    """The operator, who has the admin key."""
     return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=120)
 
 
@@ -62,7 +62,7 @@ def keyed(url: str, admin: httpx.Client, name: str) -> httpx.Client:
 
 
 class Held:
-    """What a tenant has, as it should be: labels by example by adapter. canary: in all of its own words.
+    """A tenant's expected data: labels by example by adapter. canary: part of all its texts.
 
     texts: by adapter and example. aside: what is set aside. fitted: by adapter and version, the text and the
     label of each example that it has learned.
@@ -229,7 +229,7 @@ class Apart(RuleBasedStateMachine):
         body = {"label": label, "excluded": excluded, "promote": "always"}
         path = f"/adapters/{adapter}/examples/{name}"
         answer = held.http.patch(path, json=body)
-        # What leaves one label, or none, fits nothing and is not stored.
+        # A change that leaves fewer than two labels is refused and not stored.
         assert answer.status_code in ((200, 422) if known else (404,)), answer.text
         if answer.status_code == 200:
             held.adapters[adapter][name] = label or held.adapters[adapter][name]
@@ -243,7 +243,7 @@ class Apart(RuleBasedStateMachine):
         learn=st.booleans(),
     )
     def roll_back_and_restore(self, tenant: int, adapter: str, which: int, learn: bool) -> None:
-        """What is fitted after a rollback is withheld; a restored version has what it has learned."""
+        """A version fitted after a rollback is withheld; a restored one has its examples."""
         held = self.tenants[tenant]
         path = f"/adapters/{adapter}"
         if adapter not in held.adapters:
@@ -294,7 +294,7 @@ class Apart(RuleBasedStateMachine):
             self.removed(held, adapter, names, done.json())
 
     def removed(self, held: Held, adapter: str, names: Sequence[str], answer: Json) -> None:
-        """What learned from the examples has gone with them."""
+        """Versions that learned from the erased examples are gone too."""
         for name in names:
             del held.adapters[adapter][name]
             held.aside[adapter].discard(name)
@@ -326,7 +326,7 @@ class Apart(RuleBasedStateMachine):
 
     @rule(tenant=st.integers(0, 2))
     def operate(self, tenant: int) -> None:
-        """What only the operator may."""
+        """Calls that only the operator may make."""
         held = self.tenants[tenant]
         quotas = f"/tenants/{held.name}/quotas"
         self.ask(tenant, "PUT", quotas, 403, json={"max_adapters": 100})
@@ -451,7 +451,7 @@ def test_what_tenants_see_is_theirs_alone(guarded: Serving) -> None:
 
 
 def walk_once(world: Apart) -> None:
-    """Every rule, whatever is drawn later."""
+    """Run every rule once."""
     world.arrive()
     for tenant in range(TENANTS):
         for adapter in ADAPTERS:
@@ -477,7 +477,7 @@ def walk_once(world: Apart) -> None:
 
 
 def matches(template: str, path: str) -> bool:
-    """Whether a path is of the route."""
+    """True if the path belongs to the route."""
     pattern = re.sub(r"\\{[^}]*\\}", "[^/]+", re.escape(template))
     return re.fullmatch(pattern, path) is not None
 

@@ -135,7 +135,7 @@ async def test_a_bad_input_fails_alone(images: Backbone) -> None:
 
 
 async def test_what_was_answered_is_let_go_of_at_once(images: Backbone) -> None:
-    """Without a garbage collection, which walks all that was left, for tens of milliseconds."""
+    """Run without garbage collection, which can take tens of milliseconds."""
 
     def kept() -> int:
         return sum(type(one) in (InputError, QueuedRequest) for one in gc.get_objects())
@@ -273,7 +273,7 @@ async def test_a_full_queue_is_overloaded_and_bulk_does_not_fill_it(images: Back
 
 async def test_a_predict_that_would_wait_too_long_is_refused(images: Backbone, gate: Gate) -> None:
     async with running(images, workers=1, max_wait=0.1, observe=gate.observe) as batcher:
-        # Until it has measured, a small input is taken to last 10 ms.
+        # Before the first measurement, a small input is assumed to take 10 ms.
         ahead = [asyncio.create_task(batcher.embed([tiny_backbones.picture(1)]))]
         await gate.wait_for(1)
         ahead.append(asyncio.create_task(batcher.embed([tiny_backbones.picture(2)] * 20)))

@@ -1,4 +1,4 @@
-"""What is taken for stuck, and what only looks like it; with real threads and seconds that pass as told."""
+"""Stalls, and what only looks like one, with real threads and a fake clock."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_a_run_that_does_not_return_is_stuck(backbone: Backbone, held: Hel
     found = standstill.look(0.1)
     assert found is not None
     assert found.startswith("a run has not returned for 4.6")
-    # What goes on beside it changes nothing: its caller waits.
+    # Progress of another worker changes nothing: this one's caller waits.
     held.going.set()
     await batcher.embed([tiny_backbones.sentence(2)])
     await caller
@@ -113,7 +113,7 @@ async def test_a_large_run_may_take_what_it_costs(backbone: Backbone, held: Held
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_who_prepares_is_stuck_only_without_cpu_time(backbone: Backbone, busy: bool) -> None:
-    """For a minute at most: an endless loop uses the CPU too."""
+    """CPU time excuses a run for a minute at most: an endless loop uses the CPU too."""
     holding = Holding(busy)
     batcher = Batcher(backbone, max_queue=100, workers=1, observe=holding.observe)
     await batcher.start()
@@ -268,7 +268,7 @@ async def test_whom_nobody_waits_for_is_abandoned_at_once(backbone: Backbone, he
     assert batcher.depth == 0
     assert batcher.threads_left > 0
     held.going.set()
-    # Those that were stuck find nobody, and end like the others.
+    # Released threads find that they were replaced, and end.
     await batcher.close()
     assert batcher.threads_left == 0
 

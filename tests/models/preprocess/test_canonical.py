@@ -21,7 +21,7 @@ from tests.models.preprocess import canonical
 
 ROOT = Path(__file__).parents[3]
 
-# Between a backbone and torch. 8 bits cost what they cost; the quality benchmark says what it is worth.
+# Least cosine between a backbone and torch. The quality benchmark shows what 8 bits cost.
 LEAST_COSINE = {
     "efficientnet-lite0": canonical.MIN_COSINE,
     "minilm-l6-v2": canonical.MIN_COSINE,
@@ -77,7 +77,7 @@ def test_the_stored_references_are_torch_s() -> None:
     )
 
 
-# Of each some thousands of characters are few tokens, or none, or more than there are characters.
+# Thousands of these characters make few tokens, none, or more tokens than characters.
 _ODD = (
     *("a" * 5_000, "한" * 3_000, "\U0001d160" * 2_500, "\ufdfa" * 3_000, "\u0301" * 4_500, " " * 5_000),
     *(

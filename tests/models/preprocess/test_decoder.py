@@ -114,7 +114,7 @@ def test_a_process_that_dies_is_replaced(decoder: Decoder) -> None:
     np.testing.assert_array_equal(prepare(SMALL), expected)
     (second,) = children()
     assert second != first
-    # By chance, and not for its image, which is tried again.
+    # The process dies for another reason than its image, so the image is tried again.
     threading.Timer(0.05, os.kill, (second, signal.SIGKILL)).start()
     assert refusal(decoder, RUNS) == "undecodable_image"
     np.testing.assert_array_equal(prepare(SMALL), expected)

@@ -1,4 +1,4 @@
-"""What an input will cost is known from its first bytes, and nothing of it looks cheaper than it is."""
+"""The cost of an input is estimated from its first bytes, and never below the real one."""
 
 from __future__ import annotations
 

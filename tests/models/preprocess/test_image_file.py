@@ -34,7 +34,7 @@ def with_chunk(data: bytes, name: bytes, content: bytes) -> bytes:
 
 
 def cpu_seconds() -> float:
-    """Of this process, and of those that it started and that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -234,7 +234,7 @@ def wide_png(depth: int, colour: tuple[int, int, int]) -> bytes:
 
 
 def test_16_bits_of_colour() -> None:
-    """Of which Pillow keeps the upper eight: what has nothing there is refused, and not taken for black."""
+    """Pillow keeps the upper eight bits: a picture with none there is refused, not taken for black."""
     np.testing.assert_allclose(levels(wide_png(16, (65_535, 32_896, 0))).mean((1, 2)), (255, 128, 0), atol=1)
     assert refusal(wide_png(16, (1_023, 512, 0))) == "unsupported_image"
     assert refusal(wide_png(16, (4_095, 512, 0))) == "unsupported_image"

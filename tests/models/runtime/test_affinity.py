@@ -19,7 +19,7 @@ CORES = os.sched_getaffinity(0)
 
 @pytest.fixture
 def waiting() -> Iterator[threading.Event]:
-    """What the threads of a test wait for."""
+    """The event that threads of a test wait for."""
     event = threading.Event()
     yield event
     event.set()

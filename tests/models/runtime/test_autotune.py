@@ -58,7 +58,7 @@ def feed(items: int) -> Mapping[str, Any]:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured counts as measured on a quiet machine, whatever else runs on it."""
+    """Measurements count as taken on a quiet machine."""
     monkeypatch.setattr(MeasuredPlan, "confirmed", True)
 
 
@@ -170,7 +170,7 @@ def test_ways_that_fail_are_not_taken_and_where_all_do_it_is_said() -> None:
 
 @pytest.mark.parametrize("make", [tiny_backbones.image_export, tiny_backbones.text_export])
 def test_a_way_is_tried_in_a_process_of_its_own(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    """With the CPU for a device; what fails there is told, and what does not end is ended."""
+    """The CPU plays the device: a failing trial is reported, and an endless one is ended."""
     export = make(tmp_path)
     trial = try_out(export, ExecutionPlan(1, 1, 1, 4), (1, 4), "cpu")
     assert trial.cosine == pytest.approx(1.0, abs=1e-6)
@@ -194,13 +194,13 @@ def test_a_plan_is_measured_once_and_kept(tmp_path: Path, make: Callable[[Path],
     found = planned(export, device="cpu", threads=2)
     usual = ExecutionPlan.usual(Backbone.open(export).spec.kind, "cpu", 2)
     assert read_plan(export, usual, "cpu") == found == known_plan(export, device="cpu", threads=2)
-    # What is kept is taken, whatever is fastest.
+    # A stored plan is used, also if another is faster.
     kept = MeasuredPlan(ExecutionPlan(alone=1, workers=3, beside=1, batch=5), **CONFIRMED)
     keep_plan(export, usual, "cpu", kept)
     assert planned(export, device="cpu", threads=2) == kept
     backbone = Backbone.open(export, plan=kept.plan)
     assert (backbone.batch, backbone.plan) == (5, kept.plan)
-    # No worker would serve nobody.
+    # A plan without workers would serve no request.
     keep_plan(
         export, usual, "cpu", MeasuredPlan(ExecutionPlan(alone=1, workers=0, beside=1, batch=5), **CONFIRMED)
     )
@@ -227,7 +227,7 @@ def test_the_spread_is_how_far_rounds_lie_below_their_best() -> None:
 def test_a_doubtful_plan_gives_way_to_one_that_is_doubted_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And at a start it is taken as it is, unless the machine is quiet."""
+    """At a start the plan is used as it is, unless the machine is quiet."""
     export = tiny_backbones.text_export(tmp_path)
     usual = ExecutionPlan.usual("text", "cpu", 2)
     kept = MeasuredPlan(ExecutionPlan(alone=1, workers=1, beside=1, batch=3), **DOUBTFUL)

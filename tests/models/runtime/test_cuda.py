@@ -1,4 +1,4 @@
-"""The way that runs take on a GPU: as far as a CPU can tell on the CPU, the rest where there is one."""
+"""The path of runs on a GPU: most of it is tested on the CPU, the rest needs a GPU."""
 
 from __future__ import annotations
 
@@ -442,7 +442,7 @@ async def test_workers_prepare_what_comes_next_while_a_run_is_under_way(referenc
     standstill = StallDetector(batcher)
     assert standstill.look(0.0) is None
     assert standstill.look(PATIENCE) is None
-    # The run does not return, whatever the workers do.
+    # The run does not return.
     assert "a run has not returned" in str(standstill.look(1.0))
     assert not any(caller.done() for caller in callers)
     closing = asyncio.create_task(batcher.close())

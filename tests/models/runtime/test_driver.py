@@ -1,4 +1,4 @@
-"""What a GPU needs besides a GPU: libraries of the right versions, in packages that are installed."""
+"""The installed packages contain the libraries that a GPU needs, in the right versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.spec import GRAPH_FILE
 from tests.support.models import tiny_backbones
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-# Of the system, of every driver, and of ONNX Runtime's own package.
+# Libraries of the system, of every driver, and of ONNX Runtime's own package.
 ELSEWHERE = ("libc.", "libm.", "libdl.", "librt.", "libpthread.", "libgcc_s.", "libstdc++.", "ld-linux")
 DRIVER = "libcuda.so.1"
 OWN = "libonnxruntime_providers_shared.so"

@@ -16,7 +16,7 @@ from benchmarks.harness.service_process import Serving
 from tests.support.service.client import BLAME, PRAISE, Caller, Json
 
 OF_A_TENANT, OF_ALL = 10, 50
-# Nobody does its jobs, so that each stays queued.
+# Without workers each job stays queued.
 SETTINGS = {"TOPWORK_BACKBONES": "minilm-l6-v2", "TOPWORK_WORKERS": "0"}
 CSV = {"Content-Type": "text/csv"}
 
@@ -43,7 +43,7 @@ def open_stream(caller: Caller, job: Json, stack: ExitStack) -> httpx.Response:
     if answer.status_code == 200:
         lines = answer.iter_lines()
         assert next(lines) == "event: queued"
-        # httpx closes an answer whose iterator nobody holds.
+        # httpx closes an answer whose iterator has no reference.
         answer.extensions["lines"] = lines
     else:
         answer.read()
@@ -105,7 +105,7 @@ def test_an_open_stream_ends_with_the_service_and_does_not_hold_it_up(
         begun = time.monotonic()
         running.process.send_signal(sign)
         for stream in streams:
-            # To its end, and whole: else httpx raises.
+            # httpx raises unless the stream is complete.
             for _ in stream.extensions["lines"]:
                 pass
         assert time.monotonic() - begun < 1.5

@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 class Keyed(Caller):
-    """Whoever has a key."""
+    """A caller with a key."""
 
     def __init__(self, url: str, key: str | None, tenant: str | None = None) -> None:
         super().__init__(url, tenant or "none")
@@ -333,7 +333,7 @@ def test_a_tenant_is_erased_with_a_receipt(place: Place) -> None:
     tenant = place.tenant()
     caller = place.with_key(place.key(tenant, "predict", "adapt", "admin")["key"])
     caller.adapt("films", reviews())
-    # Whoever may make its keys may not erase it.
+    # A key that may create keys may not erase the tenant.
     assert caller.code("DELETE", f"/tenants/{tenant}", 403) == "operator_only"
     caller.call("DELETE", "/adapters/none", 404)
     receipt = place.operator.call("DELETE", f"/tenants/{tenant}")

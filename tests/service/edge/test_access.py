@@ -1,4 +1,4 @@
-"""What keys open, at a service that asks for them: every route, with every key, written in every way."""
+"""Access with keys: every route, with every key, written in every way."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECLARE = (
     "A route that declares nothing does not exist."
 )
 
-# Not in the document of the API; of BentoML the last three.
+# Routes outside the API's document; the last three are BentoML's.
 HIDDEN = {("GET", path) for path in ("/", "/docs", "/docs/{asset}", "/openapi.json")}
 HEALTH = {("GET", path) for path in ("/livez", "/readyz", "/healthz")}
 
@@ -89,7 +89,7 @@ class Callers:
         self.connections = {name: http.client.HTTPConnection(self.address) for name in self.keys}
 
     def reach(self, name: str, method: str, path: str, **headers: str) -> bool:
-        """Whether the caller's request comes as far as a route."""
+        """True if the caller's request reaches a route."""
         connection = self.connections[name]
         connection.putrequest(method, path, skip_host=True)
         sent = {"Host": "localhost", "Content-Length": "0", **headers}
@@ -111,7 +111,7 @@ class Callers:
         return code not in REFUSED
 
     def who_reach(self, method: str, path: str, **headers: str) -> set[str]:
-        """Those whose requests come as far as a route."""
+        """The callers whose requests reach a route."""
         return {name for name in self.keys if self.reach(name, method, path, **headers)}
 
     def routes(self) -> dict[tuple[str, str], set[str]]:
@@ -206,7 +206,7 @@ def test_control_characters_in_a_path_are_refused(callers: Callers) -> None:
     with client.http:
         for path in ("/adapt%0a", "/adapters/a%0db", "/adapters/a/examples/%00", "/%7f", "/jobs%c2%85"):
             assert client.code("GET", path, 400) == "bad_request"
-        # Of other names that are written with a percent sign nothing is refused.
+        # Other names with percent signs are not refused.
         assert client.code("GET", "/adapters/a/examples/a%20%2f%c3%a9", 404) == "unknown_adapter"
 
 
@@ -223,7 +223,7 @@ ROUTES = (get("/things", nothing, "key"), delete("/things", nothing, "adapt"))
         ("GET", "/things", "key"),
         ("HEAD", "/things", "key"),
         ("DELETE", "/things", "adapt"),
-        # No route answers these; whatever reads the method in another way later, finds no more open.
+        # No route answers these: a later layer that reads another method opens nothing.
         ("PATCH", "/things", "adapt"),
         ("OPTIONS", "/things", "adapt"),
         ("GET", "/nowhere", "key"),
@@ -238,7 +238,7 @@ def test_a_route_needs_what_it_declares(method: str, path: str, need: Need) -> N
 @pytest.mark.anyio
 @pytest.mark.parametrize("key", [None, ADMIN])
 async def test_a_route_that_declares_nothing_does_not_exist(tmp_path: Path, key: str | None) -> None:
-    """Not even for the operator, whichever way it came into the application."""
+    """The operator cannot call it either."""
     shell = Shell(Settings(home=tmp_path, admin_key=key, access_log=False))
     called = []
 

@@ -133,7 +133,7 @@ async def test_without_a_key_pages_of_other_sites_are_refused(tmp_path: Path, or
 async def test_without_a_key_what_a_browser_sends_for_another_site_is_refused(
     tmp_path: Path, site: str
 ) -> None:
-    """Whether it says its Origin or not; a GET never does."""
+    """The check holds with and without an Origin; a GET never sends one."""
     async with Shell(settings(tmp_path)).client(**{"sec-fetch-site": site}) as client:
         for method, path in (
             ("POST", "/validated"),
@@ -164,7 +164,7 @@ async def test_without_a_key_a_link_leads_to_the_documentation_and_nowhere_else(
         ):
             answer = await client.request(method, path, headers=headers)
             assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused"), path
-    # What the page then fetches, and what is typed into the address bar.
+    # Requests of the page itself, and those typed into the address bar.
     for site in ("same-origin", "none"):
         async with Shell(settings(tmp_path)).client(**{"sec-fetch-site": site}) as client:
             for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json", "/things/1"):
@@ -292,7 +292,7 @@ async def test_refused_writes_are_in_the_audit_log_with_who_tried(
         assert (await client.post("/streamed", headers=wrong)).status_code == 403
         assert (await client.delete("/adapters/a%0Ab")).status_code == 400
         assert (await client.post("/streamed", content=b"x" * 11)).status_code == 413
-        # What was saved up is used by now.
+        # The saved-up quota is used by now.
         assert (await client.post("/streamed")).status_code == 429
         assert (await client.post("/asked")).status_code == 429
         twice = [("host", "x"), ("x-tenant", "acme"), ("x-tenant", "acme")]

@@ -1,4 +1,4 @@
-"""What holds for every route alike: generated from the service's own document."""
+"""Rules for every route, generated from the service's own document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.edge.routes import Body
 from tests.support.service.client import Caller, reviews
 
 METHODS = ("get", "put", "post", "patch", "delete")
-# Of what a browser opens, which is in no document.
+# Pages that a browser opens; no document lists them.
 PAGES = ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json")
 NAMES = {"adapter": "films", "version": "1", "example": "good1", "model": "minilm-l6-v2"}
 OPENAI = {"message", "type", "param", "code"}

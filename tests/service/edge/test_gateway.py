@@ -124,7 +124,7 @@ async def test_a_tenant_waits_after_large_requests_in_vain_and_nobody_else_does(
     assert await sent("/adapt", large, "eager") == "overloaded"
     assert await sent("/adapt", small, "eager") == "answered"
     assert await sent("/adapt", large, "other") == "answered"
-    # Answered requests count too while somebody else asks.
+    # Answered requests count too while another tenant asks.
     assert await sent("/adapt", large, "other") == "overloaded"
     assert await sent("/adapt", small, "other") == "answered"
 
@@ -306,7 +306,7 @@ def test_slow_uploads_do_not_delay_those_of_others(caller: Caller, server: str) 
 async def test_a_header_that_means_one_thing_comes_once(
     shell: Shell, path: str, name: str, values: tuple[str, str]
 ) -> None:
-    """Of two media types one would choose the limits of an upload, and the other how the body is read."""
+    """Two media types are refused: one would choose the limits, the other how the body is read."""
     async with shell.client() as client:
         headers = [("Host", "localhost")] * (name != "Host") + [(name, value) for value in values]
         answer = await client.post(path, headers=headers)

@@ -78,7 +78,7 @@ async def test_a_key_in_use_is_read_again_beside_its_requests(database: Database
     await asyncio.sleep(0.12)
     database.running.clear()
     database.add(in_use_for=0.0)
-    # Nobody waits for the reading.
+    # No caller waits for the database.
     begin = time.monotonic()
     assert await ring.get("one")
     assert time.monotonic() - begin < 0.05

@@ -76,11 +76,11 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     time.sleep(3.0)
     for pid in (fitter, worker):
         os.kill(pid, signal.SIGSTOP)
-    # Where somebody was just answered no canary comes, which would meet the fault first.
+    # After an answer no canary comes, which would meet the fault first.
     embed(caller, "text")
     breaking.ask("hang", "text")
     begun = time.monotonic()
-    # Whoever waits is told as soon as it is noticed.
+    # Waiting callers are answered as soon as it is noticed.
     problem = caller.http.post("/embed", json={"backbone": KINDS["text"], "inputs": [{"text": "a"}]})
     assert time.monotonic() - begun < NOTICED + 1.0
     assert (problem.status_code, problem.json()["code"]) == (503, "backbone_unavailable")
@@ -103,7 +103,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
 
 
 def codes(answer: httpx.Response) -> list[str | None]:
-    """Of each input, why it is refused."""
+    """The reason why each input is refused."""
     assert answer.status_code == 200, answer.text[:500]
     return [one["error"]["code"] if "error" in one else None for one in answer.json()["embeddings"]]
 
@@ -185,7 +185,7 @@ def test_an_image_whose_preparation_hangs_is_refused_and_the_network_stays(
 def test_a_thread_that_dies_is_noticed_at_once(breaking: Breaking, caller: Caller) -> None:
     right = embed(caller, "image")
     breaking.ask("die", "image")
-    # Nobody asks: the canary finds it.
+    # Without requests the canary finds it.
     seconds_until(lambda: breaking.taken("die", "image"), NOTICED)
     assert seconds_until(lambda: ready(breaking) and embed_status(caller, "image") == 200) < REPLACED
     assert embed(caller, "image") == right

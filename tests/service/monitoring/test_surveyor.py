@@ -106,7 +106,7 @@ async def test_a_quiet_measurement_takes_the_place_of_a_doubtful_one(tmp_path: P
         assert here.surveyor.measured[NAME] == BETTER
         for batcher in (before, now):
             assert abs((await batcher.embed(["ba"])).embeddings - expected).max() < 1e-5
-        # What is confirmed is not measured again.
+        # A confirmed plan is not measured again.
         await asyncio.sleep(0.5)
         assert len(lines(log)) == 1
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request is told with pointers that lead to something in it."""
+"""Pointers of validation errors lead to a place in the request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def changed(value: Any) -> Iterator[Any]:
 
 
 def lookup(document: Any, pointer: str) -> Any:
-    """What a JSON pointer (RFC 6901) leads to. Raises KeyError, IndexError or ValueError."""
+    """The value at a JSON pointer (RFC 6901). Raises KeyError, IndexError or ValueError."""
     for part in pointer.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         document = document[int(name)] if isinstance(document, list) else document[name]

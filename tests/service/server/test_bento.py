@@ -29,7 +29,7 @@ from tests.support.service.calls import KEY, get, post, texts
 from tests.support.service.client import Caller
 from tests.support.service.seclusion import REPORTED_BY, Seclusion
 
-# What BentoML does for each engine.
+# BentoML's steps for each container engine.
 CONTAINERIZE = """
 import shutil
 import sys
@@ -185,7 +185,7 @@ def test_the_uv_of_the_image_is_that_of_the_makefile(image: Image) -> None:
 
 @pytest.mark.parametrize("arguments", [None, []], ids=["its command", "bentoml"])
 def test_the_image_does_not_start_without_a_key(image: Image, arguments: list[str] | None) -> None:
-    """With a line that says so, and once: a supervisor that tried again would hide it."""
+    """The service ends with one line that says so: a supervisor that retries would hide it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     done = image.start(arguments, PORT=str(port))
@@ -233,7 +233,7 @@ def test_the_image_keeps_its_data_in_the_volume(image: Image) -> None:
 
 
 def test_a_worker_in_the_image_finds_the_exports(image: Image) -> None:
-    """Without loading the bento, as `topwork worker` and the service's own one."""
+    """The worker runs without loading the bento, as `topwork worker` does."""
     program = "from models.model_store import find; print(find('efficientnet-lite0'), find('minilm-l6-v2'))"
     found = image.run("python", "-c", program).stdout.split()
     assert [path.startswith(str(image.root / "bento" / "models")) for path in found] == [True, True]
@@ -291,7 +291,7 @@ def test_the_bento_serves_from_another_folder(
 
 
 def test_the_bento_reports_nothing(bento: Path, home: Path, bare: Path, seclusion: Seclusion) -> None:
-    """Nor does BentoML's supervisor, whose environment is not ours to set."""
+    """BentoML's supervisor does not either, though the service cannot set its environment."""
 
     def use() -> None:
         begun = time.monotonic()

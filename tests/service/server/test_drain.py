@@ -60,7 +60,7 @@ def test_what_waits_to_be_accepted_is_answered(bare: Bare) -> None:
 
 
 def test_the_queue_of_a_listener_is_emptied_before_it_ends() -> None:
-    """Whoever else has the same listener, as a supervisor does, takes no more connections either."""
+    """Another holder of the listener, as a supervisor is, accepts no more connections either."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=16)
     address = listener.getsockname()
     with listener, listener.dup() as supervisors:

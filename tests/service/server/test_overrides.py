@@ -1,4 +1,4 @@
-"""What this service replaces of uvicorn is there to be replaced."""
+"""Members of uvicorn that the service overrides exist."""
 
 from __future__ import annotations
 

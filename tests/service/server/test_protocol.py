@@ -1,4 +1,4 @@
-"""What a connection may send besides bodies, against the running service, byte by byte."""
+"""Limits of connections besides bodies, against the running service, byte by byte."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_head_without_end_is_ended(server: str, pieces: tuple[bytes, bytes]) -
     with connected(server) as connection:
         sent = send(connection, sending())
         answer = received(connection)
-    # What the kernel holds of both sides is read or thrown away; nothing of it is kept.
+    # The service reads or drops what the kernel buffers, and keeps nothing.
     assert sent < 32 << 20
     assert not answer or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
 
@@ -144,7 +144,7 @@ CHUNKED = begun() + TEXT + b"transfer-encoding: chunked\r\n\r\n"
 
 
 def statuses(url: str, data: bytes) -> list[int]:
-    """Of all that is answered on one connection."""
+    """The statuses of all answers on one connection."""
     with connected(url) as connection:
         send(connection, [data])
         return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received(connection))]
@@ -196,7 +196,7 @@ def test_who_asks_much_and_hangs_up_leaves_no_failure_behind(serving: Serving) -
 
 
 def test_trailers_are_no_headers() -> None:
-    """Whether they come with the head, or after it was read: what checks headers does not see trailers."""
+    """Trailers are dropped, sent with the head or after it: no check of headers sees them."""
     seen: list[list[tuple[bytes, bytes]]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

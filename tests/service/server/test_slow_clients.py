@@ -1,4 +1,4 @@
-"""Clients that send slowly, not at all, or do not read: each is cut off, and nobody else."""
+"""Clients that send slowly, not at all, or do not read: only they are cut off."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bare]:
 
 
 def slowly(connection: socket.socket, pieces: Iterator[bytes], pause: float) -> bytes:
-    """What is received while pieces are sent, one after each pause, until the other side closes."""
+    """The bytes received while pieces are sent with pauses, until the service closes."""
     found = b""
     connection.settimeout(pause)
     try:

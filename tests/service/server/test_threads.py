@@ -33,7 +33,7 @@ def test_who_asks_for_little_does_not_wait_behind_who_asks_for_much() -> None:
     go.set()
     for future in futures:
         future.result(10)  # type: ignore[attr-defined]
-    # Of three threads the first tenant has one while others ask.
+    # The first tenant has one of three threads while others ask.
     assert done.index("little0") <= 4
     assert done.index("little1") <= 8
     assert [one for one in done if one.startswith("much")] == [f"much{number}" for number in range(20)]

@@ -56,7 +56,7 @@ class Place:
             }
 
     def examine(self, open_backbone: Open = nothing, **options: Any) -> list[Finding]:
-        """What the doctor finds."""
+        """The doctor's findings."""
         return list(Doctor(self.database, self.store, open_backbone, **options).findings())
 
     def overwrite(self, artifact: Artifact, data: bytes | None) -> None:
@@ -85,7 +85,7 @@ class Place:
         return b"".join((self.folder / "artifacts" / key).read_bytes() for key in keys)
 
     def uid(self, name: str) -> str:
-        """Of the adapter of that name."""
+        """The uid of the adapter of that name."""
         with self.database.reading() as connection:
             query = select(adapters.c.uid).where(adapters.c.name == name)
             return str(connection.execute(query).scalar_one())
@@ -95,7 +95,7 @@ Make = Callable[[Where, str], Place]
 
 
 def make_places(request: pytest.FixtureRequest, folder: Path) -> tuple[Make, list[Place]]:
-    """What makes places, each empty, and the list of those made, to be closed."""
+    """A maker of empty places, and the list of those made, to be closed."""
     made: list[Place] = []
 
     def make(where: Where, name: str) -> Place:

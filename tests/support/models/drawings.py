@@ -31,7 +31,7 @@ def encoded(image: Image.Image, fmt: str, **options: Any) -> bytes:
 
 
 def levels(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What the network sees: float32 (3, height, width), 0 to 255."""
+    """The network's input: float32 (3, height, width), 0 to 255."""
     return ImagePreprocessor(PLAIN)(data).transpose(2, 0, 1).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Whether this machine has a GPU, for tests that need one."""
+"""Detection of a GPU, for tests that need one."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _ODD = (
     "Ω≈ç√∫˜µ≤≥÷ ½ ™ ㎏ ①",
     "z̸̢͎a̷l̴g̵o̶ t̷e̶x̴t̵",
 )
-# Of which the text backbone knows no word.
+# Texts of which the backbone knows no word.
 UNKNOWN = (
     "🙂",
     "🚀🚀🚀 🎉",

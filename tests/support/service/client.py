@@ -40,7 +40,7 @@ BLAME = [
 
 
 class Caller:
-    """One tenant of a running service. Closed by whoever made it."""
+    """One tenant of a running service. Its maker closes it."""
 
     def __init__(self, url: str, tenant: str | None = None) -> None:
         self.tenant = tenant or f"t-{uuid.uuid4().hex[:12]}"
@@ -113,7 +113,7 @@ def reviews(count: int = 6) -> list[Json]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two answers are equal but for the last digits of numbers."""
+    """True if two answers are equal except for the last digits of numbers."""
     if isinstance(one, float) and isinstance(other, float | int):
         return math.isclose(one, other, abs_tol=CLOSE * max(1.0, abs(one)))
     if isinstance(one, dict):

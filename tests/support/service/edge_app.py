@@ -77,7 +77,7 @@ async def validated(body: Body) -> dict[str, int]:
 
 
 async def asked() -> None:
-    """What is asked changes nothing."""
+    """A route that changes nothing."""
 
 
 async def streamed(request: Request) -> dict[str, int]:

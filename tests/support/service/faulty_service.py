@@ -136,7 +136,7 @@ class Breaking(Serving):
         (self.faults / f"{fault}-{kind}").touch()
 
     def taken(self, fault: str, kind: str) -> bool:
-        """Whether it has happened."""
+        """True once the fault has happened."""
         return (self.faults / f"{fault}-{kind}.taken").exists()
 
     def relieve(self, fault: str, kind: str) -> None:

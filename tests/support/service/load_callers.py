@@ -103,5 +103,5 @@ def post(path: str, body: bytes, media: str = "application/json", close: bool = 
 
 
 def total(loops: Sequence[Loop]) -> Counter[str]:
-    """What all of them found."""
+    """The findings of all callers."""
     return sum((loop.found for loop in loops), Counter())

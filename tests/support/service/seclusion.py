@@ -19,7 +19,7 @@ T = TypeVar("T")
 REPORTED_BY = 20.0
 """Seconds from its import on by which ONNX Runtime has begun to report: the first time after nine."""
 
-# From Linux's sched.h, if_ether.h, if_packet.h and in.h.
+# Constants of Linux's sched.h, if_ether.h, if_packet.h and in.h.
 _CLONE_NEWNET = 0x40000000
 _EVERY_PROTOCOL, _IPV4, _IPV6 = 0x0003, 0x0800, 0x86DD
 _OUTGOING = 4
@@ -79,7 +79,7 @@ class Seclusion:
 
 
 def destination(packet: bytes, protocol: int) -> str | None:
-    """Where the first packet of a connection, or a datagram, goes; None for others and for this machine."""
+    """The destination of a connection's first packet or of a datagram; None for others and this machine."""
     address: IPv4Address | IPv6Address
     if protocol == _IPV4:
         size, transport, address = (packet[0] & 15) * 4, packet[9], ip_address(packet[16:20])

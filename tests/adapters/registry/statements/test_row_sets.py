@@ -53,7 +53,7 @@ def connection(tmp_path: Path) -> Any:
 
 
 def steps(connection: Connection, work: Any) -> tuple[Any, int]:
-    """What the work gives, and how many statements the driver ran for it."""
+    """The result of the work, and the number of statements that the driver ran."""
     seen: list[str] = []
     driver = connection.connection.driver_connection
     assert driver is not None
@@ -81,7 +81,7 @@ def test_rows_come_back_as_they_went_in(connection: Connection, texts: list[str]
 def test_many_rows_are_few_steps(connection: Connection) -> None:
     many = rows([f"id {number}" for number in range(1_000)])
     _, count = steps(connection, lambda: insert_rows(connection, TABLE, many))
-    # With the beginning of the transaction.
+    # The count includes the beginning of the transaction.
     assert count <= 2
     fetched: list[Any] = []
     event.listen(connection, "after_cursor_execute", lambda *arguments: fetched.append(arguments[2]))

@@ -38,7 +38,7 @@ def _sqlite_error(action: str) -> Exception:
 def _registry_error(action: str) -> Exception:
     from adapters.registry.errors import RegistryUnavailable
 
-    # After a commit nobody is told of a full disk: a commit that finds one is undone. The answer may be lost.
+    # A full disk makes a commit fail and is never reported after it; the answer may be lost.
     return RegistryUnavailable(f"no answer: {action}")
 
 

@@ -128,7 +128,7 @@ def test_an_input_without_an_id_is_not_duplicated(caller: Caller) -> None:
     caller.adapt("films", examples)
     found = caller.adapt("films", examples[:1])
     assert (found["examples"]["total"], found["examples"]["replaced"]) == (12, 1)
-    # What is known is not embedded again.
+    # Known inputs are not embedded again.
     assert "embed" not in found["timing_ms"]
 
 
@@ -262,7 +262,7 @@ def test_a_caller_that_hangs_up_leaves_all_or_nothing(caller: Caller) -> None:
     whole = time.perf_counter() - started
     hung_up = 0
     for index in range(8):
-        # What the tenant has embedded is not embedded again.
+        # Inputs that the tenant has embedded before are not embedded again.
         body = {"adapter": f"gone{index}", "examples": pictures(salt=bytes([index]))}
         try:
             caller.http.post("/adapt", json=body, timeout=httpx.Timeout(60, read=whole * (index + 0.5) / 8))
@@ -359,7 +359,7 @@ def test_examples_of_another_form_are_refused_one_by_one(caller: Caller) -> None
     assert (found["added"], found["total"]) == (12, 12)
     told = [(one["index"], one["code"]) for one in found["rejected"]]
     assert told == [(12 + place, code) for place, (_, code, _) in enumerate(WRONG)]
-    # Where the request is strict, all of it is refused, and each is named.
+    # A strict request is refused as a whole, and every rejected example is named.
     problem = caller.adapt("films", posted, 422, strict=True)
     assert problem["code"] == "examples_rejected"
     assert [(one["pointer"], one["code"]) for one in problem["errors"]] == [

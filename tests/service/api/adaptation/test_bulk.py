@@ -89,7 +89,7 @@ def test_a_table_teaches_a_new_adapter(teacher: Caller, home: Path) -> None:
     assert (version["method"], version["report"]["accuracy"]) == ("linear_probe", pytest.approx(1, abs=0.3))
     found = teacher.predict("films", [{"text": "A wonderful story, I loved it"}])
     assert (found["version"], found["predictions"][0]["label"]) == (1, "good")
-    # What was only needed for the job is gone: each file left belongs to the adapter.
+    # Files of the job are gone: each file left belongs to the adapter.
     assert left_over(home, teacher) == 4
 
 
@@ -214,7 +214,7 @@ def test_an_upload_may_be_larger_than_a_body_but_not_than_its_own_limit(teacher:
     assert teacher.code("POST", "/predict", 413, content=lines(fits), headers=NDJSON) == "body_too_large"
     large = lines(fits * 3)
     assert teacher.code("POST", "/adapt?adapter=b", 413, content=large, headers=NDJSON) == "body_too_large"
-    # Without an announced length too.
+    # The limit also holds without a Content-Length.
     pieces = iter([large[begin : begin + 50_000] for begin in range(0, len(large), 50_000)])
     try:
         refused = teacher.http.post("/adapt?adapter=b", content=pieces, headers=NDJSON)

@@ -127,7 +127,7 @@ def test_predictions_go_on_while_a_network_loads_and_the_first_of_its_own_need_n
     waited_before = waited(tuner)
     export = find(environment["TOPWORK_BACKBONES"].partition(",")[0])
     assert export is not None
-    # The backbone's own network, so that its answers are known, in bytes that nobody has loaded.
+    # The file holds the backbone's network, whose answers are known, in bytes that were never loaded.
     model = onnx.load(export / GRAPH_FILE)
     model.doc_string = tuner.tenant
     graph = model.SerializeToString()
@@ -136,7 +136,7 @@ def test_predictions_go_on_while_a_network_loads_and_the_first_of_its_own_need_n
     adapter = registry.adapter(tuner.tenant, "held")
     first = registry.version(adapter.uid, 1)
     network = open_store(settings.store).publish(tuner.tenant, adapter.uid, graph)
-    # Whoever reads the file now waits for what is written below.
+    # A reader of the pipe waits for the bytes that are written below.
     (path,) = serving.home.rglob(network.name)
     path.unlink()
     os.mkfifo(path)
@@ -163,7 +163,7 @@ def read_by_another(path: Path) -> int:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
-            # Nobody reads yet.
+            # The pipe has no reader yet.
             assert time.monotonic() < end
             time.sleep(0.01)
         else:

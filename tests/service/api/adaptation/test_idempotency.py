@@ -77,7 +77,7 @@ def films(examples: list[Json] | None = None, **more: Any) -> Json:
 
 
 def is_again(first: httpx.Response, again: httpx.Response) -> bool:
-    """Whether the second answer is the first one, and says so."""
+    """True if the second answer repeats the first one, and says so."""
     assert first.status_code in (200, 202), first.text
     assert REPLAYED not in first.headers
     assert again.headers[REPLAYED] == "true"
@@ -244,7 +244,7 @@ def test_a_body_may_come_in_any_pieces(boundary: str) -> None:
     assert len({digest(boundary, body, piece) for piece in range(1, len(body) + 1)}) == 1
     assert digest(boundary, body, 3) != digest(boundary, body + b"\n", 3)
     assert digest(boundary, body, 3) != digest("other", body, 3)
-    # What is no boundary counts byte for byte.
+    # Text that only looks like a boundary counts byte for byte.
     other = "another"
     assert digest(other, other.encode().join([b"--", b"1"]), 2) == digest("more", b"--more1", 4)
     assert digest(other, other.encode().join([b"--", b"1"]), 2) != digest("more", b"--more2", 4)

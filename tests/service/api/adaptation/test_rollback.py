@@ -67,7 +67,7 @@ def test_the_next_example_does_not_bring_back_what_was_rolled_back(spoiled: Call
     fewer = spoiled.call("DELETE", f"{path}/examples/wrong1")
     for answer in (by_input, relabelled, moved, fewer):
         assert answer["report"]["promotion"]["reason"] == "rolled_back"
-    # What had learned from the erased one is named, and nothing else goes.
+    # The answer names the versions that learned from the erased example; others stay.
     assert fewer["gone"] == [2, 3, 4, 5, 6]
     assert live(spoiled) == (1, True)
 
@@ -76,7 +76,7 @@ def test_a_person_lifts_it_by_promoting(spoiled: Caller) -> None:
     roll_back(spoiled, 1)
     for number in range(2):
         told(spoiled, number)
-    # Its examples have been judged, whatever came behind it meanwhile.
+    # The examples of version 3 were judged, also if newer ones exist.
     assert roll_back(spoiled, 3)["rolled_back_at"] is None
     found = told(spoiled, 9)
     assert found["report"]["promotion"]["reason"] != "rolled_back"
@@ -172,7 +172,7 @@ def test_what_is_set_aside_teaches_nothing(spoiled: Caller) -> None:
     found = spoiled.adapt("films", WRONG[:1])
     assert (found["examples"]["replaced"], found["examples"]["added"]) == (1, 0)
     assert spoiled.call("GET", path.format(0))["excluded"] is False
-    # What is erased goes, set aside or not; versions that it taught nothing stay.
+    # An excluded example is erased too; versions that did not learn from it stay.
     gone = spoiled.call("DELETE", path.format(1))
     assert gone["gone"] == [2]
     assert live(spoiled)[0] == 5

@@ -277,7 +277,7 @@ def test_what_is_not_there(going_on: Caller) -> None:
 
 
 def test_a_job_that_cannot_be_answers_like_one_that_is_not_there(tmp_path: Path, postgres_url: str) -> None:
-    """PostgreSQL takes no NUL in a text, whatever it is compared with."""
+    """PostgreSQL rejects NUL in every text, also in comparisons."""
     settings = {
         "TOPWORK_BACKBONES": "minilm-l6-v2",
         "TOPWORK_WORKERS": "0",

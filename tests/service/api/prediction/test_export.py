@@ -17,7 +17,7 @@ from tests.support.service.client import BLAME, PRAISE, UNSEEN, Caller, image, p
 def probabilities(
     caller: Caller, adapter: str, inputs: list[dict[str, str]], labels: list[str]
 ) -> np.ndarray:
-    """What the service answers, float (n, labels)."""
+    """The service's probabilities, float (n, labels)."""
     found = caller.predict(adapter, inputs, top_k=1000)["predictions"]
     rows = [{part["label"]: part["probability"] for part in one["probabilities"]} for one in found]
     return np.array([[row[label] for label in labels] for row in rows])

@@ -61,7 +61,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(elsewhere: Path, model: bytes, inputs: Sequence[str | bytes]) -> list[Json]:
-    """What the program says of the inputs, in a process that can import nothing of Topwork."""
+    """The program's answers, from a process that cannot import Topwork."""
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     (elsewhere / "model.onnx").write_bytes(model)
     names = []
@@ -81,7 +81,7 @@ def run(elsewhere: Path, model: bytes, inputs: Sequence[str | bytes]) -> list[Js
 
 
 def ask(teacher: Caller, adapter: str, inputs: Sequence[str | bytes]) -> list[Json]:
-    """What the service says of them, with every label."""
+    """The service's answers, with every label."""
     items = [{"text": one} if isinstance(one, str) else image(one) for one in inputs]
     found: list[Json] = []
     for start in range(0, len(items), 50):
@@ -117,7 +117,7 @@ def compare(
 
 
 def both(served: list[Json]) -> bool:
-    """Whether some were abstained from and some were not, so that agreeing means something."""
+    """True if there are abstentions and answers, so that agreement means something."""
     return {one["abstained"] for one in served} == {True, False}
 
 

@@ -40,7 +40,7 @@ def test_a_prediction_that_would_wait_too_long_is_refused_before_its_body_comes(
             assert refused.status == 429
             assert refused.headers["Retry-After"]
             assert b"/docs/errors#overloaded" in refused.read()
-            # The connection goes on, behind the body that nobody waited for.
+            # The connection stays open behind the unread body.
             busy.join()
             connection.send(BODY)
             connection.request("POST", PATH, BODY, HEADERS)

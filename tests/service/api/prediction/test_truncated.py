@@ -10,7 +10,7 @@ TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 
 
 def marks(items: list[Json]) -> list[bool]:
-    """Which items say that their text was cut; none says that its text was not."""
+    """The items that report a truncated text; no other has the field."""
     assert all(one["truncated"] is True for one in items if "truncated" in one)
     return ["truncated" in one for one in items]
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support.service.client import UNSEEN, Caller, Json, image
 
-# Of what another tenant waits alone, and seconds: on a machine that others use, too.
+# Factor of what another tenant waits alone, and seconds for noise of a shared machine.
 SLOWER, BESIDES = 3.0, 0.25
 
 
