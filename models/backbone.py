@@ -186,7 +186,7 @@ class Backbone:
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:
-        """Seconds that the GPU thread spent in each of models.runtime.cuda.STAGES; empty on a CPU."""
+        """Seconds that the GPU thread spent in each of models.runtime.bound_shape.STAGES; empty on a CPU."""
         return self._session.seconds if isinstance(self._session, CudaRunner) else {}
 
     @property

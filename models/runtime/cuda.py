@@ -5,30 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from models.arrays import Floats, Prepared
 from models.errors import DomainError
+from models.runtime.bound_shape import STAGES, BoundShape
 from models.runtime.device_access import DEVICE, DeviceAccess
 from models.runtime.progress import PATIENCE, ThreadProgress
-from models.runtime.shapes import Shape
-from models.spec import IDS, MASK, OUTPUT_NAME, RGB, BackboneSpec, ImageTransform
+from models.runtime.shapes import Shape, runs_of
+from models.spec import BackboneSpec
 
 _BACKLOG = 2  # maximum waiting inputs, as a multiple of those of the largest run
 # Minimum cosine between the embeddings of a shape when opened and after all other shapes were captured.
 _MIN_COSINE = 0.9999
 _CLOSING_SECONDS = 10.0
-
-# Stages of the runner's thread: it waits for inputs, gathers them in one array, copies that to the device,
-# runs, and copies the embeddings back.
-STAGES = ("wait", "fill", "copy_in", "run", "copy_out")
 
 
 class DeviceLost(DomainError):
@@ -79,7 +73,7 @@ class CudaRunner:
         self._graphs = graphs
         self._access = access
         self._is_lost = is_lost
-        self._bound: dict[Shape, _Bound] = {}
+        self._bound: dict[Shape, BoundShape] = {}
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[tuple[Sequence[Prepared], Future[Floats]]] = deque()
@@ -171,7 +165,7 @@ class CudaRunner:
                     session = self._open_session()
             with self._access.alone() if self._graphs else self._access.shared():
                 graph = number if self._graphs else None
-                bound = _Bound(session, self._spec, shape, self._device, graph, self.seconds)
+                bound = BoundShape(session, self._spec, shape, self._device, graph, self.seconds)
                 bound.first = bound.run(bound.filled_with(probes))
             self._bound[shape] = bound
         for shape, bound in self._bound.items():
@@ -217,116 +211,10 @@ class CudaRunner:
 
     def _embed(self, rows: Sequence[Prepared]) -> Floats:
         embeddings = np.zeros((len(rows), self._spec.dim), np.float32)
-        for shape, chosen in self._runs(rows):
+        for shape, chosen in runs_of(rows, self._shapes):
             with self._access.shared():
                 embeddings[chosen] = self._bound[shape].run([rows[row] for row in chosen])
         return embeddings
-
-    def _runs(self, rows: Sequence[Prepared]) -> Iterator[tuple[Shape, list[int]]]:
-        """Yield the shape and the rows of each run; texts are sorted by length to reduce padding."""
-        order = list(range(len(rows)))
-        if self._spec.kind == "image":
-            while order:
-                chosen, order = order[: self._most], order[self._most :]
-                yield self._shape_for(len(chosen), 0), chosen
-            return
-        order.sort(key=lambda row: -len(rows[row]))
-        while order:
-            # The first text is the longest.
-            widest = self._shape_for(1, len(rows[order[0]])).width
-            most = max(shape.rows for shape in self._shapes if shape.width == widest)
-            chosen, order = order[:most], order[most:]
-            yield self._shape_for(len(chosen), widest), chosen
-
-    def _shape_for(self, rows: int, width: int) -> Shape:
-        """The smallest shape with at least these rows and this width."""
-        fitting = [shape for shape in self._shapes if shape.rows >= rows and shape.width >= width]
-        return min(fitting, key=lambda shape: (shape.width, shape.rows))
-
-
-class _Bound:
-    """One shape of a run: host arrays, their device buffers, and the session's binding to them.
-
-    `first`: the embeddings of the first run, kept until they are compared.
-    """
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        spec: BackboneSpec,
-        shape: Shape,
-        device: str,
-        number: int | None,
-        seconds: dict[str, float],
-    ) -> None:
-        """`number`: CUDA graph id, from 1; None for no capture. `seconds`: by stage, added to by runs."""
-        self.first: Floats | None = None
-        self._seconds = seconds
-        self._session = session
-        self._shape = shape
-        self._arrays: dict[str, NDArray[Any]]
-        self._pad = 0
-        if isinstance(spec.transform, ImageTransform):
-            size = spec.transform.size
-            self._arrays = {RGB: np.zeros((shape.rows, size, size, 3), np.uint8)}
-        else:
-            self._pad = spec.transform.pad_id
-            self._arrays = {
-                IDS: np.full(shape, self._pad, np.int64),
-                MASK: np.zeros(shape, np.int64),
-            }
-            # A row of padding alone would be pooled to a mean of no tokens.
-            self._arrays[MASK][:, 0] = 1
-        values = onnxruntime.OrtValue
-        self._places = {
-            name: values.ortvalue_from_numpy(array, device, 0) for name, array in self._arrays.items()
-        }
-        self._answer = values.ortvalue_from_shape_and_type((shape.rows, spec.dim), np.float32, device, 0)
-        self._binding = session.io_binding()
-        for name, place in self._places.items():
-            self._binding.bind_ortvalue_input(name, place)
-        self._binding.bind_ortvalue_output(OUTPUT_NAME, self._answer)
-        self._options = onnxruntime.RunOptions()
-        if number is not None:
-            self._options.add_run_config_entry("gpu_graph_id", str(number))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the host arrays."""
-        return sum(array.nbytes for array in self._arrays.values())
-
-    def filled_with(self, probes: Sequence[Prepared]) -> list[Prepared]:
-        """Repeat the probes to fill all rows of the shape; texts are cut to its width."""
-        rows = [probes[row % len(probes)] for row in range(self._shape.rows)]
-        return [row[: self._shape.width] for row in rows] if self._shape.width else rows
-
-    def run(self, rows: Sequence[Prepared]) -> Floats:
-        """Embed n rows, at most those of the shape: float32 (n, dim)."""
-        times = [time.perf_counter()]
-        self._fill(rows)
-        times.append(time.perf_counter())
-        for name, place in self._places.items():
-            place.update_inplace(self._arrays[name])
-        times.append(time.perf_counter())
-        self._session.run_with_iobinding(self._binding, self._options)
-        times.append(time.perf_counter())
-        embeddings = np.array(self._answer.numpy()[: len(rows)])
-        times.append(time.perf_counter())
-        for stage, (begun, done) in zip(STAGES[1:], pairwise(times), strict=True):
-            self._seconds[stage] += done - begun
-        return embeddings
-
-    def _fill(self, rows: Sequence[Prepared]) -> None:
-        """Copy rows into the arrays. Rows left behind them by earlier runs are computed, but ignored."""
-        if RGB in self._arrays:
-            np.stack(rows, out=self._arrays[RGB][: len(rows)])
-            return
-        ids, mask = self._arrays[IDS], self._arrays[MASK]
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = tokens
-            ids[row, len(tokens) :] = self._pad
-            mask[row, : len(tokens)] = 1
-            mask[row, len(tokens) :] = 0
 
 
 def lowest_cosine(one: Floats, other: Floats) -> float:

@@ -1,9 +1,11 @@
-"""The few shapes in which a network runs on a GPU."""
+"""The few shapes in which a network runs on a GPU, and which inputs run in which."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from models.arrays import Prepared
 from models.spec import BackboneSpec, ImageTransform
 
 # Rows per run to choose from. They are few, because each shape permanently holds buffers and, if captured, a
@@ -45,3 +47,27 @@ def shapes_for(spec: BackboneSpec, batch: int, *, few: bool = False) -> tuple[Sh
             if count == 1 or count * width <= _TOKENS_PER_RUN
         }
     return tuple(sorted(found, key=lambda shape: (-shape.size, -shape.rows)))
+
+
+def runs_of(rows: Sequence[Prepared], shapes: Sequence[Shape]) -> Iterator[tuple[Shape, list[int]]]:
+    """Yield the shape and the rows of each run; texts are sorted by length to reduce padding."""
+    order = list(range(len(rows)))
+    if not shapes[0].width:
+        most = max(shape.rows for shape in shapes)
+        while order:
+            chosen, order = order[:most], order[most:]
+            yield _smallest(shapes, len(chosen), 0), chosen
+        return
+    order.sort(key=lambda row: -len(rows[row]))
+    while order:
+        # The first text is the longest.
+        widest = _smallest(shapes, 1, len(rows[order[0]])).width
+        most = max(shape.rows for shape in shapes if shape.width == widest)
+        chosen, order = order[:most], order[most:]
+        yield _smallest(shapes, len(chosen), widest), chosen
+
+
+def _smallest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:
+    """The smallest shape with at least these rows and this width."""
+    fitting = [shape for shape in shapes if shape.rows >= rows and shape.width >= width]
+    return min(fitting, key=lambda shape: (shape.width, shape.rows))

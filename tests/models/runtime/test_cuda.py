@@ -24,7 +24,8 @@ from models.batching.stall_detector import StallDetector
 from models.export.float16 import halve
 from models.manifest import read_manifest, write_manifest
 from models.runtime.autotune import ExecutionPlan
-from models.runtime.cuda import STAGES, CudaRunner, DeviceLost
+from models.runtime.bound_shape import STAGES
+from models.runtime.cuda import CudaRunner, DeviceLost
 from models.runtime.device_access import DeviceAccess
 from models.runtime.progress import PATIENCE
 from models.runtime.session import open_session
