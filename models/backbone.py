@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +22,11 @@ from models.preprocess.image import TINY_IMAGE, ImagePreprocessor
 from models.preprocess.limits import InputError, InputLimits
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import Silence, TextPreprocessor
-from models.runtime import driver
 from models.runtime.autotune import ExecutionPlan
-from models.runtime.cuda import CudaRunner
+from models.runtime.cuda import CudaRunner, open_runner
 from models.runtime.progress import ThreadProgress
 from models.runtime.session import Device, open_session, open_table
-from models.runtime.shapes import shapes_for
+from models.runtime.shapes import chunks_of
 from models.spec import FLOAT16, OUTPUT_NAME, TOKENIZER_FILE, BackboneSpec, ImageTransform, TextTransform
 
 # Maximum tokens per run on a CPU, padding included. It bounds the memory of a run.
@@ -117,7 +114,7 @@ class Backbone:
         images = spec.kind == "image"
         session: Any
         if device == "cuda":
-            session = _runner(spec, graph_of(export, spec, plan.half), plan, preprocessor)
+            session = open_runner(spec, graph_of(export, spec, plan.half), plan, probe_inputs(preprocessor))
         else:
             session = open_session(
                 graph_of(export, spec), device=device, threads=plan.alone, one_shape=images, tables=tables
@@ -148,7 +145,7 @@ class Backbone:
         if self.device == "cuda":
             # All shapes and CUDA graphs for the network of every tenant would fill the GPU's memory.
             plan = replace(plan, batch=min(_TUNED_BATCH, plan.batch), half=False, graphs=False)
-            session = _runner(self.spec, graph, plan, self._preprocessor, few=True)
+            session = open_runner(self.spec, graph, plan, self.probes(), few=True)
         else:
             session = open_session(
                 graph, device="cpu", threads=plan.alone, one_shape=self.spec.kind == "image"
@@ -255,7 +252,7 @@ class Backbone:
         Inputs that cannot be preprocessed are left out.
         """
         text = self._preprocessor
-        return _positions(inputs, text.is_unknown) if isinstance(text, TextPreprocessor) else frozenset()
+        return text.where(text.is_unknown, inputs) if isinstance(text, TextPreprocessor) else frozenset()
 
     def truncated(self, inputs: Sequence[bytes | str]) -> frozenset[int]:
         """Find the positions of texts of which the backbone reads only the start, without embedding them.
@@ -263,7 +260,7 @@ class Backbone:
         Inputs that cannot be preprocessed are left out.
         """
         text = self._preprocessor
-        return _positions(inputs, text.is_truncated) if isinstance(text, TextPreprocessor) else frozenset()
+        return text.where(text.is_truncated, inputs) if isinstance(text, TextPreprocessor) else frozenset()
 
     def run(self, prepared: Sequence[Prepared], *, beside: bool = False) -> Floats:
         """Embed n prepared inputs: float32 (n, dim), in bounded memory for any n.
@@ -278,7 +275,8 @@ class Backbone:
             return session.run(prepared)
         session.crew.make_room()
         embeddings = np.zeros((len(prepared), self.spec.dim), np.float32)
-        for rows in self._chunks(prepared):
+        most_tokens = _TOKENS_PER_RUN if self.spec.kind == "text" else None
+        for rows in chunks_of(prepared, self.batch, most_tokens):
             embeddings[rows] = session.run([OUTPUT_NAME], self.feed([prepared[row] for row in rows]))[0]
         return embeddings
 
@@ -339,53 +337,3 @@ class Backbone:
     def feed(self, prepared: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Build the graph's inputs for one run of at least one input; texts are padded to the longest."""
         return feed_of(self.spec, prepared)
-
-    def _chunks(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
-        """Yield the rows of each run."""
-        if self.spec.kind == "image":
-            for start in range(0, len(prepared), self.batch):
-                yield list(range(start, min(start + self.batch, len(prepared))))
-            return
-        # Texts are sorted longest first: a chunk is as wide as its first text, and texts of similar length
-        # need little padding.
-        order = sorted(range(len(prepared)), key=lambda row: -len(prepared[row]))
-        while order:
-            width = len(prepared[order[0]])
-            fit = max(1, min(self.batch, _TOKENS_PER_RUN // width))
-            rows, order = order[:fit], order[fit:]
-            yield rows
-
-
-def _positions(inputs: Sequence[bytes | str], holds: Callable[[str], bool]) -> frozenset[int]:
-    """The positions of texts for which `holds` is true; texts that cannot be preprocessed are left out."""
-    found: set[int] = set()
-    for index, item in enumerate(inputs):
-        with suppress(InputError):
-            if isinstance(item, str) and holds(item):
-                found.add(index)
-    return frozenset(found)
-
-
-def _runner(
-    spec: BackboneSpec,
-    graph: Path | bytes,
-    plan: ExecutionPlan,
-    preprocessor: ImagePreprocessor | TextPreprocessor,
-    *,
-    few: bool = False,
-) -> CudaRunner:
-    return CudaRunner(
-        spec,
-        partial(
-            open_session,
-            graph,
-            device="cuda",
-            graphs=plan.graphs,
-            half=plan.half,
-            channels_last=plan.channels_last,
-        ),
-        shapes_for(spec, plan.batch, few=few),
-        probe_inputs(preprocessor),
-        graphs=plan.graphs,
-        is_lost=driver.is_lost,
-    )

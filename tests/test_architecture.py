@@ -206,7 +206,7 @@ def test_bentoml_is_for_the_edge_and_the_model_store() -> None:
 
 def test_one_module_opens_sessions() -> None:
     # A GPU's memory is bound to a session that it gives; ONNX Runtime makes the other forms of a graph, too.
-    others = {"models/runtime/cuda.py", "models/export/float16.py", "models/export/quantize.py"}
+    others = {"models/runtime/bound_shape.py", "models/export/float16.py", "models/export/quantize.py"}
     assert importers("onnxruntime") == {"models/runtime/session.py", *others}
 
 

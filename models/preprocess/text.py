@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -14,8 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
 from models.arrays import Prepared
-from models.preprocess.limits import InputError as InputError
-from models.preprocess.limits import InputLimits as InputLimits
+from models.preprocess.limits import InputError, InputLimits
 from models.spec import TextTransform
 
 # Characters to tokenize per token kept. It is above the average of any language, so they are usually enough.
@@ -129,6 +129,16 @@ class TextPreprocessor:
             if len(words) == 2 and not self.knows_nothing(words[0], self(words[0])):
                 return False
         return self.knows_nothing(text, self(text))
+
+    @staticmethod
+    def where(holds: Callable[[str], bool], inputs: Sequence[bytes | str]) -> frozenset[int]:
+        """The positions of texts for which `holds` is true, without those that it raises InputError for."""
+        found: set[int] = set()
+        for index, item in enumerate(inputs):
+            with suppress(InputError):
+                if isinstance(item, str) and holds(item):
+                    found.add(index)
+        return frozenset(found)
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
         """Return the tokens that are kept and whether there were more, reading little of a long text.

@@ -7,16 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from models.arrays import Floats, Prepared
 from models.errors import DomainError
+from models.runtime import driver
+from models.runtime.autotune import ExecutionPlan
 from models.runtime.bound_shape import STAGES, BoundShape
 from models.runtime.device_access import DEVICE, DeviceAccess
 from models.runtime.progress import PATIENCE, ThreadProgress
-from models.runtime.shapes import Shape, runs_of
+from models.runtime.session import Session, open_session
+from models.runtime.shapes import Shape, runs_of, shapes_for
 from models.spec import BackboneSpec
 
 _BACKLOG = 2  # maximum waiting inputs, as a multiple of those of the largest run
@@ -46,7 +50,7 @@ class CudaRunner:
     def __init__(
         self,
         spec: BackboneSpec,
-        open_session: Callable[[], onnxruntime.InferenceSession],
+        open_session: Callable[[], Session],
         shapes: Sequence[Shape],
         probes: Sequence[Prepared],
         *,
@@ -215,6 +219,32 @@ class CudaRunner:
             with self._access.shared():
                 embeddings[chosen] = self._bound[shape].run([rows[row] for row in chosen])
         return embeddings
+
+
+def open_runner(
+    spec: BackboneSpec,
+    graph: Path | bytes,
+    plan: ExecutionPlan,
+    probes: Sequence[Prepared],
+    *,
+    few: bool = False,
+) -> CudaRunner:
+    """Open a graph on the GPU as the plan says. `few`: only few shapes, for the network of one tenant."""
+    return CudaRunner(
+        spec,
+        partial(
+            open_session,
+            graph,
+            device="cuda",
+            graphs=plan.graphs,
+            half=plan.half,
+            channels_last=plan.channels_last,
+        ),
+        shapes_for(spec, plan.batch, few=few),
+        probes,
+        graphs=plan.graphs,
+        is_lost=driver.is_lost,
+    )
 
 
 def lowest_cosine(one: Floats, other: Floats) -> float:

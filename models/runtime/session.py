@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -17,6 +17,7 @@ from models.runtime.driver import gpu_name, load_libraries
 # models/__init__.py turns telemetry off before this import, but a program may have imported it earlier.
 onnxruntime.disable_telemetry_events()
 
+Session: TypeAlias = onnxruntime.InferenceSession
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS: Final[dict[Device, list[Any]]] = {
@@ -71,7 +72,7 @@ def open_session(
     channels_last: bool = False,
     one_shape: bool = False,
     tables: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """Open a session for a graph, given as a file or as bytes, on the requested device only.
 
     `threads`: per run on the CPU, the calling thread included. `graphs`: capture CUDA graphs; all runs must

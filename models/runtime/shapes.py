@@ -1,4 +1,4 @@
-"""The few shapes in which a network runs on a GPU, and which inputs run in which."""
+"""Which inputs run together, and the few shapes of runs on a GPU."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ def runs_of(rows: Sequence[Prepared], shapes: Sequence[Shape]) -> Iterator[tuple
         most = max(shape.rows for shape in shapes if shape.width == widest)
         chosen, order = order[:most], order[most:]
         yield _smallest(shapes, len(chosen), widest), chosen
+
+
+def chunks_of(rows: Sequence[Prepared], most: int, most_tokens: int | None) -> Iterator[list[int]]:
+    """Yield the rows of each run on a CPU. `most_tokens`: per run, padding included; None for images."""
+    if most_tokens is None:
+        for start in range(0, len(rows), most):
+            yield list(range(start, min(start + most, len(rows))))
+        return
+    # Texts are sorted longest first: a chunk is as wide as its first text, and texts of similar length
+    # need little padding.
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    while order:
+        fit = max(1, min(most, most_tokens // len(rows[order[0]])))
+        chosen, order = order[:fit], order[fit:]
+        yield chosen
 
 
 def _smallest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:
