@@ -98,9 +98,9 @@ class Topwork:
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)
+        observe = self.components.metrics.request
+        edge.open(api, api.routes, settings=settings, guard=guard, observe=observe)
         self.monitor = asyncio.create_task(edge.watch())
-        metrics = self.components.metrics
-        edge.open(api, api.routes, settings=settings, guard=guard, observe=metrics.request)
         # Objects loaded so far live as long as the process, so full collections need not scan them.
         gc.collect()
         gc.freeze()

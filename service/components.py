@@ -21,7 +21,7 @@ from adapters.processes.fit_client import Fitter
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from models.batching.batcher import Batcher
-from service.edge.gateway import ConcurrencyLimit
+from service.edge.concurrency import ConcurrencyLimit
 from service.edge.key_cache import KeyCache
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.metrics import Metrics

@@ -46,7 +46,7 @@ from models.preprocess.limits import InputLimits
 from models.runtime.autotune import MeasuredPlan
 from models.survey import planned
 from service.components import Components
-from service.edge.gateway import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
+from service.edge.concurrency import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.edge.key_cache import KeyCache
 from service.monitoring.backbone_monitor import BackboneMonitor
 from service.monitoring.gauges import Parts, add_gauges

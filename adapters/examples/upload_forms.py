@@ -20,6 +20,15 @@ from models.preprocess.limits import InputError, InputLimits
 from models.spec import Kind
 
 Form = Literal["ndjson", "csv", "zip"]
+MEDIA_TYPES: Mapping[str, Form] = {
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "text/csv": "csv",
+    "application/zip": "zip",
+    "application/x-zip-compressed": "zip",
+}
+"""The form of a bulk upload by its media type."""
 
 _FIELDS = frozenset({"id", "image", "text", "label", "labels", "target", "group", "sampled"})
 _KINDS: tuple[Kind, ...] = ("image", "text")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from adapters.adaptation.adapt import AdaptPipeline
+from adapters.examples.upload_forms import MEDIA_TYPES
 from adapters.jobs.submission import JobSubmitter
 from service.api.dependencies import Tenant
 from service.api.idempotency import IdempotencyGuard, Replying
-from service.edge.access_log import note_adapter
-from service.edge.auth import count_items
-from service.edge.gateway import BULK, UPLOAD_PATIENCE, ConcurrencyLimit
+from service.edge.channel import channel_of
+from service.edge.concurrency import ConcurrencyLimit
 from service.payloads import render
 from service.payloads.reader import RequestReader, media_type
+
+_UPLOAD_WAIT = 3.0  # seconds that an upload waits for a slot
 
 
 class AdaptEndpoints:
@@ -34,21 +36,22 @@ class AdaptEndpoints:
 
     async def adapt(self, request: Request, tenant: Tenant) -> Response:
         """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
-        learn = self._upload if media_type(request) in BULK else self._learn
+        learn = self._upload if media_type(request) in MEDIA_TYPES else self._learn
         return await self._guard.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
 
     async def _upload(self, request: Request, tenant: str, reply: Replying) -> Response:
-        form = BULK[media_type(request)]
-        async with self._uploads.wait(tenant, UPLOAD_PATIENCE):
+        form = MEDIA_TYPES[media_type(request)]
+        async with self._uploads.wait(tenant, _UPLOAD_WAIT):
             command, content = self._reader.bulk(request, form)
-            note_adapter(request, command.adapter)
+            channel_of(request.scope).adapter = command.adapter
             job = await self._submitter.bulk(tenant, form, command, content, reply(render.submitted))
         return render.submitted(job)
 
     async def _learn(self, request: Request, tenant: str, reply: Replying) -> Response:
         command = await self._reader.adapt(request)
-        note_adapter(request, command.adapter)
-        count_items(request, len(command.posted))
+        channel = channel_of(request.scope)
+        channel.adapter = command.adapter
+        channel.count_items(len(command.posted))
         if command.fine_tune is not None:
             return render.tuning(await self._submitter.fine_tune(tenant, command, reply(render.tuning)))
         return render.adapted(await self._pipeline.adapt(tenant, command, reply(render.adapted)))

@@ -43,7 +43,7 @@ def build_api(components: Components) -> FastAPI:
     events = Events(components.submitter, 0.9 * settings.request_timeout)
     components.closing.enter_context(told_to_end(events.close))
     catalog, editor, eraser = components.catalog, components.editor, components.eraser
-    api = application(
+    return application(
         [
             *prediction_routes(
                 AdaptEndpoints(components.pipeline, components.submitter, components.uploads, reader, guard),
@@ -62,12 +62,10 @@ def build_api(components: Components) -> FastAPI:
             *page_routes(PageEndpoints()),
         ]
     )
-    describe(api)
-    return api
 
 
 def application(routes: Sequence[DeclaredRoute]) -> FastAPI:
-    """Return an application with these routes, and with this service's error format."""
+    """Return an application with these routes, with this service's error format and OpenAPI document."""
     # A redirect to the path without its trailing slash would repeat the host that the caller sent.
     api = FastAPI(
         title="Topwork",
@@ -79,6 +77,7 @@ def application(routes: Sequence[DeclaredRoute]) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(api)
+    describe(api)
     return api
 
 

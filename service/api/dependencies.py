@@ -14,7 +14,7 @@ from fastapi import Depends, Header, Path, Query, Request
 from adapters.examples.validation import check_id
 from adapters.registry.errors import UnknownAdapter, UnknownJob, UnknownTenant
 from adapters.storage.artifact import is_tenant
-from service.edge.auth import caller_of
+from service.edge.channel import channel_of
 from service.errors import Problem
 from service.payloads import requests
 
@@ -27,10 +27,7 @@ async def tenant_of(request: Request) -> str:
 
     Raises a 422 Problem for an invalid name.
     """
-    own = caller_of(request).tenant
-    if own is not None:
-        return own
-    name = request.headers.get("x-tenant", "default")
+    name = channel_of(request.scope).tenant
     if not is_tenant(name):
         raise Problem(
             422,
@@ -45,7 +42,7 @@ async def named_tenant(request: Request, tenant: str) -> str:
 
     Raises UnknownTenant for an invalid name and for a key of another tenant, which must not learn more.
     """
-    own = caller_of(request).tenant
+    own = channel_of(request.scope).caller.tenant
     if not is_tenant(tenant) or own not in (None, tenant):
         raise UnknownTenant(tenant[:63])
     return tenant

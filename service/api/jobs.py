@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.jobs.submission import JobSubmitter
 from adapters.registry.records import JobRecord
 from service.api.dependencies import Behind, Job, JobsAdapter, Limit, Tenant
-from service.edge.gateway import ConcurrencyLimit
+from service.edge.concurrency import ConcurrencyLimit
 from service.payloads import render
 
 _STREAMS = 50

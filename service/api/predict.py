@@ -14,8 +14,7 @@ from models.batching.batcher import Batcher
 from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
 from service.api.dependencies import tenant_of
-from service.edge.access_log import note_adapter
-from service.edge.auth import count_items, in_vain
+from service.edge.channel import channel_of
 from service.errors import Problem
 from service.payloads import openai, render, requests
 from service.payloads.reader import RequestReader
@@ -39,21 +38,22 @@ class PredictEndpoints:
         if (name := self._reader.adapter(request)) is not None:
             self._predictor.check_room(tenant, name)
         asked = await self._reader.predict(request)
-        note_adapter(request, asked.query.adapter)
-        count_items(request, len(asked.query.inputs))
+        channel = channel_of(request.scope)
+        channel.adapter = asked.query.adapter
+        channel.count_items(len(asked.query.inputs))
         found = await self._predictor.predict(tenant, asked.query)
         if all(isinstance(item, InputError) for item in found.items):
-            in_vain(request)
+            channel.in_vain = True
         return render.predicted(found, raw=asked.raw)
 
     async def embed(self, request: Request) -> Response:
         """The bare embeddings of inputs."""
         tenant = await tenant_of(request)
         name, inputs, raw = await self._reader.embed(request)
-        count_items(request, len(inputs))
+        channel_of(request.scope).count_items(len(inputs))
         found = await self._predictor.embed(tenant, name, inputs)
         if len(found.errors) == len(inputs):
-            in_vain(request)
+            channel_of(request.scope).in_vain = True
         batcher = self._predictor.batchers[name]
         content = await asyncio.to_thread(render.embedded, batcher, name, found, raw=raw)
         return Response(content, media_type="application/json")
@@ -70,7 +70,7 @@ class OpenAIEndpoints:
         """The embeddings of texts, as OpenAI's clients ask for them."""
         tenant = await tenant_of(request)
         asked = await self._reader.openai(request)
-        count_items(request, 1 if isinstance(asked.input, str) else len(asked.input))
+        channel_of(request.scope).count_items(1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, self._predictor, asked)
 
     async def models(self) -> Response:

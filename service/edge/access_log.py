@@ -10,8 +10,9 @@ from urllib.parse import quote
 from adapters.storage.artifact import is_tenant
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
     from starlette.types import Scope
+
+    from service.edge.channel import RequestChannel
 
 _logger = logging.getLogger("topwork.access")
 
@@ -21,27 +22,20 @@ _PRINTED = "/:@!$&'()*+,;="
 _NO_PARAMETERS: Mapping[str, str] = {}
 
 
-def note_adapter(request: Request, name: str) -> None:
-    """Name the adapter of a request whose path does not."""
-    request.scope["state"]["adapter"] = name
-
-
-def log_request(
-    scope: Scope, *, status: int, seconds: float, bytes_in: int, bytes_out: int, tenant: str
-) -> None:
+def log_request(scope: Scope, channel: RequestChannel, status: int, seconds: float) -> None:
     """Log a request that has just been answered; nothing of its body or its answer."""
-    method, path, state = scope["method"], logged(scope["path"]), scope["state"]
-    adapter = state.get("adapter") or scope.get("path_params", _NO_PARAMETERS).get("adapter")
+    method, path = scope["method"], logged(scope["path"])
+    adapter = channel.adapter or scope.get("path_params", _NO_PARAMETERS).get("adapter")
     facts = {
         "method": method,
         "route": getattr(scope.get("route"), "path", None),
         "status": status,
         "seconds": round(seconds, 6),
-        "bytes_in": bytes_in,
-        "bytes_out": bytes_out,
-        "tenant": tenant if is_tenant(tenant) else None,
+        "bytes_in": channel.bytes,
+        "bytes_out": channel.bytes_sent,
+        "tenant": channel.tenant if is_tenant(channel.tenant) else None,
         "adapter": None if adapter is None else logged(adapter),
-        "request_id": state["request_id"],
+        "request_id": channel.request_id,
     }
     _logger.info("%s %s %d", method, path, status, extra=facts)
 

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
-from fastapi import Request
 from pydantic import SecretStr
 
 from adapters.registry.errors import RegistryUnavailable
@@ -246,20 +245,3 @@ def is_local_host(host: str) -> bool:
     """Whether a Host header names this machine: localhost, 127.0.0.0/8 or [::1], with or without a port."""
     found = _LOCAL_HOST.fullmatch(host)
     return found is not None and is_loopback(found[1].strip("[]").lower())
-
-
-def caller_of(request: Request) -> Caller:
-    """Return the caller that the edge identified."""
-    caller: Caller = request.scope["state"]["caller"]
-    return caller
-
-
-def count_items(request: Request, count: int) -> None:
-    """Count the items of the request against its caller's quotas."""
-    caller_of(request).use("items", count)
-    request.scope["state"]["items"] = count
-
-
-def in_vain(request: Request) -> None:
-    """Mark a request without any valid item: Pace counts it as refused, whatever its status."""
-    request.scope["state"]["in_vain"] = True

@@ -1,13 +1,14 @@
-"""The channels between a request and its route: body limits, status, deadlines and hang-ups."""
+"""The channel between a request and its route, and what the edge knows of the request."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from service.edge.auth import STRANGER
 from service.edge.pace import SMALL_BYTES
 from service.errors import Problem, is_openai, respond
 from service.server.scope import GONE, SLOW, UNHURRIED
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from service.edge.auth import Caller
     from service.edge.pace import Pace
+    from service.edge.routes import Access
 
 # Lowest average rate of an upload, beyond the request timeout.
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
@@ -29,22 +32,42 @@ class RequestChannel:
 
     TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
+    is_paced = True  # whether a large body waits while the tenant is over its share of the event loop
+
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, bodies: BodyBudget, request_id: str
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        request_id: str,
+        headers: Mapping[bytes, bytes],
+        access: Access,
+        bodies: BodyBudget,
+        most: int,
     ) -> None:
+        """`most`: bytes of the body."""
+        self.access = access
+        self.headers = headers
         self.status: int | None = None
         self.ended: Exception | None = None
         self.request_id = request_id
-        self._openai = is_openai(scope["path"])
+        self.caller = STRANGER
+        self.tenant = ""  # whose adapters are meant: unchecked, and empty for a stranger
+        self.refused = False
+        self.in_vain = False  # no item was valid: the request costs as much as a refused one
+        self._items = 0
+        self._path = scope["path"]
         self._head = scope["method"] == "HEAD"
         self._receive = receive
         self._send = send
         self._bodies = bodies
-        self._state = scope["state"]
+        self._most = most
         self.bytes = 0
         self.bytes_sent = 0
-        # The pace and the tenant that a large body waits for, and the milliseconds that Pace.wait reserved.
-        self._pace: tuple[Pace, str] | None = None
+        self.adapter: str | None = None  # for the log, if the path does not name it
+        # What a large body waits for, and the milliseconds that Pace.wait reserved.
+        self._pace: Pace | None = None
         self._reserved = 0.0
         # Deadline by time.monotonic().
         self.until = math.inf
@@ -58,9 +81,35 @@ class RequestChannel:
         self._watch: asyncio.Task[None] | None = None
         self._cancelled = False
 
-    def pace_by(self, pace: Pace, tenant: str) -> None:
+    def identify(self, caller: Caller) -> None:
+        """Record who sent the request. The operator names a tenant in X-Tenant."""
+        self.caller = caller
+        if caller.tenant is not None:
+            self.tenant = caller.tenant
+        elif caller is not STRANGER:
+            self.tenant = self.headers.get(b"x-tenant", b"default").decode("latin-1")
+
+    def count_items(self, count: int) -> None:
+        """Count the items of the request against its caller's quotas."""
+        self.caller.use("items", count)
+        self._items = count
+
+    def pace_by(self, pace: Pace) -> None:
         """Make a body of more than SMALL_BYTES wait while the tenant is over its share of the event loop."""
-        self._pace = pace, tenant
+        self._pace = pace
+
+    def refuse_declared(self) -> Problem | None:
+        """Return the refusal of a body whose Content-Length is too large or invalid, before it is read."""
+        try:
+            length = int(self.headers.get(b"content-length", b"0"))
+        except ValueError:
+            return Problem(400, "bad_request", "Content-Length is not a number.")
+        return self._too_large() if length > self._most else None
+
+    async def refuse(self, error: Exception, scope: Scope) -> None:
+        """Answer with a problem; the request does not reach its route."""
+        self.refused = True
+        await self.respond(error)(scope, self.receive, self.send)
 
     def refusal(self, error: Exception) -> Response | None:
         """Return the response to an error; None if an answer has begun."""
@@ -68,7 +117,7 @@ class RequestChannel:
 
     def respond(self, error: Exception) -> Response:
         """Return the response to any exception, in the error format of the path."""
-        return respond(error, self.request_id, openai=self._openai)
+        return respond(error, self.request_id, openai=is_openai(self._path))
 
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
         """Run the application; cancel it if the caller hangs up before the answer has begun.
@@ -126,13 +175,16 @@ class RequestChannel:
         body = message.get("body", b"")
         if not body and SLOW in self._extensions:
             raise Problem(408, "request_too_slow", self._extensions[SLOW], headers={"Connection": "close"})
-        before, self.bytes = self.bytes, self._bodies.take(self.bytes, len(body))
+        before = self.bytes
+        if before + len(body) > self._most:
+            raise self._too_large()
+        self._bodies.take(len(body))
+        self.bytes += len(body)
         if self._pace is not None and before <= SMALL_BYTES < self.bytes:
-            pace, tenant = self._pace
             # A request that is refused or hangs up while it waits has cost nothing, so close() skips it.
-            self._pace = None
-            self._reserved = await pace.wait(tenant)
-            self._pace = pace, tenant
+            pace, self._pace = self._pace, None
+            self._reserved = await pace.wait(self.tenant)
+            self._pace = pace
         if not message.get("more_body", False):
             self._body_read = True
             if self._when_gone is None:
@@ -156,19 +208,26 @@ class RequestChannel:
         """Stop watching for a hang-up, release the body's bytes and settle the tenant's pace."""
         self._bodies.give_back(self.bytes)
         if self._pace is not None and self.bytes > SMALL_BYTES:
-            pace, tenant = self._pace
-            refused = 400 <= (self.status or 0) < 500 or "in_vain" in self._state
-            items = self._state.get("items", 0)
-            pace.settle(tenant, self._reserved, self.bytes, items, refused=refused)
+            refused = 400 <= (self.status or 0) < 500 or self.in_vain
+            self._pace.settle(self.tenant, self._reserved, self.bytes, self._items, refused=refused)
         if self._when_gone is not None:
             self._when_gone.discard(self._hung_up)
         if self._watch is not None:
             self._watch.cancel()
 
+    def _too_large(self) -> Problem:
+        return Problem(
+            413,
+            "body_too_large",
+            f"The body is larger than {self._most:,} bytes. Send fewer items at once.",
+            headers={"Connection": "close"},
+        )
+
 
 class UploadChannel(RequestChannel):
     """The channel of a bulk upload: each byte received extends its deadline, and silence ends it."""
 
+    is_paced = False
     TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
 
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
@@ -196,29 +255,15 @@ class UploadChannel(RequestChannel):
 
 
 class BodyBudget:
-    """Limits the bytes of one request body, and of all bodies whose requests are in progress."""
+    """Limits the bytes of all bodies together whose requests are in progress."""
 
-    def __init__(self, max_one: int, max_all: float) -> None:
-        self._max_one = max_one
-        self._max_all = max_all
+    def __init__(self, most: float) -> None:
+        self._most = most
         self._held = 0
 
-    def refuse_declared(self, headers: dict[bytes, bytes]) -> Problem | None:
-        """Return the refusal of a body whose Content-Length is too large or invalid, before it is read."""
-        try:
-            length = int(headers.get(b"content-length", b"0"))
-        except ValueError:
-            return Problem(400, "bad_request", "Content-Length is not a number.")
-        return self._too_large() if length > self._max_one else None
-
-    def take(self, before: int, more: int) -> int:
-        """Count `more` bytes of a body that has `before`, and return the sum.
-
-        Raises a 413 Problem if this body is too large, a 429 one if all bodies together are.
-        """
-        if before + more > self._max_one:
-            raise self._too_large()
-        if self._held + more > self._max_all:
+    def take(self, more: int) -> None:
+        """Count `more` bytes. Raises a 429 Problem if all bodies together are too large."""
+        if self._held + more > self._most:
             raise Problem(
                 429,
                 "overloaded",
@@ -226,16 +271,13 @@ class BodyBudget:
                 headers={"Retry-After": "1", "Connection": "close"},
             )
         self._held += more
-        return before + more
 
     def give_back(self, taken: int) -> None:
         """Release the bytes of an answered request."""
         self._held -= taken
 
-    def _too_large(self) -> Problem:
-        return Problem(
-            413,
-            "body_too_large",
-            f"The body is larger than {self._max_one:,} bytes. Send fewer items at once.",
-            headers={"Connection": "close"},
-        )
+
+def channel_of(scope: Scope) -> RequestChannel:
+    """Return the channel of a request that has come through the edge."""
+    channel: RequestChannel = scope["state"]["channel"]
+    return channel

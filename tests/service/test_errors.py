@@ -21,6 +21,7 @@ from models.errors import CodedError, DomainError, InternalFailure
 from service.edge.auth import Authenticator
 from service.edge.channel import RequestChannel
 from service.edge.gateway import Edge
+from service.edge.routes import Body, DeclaredRoute
 from service.errors import STATUSES, Problem, pointer, respond
 from service.monitoring.metrics import Metrics
 from service.server.scope import GONE, new_id
@@ -55,7 +56,7 @@ async def test_an_unknown_path_and_a_wrong_method_are_problems(shell: Shell) -> 
         assert is_problem(await client.post("/livez"), 404, "not_found")
         answer = await client.delete("/things/1")
         assert is_problem(answer, 405, "method_not_allowed")
-        assert answer.headers["allow"] == "GET"
+        assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
 
 
 @pytest.mark.anyio
@@ -104,8 +105,16 @@ async def test_what_is_refused_leaves_nothing_for_the_garbage_collector(tmp_path
 
     edge = Edge()
     settings = Settings(home=tmp_path, access_log=False)
+
+    async def endpoint() -> None:
+        """The application answers by itself."""
+
     edge.open(
-        refusing, [], settings=settings, guard=Authenticator(None, ["127.0.0.1"]), observe=Metrics().request
+        refusing,
+        [DeclaredRoute("POST", "/predict", endpoint, "predict", body=Body("inputs"))],
+        settings=settings,
+        guard=Authenticator(None, ["127.0.0.1"]),
+        observe=Metrics().request,
     )
     gc.collect()
     before = exchanges()

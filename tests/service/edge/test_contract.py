@@ -12,8 +12,7 @@ from fastapi import Depends
 
 from service.api.app import get, page_routes
 from service.api.operations import PageEndpoints
-from service.edge.contract import Contract, allowed, rule_of
-from service.edge.routes import Body
+from service.edge.routes import Body, Contract, RouteTable
 from tests.support.service.client import Caller, reviews
 
 METHODS = ("get", "put", "post", "patch", "delete")
@@ -155,9 +154,10 @@ def test_a_route_s_rule_has_what_its_dependencies_and_its_document_have() -> Non
     async def things(name: str, colour: str, page: None = Depends(page)) -> None: ...
 
     body = Body("none", {"parameters": [{"name": "raw", "in": "query"}, {"name": "h", "in": "header"}]})
-    rule = rule_of(get("/things/{name}", things, "key", body=body))
-    assert rule.parameters == {"limit", "cursor", "colour", "raw"}
-    assert allowed([rule]) == ["GET", "HEAD", "OPTIONS"]
+    route = get("/things/{name}", things, "key", body=body)
+    assert route.parameters == {"limit", "cursor", "colour", "raw"}
+    assert RouteTable([route]).allowed("/things/one") == ["GET", "HEAD", "OPTIONS"]
+    assert RouteTable([route]).allowed("/other") == []
 
 
 @pytest.mark.anyio
@@ -166,7 +166,7 @@ async def test_an_error_on_the_way_of_a_head_reaches_its_caller() -> None:
         raise ZeroDivisionError
 
     (route,) = [route for route in page_routes(PageEndpoints()) if route.path == "/docs"]
-    contract = Contract(failing, [route])
+    contract = Contract(failing, RouteTable([route]))
     scope = {"type": "http", "method": "HEAD", "path": "/docs", "query_string": b"", "route": route}
     with pytest.raises(ZeroDivisionError):
         await contract(scope, None, None)  # type: ignore[arg-type]

@@ -19,8 +19,9 @@ from fastapi import Request
 from service.api.app import post
 from service.edge import pace
 from service.edge.channel import BodyBudget, RequestChannel
-from service.edge.gateway import UPLOADS_OF_A_TENANT, ConcurrencyLimit
-from service.edge.routes import Body
+from service.edge.concurrency import UPLOADS_OF_A_TENANT, ConcurrencyLimit
+from service.edge.layers import SMALL_BODY
+from service.edge.routes import Access, Body, BodyKind
 from service.errors import Problem
 from service.settings import Settings
 from tests.support.service.client import Caller
@@ -149,6 +150,25 @@ async def test_large_requests_that_wait_go_on_one_after_the_other() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_route_reads_as_much_as_the_kind_of_its_body_allows(tmp_path: Path) -> None:
+    async def read(request: Request) -> dict[str, int]:
+        return {"bytes": len(await request.body())}
+
+    async def chunks(size: int) -> AsyncIterator[bytes]:
+        yield b"x" * size
+
+    kinds: tuple[BodyKind, ...] = ("none", "small", "inputs")
+    routes = [post(f"/{kind}", read, "key", body=Body(kind)) for kind in kinds]
+    async with Shell(Settings(home=tmp_path, access_log=False), routes=routes).client() as client:
+        for kind in kinds:
+            assert (await client.post(f"/{kind}", content=b"x" * SMALL_BODY)).json() == {"bytes": SMALL_BODY}
+            for content in (b"x" * (SMALL_BODY + 1), chunks(SMALL_BODY + 1)):
+                answer = await client.post(f"/{kind}", content=content)
+                assert answer.status_code == (200 if kind == "inputs" else 413), kind
+                assert kind == "inputs" or code(answer) == (413, "body_too_large")
+
+
+@pytest.mark.anyio
 async def test_what_waited_in_vain_has_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def receive() -> dict[str, object]:
         return {"type": "http.request", "body": b"x" * (20 << 10)}
@@ -159,9 +179,19 @@ async def test_what_waited_in_vain_has_cost_nothing(monkeypatch: pytest.MonkeyPa
     now = 0.0
     waits = pace.Pace(lambda: now)
     waits.settle("one", 0.0, 100_000_000, 0, refused=True)  # 400 ms, of which 100 are saved up
-    scope = {"type": "http", "method": "POST", "path": "/embed", "state": {}}
-    exchange = RequestChannel(scope, receive, send, BodyBudget(1 << 20, 1 << 20), "id")
-    exchange.pace_by(waits, "one")
+    scope = {"type": "http", "method": "POST", "path": "/embed"}
+    exchange = RequestChannel(
+        scope,
+        receive,
+        send,
+        request_id="id",
+        headers={},
+        access=Access("predict", "inputs"),
+        bodies=BodyBudget(1 << 20),
+        most=1 << 20,
+    )
+    exchange.tenant = "one"
+    exchange.pace_by(waits)
     with monkeypatch.context() as patched:
         patched.setattr(pace, "_LONGEST_WAIT", 0.01)
         with pytest.raises(Problem) as refused:
