@@ -207,7 +207,7 @@ async def compose(
         networks=networks,
         registry=registry,
     )
-    add_gauges(metrics, parts)
+    add_gauges(metrics.registry, parts)
     return components
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
+
+from prometheus_client import CollectorRegistry, Gauge, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.records import JobState
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
     from adapters.registry.registry import Registry
     from models.batching.batcher import Batcher
     from service.monitoring.backbone_monitor import BackboneMonitor
-    from service.monitoring.metrics import Metrics
     from service.monitoring.surveyor import Surveyor
 
 
@@ -44,128 +47,157 @@ class Parts:
     registry: Registry
 
 
-def add_gauges(metrics: Metrics, parts: Parts) -> None:
+Series = Mapping[tuple[str, ...], float]
+"""Values of a metric by the values of its labels."""
+
+
+class Readings(Collector):
+    """A metric that is read in one call at each scrape, with all its series."""
+
+    def __init__(
+        self,
+        family: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        labels: Sequence[str],
+        read: Callable[[], Series],
+    ) -> None:
+        self._new = partial(family, name, text, labels=labels)
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric as it is now."""
+        metric = self._new()
+        for values, value in self._read().items():
+            metric.add_metric(values, value)
+        return [metric]
+
+
+def add_gauges(registry: CollectorRegistry, parts: Parts) -> None:
     """Register the gauges and counters of the components, of memory and of the database."""
-    gauge, counter = metrics.gauge, metrics.counter
     build = {"version": __version__, "python": platform.python_version(), "bentoml": version("bentoml")}
-    gauge("topwork_build_info", "Always 1; the labels say what runs.", lambda: 1.0, build)
-    gauge("topwork_ready", "1 while the service can do all its work.", lambda: float(parts.ready()))
-    for name, batcher in parts.batchers.items():
+    Info("topwork_build", "Always 1; the labels say what runs.", registry=registry).info(build)
+    gauges: dict[str, tuple[str, Callable[[], float]]] = {
+        "ready": ("1 while the service can do all its work.", parts.ready),
+        "fits_queued": ("Fits waiting or running.", lambda: parts.fitter.queued),
+        "connections": ("Connections that are open.", lambda: len(connections)),
+        "head_cache_bytes": ("Bytes of the heads in memory.", lambda: parts.heads.bytes),
+        "network_cache_bytes": (
+            "Bytes of the fine-tuned networks in memory, about.",
+            lambda: parts.networks.bytes,
+        ),
+        "live_versions": ("Adapters with a live version.", lambda: _live_versions(parts.registry)),
+    }
+    for name, (text, read) in gauges.items():
+        Gauge(f"topwork_{name}", text, registry=registry).set_function(read)
+    totals: dict[str, tuple[str, Sequence[str], Callable[[], Series]]] = {
+        "replaced": (
+            "Parts that died or were stuck, and were replaced.",
+            ["part"],
+            lambda: _replaced(parts),
+        ),
+        "connections_cut": (
+            "Connections that were cut off, by reason.",
+            ["why"],
+            lambda: {(why,): connections.cut[why] for why in CUT},
+        ),
+        "head_cache_hits": (
+            "Predictions that found their head in memory.",
+            [],
+            lambda: {(): parts.heads.hits},
+        ),
+        "head_cache_misses": (
+            "Predictions that loaded their head.",
+            [],
+            lambda: {(): parts.heads.misses},
+        ),
+        "head_cache_evictions": (
+            "Heads that made room for others.",
+            [],
+            lambda: {(): parts.heads.evictions},
+        ),
+        "network_cache_misses": (
+            "Predictions that waited for their fine-tuned network.",
+            [],
+            lambda: {(): parts.networks.misses},
+        ),
+    }
+    for name, (text, labels, read_all) in totals.items():
+        registry.register(Readings(CounterMetricFamily, f"topwork_{name}", text, labels, read_all))
+    text = "Jobs by state, over all processes that share the database."
+    registry.register(
+        Readings(GaugeMetricFamily, "topwork_jobs", text, ["state"], lambda: _jobs(parts.registry))
+    )
+    _add_backbones(registry, parts.batchers, parts.surveyor)
+
+
+def _add_backbones(registry: CollectorRegistry, batchers: Mapping[str, Batcher], surveyor: Surveyor) -> None:
+    """Register the metrics of backbones. Batchers are replaced while the service runs."""
+    info = Info(
+        "topwork_backbone",
+        "Always 1; the labels say what a backbone runs on.",
+        ["backbone"],
+        registry=registry,
+    )
+    for name, batcher in batchers.items():
         backbone = batcher.backbone
-        about = {
-            "backbone": name,
-            "device": backbone.device,
-            "precision": backbone.precision,
-            "fingerprint": backbone.spec.fingerprint,
-        }
-        gauge(
-            "topwork_backbone_info", "Always 1; the labels say what a backbone runs on.", lambda: 1.0, about
-        )
-        gauge(
-            "topwork_queue_depth",
+        facts = {"device": backbone.device, "precision": backbone.precision}
+        info.labels(name).info({**facts, "fingerprint": backbone.spec.fingerprint})
+    gauges: dict[str, tuple[str, Sequence[str], Callable[[], Series]]] = {
+        "queue_depth": (
             "Inputs waiting for a backbone.",
-            partial(_depth, parts.batchers, name),
-            {"backbone": name},
-        )
-        for setting in ("alone", "workers", "beside", "batch"):
-            gauge(
-                "topwork_backbone_plan",
-                "How a backbone runs: threads alone, runs beside each other, threads of each, batch.",
-                partial(_plan, parts.batchers, name, setting),
-                {"backbone": name, "setting": setting},
-            )
-        gauge(
-            "topwork_backbone_plan_confirmed",
+            ["backbone"],
+            lambda: {(name,): batcher.depth for name, batcher in batchers.items()},
+        ),
+        "backbone_plan": (
+            "How a backbone runs: threads alone, runs beside each other, threads of each, batch.",
+            ["backbone", "setting"],
+            lambda: {
+                (name, setting): getattr(batcher.backbone.plan, setting)
+                for name, batcher in batchers.items()
+                for setting in ("alone", "workers", "beside", "batch")
+            },
+        ),
+        "backbone_plan_confirmed": (
             "1 if that was measured while the machine was quiet.",
-            partial(_confirmed, parts.surveyor, name),
-            {"backbone": name},
-        )
-        for stage in backbone.seconds_by_stage:
-            counter(
+            ["backbone"],
+            lambda: {(name,): surveyor.measured[name].confirmed for name in batchers},
+        ),
+    }
+    for name, (text, labels, read) in gauges.items():
+        registry.register(Readings(GaugeMetricFamily, f"topwork_{name}", text, labels, read))
+    if any(batcher.backbone.seconds_by_stage for batcher in batchers.values()):
+        registry.register(
+            Readings(
+                CounterMetricFamily,
                 "topwork_gpu_seconds",
                 "Seconds that the thread which runs on the GPU has spent, by what it did.",
-                partial(_seconds, parts.batchers, name, stage),
-                {"backbone": name, "stage": stage},
+                ["backbone", "stage"],
+                lambda: {
+                    (name, stage): seconds
+                    for name, batcher in batchers.items()
+                    for stage, seconds in batcher.backbone.seconds_by_stage.items()
+                },
             )
-    _watch_replacements(metrics, parts)
-    _watch_connections(metrics)
-    gauge("topwork_fits_queued", "Fits waiting or running.", lambda: float(parts.fitter.queued))
-    heads = parts.heads
-    counter(
-        "topwork_head_cache_hits", "Predictions that found their head in memory.", lambda: float(heads.hits)
-    )
-    counter("topwork_head_cache_misses", "Predictions that loaded their head.", lambda: float(heads.misses))
-    counter(
-        "topwork_head_cache_evictions", "Heads that made room for others.", lambda: float(heads.evictions)
-    )
-    gauge("topwork_head_cache_bytes", "Bytes of the heads in memory.", lambda: float(heads.bytes))
-    gauge(
-        "topwork_network_cache_bytes",
-        "Bytes of the fine-tuned networks in memory, about.",
-        lambda: float(parts.networks.bytes),
-    )
-    counter(
-        "topwork_network_cache_misses",
-        "Predictions that waited for their fine-tuned network.",
-        lambda: float(parts.networks.misses),
-    )
-    for state in get_args(JobState):
-        gauge(
-            "topwork_jobs",
-            "Jobs by state, over all processes that share the database.",
-            partial(_jobs, parts.registry, state),
-            {"state": state},
         )
-    gauge("topwork_live_versions", "Adapters with a live version.", partial(_live_versions, parts.registry))
 
 
-def _watch_replacements(metrics: Metrics, parts: Parts) -> None:
-    monitor, fitter, workers = parts.monitor, parts.fitter, parts.workers
-    counts: dict[str, Callable[[], int]] = {
-        "backbone": lambda: monitor.replaced["backbone"],
-        "network": lambda: monitor.replaced["network"],
-        "fitter": lambda: fitter.replaced,
-        "worker": lambda: sum(worker.replaced for worker in workers),
-        "decoder": lambda: Decoder.shared().ended,
+def _replaced(parts: Parts) -> Series:
+    return {
+        ("backbone",): parts.monitor.replaced["backbone"],
+        ("network",): parts.monitor.replaced["network"],
+        ("fitter",): parts.fitter.replaced,
+        ("worker",): sum(worker.replaced for worker in parts.workers),
+        ("decoder",): Decoder.shared().ended,
     }
-    for part, count in counts.items():
-        metrics.counter(
-            "topwork_replaced", "Parts that died or were stuck, and were replaced.", count, {"part": part}
-        )
 
 
-def _watch_connections(metrics: Metrics) -> None:
-    metrics.gauge("topwork_connections", "Connections that are open.", lambda: float(len(connections)))
-    for why in CUT:
-        metrics.counter(
-            "topwork_connections_cut",
-            "Connections that were cut off, by reason.",
-            partial(connections.cut.__getitem__, why),
-            {"why": why},
-        )
-
-
-def _plan(batchers: Mapping[str, Batcher], name: str, setting: str) -> float:
-    return float(getattr(batchers[name].backbone.plan, setting))
-
-
-def _seconds(batchers: Mapping[str, Batcher], name: str, stage: str) -> float:
-    return batchers[name].backbone.seconds_by_stage[stage]
-
-
-def _confirmed(surveyor: Surveyor, name: str) -> float:
-    return float(surveyor.measured[name].confirmed)
-
-
-def _depth(batchers: Mapping[str, Batcher], name: str) -> float:
-    return float(batchers[name].depth)
-
-
-def _jobs(registry: Registry, state: JobState) -> float:
+def _jobs(registry: Registry) -> Series:
+    """Return the jobs in each state, in one query; NaN while the database is unavailable."""
     try:
-        return float(registry.jobs.counts()[state])
+        return {(state,): count for state, count in registry.jobs.counts().items()}
     except RegistryUnavailable:
-        return math.nan
+        return {(state,): math.nan for state in get_args(JobState)}
 
 
 def _live_versions(registry: Registry) -> float:

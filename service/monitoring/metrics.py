@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
-from prometheus_client.registry import Collector
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -20,7 +17,10 @@ _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"
 
 
 class Metrics:
-    """Counts requests, stages, batches and adapts; reads everything else when scraped. Thread-safe."""
+    """Counts requests, stages, batches and adapts. Thread-safe.
+
+    `registry`: also of the metrics that are read at each scrape, see service/monitoring/gauges.py.
+    """
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -58,8 +58,6 @@ class Metrics:
         self._request_time = cache(self._request_seconds.labels)
         self._stage = cache(self._stages.labels)
         self._batch = cache(self._batches.labels)
-        self._watched = _Watched()
-        self.registry.register(self._watched)
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Count one answered request. `route`: the template that matched, or None."""
@@ -79,40 +77,6 @@ class Metrics:
         """Count one adapt by its outcome: promoted, withheld, stored, or the code of the error."""
         self._adapts.labels(outcome).inc()
 
-    def gauge(
-        self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str] | None = None
-    ) -> None:
-        """Report `read()` under `name` at every scrape. Several label sets may share a name."""
-        self._watched.add(GaugeMetricFamily, name, text, read, labels or {})
-
-    def counter(
-        self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str] | None = None
-    ) -> None:
-        """Report a total that another component counts, `read()`, under `name` at every scrape."""
-        self._watched.add(CounterMetricFamily, name, text, read, labels or {})
-
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
-
-
-_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
-
-
-class _Watched(Collector):
-    def __init__(self) -> None:
-        self._sources: dict[
-            str, tuple[_Family, str, list[tuple[Mapping[str, str], Callable[[], float]]]]
-        ] = {}
-
-    def add(
-        self, family: _Family, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str]
-    ) -> None:
-        self._sources.setdefault(name, (family, text, []))[2].append((labels, read))
-
-    def collect(self) -> Iterable[Metric]:
-        for name, (family, text, reads) in self._sources.items():
-            metric = family(name, text, labels=list(reads[0][0]))
-            for labels, read in reads:
-                metric.add_metric(list(labels.values()), read())
-            yield metric

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from adapters.registry.errors import RegistryUnavailable
+from service.monitoring.gauges import Readings, add_gauges
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
 from tests.support.service.edge_app import Shell
@@ -31,9 +37,9 @@ async def test_requests_are_counted_by_template_and_status(tmp_path: Path) -> No
         await client.post("/failing")
     text = shell.metrics.render().decode()
     assert 'topwork_requests_total{method="GET",route="/things/{name}",status="200"} 3.0' in text
-    assert 'topwork_requests_total{method="DELETE",route="/things/{name}",status="405"} 1.0' in text
+    assert 'topwork_requests_total{method="other",route="unmatched",status="405"} 1.0' in text
     assert 'topwork_requests_total{method="POST",route="/failing",status="500"} 1.0' in text
-    assert 'topwork_request_seconds_count{route="/things/{name}"} 4.0' in text
+    assert 'topwork_request_seconds_count{route="/things/{name}"} 3.0' in text
 
 
 @pytest.mark.anyio
@@ -71,18 +77,52 @@ def test_stages_batches_and_adapts() -> None:
     assert 'topwork_adapts_total{outcome="promoted"} 1.0' in text
 
 
-def test_watched_values_are_read_at_every_scrape() -> None:
-    metrics, depth = Metrics(), [3.0]
-    metrics.gauge("topwork_depth", "Depth.", lambda: depth[0], {"backbone": "a"})
-    metrics.gauge("topwork_depth", "Depth.", lambda: 9.0, {"backbone": "b"})
-    metrics.counter("topwork_hits", "Hits.", lambda: 5.0)
+def test_readings_are_taken_at_every_scrape() -> None:
+    metrics = Metrics()
+    depths: dict[tuple[str, ...], float] = {("a",): 3.0, ("b",): 9.0}
+    metrics.registry.register(
+        Readings(GaugeMetricFamily, "topwork_depth", "Depth.", ["backbone"], lambda: depths)
+    )
+    metrics.registry.register(Readings(CounterMetricFamily, "topwork_hits", "Hits.", [], lambda: {(): 5.0}))
     assert 'topwork_depth{backbone="a"} 3.0' in metrics.render().decode()
-    depth[0] = 4.0
+    depths["a",] = 4.0
     text = metrics.render().decode()
     assert 'topwork_depth{backbone="a"} 4.0' in text
     assert 'topwork_depth{backbone="b"} 9.0' in text
     assert "topwork_hits_total 5.0" in text
     assert text.count("# TYPE topwork_depth gauge") == 1
+
+
+def test_jobs_are_counted_once_a_scrape_and_unknown_without_the_database() -> None:
+    asked: list[int] = []
+
+    def counts() -> dict[str, int]:
+        asked.append(1)
+        if len(asked) > 1:
+            raise RegistryUnavailable("away")
+        return {"queued": 2, "running": 1}
+
+    cache = SimpleNamespace(hits=0, misses=0, evictions=0, bytes=0)
+    parts: Any = SimpleNamespace(
+        ready=lambda: True,
+        batchers={},
+        surveyor=SimpleNamespace(measured={}),
+        monitor=SimpleNamespace(replaced=Counter()),
+        fitter=SimpleNamespace(queued=0, replaced=0),
+        workers=(),
+        heads=cache,
+        networks=cache,
+        registry=SimpleNamespace(jobs=SimpleNamespace(counts=counts), live_versions=lambda: 1),
+    )
+    metrics = Metrics()
+    add_gauges(metrics.registry, parts)
+    # Registering reads nothing: the database may be away at the start.
+    assert not asked
+    text = metrics.render().decode()
+    assert 'topwork_jobs{state="queued"} 2.0' in text
+    assert 'topwork_jobs{state="running"} 1.0' in text
+    assert len(asked) == 1
+    assert 'topwork_jobs{state="queued"} NaN' in metrics.render().decode()
 
 
 def test_no_series_tells_when_it_was_created() -> None:
