@@ -1,4 +1,4 @@
-"""Monitors the backbones and the event loop; replaces a stuck backbone or ends the process."""
+"""Monitors the backbones; replaces a stuck one or ends the process."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from models.batching.request import BatcherClosed, EmbeddingFailed, QueueFull
 from models.batching.stall_detector import StallDetector
 from models.runtime.progress import PATIENCE
 from models.spec import FLOAT16
+from service.monitoring.loop_watchdog import LoopWatchdog
 
 logger = logging.getLogger("topwork")
 
@@ -39,8 +40,6 @@ _AGAIN_SECONDS = 60.0  # a second replacement within this time ends the process:
 _OPEN_SECONDS = 30.0  # longest time to open a backbone again
 _RETIRE_SECONDS = 30.0  # for which an exchanged batcher still accepts requests that hold a reference to it
 _MOST_LEFT = 3  # abandoned batchers whose threads have not ended; each keeps its sessions in memory
-_TURN_SECONDS = 10.0  # without a turn of the event loop, after which the process ends
-_WATCH_SECONDS = 0.5  # between checks of the event loop
 
 
 @dataclass(slots=True)
@@ -232,40 +231,6 @@ class BackboneMonitor:
         self._left = [left for left in self._left if left.threads_left] + [batcher]
         if len(self._left) > _MOST_LEFT:
             self._end(f"the threads of {len(self._left)} abandoned batchers have not ended")
-
-
-class LoopWatchdog:
-    """A thread that ends the process if the event loop has not turned for ten seconds.
-
-    Nothing is answered then, and no code in the loop can help. Time is counted as this thread sees it pass,
-    so that a process that was stopped is not ended for that.
-    """
-
-    def __init__(self, end: Callable[[str], NoReturn]) -> None:
-        self._end = end
-        self._turns = 0
-        self._closing = threading.Event()
-
-    def start(self) -> None:
-        """Start the thread; from now on the loop must call `turn`."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def turn(self) -> None:
-        """Record a turn of the loop."""
-        self._turns += 1
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._closing.set()
-
-    def _watch(self) -> None:
-        seen, still, elapsed = self._turns, 0.0, ElapsedTime(2 * _WATCH_SECONDS)
-        while not self._closing.wait(_WATCH_SECONDS):
-            passed = elapsed.lap()
-            still = 0.0 if self._turns != seen else still + passed
-            seen = self._turns
-            if still > _TURN_SECONDS:
-                self._end(f"the event loop has not turned for {still:.1f} s")
 
 
 def _steps(batcher: Batcher) -> int:

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ import pytest
 from PIL import Image
 
 from benchmarks.serving import bombs
-from service.monitoring.backbone_monitor import LoopWatchdog
 from service.server.process import STUCK
 from tests.faults import times
 from tests.support.models import tiny_backbones
@@ -254,30 +252,3 @@ def test_wrong_canaries_take_it_out_and_what_hangs_again_ends_the_process(tmp_pa
         seconds_until(lambda: not service.group())
     finally:
         service.kill()
-
-
-class Ended(Exception):
-    """In place of the end of this process."""
-
-
-def test_a_loop_that_does_not_turn_ends_the_process_after_ten_seconds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("service.monitoring.backbone_monitor._TURN_SECONDS", 0.3)
-    monkeypatch.setattr("service.monitoring.backbone_monitor._WATCH_SECONDS", 0.05)
-    ended: list[str] = []
-    done = threading.Event()
-
-    def end(why: str) -> None:
-        ended.append(why)
-        watchdog.close()
-        done.set()
-
-    watchdog = LoopWatchdog(end)  # type: ignore[arg-type]
-    watchdog.start()
-    for _ in range(20):
-        watchdog.turn()
-        time.sleep(0.05)
-    assert not ended
-    assert done.wait(5.0)
-    assert ended[0].startswith("the event loop has not turned for 0.")
