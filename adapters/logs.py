@@ -26,7 +26,7 @@ _FIELDS = (
     "request_id",
 )
 # Libraries that set their loggers up themselves.
-_LIBRARIES = ("bentoml", "circus", "uvicorn", "uvicorn.access", "uvicorn.error")
+_LIBRARIES = ("bentoml", "circus", "uvicorn", "uvicorn.error")
 
 
 def configure_logging(form: LogFormat) -> None:
@@ -45,6 +45,8 @@ def configure_logging(form: LogFormat) -> None:
         logger.handlers = []
         logger.propagate = True
     logging.getLogger("topwork").setLevel(logging.INFO)
+    # uvicorn prepares a line for each request as soon as this logger has a handler. Ours is topwork.access.
+    logging.getLogger("uvicorn.access").propagate = False
     logging.captureWarnings(True)
 
 
