@@ -18,6 +18,7 @@ from service.edge.gateway import Edge
 from service.server.bentoml_shell import configured_host, shell_around, stop_tracking
 from service.server.connections import connections
 from service.server.image import image
+from service.server.overrides import check_server
 from service.server.process import (
     explain,
     give_back_memory,
@@ -89,6 +90,7 @@ class Topwork:
             if (worker or 1) > 1:
                 raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
             settings = Settings()
+            check_server()
             warn_of_unknown_settings()
             connections.drain_seconds = settings.drain_timeout
             # The key is checked first: if it is required and missing, nothing needs to start.

@@ -42,13 +42,15 @@ class Connection(Protocol):
 class ConnectionTable:
     """The connections of this process. For one event loop. `cut`: number of connections cut off, by reason.
 
-    `draining`: the server is shutting down, and connections close after their next answer. `drain_seconds`:
-    the drain timeout of a server that has no other.
+    `protocol`: the class of all connections, None before the server starts. `draining`: the server is
+    shutting down, and connections close after their next answer. `drain_seconds`: the drain timeout of a
+    server that has no other.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self.cut: Counter[str] = Counter()
         self.draining = False
+        self.protocol: type[asyncio.Protocol] | None = None
         self.drain_seconds = 20
         self._most = most
         self._open: set[Connection] = set()

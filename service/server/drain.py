@@ -12,7 +12,12 @@ from service.server.connections import connections
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server with another shutdown. `bentoml serve` uses it too: see service/app.py."""
+    """uvicorn's server with another shutdown. `bentoml serve` uses it too: see bentoml_shell.py."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does. The application may refuse to: see check_server."""
+        connections.protocol = self.config.http_protocol_class
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept what waits, answer on the open connections within the drain timeout, and close.
