@@ -14,8 +14,9 @@ from adapters.registry.database import Database
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import uploads_of
 from adapters.registry.records import Change, ExampleRecord, Repoint
-from adapters.registry.statements.commit import commit, drop_evidence, drop_versions, recount
+from adapters.registry.statements.commit import commit
 from adapters.registry.statements.queries import artifacts_by_id
+from adapters.registry.statements.repair import drop_evidence, drop_versions, recount
 from adapters.storage.artifact import Artifact, Store, StoreError
 from adapters.storage.formats import decode_inputs, encode_embeddings
 from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans

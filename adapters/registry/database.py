@@ -17,6 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from adapters.registry.errors import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.migrations import HEAD
 from adapters.registry.schema import metadata
+from adapters.registry.sqlite import DAMAGED, begin, prepare, wal_is_safe, why_unusable
 from adapters.storage.artifact import StoreFull
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ class DatabaseUnusable(RegistryUnavailable):
     """The database is damaged, or this process has no access to it. Waiting does not help."""
 
     code = "database_unusable"
-
-
-def wal_is_safe(version: tuple[int, int, int]) -> bool:
-    """Return whether this SQLite version is free of the WAL-reset bug, which can lose committed rows."""
-    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
 
 
 def take_turns(connection: Connection, name: str) -> None:
@@ -70,8 +66,8 @@ class Database:
                 raise ValueError("the registry needs a database file: sqlite:///<path>")
             self._file = Path(parsed.database).absolute()
             self._engine = create_engine(parsed, connect_args={"timeout": patience}, pool_size=16)
-            event.listen(self._engine, "connect", _prepare_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
+            event.listen(self._engine, "connect", prepare)
+            event.listen(self._engine, "begin", begin)
         else:
             if "connect_timeout" not in parsed.query:
                 parsed = parsed.update_query_dict({"connect_timeout": "10"})
@@ -96,7 +92,7 @@ class Database:
         with self.reading() as connection:
             first: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
         if first != "ok":
-            raise DatabaseUnusable(f"The database {self._file} is damaged ({first}). {_DAMAGED}")
+            raise DatabaseUnusable(f"The database {self._file} is damaged ({first}). {DAMAGED}")
 
     def copy_to(self, path: Path) -> None:
         """Copy a snapshot of a SQLite database to a new file. Writers wait for some milliseconds."""
@@ -240,7 +236,7 @@ class Database:
                 raise StoreFull(
                     "There is no space left for the database; make room, then try again."
                 ) from error
-            if self._file is not None and (why := _unusable(error.orig)):
+            if self._file is not None and (why := why_unusable(error.orig)):
                 raise DatabaseUnusable(f"The database {self._file} {why}") from error
             if isinstance(error, OperationalError):
                 raise RegistryUnavailable("The database does not answer; try again later.") from error
@@ -266,22 +262,6 @@ class Database:
                 f"The database is in {got} mode, which SQLite {sqlite3.sqlite_version} must not use; "
                 "stop what else has it open, then start again."
             )
-
-
-def _prepare_sqlite(connection: sqlite3.Connection, entry: ConnectionPoolEntry) -> None:
-    # The driver begins transactions late and ends them early around DDL, so _begin_sqlite does it instead.
-    connection.isolation_level = None
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")
-    # In DELETE mode only EXTRA syncs the directory after the journal is unlinked, which is the commit.
-    wal = wal_is_safe(sqlite3.sqlite_version_info)
-    connection.execute(f"PRAGMA synchronous = {'FULL' if wal else 'EXTRA'}")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later could fail halfway, so writers lock at the start.
-    immediate = connection.get_execution_options().get("begin_immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
 def _stored_revision(connection: Connection) -> str | None:
@@ -311,31 +291,6 @@ def _too_new(stored: str) -> RegistryTooNew:
     return RegistryTooNew(
         f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
     )
-
-
-_DAMAGED = "Stop what uses it, move it away, and put a backup in its place with `topwork restore`."
-# Reasons why a SQLite file is unusable, by SQLite's primary result code.
-_UNUSABLE = {
-    sqlite3.SQLITE_NOTADB: "is no SQLite file, or its header is damaged. " + _DAMAGED,
-    sqlite3.SQLITE_CORRUPT: "is damaged. " + _DAMAGED,
-    sqlite3.SQLITE_CANTOPEN: (
-        "cannot be opened. Its folder must be there and be this user's to write to, and it must be a file; "
-        "TOPWORK_HOME or TOPWORK_DATABASE_URL says where it is."
-    ),
-    sqlite3.SQLITE_READONLY: "cannot be written. Give this user the right to write to it and to its folder.",
-    sqlite3.SQLITE_PERM: "cannot be used. Give this user the right to write to it and to its folder.",
-}
-
-
-def _unusable(error: Any) -> str | None:
-    """Return why a SQLite file cannot be used and what to do, or None if waiting may help."""
-    if isinstance(error, sqlite3.OperationalError) and str(error).startswith(
-        ("no such table", "no such col")
-    ):
-        return f"lacks a part of its tables ({error}). {_DAMAGED}"
-    code = getattr(error, "sqlite_errorcode", None)
-    # The low byte is the primary code.
-    return None if code is None else _UNUSABLE.get(code & 0xFF)
 
 
 def _is_full(error: Any) -> bool:

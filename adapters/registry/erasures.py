@@ -16,7 +16,6 @@ from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from adapters.registry.database import Database, take_turns
 from adapters.registry.errors import UnknownTenant
 from adapters.registry.idempotency import forget
-from adapters.registry.jobs import forget_examples, new_id
 from adapters.registry.records import AdapterRecord
 from adapters.registry.schema import (
     adapters,
@@ -30,6 +29,7 @@ from adapters.registry.schema import (
     tenants,
     versions,
 )
+from adapters.registry.statements.job_rows import forget_examples, new_id
 from adapters.registry.statements.queries import adapter_by_name, chunks, current_time
 from models.errors import Conflict
 

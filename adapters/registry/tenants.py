@@ -7,7 +7,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
@@ -18,6 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.registry.database import Database, take_turns
 from adapters.registry.erasures import check_not_erased
 from adapters.registry.errors import UnknownTenant
+from adapters.registry.quotas import QUOTA_COLUMNS, Quotas, quotas_from
 from adapters.registry.schema import adapters, database_now, keys, tenants
 from adapters.registry.statements.queries import current_time
 from models.errors import Conflict, NotFound
@@ -54,31 +55,10 @@ class KeyNotInUse(Conflict):
     code = "key_not_in_use"
 
 
-class QuotaExceeded(Conflict):
-    """The write would exceed the tenant's quota of adapters or examples."""
-
-    code = "quota_exceeded"
-
-
 class TooManyKeys(Conflict):
     """The tenant has reached MAX_KEYS keys in use."""
 
     code = "too_many_keys"
-
-
-@dataclass(frozen=True, slots=True)
-class Quotas:
-    """A tenant's limits; None where none is set."""
-
-    requests_per_second: float | None = None  # requests with the tenant's keys
-    items_per_second: float | None = None  # inputs and examples in those requests
-    bytes_per_second: float | None = None  # bytes of their bodies
-    max_adapters: int | None = None
-    max_examples: int | None = None  # in all adapters together
-    max_running_jobs: int | None = None
-
-
-_QUOTAS = tuple(tenants.c[field.name] for field in fields(Quotas))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +95,7 @@ class HeldKey:
     scopes: frozenset[Scope]
     secret_sha256: str
     in_use_for: float | None  # seconds of validity after it was read: None without end, 0 if not in use
-    quotas: Quotas = Quotas()
+    quotas: Quotas = field(default_factory=Quotas)
 
     def opens_with(self, secret: str) -> bool:
         """Return whether this is the key's secret, in constant time."""
@@ -215,7 +195,7 @@ class Tenants:
     def find(self, key_id: str) -> HeldKey | None:
         """Return the key with this id, of any tenant, or None."""
         with self._database.reading() as connection:
-            query = select(keys, *_QUOTAS).join(tenants, keys.c.tenant == tenants.c.name)
+            query = select(keys, *QUOTA_COLUMNS).join(tenants, keys.c.tenant == tenants.c.name)
             row = connection.execute(query.where(keys.c.id == key_id)).one_or_none()
             if row is None:
                 return None
@@ -226,7 +206,7 @@ class Tenants:
             if record.revoked_at is not None:
                 left = 0.0
             return HeldKey(
-                record.id, record.tenant, frozenset(record.scopes), row.secret_sha256, left, _quotas(row)
+                record.id, record.tenant, frozenset(record.scopes), row.secret_sha256, left, quotas_from(row)
             )
 
 
@@ -235,37 +215,6 @@ def add_tenant(connection: Connection, name: str) -> None:
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     values = dialect.insert(tenants).values(name=name, created_at=database_now())
     connection.execute(values.on_conflict_do_nothing())
-
-
-def check_adapters(connection: Connection, tenant: str) -> None:
-    """Raises QuotaExceeded if the tenant has max_adapters adapters. Call it in a writing transaction."""
-    quotas = _quotas_of(connection, tenant)
-    if quotas.max_adapters is None:
-        return
-    take_turns(connection, f"adapters of {tenant}")
-    have = select(func.count()).where(adapters.c.tenant == tenant)
-    if connection.execute(have).scalar_one() >= quotas.max_adapters:
-        raise QuotaExceeded(f"The tenant may have {quotas.max_adapters} adapters; delete one.")
-
-
-def check_examples(connection: Connection, tenant: str) -> None:
-    """Raises QuotaExceeded if the transaction leaves the tenant with more than max_examples examples."""
-    quotas = _quotas_of(connection, tenant)
-    if quotas.max_examples is None:
-        return
-    take_turns(connection, f"examples of {tenant}")
-    have = select(func.coalesce(func.sum(adapters.c.examples), 0)).where(adapters.c.tenant == tenant)
-    if connection.execute(have).scalar_one() > quotas.max_examples:
-        raise QuotaExceeded(f"The tenant may keep {quotas.max_examples} examples; remove some.")
-
-
-def _quotas_of(connection: Connection, tenant: str) -> Quotas:
-    row = connection.execute(select(*_QUOTAS).where(tenants.c.name == tenant)).one_or_none()
-    return Quotas() if row is None else _quotas(row)
-
-
-def _quotas(row: Row[Any]) -> Quotas:
-    return Quotas(**{column.name: getattr(row, column.name) for column in _QUOTAS})
 
 
 def _digest(secret: str) -> str:
@@ -292,7 +241,7 @@ def _counted(now: datetime) -> Any:
 
 
 def _tenant_record(row: Row[Any]) -> TenantRecord:
-    return TenantRecord(row.name, row.created_at, _quotas(row), row.adapters, int(row.examples), row.keys)
+    return TenantRecord(row.name, row.created_at, quotas_from(row), row.adapters, int(row.examples), row.keys)
 
 
 def _tenant(connection: Connection, name: str) -> TenantRecord:

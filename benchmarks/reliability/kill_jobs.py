@@ -31,7 +31,7 @@ import httpx
 from adapters.examples.target import input_digest
 from adapters.jobs.lease import checkpoints
 from adapters.registry.errors import KEPT_VERSIONS
-from adapters.registry.jobs import KEPT_JOBS
+from adapters.registry.statements.job_rows import KEPT_JOBS
 from benchmarks.data import datasets
 from benchmarks.data.datasets import Sample
 from benchmarks.harness import client

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import Request, Response
 
 from adapters.adaptation.erasure import Eraser
-from adapters.registry.tenants import KeyRecord, Quotas, TenantRecord, Tenants
+from adapters.registry.quotas import Quotas
+from adapters.registry.tenants import KeyRecord, TenantRecord, Tenants
 from service.api.dependencies import Behind, Limit, NamedTenant
 from service.payloads import render
 from service.payloads.reader import RequestReader

@@ -12,8 +12,8 @@ import typer
 from service.cli.console import command_group, show, show_all
 
 if TYPE_CHECKING:
+    from adapters.registry.quotas import Quotas
     from adapters.registry.registry import Registry
-    from adapters.registry.tenants import Quotas
     from service.settings import Settings
 
 TenantName = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
@@ -111,7 +111,7 @@ def _all_tenants(registry: Registry) -> Iterator[dict[str, Any]]:
 def _quotas(text: str) -> Quotas:
     from pydantic import ValidationError
 
-    from adapters.registry.tenants import Quotas
+    from adapters.registry.quotas import Quotas
     from service.payloads.tenants import QuotasIn
 
     try:

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from adapters.registry.tenants import Quotas
+from adapters.registry.quotas import Quotas
 from service.errors import Problem
 
 _SAVED_SECONDS = 2.0  # burst size, in seconds of quota

@@ -1,4 +1,4 @@
-"""The transaction that writes a Change, and other writes to single adapters."""
+"""The transactions that write a Change, promote a version, and delete an adapter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.registry.errors import AdapterExists, AliasMoved, RevisionMoved
-from adapters.registry.jobs import end, held
+from adapters.registry.quotas import check_adapters, check_examples
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, VersionRecord
-from adapters.registry.schema import adapters, changes, database_now, examples, versions
+from adapters.registry.schema import adapters, changes, database_now, versions
+from adapters.registry.statements.job_rows import end, held
 from adapters.registry.statements.queries import (
     adapter_by_name,
     adapter_by_uid,
@@ -23,7 +24,6 @@ from adapters.registry.statements.queries import (
 )
 from adapters.registry.statements.retention import (
     check_erased,
-    delete_versions,
     drop_fitted_on,
     prune,
     release,
@@ -36,8 +36,7 @@ from adapters.registry.statements.revision_rows import (
     record_version,
     write_examples,
 )
-from adapters.registry.tenants import add_tenant, check_adapters, check_examples
-from adapters.storage.artifact import Artifact
+from adapters.registry.tenants import add_tenant
 
 CHANGES_KEPT = 3600.0
 """Seconds for which the database records which adapters changed."""
@@ -83,7 +82,7 @@ def commit(connection: Connection, change: Change) -> Committed:
         values["restored_at"] = now
     if change.rebase is not None:
         values |= {"backbone": change.rebase.backbone, "fingerprint": change.rebase.fingerprint}
-    after = _finish(connection, adapter, values, gone=erasure is not None)
+    after = update_adapter(connection, adapter, values, gone=erasure is not None)
     if added:
         check_examples(connection, adapter.tenant)
     return Committed(
@@ -127,7 +126,7 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
         # The previously live version may have been kept only because it was live.
         connection.execute(update(adapters).where(adapters.c.uid == uid).values(live=number))
         gone, released = prune(connection, uid, number)
-        adapter = _finish(connection, adapter, {"live": number, "rolled_back_at": standing[1]})
+        adapter = update_adapter(connection, adapter, {"live": number, "rolled_back_at": standing[1]})
     return Committed(
         adapter=adapter,
         alias=alias_of(connection, adapter),
@@ -138,53 +137,6 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
         gone=tuple(sorted(gone)),
         unreferenced=release(connection, released),
     )
-
-
-def drop_versions(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
-    """Delete damaged versions; return the artifacts that are no longer referenced.
-
-    If the live version is missing, the newest remaining one becomes live; under a rollback, the newest older
-    one. Call it in a writing transaction. Raises UnknownAdapter.
-    """
-    adapter = adapter_by_uid(connection, uid, lock=True)
-    _, released = delete_versions(connection, uid, numbers)
-    left = set(connection.scalars(select(versions.c.number).where(versions.c.adapter_uid == uid)))
-    live, held = adapter.standing
-    if live is not None and live not in left:
-        # Under a rollback, a newer version becomes live only if no older one is left.
-        older = {number for number in left if number < live}
-        live = max(older if held and older else left, default=None)
-        held = held if older else None
-    _finish(connection, adapter, {"live": live, "rolled_back_at": held})
-    return release(connection, released)
-
-
-def drop_evidence(connection: Connection, uid: str, numbers: set[int]) -> tuple[Artifact, ...]:
-    """Remove lost evidence from versions; return the artifacts that are no longer referenced.
-
-    Call it in a writing transaction. Raises UnknownAdapter.
-    """
-    adapter = adapter_by_uid(connection, uid, lock=True)
-    which = (versions.c.adapter_uid == uid) & versions.c.number.in_(numbers)
-    released = set(connection.scalars(select(versions.c.evidence_id).where(which))) - {None}
-    connection.execute(update(versions).where(which).values(evidence_id=None))
-    _finish(connection, adapter, {})
-    return release(connection, {number for number in released if number is not None})
-
-
-def recount(connection: Connection, uid: str) -> tuple[Artifact, ...]:
-    """Recompute the adapter's counters from its rows; return no artifacts, as none become unreferenced.
-
-    Call it in a writing transaction. Raises UnknownAdapter.
-    """
-    adapter = adapter_by_uid(connection, uid, lock=True)
-    mine = adapters.c.uid == uid
-    kept = connection.scalar(select(func.count()).where(examples.c.adapter_uid == uid))
-    highest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.adapter_uid == uid)) or 0
-    low = mine & (adapters.c.next_version <= highest)
-    connection.execute(update(adapters).where(low).values(next_version=highest + 1))
-    _finish(connection, adapter, {"examples": kept})
-    return ()
 
 
 def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
@@ -281,9 +233,10 @@ def _staying(connection: Connection, adapter: AdapterRecord, number: int) -> int
     return number
 
 
-def _finish(
+def update_adapter(
     connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
 ) -> AdapterRecord:
+    """Write the values to the adapter's row, with its next epoch, and announce the change."""
     now = _announce(connection, adapter.tenant, adapter.name, gone=gone)
     epoch = next_epoch(adapter.epoch, now)
     connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))

@@ -22,7 +22,7 @@ from adapters.registry.database import Database
 from adapters.registry.errors import AliasMoved, RevisionMoved, UnknownExample, UnknownVersion
 from adapters.registry.records import AdapterRecord, ExampleRecord, ExampleWrite
 from adapters.registry.registry import Registry
-from adapters.registry.statements.commit import drop_versions
+from adapters.registry.statements.repair import drop_versions
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence
 from adapters.storage.open import open_store

@@ -40,7 +40,7 @@ from adapters.jobs.worker import Worker
 from adapters.probe.fit import Dataset, fit
 from adapters.registry.database import Database
 from adapters.registry.errors import RegistryUnavailable
-from adapters.registry.jobs import MAX_ATTEMPTS, upload_request
+from adapters.registry.jobs import upload_request
 from adapters.registry.records import (
     Change,
     Committed,
@@ -51,6 +51,7 @@ from adapters.registry.records import (
     NewVersion,
 )
 from adapters.registry.registry import Registry, new_uid
+from adapters.registry.statements.job_rows import MAX_ATTEMPTS
 from adapters.storage.artifact import Artifact, MissingArtifact, Store
 from adapters.storage.formats import (
     Evidence,

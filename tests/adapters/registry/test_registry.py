@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from adapters.examples.target import Target, Task
-from adapters.registry.database import Database, wal_is_safe
+from adapters.registry.database import Database
 from adapters.registry.errors import KEPT_VERSIONS
 from adapters.registry.registry import (
     AdapterExists,
@@ -33,6 +33,7 @@ from adapters.registry.registry import (
     UnknownVersion,
     new_uid,
 )
+from adapters.registry.sqlite import wal_is_safe
 from adapters.storage.artifact import StoreFull
 from adapters.storage.local import LocalStore
 from tests.support.adapters.records import TEXTS, append, artifact, change, create, example, refit, version

@@ -12,14 +12,13 @@ from sqlalchemy import update
 
 from adapters.registry.database import Database
 from adapters.registry.errors import UnknownTenant
+from adapters.registry.quotas import QuotaExceeded, Quotas
 from adapters.registry.registry import Registry
 from adapters.registry.schema import keys
 from adapters.registry.tenants import (
     MAX_KEYS,
     HeldKey,
     KeyNotInUse,
-    QuotaExceeded,
-    Quotas,
     TenantExists,
     TooManyKeys,
     UnknownKey,

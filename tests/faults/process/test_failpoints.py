@@ -37,7 +37,7 @@ USUAL = [
     ("adapters.registry.registry.Registry.commit:after", "kill"),
     ("adapters.registry.statements.commit.promote:after", "EIO"),
     ("adapters.registry.registry.Registry.promote:after", "kill"),
-    ("adapters.registry.jobs.held:before", "stall"),
+    ("adapters.registry.statements.job_rows.held:before", "stall"),
     ("adapters.processes.frames.write_frame:before", "EIO"),
 ]
 CASES = times(1, 0) * [(place, action) for place in PLACES for action in ACTIONS] or USUAL

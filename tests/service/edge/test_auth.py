@@ -12,7 +12,8 @@ from pydantic import SecretStr, ValidationError
 
 from adapters.registry.erasures import TenantErased
 from adapters.registry.errors import RegistryUnavailable
-from adapters.registry.tenants import HeldKey, Quotas
+from adapters.registry.quotas import Quotas
+from adapters.registry.tenants import HeldKey
 from service.edge.audit import REFUSALS_AT_ONCE, Audit
 from service.edge.auth import Authenticator, KeyMissing, is_loopback, listening_addresses
 from service.settings import Settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapters.registry.tenants import Quotas
+from adapters.registry.quotas import Quotas
 from service.edge.rate_limits import Meter, RateLimiter
 from service.errors import Problem
 
