@@ -15,7 +15,8 @@ from adapters.cache.lru import SingleFlight
 from adapters.completion import to_its_end
 from adapters.registry.errors import UnknownAdapter
 from adapters.registry.records import Alias, Changed
-from adapters.registry.registry import CHANGES_KEPT, Registry
+from adapters.registry.registry import Registry
+from adapters.registry.statements.commit import CHANGES_KEPT
 
 logger = logging.getLogger("topwork")
 

@@ -12,16 +12,6 @@ from sqlalchemy import Select, and_, case, func, select
 
 from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
-from adapters.registry.errors import (
-    AdapterExists,
-    AliasMoved,
-    RegistryTooNew,
-    RegistryUnavailable,
-    RevisionMoved,
-    UnknownAdapter,
-    UnknownExample,
-    UnknownVersion,
-)
 from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
 from adapters.registry.identity import Identity
 from adapters.registry.jobs import Jobs, uploads_of
@@ -32,17 +22,11 @@ from adapters.registry.records import (
     Changed,
     Claim,
     Committed,
-    Creation,
     ExampleRecord,
-    ExampleWrite,
-    NewVersion,
-    Rebase,
-    Repoint,
     VersionRecord,
 )
 from adapters.registry.schema import adapters, changes, erasures, examples
 from adapters.registry.statements import commit as committing
-from adapters.registry.statements.commit import CHANGES_KEPT
 from adapters.registry.statements.queries import (
     adapter_by_name,
     adapter_by_uid,
@@ -60,32 +44,6 @@ from adapters.registry.statements.queries import (
 )
 from adapters.registry.tenants import Tenants
 from adapters.storage.artifact import Artifact
-
-__all__ = [
-    "CHANGES_KEPT",
-    "AdapterExists",
-    "AdapterRecord",
-    "Alias",
-    "AliasMoved",
-    "Change",
-    "Changed",
-    "Committed",
-    "Creation",
-    "ExampleRecord",
-    "ExampleWrite",
-    "NewVersion",
-    "Rebase",
-    "Registry",
-    "RegistryTooNew",
-    "RegistryUnavailable",
-    "Repoint",
-    "RevisionMoved",
-    "UnknownAdapter",
-    "UnknownExample",
-    "UnknownVersion",
-    "VersionRecord",
-    "new_uid",
-]
 
 
 def new_uid() -> str:

@@ -11,8 +11,9 @@ from datetime import timedelta
 import pytest
 
 from adapters.cache.aliases import AliasCache
+from adapters.registry.errors import RegistryUnavailable, UnknownAdapter, UnknownVersion
 from adapters.registry.records import AdapterRecord, Alias, Change, Changed, Committed
-from adapters.registry.registry import Registry, RegistryUnavailable, UnknownAdapter, UnknownVersion, new_uid
+from adapters.registry.registry import Registry, new_uid
 from tests.support.adapters.records import TEXTS, append, artifact, change, create, refit, version
 from tests.support.conditions import eventually
 

@@ -19,8 +19,8 @@ from adapters.adaptation.example_editor import Feedback
 from adapters.jobs.submission import JobSubmitter
 from adapters.registry.errors import TooManyJobs, UnknownAdapter
 from adapters.registry.idempotency import MOST_BYTES, REPLIES_KEPT, AlreadyAnswered, PendingReply, StoredReply
-from adapters.registry.records import Committed, JobRecord
-from adapters.registry.registry import Change, Registry, new_uid
+from adapters.registry.records import Change, Committed, JobRecord
+from adapters.registry.registry import Registry, new_uid
 from adapters.registry.schema import database_now, replies
 from tests.support.adapters.adapter_stack import TENANT, says, taught, world
 from tests.support.adapters.records import TEXTS, append, artifact, change, create, example, version

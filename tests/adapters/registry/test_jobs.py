@@ -18,8 +18,8 @@ from adapters.registry.errors import (
     UnknownAdapter,
     UnknownJob,
 )
-from adapters.registry.records import Claim, JobKind
-from adapters.registry.registry import Committed, Registry
+from adapters.registry.records import Claim, Committed, JobKind
+from adapters.registry.registry import Registry
 from adapters.registry.statements.job_rows import MAX_ATTEMPTS, held
 from tests.support.adapters.job_records import PAST, begin, claim, expire, now_of, set_row, submit
 from tests.support.adapters.records import append, artifact, change, create, version

@@ -14,8 +14,9 @@ from sqlalchemy import inspect
 
 import adapters.registry.migrations
 from adapters.registry.database import Database
+from adapters.registry.errors import RegistryTooNew, UnknownAdapter
 from adapters.registry.migrations import HEAD
-from adapters.registry.registry import Registry, RegistryTooNew, UnknownAdapter
+from adapters.registry.registry import Registry
 from adapters.registry.schema import metadata
 from adapters.storage.artifact import Artifact
 

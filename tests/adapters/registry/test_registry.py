@@ -15,24 +15,18 @@ import pytest
 
 from adapters.examples.target import Target, Task
 from adapters.registry.database import Database
-from adapters.registry.errors import KEPT_VERSIONS
-from adapters.registry.registry import (
+from adapters.registry.errors import (
+    KEPT_VERSIONS,
     AdapterExists,
     AliasMoved,
-    Change,
-    Committed,
-    ExampleWrite,
-    NewVersion,
-    Rebase,
-    Registry,
     RegistryUnavailable,
-    Repoint,
     RevisionMoved,
     UnknownAdapter,
     UnknownExample,
     UnknownVersion,
-    new_uid,
 )
+from adapters.registry.records import Change, Committed, ExampleWrite, NewVersion, Rebase, Repoint
+from adapters.registry.registry import Registry, new_uid
 from adapters.registry.sqlite import wal_is_safe
 from adapters.storage.artifact import StoreFull
 from adapters.storage.local import LocalStore
@@ -652,7 +646,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from adapters.storage.local import LocalStore
-from adapters.registry.registry import Change, ExampleWrite, NewVersion, Registry
+from adapters.registry.registry import Registry
+from adapters.registry.records import Change, ExampleWrite, NewVersion
 url, root = sys.argv[1:]
 registry, store = Registry(url), LocalStore(Path(root))
 step = 0
@@ -699,7 +694,8 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_version_and_leaves_no_row_wi
 KILLED_IN_COMMIT = """
 import os, signal, sys
 from sqlalchemy import event
-from adapters.registry.registry import Change, NewVersion, Registry
+from adapters.registry.registry import Registry
+from adapters.registry.records import Change, NewVersion
 from adapters.storage.artifact import Artifact
 url, uid, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 registry = Registry(url)

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from adapters.registry.errors import AdapterExists, RevisionMoved, UnknownAdapter
-from adapters.registry.registry import Change, Creation, ExampleWrite, NewVersion, Registry, new_uid
+from adapters.registry.records import Change, Creation, ExampleWrite, NewVersion
+from adapters.registry.registry import Registry, new_uid
 from adapters.storage.artifact import Artifact, Store, StoreError
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep

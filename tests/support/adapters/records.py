@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adapters.registry.registry import (
-    AdapterRecord,
-    Change,
-    Committed,
-    Creation,
-    ExampleWrite,
-    NewVersion,
-    Registry,
-    new_uid,
-)
+from adapters.registry.records import AdapterRecord, Change, Committed, Creation, ExampleWrite, NewVersion
+from adapters.registry.registry import Registry, new_uid
 from adapters.storage.artifact import Artifact
 
 TEXTS = Creation("minilm-l6-v2", "f" * 64, "text", "classification", keep_inputs=True)
