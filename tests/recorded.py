@@ -26,7 +26,9 @@ from service.settings import Settings
 FILE = Path(__file__).with_name("recorded.json")
 _PACKAGES = ("models", "adapters", "service")
 _COMMANDS = (
-    (), ("serve",), ("worker",), ("tenants",), ("tenants", "create"), ("keys",), ("keys", "create"),
+    (), ("serve",), ("worker",),
+    ("tenants",), ("tenants", "create"), ("tenants", "list"), ("tenants", "quotas"), ("tenants", "erase"),
+    ("keys",), ("keys", "create"), ("keys", "list"), ("keys", "rotate"), ("keys", "revoke"),
     ("backup",), ("restore",), ("doctor",), ("migrate",), ("plan",),
 )  # fmt: skip
 
