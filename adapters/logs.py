@@ -12,7 +12,7 @@ from structlog.typing import Processor
 LogFormat = Literal["auto", "console", "json"]
 """auto: console on a terminal, JSON otherwise."""
 
-# What `extra` of a record may hold. Other attributes, which libraries add, are not written.
+# The fields of a record that are written, besides its message. Libraries may add others.
 _FIELDS = (
     "method",
     "route",
@@ -25,7 +25,7 @@ _FIELDS = (
     "key",
     "request_id",
 )
-# Libraries that set their loggers up themselves.
+# These libraries set up their loggers themselves.
 _LIBRARIES = ("bentoml", "circus", "uvicorn", "uvicorn.error")
 
 

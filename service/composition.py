@@ -8,14 +8,13 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.commands import AdapterLimits
-from adapters.adaptation.erasure import Eraser, ErasureSweeper
+from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision import RevisionWriter
@@ -36,15 +35,14 @@ from adapters.registry.records import Alias
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
-from adapters.storage.sweeper import SWEPT_AGE, Swept, sweep
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
-from models.errors import DomainError
 from models.model_store import find
 from models.preprocess.limits import InputLimits
 from models.runtime.autotune import MeasuredPlan
 from models.survey import planned
+from service.background import clear_erasures, sweep_artifacts
 from service.components import Components
 from service.edge.concurrency import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.edge.key_cache import KeyCache
@@ -60,8 +58,6 @@ logger = logging.getLogger("topwork")
 
 # Threads for blocking work, in addition to those that compute.
 _THREADS = 4
-_SWEEP_SECONDS = 3_600.0
-_CLEAR_SECONDS = 1.5
 # Upper bounds of a fit's predicted time. Each has its own process, so short fits do not wait for long ones.
 _FIT_SECONDS = (0.25, 2.0, math.inf)
 # Time from the signal to a forced exit; supervisors kill after 30 s.
@@ -169,8 +165,8 @@ async def compose(
         # A shutdown that hangs is ended by force.
         stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
         # Daemon threads: listing a bucket may take long, and shutdown must not wait for it.
-        threading.Thread(target=_sweep, args=(registry, store, closing), daemon=True).start()
-        threading.Thread(target=_clear, args=(registry, store, closing), daemon=True).start()
+        threading.Thread(target=sweep_artifacts, args=(registry, store, closing), daemon=True).start()
+        threading.Thread(target=clear_erasures, args=(registry, store, closing), daemon=True).start()
         threading.Thread(target=trim_memory, args=(closing,), daemon=True).start()
         components = Components(
             settings=settings,
@@ -271,38 +267,3 @@ def _storage(settings: Settings) -> tuple[Registry, Store]:
         registry.close()
         raise
     return registry, store
-
-
-def _sweep(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Put aside artifacts that a killed process published and never recorded, now and every hour."""
-    while not closing.is_set():
-        try:
-            # A database no older than the leftovers may be an empty one, used by mistake.
-            swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
-        except DomainError as error:
-            logger.warning("sweep put off: %s", error)
-        else:
-            if any(asdict(swept).values()):
-                logger.info(
-                    "artifacts without a row: %d put aside, %d deleted after a week; %d have a row again",
-                    swept.aside,
-                    swept.deleted,
-                    swept.brought_back,
-                )
-            if swept.spared:
-                logger.warning(
-                    "%d more artifacts without a row wait for the next sweeps. Unless killed uploads explain "
-                    "that, compare TOPWORK_DATABASE_URL and TOPWORK_STORE_URL",
-                    swept.spared,
-                )
-        closing.wait(_SWEEP_SECONDS)
-
-
-def _clear(registry: Registry, store: Store, closing: threading.Event) -> None:
-    """Remove remains of erased data, also those written later, whichever process erased it."""
-    clearing = ErasureSweeper(registry, store)
-    while not closing.wait(_CLEAR_SECONDS):
-        try:
-            clearing.clear()
-        except DomainError as error:
-            logger.warning("what is left of erasures is removed later: %s", error)

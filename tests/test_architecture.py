@@ -91,7 +91,7 @@ LEVELS = {
         ("service.components",),
         ("service.monitoring", "service.edge"),
         ("service.payloads", "service.server"),
-        ("service.errors", "service.settings"),
+        ("service.background", "service.errors", "service.settings"),
     ),
     "adapters": (
         ("adapters.maintenance", "adapters.jobs", "adapters.prediction"),
@@ -202,6 +202,17 @@ def test_bentoml_is_for_the_edge_and_the_model_store() -> None:
         if not name.startswith("service/")
     }
     assert below <= {"models/export/onnx_export.py", "models/model_store.py"}
+
+
+def test_only_the_server_folder_knows_the_insides_of_uvicorn_and_bentoml() -> None:
+    inside = re.compile(r"uvicorn\.|bentoml\._|_bentoml")
+    found = {
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if any(inside.match(name) for name in imports(path)) and path.parent != ROOT / "service" / "server"
+    }
+    # The folder of BentoML's model store, in which an export takes its lock.
+    assert found <= {"models/export/onnx_export.py"}
 
 
 def test_one_module_opens_sessions() -> None:

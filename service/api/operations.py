@@ -11,7 +11,6 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import bentoml
 from fastapi import Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from markdown_it import MarkdownIt
@@ -23,8 +22,8 @@ from models.batching.batcher import Batcher
 from models.runtime.autotune import MeasuredPlan
 from service.monitoring.metrics import CONTENT_TYPE, Metrics
 from service.payloads.backbones import all_backbones
+from service.server.bentoml_shell import page_assets
 
-_ASSETS = Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
 _SERVED = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui.css": "text/css",
@@ -86,7 +85,7 @@ class PageEndpoints:
         if asset not in _SERVED:
             raise HTTPException(404)
         return FileResponse(
-            _ASSETS / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
+            page_assets() / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
         )
 
 

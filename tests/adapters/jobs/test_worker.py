@@ -67,7 +67,7 @@ from models.manifest import CorruptExport
 from models.preprocess.pixels import normalised
 from models.priority import NICENESS
 from models.spec import ImageTransform
-from service import composition
+from service import background
 from tests.support.adapters.job_records import expire
 from tests.support.adapters.listener import Listener, listening
 from tests.support.conditions import until
@@ -765,11 +765,11 @@ def test_a_worker_of_its_own_gives_way_in_all_threads_but_one_and_exports_what_i
 
 
 def test_the_store_is_swept_while_the_service_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "_SWEEP_SECONDS", 0.1)
-    monkeypatch.setattr(composition, "SWEPT_AGE", -1.0)
+    monkeypatch.setattr(background, "SWEEP_INTERVAL", 0.1)
+    monkeypatch.setattr(background, "SWEPT_AGE", -1.0)
     closing = threading.Event()
     arguments = (place.registry, place.store, closing)
-    sweeping = threading.Thread(target=composition._sweep, args=arguments)
+    sweeping = threading.Thread(target=background.sweep_artifacts, args=arguments)
     sweeping.start()
     time.sleep(0.5)
     before = place.objects()
