@@ -18,7 +18,7 @@ from adapters.finetune.trainer import FineTuned
 from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
-from adapters.probe import calibration
+from adapters.probe.calibration import measures, temperatures
 from adapters.probe.classification import CrossValidated, report_of
 from models.arrays import Floats, Prepared
 from models.backbone import Backbone
@@ -110,13 +110,13 @@ def _measured(
             logits = model.head(torch.from_numpy(rows[lesson.testing])).numpy()
     held = np.where(lesson.held_out, 0, -1).astype(np.int64)
     own = lesson.labels[lesson.testing]
-    temperature, _ = calibration.temperature(logits, own)
+    temperature, _ = temperatures.temperature(logits, own)
     logits = logits / np.float32(temperature)
-    smoothing = calibration.smoothing(len(own))
+    smoothing = measures.smoothing(len(own))
     probabilities = smoothed(softmax(logits), smoothing, len(names))
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
-    threshold = calibration.answer_threshold(confidence, right, wanted)
+    threshold = measures.answer_threshold(confidence, right, wanted)
     layer = model.head
     head = Head(
         task="classification",

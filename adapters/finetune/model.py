@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.finetune.data import Samples, Tensors, batches
 from adapters.heads.head import Head
-from adapters.probe import calibration
+from adapters.probe.calibration import temperatures
 from models.arrays import Floats
 from models.preprocess.pixels import scale_and_shift
 from models.spec import ImageTransform, TextTransform
@@ -163,7 +163,7 @@ def score_of(model: Model, lesson: TrainingSet, embeddings: torch.Tensor) -> Sco
     labels = lesson.labels[lesson.testing]
     # The loss is taken at the best temperature, as one is fitted at the end: otherwise the confidence that
     # grows with training would hide what is learned.
-    _, loss = calibration.temperature(logits, labels)
+    _, loss = temperatures.temperature(logits, labels)
     return Score(loss, float((logits.argmax(axis=1) == labels).mean()))
 
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
-from adapters.probe import calibration
 from adapters.probe.basis import basis_of
 from adapters.probe.budget import FitBudget
+from adapters.probe.calibration import measures, slopes
 from adapters.probe.cross_validation import CrossValidation, FitInputs, strength_penalty
 from adapters.probe.lda import Discriminant
 from adapters.probe.logistic import Softmax
@@ -50,11 +50,11 @@ def fit_classification(
     tellable = len(np.unique(labels[measured])) > 1
     # A held-out example is predicted without the other examples of its fold.
     trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
-    usual = calibration.usual_spread(count, trained_share * len(labels) / count)
+    usual = slopes.usual_spread(count, trained_share * len(labels) / count)
 
-    def blend(logits: Floats, rows: NDArray[np.int64]) -> calibration.Blend:
+    def blend(logits: Floats, rows: NDArray[np.int64]) -> slopes.Blend:
         some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
-        return calibration.blend(
+        return slopes.blend(
             logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], usual
         )
 
@@ -70,17 +70,17 @@ def fit_classification(
         _training(labels, data.folds, sizes),
         data.memory_bytes,
     ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
-    found = calibration.grown(blend(chosen.logits, chosen.rows), trained_share)
+    found = slopes.grown(blend(chosen.logits, chosen.rows), trained_share)
     kept = data.sampled[chosen.rows]
     held, own = chosen.rows[kept], labels[chosen.rows[kept]]
     logits = found.slope * (chosen.logits[:, kept] - trained[:, None]) + found.other * others[:, held]
     logits = np.ascontiguousarray((logits + priors[:, None]).T)
     groups = len(np.unique(data.groups[held]))
-    smoothing = calibration.smoothing(groups)
+    smoothing = measures.smoothing(groups)
     probabilities = smoothed(softmax(logits), smoothing, count)
     confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
     right = answers == own
-    threshold = calibration.answer_threshold(confidence, right, data.answer_accuracy)
+    threshold = measures.answer_threshold(confidence, right, data.answer_accuracy)
     solved = found.slope * chosen.weights
     solved[:, -1] -= found.slope * trained
     if found.other:
@@ -140,7 +140,7 @@ def report_of(
 
     `sizes`: number of examples of each label in all. `unmeasured`: labels (u,) of sampled examples that could
     not be held out, each the only one of its label; they count as wrong, because their label cannot be
-    predicted without them. `groups`, `trained_share`: see calibration.accuracy_interval.
+    predicted without them. `groups`, `trained_share`: see measures.accuracy_interval.
     """
     probabilities, own = held_out.probabilities, held_out.own
     alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
@@ -150,10 +150,10 @@ def report_of(
     measured = len(np.unique(own)) > 1
     wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
     hits = np.bincount(own[right], minlength=len(names))
-    doubtful = calibration.suspects(probabilities, own)
+    doubtful = measures.suspects(probabilities, own)
     report: dict[str, Any] = {
         "accuracy": float(right.sum() / (len(own) + len(alone))) if measured else None,
-        "accuracy_interval": calibration.accuracy_interval(
+        "accuracy_interval": measures.accuracy_interval(
             right, groups=groups, unmeasured=len(alone), trained_share=trained_share
         )
         if measured
@@ -163,7 +163,7 @@ def report_of(
         "labels_not_measured": int((np.bincount(own, minlength=len(names)) == 0).sum()),
         "per_label": _per_label(own, answers, sizes, names),
         "confusion": _confusion(own, answers, names),
-        "calibration_error": calibration.calibration_error(confidence, right) if measured else None,
+        "calibration_error": measures.calibration_error(confidence, right) if measured else None,
         "suspects": _suspects(held_out, doubtful[:_MOST_SUSPECTS], names),
         "suspects_total": len(doubtful),
     }

@@ -10,8 +10,8 @@ import numpy as np
 from adapters.heads.head import Head, directions_for, fit_abstention, sigmoid, smoothed, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
-from adapters.probe import calibration
 from adapters.probe.basis import basis_of
+from adapters.probe.calibration import measures, temperatures
 from adapters.probe.cross_validation import CrossValidation, FitInputs
 from adapters.probe.logistic import Sigmoid
 from models.arrays import Bools, Doubles, Floats, Integers
@@ -51,7 +51,7 @@ def fit_multilabel(
         sampled = np.flatnonzero(data.sampled[rows])
         some = sampled[:: 1 + count * len(sampled) // _MOST_DECISIONS]
         folds = data.folds[rows[some]]
-        temperature, loss = calibration.sigmoid_temperature(
+        temperature, loss = temperatures.sigmoid_temperature(
             frequencies.beyond(logits[:, some], folds),
             truth[:, rows[some]],
             strength,
@@ -61,7 +61,7 @@ def fit_multilabel(
 
     def loss(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
         value, slope = calibrate(logits, rows, strength)
-        return value, slope / calibration.usual_slope(strength)
+        return value, slope / temperatures.usual_slope(strength)
 
     chosen = CrossValidation(
         basis.design, Sigmoid(truth), count, data.folds, training, data.memory_bytes
@@ -75,7 +75,7 @@ def fit_multilabel(
     beyond = frequencies.beyond(chosen.logits[:, sampled], folds)
     logits = np.ascontiguousarray((np.float32(slope) * beyond + frequencies.base[:, folds]).T)
     del beyond
-    smoothing = calibration.smoothing(len(np.unique(data.groups[rows])))
+    smoothing = measures.smoothing(len(np.unique(data.groups[rows])))
     held = _HeldOut(
         probabilities=smoothed(sigmoid(logits), smoothing, 2),
         own=targets[rows],
@@ -195,8 +195,8 @@ class _HeldOut:
         right = answer == self.own[some]
         given, absent = answer & known, ~answer & known
         return (
-            calibration.answer_threshold(probabilities[given], right[given], wanted),
-            calibration.answer_threshold(1.0 - probabilities[absent], right[absent], wanted),
+            measures.answer_threshold(probabilities[given], right[given], wanted),
+            measures.answer_threshold(1.0 - probabilities[absent], right[absent], wanted),
         )
 
     def report(self, assigned: Bools) -> dict[str, Any]:
@@ -219,14 +219,14 @@ class _HeldOut:
             "constant_f1": constant,
             "exact_match": float((assigned == self.own).all(axis=1).mean()) if measured else None,
             "labels_not_measured": int((~(self.own & known).any(axis=0)).sum()),
-            "calibration_error": calibration.calibration_error(self.probabilities[known], self.own[known])
+            "calibration_error": measures.calibration_error(self.probabilities[known], self.own[known])
             if measured
             else None,
             "warnings": warnings,
         }
 
     def _f1_interval(self, assigned: Bools) -> list[float]:
-        """Return the 95 % interval of micro-F1 on a test set; see calibration.share_interval.
+        """Return the 95 % interval of micro-F1 on a test set; see measures.share_interval.
 
         F1 is the share of labels hit in the mean of labels given and labels present. Its scatter between
         groups of examples says how many independent answers they are worth.
@@ -240,7 +240,7 @@ class _HeldOut:
         spread = share * (1.0 - share) * total**2
         # The worth is limited to the actual number, because the scatter is sometimes too small by chance.
         worth = min(spread / scatter, total) if spread and scatter else total
-        return calibration.share_interval(share, worth, n)
+        return measures.share_interval(share, worth, n)
 
     def per_label(
         self, assigned: Bools, support: Integers, decisions: Floats, names: tuple[str, ...]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapters.heads.head import Head
-from adapters.probe import calibration
+from adapters.probe.calibration import measures
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from models.arrays import Floats
 from tests.support.models.synthetic_embeddings import clouds, dataset
@@ -170,12 +170,12 @@ def test_the_threshold_is_where_the_expected_share_is_right() -> None:
     confidence = np.array([0.99, 0.98, 0.97, 0.9, 0.8, 0.6], np.float32)
     right = np.array([True, True, True, True, False, True])
     # The mean of the first four is 0.96, of the first five 0.93.
-    assert calibration.answer_threshold(confidence, right, 0.95) == pytest.approx(0.9)
+    assert measures.answer_threshold(confidence, right, 0.95) == pytest.approx(0.9)
     # Nothing is that good: what is wanted, of each answer.
-    assert calibration.answer_threshold(confidence, right, 0.995) == pytest.approx(0.995)
-    assert calibration.answer_threshold(confidence, right, 0.5) == 0.0
+    assert measures.answer_threshold(confidence, right, 0.995) == pytest.approx(0.995)
+    assert measures.answer_threshold(confidence, right, 0.5) == 0.0
     # With many answers their share of errors counts, not their confidence.
     sure = np.full(1_000, 0.99, np.float32)
-    assert calibration.answer_threshold(sure, np.arange(1_000) % 4 > 0, 0.95) > 0.99
+    assert measures.answer_threshold(sure, np.arange(1_000) % 4 > 0, 0.95) > 0.99
     hesitant = np.linspace(0.7, 0.9, 1_000).astype(np.float32)
-    assert calibration.answer_threshold(hesitant, np.ones(1_000, np.bool_), 0.95) == 0.0
+    assert measures.answer_threshold(hesitant, np.ones(1_000, np.bool_), 0.95) == 0.0

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from adapters.probe import calibration
+from adapters.probe.calibration import slopes
 from adapters.probe.lda import Discriminant
 from models.arrays import Floats
 
@@ -111,7 +111,7 @@ FLAT = np.zeros(LABELS, np.float32)
 def test_two_that_know_different_things_are_better_together() -> None:
     labels = np.random.default_rng(1).integers(0, LABELS, 2_000)
     first, second = logits_of(labels, 1.5, 2), logits_of(labels, 1.0, 3)
-    found = calibration.blend(first, second, FLAT, labels, 1.0)
+    found = slopes.blend(first, second, FLAT, labels, 1.0)
     assert found.slope > found.other > 0.0
     assert found.loss == pytest.approx(loss_of(found.slope * first + found.other * second, labels), abs=1e-4)
     assert found.loss < min(loss_of(first * factor, labels) for factor in (0.5, 1.0, 1.5)) - 0.05
@@ -124,8 +124,8 @@ def test_two_that_know_different_things_are_better_together() -> None:
 def test_one_that_knows_nothing_or_the_opposite_does_not_count() -> None:
     labels = np.random.default_rng(4).integers(0, LABELS, 2_000)
     first = logits_of(labels, 1.5, 5)
-    assert calibration.blend(first, logits_of(labels, 0.0, 6), FLAT, labels, 1.0).other < 0.05
-    found = calibration.blend(first, -logits_of(labels, 1.0, 7), FLAT, labels, 1.0)
+    assert slopes.blend(first, logits_of(labels, 0.0, 6), FLAT, labels, 1.0).other < 0.05
+    found = slopes.blend(first, -logits_of(labels, 1.0, 7), FLAT, labels, 1.0)
     assert (found.slope > 0.0, found.other) == (True, 0.0)
 
 
@@ -133,21 +133,21 @@ def test_logits_that_know_the_opposite_keep_the_order_of_labels() -> None:
     """With few examples the slope is small but not zero, so no head is a constant."""
     labels = np.random.default_rng(8).integers(0, LABELS, 30)
     first = -logits_of(labels, 2.0, 9)
-    found = calibration.blend(first, np.zeros_like(first), FLAT, labels, 0.4)
+    found = slopes.blend(first, np.zeros_like(first), FLAT, labels, 0.4)
     assert 0.0 < found.slope < 0.2
 
 
 def test_the_scale_of_logits_does_not_matter() -> None:
     labels = np.random.default_rng(10).integers(0, LABELS, 40)
     first, second = logits_of(labels, 1.0, 11), logits_of(labels, 1.0, 12)
-    one = calibration.blend(first, second, FLAT, labels, 0.5)
-    other = calibration.blend(50.0 * first, 0.02 * second, FLAT, labels, 0.5)
+    one = slopes.blend(first, second, FLAT, labels, 0.5)
+    other = slopes.blend(50.0 * first, 0.02 * second, FLAT, labels, 0.5)
     assert 50.0 * other.slope == pytest.approx(one.slope, rel=1e-3)
     assert 0.02 * other.other == pytest.approx(one.other, rel=1e-2, abs=1e-4)
 
 
 def test_without_examples_the_usual_slope_is_taken() -> None:
     nothing = np.zeros((LABELS, 0), np.float32)
-    found = calibration.blend(nothing, nothing, FLAT, np.zeros(0, np.int64), 0.3)
+    found = slopes.blend(nothing, nothing, FLAT, np.zeros(0, np.int64), 0.3)
     assert found.slope > 0.5
     assert (found.other, found.loss) == (0.0, 0.0)

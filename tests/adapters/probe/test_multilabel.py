@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from adapters.heads.head import Head
-from adapters.probe import calibration
+from adapters.probe.calibration import temperatures
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from models.arrays import Bools, Floats
 from tests.support.models.synthetic_embeddings import dataset, permuted
@@ -213,9 +213,9 @@ def test_the_temperature_leaves_the_base_alone() -> None:
     z = generator.standard_normal((4, 3_000)).astype(np.float32)
     base = np.broadcast_to(np.array([[-4.0], [-2.0], [0.0], [1.0]], dtype=np.float32), z.shape)
     targets = (generator.random(z.shape) < 1.0 / (1.0 + np.exp(-(base + 3.0 * z)))).astype(np.float32)
-    temperature, loss = calibration.sigmoid_temperature(z, targets, 0.03, base)
+    temperature, loss = temperatures.sigmoid_temperature(z, targets, 0.03, base)
     assert 1.0 / temperature == pytest.approx(3.0, rel=0.1)
-    assert loss < calibration.sigmoid_temperature(z, targets, 0.03, np.zeros_like(base))[1]
+    assert loss < temperatures.sigmoid_temperature(z, targets, 0.03, np.zeros_like(base))[1]
 
 
 def learnable(n: int, labels: int, *, apart: float = 4.0, seed: int = 0) -> tuple[Floats, Bools]:
