@@ -15,7 +15,8 @@ import torch
 from adapters.finetune.data import Tensors, batches, seeded
 from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.trainer import FineTuned
-from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
+from adapters.heads.abstention import fit_abstention
+from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe.calibration import measures, temperatures

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from adapters.examples.target import Task
+from adapters.heads.abstention import AbstentionRule, energy, novelty_score
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
 from models.arrays import Floats
@@ -58,22 +59,6 @@ class Predictions:
 
 
 @dataclass(frozen=True, slots=True)
-class AbstentionRule:
-    """When to abstain for lack of confidence, and the usual energy of logits."""
-
-    threshold: float = 0.0  # confidence below which no answer is given; 0 always answers
-    # Mean and standard deviation of the energy of held-out examples' logits. Unfamiliar inputs have a low
-    # energy, even where softmax is confident (Liu et al. 2020).
-    energy_mean: float = 0.0
-    energy_deviation: float = 1.0
-
-    def surprise(self, energy: Floats) -> Floats:
-        """How many standard deviations the energy lies below the mean of held-out examples."""
-        result: Floats = (np.float32(self.energy_mean) - energy) / np.float32(self.energy_deviation)
-        return result
-
-
-@dataclass(frozen=True, slots=True)
 class Head:
     """Linear weights with labels, a temperature and abstention statistics, for one backbone fingerprint.
 
@@ -87,7 +72,7 @@ class Head:
     weight: Floats  # float32 (labels or 1, dim), for scaled features
     bias: Floats  # float32 (labels or 1,)
     temperature: float = 1.0
-    doubt: AbstentionRule = AbstentionRule()
+    doubt: AbstentionRule = field(default_factory=AbstentionRule)
     region: NoveltyRegion | None = None
     # float32 (labels,). Probability from which a multilabel label is assigned; (0,) for other tasks.
     decisions: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
@@ -161,9 +146,9 @@ class Head:
         if self.region is not None:
             squared = self.region.squared_distance(embeddings)
             distance = np.sqrt(squared / np.float32(self.region.limit))
-            score += _evidence(self.region.surprise(squared))
+            score += novelty_score(self.region.surprise(squared))
         if self.task != "regression":
-            score += _evidence(self.doubt.surprise(energy(logits, self.task)))
+            score += novelty_score(self.doubt.surprise(energy(logits, self.task)))
         return distance, score
 
     def to_bytes(self) -> bytes:
@@ -301,31 +286,6 @@ def smoothed(probabilities: Floats, share: float, outcomes: int) -> Floats:
         probabilities *= np.float32(1.0 - share)
         probabilities += np.float32(share / outcomes)
     return probabilities
-
-
-def fit_abstention(threshold: float, logits: Floats, task: Task) -> AbstentionRule:
-    """The abstention rule, with the energy of held-out logits (n, labels), temperature included."""
-    if len(logits) < 2:
-        return AbstentionRule(threshold)
-    energies = energy(logits, task)
-    return AbstentionRule(threshold, float(energies.mean()), max(float(energies.std()), 0.01))
-
-
-def energy(logits: Floats, task: Task) -> Floats:
-    """Energy (n,) of logits (n, labels): their log-sum-exp, or for multilabel its sum over single labels."""
-    if task == "multilabel":
-        # Each label is set against its absence, whose logit is 0.
-        each: Floats = np.logaddexp(np.float32(0.0), logits).sum(axis=1)
-        return each
-    top = logits.max(axis=1)
-    result: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    return result
-
-
-def _evidence(surprise: Floats) -> Floats:
-    """Softplus squared: almost zero for negative values, about the square for positive ones."""
-    result: Floats = np.logaddexp(np.float32(0.0), surprise) ** 2
-    return result
 
 
 def _array(info: Mapping[str, Any]) -> NDArray[Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.heads.head import Head, directions_for, fit_abstention, smoothed, softmax, storable
+from adapters.heads.abstention import fit_abstention
+from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
 from adapters.probe.basis import basis_of

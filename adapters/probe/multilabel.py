@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters.heads.head import Head, directions_for, fit_abstention, sigmoid, smoothed, storable
+from adapters.heads.abstention import fit_abstention
+from adapters.heads.head import Head, directions_for, sigmoid, smoothed, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
 from adapters.probe.basis import basis_of

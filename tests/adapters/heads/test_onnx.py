@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from adapters.heads.head import AbstentionRule, Head
+from adapters.heads.abstention import AbstentionRule
+from adapters.heads.head import Head
 from adapters.heads.novelty import fit_region
 from adapters.heads.onnx import append_head
 from adapters.heads.scaling import Scaling

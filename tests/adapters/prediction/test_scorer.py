@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adapters.heads.head import AbstentionRule, Head, Predictions
+from adapters.heads.abstention import AbstentionRule
+from adapters.heads.head import Head, Predictions
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.prediction.scorer import HeadScorer, Prediction, shape
