@@ -95,8 +95,9 @@ class Head:
 
     @property
     def nbytes(self) -> int:
-        """Size of the arrays as they are stored, in bytes."""
-        return sum(array.nbytes for array in self._arrays().values())
+        """Bytes of memory that the arrays take. In a file, large weights take half of it."""
+        arrays = [self.weight, self.bias, self.scaling.mean, self.decisions]
+        return sum(array.nbytes for array in arrays) + (self.region.nbytes if self.region is not None else 0)
 
     @property
     def threshold(self) -> float:

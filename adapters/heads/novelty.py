@@ -42,6 +42,12 @@ class NoveltyRegion:
     log_deviation: float
     limit: float  # largest accepted squared distance, their 99th percentile
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the arrays take."""
+        arrays = (self.mean, self.directions, self.steps, self.plain, self.centres)
+        return sum(array.nbytes for array in arrays)
+
     def squared_distance(self, embeddings: Floats) -> Floats:
         """Squared distances, float32 (n,), of embeddings (n, dim)."""
         centred = embeddings - self.mean

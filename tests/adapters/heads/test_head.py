@@ -97,6 +97,20 @@ def test_a_head_of_twenty_labels_weighs_kilobytes(dim: int) -> None:
     assert len(fit(dataset(rows, names)).head.to_bytes()) <= 64 << 10
 
 
+def test_a_head_counts_the_memory_that_it_takes() -> None:
+    """A cache counts by it. In a file, large weights and all means take half as much."""
+    rows, names = clouds(200, 1_280, 20, apart=4.0)
+    head = Head.from_bytes(fit(dataset(rows, names)).head.to_bytes())
+    region = head.region
+    assert region is not None
+    means = head.scaling.mean.nbytes + region.mean.nbytes
+    others = head.bias.nbytes + head.decisions.nbytes + region.directions.nbytes
+    small = region.steps.nbytes + region.plain.nbytes + region.centres.nbytes
+    assert head.weight.nbytes == 4 * 20 * 1_280
+    assert means == 2 * 4 * 1_280
+    assert head.nbytes == head.weight.nbytes + means + others + small
+
+
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_the_onnx_file_answers_like_the_head(task: str, kind: str, tmp_path: Path) -> None:
