@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
 
-from adapters.adaptation.promotion import Decision, Promote
+from adapters.adaptation.promotion.decision import Decision, Promote
 from adapters.examples.target import Task, Weights
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample
 from adapters.finetune.config import FineTuneConfig

@@ -13,7 +13,7 @@ import numpy as np
 from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.layout import PlannedExample
-from adapters.adaptation.promotion import Promote
+from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.revision_files import AdapterContext, new_version

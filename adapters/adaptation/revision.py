@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from adapters.adaptation.agreement import Agreement, ask
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
 from adapters.adaptation.layout import LayoutPlan, PlannedExample, plan_change
-from adapters.adaptation.promotion import Decision, Promote, best_of, decide, remember, unlearned
+from adapters.adaptation.promotion.agreement import Agreement, ask
+from adapters.adaptation.promotion.decision import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
 from adapters.adaptation.revision_files import (
     AdapterContext,

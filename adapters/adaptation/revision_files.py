@@ -12,7 +12,7 @@ import numpy as np
 
 from adapters.adaptation.commands import ExampleEdit
 from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored, locate
-from adapters.adaptation.promotion import Decision
+from adapters.adaptation.promotion.decision import Decision
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.heads.head import Head
 from adapters.registry.records import AdapterRecord, Change, Creation, ExampleRecord, NewVersion

@@ -21,7 +21,7 @@ from adapters.adaptation.commands import (
     ExamplesRejected,
     RevisionResult,
 )
-from adapters.adaptation.promotion import as_asked
+from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.revision_files import AdapterContext

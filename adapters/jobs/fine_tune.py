@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adaptation.adapt import terms_of, wanted
-from adapters.adaptation.promotion import Promote, as_asked, decide_late
+from adapters.adaptation.promotion.decision import Promote, as_asked, decide_late
 from adapters.adaptation.revision import with_ids
 from adapters.adaptation.revision_files import LINEAR_PROBE
 from adapters.examples.copies import together

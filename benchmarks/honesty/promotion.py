@@ -14,8 +14,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.agreement import ask
-from adapters.adaptation.promotion import Decision, Promote, best_of, decide, remember, unlearned
+from adapters.adaptation.promotion.agreement import ask
+from adapters.adaptation.promotion.decision import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.examples.target import Target, Task
 from adapters.heads.head import Head
 from adapters.probe.fit import Dataset, fit

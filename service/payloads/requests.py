@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from adapters.adaptation.commands import AdaptCommand, Update
-from adapters.adaptation.promotion import Promote
+from adapters.adaptation.promotion.decision import Promote
 from adapters.examples.target import Task, Weights
 from adapters.finetune.config import FineTuneConfig
 

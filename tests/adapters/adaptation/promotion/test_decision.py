@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from adapters.adaptation.promotion import (
+from adapters.adaptation.promotion.decision import (
     Comparison,
     best_of,
     decide,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.adaptation.agreement import Agreement, against
+from adapters.adaptation.promotion.agreement import Agreement, against
 from adapters.examples.target import Target, Task, label_set
 from adapters.registry.records import AdapterRecord
 from adapters.storage.formats import Evidence, History

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.adaptation.agreement import against, ask
+from adapters.adaptation.promotion.agreement import against, ask
 from adapters.examples.target import Target, Task
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from adapters.storage.formats import Evidence
