@@ -14,6 +14,7 @@ from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion.decision import Promote
+from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.revision_files import AdapterContext, new_version
@@ -202,24 +203,22 @@ class ExampleEditor:
             adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
         )
         encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
-        published = await self._repository.publish(
-            adapter.tenant,
-            adapter.uid,
-            [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)],
-        )
-        *moved, head, evidence = published
-        change = Change(
-            tenant=adapter.tenant,
-            name=adapter.name,
-            uid=adapter.uid,
-            revision=state.revision,
-            rebase=Rebase(backbone, spec.fingerprint),
-            repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
-            version=new_version(fit, head, evidence),
-            promote=fit.decision.promote,
-            standing=adapter.standing,
-        )
-        committed = await self._repository.commit(change, published)
+        async with Publication(self._repository, adapter.tenant, adapter.uid) as publication:
+            *moved, head, evidence = await publication.publish(
+                [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
+            )
+            change = Change(
+                tenant=adapter.tenant,
+                name=adapter.name,
+                uid=adapter.uid,
+                revision=state.revision,
+                rebase=Rebase(backbone, spec.fingerprint),
+                repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
+                version=new_version(fit, head, evidence),
+                promote=fit.decision.promote,
+                standing=adapter.standing,
+            )
+            committed = await publication.commit(change)
         await self._writer.warm(committed, fit)
         return RevisionResult(committed, fit.decision, timings, truncated)
 

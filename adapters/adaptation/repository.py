@@ -17,12 +17,13 @@ from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.processes.turns import Gate
-from adapters.registry.errors import RegistryUnavailable, UnknownAdapter, UnknownVersion
+from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed
+from adapters.registry.errors import UnknownAdapter, UnknownVersion
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, ExampleRecord, VersionRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
-from adapters.storage.formats import Evidence, decode_embeddings, decode_evidence, decode_inputs
+from adapters.storage.formats import Evidence, decode_embeddings, decode_inputs
 from models.arrays import Floats
 from models.priority import lower_thread_priority
 
@@ -197,20 +198,7 @@ class AdapterRepository:
 
     async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
         """Return the evidence of a version; None if there is no such version, or its evidence is lost."""
-        if number is None:
-            return None
-        try:
-            version = await asyncio.to_thread(self.registry.version, adapter.uid, number)
-            if version.evidence is None:
-                return None
-            return await self.read(adapter.tenant, adapter.uid, version.evidence, decode_evidence)
-        except UnknownVersion:
-            # The version has just been deleted; if its adapter was too, the commit fails.
-            return None
-        except (MissingArtifact, CorruptArtifact) as error:
-            # A failed comparison must not keep a tenant from adapting.
-            logger.warning("no comparison with version %d: %s", number, error)
-            return None
+        return await asyncio.to_thread(evidence_of, self.registry, self._store, adapter, number)
 
     async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
         """Read a published file, and decode it in the same thread."""
@@ -260,7 +248,10 @@ class AdapterRepository:
             await self.drop(tenant, uid, await publishing)
 
     async def commit(
-        self, change: Change, published: Sequence[Artifact], reply: PendingReply[Committed] | None = None
+        self,
+        change: Change,
+        published: Sequence[Artifact] = (),
+        reply: PendingReply[Committed] | None = None,
     ) -> Committed:
         """Commit, update the alias cache, and delete the files that are no longer referenced.
 
@@ -272,18 +263,23 @@ class AdapterRepository:
     async def _commit(
         self, change: Change, published: Sequence[Artifact], reply: PendingReply[Committed] | None
     ) -> Committed:
-        try:
-            committed = await asyncio.to_thread(
-                lambda: self.registry.commit(change, job=self._job, reply=reply)
-            )
-        except RegistryUnavailable:
-            # The change may have been committed all the same; if not, a sweep finds the files.
-            raise
-        except Exception:
-            await self.drop(change.tenant, change.uid, published)
-            raise
+        committed = await self.record(
+            change.tenant,
+            change.uid,
+            published,
+            lambda: self.registry.commit(change, job=self._job, reply=reply),
+        )
         await self.settle(committed)
         return committed
+
+    async def record(self, tenant: str, uid: str, files: Sequence[Artifact], write: Callable[[], T]) -> T:
+        """Run `write` in a thread: it records rows that refer to the files. See kept_if_committed."""
+
+        def recorded() -> T:
+            with kept_if_committed(self._store, tenant, uid, files):
+                return write()
+
+        return await asyncio.to_thread(recorded)
 
     async def settle(self, committed: Committed) -> None:
         """Update the alias cache after a commit, and delete the files that it left unreferenced."""
@@ -310,10 +306,7 @@ class AdapterRepository:
             return
         for artifact in artifacts:
             self._embeddings.drop(artifact.name)
-        try:
-            await asyncio.to_thread(self._store.delete, tenant, uid, artifacts)
-        except StoreError as error:
-            logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
+        await asyncio.to_thread(delete_unreferenced, self._store, tenant, uid, artifacts)
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:

@@ -14,6 +14,7 @@ from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit
 from adapters.adaptation.layout import LayoutPlan, PlannedExample, plan_change
 from adapters.adaptation.promotion.agreement import Agreement, ask
 from adapters.adaptation.promotion.decision import Decision, Promote, best_of, decide, remember, unlearned
+from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
 from adapters.adaptation.revision_files import (
     AdapterContext,
@@ -26,7 +27,6 @@ from adapters.adaptation.revision_files import (
     publish_bundle,
 )
 from adapters.cache.lru import ByteLRU
-from adapters.completion import to_its_end
 from adapters.examples.target import label_set
 from adapters.heads.head import CorruptHead, Head
 from adapters.probe.fit import Dataset, OneLabel
@@ -137,44 +137,41 @@ class RevisionWriter:
             return RevisionResult(committed, None if fit is None else fit.decision, timings)
 
         with _timed(timings, "publish", self._observe):
-            files = await self._publish(subject, plan, fresh, fit, ahead)
-            change = change_of(subject, edit, plan, files, fit)
-            committed = await self.repository.commit(change, files.every, reply and reply.of(revised))
+            async with Publication(self.repository, subject.tenant, subject.uid) as publication:
+                files = await self._publish(publication, subject, plan, fresh, fit, ahead)
+                change = change_of(subject, edit, plan, files, fit)
+                committed = await publication.commit(change, reply and reply.of(revised))
         await self.warm(committed, fit)
         return revised(committed)
 
     async def _publish(
         self,
+        publication: Publication,
         subject: AdapterContext,
         plan: LayoutPlan,
         fresh: Mapping[str, Floats],
         fit: Fit | None,
         ahead: BackgroundPublish | None,
     ) -> RevisionFiles:
-        """Publish the files of a revision; if that fails, none of them is left."""
+        """Publish the files of a revision."""
         encoders = new_files(subject, plan, fresh, fit)
-        early = ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh])
-        if early:
+        early = None
+        if ahead is not None and ahead.fits(subject.uid, [example.digest for example in plan.fresh]):
+            early = ahead
             del encoders["inputs"]
-        published = await self.repository.publish(subject.tenant, subject.uid, list(encoders.values()))
-        named = dict(zip(encoders, published, strict=True))
-        files = RevisionFiles(
-            embeddings=named.get("embeddings"),
-            inputs=named.get("inputs"),
-            head=named.get("head"),
-            evidence=named.get("evidence"),
+        published = dict(zip(encoders, await publication.publish(list(encoders.values())), strict=True))
+        inputs = published.get("inputs") if early is None else await publication.take(early)
+        # Bundles are published one by one: together they may be all that the adapter keeps.
+        rewritten = [
+            await publish_bundle(self.repository, publication, subject, bundle) for bundle in plan.bundles
+        ]
+        return RevisionFiles(
+            embeddings=published.get("embeddings"),
+            inputs=inputs,
+            head=published.get("head"),
+            evidence=published.get("evidence"),
+            rewritten=tuple(rewritten),
         )
-        try:
-            if ahead is not None and early:
-                files = replace(files, inputs=await ahead.take())
-            # Bundles are published one by one: together they may be all that the adapter keeps.
-            for bundle in plan.bundles:
-                slot = await publish_bundle(self.repository, subject, bundle)
-                files = replace(files, rewritten=(*files.rewritten, slot))
-        except BaseException:
-            await to_its_end(self.repository.drop(subject.tenant, subject.uid, files.every))
-            raise
-        return files
 
     async def fit(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 from adapters.adaptation.commands import ExampleEdit
 from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored, locate
 from adapters.adaptation.promotion.decision import Decision
+from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.heads.head import Head
 from adapters.registry.records import AdapterRecord, Change, Creation, ExampleRecord, NewVersion
@@ -117,13 +118,6 @@ class RevisionFiles:
         """The first slot of the new examples."""
         return None if self.embeddings is None else SegmentSlot(self.embeddings, 0, self.inputs)
 
-    @property
-    def every(self) -> list[Artifact]:
-        """All of them."""
-        bundles = [file for slot in self.rewritten for file in (slot.segment, slot.inputs)]
-        files = (self.embeddings, self.inputs, *bundles, self.head, self.evidence)
-        return [file for file in files if file is not None]
-
 
 def new_files(
     subject: AdapterContext, plan: LayoutPlan, fresh: Mapping[str, Floats], fit: Fit | None
@@ -143,7 +137,7 @@ def new_files(
 
 
 async def publish_bundle(
-    repository: AdapterRepository, subject: AdapterContext, bundle: Sequence[Stored]
+    repository: AdapterRepository, publication: Publication, subject: AdapterContext, bundle: Sequence[Stored]
 ) -> SegmentSlot:
     """Publish the examples of a bundle in files of their own; return the first one's slot."""
     assert subject.adapter is not None
@@ -151,7 +145,7 @@ async def publish_bundle(
     encoders: list[Encode] = [partial(encode_embeddings, moved, subject.terms.fingerprint)]
     if bundle[0].inputs is not None:
         encoders.append(partial(encode_inputs, await kept_inputs(repository, subject.adapter, bundle)))
-    segment, *inputs = await repository.publish(subject.tenant, subject.uid, encoders)
+    segment, *inputs = await publication.publish(encoders)
     return SegmentSlot(segment, 0, inputs[0] if inputs else None)
 
 

@@ -34,14 +34,22 @@ from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.submission import FINE_TUNE, CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from adapters.probe.folds import folds
-from adapters.registry.errors import RegistryUnavailable, RevisionMoved, UnknownVersion
-from adapters.registry.records import AdapterRecord, Change, Committed, Creation, ExampleRecord, NewVersion
+from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed, rows_at
+from adapters.registry.errors import RevisionMoved
+from adapters.registry.records import (
+    AdapterRecord,
+    Change,
+    Committed,
+    Creation,
+    ExampleRecord,
+    JobRecord,
+    NewVersion,
+)
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Artifact, Store, StoreError
+from adapters.storage.artifact import Artifact, Store
 from adapters.storage.formats import (
     Evidence,
     decode_embeddings,
-    decode_evidence,
     decode_inputs,
     encode_evidence,
 )
@@ -142,7 +150,7 @@ class FineTuneJob:
             committed = None
             self._registry.jobs.succeed(lease.claim, {"share": 1.0, "outcome": NO_BETTER})
         else:
-            committed = self._commit(kept, found, job.request, lease)
+            committed = self._commit(kept, found, lease)
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
@@ -184,21 +192,17 @@ class FineTuneJob:
         # Some examples may have lost their inputs.
         examples = [example for example in every if example.inputs is not None and not example.excluded]
         check_tunable(adapter, examples)
-        files = {example.segment for example in examples} | {
-            example.inputs for example in examples if example.inputs is not None
-        }
-        data = {file: self._store.read(tenant, adapter.uid, file) for file in files}
-        rows = {example.segment: decode_embeddings(data[example.segment]) for example in examples}
-        inputs = {
-            example.inputs: decode_inputs(data[example.inputs]) for example in examples if example.inputs
-        }
+
+        def read(file: Artifact) -> bytes:
+            return self._store.read(tenant, adapter.uid, file)
+
         return _Kept(
             adapter,
             revision,
             wanted(terms_of(adapter), request.get("answer_accuracy"), request.get("weights")),
             examples,
-            np.stack([rows[example.segment][example.row] for example in examples]),
-            [inputs[example.inputs][example.row] for example in examples if example.inputs is not None],
+            np.stack(rows_at([(one.segment, one.row) for one in examples], read, decode_embeddings)),
+            rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),
         )
 
     def _lesson(self, kept: _Kept, network: Network, lease: Lease) -> tuple[tuple[str, ...], TrainingSet]:
@@ -220,16 +224,13 @@ class FineTuneJob:
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
         return names, TrainingSet(_Watched(samples, lease), labels, held_out, own, sampled)
 
-    def _commit(
-        self, kept: _Kept, found: TunedVersion | FittedProbe, request: Mapping[str, Any], lease: Lease
-    ) -> Committed:
+    def _commit(self, kept: _Kept, found: TunedVersion | FittedProbe, lease: Lease) -> Committed:
         """Publish the files, then commit the version and the job's success at the adapter's current revision.
 
         Every example that was trained on must still exist: if one was removed meanwhile, the network is
         dropped (CannotTune); if one was set aside, the network is not promoted.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
-        asked: Promote = request.get("promote", "if_better")
         evidence = Evidence(
             tuple(example.id for example in kept.examples),
             tuple(example.digest for example in kept.examples),
@@ -241,49 +242,57 @@ class FineTuneJob:
         if isinstance(found, TunedVersion):
             blobs.append(found.onnx)
         published = self._store.publish_all(tenant, adapter.uid, blobs)
-        try:
+        with kept_if_committed(self._store, tenant, adapter.uid, published):
             while True:
                 lease.check()
-                now = self._registry.adapter(tenant, adapter.name)
-                set_aside = self._check_kept(kept, now)
-                promote = as_asked(asked, lease.claim.job.created_at, now)
-                held = now.rolled_back_at is not None
-                decision = decide_late(promote, adapter.task, evidence, self._live(now), held=held)
-                if set_aside and decision.promote:
-                    decision = replace(decision, promote=False, reason="example_set_aside")
-                head, kept_evidence, *graph = published
-                version = NewVersion(
-                    FINE_TUNE if graph else LINEAR_PROBE,
-                    head,
-                    kept_evidence,
-                    with_ids(found.report, evidence.ids) | {"promotion": decision.to_json()},
-                    len(found.head.labels),
-                    graph[0] if graph else None,
-                    kept.revision,
-                )
-                change = Change(
-                    tenant=tenant,
-                    name=adapter.name,
-                    uid=now.uid,
-                    revision=now.revision,
-                    version=version,
-                    promote=decision.promote,
-                    answer_accuracy=request.get("answer_accuracy"),
-                    weights=request.get("weights"),
-                    standing=now.standing,
-                )
+                change = self._change(kept, found, evidence, published, lease.claim.job)
                 # Another request may change the adapter at any time; the commit is then retried.
                 with contextlib.suppress(RevisionMoved):
                     committed = self._registry.commit(change, job=lease.claim)
                     break
-        except RegistryUnavailable:
-            # The commit may have been recorded even so. If not, a sweep removes the files.
-            raise
-        except Exception:
-            self._delete(tenant, adapter.uid, published)
-            raise
-        self._delete(tenant, adapter.uid, committed.unreferenced)
+        delete_unreferenced(self._store, tenant, adapter.uid, committed.unreferenced)
         return committed
+
+    def _change(
+        self,
+        kept: _Kept,
+        found: TunedVersion | FittedProbe,
+        evidence: Evidence,
+        published: Sequence[Artifact],
+        job: JobRecord,
+    ) -> Change:
+        """Return the change that adds the version to the adapter as it is now."""
+        tenant, request = kept.adapter.tenant, job.request
+        now = self._registry.adapter(tenant, kept.adapter.name)
+        set_aside = self._check_kept(kept, now)
+        asked: Promote = request.get("promote", "if_better")
+        promote = as_asked(asked, job.created_at, now)
+        held = now.rolled_back_at is not None
+        live = evidence_of(self._registry, self._store, now, now.live)
+        decision = decide_late(promote, now.task, evidence, live, held=held)
+        if set_aside and decision.promote:
+            decision = replace(decision, promote=False, reason="example_set_aside")
+        head, kept_evidence, *graph = published
+        version = NewVersion(
+            FINE_TUNE if graph else LINEAR_PROBE,
+            head,
+            kept_evidence,
+            with_ids(found.report, evidence.ids) | {"promotion": decision.to_json()},
+            len(found.head.labels),
+            graph[0] if graph else None,
+            kept.revision,
+        )
+        return Change(
+            tenant=tenant,
+            name=now.name,
+            uid=now.uid,
+            revision=now.revision,
+            version=version,
+            promote=decision.promote,
+            answer_accuracy=request.get("answer_accuracy"),
+            weights=request.get("weights"),
+            standing=now.standing,
+        )
 
     def _check_kept(self, kept: _Kept, now: AdapterRecord) -> bool:
         """Return whether a trained example was set aside. Raises CannotTune if one was removed or changed."""
@@ -297,24 +306,6 @@ class FineTuneJob:
                 "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
             )
         return any(found is not None and found.excluded for found in same)
-
-    def _live(self, adapter: AdapterRecord) -> Evidence | None:
-        if adapter.live is None:
-            return None
-        try:
-            version = self._registry.version(adapter.uid, adapter.live)
-            if version.evidence is None:
-                return None
-            return decode_evidence(self._store.read(adapter.tenant, adapter.uid, version.evidence))
-        except (UnknownVersion, StoreError) as error:
-            logger.warning("no comparison with version %d: %s", adapter.live, error)
-            return None
-
-    def _delete(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
-        try:
-            self._store.delete(tenant, uid, artifacts)
-        except StoreError as error:
-            logger.warning("unreferenced artifacts stay until the next sweep: %s", error)
 
 
 def _probe(kept: _Kept, rows: Sequence[int]) -> FittedProbe:

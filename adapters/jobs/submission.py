@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,8 +13,8 @@ from typing import Any, Final
 from adapters.adaptation.adapt import AdaptPipeline, telling_rejected
 from adapters.adaptation.commands import AdaptCommand, AdaptOutcome
 from adapters.adaptation.example_editor import InputsNotKept
+from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository
-from adapters.completion import to_its_end
 from adapters.examples.upload import BadUpload
 from adapters.examples.upload_forms import Beginning, Form, look_at
 from adapters.examples.validation import TARGET_FIELDS, PostedExample
@@ -26,7 +26,6 @@ from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_of, upload_request
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord, JobKind, JobRecord
 from adapters.registry.registry import new_uid
-from adapters.storage.artifact import Artifact, StoreError
 from models.errors import CodedError, Conflict, Invalid
 
 FINE_TUNE: Final = "fine_tune"
@@ -127,7 +126,9 @@ class JobSubmitter:
             return job, stored
 
         return submitted(
-            await self._submit(tenant, command, FINE_TUNE, request, reply and reply.of(submitted))
+            await asyncio.to_thread(
+                self._submission(tenant, command, FINE_TUNE, request, reply and reply.of(submitted))
+            )
         )
 
     async def bulk(
@@ -152,58 +153,22 @@ class JobSubmitter:
         if not part:
             raise BadUpload("no_examples", "The upload is empty.")
         adapter = await self._adapter(tenant, command, look_at(form, part, command.columns))
-        publishing: list[asyncio.Future[tuple[Artifact, ...]]] = []
-        try:
+        async with Publication(self._repository, tenant, adapter.uid) as publication:
             while part:
                 async with self._publishing.passed(tenant):
-                    publication = self._repository.publish(tenant, adapter.uid, [partial(bytes, part)])
-                    publishing.append(asyncio.ensure_future(publication))
-                    await asyncio.shield(publishing[-1])
+                    await publication.publish([partial(bytes, part)])
                 part = await anext(parts, b"")
-        except BaseException:
-            await to_its_end(self._let_go(tenant, adapter.uid, publishing))
-            raise
-        kept = [artifact for published in publishing for artifact in published.result()]
-        queueing = self._queue(tenant, adapter.uid, form, command, kept, reply)
-        return await to_its_end(queueing)
-
-    async def _queue(
-        self,
-        tenant: str,
-        uid: str,
-        form: Form,
-        command: AdaptCommand,
-        kept: Sequence[Artifact],
-        reply: PendingReply[JobRecord] | None,
-    ) -> JobRecord:
-        """Queue the job of a stored upload, or delete the upload. Must complete even if the client leaves."""
-        request = {
-            "form": form,
-            "upload": upload_request(kept),
-            "update": command.update,
-            "promote": command.promote,
-            "fit": command.fit,
-            "answer_accuracy": command.answer_accuracy,
-            "weights": command.weights,
-            "columns": dict(command.columns),
-        }
-        try:
-            return await self._submit(tenant, command, BULK, request, reply)
-        except RegistryUnavailable:
-            # The job may have been recorded even so. If not, a sweep removes the upload.
-            raise
-        except Exception:
-            await self._repository.drop(tenant, uid, kept)
-            raise
-
-    async def _let_go(
-        self, tenant: str, uid: str, publishing: Sequence[asyncio.Future[tuple[Artifact, ...]]]
-    ) -> None:
-        """Delete the published parts of an upload, and those that are still being published."""
-        for publication in publishing:
-            # A failed publication has stored nothing, and the client has got its error.
-            with suppress(StoreError):
-                await self._repository.drop(tenant, uid, await publication)
+            request = {
+                "form": form,
+                "upload": upload_request(publication.files),
+                "update": command.update,
+                "promote": command.promote,
+                "fit": command.fit,
+                "answer_accuracy": command.answer_accuracy,
+                "weights": command.weights,
+                "columns": dict(command.columns),
+            }
+            return await publication.record(self._submission(tenant, command, BULK, request, reply))
 
     async def _adapter(self, tenant: str, command: AdaptCommand, beginning: Beginning) -> AdapterRecord:
         """Return the adapter, created without examples if it is missing. It stays when the upload fails."""
@@ -222,30 +187,30 @@ class JobSubmitter:
             return state.adapter
         change = Change(tenant, command.adapter, new_uid(), 0, create=terms)
         try:
-            return (await self._repository.commit(change, ())).adapter
+            return (await self._repository.commit(change)).adapter
         except AdapterExists:
             return await self._adapter(tenant, command, beginning)
 
-    async def _submit(
+    def _submission(
         self,
         tenant: str,
         command: AdaptCommand,
         kind: JobKind,
         request: Mapping[str, Any],
         reply: PendingReply[JobRecord] | None,
-    ) -> JobRecord:
+    ) -> Callable[[], JobRecord]:
+        """Return what queues the job: a transaction, for a thread."""
         if command.callback is not None:
             request = {**request, "callback": command.callback}
-        return await asyncio.to_thread(
-            lambda: self._jobs.submit(
-                tenant,
-                command.adapter,
-                kind,
-                request,
-                deadline_seconds=self._deadline_seconds,
-                max_open=self._max_open,
-                reply=reply,
-            )
+        return partial(
+            self._jobs.submit,
+            tenant,
+            command.adapter,
+            kind,
+            request,
+            deadline_seconds=self._deadline_seconds,
+            max_open=self._max_open,
+            reply=reply,
         )
 
     async def _check_open(self, tenant: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from sqlalchemy import Connection
 
 from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
+from adapters.registry.artifacts import delete_unreferenced, kept_if_committed
 from adapters.registry.database import Database
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import uploads_of
@@ -17,7 +17,7 @@ from adapters.registry.records import Change, ExampleRecord, Repoint
 from adapters.registry.statements.commit import commit
 from adapters.registry.statements.queries import artifacts_by_id
 from adapters.registry.statements.repair import drop_evidence, drop_versions, recount
-from adapters.storage.artifact import Artifact, Store, StoreError
+from adapters.storage.artifact import Artifact, Store
 from adapters.storage.formats import decode_inputs, encode_embeddings
 from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans
 from models.backbone import Backbone
@@ -134,9 +134,7 @@ class Doctor:
         """Change the rows, and delete the files that become unreferenced."""
         with self._database.writing() as connection:
             unreferenced = change(connection)
-        # A later sweep removes files that cannot be deleted now.
-        with suppress(StoreError):
-            self._store.delete(state.record.tenant, state.record.uid, unreferenced)
+        delete_unreferenced(self._store, state.record.tenant, state.record.uid, unreferenced)
 
     def _mend_examples(self, state: InspectedAdapter, damage: Damage) -> Finding:
         if damage.segment is None:
@@ -163,9 +161,10 @@ class Doctor:
 
     def _repoint(self, state: InspectedAdapter, damage: Damage, moved: Sequence[Repoint]) -> Finding:
         """Point the examples at other files, unless they have changed since they were read."""
-        uid = state.record.uid
+        tenant, uid = state.record.tenant, state.record.uid
+        new = () if damage.segment is None else {one.segment for one in moved}
         try:
-            with self._database.writing() as connection:
+            with kept_if_committed(self._store, tenant, uid, new), self._database.writing() as connection:
                 now = InspectedAdapter.read(connection, uid)
                 if _places(now.examples, damage) != _places(damage.examples, damage):
                     raise RevisionMoved("The examples changed meanwhile.")
@@ -179,8 +178,7 @@ class Doctor:
                 unreferenced = commit(connection, change).unreferenced
         except (RevisionMoved, UnknownAdapter):
             return replace(damage.finding, detail="The examples changed meanwhile; run this again.")
-        with suppress(StoreError):
-            self._store.delete(state.record.tenant, uid, unreferenced)
+        delete_unreferenced(self._store, tenant, uid, unreferenced)
         return replace(damage.finding, repaired=True)
 
 

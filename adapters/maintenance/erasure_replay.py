@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy import Connection, delete, insert, select, update
 
 from adapters.adaptation.layout import SegmentSlot, Stored, locate, plan_change
+from adapters.registry.artifacts import rows_at
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, digest
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord
@@ -139,13 +140,14 @@ def _change(
 def _rewrite(files: Files, adapter: AdapterRecord, bundle: Sequence[Stored]) -> SegmentSlot:
     """Copy the rows of a bundle to new files, in order; return the place of the first."""
     tenant, uid = adapter.tenant, adapter.uid
-    read = {place.segment: files.read(tenant, uid, place.segment) for place in bundle}
-    embeddings = {segment: decode_embeddings(data) for segment, data in read.items()}
-    moved = np.stack([embeddings[place.segment][place.row] for place in bundle])
-    segment = files.publish(tenant, uid, encode_embeddings(moved, adapter.fingerprint))
-    kept = {place.inputs for place in bundle if place.inputs is not None}
+
+    def read(file: Artifact) -> bytes:
+        return files.read(tenant, uid, file)
+
+    moved = rows_at([(one.segment, one.row) for one in bundle], read, decode_embeddings)
+    segment = files.publish(tenant, uid, encode_embeddings(np.stack(moved), adapter.fingerprint))
+    kept = [(one.inputs, one.row) for one in bundle if one.inputs is not None]
     if not kept:
         return SegmentSlot(segment, 0, None)
-    inputs = {one: decode_inputs(files.read(tenant, uid, one)) for one in kept}
-    values = [inputs[place.inputs][place.row] for place in bundle if place.inputs is not None]
+    values = rows_at(kept, read, decode_inputs)
     return SegmentSlot(segment, 0, files.publish(tenant, uid, encode_inputs(values)))
