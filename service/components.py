@@ -9,6 +9,7 @@ from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.rollback import Restorer
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
@@ -43,6 +44,7 @@ class Components:
     pipeline: AdaptPipeline
     catalog: AdapterCatalog
     editor: ExampleEditor
+    rebaser: Rebaser
     restorer: Restorer
     exporter: VersionExporter
     eraser: Eraser

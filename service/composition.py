@@ -16,6 +16,7 @@ from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.commands import AdapterLimits
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.rollback import Restorer
@@ -179,6 +180,7 @@ async def compose(
             pipeline=pipeline,
             catalog=AdapterCatalog(repository),
             editor=ExampleEditor(pipeline),
+            rebaser=Rebaser(pipeline),
             restorer=Restorer(writer),
             exporter=VersionExporter(predictor),
             eraser=eraser,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from adapters.adaptation.promotion.decision import Decision, Promote
@@ -86,6 +86,10 @@ class RevisionResult:
     def live(self) -> bool:
         """Whether the new version is the live one."""
         return self.version is not None and self.adapter.live == self.version.number
+
+    def with_total(self, started: float) -> RevisionResult:
+        """Return the result with the seconds since `started`, of time.perf_counter, as the total."""
+        return replace(self, timings={**self.timings, "total": time.perf_counter() - started})
 
 
 Update = Literal["append", "replace"]

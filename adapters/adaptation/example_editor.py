@@ -1,23 +1,17 @@
-"""Changes to kept examples: correction, exclusion, removal, and the move to another backbone."""
+"""Changes to kept examples: correction, exclusion and removal."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
-
-from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
+from adapters.adaptation.adapt import AdaptPipeline, terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
-from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion.decision import Promote
-from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
-from adapters.adaptation.revision_files import AdapterContext, new_version
+from adapters.adaptation.revision_files import AdapterContext
 from adapters.examples.target import ExampleError, Target, label_set, normalise_target
 from adapters.examples.validation import (
     PostedExample,
@@ -29,18 +23,9 @@ from adapters.examples.validation import (
 )
 from adapters.registry.errors import UnknownAdapter, UnknownExample
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint
-from adapters.storage.artifact import Artifact
-from adapters.storage.formats import encode_embeddings, encode_evidence
+from adapters.registry.records import ExampleRecord
 from models.arrays import Floats
-from models.errors import Conflict
 from models.preprocess.limits import InputError
-
-
-class InputsNotKept(Conflict):
-    """The adapter does not have its inputs, so they cannot be embedded again."""
-
-    code = "inputs_not_kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +59,7 @@ class Amendment:
 
 
 class ExampleEditor:
-    """Corrects, sets aside, removes and moves examples, and refits each time. For one event loop."""
+    """Corrects, sets aside and removes examples, and refits each time. For one event loop."""
 
     def __init__(self, pipeline: AdaptPipeline) -> None:
         self._pipeline = pipeline
@@ -93,7 +78,7 @@ class ExampleEditor:
         vectors: dict[str, Floats] = {}
 
         def timed(revised: RevisionResult) -> RevisionResult:
-            return _timed(revised, started)
+            return revised.with_total(started)
 
         async def step(state: AdapterSnapshot | None) -> RevisionResult:
             if state is None:
@@ -166,95 +151,7 @@ class ExampleEditor:
                 AdapterContext.of(tenant, name, terms_of(state.adapter), state), edit, {}
             )
 
-        return _timed(await self._writer.in_turn(tenant, name, step), started)
-
-    async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> RevisionResult:
-        """Move the adapter to another backbone of its kind: embed the kept inputs again, and fit.
-
-        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what Batcher.embed
-        and RevisionWriter.fit raise.
-        """
-        started = time.perf_counter()
-
-        async def step(state: AdapterSnapshot | None) -> RevisionResult:
-            if state is None:
-                raise UnknownAdapter(name)
-            return await self._rebase(state, backbone, promote)
-
-        return _timed(await self._writer.in_turn(tenant, name, step), started)
-
-    async def _rebase(self, state: AdapterSnapshot, backbone: str, promote: Promote) -> RevisionResult:
-        spec = self._pipeline.spec(backbone)
-        adapter = state.adapter
-        if spec.kind != adapter.kind:
-            raise InputError(
-                "wrong_kind", f"The adapter takes {adapter.kind}s, and {backbone!r} {spec.kind}s."
-            )
-        if not adapter.keep_inputs or any(one.inputs is None for one in state.examples):
-            raise InputsNotKept(
-                "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
-            )
-        terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
-        segments, truncated = await self._embed_again(state, backbone)
-        rows = [PlannedExample.of(one, one) for one in state.in_use]
-        embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
-        timings: dict[str, float] = {}
-        fit = await self._writer.fit(
-            adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant
-        )
-        encoders = [partial(encode_embeddings, array, spec.fingerprint) for array in segments.values()]
-        async with Publication(self._repository, adapter.tenant, adapter.uid) as publication:
-            *moved, head, evidence = await publication.publish(
-                [*encoders, fit.head.to_bytes, partial(encode_evidence, fit.evidence)]
-            )
-            change = Change(
-                tenant=adapter.tenant,
-                name=adapter.name,
-                uid=adapter.uid,
-                revision=state.revision,
-                rebase=Rebase(backbone, spec.fingerprint),
-                repoints=_repoints(state.examples, dict(zip(segments, moved, strict=True))),
-                version=new_version(fit, head, evidence),
-                promote=fit.decision.promote,
-                standing=adapter.standing,
-            )
-            committed = await publication.commit(change)
-        await self._writer.warm(committed, fit)
-        return RevisionResult(committed, fit.decision, timings, truncated)
-
-    async def _embed_again(self, state: AdapterSnapshot, backbone: str) -> tuple[dict[Artifact, Floats], int]:
-        """Return the embeddings of every kept segment by the other backbone, rows in their places.
-
-        Also returns how many of the examples are texts of which that backbone reads only the start. Raises
-        InputError for an example that it cannot take, or of which it knows no token.
-        """
-        rows: dict[Artifact, set[int]] = defaultdict(set)
-        inputs: dict[Artifact, Artifact] = {}
-        for one in state.examples:
-            assert one.inputs is not None
-            rows[one.segment].add(one.row)
-            inputs[one.segment] = one.inputs
-        segments: dict[Artifact, Floats] = {}
-        truncated = 0
-        for segment, source in inputs.items():
-            values = await self._repository.inputs(state.adapter, source)
-            batcher = self._pipeline.batchers[backbone]
-            embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
-            for row in rows[segment] & embedded.errors.keys():
-                raise embedded.errors[row]
-            if rows[segment] & embedded.unknown:
-                unknown = next(
-                    one.id for one in state.examples if one.segment == segment and one.row in embedded.unknown
-                )
-                raise no_known_tokens(backbone, f"the example {unknown!r}")
-            segments[segment] = embedded.embeddings
-            truncated += len(rows[segment] & embedded.truncated)
-        return segments, truncated
-
-
-def _timed(done: RevisionResult, started: float) -> RevisionResult:
-    """Return the result with the seconds since `started` as the total."""
-    return replace(done, timings={**done.timings, "total": time.perf_counter() - started})
+        return (await self._writer.in_turn(tenant, name, step)).with_total(started)
 
 
 def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExample]:
@@ -309,7 +206,3 @@ def _raise_first(rejected: Sequence[RejectedExample]) -> None:
     for one in rejected:
         refusal = InputError if one.field in ("image", "text") else ExampleError
         raise refusal(one.code, one.detail)
-
-
-def _repoints(examples: Sequence[ExampleRecord], moved: Mapping[Artifact, Artifact]) -> tuple[Repoint, ...]:
-    return tuple(Repoint(one.id, moved[one.segment], one.row, one.inputs) for one in examples)

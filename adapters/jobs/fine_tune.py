@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.adaptation.adapt import terms_of, wanted
+from adapters.adaptation.promotion.candidate import with_ids
 from adapters.adaptation.promotion.decision import Promote, as_asked, decide_late
-from adapters.adaptation.revision import with_ids
 from adapters.adaptation.revision_files import LINEAR_PROBE
 from adapters.examples.copies import together
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from adapters.adaptation.adapt import AdaptPipeline, telling_rejected
 from adapters.adaptation.commands import AdaptCommand, AdaptOutcome
-from adapters.adaptation.example_editor import InputsNotKept
 from adapters.adaptation.publication import Publication
+from adapters.adaptation.rebase import InputsNotKept
 from adapters.adaptation.repository import AdapterRepository
 from adapters.examples.upload import BadUpload
 from adapters.examples.upload_forms import Beginning, Form, look_at

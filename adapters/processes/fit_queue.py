@@ -165,7 +165,7 @@ class FitQueue:
                 if self.process is not None:
                     await asyncio.to_thread(self.process.end)
                     self.replaced += 1
-                # Not in a thread: a process that starts while this is cancelled would be lost.
+                # A thread would lose a process that starts while this is cancelled.
                 process = self.process = FitProcess(self._niceness)
                 try:
                     await self._in_thread(process, process.wait_until_ready, _START_SECONDS)

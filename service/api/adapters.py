@@ -6,7 +6,7 @@ from fastapi import Request, Response
 
 from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.erasure import Eraser
-from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.rollback import Restorer
 from adapters.prediction.export import Format, VersionExporter
 from service.api.dependencies import Adapter, Behind, Expected, Limit, Tenant, Version
@@ -21,7 +21,7 @@ class AdapterEndpoints:
     def __init__(
         self,
         catalog: AdapterCatalog,
-        editor: ExampleEditor,
+        rebaser: Rebaser,
         restorer: Restorer,
         exporter: VersionExporter,
         eraser: Eraser,
@@ -29,7 +29,7 @@ class AdapterEndpoints:
         guard: IdempotencyGuard,
     ) -> None:
         self._catalog = catalog
-        self._editor = editor
+        self._rebaser = rebaser
         self._restorer = restorer
         self._exporter = exporter
         self._eraser = eraser
@@ -83,4 +83,4 @@ class AdapterEndpoints:
     async def rebase(self, request: Request, tenant: Tenant, adapter: Adapter) -> Response:
         """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
         wanted = await self._reader.model(request, requests.RebaseRequest)
-        return render.revised(await self._editor.rebase(tenant, adapter, wanted.backbone, wanted.promote))
+        return render.revised(await self._rebaser.rebase(tenant, adapter, wanted.backbone, wanted.promote))

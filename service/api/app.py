@@ -53,7 +53,13 @@ def build_api(components: Components) -> FastAPI:
             ),
             *adapter_routes(
                 AdapterEndpoints(
-                    catalog, editor, components.restorer, components.exporter, eraser, reader, guard
+                    catalog,
+                    components.rebaser,
+                    components.restorer,
+                    components.exporter,
+                    eraser,
+                    reader,
+                    guard,
                 ),
                 ExampleEndpoints(catalog, editor, reader, guard),
                 JobEndpoints(components.submitter, events),

@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.adaptation.promotion.agreement import Agreement, against
+from adapters.adaptation.promotion.comparison import (
+    NOT_COMPARED,
+    Comparison,
+    Pairs,
+    columns_of,
+    common_examples,
+    comparable_rows,
+    compare,
+    is_unchanged,
+)
 from adapters.examples.target import Target, Task, label_set
 from adapters.registry.records import AdapterRecord
 from adapters.storage.formats import Evidence, History
 from models.arrays import Floats
 
 Promote = Literal["if_better", "always", "never"]
-Pairs = Sequence[tuple[int, int]]
-"""Rows of the same example in the new version's evidence and in the live one's."""
 
 # Levels for many appends: of twenty adapters that get twenty appends of right examples, one has a version
 # withheld. The measurements are in docs/decisions.md, "Promotion".
 _LEVEL = 0.0004  # p-value of a comparison
 _MOST_DOUBT = 25.0  # growth of the stake in agreement.against
-# A regression is worse only if its mean squared error is this many times larger: its errors move together.
-_LARGER_ERROR = 1.25
 # Level of the only comparison of a fine-tune.
 SIGNIFICANCE = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The comparison of two versions on the unchanged examples that both were measured on.
-
-    `compared`: number of examples. `score`, `other`: mean scores of the new version and of the other:
-    accuracy, the F1 of an example's labels for multilabel, minus the mean squared error for regression; None
-    if nothing was compared. `p_value`: probability of at least as many losses if the new version were as
-    good.
-    """
-
-    compared: int = 0
-    score: float | None = None
-    other: float | None = None
-    p_value: float | None = None
-
-    def worse(self, level: float) -> bool:
-        """Whether the new version is worse, also by its mean: few large wins may outweigh many losses."""
-        if self.score is None or self.other is None or self.p_value is None:
-            return False
-        allowed = self.other * (_LARGER_ERROR if self.other < 0.0 else 1.0)
-        return self.p_value < level and self.score < allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +62,8 @@ class Decision:
 
     promote: bool
     reason: str
-    with_live: Comparison = Comparison()
-    with_best: Comparison = Comparison()
+    with_live: Comparison = NOT_COMPARED
+    with_best: Comparison = NOT_COMPARED
     best: int | None = None
     worse_labels: tuple[str, ...] = ()
     heard: Heard | None = None
@@ -153,15 +134,15 @@ def decide(
         if held and wanted == "if_better":
             return Decision(False, "rolled_back")
         return Decision(wanted != "never", "first" if wanted == "if_better" else wanted)
-    pairs = _pairs(new, live)
-    here, there = _comparable(new, live, pairs)
+    pairs = common_examples(new, live)
+    here, there = comparable_rows(new, live, pairs)
     ours, theirs = new.scores[here], live.scores[there]
     history = new.history
     found = Decision(
         wanted == "always",
         wanted,
-        with_live=_compare(ours, theirs),
-        with_best=Comparison() if history is None else _with_best(new, history),
+        with_live=compare(ours, theirs),
+        with_best=NOT_COMPARED if history is None else _with_best(new, history),
         best=None if history is None else history.best,
         worse_labels=_worse_labels(task, [new.targets[row] for row in here], ours, theirs),
         heard=None if history is None else _heard(new, history),
@@ -225,7 +206,7 @@ def remember(
     count = len(new.ids)
     agreed, expected = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
     asked, scores = np.zeros(count, np.int64), np.full(count, np.nan, np.float32)
-    here, there = _columns([pair for pair in _pairs(new, live) if _unchanged(new, live, *pair)])
+    here, there = columns_of([pair for pair in common_examples(new, live) if is_unchanged(new, live, *pair)])
     if (before := live.history) is not None:
         agreed[here], expected[here] = before.agreed[there], before.expected[there]
         asked[here] = before.asked[there]
@@ -249,9 +230,9 @@ def decide_late(
         return decide(wanted, task, new, live, held=held)
     if not held and wanted == "if_better" and label_set(task, live.targets) - label_set(task, new.targets):
         return Decision(False, "label_missing")
-    here, there = _comparable(new, live, _pairs(new, live))
+    here, there = comparable_rows(new, live, common_examples(new, live))
     ours, theirs = new.scores[here], live.scores[there]
-    found = Decision(wanted == "always", wanted, with_live=_compare(ours, theirs))
+    found = Decision(wanted == "always", wanted, with_live=compare(ours, theirs))
     if wanted != "if_better":
         return found
     if held:
@@ -260,26 +241,9 @@ def decide_late(
         return replace(found, reason="not_comparable")
     if ours.mean() <= theirs.mean():
         return replace(found, reason="not_better")
-    if _compare(theirs, ours).worse(SIGNIFICANCE):
+    if compare(theirs, ours).worse(SIGNIFICANCE):
         return replace(found, promote=True, reason="better")
     return replace(found, reason="cannot_tell")
-
-
-def loss_p_value(wins: int, losses: int) -> float:
-    """Return the one-sided p-value of McNemar's and the sign test.
-
-    It is the probability of at least this many losses in wins + losses fair tosses. McNemar, Psychometrika 12
-    (1947); exact form as in Fagerland, Lydersen and Laake, BMC Med. Res. Methodol. 13 (2013).
-    """
-    tosses = wins + losses
-    if tosses == 0:
-        return 1.0
-    if tosses > 2_000:
-        # The normal approximation with continuity correction; at this size it agrees to three digits.
-        z = (losses - 0.5 - tosses / 2) / math.sqrt(tosses / 4)
-        return 0.5 * math.erfc(z / math.sqrt(2))
-    tail: int = sum(math.comb(tosses, count) for count in range(losses, tosses + 1))
-    return tail / (1 << tosses)
 
 
 def _changed(task: Task, new: Evidence, live: Evidence, pairs: Pairs) -> str | None:
@@ -287,36 +251,9 @@ def _changed(task: Task, new: Evidence, live: Evidence, pairs: Pairs) -> str | N
         return "label_added"
     if len(pairs) < len(live.ids):
         return "example_removed"
-    if any(not _unchanged(new, live, here, there) for here, there in pairs):
+    if any(not is_unchanged(new, live, here, there) for here, there in pairs):
         return "example_corrected"
     return None
-
-
-def _pairs(new: Evidence, live: Evidence) -> Pairs:
-    there = {example: place for place, example in enumerate(live.ids)}
-    return [(place, there[example]) for place, example in enumerate(new.ids) if example in there]
-
-
-def _unchanged(new: Evidence, live: Evidence, here: int, there: int) -> bool:
-    return new.targets[here] == live.targets[there] and new.digests[here] == live.digests[there]
-
-
-def _columns(pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    both = np.array(pairs, np.int64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def _compare(scores: Floats, others: Floats) -> Comparison:
-    """Compare the scores, (m,), of two versions on the same examples."""
-    if not len(scores):
-        return Comparison()
-    wins, losses = int((scores > others).sum()), int((scores < others).sum())
-    return Comparison(
-        len(scores),
-        float(scores.mean(dtype=np.float64)),
-        float(others.mean(dtype=np.float64)),
-        loss_p_value(wins, losses),
-    )
 
 
 def _worse_labels(task: Task, targets: Sequence[Target], scores: Floats, others: Floats) -> tuple[str, ...]:
@@ -327,19 +264,13 @@ def _worse_labels(task: Task, targets: Sequence[Target], scores: Floats, others:
             rows.setdefault(label, []).append(row)
     level = _LEVEL / max(len(rows), 1)
     return tuple(
-        sorted(label for label, own in rows.items() if _compare(scores[own], others[own]).worse(level))
+        sorted(label for label, own in rows.items() if compare(scores[own], others[own]).worse(level))
     )
-
-
-def _comparable(new: Evidence, live: Evidence, pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows, in new and in live, of unchanged examples that both were measured on."""
-    ours, theirs = new.measured, live.measured
-    return _columns([p for p in pairs if ours[p[0]] and theirs[p[1]] and _unchanged(new, live, *p)])
 
 
 def _with_best(new: Evidence, history: History) -> Comparison:
     both = new.measured & np.isfinite(history.best_scores)
-    return _compare(new.scores[both], history.best_scores[both])
+    return compare(new.scores[both], history.best_scores[both])
 
 
 def _heard(new: Evidence, history: History) -> Heard | None:

@@ -18,7 +18,8 @@ from adapters.adaptation.commands import (
     ExamplesRejected,
     FingerprintMismatch,
 )
-from adapters.adaptation.example_editor import Feedback, InputsNotKept
+from adapters.adaptation.example_editor import Feedback
+from adapters.adaptation.rebase import InputsNotKept
 from adapters.examples.validation import PostedExample
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
 from adapters.probe.fit import OneLabel
@@ -146,7 +147,7 @@ async def test_what_was_fixed_stays(tmp_path: Path) -> None:
             with pytest.raises(ContractChanged):
                 await here.adapt(taught(), **change)
         with pytest.raises(InputsNotKept):
-            await here.editor.rebase(TENANT, "words", "tiny-text", "always")
+            await here.rebaser.rebase(TENANT, "words", "tiny-text", "always")
 
 
 async def test_two_processes_at_one_adapter_lose_nothing(tmp_path: Path, registry_url: str) -> None:
@@ -297,7 +298,7 @@ async def test_a_rebase_moves_everything(tmp_path: Path) -> None:
             [PostedExample(says("one", 999), "one", "more"), PostedExample("ba " * 90, "one", "long")]
         )
         before = here.files()
-        done = await here.editor.rebase(TENANT, "words", "other-text", "always")
+        done = await here.rebaser.rebase(TENANT, "words", "other-text", "always")
         assert (done.adapter.backbone, done.live, done.truncated) == ("other-text", True, 1)
         assert done.version is not None
         assert done.version.backbone == "other-text"
@@ -327,7 +328,7 @@ async def test_another_backbone_under_the_same_name_is_refused_until_a_rebase(tm
             await there.editor.feedback(TENANT, "words", Feedback("one", input="x"))
         # Changes that need no embedding still work.
         await there.editor.remove(TENANT, "words", ["one0"])
-        done = await there.editor.rebase(TENANT, "words", "tiny-text", "if_better")
+        done = await there.rebaser.rebase(TENANT, "words", "tiny-text", "if_better")
         assert done.live
         assert await there.labels([str(taught()[1].input)]) == ["two"]
 

@@ -264,7 +264,7 @@ async def test_after_a_rollback_every_new_version_is_withheld(tmp_path: Path) ->
         by_id = await here.editor.feedback(TENANT, "words", Feedback("one", id="one0"))
         amended = await here.editor.amend(TENANT, "words", "wrong0", Amendment("one"))
         fewer = await here.editor.remove(TENANT, "words", ["wrong1"])
-        moved = await here.editor.rebase(TENANT, "words", "other-text", "if_better")
+        moved = await here.rebaser.rebase(TENANT, "words", "other-text", "if_better")
         for done in (told, by_id, amended, fewer, moved):
             assert done.decision is not None
             assert (done.decision.reason, done.adapter.live) == ("rolled_back", 1)
@@ -303,7 +303,7 @@ async def test_a_rollback_during_an_adapt_is_not_lost(tmp_path: Path) -> None:
                 there.registry.promote(uid, 1)
 
         here.pipeline.writer = RevisionWriter(
-            here.repository, here.writer._fitter, here.heads, AdapterLimits(), roll_back
+            here.repository, here.writer.candidates._fitter, here.heads, AdapterLimits(), roll_back
         )
         done = await here.adapt([one(2)])
         assert moved == [1]
@@ -384,7 +384,7 @@ async def test_a_version_of_another_backbone_is_restored_too(tmp_path: Path) -> 
     exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
     async with world(tmp_path, exports=exports) as here:
         await here.adapt(taught())
-        await here.editor.rebase(TENANT, "words", "other-text", "always")
+        await here.rebaser.rebase(TENANT, "words", "other-text", "always")
         await here.adapt(WRONG, promote="always")
         done = await Restorer(here.writer).restore(TENANT, "words", 1)
         assert (done.adapter.live, done.adapter.backbone) == (1, "other-text")
@@ -524,7 +524,7 @@ async def test_set_aside_examples_survive_a_rebase_and_are_erased_like_others(tm
         await here.adapt([*taught(), *WRONG], promote="always")
         for posted in WRONG:
             await here.editor.amend(TENANT, "words", str(posted.id), Amendment(excluded=True, fit=False))
-        moved = await here.editor.rebase(TENANT, "words", "other-text", "always")
+        moved = await here.rebaser.rebase(TENANT, "words", "other-text", "always")
         assert moved.version is not None
         evidence = await here.repository.evidence(moved.adapter, moved.version.number)
         assert evidence is not None

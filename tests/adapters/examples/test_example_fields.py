@@ -27,7 +27,7 @@ UNHEARD = "สวัสดี"
 @contextmanager
 def watched(here: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Dataset, ProbeConfig]]]:
     """The data that is sent to the fitting process meanwhile."""
-    fitter, seen = here.writer._fitter, []
+    fitter, seen = here.writer.candidates._fitter, []
     fit = fitter.fit
 
     async def fitting(dataset: Dataset, config: ProbeConfig, *, tenant: str) -> FittedProbe:
@@ -117,7 +117,7 @@ async def test_removing_and_rebasing_leave_groups_and_sampling(
         await here.adapt(posted, answer_accuracy=0.7, weights="balanced")
         await here.editor.remove(TENANT, "words", ["two0"])
         with watched(here, monkeypatch) as seen:
-            done = await here.editor.rebase(TENANT, "words", "other-text", "always")
+            done = await here.rebaser.rebase(TENANT, "words", "other-text", "always")
         left = {one.id: (one.group, one.sampled) for one in posted if one.id != "two0"}
         assert kept(here) == left
         ((dataset, config),) = seen
@@ -209,6 +209,6 @@ async def test_a_rebase_names_the_example_that_the_other_backbone_knows_nothing_
             patch.setattr(Backbone, "knows_nothing", lambda *arguments: False)
             await here.adapt([*taught(), PostedExample(UNHEARD, "one", "unheard")])
         with pytest.raises(InputError, match="'unheard'") as refused:
-            await here.editor.rebase(TENANT, "words", "other-text", "always")
+            await here.rebaser.rebase(TENANT, "words", "other-text", "always")
         assert refused.value.code == "no_known_tokens"
         here.check()

@@ -23,7 +23,7 @@ import pytest
 import torch
 from sqlalchemy.exc import DBAPIError
 
-from adapters.adaptation.example_editor import InputsNotKept
+from adapters.adaptation.rebase import InputsNotKept
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import samples_of

@@ -14,6 +14,7 @@ from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.commands import AdaptCommand, AdapterLimits, AdaptOutcome
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision import RevisionWriter
 from adapters.cache.aliases import AliasCache
@@ -51,6 +52,7 @@ class World:
     writer: RevisionWriter
     pipeline: AdaptPipeline
     editor: ExampleEditor
+    rebaser: Rebaser
     catalog: AdapterCatalog
     eraser: Eraser
     neighbour_index: NeighbourIndex
@@ -160,6 +162,7 @@ async def world(
             writer,
             pipeline,
             ExampleEditor(pipeline),
+            Rebaser(pipeline),
             AdapterCatalog(repository),
             eraser,
             neighbour_index,

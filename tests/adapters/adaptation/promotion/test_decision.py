@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from adapters.adaptation.promotion.decision import (
-    Comparison,
-    best_of,
-    decide,
-    decide_late,
-    loss_p_value,
-    remember,
-    unlearned,
-)
+from adapters.adaptation.promotion.comparison import Comparison, loss_p_value
+from adapters.adaptation.promotion.decision import best_of, decide, decide_late, remember, unlearned
 from adapters.examples.target import Target, Task
 from adapters.storage.formats import Evidence, History
 
