@@ -25,7 +25,8 @@ from adapters.adaptation.commands import (
     _blamed,
 )
 from adapters.adaptation.layout import plan_change
-from adapters.adaptation.repository import AdapterSnapshot, BackgroundPublish
+from adapters.adaptation.publication import BackgroundPublish, published_early
+from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision import RevisionWriter
 from adapters.adaptation.revision_files import AdapterContext
 from adapters.examples.target import Weights, label_set
@@ -246,7 +247,8 @@ class AdaptPipeline:
             return
         digests = [one.digest for one in fresh]
         encode = partial(encode_inputs, inputs)
-        async with self.writer.repository.ahead(subject.tenant, subject.uid, digests, encode) as ahead:
+        repository = self.writer.repository
+        async with published_early(repository, subject.tenant, subject.uid, digests, encode) as ahead:
             yield ahead
 
     def terms(self, command: AdaptCommand, state: AdapterSnapshot | None) -> Creation:

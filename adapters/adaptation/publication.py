@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
-from adapters.adaptation.repository import AdapterRepository, BackgroundPublish
+from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import Change, Committed
 from adapters.storage.artifact import Artifact, Buffer
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class BackgroundPublish:
+    """A file of inputs that is published while other work goes on. `digests`: of its inputs, in order."""
+
+    uid: str
+    digests: tuple[str, ...]
+    publishing: asyncio.Task[tuple[Artifact, ...]]
+    taken: bool = False
+
+    def fits(self, uid: str, digests: Sequence[str]) -> bool:
+        """Return whether the file is not taken yet and holds exactly these inputs."""
+        return not self.taken and self.uid == uid and self.digests == tuple(digests)
+
+    async def take(self) -> Artifact:
+        """Wait for the file and take ownership: the caller must commit or delete it.
+
+        Raises what AdapterRepository.publish raises.
+        """
+        (artifact,) = await asyncio.shield(self.publishing)
+        self.taken = True
+        return artifact
+
+
+@asynccontextmanager
+async def published_early(
+    repository: AdapterRepository, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
+) -> AsyncIterator[BackgroundPublish]:
+    """Publish a file during the block; it is deleted again unless the block takes it."""
+    publishing = asyncio.ensure_future(repository.publish(tenant, uid, [encode], aside=True))
+    file = BackgroundPublish(uid, tuple(digests), publishing)
+    try:
+        yield file
+    finally:
+        if not file.taken:
+            await to_its_end(repository.let_go(tenant, uid, publishing))
 
 
 class Publication:

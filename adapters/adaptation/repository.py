@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,29 +51,6 @@ class AdapterSnapshot:
     def same_as(self, other: AdapterSnapshot) -> bool:
         """Return whether nothing changed between the two."""
         return (self.adapter.uid, self.revision) == (other.adapter.uid, other.revision)
-
-
-@dataclass(slots=True)
-class BackgroundPublish:
-    """A file of inputs that is published while other work goes on. `digests`: of its inputs, in order."""
-
-    uid: str
-    digests: tuple[str, ...]
-    publishing: asyncio.Task[tuple[Artifact, ...]]
-    taken: bool = False
-
-    def fits(self, uid: str, digests: Sequence[str]) -> bool:
-        """Return whether the file is not taken yet and holds exactly these inputs."""
-        return not self.taken and self.uid == uid and self.digests == tuple(digests)
-
-    async def take(self) -> Artifact:
-        """Wait for the file and take ownership: the caller must commit or delete it.
-
-        Raises what AdapterRepository.publish raises.
-        """
-        (artifact,) = await asyncio.shield(self.publishing)
-        self.taken = True
-        return artifact
 
 
 class AdapterRepository:
@@ -205,17 +182,23 @@ class AdapterRepository:
         return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
 
     async def publish(
-        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
+        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]], *, aside: bool = False
     ) -> tuple[Artifact, ...]:
-        """Publish what the encoders return; they run in the thread that writes.
+        """Publish what the encoders return; they run in the thread that writes, with `aside` in one of those.
 
         If the caller is cancelled, files that are published all the same are deleted again.
         """
-        publishing = asyncio.ensure_future(asyncio.to_thread(self._publish, tenant, uid, encoders))
+
+        def publish() -> tuple[Artifact, ...]:
+            return self._store.publish_all(tenant, uid, [encode() for encode in encoders])
+
+        publishing = asyncio.ensure_future(
+            self.aside(tenant, publish) if aside else asyncio.to_thread(publish)
+        )
         try:
             return await asyncio.shield(publishing)
         except asyncio.CancelledError:
-            self._behind(self._let_go(tenant, uid, publishing))
+            self._behind(self.let_go(tenant, uid, publishing))
             raise
 
     def _behind(self, work: Coroutine[Any, Any, None]) -> None:
@@ -224,25 +207,8 @@ class AdapterRepository:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _publish(
-        self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]]
-    ) -> tuple[Artifact, ...]:
-        return self._store.publish_all(tenant, uid, [encode() for encode in encoders])
-
-    @asynccontextmanager
-    async def ahead(
-        self, tenant: str, uid: str, digests: Sequence[str], encode: Callable[[], Buffer]
-    ) -> AsyncIterator[BackgroundPublish]:
-        """Publish a file during the block; it is deleted again unless the block takes it."""
-        publishing = asyncio.ensure_future(self.aside(tenant, lambda: self._publish(tenant, uid, [encode])))
-        file = BackgroundPublish(uid, tuple(digests), publishing)
-        try:
-            yield file
-        finally:
-            if not file.taken:
-                await to_its_end(self._let_go(tenant, file.uid, file.publishing))
-
-    async def _let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
+    async def let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
+        """Delete what is being published, once it is."""
         # A store that failed has stored nothing, and a caller that needed the files has got the error.
         with suppress(StoreError):
             await self.drop(tenant, uid, await publishing)

@@ -12,8 +12,8 @@ from typing import TypeVar
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
 from adapters.adaptation.layout import LayoutPlan, plan_change
 from adapters.adaptation.promotion.candidate import CandidateFitter, timed
-from adapters.adaptation.publication import Publication
-from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot, BackgroundPublish
+from adapters.adaptation.publication import BackgroundPublish, Publication
+from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision_files import (
     AdapterContext,
     Fit,

@@ -9,14 +9,12 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adapters.adaptation.adapt import terms_of, wanted
 from adapters.adaptation.promotion.candidate import with_ids
 from adapters.adaptation.promotion.decision import Promote, as_asked, decide_late
 from adapters.adaptation.revision_files import LINEAR_PROBE
@@ -30,18 +28,16 @@ from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.pacing import cooperative_pauses
 from adapters.finetune.trainer import fine_tune
 from adapters.finetune.vocabulary import restricted_vocabulary
+from adapters.jobs.kept_examples import KeptExamples
 from adapters.jobs.lease import Lease, checkpoint_path
-from adapters.jobs.submission import FINE_TUNE, CannotTune, check_tunable
-from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
+from adapters.jobs.submission import FINE_TUNE, CannotTune
+from adapters.probe.fit import FittedProbe
 from adapters.probe.folds import folds
-from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed, rows_at
+from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed
 from adapters.registry.errors import RevisionMoved
 from adapters.registry.records import (
-    AdapterRecord,
     Change,
     Committed,
-    Creation,
-    ExampleRecord,
     JobRecord,
     NewVersion,
 )
@@ -49,8 +45,6 @@ from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Store
 from adapters.storage.formats import (
     Evidence,
-    decode_embeddings,
-    decode_inputs,
     encode_evidence,
 )
 from models.export.loaders import Network, load_network
@@ -65,18 +59,6 @@ NO_BETTER = "no_better"
 
 _HELD_OUT = 5  # number of folds, one of which is held out
 _CHECKPOINTS = 2  # version of the checkpoint format; older checkpoints are ignored
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """An adapter as it was read, with its usable examples, their embeddings and inputs, ordered by id."""
-
-    adapter: AdapterRecord
-    revision: int  # of the examples
-    terms: Creation  # the adapter's terms, changed as the job asks
-    examples: Sequence[ExampleRecord]
-    embeddings: NDArray[np.float32]
-    inputs: Sequence[bytes | str]
 
 
 class _Watched:
@@ -134,7 +116,7 @@ class FineTuneJob:
         raises.
         """
         job = lease.claim.job
-        kept = self._read(job.tenant, job.adapter, job.request)
+        kept = KeptExamples.read(self._registry, self._store, job)
         config = FineTuneConfig(**job.request.get("config", {}))
         # Idle scheduling applies to one thread. The threads for heartbeats and for commits must keep theirs.
         with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training:
@@ -143,7 +125,7 @@ class FineTuneJob:
             ).result()
             if found is None and kept.adapter.live is None:
                 # The adapter would have no version to predict with.
-                found = training.submit(_probe, kept, range(len(kept.examples))).result()
+                found = training.submit(kept.fit_probe, range(len(kept.examples))).result()
         lease.check()
         lease.tell()
         if found is None:
@@ -154,7 +136,7 @@ class FineTuneJob:
         checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
-    def _train(self, kept: _Kept, config: FineTuneConfig, lease: Lease) -> TunedVersion | None:
+    def _train(self, kept: KeptExamples, config: FineTuneConfig, lease: Lease) -> TunedVersion | None:
         network = load_network(kept.adapter.backbone)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
@@ -163,7 +145,7 @@ class FineTuneJob:
                 "POST /adapters/{adapter}/rebase moves the adapter to it.",
             )
         names, lesson = self._lesson(kept, network, lease)
-        probe = _probe(kept, lesson.training)
+        probe = kept.fit_probe(lesson.training)
         model = Model(network.forward, probe.head, network.spec.transform).to(self._device)
         path = checkpoint_path(self._scratch, lease.claim.job.id)
         about = _about(kept, lesson, config)
@@ -186,26 +168,9 @@ class FineTuneJob:
             return None
         return finish(network, model, lesson, names, outcome, kept.terms.answer_accuracy)
 
-    def _read(self, tenant: str, name: str, request: Mapping[str, Any]) -> _Kept:
-        adapter = self._registry.adapter(tenant, name)
-        revision, every = self._registry.all_examples(adapter.uid)
-        # Some examples may have lost their inputs.
-        examples = [example for example in every if example.inputs is not None and not example.excluded]
-        check_tunable(adapter, examples)
-
-        def read(file: Artifact) -> bytes:
-            return self._store.read(tenant, adapter.uid, file)
-
-        return _Kept(
-            adapter,
-            revision,
-            wanted(terms_of(adapter), request.get("answer_accuracy"), request.get("weights")),
-            examples,
-            np.stack(rows_at([(one.segment, one.row) for one in examples], read, decode_embeddings)),
-            rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),
-        )
-
-    def _lesson(self, kept: _Kept, network: Network, lease: Lease) -> tuple[tuple[str, ...], TrainingSet]:
+    def _lesson(
+        self, kept: KeptExamples, network: Network, lease: Lease
+    ) -> tuple[tuple[str, ...], TrainingSet]:
         targets = [str(example.target) for example in kept.examples]
         names = tuple(sorted(set(targets)))
         place = {name: index for index, name in enumerate(names)}
@@ -224,20 +189,14 @@ class FineTuneJob:
         own = kept.embeddings if network.spec.precision == FLOAT32 else None
         return names, TrainingSet(_Watched(samples, lease), labels, held_out, own, sampled)
 
-    def _commit(self, kept: _Kept, found: TunedVersion | FittedProbe, lease: Lease) -> Committed:
+    def _commit(self, kept: KeptExamples, found: TunedVersion | FittedProbe, lease: Lease) -> Committed:
         """Publish the files, then commit the version and the job's success at the adapter's current revision.
 
         Every example that was trained on must still exist: if one was removed meanwhile, the network is
         dropped (CannotTune); if one was set aside, the network is not promoted.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
-        evidence = Evidence(
-            tuple(example.id for example in kept.examples),
-            tuple(example.digest for example in kept.examples),
-            tuple(example.target for example in kept.examples),
-            found.scores,
-            tuple(example.sampled for example in kept.examples),
-        )
+        evidence = kept.evidence(found.scores)
         blobs = [found.head.to_bytes(), encode_evidence(evidence)]
         if isinstance(found, TunedVersion):
             blobs.append(found.onnx)
@@ -255,7 +214,7 @@ class FineTuneJob:
 
     def _change(
         self,
-        kept: _Kept,
+        kept: KeptExamples,
         found: TunedVersion | FittedProbe,
         evidence: Evidence,
         published: Sequence[Artifact],
@@ -264,7 +223,7 @@ class FineTuneJob:
         """Return the change that adds the version to the adapter as it is now."""
         tenant, request = kept.adapter.tenant, job.request
         now = self._registry.adapter(tenant, kept.adapter.name)
-        set_aside = self._check_kept(kept, now)
+        set_aside = kept.check_unchanged(now, self._registry.all_examples(now.uid)[1])
         asked: Promote = request.get("promote", "if_better")
         promote = as_asked(asked, job.created_at, now)
         held = now.rolled_back_at is not None
@@ -294,39 +253,6 @@ class FineTuneJob:
             standing=now.standing,
         )
 
-    def _check_kept(self, kept: _Kept, now: AdapterRecord) -> bool:
-        """Return whether a trained example was set aside. Raises CannotTune if one was removed or changed."""
-        there = {example.id: example for example in self._registry.all_examples(now.uid)[1]}
-        same = [there.get(one.id) for one in kept.examples]
-        if now.uid != kept.adapter.uid or any(
-            found is None or found.digest != one.digest
-            for found, one in zip(same, kept.examples, strict=True)
-        ):
-            raise CannotTune(
-                "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
-            )
-        return any(found is not None and found.excluded for found in same)
-
-
-def _probe(kept: _Kept, rows: Sequence[int]) -> FittedProbe:
-    """Fit a linear probe on these rows. On the training rows, it is where the first phase starts."""
-    examples = [kept.examples[row] for row in rows]
-    data = Dataset(
-        embeddings=kept.embeddings[list(rows)],
-        targets=[example.target for example in examples],
-        digests=[example.digest for example in examples],
-        task="classification",
-        fingerprint=kept.adapter.fingerprint,
-        groups=[example.group or "" for example in examples],
-        sampled=[example.sampled for example in examples],
-    )
-    config = ProbeConfig(
-        answer_accuracy=kept.terms.answer_accuracy,
-        balanced=kept.terms.weights == "balanced",
-        limit_seconds=float("inf"),
-    )
-    return fit(data, config)
-
 
 def _told(progress: Progress) -> Mapping[str, Any]:
     return {
@@ -338,7 +264,7 @@ def _told(progress: Progress) -> Mapping[str, Any]:
     }
 
 
-def _about(kept: _Kept, lesson: TrainingSet, config: FineTuneConfig) -> str:
+def _about(kept: KeptExamples, lesson: TrainingSet, config: FineTuneConfig) -> str:
     """Return a digest that ties a checkpoint to its examples, its held-out rows and its training config."""
     digest = hashlib.sha256(repr((_CHECKPOINTS, sorted(asdict(config).items()))).encode())
     for example in kept.examples:

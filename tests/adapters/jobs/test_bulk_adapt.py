@@ -20,7 +20,7 @@ import pytest
 from adapters.adaptation.commands import AdaptCommand, AdapterFull, AdapterLimits
 from adapters.examples.upload import UploadLimits
 from adapters.examples.upload_forms import Form
-from adapters.jobs import bulk_adapt
+from adapters.jobs import bulk_attempt
 from adapters.jobs.bulk_adapt import BulkAdaptJob
 from adapters.jobs.lease import Cancelled, Lease, ShuttingDown
 from adapters.jobs.submission import JobSubmitter
@@ -126,7 +126,7 @@ NAMES = [f"n{row:02}" for row in range(EXAMPLES)]
 
 @pytest.fixture
 def place(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr(bulk_adapt, "_EXAMPLES", PART)
+    monkeypatch.setattr(bulk_attempt, "BATCH_EXAMPLES", PART)
     export = find("minilm-l6-v2")
     assert export is not None, "the running service has exported it"
     backbone = Backbone.open(export)
@@ -156,7 +156,7 @@ def stop_after_a_part(monkeypatch: pytest.MonkeyPatch, lease: Lease, why: Except
         raise why
 
     monkeypatch.setattr(lease, "report", reporting)
-    monkeypatch.setattr(bulk_adapt, "_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(bulk_attempt, "_CHECK_SECONDS", 0.0)
 
 
 def test_another_attempt_goes_on_where_one_was_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

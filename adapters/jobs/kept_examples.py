@@ -1,0 +1,96 @@
+"""The kept examples that a fine-tune learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters.adaptation.adapt import terms_of, wanted
+from adapters.jobs.submission import CannotTune, check_tunable
+from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
+from adapters.registry.artifacts import rows_at
+from adapters.registry.records import AdapterRecord, Creation, ExampleRecord, JobRecord
+from adapters.registry.registry import Registry
+from adapters.storage.artifact import Artifact, Store
+from adapters.storage.formats import Evidence, decode_embeddings, decode_inputs
+from models.arrays import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class KeptExamples:
+    """An adapter as it was read, with its usable examples, their embeddings and inputs, ordered by id."""
+
+    adapter: AdapterRecord
+    revision: int  # of the examples
+    terms: Creation  # the adapter's terms, changed as the job asks
+    examples: Sequence[ExampleRecord]
+    embeddings: Floats  # (n, dim)
+    inputs: Sequence[bytes | str]
+
+    @classmethod
+    def read(cls, registry: Registry, store: Store, job: JobRecord) -> KeptExamples:
+        """Read the examples of the job's adapter. Raises what check_tunable raises."""
+        adapter = registry.adapter(job.tenant, job.adapter)
+        revision, every = registry.all_examples(adapter.uid)
+        # Some examples may have lost their inputs.
+        examples = [example for example in every if example.inputs is not None and not example.excluded]
+        check_tunable(adapter, examples)
+
+        def read(file: Artifact) -> bytes:
+            return store.read(adapter.tenant, adapter.uid, file)
+
+        return cls(
+            adapter,
+            revision,
+            wanted(terms_of(adapter), job.request.get("answer_accuracy"), job.request.get("weights")),
+            examples,
+            np.stack(rows_at([(one.segment, one.row) for one in examples], read, decode_embeddings)),
+            rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),
+        )
+
+    def fit_probe(self, rows: Sequence[int]) -> FittedProbe:
+        """Fit a linear probe on these rows. On the training rows, it is where the first phase starts."""
+        examples = [self.examples[row] for row in rows]
+        data = Dataset(
+            embeddings=self.embeddings[list(rows)],
+            targets=[example.target for example in examples],
+            digests=[example.digest for example in examples],
+            task="classification",
+            fingerprint=self.adapter.fingerprint,
+            groups=[example.group or "" for example in examples],
+            sampled=[example.sampled for example in examples],
+        )
+        config = ProbeConfig(
+            answer_accuracy=self.terms.answer_accuracy,
+            balanced=self.terms.weights == "balanced",
+            limit_seconds=float("inf"),
+        )
+        return fit(data, config)
+
+    def evidence(self, scores: Floats) -> Evidence:
+        """Return the evidence of a version that was fitted on the examples. `scores`: out of fold, (n,)."""
+        return Evidence(
+            tuple(example.id for example in self.examples),
+            tuple(example.digest for example in self.examples),
+            tuple(example.target for example in self.examples),
+            scores,
+            tuple(example.sampled for example in self.examples),
+        )
+
+    def check_unchanged(self, adapter: AdapterRecord, now: Sequence[ExampleRecord]) -> bool:
+        """Return whether an example has been set aside. `adapter`, with its examples `now`: read again.
+
+        Raises CannotTune if an example was removed or has another input.
+        """
+        there = {example.id: example for example in now}
+        same = [there.get(one.id) for one in self.examples]
+        if adapter.uid != self.adapter.uid or any(
+            found is None or found.digest != one.digest
+            for found, one in zip(same, self.examples, strict=True)
+        ):
+            raise CannotTune(
+                "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
+            )
+        return any(found is not None and found.excluded for found in same)
