@@ -115,7 +115,7 @@ class WorkerSupervisor:
         with contextlib.suppress(ConnectionError):
             process.stdin.write(json.dumps(asdict(self._config)).encode() + b"\n")
             process.stdin.flush()
-        while (status := process.status) is None:
+        while (status := process.poll()) is None:
             await asyncio.sleep(LOOK_SECONDS)
             process.kill_if_silent()
         process.end()

@@ -80,9 +80,8 @@ class ChildProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def status(self) -> int | None:
-        """The exit status, None while the process runs."""
+    def poll(self) -> int | None:
+        """Return the exit status, None while the process runs."""
         return self._process.poll()
 
     @property

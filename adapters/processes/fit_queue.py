@@ -160,7 +160,7 @@ class FitQueue:
     async def running(self) -> FitProcess:
         """Return the process, started if none is running. Raises FitterUnavailable."""
         async with self._starting:
-            if self.process is None or self.process.status is not None:
+            if self.process is None or self.process.poll() is not None:
                 self.broken = True
                 if self.process is not None:
                     await asyncio.to_thread(self.process.end)
@@ -182,7 +182,7 @@ class FitQueue:
             process = self.process
             if process is None or self._starting.locked():
                 continue
-            if process.status is None:
+            if process.poll() is None:
                 process.kill_if_silent()
             elif self._idle_seconds is None:
                 await self._replace()
