@@ -536,7 +536,7 @@ def test_what_cannot_be_tuned_is_refused(
     made = make(tmp_path, backbone, labels, keep_inputs=keep_inputs)
     made.submit()
     before = made.objects()
-    with made.lease() as lease, pytest.raises((CannotTune, InputsNotKept)) as refused:
+    with made.lease() as lease, pytest.raises((CannotTune, TooFewExamples, InputsNotKept)) as refused:
         made.tuning.run(lease)
     assert getattr(refused.value, "code", None) == code
     assert made.objects() == before
