@@ -24,11 +24,11 @@ from adapters.adaptation.commands import (
     WeightsNotForTask,
     _blamed,
 )
-from adapters.adaptation.layout import plan_change
 from adapters.adaptation.publication import BackgroundPublish, published_early
 from adapters.adaptation.repository import AdapterSnapshot
-from adapters.adaptation.revision import RevisionWriter
-from adapters.adaptation.revision_files import AdapterContext
+from adapters.adaptation.revision.files import AdapterContext
+from adapters.adaptation.revision.layout import plan_change
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.examples.target import Weights, label_set
 from adapters.examples.validation import RejectedExample, ValidExample, admit, common_kind
 from adapters.processes.turns import Gate

@@ -10,8 +10,8 @@ from adapters.adaptation.adapt import AdaptPipeline, terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import RevisionWriter
-from adapters.adaptation.revision_files import AdapterContext
+from adapters.adaptation.revision.files import AdapterContext
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.examples.target import ExampleError, Target, label_set, normalise_target
 from adapters.examples.validation import (
     PostedExample,

@@ -12,12 +12,12 @@ import numpy as np
 
 from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
 from adapters.adaptation.commands import RevisionResult
-from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import RevisionWriter
-from adapters.adaptation.revision_files import new_version
+from adapters.adaptation.revision.files import new_version
+from adapters.adaptation.revision.layout import PlannedExample
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.registry.errors import UnknownAdapter
 from adapters.registry.records import Change, ExampleRecord, Rebase, Repoint
 from adapters.storage.artifact import Artifact

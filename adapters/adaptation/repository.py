@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from adapters.adaptation.layout import Stored
+from adapters.adaptation.artifacts import delete_unreferenced, evidence_of, kept_if_committed
+from adapters.adaptation.revision.layout import Stored
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
 from adapters.processes.turns import Gate
-from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed
 from adapters.registry.errors import UnknownAdapter, UnknownVersion
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, ExampleRecord, VersionRecord

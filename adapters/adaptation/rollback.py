@@ -10,8 +10,8 @@ from typing import Literal
 from adapters.adaptation.adapt import terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision import RevisionWriter
-from adapters.adaptation.revision_files import AdapterContext
+from adapters.adaptation.revision.files import AdapterContext
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.examples.validation import ValidExample
 from adapters.registry.errors import AliasMoved, UnknownAdapter
 from adapters.registry.idempotency import PendingReply

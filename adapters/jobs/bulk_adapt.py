@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal, cast
 from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ContractChanged
 from adapters.adaptation.repository import AdapterRepository
-from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.examples.upload import UploadLimits

@@ -13,7 +13,7 @@ from adapters.adaptation.adapt import AdaptPipeline, terms_of, wanted
 from adapters.adaptation.commands import AdaptCommand, ExampleEdit, ExamplesRejected, RevisionResult
 from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterSnapshot
-from adapters.adaptation.revision_files import AdapterContext
+from adapters.adaptation.revision.files import AdapterContext
 from adapters.examples.upload import BadUpload, Found, Record, UploadLimits, cut
 from adapters.examples.upload_forms import Form, records
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample, admit

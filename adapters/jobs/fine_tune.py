@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from adapters.adaptation.artifacts import delete_unreferenced, evidence_of, kept_if_committed
 from adapters.adaptation.promotion.candidate import with_ids
 from adapters.adaptation.promotion.decision import Promote, as_asked, decide_late
-from adapters.adaptation.revision_files import LINEAR_PROBE
+from adapters.adaptation.revision.files import LINEAR_PROBE
 from adapters.examples.copies import together
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.config import FineTuneConfig
@@ -33,7 +34,6 @@ from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.submission import FINE_TUNE, CannotTune
 from adapters.probe.fit import FittedProbe
 from adapters.probe.folds import folds
-from adapters.registry.artifacts import delete_unreferenced, evidence_of, kept_if_committed
 from adapters.registry.errors import RevisionMoved
 from adapters.registry.records import (
     Change,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters.adaptation.adapt import terms_of, wanted
+from adapters.adaptation.artifacts import rows_at
 from adapters.jobs.submission import CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
-from adapters.registry.artifacts import rows_at
 from adapters.registry.records import AdapterRecord, Creation, ExampleRecord, JobRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Store

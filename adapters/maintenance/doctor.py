@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from sqlalchemy import Connection
 
+from adapters.adaptation.artifacts import delete_unreferenced, kept_if_committed
 from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
-from adapters.registry.artifacts import delete_unreferenced, kept_if_committed
 from adapters.registry.database import Database
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.jobs import uploads_of

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from sqlalchemy import Connection, delete, insert, select, update
 
-from adapters.adaptation.layout import SegmentSlot, Stored, locate, plan_change
-from adapters.registry.artifacts import rows_at
+from adapters.adaptation.artifacts import rows_at
+from adapters.adaptation.revision.layout import SegmentSlot, Stored, locate, plan_change
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, digest
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from adapters.adaptation.commands import NothingToFit
-from adapters.adaptation.layout import PlannedExample
 from adapters.adaptation.promotion.agreement import Agreement, ask
 from adapters.adaptation.promotion.decision import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.adaptation.repository import AdapterRepository
-from adapters.adaptation.revision_files import Fit
+from adapters.adaptation.revision.files import Fit
+from adapters.adaptation.revision.layout import PlannedExample
 from adapters.cache.lru import ByteLRU
 from adapters.heads.head import CorruptHead, Head
 from adapters.probe.fit import Dataset, ProbeConfig

@@ -13,7 +13,7 @@ import pytest
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, AdaptOutcome
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.adaptation.promotion.decision import as_asked
-from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.adaptation.rollback import CannotRestore, Missing, Restorer, plan_rollback
 from adapters.examples.target import ExampleError, Target
 from adapters.examples.validation import PostedExample

@@ -16,7 +16,7 @@ from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
 from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
-from adapters.adaptation.revision import RevisionWriter
+from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.cache.networks import NetworkPool

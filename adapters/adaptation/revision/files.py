@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from adapters.adaptation.commands import ExampleEdit
-from adapters.adaptation.layout import LayoutPlan, SegmentSlot, Stored, locate
 from adapters.adaptation.promotion.decision import Decision
 from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
+from adapters.adaptation.revision.layout import LayoutPlan, SegmentSlot, Stored, locate
 from adapters.heads.head import Head
 from adapters.registry.records import AdapterRecord, Change, Creation, ExampleRecord, NewVersion
 from adapters.registry.registry import new_uid

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
-from adapters.adaptation.layout import LayoutPlan, plan_change
 from adapters.adaptation.promotion.candidate import CandidateFitter, timed
 from adapters.adaptation.publication import BackgroundPublish, Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
-from adapters.adaptation.revision_files import (
+from adapters.adaptation.revision.files import (
     AdapterContext,
     Fit,
     RevisionFiles,
@@ -24,6 +23,7 @@ from adapters.adaptation.revision_files import (
     new_files,
     publish_bundle,
 )
+from adapters.adaptation.revision.layout import LayoutPlan, plan_change
 from adapters.cache.lru import ByteLRU
 from adapters.examples.target import label_set
 from adapters.heads.head import Head

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.adaptation.layout import MERGED_AT_ONCE, SMALL_BYTES, SegmentSlot, locate, plan_change
+from adapters.adaptation.revision.layout import MERGED_AT_ONCE, SMALL_BYTES, SegmentSlot, locate, plan_change
 from adapters.examples.target import input_digest
 from adapters.examples.validation import ValidExample
 from adapters.registry.records import ExampleRecord
