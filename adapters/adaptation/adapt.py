@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,13 +14,12 @@ from adapters.adaptation.commands import (
     ContractChanged,
     ExampleEdit,
     ExamplesRejected,
-    FingerprintMismatch,
-    New,
     NothingToFit,
     RevisionResult,
     WeightsNotForTask,
     _blamed,
 )
+from adapters.adaptation.input_embedder import InputEmbedder
 from adapters.adaptation.publication import BackgroundPublish, published_early
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -31,20 +27,15 @@ from adapters.adaptation.revision.layout import plan_change
 from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.examples.target import Weights, label_set
 from adapters.examples.validation import RejectedExample, ValidExample, admit, common_kind
-from adapters.processes.turns import Gate
 from adapters.registry.errors import UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Creation
 from adapters.storage.formats import encode_inputs
 from models.batching.batcher import Batcher
-from models.preprocess.limits import InputError
-from models.priority import lower_thread_priority
-from models.spec import BackboneSpec, Kind, UnknownBackbone
+from models.spec import Kind, UnknownBackbone
 
 # Inputs of at least this total size (bytes; characters of texts) are published while they are embedded.
 _PUBLISHED_AHEAD = 1 << 20
-# Characters tokenized per call when texts are checked for truncation or for unknown tokens.
-_CHARACTERS_AT_ONCE = 50_000
 
 
 @contextmanager
@@ -77,10 +68,8 @@ class AdaptPipeline:
         count: Callable[[str], None] = lambda outcome: None,
     ) -> None:
         self.writer = writer
-        self.batchers = batchers
+        self.embedder = InputEmbedder(writer.repository, batchers)
         self._count = count
-        self._looking = ThreadPoolExecutor(1, "look", initializer=lower_thread_priority)
-        self._looking_gate = Gate(1)
 
     async def adapt(
         self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None = None
@@ -106,90 +95,6 @@ class AdaptPipeline:
         finally:
             self._count(outcome)
 
-    async def embed_new(
-        self, tenant: str, terms: Creation, admitted: Sequence[ValidExample], known: AbstractSet[str]
-    ) -> New:
-        """Embed the inputs whose digests are not in `known`.
-
-        Embeddings of the tenant's other adapters are reused. A text without a token that the backbone knows
-        has failed too, although it has an embedding.
-        """
-        # The order is independent of the request: neighbours in a batch move an embedding's last digits.
-        ordered = sorted(admitted, key=lambda one: one.digest)
-        new = {one.digest: one.input for one in ordered if one.digest not in known and one.input is not None}
-        vectors = await self.writer.repository.known(tenant, terms.fingerprint, new)
-        found = {digest: new.pop(digest) for digest in vectors}
-        batcher = self.batchers[terms.backbone]
-        unknown = no_known_tokens(terms.backbone)
-        errors: dict[str, InputError] = {}
-        if found and terms.kind == "text":
-            places = await self._look(tenant, batcher.backbone.unknown, list(found.values()))
-            errors = {digest: unknown for place, digest in enumerate(found) if place in places}
-        timings: dict[str, float] = {}
-        truncated: set[str] = set()
-        if new:
-            embedded = await batcher.embed(list(new.values()), bulk=True, source=tenant)
-            timings = dict(embedded.timings)
-            for place, digest in enumerate(new):
-                if place in embedded.errors:
-                    errors[digest] = embedded.errors[place]
-                    continue
-                vectors[digest] = embedded.embeddings[place]
-                if place in embedded.unknown:
-                    errors[digest] = unknown
-                elif place in embedded.truncated:
-                    truncated.add(digest)
-        rejected = [
-            RejectedExample(one.index, one.id, errors[one.digest].code, errors[one.digest].detail, terms.kind)
-            for one in admitted
-            if one.index is not None and one.digest in errors
-        ]
-        return New(vectors, rejected, timings, frozenset(truncated), new.keys())
-
-    async def count_truncated(
-        self, tenant: str, terms: Creation, usable: Sequence[ValidExample], new: New
-    ) -> int:
-        """Count the examples that are texts of which the backbone reads only the start."""
-        known = [one.input for one in usable if isinstance(one.input, str) and one.digest not in new.embedded]
-        count = sum(one.digest in new.truncated for one in usable)
-        if known:
-            backbone = self.batchers[terms.backbone].backbone
-            count += len(await self._look(tenant, backbone.truncated, known))
-        return count
-
-    async def _look(
-        self,
-        tenant: str,
-        look: Callable[[Sequence[bytes | str]], AbstractSet[int]],
-        texts: Sequence[bytes | str],
-    ) -> set[int]:
-        """Return the positions that `look` finds. Tenants take turns on one low-priority thread."""
-        loop = asyncio.get_running_loop()
-        found: set[int] = set()
-        begin = 0
-        while begin < len(texts):
-            end, size = begin + 1, len(texts[begin])
-            while end < len(texts) and size + len(texts[end]) <= _CHARACTERS_AT_ONCE:
-                size += len(texts[end])
-                end += 1
-            async with self._looking_gate.passed(tenant):
-                places = await loop.run_in_executor(self._looking, look, texts[begin:end])
-            found |= {begin + place for place in places}
-            begin = end
-        return found
-
-    def check_served(self, terms: Creation | AdapterRecord) -> None:
-        """Raise FingerprintMismatch unless the adapter's own backbone is served."""
-        batcher = self.batchers.get(terms.backbone)
-        if batcher is None or batcher.backbone.fingerprint != terms.fingerprint:
-            raise FingerprintMismatch(terms.backbone)
-
-    def spec(self, name: str) -> BackboneSpec:
-        """Return the spec of a served backbone. Raises UnknownBackbone."""
-        if name not in self.batchers:
-            raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
-        return self.batchers[name].backbone.spec
-
     async def _adapt(
         self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None
     ) -> AdaptOutcome:
@@ -204,14 +109,14 @@ class AdaptPipeline:
         subject = AdapterContext.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            new = await self.embed_new(tenant, terms, admitted, known)
+            new = await self.embedder.embed_new(tenant, terms, admitted, known)
             vectors, timings = new.vectors, new.timings
             rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
             failed = {one.index for one in new.rejected}
             usable = [one for one in admitted if one.index not in failed]
             if rejected and (command.strict or not usable):
                 raise ExamplesRejected(rejected, strict=command.strict)
-            truncated = await self.count_truncated(tenant, terms, usable, new)
+            truncated = await self.embedder.count_truncated(tenant, terms, usable, new)
 
             def outcome(revised: RevisionResult) -> AdaptOutcome:
                 total = time.perf_counter() - started
@@ -222,7 +127,7 @@ class AdaptPipeline:
                 terms = self.terms(command, state)
                 # Inputs that the adapter had at first may have been removed meanwhile.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embed_new(tenant, terms, usable, known)).vectors)
+                vectors.update((await self.embedder.embed_new(tenant, terms, usable, known)).vectors)
                 edit = ExampleEdit(
                     usable,
                     clear=command.update == "replace",
@@ -261,7 +166,7 @@ class AdaptPipeline:
             return self._new_terms(command)
         terms = wanted(terms_of(state.adapter), command.answer_accuracy, command.weights)
         if command.backbone not in (None, terms.backbone):
-            self.spec(command.backbone or "")
+            self.embedder.spec(command.backbone or "")
             raise ContractChanged(
                 "backbone_changed",
                 f"The adapter is on {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it.",
@@ -271,14 +176,14 @@ class AdaptPipeline:
         if command.keep_inputs not in (None, terms.keep_inputs):
             kept = "keeps" if terms.keep_inputs else "does not keep"
             raise ContractChanged("keep_inputs_changed", f"The adapter {kept} inputs; use another adapter.")
-        self.check_served(terms)
+        self.embedder.check_served(terms)
         return terms
 
     def _new_terms(self, command: AdaptCommand) -> Creation:
         if not command.posted:
             raise UnknownAdapter(command.adapter)
         name = command.backbone or self._default(common_kind(one.input for one in command.posted))
-        spec = self.spec(name)
+        spec = self.embedder.spec(name)
         terms = Creation(
             backbone=name,
             fingerprint=spec.fingerprint,
@@ -290,7 +195,7 @@ class AdaptPipeline:
         return wanted(terms, command.answer_accuracy, command.weights)
 
     def _default(self, kind: Kind | None) -> str:
-        for name, batcher in self.batchers.items():
+        for name, batcher in self.embedder.batchers.items():
             if kind in (None, batcher.backbone.spec.kind):
                 return name
         raise UnknownBackbone(f"No backbone for {kind}s is served here.")
@@ -317,15 +222,6 @@ def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | No
         terms,
         answer_accuracy=terms.answer_accuracy if answer_accuracy is None else answer_accuracy,
         weights=weights or terms.weights,
-    )
-
-
-def no_known_tokens(backbone: str, text: str = "this text") -> InputError:
-    """Return the error for a text of which the backbone's tokenizer knows no token."""
-    return InputError(
-        "no_known_tokens",
-        f"The backbone {backbone!r} knows no word of {text}, so its embedding says nothing. "
-        "Leave the text out, or use a backbone for its language.",
     )
 
 

@@ -14,7 +14,6 @@ from adapters.examples.validation import PostedExample, RejectedExample, ValidEx
 from adapters.finetune.config import FineTuneConfig
 from adapters.probe.fit import ProbeConfig
 from adapters.registry.records import AdapterRecord, Committed, VersionRecord
-from models.arrays import Floats
 from models.errors import CodedError, Conflict, Invalid
 
 
@@ -173,22 +172,6 @@ class AdaptOutcome:
     revised: RevisionResult
     rejected: Sequence[RejectedExample] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class New:
-    """The result of embedding inputs that the adapter does not have. `timings`: seconds by stage.
-
-    `vectors`: embeddings by digest. `rejected`: examples whose input failed. `truncated`: digests of texts of
-    which the backbone reads only the start. `embedded`: digests of all inputs that were embedded for this
-    result.
-    """
-
-    vectors: dict[str, Floats]
-    rejected: Sequence[RejectedExample]
-    timings: Mapping[str, float]
-    truncated: frozenset[str]
-    embedded: AbstractSet[str]
 
 
 def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:

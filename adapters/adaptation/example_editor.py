@@ -62,7 +62,7 @@ class ExampleEditor:
     """Corrects, sets aside and removes examples, and refits each time. For one event loop."""
 
     def __init__(self, pipeline: AdaptPipeline) -> None:
-        self._pipeline = pipeline
+        self._embedder = pipeline.embedder
         self._writer: RevisionWriter = pipeline.writer
         self._repository: AdapterRepository = pipeline.writer.repository
 
@@ -84,13 +84,13 @@ class ExampleEditor:
             if state is None:
                 raise UnknownAdapter(name)
             terms = terms_of(state.adapter)
-            self._pipeline.check_served(terms)
+            self._embedder.check_served(terms)
             upserts = _corrections(state, feedback)
             known = {one.digest for one in state.examples} | vectors.keys()
-            new = await self._pipeline.embed_new(tenant, terms, upserts, known)
+            new = await self._embedder.embed_new(tenant, terms, upserts, known)
             _raise_first(new.rejected)
             vectors.update(new.vectors)
-            truncated = await self._pipeline.count_truncated(tenant, terms, upserts, new)
+            truncated = await self._embedder.count_truncated(tenant, terms, upserts, new)
 
             def whole(revised: RevisionResult) -> RevisionResult:
                 return replace(revised, truncated=truncated)

@@ -10,8 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from adapters.adaptation.adapt import AdaptPipeline, no_known_tokens, terms_of
+from adapters.adaptation.adapt import AdaptPipeline, terms_of
 from adapters.adaptation.commands import RevisionResult
+from adapters.adaptation.input_embedder import no_known_tokens
 from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
@@ -37,7 +38,7 @@ class Rebaser:
     """Moves adapters to other backbones. For one event loop."""
 
     def __init__(self, pipeline: AdaptPipeline) -> None:
-        self._pipeline = pipeline
+        self._embedder = pipeline.embedder
         self._writer: RevisionWriter = pipeline.writer
         self._repository: AdapterRepository = pipeline.writer.repository
 
@@ -57,7 +58,7 @@ class Rebaser:
         return (await self._writer.in_turn(tenant, name, step)).with_total(started)
 
     async def _rebase(self, state: AdapterSnapshot, backbone: str, promote: Promote) -> RevisionResult:
-        spec = self._pipeline.spec(backbone)
+        spec = self._embedder.spec(backbone)
         adapter = state.adapter
         if spec.kind != adapter.kind:
             raise InputError(
@@ -111,7 +112,7 @@ class Rebaser:
         truncated = 0
         for segment, source in inputs.items():
             values = await self._repository.inputs(state.adapter, source)
-            batcher = self._pipeline.batchers[backbone]
+            batcher = self._embedder.batchers[backbone]
             embedded = await batcher.embed(values, bulk=True, source=state.adapter.tenant)
             for row in rows[segment] & embedded.errors.keys():
                 raise embedded.errors[row]

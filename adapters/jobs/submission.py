@@ -114,7 +114,7 @@ class JobSubmitter:
             raise UnknownAdapter(command.adapter)
         with telling_rejected(() if stored is None else stored.rejected):
             check_tunable(state.adapter, state.examples)
-        self._pipeline.check_served(state.adapter)
+        self._pipeline.embedder.check_served(state.adapter)
         request = {
             "promote": command.promote,
             "config": asdict(command.fine_tune or FineTuneConfig()),
