@@ -13,7 +13,6 @@ from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
-from service.api.dependencies import tenant_of
 from service.edge.channel import channel_of
 from service.errors import Problem
 from service.payloads import openai, render, requests
@@ -34,11 +33,11 @@ class PredictEndpoints:
 
     async def predict(self, request: Request) -> Response:
         """Predict with the live version, or with the one named."""
-        tenant = await tenant_of(request)
+        channel = channel_of(request.scope)
+        tenant = channel.known_tenant()
         if (name := self._reader.adapter(request)) is not None:
             self._predictor.check_room(tenant, name)
         asked = await self._reader.predict(request)
-        channel = channel_of(request.scope)
         channel.adapter = asked.query.adapter
         channel.count_items(len(asked.query.inputs))
         found = await self._predictor.predict(tenant, asked.query)
@@ -48,12 +47,13 @@ class PredictEndpoints:
 
     async def embed(self, request: Request) -> Response:
         """The bare embeddings of inputs."""
-        tenant = await tenant_of(request)
+        channel = channel_of(request.scope)
+        tenant = channel.known_tenant()
         name, inputs, raw = await self._reader.embed(request)
-        channel_of(request.scope).count_items(len(inputs))
+        channel.count_items(len(inputs))
         found = await self._predictor.embed(tenant, name, inputs)
         if len(found.errors) == len(inputs):
-            channel_of(request.scope).in_vain = True
+            channel.in_vain = True
         batcher = self._predictor.batchers[name]
         content = await asyncio.to_thread(render.embedded, batcher, name, found, raw=raw)
         return Response(content, media_type="application/json")
@@ -68,9 +68,10 @@ class OpenAIEndpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """The embeddings of texts, as OpenAI's clients ask for them."""
-        tenant = await tenant_of(request)
+        channel = channel_of(request.scope)
+        tenant = channel.known_tenant()
         asked = await self._reader.openai(request)
-        channel_of(request.scope).count_items(1 if isinstance(asked.input, str) else len(asked.input))
+        channel.count_items(1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, self._predictor, asked)
 
     async def models(self) -> Response:

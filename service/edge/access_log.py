@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from adapters.storage.artifact import is_tenant
-
 if TYPE_CHECKING:
     from starlette.types import Scope
 
@@ -33,7 +31,7 @@ def log_request(scope: Scope, channel: RequestChannel, status: int, seconds: flo
         "seconds": round(seconds, 6),
         "bytes_in": channel.bytes,
         "bytes_out": channel.bytes_sent,
-        "tenant": channel.tenant if is_tenant(channel.tenant) else None,
+        "tenant": channel.tenant or None,
         "adapter": None if adapter is None else logged(adapter),
         "request_id": channel.request_id,
     }

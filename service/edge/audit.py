@@ -8,7 +8,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
-from adapters.storage.artifact import is_tenant
 from service.edge.access_log import logged
 from service.edge.rate_limits import TokenBucket
 
@@ -43,7 +42,7 @@ class Audit:
         facts = {
             "method": method,
             "status": status,
-            "tenant": tenant if is_tenant(tenant) else None,
+            "tenant": tenant or None,
             "key": key,
             "request_id": request_id,
         }

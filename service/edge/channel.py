@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapters.storage.artifact import is_tenant
 from service.edge.auth import STRANGER
 from service.edge.pace import SMALL_BYTES
 from service.errors import Problem, is_openai, respond
@@ -53,7 +54,7 @@ class RequestChannel:
         self.ended: Exception | None = None
         self.request_id = request_id
         self.caller = STRANGER
-        self.tenant = ""  # whose adapters are meant: unchecked, and empty for a stranger
+        self.tenant = ""  # whose adapters are meant; empty for a stranger and for an invalid name
         self.refused = False
         self.in_vain = False  # no item was valid: the request costs as much as a refused one
         self._items = 0
@@ -87,7 +88,18 @@ class RequestChannel:
         if caller.tenant is not None:
             self.tenant = caller.tenant
         elif caller is not STRANGER:
-            self.tenant = self.headers.get(b"x-tenant", b"default").decode("latin-1")
+            named = self.headers.get(b"x-tenant", b"default").decode("latin-1")
+            self.tenant = named if is_tenant(named) else ""
+
+    def known_tenant(self) -> str:
+        """Return the tenant. Raises a 422 Problem if X-Tenant has an invalid name."""
+        if not self.tenant:
+            raise Problem(
+                422,
+                "invalid_tenant",
+                "X-Tenant is 1 to 63 of a-z, 0-9, dot, underscore and dash, the first a letter or digit.",
+            )
+        return self.tenant
 
     def count_items(self, count: int) -> None:
         """Count the items of the request against its caller's quotas."""

@@ -24,8 +24,17 @@ from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.limits import InputError
 from service.errors import Problem
-from service.payloads.content import AT_ONCE, content_of, decoded_text, folder_of, stream_of, whole_body
-from service.payloads.json_body import NotJson, TooIntricate, parse
+from service.payloads.content import (
+    AT_ONCE,
+    NotJson,
+    TooIntricate,
+    content_of,
+    decoded_text,
+    folder_of,
+    parse,
+    stream_of,
+    whole_body,
+)
 from service.payloads.requests import (
     AdaptRequest,
     AmendRequest,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.examples.base64_images import decode_base64
 from models.preprocess.limits import InputError
-from service.payloads.json_body import NotJson, TooIntricate, parse
+from service.payloads.content import NotJson, TooIntricate, parse
 
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=30)),
