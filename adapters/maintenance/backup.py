@@ -22,6 +22,7 @@ from adapters.registry.database import Database
 from adapters.registry.migrations import HEAD
 from adapters.registry.schema import identity
 from adapters.storage.artifact import Artifact, CorruptArtifact, MissingArtifact, Store, object_key
+from adapters.storage.files import sync
 from models.errors import DomainError
 
 FORM = "topwork.backup/1"
@@ -75,7 +76,7 @@ def backup(database: Database, store: Store, folder: Path) -> tuple[Path, Manife
     try:
         manifest = _fill(database, store, partial)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -132,12 +133,12 @@ def _fill(database: Database, store: Store, partial: Path) -> Manifest:
         artifacts=len(wanted),
         artifact_bytes=sum(artifact.length for _, _, artifact in wanted),
     )
-    _sync(registry)
+    sync(registry)
     unfinished = partial / f"{MANIFEST}{PARTIAL}"
     unfinished.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.rename(partial / MANIFEST)
-    _sync(partial)
+    sync(partial)
     return manifest
 
 
@@ -223,16 +224,8 @@ class _Copy:
         paths = [self._path(one) for one in wanted]
         folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(_sync, [*paths, *folders, self._root]))
+            list(pool.map(sync, [*paths, *folders, self._root]))
 
     def _path(self, reference: Reference) -> Path:
         tenant, uid, artifact = reference
         return self._root / object_key(tenant, uid, artifact.name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -86,6 +86,11 @@ class StoredObject:
     name: str  # Artifact.name, with the suffix PARTIAL if the publication is not complete
     age: float  # seconds
 
+    @property
+    def key(self) -> str:
+        """The key under which the store has it."""
+        return object_key(self.tenant, self.adapter_uid, self.name)
+
 
 class Store(Protocol):
     """Stores artifacts, each under the prefix of its adapter. Thread-safe and blocking: call from a thread.

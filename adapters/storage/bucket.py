@@ -92,13 +92,13 @@ class BucketStore:
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         prefix = f"{ASIDE}/" if aside else ""
-        self._delete([prefix + _key(found) for found in objects])
+        self._delete([prefix + found.key for found in objects])
 
     def put_aside(self, objects: Collection[StoredObject]) -> None:
-        self._move({_key(found): f"{ASIDE}/{_key(found)}" for found in objects})
+        self._move({found.key: f"{ASIDE}/{found.key}" for found in objects})
 
     def put_back(self, objects: Collection[StoredObject]) -> None:
-        self._move({f"{ASIDE}/{_key(found)}": _key(found) for found in objects})
+        self._move({f"{ASIDE}/{found.key}": found.key for found in objects})
 
     @property
     def location(self) -> str:
@@ -143,10 +143,6 @@ class BucketStore:
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._bucket, key)
-
-
-def _key(found: StoredObject) -> str:
-    return object_key(found.tenant, found.adapter_uid, found.name)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,12 +27,12 @@ from adapters.storage.artifact import (
     tenant_key,
     verified,
 )
+from adapters.storage.files import entries_of, folders_in, remove_folder, sync, write_synced
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Attempts to publish; each deletion of the folder can cost one.
 _ATTEMPTS = 20
 _PAUSE = 0.005  # seconds, times the attempts so far
-_DELETIONS = 100  # attempts to delete a folder
 # Folder that holds folders while they are deleted. It is not a valid name for a tenant.
 _DELETED = ".deleted"
 _REMEMBERED_FOLDERS = 10_000
@@ -48,7 +47,7 @@ class LocalStore:
         with _translated():
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for made in (self._root, *self._root.parents[:1]):
-                _sync_folder(made)
+                sync(made)
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         return self.publish_all(tenant, adapter_uid, (data,))[0]
@@ -73,12 +72,12 @@ class LocalStore:
             folder = self._make_folder(tenant, adapter_uid)
             partial.unlink(missing_ok=True)
             try:
-                _write_synced(partial, data)
+                write_synced(partial, data)
                 partial.rename(path)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-            _sync_folder(folder)
+            sync(folder)
 
         _persist(write)
 
@@ -115,9 +114,9 @@ class LocalStore:
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         now = time.time()
-        for folder in _folders(self._base(aside)):
-            for inner in _folders(folder):
-                for file in _entries(inner):
+        for folder in folders_in(self._base(aside)):
+            for inner in folders_in(folder):
+                for file in entries_of(inner):
                     parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
                     if parsed is not None:
                         with suppress(FileNotFoundError):
@@ -127,7 +126,7 @@ class LocalStore:
         base = self._base(aside)
         with _translated():
             for found in objects:
-                (base / _key(found)).unlink(missing_ok=True)
+                (base / found.key).unlink(missing_ok=True)
         _remove_empty(base, objects)
 
     def put_aside(self, objects: Collection[StoredObject]) -> None:
@@ -153,13 +152,13 @@ class LocalStore:
         partial = path.with_name(f"{IDENTITY}-{secrets.token_hex(8)}{PARTIAL}")
         with _translated():
             try:
-                _write_synced(partial, identity.encode() + b"\n")
+                write_synced(partial, identity.encode() + b"\n")
                 # Unlike a rename, a link does not replace an existing file.
                 with suppress(FileExistsError):
                     os.link(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
-            _sync_folder(self._root)
+            sync(self._root)
 
     def _base(self, aside: bool) -> Path:
         return self._root / ASIDE if aside else self._root
@@ -167,14 +166,14 @@ class LocalStore:
     def _move(self, objects: Collection[StoredObject], source: Path, target: Path) -> None:
         with _translated():
             for found in objects:
-                path, goal = source / _key(found), target / _key(found)
+                path, goal = source / found.key, target / found.key
                 goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):
                     # The age restarts: an object moved there and back must not look like an old orphan.
                     os.utime(path)
                     path.rename(goal)
-            for folder in {(target / _key(found)).parent for found in objects}:
-                _sync_folder(folder)
+            for folder in {(target / found.key).parent for found in objects}:
+                sync(folder)
         _remove_empty(source, objects)
 
     def _delete_folder(self, folder: Path) -> None:
@@ -192,9 +191,9 @@ class LocalStore:
             if error.errno != errno.EXDEV:
                 raise
             # An overlay file system cannot move a folder of its lower layer.
-            _remove(folder)
-        for left in _folders(deleted):
-            _remove(left)
+            remove_folder(folder)
+        for left in folders_in(deleted):
+            remove_folder(left)
 
     def _make_folder(self, tenant: str, adapter_uid: str) -> Path:
         folder = self._root / adapter_key(tenant, adapter_uid)
@@ -206,7 +205,7 @@ class LocalStore:
                 made = False
             # An earlier process may have been killed after it made a folder and before it synced it.
             if made or str(path) not in self._synced:
-                _sync_folder(path.parent)
+                sync(path.parent)
                 if len(self._synced) >= _REMEMBERED_FOLDERS:
                     self._synced.clear()
                 self._synced.add(str(path))
@@ -218,10 +217,10 @@ class LocalStore:
         try:
             # Each file is synced before its rename; the folder is synced once, after all of them.
             for path, data in zip(partial, blobs, strict=True):
-                _write_synced(path, data)
+                write_synced(path, data)
             for source, target in zip(partial, paths, strict=True):
                 source.rename(target)
-            _sync_folder(folder)
+            sync(folder)
         except BaseException:
             for path in (*partial, *paths):
                 with suppress(OSError):
@@ -229,12 +228,8 @@ class LocalStore:
             raise
 
 
-def _key(found: StoredObject) -> str:
-    return object_key(found.tenant, found.adapter_uid, found.name)
-
-
 def _remove_empty(base: Path, objects: Collection[StoredObject]) -> None:
-    for folder in {(base / _key(found)).parent for found in objects}:
+    for folder in {(base / found.key).parent for found in objects}:
         for empty in (folder, folder.parent):
             with suppress(OSError):
                 empty.rmdir()
@@ -254,53 +249,6 @@ def _persist(write: Callable[[], None]) -> None:
                 if attempt == _ATTEMPTS:
                     raise
             time.sleep(_PAUSE * attempt)
-
-
-def _remove(folder: Path) -> None:
-    """Remove the folder with all its contents, if it exists."""
-    for attempt in range(1, _DELETIONS + 1):
-        try:
-            shutil.rmtree(folder)
-            return
-        except OSError as error:
-            if not folder.exists():
-                return
-            # A publication or another deletion changed the folder while its files were removed.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _DELETIONS:
-                raise
-
-
-def _write_synced(path: Path, data: Buffer) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        remaining = memoryview(data)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        return []
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    for entry in _entries(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield Path(entry.path)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ ACTIONS = ("kill", "EIO", "ENOSPC", "stall")
 # Something of each kind, in usual runs.
 USUAL = [
     ("adapters.storage.local.LocalStore._write:after", "kill"),
-    ("adapters.storage.local._write_synced:before", "ENOSPC"),
+    ("adapters.storage.files.write_synced:before", "ENOSPC"),
     ("adapters.registry.statements.revision_rows.record_version:after", "EIO"),
     ("adapters.registry.registry.Registry.commit:after", "kill"),
     ("adapters.registry.statements.commit.promote:after", "EIO"),
