@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from adapters.maintenance.inspection import Finding
 from adapters.registry.records import Change, NewVersion, VersionRecord
-from adapters.registry.schema import adapters, versions
+from adapters.registry.schema import adapters, examples, versions
 from adapters.storage.formats import decode_embeddings
 from models.backbone import Backbone
 from models.spec import GRAPH_FILE
@@ -152,6 +152,23 @@ async def test_damaged_embeddings_are_embedded_again(place: Place, backbone: Bac
         after = decode_embeddings(place.store.read(TENANT, adapter.uid, moved.segment))
         assert abs(after - before).max() < 1e-5
         assert (await world.adapt(taught(7))).revised.live
+
+
+async def test_a_repair_that_comes_too_late_leaves_no_file(place: Place, backbone: Backbone) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        uid = world.registry.adapter(TENANT, "words").uid
+        place.flip(world.registry.example(uid, "one0").segment)
+
+        def open_late(name: str) -> Backbone:
+            with place.database.writing() as connection:
+                connection.execute(delete(examples).where(examples.c.id == "one0"))
+            return backbone
+
+        before = {found.name for found in place.store.objects()}
+        (finding,) = place.examine(open_late, repair=True)
+        assert (finding.repaired, "changed meanwhile" in finding.detail) == (False, True)
+        assert {found.name for found in place.store.objects()} == before
 
 
 async def test_damaged_inputs_are_done_without(place: Place) -> None:
