@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
+.PHONY: help serve test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -19,14 +19,33 @@ help:  ## List the targets
 serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctrl-C
 	@exec $(BIN)/topwork serve --host $(HOST)
 
-test: .venv/dev.stamp  ## Run the tests
-	$(RUN) pytest $(ARGS)
+# Parallel runs of the tests: `make test WORKERS=3`. 0 runs them one by one.
+WORKERS ?= 0
+
+# pytest exits with 5 where no test is selected, as ARGS may leave one of the three runs.
+define tests
+$(RUN) pytest $(1) $(ARGS) || test $$? -eq 5
+endef
+
+test: .venv/dev.stamp  ## Run the tests, in WORKERS processes
+	@$(MAKE) --no-print-directory --keep-going test-training test-others test-alone
+
+# Training runs on cores that are otherwise idle, so no other test runs beside it.
+test-training:
+	$(call tests,-m training -n $(WORKERS) --dist worksteal)
+
+# The tests of a file share services, so a process runs whole files.
+test-others:
+	$(call tests,-m 'not training and not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+
+test-alone:
+	$(call tests,-m alone)
 
 check-fast: .venv/dev.stamp  ## Lint, format, types, and the tests that start no service and no database
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(RUN) pytest -m 'not alone' -n 2 --dist loadfile $(UNIT) $(ARGS)
+	$(RUN) pytest -m 'not training and not alone' -n 2 --dist loadfile $(UNIT) $(ARGS)
 
 test-kill: .venv/dev.stamp  ## Kill the service 200 times under mixed load, and look for what was lost
 	$(RUN) benchmarks.reliability.kill --times 200

@@ -19,9 +19,7 @@ pytest_plugins = ["tests.support.storage"]
 
 # Files that take minutes. Parallel workers begin with them, so that none is left to the end.
 LONGEST = (
-    "tests/adapters/jobs/test_worker.py",
     "tests/service/api/prediction/test_export_program.py",
-    "tests/service/api/adaptation/test_fine_tune.py",
     "tests/models/export/test_onnx_export.py",
     "tests/adapters/registry/test_registry.py",
     "tests/faults/process/test_rollback_kills.py",

@@ -17,6 +17,8 @@ from adapters.finetune import pacing
 from adapters.finetune.model import freeze, unfreeze
 from adapters.finetune.pacing import cooperative_pauses
 
+pytestmark = pytest.mark.alone
+
 
 def test_training_pauses_after_each_layer_in_both_directions_and_after_a_step(
     monkeypatch: pytest.MonkeyPatch,

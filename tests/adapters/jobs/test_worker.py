@@ -71,8 +71,10 @@ from service import background
 from tests.support.adapters.job_records import expire
 from tests.support.adapters.listener import Listener, listening
 from tests.support.conditions import until
-from tests.support.models.random_models import make_models
+from tests.support.models.random_models import image_model
 from tests.support.models.shades import NAMES, picture
+
+pytestmark = pytest.mark.training
 
 ROOT = Path(__file__).parents[3]
 WORKER = [sys.executable, "-m", "adapters.jobs.worker"]
@@ -87,10 +89,8 @@ LONG = {**CONFIG, "epochs": 200, "full_size_epochs": 0, "patience": 200}
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("networks")
-    make_models(folder, "image")
-    return f"timm:{folder / 'image'}"
+def backbone() -> str:
+    return f"timm:{image_model()}"
 
 
 @dataclass(frozen=True, slots=True)

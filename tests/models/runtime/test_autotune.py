@@ -92,6 +92,7 @@ def test_threads_that_do_not_help_are_not_taken() -> None:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("quiet")
 def test_what_is_as_good_stays_as_usual() -> None:
     # A sleep takes a little longer than asked, which favours large batches: so they are slower by a

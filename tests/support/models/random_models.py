@@ -5,12 +5,16 @@ A program that imports torch: `python -m tests.support.models.random_models FOLD
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,19 @@ def make_models(root: Path, *names: str) -> None:
     """Make the models of these names, or all, in folders of `root`. A process of its own imports torch."""
     command = [sys.executable, "-m", "tests.support.models.random_models", str(root), *(names or MODELS)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def image_model() -> Path:
+    """The folder of the image model, made once for all runs, so that its export is found again."""
+    versions = [version("torch"), version("timm"), Path(__file__).read_text()]
+    folder = ROOT / "build" / "random_models" / hashlib.sha256(repr(versions).encode()).hexdigest()[:12]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        make_models(made, "image")
+        with contextlib.suppress(OSError):  # another process was faster
+            made.rename(folder)
+    return folder / "image"
 
 
 def main() -> None:

@@ -27,19 +27,19 @@ from models.model_store import find
 from models.spec import GRAPH_FILE
 from service.payloads import responses
 from service.settings import Settings
-from tests.support.models.random_models import make_models
+from tests.support.models.random_models import image_model
 from tests.support.models.shades import picture
 from tests.support.service.client import Caller, Json, image, pictures, reviews, same
 from tests.support.service.fine_tunes import LONG, QUICK, shades, until_finished
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Settings with a small random network, whose fine-tunes take seconds."""
-    folder = tmp_path_factory.mktemp("networks")
-    make_models(folder, "image")
     return {
-        "TOPWORK_BACKBONES": f"timm:{folder / 'image'},minilm-l6-v2",
+        "TOPWORK_BACKBONES": f"timm:{image_model()},minilm-l6-v2",
         "TOPWORK_REQUEST_TIMEOUT": "60",
     }
 

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.harness.service_process import ROOT, Serving
 from tests.faults import times
-from tests.support.models.random_models import make_models
+from tests.support.models.random_models import image_model
 from tests.support.models.raw_inputs import UNKNOWN, WRITTEN, images, texts
 from tests.support.service.client import BLAME, PICTURES, PRAISE, Caller, Json, image, pictures, reviews
 from tests.support.service.fine_tunes import QUICK, shades, until_finished
@@ -30,9 +30,7 @@ SLICE = times(1, 4)
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The usual backbones, and a small network whose fine-tunes take seconds."""
-    folder = tmp_path_factory.mktemp("networks")
-    make_models(folder, "image")
-    environment = {"TOPWORK_BACKBONES": f"efficientnet-lite0,minilm-l6-v2,timm:{folder / 'image'}"}
+    environment = {"TOPWORK_BACKBONES": f"efficientnet-lite0,minilm-l6-v2,timm:{image_model()}"}
     with Serving(tmp_path_factory.mktemp("home"), environment=environment) as running:
         yield running
 
@@ -183,6 +181,7 @@ def test_images_get_the_same_value(teacher: Caller, elsewhere: Path) -> None:
     compare(teacher, elsewhere, "sizes", images()[::SLICE])
 
 
+@pytest.mark.training
 def test_a_fine_tuned_network_answers_two_hundred_images_the_same(teacher: Caller, elsewhere: Path) -> None:
     backbone: str = next(
         one["name"] for one in teacher.call("GET", "/backbones")["backbones"] if "timm:" in one["name"]

@@ -11,10 +11,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from benchmarks.harness.service_process import Serving
 from tests.support.service.calls import get, post, texts
 from tests.support.service.client import Caller
+
+pytestmark = pytest.mark.alone
 
 BODY = b"a holiday"
 PATH = "/predict?adapter=mail"

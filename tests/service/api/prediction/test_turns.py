@@ -14,6 +14,8 @@ from PIL import Image
 
 from tests.support.service.client import UNSEEN, Caller, Json, image
 
+pytestmark = pytest.mark.alone
+
 # Factor of what another tenant waits alone, and seconds for noise of a shared machine.
 SLOWER, BESIDES = 3.0, 0.25
 
