@@ -22,7 +22,7 @@ from models.batching.batcher import Batcher
 from models.runtime.autotune import MeasuredPlan
 from service.monitoring.metrics import CONTENT_TYPE, Metrics
 from service.payloads.backbones import all_backbones
-from service.server.bentoml_shell import page_assets
+from service.server.page_files import PAGE_FILES
 
 _SERVED = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -85,7 +85,7 @@ class PageEndpoints:
         if asset not in _SERVED:
             raise HTTPException(404)
         return FileResponse(
-            page_assets() / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
+            PAGE_FILES / asset, media_type=_SERVED[asset], headers={"Cache-Control": "max-age=86400"}
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import bentoml
@@ -80,11 +79,6 @@ def stop_tracking() -> None:
     from bentoml._internal.utils.analytics.usage_stats import do_not_track
 
     do_not_track.cache_clear()
-
-
-def page_assets() -> Path:
-    """Return the folder of Swagger UI's files, which BentoML ships."""
-    return Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
 
 
 def configured_host() -> str:
