@@ -129,7 +129,7 @@ class Backbone:
         backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
             raise CorruptExport(
-                f"{export} does not give {spec.dim} finite numbers; export the backbone again."
+                f"{export} does not give {spec.dim} finite numbers. Export the backbone again."
             )
         return backbone
 
@@ -153,7 +153,7 @@ class Backbone:
         tuned = Backbone(self.spec, self.path, session, session, self._preprocessor, self.device, plan)
         if not tuned._answers():
             tuned.close()
-            raise CorruptExport("The fine-tuned network does not give finite embeddings; fine-tune again.")
+            raise CorruptExport("The fine-tuned network does not give finite embeddings. Fine-tune again.")
         return tuned
 
     @property

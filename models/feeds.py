@@ -73,7 +73,8 @@ def spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
     if spec.precision == INT8 and device != "cpu":
         # ONNX Runtime would silently run the integer matrix products on the CPU.
         raise DeviceUnavailable(
-            f"{spec.name} is for CPUs; on a GPU serve {spec.name.removesuffix('-int8')}, faster there."
+            f"{spec.name} is for CPUs only. On a GPU serve {spec.name.removesuffix('-int8')}, which "
+            "is faster there."
         )
     return spec
 

@@ -48,17 +48,17 @@ def read_manifest(folder: Path, *, verify: bool) -> BackboneSpec:
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["format"] not in _READABLE:
-            raise CorruptExport(f"{folder} has format {manifest['format']}; export the backbone again.")
+            raise CorruptExport(f"{folder} has format {manifest['format']}. Export the backbone again.")
         spec = BackboneSpec.from_json(manifest["spec"])
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != expected["bytes"] or (
                 verify and file_sha256(path) != expected["sha256"]
             ):
-                raise CorruptExport(f"{path} is not the file that was exported; export the backbone again.")
+                raise CorruptExport(f"{path} is not the file that was exported. Export the backbone again.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptExport(
-            f"{folder} is no complete export ({error}); export the backbone again."
+            f"{folder} is not a complete export ({error}). Export the backbone again."
         ) from error
     return spec
 

@@ -49,9 +49,9 @@ def fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memor
         elif kind in (_FIXED64, _FIXED32):
             place += 8 if kind == _FIXED64 else 4
         else:
-            raise InvalidGraph("The backbone is not an ONNX model; export it again.")
+            raise InvalidGraph("The backbone is not an ONNX model. Export it again.")
         if place > len(view):
-            raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
+            raise InvalidGraph("The backbone's ONNX file is truncated. Export it again.")
         yield tag >> 3, view[begin:place], content
 
 
@@ -64,7 +64,7 @@ def graph_of(model: bytes) -> tuple[memoryview, list[memoryview]]:
         else:
             rest.append(whole)
     if len(graphs) != 1:
-        raise InvalidGraph("The backbone is not an ONNX model; export it again.")
+        raise InvalidGraph("The backbone is not an ONNX model. Export it again.")
     return graphs[0], rest
 
 
@@ -134,7 +134,7 @@ def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, place
         shift += 7
-    raise InvalidGraph("The backbone's ONNX file is cut short; export it again.")
+    raise InvalidGraph("The backbone's ONNX file is truncated. Export it again.")
 
 
 def _varint(value: int) -> bytes:

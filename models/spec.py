@@ -195,7 +195,7 @@ def split_source(name: str) -> tuple[str, str]:
     library, separator, place = source.partition(":")
     if not separator or not place or library not in (PACKAGE, TIMM, SENTENCE_TRANSFORMERS):
         raise UnknownBackbone(
-            f"{name!r} is no backbone. Use one of {', '.join(PACKAGED)}, or timm:<name or path>, "
+            f"{name!r} is not a backbone. Use one of {', '.join(PACKAGED)}, or timm:<name or path>, "
             f"or {SENTENCE_TRANSFORMERS}:<name or path>."
         )
     return library, place

@@ -88,7 +88,9 @@ class Topwork:
         worker = bentoml.server_context.worker_index
         try:
             if (worker or 1) > 1:
-                raise TooManyWorkers("Set BentoML's `workers` to 1: what one worker knows, another does not.")
+                raise TooManyWorkers(
+                    "Set BentoML's `workers` to 1: the state of the service is in one process."
+                )
             settings = Settings()
             check_server()
             warn_of_unknown_settings()

@@ -34,7 +34,7 @@ logger = logging.getLogger("topwork")
 
 TYPE_PREFIX = "/docs/errors#"
 """Start of a problem's `type`, which links to the entry of its code in the service's own reference."""
-INVALID = "The request does not have the documented form."
+INVALID = "The request is not valid. `errors` says where and why."
 """Detail of a problem whose `errors` say what is wrong."""
 
 STATUSES: dict[type[DomainError], int] = {
@@ -176,8 +176,8 @@ def _details(errors: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 _HINTS = {
-    404: "There is no such path. /docs lists what there is.",
-    405: "The path is there, but not with this method. The header Allow has its methods.",
+    404: "There is no such path. /docs lists the paths.",
+    405: "The path exists, but not with this method. The header Allow lists its methods.",
 }
 
 

@@ -169,7 +169,9 @@ class Settings(BaseSettings):
     def _without_slips(cls, value: Any) -> Any:
         for name, setting in unknown_settings(os.environ).items():
             if setting is not None and _likeness(name, setting) >= _SLIP:
-                raise UnknownSetting(f"{name} is no setting. Did you mean {setting}? Correct or unset it.")
+                raise UnknownSetting(
+                    f"{name} is not a setting. Did you mean {setting}? Correct it or unset it."
+                )
         return value
 
     @field_validator("home", mode="after")
@@ -219,7 +221,8 @@ class Settings(BaseSettings):
             self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise HomeUnusable(
-                f"The folder {self.home} cannot be made ({error.strerror}). Set TOPWORK_HOME to one that can."
+                f"The folder {self.home} cannot be created ({error.strerror}). Set TOPWORK_HOME to "
+                "another folder."
             ) from error
 
     @property
@@ -312,7 +315,7 @@ def bind_port() -> int:
 def parse_port(value: str) -> int:
     """Return the port number, where 0 means a free one. Raises BadPort."""
     if not (value.isascii() and value.isdecimal() and len(value) <= 5) or int(value) > 65535:
-        raise BadPort(f"{value!r} is not a port; use a number from 1 to 65535, or 0 for a free one")
+        raise BadPort(f"{value!r} is not a port. Use a number from 1 to 65535, or 0 for a free port")
     return int(value)
 
 

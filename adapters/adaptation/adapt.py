@@ -49,7 +49,7 @@ def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
     except Exception as error:
         detail = getattr(error, "detail", None) or str(error)
         if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
-            also = f"{len(rejected)} of the examples were rejected before that; `errors` says why."
+            also = f"{len(rejected)} examples were rejected as well; `errors` says why."
             vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
         raise
 
@@ -169,7 +169,8 @@ class AdaptPipeline:
             self.embedder.spec(command.backbone or "")
             raise ContractChanged(
                 "backbone_changed",
-                f"The adapter is on {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it.",
+                f"The adapter uses {terms.backbone!r}. POST /adapters/{{adapter}}/rebase moves it "
+                "to another.",
             )
         if command.task not in (None, terms.task):
             raise ContractChanged("task_changed", f"The adapter's task is {terms.task}; use another adapter.")
@@ -198,7 +199,9 @@ class AdaptPipeline:
         for name, batcher in self.embedder.batchers.items():
             if kind in (None, batcher.backbone.spec.kind):
                 return name
-        raise UnknownBackbone(f"No backbone for {kind}s is served here.")
+        raise UnknownBackbone(
+            f"The service has no backbone for {kind}s. GET /backbones lists those that it serves."
+        )
 
 
 def terms_of(adapter: AdapterRecord) -> Creation:
@@ -230,7 +233,9 @@ def _admit(
 ) -> tuple[list[ValidExample], list[RejectedExample], Sequence[ValidExample]]:
     """Return the valid and the rejected examples, and those whose inputs are stored if all can be read."""
     if not command.posted and command.update == "replace":
-        raise NothingToFit("Replacing all examples by none leaves nothing to fit; delete them instead.")
+        raise NothingToFit(
+            "With `update` replace and no examples, nothing is left to fit. Delete the examples instead."
+        )
     before = () if state is None or command.update == "replace" else state.in_use
     if command.uploaded is not None:
         before = tuple(one for one in before if one.id in command.uploaded)

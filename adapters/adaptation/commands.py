@@ -122,7 +122,9 @@ class WeightsNotForTask(Invalid):
     code = "weights_not_for_task"
 
     def __init__(self, task: Task) -> None:
-        super().__init__(f"Weights are for classification; the adapter's task is {task}. Leave them out.")
+        super().__init__(
+            f"Weights are for classification, and the adapter's task is {task}. Leave `weights` out."
+        )
 
 
 class FingerprintMismatch(Conflict):

@@ -129,7 +129,10 @@ class InputEmbedder:
     def spec(self, name: str) -> BackboneSpec:
         """Return the spec of a served backbone. Raises UnknownBackbone."""
         if name not in self.batchers:
-            raise UnknownBackbone(f"There is no backbone {name!r} here. GET /backbones lists what there is.")
+            raise UnknownBackbone(
+                f"The service does not serve the backbone {name!r}. GET /backbones lists those that it "
+                "serves."
+            )
         return self.batchers[name].backbone.spec
 
 

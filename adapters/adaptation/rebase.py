@@ -62,11 +62,12 @@ class Rebaser:
         adapter = state.adapter
         if spec.kind != adapter.kind:
             raise InputError(
-                "wrong_kind", f"The adapter takes {adapter.kind}s, and {backbone!r} {spec.kind}s."
+                "wrong_kind",
+                f"The adapter takes {adapter.kind}s, and the backbone {backbone!r} takes {spec.kind}s.",
             )
         if not adapter.keep_inputs or any(one.inputs is None for one in state.examples):
             raise InputsNotKept(
-                "This adapter does not have all its inputs. Teach a new adapter on the other backbone."
+                "The adapter does not keep all its inputs. Create a new adapter with the other backbone."
             )
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
         segments, truncated = await self._embed_again(state, backbone)

@@ -97,7 +97,8 @@ class Restorer:
                 raise UnknownAdapter(name)
             if if_match is not None and if_match != state.adapter.etag:
                 raise AliasMoved(
-                    f"The alias now points to version {state.adapter.live}; read it again before moving it."
+                    f"Version {state.adapter.live} is live now, not the one in If-Match. Read the "
+                    "adapter again."
                 )
             rollback = await self._rollback(state, number)
 
@@ -123,13 +124,14 @@ class Restorer:
             await asyncio.to_thread(self._repository.registry.version, adapter.uid, number)
             raise CannotRestore(
                 "evidence_lost",
-                f"What version {number} was fitted on is lost. PUT aliases/live makes it live without that.",
+                f"The examples of version {number} are not known any more. PUT aliases/live "
+                "promotes it without.",
             )
         rollback = await asyncio.to_thread(plan_rollback, state.examples, evidence)
         if not rollback.in_use:
             raise CannotRestore(
                 "examples_gone",
-                f"No example of version {number} is kept any more. PUT aliases/live makes it live without.",
+                f"No example of version {number} is kept any more. PUT aliases/live promotes it without.",
             )
         return rollback
 

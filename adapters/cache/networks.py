@@ -135,7 +135,7 @@ class NetworkPool:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise BatcherClosed("Fine-tuned networks are closed; restart the service if it is not stopping.")
+            raise BatcherClosed("The service is stopping. If it is not, restart it.")
 
     def _retire(self, one: _Running) -> None:
         one.retired = True

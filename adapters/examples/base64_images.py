@@ -23,12 +23,15 @@ def decode_base64(data: bytes | memoryview) -> bytes:
     if bytes(data[:5]).lower() == b"data:":
         head, _, _ = bytes(data[:_LONGEST_HEAD]).partition(b",")
         if not head.lower().endswith(b";base64"):
-            raise InputError("invalid_base64", "The data: URI is not in base64.")
+            raise InputError("invalid_base64", "The data: URI is not base64. Use data:image/jpeg;base64,…")
         data = data[len(head) + 1 :]
     try:
         return _decoded(data)
     except ValidationError as error:
-        raise InputError("invalid_base64", "The image is not valid base64.") from error
+        raise InputError(
+            "invalid_base64",
+            "The image is not valid base64. Encode the bytes of the file.",
+        ) from error
 
 
 def _decoded(data: bytes | memoryview) -> bytes:

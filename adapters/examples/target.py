@@ -48,7 +48,7 @@ def normalise_label(label: object) -> str:
     control characters or more than 256 characters.
     """
     if not isinstance(label, str):
-        raise ExampleError("label_invalid", "A label must be text.")
+        raise ExampleError("label_invalid", "A label must be a string.")
     # Normalising is quadratic in runs of combining marks, so the length is bounded first; NFC expands little.
     if len(label) > 4 * MAX_LABEL_CHARACTERS:
         raise ExampleError("label_too_long", f"A label has at most {MAX_LABEL_CHARACTERS} characters.")
@@ -69,17 +69,15 @@ def normalise_target(task: Task, target: object) -> Target:
     """
     if target is None:
         code = "target_missing" if task == "regression" else "label_missing"
-        raise ExampleError(code, f"An example of a {task} adapter needs a target.")
+        raise ExampleError(code, f"An example for {task} needs a target.")
     if task == "classification":
         return normalise_label(target)
     if task == "multilabel":
         if isinstance(target, str) or not isinstance(target, Sequence):
-            raise ExampleError(
-                "label_invalid", "A multilabel example has a list of labels, which may be empty."
-            )
+            raise ExampleError("label_invalid", "`labels` must be a list of strings; it may be empty.")
         return tuple(sorted({normalise_label(label) for label in target}))
     if isinstance(target, bool) or not isinstance(target, int | float):
-        raise ExampleError("target_invalid", "The target of a regression example is a number.")
+        raise ExampleError("target_invalid", "The target of a regression must be a number.")
     try:
         value = float(target)
     except OverflowError:

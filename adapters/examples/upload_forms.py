@@ -69,7 +69,7 @@ def _kind_of_lines(lines: Lines) -> Kind:
                 return kind
     found = _INPUT_NAME.search(line)
     if found is None:
-        raise BadUpload("no_examples", "No line at the beginning of the upload has an image or a text.")
+        raise BadUpload("no_examples", "The first lines of the upload have neither an image nor a text.")
     return "image" if found[1] == "image" else "text"
 
 
@@ -131,17 +131,15 @@ def _lines(file: BinaryIO, limits: UploadLimits, found: Found) -> Iterator[Recor
 
 def _of_line(line: str, limits: InputLimits) -> PostedExample:
     if not is_text(line):
-        return PostedExample(
-            InputError("invalid_json", "The line has bytes that are no text; send JSON in UTF-8.")
-        )
+        return PostedExample(InputError("invalid_json", "The line is not UTF-8. Send JSON in UTF-8."))
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
-        return PostedExample(InputError("invalid_json", "The line is not JSON."))
+        return PostedExample(InputError("invalid_json", "The line is not valid JSON."))
     if not isinstance(fields, dict) or not fields.keys() <= _FIELDS:
         known = ", ".join(sorted(_FIELDS))
         return PostedExample(
-            InputError("invalid_line", f"A line is an object with some of the fields {known}.")
+            InputError("invalid_line", f"A line must be a JSON object with some of the fields {known}.")
         )
     example_id = fields.get("id")
     if example_id is not None and not isinstance(example_id, str):
@@ -151,7 +149,7 @@ def _of_line(line: str, limits: InputLimits) -> PostedExample:
         return PostedExample(InputError("group_invalid", "A group is text."), id=example_id)
     sampled = True if fields.get("sampled") is None else fields["sampled"]
     if not isinstance(sampled, bool):
-        return PostedExample(InputError("sampled_invalid", "`sampled` is true or false."), id=example_id)
+        return PostedExample(InputError("sampled_invalid", "`sampled` must be true or false."), id=example_id)
     given = [name for name in TARGETS if fields.get(name) is not None]
     target: object = fields[given[0]] if given else None
     if len(given) > 1:
@@ -165,7 +163,7 @@ def _input_of(fields: Mapping[str, Any], limits: InputLimits) -> bytes | str | I
         return InputError("input_missing", "Give exactly one of image and text.")
     value = text if image is None else image
     if not isinstance(value, str):
-        return InputError("input_missing", "An image is base64, a text is text.")
+        return InputError("input_missing", "`image` must be a base64 string, `text` a string.")
     if image is None:
         return bounded(value, limits)
     try:

@@ -66,7 +66,7 @@ def layout_of(lines: Iterator[str | InputError], asked: Mapping[str, str]) -> La
 def _next_filled(lines: Iterator[str | InputError]) -> str:
     for line in lines:
         if isinstance(line, InputError):
-            raise BadUpload("invalid_csv", f"The first line is no header of a table. {line.detail}")
+            raise BadUpload("invalid_csv", f"The first line is not the header of a table. {line.detail}")
         if line.strip():
             return line
     return ""
@@ -76,9 +76,11 @@ def _header(line: str, delimiter: str) -> list[str]:
     try:
         names = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error as error:
-        raise BadUpload("invalid_csv", f"The first line is no header of a CSV table: {error}.") from error
+        raise BadUpload(
+            "invalid_csv", f"The first line is not the header of a CSV table: {error}."
+        ) from error
     if not is_text("".join(names)):
-        raise BadUpload("invalid_csv", "The first line has bytes that are no text. Save the table as UTF-8.")
+        raise BadUpload("invalid_csv", "The first line is not UTF-8. Save the table as UTF-8.")
     return [name.strip() for name in names]
 
 
@@ -102,18 +104,18 @@ def _layout(names: Sequence[str], delimiter: str, asked: Mapping[str, str]) -> L
     for field, name in wanted.items():
         count = there.count(_plain(name))
         if count > 1:
-            raise BadUpload("invalid_csv", f"The first line has the column {name!r} more than once.")
+            raise BadUpload("invalid_csv", f"The header has the column {name!r} more than once.")
         if count:
             places[field] = there.index(_plain(name))
         elif field in asked or field == "text":
-            text = f"The first line names the columns, and there is no {name!r}. {has}"
+            text = f"The header has no column {name!r}. {has}"
             hint = "" if field in asked else " Say which column has the texts: text_column=…"
             raise BadUpload("invalid_csv", text + hint)
     if len(targets) != 1:
-        text = "The first line must have exactly one of the columns label, labels and target."
-        raise BadUpload("invalid_csv", f"{text} {has} Say which one is meant: label_column=…")
+        text = "The header must have exactly one of the columns label, labels and target."
+        raise BadUpload("invalid_csv", f"{text} {has} Name the column: label_column=…")
     if len(set(places.values())) < len(places):
-        raise BadUpload("invalid_csv", "One column cannot be two things; name another one.")
+        raise BadUpload("invalid_csv", "One column cannot have two roles. Name another one.")
     return Layout(
         delimiter=delimiter,
         places=places,
@@ -156,7 +158,7 @@ def records_of(lines: Lines, layout: Layout, limits: InputLimits, longest: int) 
 def _stray_quote() -> InputError:
     return InputError(
         "stray_quote",
-        "A quote opens a field and does not end it, or stands inside one. Double it, or leave it out.",
+        "A quote is not closed, or stands inside a field. Double it, or remove it.",
     )
 
 
@@ -197,7 +199,7 @@ class _Rows:
         self._back.extendleft(reversed(self._taken[1:]))
         self._again += sum(len(line) for _, line in self._taken[1:])
         if self._again > _READ_AGAIN + self._read:
-            raise BadUpload("invalid_csv", f"Too many rows have stray quotes; the last one is {self.place}.")
+            raise BadUpload("invalid_csv", f"Too many rows have stray quotes; the last is {self.place}.")
 
     def __iter__(self) -> _Rows:
         return self
@@ -228,13 +230,11 @@ class _Rows:
 def _posted(row: Sequence[str], layout: Layout, limits: InputLimits) -> PostedExample:
     value = {field: row[place] for field, place in layout.places.items()}
     if not is_text("".join(value.values())):
-        return PostedExample(
-            InputError("invalid_text", "The row has bytes that are no text. Save the table as UTF-8.")
-        )
+        return PostedExample(InputError("invalid_text", "The row is not UTF-8. Save the table as UTF-8."))
     example_id = value.get("id") or None
     sampled = _TRUTHS.get(value.get("sampled", "").strip().lower())
     if sampled is None:
-        text = "`sampled` is true, false, 1, 0, or empty for true."
+        text = "`sampled` must be true, false, 1 or 0; empty means true."
         return PostedExample(InputError("sampled_invalid", text), id=example_id)
     target = _target(layout.target, value[layout.target])
     return PostedExample(
@@ -271,9 +271,9 @@ def _number(value: str) -> float:
     value = value.strip()
     if _THOUSANDS.fullmatch(value):
         ways = f"{value.replace(',', '.')} or {value.replace(',', '')}"
-        raise ExampleError("target_invalid", f"{value} can be read in two ways. Write {ways}.")
+        raise ExampleError("target_invalid", f"{value} has two readings. Write {ways}.")
     try:
         return float(value.replace(",", ".") if _DECIMAL_COMMA.fullmatch(value) else value)
     except ValueError as error:
-        text = "The target of a regression example is a number, with a decimal point: 1.5."
+        text = "The target of a regression must be a number with a decimal point, such as 1.5."
         raise ExampleError("target_invalid", text) from error

@@ -48,10 +48,10 @@ def kind_of_files(beginning: bytes) -> Kind:
     `beginning`: the first 64 KiB of the zip. Raises BadUpload.
     """
     if not beginning.startswith(_LOCAL_HEADER):
-        raise BadUpload("invalid_zip", "This is no zip file with anything in it.")
+        raise BadUpload("invalid_zip", "The upload is not a zip file, or is empty.")
     paths = [path for path in map(_path, _names(beginning)) if path]
     if not paths:
-        raise BadUpload("no_examples", "There is no file at the beginning of the zip.")
+        raise BadUpload("no_examples", "The zip file does not begin with a file.")
     first = next((path for path in paths if len(path) > 1), paths[0])
     return "text" if first[-1].lower().endswith(".txt") else "image"
 
@@ -160,7 +160,7 @@ def _check_directory(file: BinaryIO, most: int) -> None:
     """
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end is None:
-        raise zipfile.BadZipFile("it has no directory at its end")
+        raise zipfile.BadZipFile("its directory is missing")
     size, begin = end[zipfile._ECD_SIZE], end[zipfile._ECD_LOCATION]  # type: ignore[attr-defined]
     too_many = BadUpload("too_many_examples", f"The zip file has more than {most:,} files and folders.")
     if size > most * _DIRECTORY_ENTRY:
@@ -185,7 +185,9 @@ def _check_name(name: bytes) -> None:
         name.decode()
     except UnicodeDecodeError as error:
         shown = cut(name.decode(errors="backslashreplace"))
-        raise BadUpload("invalid_zip", f"The name {shown} is marked as UTF-8 and is not.") from error
+        raise BadUpload(
+            "invalid_zip", f"The name {shown} is marked as UTF-8 but is not UTF-8. Pack the folder again."
+        ) from error
 
 
 def _content(

@@ -71,7 +71,7 @@ class MixedInputs(Invalid):
     code = "mixed_inputs"
 
     def __init__(self) -> None:
-        super().__init__("The examples are images and texts. Name a backbone, or send one kind only.")
+        super().__init__("The examples are both images and texts. Name a backbone, or send one kind only.")
 
 
 def kind_of(value: bytes | str) -> Kind:
@@ -90,7 +90,7 @@ def common_kind(inputs: Iterable[bytes | str | InputError]) -> Kind | None:
 def wrong_kind(kind: Kind) -> InputError:
     """The error for an input that a backbone of that kind does not take."""
     other = "text" if kind == "image" else "image"
-    return InputError("wrong_kind", f"The backbone takes {kind}s, and this is {other}.")
+    return InputError("wrong_kind", f"The backbone takes {kind}s, but this is {other}.")
 
 
 def admit(
@@ -209,7 +209,9 @@ def drop_collisions(
             kept.append(example)
             spelling.update((_skeleton(label), label) for label in labels)
         else:
-            text = f"The label {clash[0]!r} looks like {clash[1]!r} but is written with other characters."
+            text = (
+                f"The label {clash[0]!r} looks like {clash[1]!r} but has other characters. Use one spelling."
+            )
             rejected.append(_reject(example, "label_collision", text, _sent_as(example.target)))
     return kept, rejected
 

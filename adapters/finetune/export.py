@@ -151,7 +151,8 @@ def check_parity(model: Model, head: Head, backbone: Backbone, lesson: TrainingS
         largest, count = max(largest, float(np.abs(ours - theirs).max())), count + len(ours)
         if not largest <= _LARGEST_DIFFERENCE or (ours.argmax(axis=1) != theirs.argmax(axis=1)).any():
             raise ExportRefused(
-                f"The exported network's logits are {largest:.2g} off torch's on {count} inputs; at most "
+                f"The exported network's logits differ from torch's by {largest:.2g} on {count} "
+                "inputs; at most "
                 f"{_LARGEST_DIFFERENCE} is accepted, and the same answers. Nothing was published."
             )
     return {"probes": count, "largest_difference": largest}

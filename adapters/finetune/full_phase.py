@@ -152,7 +152,10 @@ class FullNetworkPhase:
         for step, rows in enumerate(batches(self._lesson.training, config.batch, order)):
             loss = self._accumulate(rows, size)
             if not math.isfinite(loss):
-                raise Diverged(f"The loss became {loss} in epoch {self.epoch + 1}.")
+                raise Diverged(
+                    f"The loss became {loss} in epoch {self.epoch + 1}. "
+                    "Look for wrong labels and broken inputs."
+                )
             self._step(self._rate_at(self.epoch * self._steps_per_epoch + step))
             total, count = total + loss * len(rows), count + len(rows)
         return total / count

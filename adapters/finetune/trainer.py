@@ -73,7 +73,9 @@ def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, str
         loss = torch.nn.functional.cross_entropy(head(features), labels, weight=weights)
         loss = loss + penalty * (head.weight - start).square().sum()
         if not math.isfinite(loss.item()):
-            raise Diverged("The loss of the first phase is not a number; look at the examples.")
+            raise Diverged(
+                "The loss of the first phase is not a number. Look for wrong labels and broken inputs."
+            )
         loss.backward()
         return loss
 

@@ -250,7 +250,7 @@ class Head:
         )
         outputs = 1 if head.task == "regression" else len(head.labels)
         if head.weight.shape != (outputs, len(head.scaling.mean)) or head.bias.shape != (outputs,):
-            raise CorruptHead("The weights do not have the shape that labels and mean ask for.")
+            raise CorruptHead("The shape of the weights does not match the labels and the mean.")
         return head
 
 
@@ -293,5 +293,5 @@ def _array(info: Mapping[str, Any]) -> NDArray[Any]:
     kinds: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
     array: NDArray[Any] = np.frombuffer(info["data"], dtype=kinds[info["dtype"]]).reshape(info["shape"])
     if array.dtype != np.int8 and not math.isfinite(float(np.sum(array, dtype=np.float64))):
-        raise CorruptHead("The head holds numbers that are not finite.")
+        raise CorruptHead("The head has numbers that are not finite.")
     return array

@@ -43,7 +43,7 @@ def append_head(
     graph, rest = protobuf.graph_of(backbone_onnx)
     if OUTPUT_NAME.encode() not in bytes(graph):
         raise InvalidGraph(
-            f"The backbone is no ONNX model with an output called {OUTPUT_NAME!r}; export it again."
+            f"The backbone is not an ONNX model with the output {OUTPUT_NAME!r}. Export it again."
         )
     kept = [whole for number, whole, _ in protobuf.fields(graph) if number != protobuf.GRAPH_OUTPUT]
     entries = {**metadata, "labels": json.dumps(head.labels, ensure_ascii=False), **_decisions_of(head)}

@@ -141,7 +141,7 @@ class FineTuneJob:
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
                 "fingerprint_mismatch",
-                "The backbone is not the one that the adapter was taught with. "
+                "The adapter was fitted with another build of its backbone. "
                 "POST /adapters/{adapter}/rebase moves the adapter to it.",
             )
         names, lesson = self._lesson(kept, network, lease)

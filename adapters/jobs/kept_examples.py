@@ -91,6 +91,7 @@ class KeptExamples:
             for found, one in zip(same, self.examples, strict=True)
         ):
             raise CannotTune(
-                "examples_removed", "Examples that it learned from were removed meanwhile; fine-tune again."
+                "examples_removed",
+                "Examples that the fine-tune learned from were removed while it ran. Start it again.",
             )
         return any(found is not None and found.excluded for found in same)

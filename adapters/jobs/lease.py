@@ -105,7 +105,7 @@ class Lease:
         elif isinstance(why, Cancelled):
             self._jobs.cancelled(self.claim)
         else:
-            self._jobs.fail(self.claim, "deadline_exceeded", "The job did not end in time.")
+            self._jobs.fail(self.claim, "deadline_exceeded", "The job did not end before its deadline.")
         self.recorded = why
 
     def _beat(self) -> None:

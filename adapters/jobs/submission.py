@@ -56,9 +56,11 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
     """
     examples = [example for example in examples if not example.excluded]
     if not adapter.keep_inputs:
-        raise InputsNotKept("The adapter keeps no inputs, and a network learns from them.")
+        raise InputsNotKept("A fine-tune needs the inputs, and the adapter does not keep them.")
     if adapter.task != "classification":
-        raise CannotTune("task_not_tunable", f"Adapters of {adapter.task} cannot be fine-tuned yet.")
+        raise CannotTune(
+            "task_not_tunable", f"Adapters for {adapter.task} cannot be fine-tuned yet. Use linear_probe."
+        )
     sizes = Counter({example.target: 0 for example in examples})
     sizes.update(example.target for example in examples if example.sampled)
     if sizes.total() < FEWEST_EXAMPLES or len(sizes) < 2 or min(sizes.values()) < FEWEST_OF_A_LABEL:

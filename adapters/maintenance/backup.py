@@ -89,11 +89,11 @@ def read_manifest(backup: Path) -> Manifest:
         found = json.loads((backup / MANIFEST).read_bytes())
         form = found["form"]
         if form != FORM:
-            raise BadBackup(f"{backup} has the form {form!r}, and this release reads {FORM!r}.")
+            raise BadBackup(f"{backup} has the format {form!r}, and this release reads {FORM!r}.")
         manifest = Manifest(**found)
         datetime.fromisoformat(manifest.created_at)
     except FileNotFoundError:
-        raise BadBackup(f"{backup} is no complete backup: it has no {MANIFEST}.") from None
+        raise BadBackup(f"{backup} is not a complete backup: it has no {MANIFEST}.") from None
     except (ValueError, TypeError, KeyError) as error:
         raise BadBackup(f"The {MANIFEST} of {backup} cannot be read: {error}.") from error
     return manifest
@@ -204,7 +204,7 @@ class _Copy:
         except CorruptArtifact as error:
             raise BackupFailed(
                 f"The artifact {artifact.name} of the adapter {uid} of {tenant} is damaged; "
-                "`topwork doctor --repair` says what can be done."
+                "`topwork doctor --repair` mends what can be mended."
             ) from error
         path = self._path(reference)
         for made in (path.parent.parent, path.parent):

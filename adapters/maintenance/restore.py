@@ -88,8 +88,8 @@ def restore(
     manifest = read_manifest(backup)
     if not old and datetime.now(UTC) - _time(manifest) > ERASURES_KEPT:
         raise BackupTooOld(
-            f"The backup is older than the {ERASURES_KEPT.days} days for which erasures are remembered: what "
-            "was erased before that would be there again. With --old it is restored all the same."
+            f"The backup is older than the {ERASURES_KEPT.days} days for which erasures are remembered: data "
+            "that was erased earlier would be back. To restore it anyway, use --old."
         )
     with _opened(backup, manifest) as (copy, files):
         _verify(copy, files)
@@ -224,9 +224,7 @@ def _refuse(connection: Connection, replace: bool) -> None:
         return
     for column in (adapters.c.uid, tenants.c.name):
         if connection.scalar(select(column).limit(1)) is not None:
-            raise TargetInUse(
-                "The database has tenants or adapters already. With --replace the backup takes their place."
-            )
+            raise TargetInUse("The database has tenants or adapters already. To replace them, use --replace.")
 
 
 def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, int]:

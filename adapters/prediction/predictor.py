@@ -187,7 +187,7 @@ class Predictor:
     async def _load(self, alias: Alias) -> Loaded:
         if alias.version is None or alias.artifact is None:
             raise NoLiveVersion(
-                f"No version of {alias.name!r} is live. POST /adapt, or PUT a version to aliases/live."
+                f"No version of {alias.name!r} is live. Send examples to /adapt, or PUT aliases/live."
             )
         artifact = alias.artifact
 
@@ -236,7 +236,8 @@ class Predictor:
         """Return bare embeddings. Raises UnknownBackbone, QueueFull, DeadlineExceeded, BatcherClosed."""
         if backbone not in self.batchers:
             raise UnknownBackbone(
-                f"There is no backbone {backbone!r} here. GET /backbones lists what there is."
+                f"The service does not serve the backbone {backbone!r}. GET /backbones lists those "
+                "that it serves."
             )
         started = time.perf_counter()
         found = await embed(self.batchers[backbone], inputs, tenant)

@@ -172,8 +172,8 @@ def _names(data: Dataset) -> tuple[str, ...]:
     """Return the sorted labels, none for regression. Raises OneLabel."""
     if len(set(data.targets)) < 2:
         raise OneLabel(
-            "All examples have the same target, so there is nothing to tell apart; "
-            "send examples of at least two labels."
+            "All examples have the same target, so there is nothing to learn. "
+            "Send examples of at least two labels."
         )
     if data.task == "classification":
         return tuple(sorted({str(target) for target in data.targets}))

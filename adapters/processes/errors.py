@@ -18,7 +18,7 @@ class FitterOverloaded(Overloaded):
     retry_after: float
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("Too many of your fits are waiting; try again later.")
+        super().__init__("The tenant has too many fits waiting. Try again later.")
         self.retry_after = retry_after
 
 

@@ -170,7 +170,7 @@ class FitQueue:
                 try:
                     await self._in_thread(process, process.wait_until_ready, _START_SECONDS)
                 except FitProcessDied as error:
-                    message = "The fitting process does not start; its standard error says why."
+                    message = "The fitting process does not start; the log says why."
                     raise FitterUnavailable(message) from error
                 self.broken = False
             return self.process

@@ -63,7 +63,7 @@ class Database:
         self._file: Path | None = None
         if self._sqlite:
             if parsed.database is None or parsed.database in ("", ":memory:"):
-                raise ValueError("the registry needs a database file: sqlite:///<path>")
+                raise ValueError("the database needs a file: sqlite:///<path>")
             self._file = Path(parsed.database).absolute()
             self._engine = create_engine(parsed, connect_args={"timeout": patience}, pool_size=16)
             event.listen(self._engine, "connect", prepare)
@@ -260,7 +260,7 @@ class Database:
         if got != wanted:
             raise RegistryUnavailable(
                 f"The database is in {got} mode, which SQLite {sqlite3.sqlite_version} must not use; "
-                "stop what else has it open, then start again."
+                "stop other programs that have it open, then start again."
             )
 
 
@@ -289,7 +289,8 @@ def _upgrade(connection: Connection) -> None:
 
 def _too_new(stored: str) -> RegistryTooNew:
     return RegistryTooNew(
-        f"The database is at revision {stored}, unknown to this release; start the release that wrote it."
+        f"The database has revision {stored}, which this release does not know. Use the release "
+        "that wrote it."
     )
 
 

@@ -56,7 +56,9 @@ class TenantErased(Conflict):
     retry_after = NAME_TAKEN
 
     def __init__(self, tenant: str) -> None:
-        super().__init__(f"The tenant {tenant!r} has just been erased; its name is free again in seconds.")
+        super().__init__(
+            f"The tenant {tenant!r} has just been erased. Its name is free again in a few seconds."
+        )
 
 
 @dataclass(frozen=True, slots=True)

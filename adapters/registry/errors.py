@@ -14,7 +14,7 @@ class UnknownAdapter(NotFound):
     code = "unknown_adapter"
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"There is no adapter {name!r}. GET /adapters lists yours; /adapt creates one.")
+        super().__init__(f"There is no adapter {name!r}. GET /adapters lists them; POST /adapt creates one.")
 
 
 class UnknownTenant(NotFound):
@@ -23,7 +23,7 @@ class UnknownTenant(NotFound):
     code = "unknown_tenant"
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"There is no tenant {name!r}. POST /tenants makes one.")
+        super().__init__(f"There is no tenant {name!r}. POST /tenants creates one.")
 
 
 class UnknownVersion(NotFound):
@@ -32,7 +32,9 @@ class UnknownVersion(NotFound):
     code = "unknown_version"
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"There is no version {number}. {KEPT_VERSIONS} are kept, and the live one.")
+        super().__init__(
+            f"There is no version {number}. The {KEPT_VERSIONS} newest are kept, and the live one."
+        )
 
 
 class UnknownExample(NotFound):
@@ -41,7 +43,9 @@ class UnknownExample(NotFound):
     code = "unknown_example"
 
     def __init__(self, example_id: str) -> None:
-        super().__init__(f"There is no example {example_id!r}. GET the adapter's examples lists their ids.")
+        super().__init__(
+            f"There is no example {example_id!r}. GET /adapters/{{adapter}}/examples lists the ids."
+        )
 
 
 class RevisionMoved(Conflict):
@@ -68,7 +72,9 @@ class UnknownJob(NotFound):
     code = "unknown_job"
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"There is no job {job_id!r}. GET /jobs lists yours; an adapter's go with it.")
+        super().__init__(
+            f"There is no job {job_id!r}. GET /jobs lists them; an adapter's jobs are deleted with it."
+        )
 
 
 class TooManyJobs(Overloaded):

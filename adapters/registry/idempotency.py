@@ -118,7 +118,9 @@ def keep(connection: Connection, tenant: str, uid: str, reply: PendingReply[T] |
     written = dialect.insert(replies).values(values).on_conflict_do_nothing().returning(replies.c.status)
     if connection.execute(written).first() is None:
         check_unanswered(connection, tenant, reply)
-        raise RevisionMoved("What was answered under the key has just been deleted; send the request again.")
+        raise RevisionMoved(
+            "The answer to this Idempotency-Key has just been deleted. Send the request again."
+        )
     forgotten = (
         select(replies.c.tenant, replies.c.key_sha256)
         .where(old)

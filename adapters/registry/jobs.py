@@ -209,7 +209,7 @@ class Jobs:
         with self._database.writing() as connection:
             job = job_by_id(connection, tenant, job_id, lock=True)
             if job.state not in OPEN:
-                raise JobFinished(f"The job has {job.state}; there is nothing left to cancel.")
+                raise JobFinished(f"The job has already ended ({job.state}), so it cannot be cancelled.")
             values: dict[str, Any] = {"cancel_requested": True}
             if job.state == "queued":
                 values |= {

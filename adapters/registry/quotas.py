@@ -41,7 +41,9 @@ def check_adapters(connection: Connection, tenant: str) -> None:
     take_turns(connection, f"adapters of {tenant}")
     have = select(func.count()).where(adapters.c.tenant == tenant)
     if connection.execute(have).scalar_one() >= quotas.max_adapters:
-        raise QuotaExceeded(f"The tenant may have {quotas.max_adapters} adapters; delete one.")
+        raise QuotaExceeded(
+            f"The quota is {quotas.max_adapters} adapters. Delete one, or ask the operator for more."
+        )
 
 
 def check_examples(connection: Connection, tenant: str) -> None:
@@ -52,7 +54,9 @@ def check_examples(connection: Connection, tenant: str) -> None:
     take_turns(connection, f"examples of {tenant}")
     have = select(func.coalesce(func.sum(adapters.c.examples), 0)).where(adapters.c.tenant == tenant)
     if connection.execute(have).scalar_one() > quotas.max_examples:
-        raise QuotaExceeded(f"The tenant may keep {quotas.max_examples} examples; remove some.")
+        raise QuotaExceeded(
+            f"The quota is {quotas.max_examples} examples. Delete some, or ask the operator for more."
+        )
 
 
 def _quotas_of(connection: Connection, tenant: str) -> Quotas:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-DAMAGED = "Stop what uses it, move it away, and put a backup in its place with `topwork restore`."
+DAMAGED = "Stop the programs that use it, move it away, and restore a backup with `topwork restore`."
 # Reasons why a SQLite file is unusable, by SQLite's primary result code.
 _UNUSABLE = {
     sqlite3.SQLITE_NOTADB: "is no SQLite file, or its header is damaged. " + DAMAGED,

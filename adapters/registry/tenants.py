@@ -46,7 +46,7 @@ class UnknownKey(NotFound):
     code = "unknown_key"
 
     def __init__(self, key_id: str) -> None:
-        super().__init__(f"There is no key {key_id[:16]!r}. GET the tenant's keys lists their ids.")
+        super().__init__(f"There is no key {key_id[:16]!r}. GET /tenants/{{tenant}}/keys lists the ids.")
 
 
 class KeyNotInUse(Conflict):
@@ -125,7 +125,7 @@ class Tenants:
             try:
                 connection.execute(insert(tenants).values(name=name, created_at=database_now()))
             except IntegrityError as error:
-                raise TenantExists(f"There is a tenant {name!r} already.") from error
+                raise TenantExists(f"The tenant {name!r} exists already.") from error
             return _tenant(connection, name)
 
     def tenant(self, name: str) -> TenantRecord:
@@ -186,7 +186,7 @@ class Tenants:
             old = _key(connection, tenant, key_id)
             now = current_time(connection)
             if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
-                raise KeyNotInUse(f"The key {key_id!r} is not in use; make a new one.")
+                raise KeyNotInUse(f"The key {key_id!r} has expired or was revoked. Create a new one.")
             lifetime = None if old.expires_at is None else old.expires_at - old.created_at
             ends = now + grace if old.expires_at is None else min(old.expires_at, now + grace)
             connection.execute(update(keys).where(keys.c.id == key_id).values(expires_at=ends))
@@ -274,7 +274,7 @@ def _add_key(
     gone = or_(keys.c.revoked_at < now - _FORGOTTEN_AFTER, keys.c.expires_at < now - _FORGOTTEN_AFTER)
     connection.execute(delete(keys).where(of_tenant, gone))
     if connection.execute(select(func.count()).where(of_tenant, _in_use(now))).scalar_one() >= MAX_KEYS:
-        raise TooManyKeys(f"{MAX_KEYS} keys of a tenant may be in use at once; revoke one.")
+        raise TooManyKeys(f"A tenant has at most {MAX_KEYS} keys in use. Revoke one.")
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     values = {
         "id": key_id,

@@ -203,7 +203,7 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
 def check(artifact: Artifact, data: Buffer) -> None:
     """Raise CorruptArtifact unless the bytes are the artifact's."""
     if len(data) != artifact.length or hashlib.sha256(data).hexdigest() != artifact.sha256:
-        raise CorruptArtifact(f"The artifact {artifact.name} is damaged; restore a backup or adapt again.")
+        raise CorruptArtifact(f"The artifact {artifact.name} is damaged. Restore a backup, or adapt again.")
 
 
 def verified(artifact: Artifact, data: bytes) -> bytes:
@@ -214,4 +214,4 @@ def verified(artifact: Artifact, data: bytes) -> bytes:
 
 def missing(artifact: Artifact) -> MissingArtifact:
     """Return the error for an artifact that is not there."""
-    return MissingArtifact(f"The artifact {artifact.name} is gone; restore a backup or adapt again.")
+    return MissingArtifact(f"The artifact {artifact.name} is missing. Restore a backup, or adapt again.")

@@ -151,4 +151,4 @@ def _translated() -> Iterator[None]:
         yield
     # obstore raises its own errors, or built-in ones where they fit.
     except (BaseError, OSError) as error:
-        raise StoreUnavailable("The bucket does not answer as it should; try again later.") from error
+        raise StoreUnavailable("The bucket does not answer as expected. Try again later.") from error

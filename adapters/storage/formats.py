@@ -159,7 +159,9 @@ def _header(data: bytes) -> Mapping[str, str]:
     try:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except ValueError as error:
-        raise CorruptArtifact("A stored file is not what its name says; restore it from a backup.") from error
+        raise CorruptArtifact(
+            "A stored file does not have the format that its name says. Restore a backup."
+        ) from error
     return metadata if isinstance(metadata, dict) else {}
 
 

@@ -155,7 +155,7 @@ class Batcher:
             if suspect is None or old is None or len(self._left) == _MOST_LEFT:
                 return False
             turn.refused[suspect] = InputError(
-                "input_too_costly", "Preparing the input takes longer than any may; send a simpler one."
+                "input_too_costly", "Preparing the input takes too long. Send a simpler one."
             )
             thread = self._hire(turn)
             self._threads[self._threads.index(old)] = thread
@@ -192,7 +192,7 @@ class Batcher:
 
         Does not wait for the threads: stuck ones are abandoned, the others end.
         """
-        self._queue.abort("This backbone hangs and is replaced; try again in a few seconds.")
+        self._queue.abort("The backbone hung and is being replaced. Try again in a few seconds.")
 
     async def embed(
         self,
@@ -225,7 +225,8 @@ class Batcher:
                 return await request.future
         except TimeoutError:
             raise DeadlineExceeded(
-                f"The deadline passed with {request.pending} of {len(inputs)} inputs to go; send fewer."
+                f"{request.pending} of {len(inputs)} inputs were not embedded before the deadline. "
+                "Send fewer."
             ) from None
         finally:
             self._queue.remove([request])
@@ -261,4 +262,4 @@ class Batcher:
             return
         except BaseException:
             logger.exception("a worker of the backbone %s died", self.backbone.spec.name)
-            self._queue.abort("A worker of this backbone died; try again in a few seconds.")
+            self._queue.abort("A worker of this backbone ended. Try again in a few seconds.")

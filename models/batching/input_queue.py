@@ -151,7 +151,7 @@ class InputQueue:
     ) -> None:
         """Raise QueueFull or BatcherClosed. `costs`: of the light inputs, and of the heavy ones."""
         if not self.is_open:
-            raise BatcherClosed("This backbone takes no inputs now; try again in a few seconds.")
+            raise BatcherClosed("The backbone takes no inputs now. Try again in a few seconds.")
         surplus = priority.depth + count - self._max_queue
         if surplus > 0 and priority.depth > 0 and not priority.has_share(source, count, self._max_queue):
             share = min(1.0, surplus / priority.depth)

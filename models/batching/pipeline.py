@@ -167,7 +167,7 @@ class BatchPipeline:
                     self._fail(batch.inputs, error)
             except BaseException:
                 logger.exception("what the backbone %s gave is lost", self._backbone.spec.name)
-                self._queue.abort("What this backbone gave is lost; try again in a few seconds.")
+                self._queue.abort("The result of this backbone is lost. Try again in a few seconds.")
             finally:
                 with self._lock:
                     self._submitted -= 1

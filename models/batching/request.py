@@ -24,7 +24,7 @@ class QueueFull(Overloaded):
     retry_after: float
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("Too many inputs are waiting for this backbone; try again later.")
+        super().__init__("Too many inputs are waiting for this backbone. Try again later.")
         self.retry_after = retry_after
 
 

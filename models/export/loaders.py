@@ -68,7 +68,7 @@ def load_network(name: str) -> Network:
     folder = local_folder(name) or _download(library, place)
     if not any(folder.rglob("*.safetensors")):
         raise ExportRefused(
-            f"{name} has no safetensors weights; other formats can run code, convert it first."
+            f"{name} has no safetensors weights. Other formats can run code: convert it first."
         )
     return _timm_folder(name, folder) if library == TIMM else _sentence_transformers_folder(name, folder)
 
@@ -142,7 +142,7 @@ def _timm_folder(name: str, folder: Path) -> Network:
     channels, height, width = data["input_size"]
     if channels != 3 or height != width:
         raise ExportRefused(
-            f"{name} takes {channels} × {height} × {width}; only square RGB inputs are served"
+            f"{name} takes {channels} × {height} × {width}; only square RGB images are supported"
         )
     with torch.inference_mode():
         dim = network(torch.zeros(1, 3, height, width)).shape[1]
@@ -230,7 +230,7 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
     ).eval()
     tokenizer = model.tokenizer
     if not getattr(tokenizer, "is_fast", False) or tokenizer.padding_side != "right":
-        raise ExportRefused(f"{name} needs a fast tokenizer that pads on the right")
+        raise ExportRefused(f"{name} has no fast tokenizer that pads on the right, which is required")
     serialised = folder / TOKENIZER_FILE
     as_bytes = (
         serialised.read_bytes() if serialised.is_file() else tokenizer.backend_tokenizer.to_str().encode()

@@ -119,7 +119,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
         Path(model.path).chmod(0o755)
     if find(spec.name) is None:
         raise ExportRefused(
-            f"{stored} was stored and cannot be read back; check the disk of the model store."
+            f"{stored} was stored but cannot be read again. Check the disk of the model store."
         )
     return stored
 

@@ -91,7 +91,7 @@ class Decoder:
                 raise InputError("undecodable_image", NOT_AN_IMAGE) from None
             raise InputError(
                 "input_too_costly",
-                "Decoding the image takes more time or memory than its size allows; save it anew or smaller.",
+                "Decoding the image takes too much time or memory for its size. Save it again, or smaller.",
             ) from None
         finally:
             waiting(False)

@@ -84,7 +84,7 @@ class DecoderChild:
                 env=environment,
             )
         except OSError as error:
-            raise DecoderUnavailable(f"No process for decoding images can be started: {error}") from error
+            raise DecoderUnavailable(f"No process to decode images can be started: {error}") from error
         for pipe in (self._input, self._output):
             # Larger pipes carry more of an image at once. If that is not allowed, the default size works too.
             with contextlib.suppress(OSError, AttributeError):
@@ -94,7 +94,7 @@ class DecoderChild:
                 self._read(len(READY))
         except DecoderEnded as ended:
             raise DecoderUnavailable(
-                f"The process for decoding images ended with {ended.status} before it was ready."
+                f"The process to decode images ended with status {ended.status} before it was ready."
             ) from None
 
     @property

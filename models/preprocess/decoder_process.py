@@ -70,7 +70,7 @@ def _answer(requests: IO[bytes], answers: IO[bytes]) -> bool:
     except MemoryError:
         # Libraries may be in an inconsistent state after running out of memory.
         go_on = False
-        answer = _refused("input_too_costly", "Decoding the image takes too much memory; send it smaller.")
+        answer = _refused("input_too_costly", "Decoding the image takes too much memory. Send it smaller.")
     signal.setitimer(signal.ITIMER_PROF, 0.0)
     answers.write(answer)
     answers.flush()

@@ -134,7 +134,7 @@ def _checked(data: bytes, limits: InputLimits) -> ImageFile:
     if len(data) > limits.max_image_bytes:
         raise InputError(
             "image_too_large",
-            f"The image has {len(data)} bytes; at most {limits.max_image_bytes} are accepted.",
+            f"The image has {len(data):,} bytes; at most {limits.max_image_bytes:,} are allowed.",
         )
     file = read_image_file(data)
     _check_pixels(file.width * file.height, limits.max_pixels)
@@ -165,7 +165,7 @@ def _open(file: ImageFile, limits: InputLimits) -> Iterator[Image.Image]:
         # IndexError, …
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
             raise InputError(
-                "truncated_image", "The image ends before its last pixel; send all of it."
+                "truncated_image", "The image ends before its last pixel. Send the whole file."
             ) from error
         raise InputError("undecodable_image", NOT_AN_IMAGE) from error
 
@@ -186,7 +186,8 @@ def _check_size(image: Image.Image, limits: InputLimits) -> None:
 def _check_pixels(pixels: int, most: int) -> None:
     if pixels > most:
         raise InputError(
-            "image_too_large", f"The image has {pixels} pixels; at most {most} are accepted of its kind."
+            "image_too_large",
+            f"The image has {pixels:,} pixels; at most {most:,} are allowed for its format.",
         )
 
 
@@ -203,7 +204,7 @@ def _as_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
     """Decode the upright first frame in RGB."""
     if image.mode in ("I", "F", "LAB"):
         detail = (
-            f"Images of the mode {image.mode} have no agreed white; convert to RGB or grey of 8 or 16 bits."
+            f"Images of mode {image.mode} have no defined white. Convert to RGB, or grey with 8 or 16 bits."
         )
         raise InputError("unsupported_image", detail)
     image.load()
@@ -271,7 +272,7 @@ def _check_scaled(image: Image.Image) -> None:
     if not any(any(colour.histogram()[_UNSCALED:]) for colour in colours):
         raise InputError(
             "unsupported_image",
-            "The image has 16 bits a channel and uses 12 or fewer: it is black. Scale it to all 16.",
+            "The image has 16 bits per channel but uses 12 or fewer, so it is black. Scale it to 16.",
         )
 
 

@@ -76,17 +76,17 @@ class TextPreprocessor:
         if len(text) > self.limits.max_text_chars:
             raise InputError(
                 "text_too_long",
-                f"The text has {len(text)} characters; at most {self.limits.max_text_chars} are accepted.",
+                f"The text has {len(text):,} characters; at most {self.limits.max_text_chars:,} are allowed.",
             )
         if not text or text.isspace():
-            raise InputError("empty_text", "The text is empty or only white space.")
+            raise InputError("empty_text", "The text is empty, or only white space.")
         if "\0" in text:
-            raise InputError("invalid_text", "The text holds a NUL character.")
+            raise InputError("invalid_text", "The text has a NUL character. Remove it.")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(
-                "invalid_text", "The text holds half of a surrogate pair; send valid Unicode."
+                "invalid_text", "The text has half of a surrogate pair. Send valid Unicode."
             ) from None
         return self.tokens(text)
 

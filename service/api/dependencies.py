@@ -93,7 +93,7 @@ def _last_of(cursor: str) -> str:
         last = "\0"
     # No valid cursor contains a NUL, and PostgreSQL rejects it.
     if "\0" in last:
-        raise Problem(422, "invalid_cursor", "Send the cursor that the last page named as `next`.")
+        raise Problem(422, "invalid_cursor", "`cursor` is not valid. Send the `next` of the last page.")
     return last
 
 

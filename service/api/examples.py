@@ -81,5 +81,5 @@ class ExampleEndpoints:
 def to_remove(ids: list[str] | None, everything: bool) -> list[str] | None:
     """Return the ids to remove, None for all. Raises a 422 Problem unless exactly one of the two is given."""
     if bool(ids) == everything:
-        raise Problem(422, "invalid_request", "Name the examples as `id`, or say `all=true`.")
+        raise Problem(422, "invalid_request", "Name the examples with `id`, or send `all=true`.")
     return ids

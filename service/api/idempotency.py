@@ -74,7 +74,7 @@ class IdempotencyGuard:
     @contextmanager
     def _alone(self, tenant: str, key: str) -> Iterator[None]:
         if (tenant, key) in self._in_flight:
-            detail = f"A request with this {HEADER} is still worked on; send this one again later."
+            detail = f"The first request with this {HEADER} is still in progress. Send this one again later."
             raise Problem(409, "idempotency_in_flight", detail, headers={"Retry-After": "1"})
         self._in_flight.add((tenant, key))
         try:
@@ -105,7 +105,7 @@ class _Keyed:
             async for _ in Request(self._scope, self._read).stream():
                 pass
         if found.request_sha256 != self._digest.hexdigest():
-            detail = f"Another request was sent with this {HEADER}. Give every request a key of its own."
+            detail = f"Another request was sent with this {HEADER}. Use a new key for each request."
             raise Problem(422, "idempotency_key_reused", detail)
         return answers.repeated(found)
 
@@ -168,6 +168,6 @@ def _key_of(request: Request) -> str | None:
         return None
     key = ", ".join(given)
     if _KEY.fullmatch(key) is None:
-        detail = f"An {HEADER} has 1 to 255 visible ASCII characters, and a request has one at most."
+        detail = f"{HEADER} must be sent once, with 1 to 255 visible ASCII characters."
         raise Problem(400, "invalid_idempotency_key", detail)
     return hashlib.sha256(key.encode()).hexdigest()

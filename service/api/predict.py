@@ -101,7 +101,7 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
     if asked.dimensions not in (None, backbone.spec.dim):
         detail = (
-            f"The embeddings of {asked.model!r} have {backbone.spec.dim} dimensions, and are not shortened. "
+            f"The embeddings of {asked.model!r} have {backbone.spec.dim} dimensions and cannot be shortened. "
             "Leave `dimensions` out."
         )
         blamed = {"pointer": "/dimensions", "code": "invalid_dimensions", "detail": detail}

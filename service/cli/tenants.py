@@ -51,7 +51,7 @@ def create(tenant: TenantName) -> None:
 
     with open_registry(settings) as registry:
         if not is_tenant(tenant):
-            raise BadArgument("A tenant's name is 1 to 63 of a-z, 0-9, dot, underscore and dash.")
+            raise BadArgument("A tenant's name must be 1 to 63 of a-z, 0-9, dot, underscore and dash.")
         show(asdict(registry.tenants.create(tenant)))
 
 
@@ -119,4 +119,4 @@ def _quotas(text: str) -> Quotas:
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
-        raise BadArgument(f"These are no quotas: {where}{first['msg']}.") from error
+        raise BadArgument(f"The quotas are not valid: {where}{first['msg']}.") from error

@@ -174,7 +174,7 @@ class Authenticator:
         caller = Caller(key.tenant, key.scopes, key.id)
         named = headers.get(b"x-tenant")
         if named is not None and named.decode("latin-1") != key.tenant:
-            detail = "The key is another tenant's than X-Tenant names; leave it out."
+            detail = "The key belongs to another tenant than X-Tenant. Leave X-Tenant out."
             return Admission(caller, Problem(403, "wrong_tenant", detail))
         refusal = _missing(access, key)
         if refusal is not None:
@@ -188,10 +188,10 @@ class Authenticator:
 def _missing(access: Access, key: HeldKey) -> Problem | None:
     """Return the refusal of a tenant's key without the scope that the route needs."""
     if access.need == "operator":
-        return Problem(403, "operator_only", "This needs the admin key of the service.")
+        return Problem(403, "operator_only", "This request needs the admin key of the service.")
     if access.need in ("nothing", "key") or access.need in key.scopes:
         return None
-    detail = f"This needs a key with the scope {access.need!r}; ask the operator for one."
+    detail = f"This request needs a key with the scope {access.need!r}. Ask the operator for one."
     return Problem(403, "scope_missing", detail)
 
 
@@ -211,7 +211,8 @@ def _foreign_host(headers: Headers) -> Problem | None:
     return Problem(
         403,
         "host_refused",
-        "Without a key the service answers to localhost only. Set TOPWORK_ADMIN_KEY for other names.",
+        "Without an admin key the service answers localhost only. Set TOPWORK_ADMIN_KEY to serve "
+        "other hosts.",
     )
 
 
@@ -232,7 +233,7 @@ def _foreign_page(access: Access, method: str, headers: Headers) -> Problem | No
     return Problem(
         403,
         "origin_refused",
-        "Without a key the service answers no other site's pages. Set TOPWORK_ADMIN_KEY to allow that.",
+        "Without an admin key the service refuses pages of other sites. Set TOPWORK_ADMIN_KEY to allow them.",
     )
 
 

@@ -97,7 +97,8 @@ class RequestChannel:
             raise Problem(
                 422,
                 "invalid_tenant",
-                "X-Tenant is 1 to 63 of a-z, 0-9, dot, underscore and dash, the first a letter or digit.",
+                "X-Tenant must be 1 to 63 of a-z, 0-9, dot, underscore and dash, and begin with a "
+                "letter or digit.",
             )
         return self.tenant
 
@@ -240,7 +241,7 @@ class UploadChannel(RequestChannel):
     """The channel of a bulk upload: each byte received extends its deadline, and silence ends it."""
 
     is_paced = False
-    TOO_LONG = "The upload waited for {:g} seconds, or came very slowly. Try again later, or send less."
+    TOO_LONG = "The upload waited for {:g} seconds, or was too slow. Try again later, or send less."
 
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
         self._seconds = seconds
@@ -256,7 +257,7 @@ class UploadChannel(RequestChannel):
             async with asyncio.timeout(silent):
                 message = await super().receive()
         except TimeoutError as error:
-            detail = f"No byte of the upload came for {silent:g} seconds. Send it again."
+            detail = f"No byte of the upload arrived for {silent:g} seconds. Send it again."
             raise Problem(408, "upload_stalled", detail, headers={"Connection": "close"}) from error
         since = self._began + self.bytes / _SLOWEST_BYTES_PER_SECOND
         if not message.get("more_body", False):
@@ -279,7 +280,7 @@ class BodyBudget:
             raise Problem(
                 429,
                 "overloaded",
-                "Too many bytes of requests are being worked on; try again later.",
+                "Too many large requests are in progress. Try again later.",
                 headers={"Retry-After": "1", "Connection": "close"},
             )
         self._held += more

@@ -87,7 +87,10 @@ class Edge:
             return
         if self._app is None:
             problem = Problem(
-                503, "not_ready", "The service is starting or stopping.", headers={"Retry-After": "1"}
+                503,
+                "not_ready",
+                "The service is starting or stopping. Try again later.",
+                headers={"Retry-After": "1"},
             )
             await respond(problem, new_id(), openai=is_openai(scope["path"]))(scope, receive, send)
             return

@@ -231,7 +231,7 @@ class ErrorAnswers:
 def _bad_path(scope: Scope) -> Problem | None:
     if _CONTROL.search(scope["path"]) is None:
         return None
-    return Problem(400, "bad_request", "The path holds a control character. Leave it out.")
+    return Problem(400, "bad_request", "The path has a control character. Remove it.")
 
 
 def _ambiguous(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
@@ -243,4 +243,4 @@ def _ambiguous(scope: Scope, headers: Mapping[bytes, bytes]) -> Problem | None:
     twice = Counter(name for name, _ in scope["headers"] if name in _ONCE)
     if not twice or (found := twice.most_common(1)[0])[1] == 1:
         return None
-    return Problem(400, "bad_request", f"The header {found[0].decode('latin-1')} is there more than once.")
+    return Problem(400, "bad_request", f"The header {found[0].decode('latin-1')} was sent more than once.")

@@ -70,7 +70,7 @@ class Pace:
             raise Problem(
                 429,
                 "overloaded",
-                "The large requests of this tenant take more than its share; wait before the next one.",
+                "The large requests of this tenant take more than its share. Wait before the next one.",
                 headers={"Retry-After": str(math.ceil(seconds - _LONGEST_WAIT)), "Connection": "close"},
             )
         # The reservation makes waiting requests go on one after another.

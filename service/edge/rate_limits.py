@@ -99,6 +99,6 @@ class RateLimiter:
         return Problem(
             429,
             "rate_exceeded",
-            f"The tenant's quota of {what} a second is used up; try again later.",
+            f"The tenant's quota of {what} per second is used up. Try again later.",
             headers={"Retry-After": str(math.ceil(seconds))},
         )

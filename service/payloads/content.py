@@ -40,11 +40,11 @@ def parse(body: bytes | bytearray) -> Any:
     if body.startswith(_MARK):
         body = body[len(_MARK) :]
     if body.count(b",") > _MOST_COMMAS or body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:
-        raise TooIntricate("The body has too many items. Send less at once.")
+        raise TooIntricate("The JSON has too many values. Send less at once.")
     try:
         return from_json(body, cache_strings="keys")
     except ValueError as error:
-        raise NotJson(f"The body is not JSON: {error}.") from error
+        raise NotJson(f"The body is not valid JSON: {error}.") from error
 
 
 async def whole_body(request: Request) -> bytearray:

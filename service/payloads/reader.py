@@ -54,7 +54,7 @@ T = TypeVar("T")
 Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
 _ITEMS_AT_ONCE = 200
-_ALL_IN_BODY = "With a body in JSON all is said in the body; leave the query string out."
+_ALL_IN_BODY = "With a JSON body all fields are in the body. Leave the query string out."
 # Fields that a request and its command have alike.
 _SHARED = AdaptRequest.model_fields.keys() & {field.name for field in fields(AdaptCommand)} - {"fine_tune"}
 _FIELDS = 64  # fields of a form, besides its files
@@ -98,10 +98,12 @@ class RequestReader:
         columns = body.columns()
         if columns and form != "csv":
             named = ", ".join(f"`{field}_column`" for field in columns)
-            raise Problem(422, "invalid_request", f"Only a CSV table has columns; leave out {named}.")
+            raise Problem(422, "invalid_request", f"Only a CSV table has columns. Leave out {named}.")
         if body.method == FINE_TUNE or body.strict:
             raise Problem(
-                422, "invalid_request", f"A bulk upload ({form}) is fitted by linear_probe, and not strict."
+                422,
+                "invalid_request",
+                f"A bulk upload ({form}) is fitted with linear_probe and cannot be strict.",
             )
         return replace(_command(body, (), job=True), columns=columns), request.stream()
 
@@ -157,7 +159,7 @@ class RequestReader:
             raise Problem(
                 422,
                 "invalid_request",
-                "Send what is to change: `label`, `labels` or `target`, `excluded`, `group`.",
+                "Send a field to change: `label`, `labels`, `target`, `excluded` or `group`.",
             )
         return Amendment(
             target=target if given else None,
@@ -170,7 +172,7 @@ class RequestReader:
     async def nothing(self, request: Request) -> None:
         """Require an empty body or an empty JSON object."""
         if (await request.body()).strip() not in (b"", b"{}"):
-            raise Problem(422, "invalid_request", "This request takes no body; leave it out.")
+            raise Problem(422, "invalid_request", "This request takes no body. Leave it out.")
 
     async def model(self, request: Request, model: type[M]) -> M:
         """Read a small JSON body."""
@@ -303,7 +305,11 @@ def media_type(request: Request) -> str:
     """Return the body's media type, lower case, without parameters. Raises a 415 Problem if compressed."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise Problem(415, "unsupported_encoding", f"A body in {encoding} is not read. Send it uncompressed.")
+        raise Problem(
+            415,
+            "unsupported_encoding",
+            f"A body with Content-Encoding {encoding} is not supported. Send it uncompressed.",
+        )
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
@@ -316,7 +322,7 @@ def unsupported(media: str, wanted: str) -> Problem:
     return Problem(
         415,
         "unsupported_media_type",
-        f"A body of {media or 'no media type'} is not read here. Send {wanted}.",
+        f"A body of {media or 'no media type'} is not supported here. Send {wanted}.",
     )
 
 
@@ -350,9 +356,17 @@ def _some(inputs: Sequence[object]) -> None:
 def _command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: bool = False) -> AdaptCommand:
     tunes = body.method == FINE_TUNE
     if body.callback is not None and not (tunes or job):
-        raise Problem(422, "invalid_request", "`callback` is of jobs; this request is answered at once.")
+        raise Problem(
+            422,
+            "invalid_request",
+            "`callback` is for jobs only, and this request is answered at once. Leave it out.",
+        )
     if body.fine_tune is not None and not tunes:
-        raise Problem(422, "invalid_request", "`fine_tune` says how; set `method` to fine_tune as well.")
+        raise Problem(
+            422,
+            "invalid_request",
+            "`fine_tune` has options of a fine-tune. Set `method` to fine_tune as well.",
+        )
     return AdaptCommand(
         posted=posted,
         fine_tune=(body.fine_tune or FineTuneConfig()) if tunes else None,

@@ -225,7 +225,7 @@ def _one_or_many(value: Any) -> str:
 
 def _no_token_ids(value: Any) -> Any:
     if isinstance(value, int | list):
-        raise PydanticCustomError("token_ids", "Token ids are not taken; send text.")
+        raise PydanticCustomError("token_ids", "Token ids are not supported. Send text.")
     return value
 
 

@@ -141,7 +141,7 @@ def _fault(one: Any, rest: Location, item: Any) -> Fault:
             "unknown_field", f"There is no field `{name[:100]}`.{_nearest(name, list(_WANTED))}", place
         )
     if name not in _WANTED:
-        return Fault("not_an_object", f"{_type_of(item)} is no example or input; send an object.", place)
+        return Fault("not_an_object", f"{_type_of(item)} is not an example or input. Send an object.", place)
     code, wanted = _WANTED[name]
     given = item
     for part in there:

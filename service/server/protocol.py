@@ -30,13 +30,13 @@ SLOWEST_BYTES_PER_SECOND = 64 << 10
 UNREAD_SECONDS = 20.0
 # Drain grace for requests already on the wire. In effect, it lasts until the second check after shutdown.
 _PARTING_SECONDS = 0.5
-_LATE_HEAD = f"The request line and the headers must come within {HEAD_SECONDS:g} seconds."
+_LATE_HEAD = f"The request line and the headers must arrive within {HEAD_SECONDS:g} seconds."
 _LATE_BODY = (
-    f"The body came too slowly: less than {SLOWEST_BYTES_PER_SECOND >> 10} KB a second, or nothing for "
+    f"The body arrived too slowly: less than {SLOWEST_BYTES_PER_SECOND >> 10} KB a second, or nothing for "
     f"{SILENT_SECONDS:g} seconds. Send it again."
 )
-_NO_HTTP = "This is not HTTP/1.1 as it may be sent."
-_NO_ROOM = "Too many connections are open; try again later."
+_NO_HTTP = "The request is not valid HTTP/1.1."
+_NO_ROOM = "Too many connections are open. Try again later."
 
 # Size of the unread part of a body at which reading pauses. uvicorn's 64 KB would pause it for every photo.
 _UNREAD_BYTES = 256 << 10

@@ -142,7 +142,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, name: str, damage
         place = content.index(b'"dim": ') + 7 if name == MANIFEST_FILE else len(content) // 2
         content[place] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CorruptExport, match="export the backbone again"):
+    with pytest.raises(CorruptExport, match="Export the backbone again"):
         Backbone.open(folder)
 
 

@@ -31,7 +31,7 @@ def test_a_slip_in_a_setting_s_name_is_refused(
 ) -> None:
     """The store would else be in the home folder, and gone with the container."""
     monkeypatch.setenv(slip, "1")
-    with pytest.raises(UnknownSetting, match=f"{slip} is no setting. Did you mean {meant}?"):
+    with pytest.raises(UnknownSetting, match=f"{slip} is not a setting. Did you mean {meant}?"):
         Settings()
 
 
@@ -75,7 +75,7 @@ def test_every_command_says_it_in_one_line(tmp_path: Path, command: tuple[str, .
     done = topwork(*command, **environment)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "topwork: TOPWORK_STORE_ULR is no setting. Did you mean TOPWORK_STORE_URL? Correct or unset it."
+        "topwork: TOPWORK_STORE_ULR is not a setting. Did you mean TOPWORK_STORE_URL? Correct it or unset it."
     ]
 
 

@@ -67,7 +67,9 @@ class CandidateFitter:
         owner of the fit; tenants take turns.
         """
         if not rows:
-            raise NothingToFit("The adapter has no examples in use; send some, or take some back.")
+            raise NothingToFit(
+                "The adapter has no examples to fit on. Send some, or include excluded ones again."
+            )
         targets = [row.target for row in rows]
         digests = [row.digest for row in rows]
         dataset = Dataset(

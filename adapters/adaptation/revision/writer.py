@@ -178,11 +178,16 @@ class RevisionWriter:
             kept, rows = (), tuple(row for row in rows if row.id in counted)
         # An adapter that is over a limit, as a cancelled replacement may leave it, may still shrink.
         if len(rows) > max(self.limits.max_examples, len(kept)):
-            raise AdapterFull(f"An adapter keeps at most {self.limits.max_examples:,} examples.")
+            raise AdapterFull(
+                f"An adapter has at most {self.limits.max_examples:,} examples. Delete some, or use "
+                "another adapter."
+            )
         labels = label_set(subject.terms.task, [row.target for row in rows if not row.excluded])
         before = label_set(subject.terms.task, [one.target for one in kept if not one.excluded])
         if len(labels) > max(self.limits.max_labels, len(before)):
-            raise AdapterFull(f"An adapter has at most {self.limits.max_labels:,} labels.")
+            raise AdapterFull(
+                f"An adapter has at most {self.limits.max_labels:,} labels. Use another adapter."
+            )
         return plan
 
     async def _fit(

@@ -117,7 +117,9 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
     """Point `live` at the version, in a writing transaction. See Registry.promote."""
     adapter = adapter_by_uid(connection, uid, lock=True)
     if if_match is not None and if_match != adapter.etag:
-        raise AliasMoved(f"The alias now points to version {adapter.live}; read it again before moving it.")
+        raise AliasMoved(
+            f"Version {adapter.live} is live now, not the one in If-Match. Read the adapter again."
+        )
     version = version_record(connection, uid, number)
     released: set[int] = set()
     gone: set[int] = set()
@@ -190,16 +192,18 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
     try:
         connection.execute(insert(adapters).values(values))
     except IntegrityError as error:
-        raise AdapterExists(f"Another request has just created the adapter {change.name!r}.") from error
+        raise AdapterExists(
+            f"Another request has just created the adapter {change.name!r}. Send the request again."
+        ) from error
     return adapter_by_uid(connection, change.uid)
 
 
 def _locked(connection: Connection, change: Change) -> AdapterRecord:
     adapter = adapter_by_name(connection, change.tenant, change.name, lock=True)
     if adapter.uid != change.uid or adapter.revision != change.revision:
-        raise RevisionMoved(f"The examples of {change.name!r} changed meanwhile; send the request again.")
+        raise RevisionMoved(f"The examples of {change.name!r} changed during the request. Send it again.")
     if change.standing not in (None, adapter.standing):
-        raise RevisionMoved(f"`live` of {change.name!r} moved meanwhile; send the request again.")
+        raise RevisionMoved(f"`live` of {change.name!r} changed during the request. Send it again.")
     return adapter
 
 
@@ -229,7 +233,9 @@ def _staying(connection: Connection, adapter: AdapterRecord, number: int) -> int
     """Return the number. Raises RevisionMoved if that version no longer exists."""
     query = select(versions.c.number).where(versions.c.adapter_uid == adapter.uid)
     if connection.execute(query.where(versions.c.number == number)).first() is None:
-        raise RevisionMoved(f"Version {number} of {adapter.name!r} went meanwhile; send the request again.")
+        raise RevisionMoved(
+            f"Version {number} of {adapter.name!r} was deleted during the request. Send it again."
+        )
     return number
 
 

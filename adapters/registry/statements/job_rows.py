@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 3
 KEPT_JOBS = 1000
 """Number of a tenant's newest jobs that are kept, in addition to queued and running ones."""
 
-_ERASED = "The reason named examples that were erased since."
+_ERASED = "The reason named examples that have been erased."
 OPEN: tuple[JobState, ...] = ("queued", "running")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -78,7 +78,7 @@ def delete_oldest(connection: Connection, tenant: str) -> None:
 def endings(now: datetime) -> list[tuple[ColumnElement[bool], dict[str, Any]]]:
     """Return which jobs no claim will begin again, and how they end. The first match applies."""
     idle = or_(jobs.c.state == "queued", and_(jobs.c.state == "running", jobs.c.lease_until <= now))
-    exhausted = f"{MAX_ATTEMPTS} attempts were begun, and none came to an end; the worker's log says why."
+    exhausted = f"{MAX_ATTEMPTS} attempts were started and none finished. The worker's log says why."
     late = "The job did not end before its deadline."
     return [
         (and_(idle, jobs.c.cancel_requested), {"state": "cancelled"}),

@@ -9,7 +9,7 @@ from models.preprocess.limits import InputError
 
 READABLE = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and, with `topwork[heic]` installed, HEIC"
 """The readable formats, for use in messages."""
-NOT_AN_IMAGE = f"This is not a readable image; {READABLE} are read."
+NOT_AN_IMAGE = f"This is not an image that can be read. Send {READABLE}."
 # Images above these sizes are decoded in another process; see models/preprocess/decoder.py.
 LARGE_PIXELS = 4_000_000
 _LARGE_BYTES = 4 << 20
@@ -39,5 +39,5 @@ class ImageFile:
 def odd(what: str) -> InputError:
     """The error for a structure that only a hostile file has."""
     return InputError(
-        "input_too_costly", f"The image has {what}, which no camera or program writes; save it anew."
+        "input_too_costly", f"The image has {what}, which no camera or program writes. Save it again."
     )

@@ -141,7 +141,7 @@ def read_png(data: bytes) -> ImageFile:
         raise InputError("undecodable_image", NOT_AN_IMAGE)
     width, height = struct.unpack_from(">II", kept[b"IHDR"], 8)
     if not picture and width and height:
-        raise InputError("truncated_image", "The image ends before its first pixel; send all of it.")
+        raise InputError("truncated_image", "The image ends before its first pixel. Send the whole file.")
     head = _PNG_CHUNK.pack(sum(map(len, picture)), b"IDAT")
     # Pillow does not verify the checksum of pixel data, which contains zlib's own, so it is left zero.
     parts: list[bytes | memoryview] = [PNG_SIGNATURE, *(kept[kind] for kind in _PNG_KEPT if kind in kept)]
@@ -274,7 +274,7 @@ def read_heif(data: bytes) -> ImageFile:
     elif brands & _HEIC:
         name = "HEIF"
         if not heic_is_read():
-            detail = "HEIC is not read here; install `topwork[heic]` where the service runs, or send JPEG."
+            detail = "HEIC is not supported here. Send JPEG, or let the operator install `topwork[heic]`."
             raise InputError("unsupported_image", detail)
     else:
         raise InputError("undecodable_image", NOT_AN_IMAGE)

@@ -53,9 +53,11 @@ def read_image_file(data: bytes) -> ImageFile:
     except DAMAGED:
         if len(data) < _LEAST_BYTES:
             raise InputError("undecodable_image", NOT_AN_IMAGE) from None
-        raise InputError("truncated_image", "The image ends before its last pixel; send all of it.") from None
+        raise InputError(
+            "truncated_image", "The image ends before its last pixel. Send the whole file."
+        ) from None
     if not file.width or not file.height:
-        raise InputError("empty_image", "The image is zero pixels wide or high.")
+        raise InputError("empty_image", "The image has no pixels: its width or height is 0.")
     return file
 
 
@@ -101,5 +103,5 @@ def _unread(data: bytes) -> InputError:
     start = data[:64].lstrip()
     for magic, name in _UNREAD:
         if start.startswith(magic):
-            return InputError("unsupported_image", f"{name} is not read; {READABLE} are.")
+            return InputError("unsupported_image", f"{name} is not supported. Send {READABLE}.")
     return InputError("undecodable_image", NOT_AN_IMAGE)

@@ -644,7 +644,7 @@ def test_the_first_line_of_excel_names_the_delimiter() -> None:
         (b"text,label", {"text": "body"}, "'body'"),
         (b"text,label", {"label": "class"}, "'class'"),
         (b"text,label", {"label": "label", "target": "label"}, "exactly one"),
-        (b"text,label", {"label": "text"}, "two things"),
+        (b"text,label", {"label": "text"}, "two roles"),
         (b"text,label", {"id": "key"}, "'key'"),
         (b"text,a,A,label", {"group": "a"}, "more than once"),
     ],

@@ -205,7 +205,7 @@ async def test_a_damaged_backup_changes_nothing(place: Place, make: Make, tmp_pa
     (path / MANIFEST).write_text(manifest.replace("topwork.backup/1", "topwork.backup/2"))
     refused(path, "topwork.backup/2")
     (path / MANIFEST).unlink()
-    refused(path, "no complete backup")
+    refused(path, "not a complete backup")
     (path / MANIFEST).write_text(manifest)
     assert restore(path, target.database, target.store).adapters == 1
 

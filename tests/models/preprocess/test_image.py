@@ -268,7 +268,7 @@ def test_other_formats_are_not_opened(fmt: str) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_formats_that_are_known_and_not_read_are_refused_by_name(data: bytes, name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} is not read; JPEG, PNG, .* are"):
+    with pytest.raises(InputError, match=f"^{name} is not supported. Send JPEG, PNG, "):
         ImagePreprocessor(PLAIN)(data)
 
 

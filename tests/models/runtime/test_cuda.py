@@ -496,7 +496,7 @@ def test_half_precision_is_nearly_single(tmp_path: Path, make: Make) -> None:
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     assert (np.einsum("nd,nd->n", one, other) / lengths).min() > 0.999
     (folder / HALF_FILE).write_bytes(b"")
-    with pytest.raises(Exception, match="export the backbone again"):
+    with pytest.raises(Exception, match="Export the backbone again"):
         read_manifest(folder, verify=False)
 
 

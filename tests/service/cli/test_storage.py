@@ -62,7 +62,7 @@ async def test_backup_restore_and_doctor(tmp_path: Path) -> None:
     assert len(run_topwork(fresh, "doctor")) == 1
 
     (complaint,) = run_topwork(fresh, "restore", str(folder), "--replace", status=1)
-    assert "no complete backup" in complaint["complaint"]
+    assert "not a complete backup" in complaint["complaint"]
 
 
 async def test_the_doctor_embeds_with_the_exported_backbone(

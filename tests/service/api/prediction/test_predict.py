@@ -244,9 +244,9 @@ def test_token_ids_are_refused_with_what_to_send(taught: Caller, ids: Any) -> No
     assert problem["errors"][0] == {
         "pointer": "/input/0",
         "code": "token_ids",
-        "detail": "Token ids are not taken; send text.",
+        "detail": "Token ids are not supported. Send text.",
     }
-    assert problem["error"]["message"].endswith("Token ids are not taken; send text.")
+    assert problem["error"]["message"].endswith("Token ids are not supported. Send text.")
     assert len(problem["errors"]) <= 100
 
 
