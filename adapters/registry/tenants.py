@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
 from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.database import Database, take_turns
@@ -208,13 +207,6 @@ class Tenants:
             return HeldKey(
                 record.id, record.tenant, frozenset(record.scopes), row.secret_sha256, left, quotas_from(row)
             )
-
-
-def add_tenant(connection: Connection, name: str) -> None:
-    """Add the tenant's row unless it exists."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    values = dialect.insert(tenants).values(name=name, created_at=database_now())
-    connection.execute(values.on_conflict_do_nothing())
 
 
 def _digest(secret: str) -> str:

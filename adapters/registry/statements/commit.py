@@ -7,13 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter, erase_examples
 from adapters.registry.errors import AdapterExists, AliasMoved, RevisionMoved
 from adapters.registry.quotas import check_adapters, check_examples
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, VersionRecord
-from adapters.registry.schema import adapters, changes, database_now, versions
+from adapters.registry.schema import adapters, changes, database_now, tenants, versions
 from adapters.registry.statements.job_rows import end, held
 from adapters.registry.statements.queries import (
     adapter_by_name,
@@ -36,7 +37,6 @@ from adapters.registry.statements.revision_rows import (
     record_version,
     write_examples,
 )
-from adapters.registry.tenants import add_tenant
 
 CHANGES_KEPT = 3600.0
 """Seconds for which the database records which adapters changed."""
@@ -187,7 +187,7 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
         "created_at": database_now(),
     }
     check_not_erased(connection, change.tenant, time.monotonic() - created.began)
-    add_tenant(connection, change.tenant)
+    _add_tenant(connection, change.tenant)
     check_adapters(connection, change.tenant)
     try:
         connection.execute(insert(adapters).values(values))
@@ -196,6 +196,13 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
             f"Another request has just created the adapter {change.name!r}. Send the request again."
         ) from error
     return adapter_by_uid(connection, change.uid)
+
+
+def _add_tenant(connection: Connection, name: str) -> None:
+    """Add the tenant's row unless it exists."""
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    values = dialect.insert(tenants).values(name=name, created_at=database_now())
+    connection.execute(values.on_conflict_do_nothing())
 
 
 def _locked(connection: Connection, change: Change) -> AdapterRecord:
