@@ -105,10 +105,11 @@ class BackboneMonitor:
         """Stop monitoring. Stuck threads are left alone."""
         self._watchdog.close()
         replacing = [one.replacing for one in self._watched.values() if one.replacing is not None]
-        for task in (*self._tasks, *replacing, *self._retiring):
+        tasks = [*self._tasks, *replacing, *self._retiring]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait([*self._tasks, *self._retiring])
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _look(self) -> None:
         # A process that was stopped or had no core was not stuck.
@@ -187,13 +188,11 @@ class BackboneMonitor:
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 backbone = await _in_thread(lambda: self._reopen(name))
+            await self._serve(name, backbone)
         except Exception as error:
             self._end(f"the backbone {name} cannot be opened again: {error or type(error).__name__}")
-        batcher = self._batcher_for(backbone)
-        await batcher.start()
-        self._batchers[name] = batcher
-        one.standstill = StallDetector(batcher)
-        one.replacing = None
+        finally:
+            one.replacing = None
         await self._ask(name)
         logger.warning("the backbone %s is there again after %.1f s", name, time.monotonic() - begun)
 
@@ -202,22 +201,26 @@ class BackboneMonitor:
 
         Raises the errors of opening it; the running backbone then stays.
         """
-        one, before = self._watched[name], self._batchers[name]
-        if one.replacing is not None:
-            # It is being reopened already.
-            return
+        one = self._watched[name]
+        while one.replacing is not None:
+            # It may be reopened with the plan before the newest one.
+            await asyncio.wait([one.replacing])
+        before = self._batchers[name]
         one.replacing = asyncio.current_task()
         try:
-            backbone = await _in_thread(lambda: self._reopen(name))
-            batcher = self._batcher_for(backbone)
-            await batcher.start()
-            self._batchers[name] = batcher
-            one.standstill = StallDetector(batcher)
+            await self._serve(name, await _in_thread(lambda: self._reopen(name)))
         finally:
             one.replacing = None
         logger.info("the backbone %s runs by another plan", name)
         self._retiring = [task for task in self._retiring if not task.done()]
         self._retiring.append(asyncio.create_task(self._retire(before)))
+
+    async def _serve(self, name: str, backbone: Backbone) -> None:
+        """Let a batcher of the backbone take the place of the current one."""
+        batcher = self._batcher_for(backbone)
+        await batcher.start()
+        self._batchers[name] = batcher
+        self._watched[name].standstill = StallDetector(batcher)
 
     async def _retire(self, batcher: Batcher) -> None:
         """Close an exchanged batcher, once callers that hold a reference to it have used it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,31 @@ def hanging(log: Path) -> Callable[[str], list[str]]:
     return lambda name: [sys.executable, "-c", code]
 
 
+class Reopening:
+    """Opens the backbone again, with the plan of the moment in which it is asked to, once it may go on."""
+
+    def __init__(self, export: Path, known: dict[str, MeasuredPlan]) -> None:
+        self.asked = threading.Event()
+        self.going = threading.Event()
+        self.going.set()
+        self._export = export
+        self._known = known
+
+    def __call__(self, name: str) -> Backbone:
+        plan = self._known[name].plan
+        self.asked.set()
+        assert self.going.wait(30)
+        return Backbone.open(self._export, plan=plan)
+
+
+@dataclass(frozen=True)
 class Served:
     """One tiny backbone, watched and surveyed."""
 
-    def __init__(self, batchers: dict[str, Batcher], surveyor: Surveyor) -> None:
-        self.batchers = batchers
-        self.surveyor = surveyor
+    batchers: dict[str, Batcher]
+    surveyor: Surveyor
+    monitor: BackboneMonitor
+    reopening: Reopening
 
     async def until(self, true: Callable[[], bool], most: float = 30.0) -> None:
         begun = time.monotonic()
@@ -64,8 +84,7 @@ async def served(folder: Path, measured: MeasuredPlan, **options: Any) -> AsyncI
     export = tiny_backbones.text_export(folder)
     known = {NAME: measured}
 
-    def reopen(name: str) -> Backbone:
-        return Backbone.open(export, plan=known[name].plan)
+    reopen = Reopening(export, known)
 
     def batcher_for(backbone: Backbone) -> Batcher:
         return Batcher(backbone, max_queue=1_000, workers=backbone.plan.workers)
@@ -81,8 +100,9 @@ async def served(folder: Path, measured: MeasuredPlan, **options: Any) -> AsyncI
     surveyor = Surveyor(known, batchers, networks, monitor.exchange, schedule=SCHEDULE, **options)
     await surveyor.start()
     try:
-        yield Served(batchers, surveyor)
+        yield Served(batchers, surveyor, monitor, reopen)
     finally:
+        reopen.going.set()
         await surveyor.close()
         await monitor.close()
         await networks.close()
@@ -109,6 +129,22 @@ async def test_a_quiet_measurement_takes_the_place_of_a_doubtful_one(tmp_path: P
         # A confirmed plan is not measured again.
         await asyncio.sleep(0.5)
         assert len(lines(log)) == 1
+
+
+async def test_a_plan_found_during_a_reopening_is_used(tmp_path: Path) -> None:
+    """The reopening has read the plan before, so the exchange comes after it."""
+    async with served(tmp_path, DOUBTFUL, quiet=lambda seconds: False) as here:
+        here.reopening.asked.clear()
+        here.reopening.going.clear()
+        here.batchers[NAME].abandon()
+        await here.until(here.reopening.asked.is_set)
+        here.surveyor.measured[NAME] = BETTER
+        exchange = asyncio.create_task(here.monitor.exchange(NAME))
+        await asyncio.sleep(0)
+        here.reopening.going.set()
+        await asyncio.wait_for(exchange, 30)
+        assert here.batchers[NAME].backbone.plan == BETTER.plan
+        assert (await here.batchers[NAME].embed(["ba"])).errors == {}
 
 
 async def test_nothing_is_measured_on_a_busy_machine_or_what_is_confirmed(tmp_path: Path) -> None:
