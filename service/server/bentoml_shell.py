@@ -45,7 +45,7 @@ class BentoShell(bentoml.Service[Any]):  # type: ignore[misc]
         """Return BentoML's application: its health checks and lifespan, and our edge for every other path."""
         check_overrides()
         # BentoML has set its own format up by now.
-        configure_logging(Settings().log_format)
+        configure_logging(Settings().log_format, batched=["topwork.access"])
         # Every launcher, `bentoml serve` included, lets uvicorn choose the HTTP protocol.
         HTTP_PROTOCOLS["auto"] = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
         # Launchers look this class up after `to_asgi`.

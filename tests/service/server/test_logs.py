@@ -124,6 +124,34 @@ def test_libraries_log_in_the_same_format() -> None:
     assert "a secret" not in done.stderr
 
 
+def test_batched_lines_keep_their_time_and_none_is_lost_at_the_end() -> None:
+    program = """
+import logging, sys, threading, time
+from adapters.logs import configure_logging
+
+configure_logging("json", batched=["batched"])
+logger = logging.getLogger("batched")
+logger.setLevel(logging.INFO)
+logger.info("first")
+logging.getLogger("topwork").info("between")
+time.sleep(0.3)
+threads = [threading.Thread(target=lambda: [logger.info("many") for _ in range(6_000)]) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+logger.info("last")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines[:2]] == ["between", "first"]
+    assert lines[1]["timestamp"] < lines[0]["timestamp"]
+    events = [line["event"] for line in lines]
+    assert (events.count("many"), events.count("last")) == (24_000, 1)
+
+
 @pytest.mark.parametrize("form", ["auto", "console"])
 def test_columns_on_a_terminal(form: str) -> None:
     ours, theirs = pty.openpty()
