@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -86,7 +86,6 @@ class ByteLRU(Generic[T]):
         self._leave = leave
         self._entries: OrderedDict[str, tuple[T, int, Owner]] = OrderedDict()
         self._loading: dict[str, Owner] = {}
-        self._pins: Counter[str] = Counter()
         self._flights: SingleFlight[T] = SingleFlight()
 
     def __len__(self) -> int:
@@ -121,20 +120,8 @@ class ByteLRU(Generic[T]):
 
         return await self._flights.join(key, load_and_keep)
 
-    def pin(self, key: str) -> None:
-        """Do not evict the key, now or once loaded, until `unpin` was called as often."""
-        self._pins[key] += 1
-
-    def unpin(self, key: str) -> None:
-        """Undo one `pin`. Raises KeyError if there is none."""
-        if key not in self._pins:
-            raise KeyError(key)
-        self._pins[key] -= 1
-        if not self._pins[key]:
-            del self._pins[key]
-
     def drop(self, key: str) -> None:
-        """Drop the key, pinned or not, and the load in progress for it."""
+        """Drop the key, and the load in progress for it."""
         self._flights.forget(key)
         self._loading.pop(key, None)
         entry = self._entries.pop(key, None)
@@ -159,15 +146,12 @@ class ByteLRU(Generic[T]):
             self.drop(key)
 
     def _keep(self, key: str, thing: T, owner: Owner) -> bool:
-        """Make room for the object and keep it; return False if there cannot be enough room."""
+        """Make room for the object and keep it; return False if it is larger than the bound."""
         size = self._size_of(thing)
-        pinned = sum(self._entries[name][1] for name in self._pins if name in self._entries)
-        if pinned + size > self.max_bytes:
+        if size > self.max_bytes:
             return False
-        for oldest in [name for name in self._entries if name not in self._pins]:
-            if self.bytes + size <= self.max_bytes:
-                break
-            left, freed, _ = self._entries.pop(oldest)
+        while self.bytes + size > self.max_bytes:
+            _, (left, freed, _) = self._entries.popitem(last=False)
             self.bytes -= freed
             self.evictions += 1
             self._leave(left)

@@ -135,35 +135,6 @@ def test_an_error_that_nobody_waits_for_any_more_is_silent() -> None:
     assert asyncio.run(scenario()) == []
 
 
-def test_pinned_keys_stay_until_unpinned_as_often() -> None:
-    async def scenario() -> None:
-        cache: ByteLRU[str] = ByteLRU(10, len)
-        calls: list[str] = []
-        cache.pin("a")
-        cache.pin("a")
-        await cache.get("a", loader("a" * 6, calls), OWNER)
-        await cache.get("b", loader("bbb", calls), OWNER)
-        await cache.get("c", loader("cccc", calls), OWNER)
-        assert "a" in cache
-        assert "c" in cache
-        assert "b" not in cache
-        assert await cache.get("d", loader("d" * 5, calls), OWNER) == "ddddd"
-        assert "d" not in cache
-        assert "c" in cache
-        assert cache.bytes == 10
-        cache.unpin("a")
-        await cache.get("d", loader("d" * 5, calls), OWNER)
-        assert "a" in cache
-        cache.unpin("a")
-        await cache.get("d", loader("d" * 5, calls), OWNER)
-        assert "a" not in cache
-        assert "d" in cache
-        with pytest.raises(KeyError):
-            cache.unpin("a")
-
-    asyncio.run(scenario())
-
-
 def test_what_is_dropped_while_it_loads_is_not_kept() -> None:
     async def scenario() -> None:
         cache: ByteLRU[str] = ByteLRU(10, len)
