@@ -29,7 +29,7 @@ _MAKERS = {cls.__name__ for cls in DOMAIN_ERRORS if issubclass(cls, CodedError)}
     "_refusal",
     "_reject",
 }
-_JOB = Path("adapters/jobs/fine_tune.py")  # what it raises ends a job, and is no answer
+_JOBS = Path("adapters/jobs")  # an error there ends a job, and is not an answer, but in the submission
 _CODE = re.compile(r"[a-z]+(_[a-z0-9]+)+")
 # One word, put together from parts, in a variable, or made from the phrase of a status.
 _OTHERS: dict[str, set[int]] = {
@@ -72,7 +72,7 @@ def known() -> dict[str, set[int]]:
                 if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in _MAKERS:
                     words = [one.value for one in node.args if isinstance(one, ast.Constant)]
                     statuses = {word for word in words if isinstance(word, int) and name != "Fault"}
-                    if path != _JOB:
+                    if path.parent != _JOBS or path.name == "submission.py":
                         statuses |= of_several.get(name, set())
                     if code := next((w for w in words if isinstance(w, str) and _CODE.fullmatch(w)), ""):
                         found[code] |= statuses
