@@ -33,7 +33,7 @@ class RequestChannel:
 
     TOO_LONG = "The request took more than {:g} seconds. Send less at once."
 
-    is_paced = True  # whether a large body waits while the tenant is over its share of the event loop
+    is_paced = True  # whether a large body waits while its tenant is over its share of the event loop
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RequestChannel:
         bodies: BodyBudget,
         most: int,
     ) -> None:
-        """`most`: bytes of the body."""
+        """`most`: bytes that the body may have. `bodies`: those of all bodies together."""
         self.access = access
         self.headers = headers
         self.status: int | None = None
@@ -55,8 +55,8 @@ class RequestChannel:
         self.request_id = request_id
         self.caller = STRANGER
         self.tenant = ""  # whose adapters are meant; empty for a stranger and for an invalid name
-        self.refused = False
-        self.in_vain = False  # no item was valid: the request costs as much as a refused one
+        self.refused = False  # whether a layer has answered in place of the route
+        self.in_vain = False  # whether no item was valid: then the request costs as much as a refused one
         self._items = 0
         self._path = scope["path"]
         self._head = scope["method"] == "HEAD"
@@ -135,7 +135,7 @@ class RequestChannel:
     async def answer(self, app: ASGIApp, scope: Scope, seconds: float) -> None:
         """Run the application; cancel it if the caller hangs up before the answer has begun.
 
-        The deadline `until` is `seconds` from now. The gateway checks it; this method does not.
+        The deadline `until` is `seconds` from now. RunningRequests checks it; this method does not.
         """
         self.until = time.monotonic() + seconds
         self._work = asyncio.current_task()

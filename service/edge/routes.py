@@ -26,7 +26,10 @@ Need = Literal["nothing", "key", "predict", "adapt", "admin", "operator"]
 """Least to most: no key, any key, a key with that scope (predict, adapt, admin), the service's admin key."""
 
 BodyKind = Literal["none", "small", "inputs", "upload"]
-"""No body, a small JSON object, inputs or examples in any form, or the latter and bulk uploads as well."""
+"""No body, a small JSON object, inputs or examples in any form, or the latter and bulk uploads as well.
+
+It sets how many bytes are read (see Channels in layers.py), and that only bulk uploads are not paced.
+"""
 
 Responses = dict[int | str, dict[str, Any]]
 """What a route may answer, by status, as FastAPI's `responses`."""
