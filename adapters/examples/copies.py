@@ -7,12 +7,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.examples.target import Target
-from models.arrays import Bools, Floats
-
-Rows = NDArray[np.int64]
+from models.arrays import Bools, Doubles, Floats, Integers
 
 # Two inputs are near copies if they are much nearer to each other than to their square-root-of-n-th
 # neighbours, or if they are mutual nearest neighbours and clearly nearer than the second nearest. Measured on
@@ -85,7 +82,7 @@ def with_misled(
     return found
 
 
-def _as_numbers(targets: Sequence[Target]) -> tuple[NDArray[np.float64], float]:
+def _as_numbers(targets: Sequence[Target]) -> tuple[Doubles, float]:
     """Targets as numbers (n,), and the smallest difference at which two count as different."""
     if isinstance(targets[0], float):
         values = np.array(targets, dtype=np.float64)
@@ -146,7 +143,7 @@ def _reach(squared: Floats) -> tuple[Floats, float]:
     return np.maximum(reach, np.float32(_TIGHTEST * usual)), _EQUAL * usual
 
 
-def _near_among(squared: Floats, names: Rows, reach: Floats, equal: float) -> Iterator[tuple[int, int]]:
+def _near_among(squared: Floats, names: Integers, reach: Floats, equal: float) -> Iterator[tuple[int, int]]:
     """Yield each near pair at least once. `squared`: distances between the rows; they are overwritten."""
     n = len(squared)
     if n < 2:

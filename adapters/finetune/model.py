@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adapters.finetune.data import Samples, Tensors, batches
 from adapters.heads.head import Head
 from adapters.probe.calibration import temperatures
-from models.arrays import Floats
+from models.arrays import Bools, Floats, Integers
 from models.preprocess.pixels import scale_and_shift
 from models.spec import ImageTransform, TextTransform
 
@@ -109,11 +108,11 @@ class TrainingSet:
     """Samples with their labels, some of which are held out."""
 
     samples: Samples
-    labels: NDArray[np.int64]  # (n,)
-    held_out: NDArray[np.bool_]  # (n,)
+    labels: Integers  # (n,)
+    held_out: Bools  # (n,)
     # Embeddings of all rows by the original network, float32 (n, dim); phase 1 computes them if None.
     embeddings: Floats | None = None
-    sampled: NDArray[np.bool_] | None = None  # (n,), the held-out rows to measure on; None for all
+    sampled: Bools | None = None  # (n,), the held-out rows to measure on; None for all
 
     @property
     def training(self) -> list[int]:

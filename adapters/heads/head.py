@@ -18,7 +18,7 @@ from adapters.examples.target import Task
 from adapters.heads.abstention import AbstentionRule, energy, novelty_score
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
-from models.arrays import Floats
+from models.arrays import Bools, Doubles, Floats
 from models.errors import InternalFailure
 
 FORMAT: Final = 2
@@ -50,12 +50,12 @@ class Predictions:
     # out of distribution. 0 if there were too few examples to tell.
     distance: Floats
     abstention_score: Floats  # float32 (n,), grows with the doubt that the input belongs to what was taught
-    abstained: NDArray[np.bool_]  # (n,)
-    assigned: NDArray[np.bool_] | None = None  # (n, labels), the labels given; None unless multilabel
+    abstained: Bools  # (n,)
+    assigned: Bools | None = None  # (n, labels), the labels given; None unless multilabel
     # (n, labels), the decisions that should not be relied on; None unless multilabel. All of them are
     # uncertain exactly where the head abstains.
-    uncertain: NDArray[np.bool_] | None = None
-    values: NDArray[np.float64] | None = None  # (n,); None unless regression
+    uncertain: Bools | None = None
+    values: Doubles | None = None  # (n,); None unless regression
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from adapters.heads.directions import leading_directions
 from adapters.heads.scaling import centre_of
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 BETWEEN = 16  # directions along which label means lie apart, at most
 WITHIN = 8  # directions along which the examples of one label spread, at most
@@ -76,7 +76,7 @@ def nearest(along: Floats, centres: Floats) -> Floats:
 
 
 def fit_region(
-    embeddings: Floats, labels: NDArray[np.int64], folds: NDArray[np.int64], most_directions: int
+    embeddings: Floats, labels: Integers, folds: Integers, most_directions: int
 ) -> NoveltyRegion | None:
     """Fit the region of embeddings (n, dim) with labels 0.. (n,), measured on held-out folds (n,).
 
@@ -150,7 +150,7 @@ def _coordinates(centred: Floats) -> Floats:
     return np.linalg.cholesky(gram)
 
 
-def _directions(features: Floats, labels: NDArray[np.int64], count: int, most: int) -> Floats:
+def _directions(features: Floats, labels: Integers, count: int, most: int) -> Floats:
     """Orthonormal rows (k, dim): directions in which label means spread, then examples around them."""
     means = _means(features, labels, count)
     between = min(BETWEEN, count - 1, most)
@@ -175,14 +175,14 @@ def _quantised(directions: Floats) -> tuple[NDArray[np.int8], Floats]:
     return codes, steps
 
 
-def _means(rows: Floats, labels: NDArray[np.int64], count: int) -> Floats:
+def _means(rows: Floats, labels: Integers, count: int) -> Floats:
     """Mean row of every label, (count, columns); zero for a label without rows."""
     sizes = np.maximum(np.bincount(labels, minlength=count), 1).astype(np.float32)
     means: Floats = _sums(rows, labels, count) / sizes[:, None]
     return means
 
 
-def _sums(rows: Floats, labels: NDArray[np.int64], count: int) -> Floats:
+def _sums(rows: Floats, labels: Integers, count: int) -> Floats:
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels, minlength=count)
     present = np.flatnonzero(sizes)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from adapters.heads.head import Head
 from adapters.heads.novelty import NoveltyRegion
 from models import protobuf
+from models.arrays import Floats
 from models.preprocess.text import Silence
 from models.protobuf import InvalidGraph
 from models.spec import IDS, MASK, OUTPUT_NAME
@@ -226,7 +227,7 @@ class _Appended:
         return f"{_PREFIX}{len(self.fields)}"
 
 
-def _folded(head: Head) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _folded(head: Head) -> tuple[Floats, Floats]:
     """Weight and bias with scaling and temperature folded in."""
     unit = 1.0 / head.temperature
     weight = head.weight.astype(np.float64) * (unit / head.scaling.scale)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Floats
+from models.arrays import Doubles, Floats
 
 Transform = Literal["none", "sqrt"]
 
@@ -59,7 +58,7 @@ def scaling_of(embeddings: Floats) -> Scaling:
     return Scaling(transform, centre_of(mean), scale)
 
 
-def centre_of(mean: NDArray[np.float64]) -> Floats:
+def centre_of(mean: Doubles) -> Floats:
     """The mean as a head stores it, in half precision, so that the same centre is used everywhere."""
     half = np.finfo(np.float16)
     return np.clip(mean, half.min, half.max).astype(np.float16).astype(np.float32)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.adaptation.repository import AdapterRepository
 from adapters.cache.lru import ByteLRU
@@ -15,7 +14,7 @@ from adapters.examples.target import Target
 from adapters.registry.records import Alias, ExampleRecord
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence, decode_evidence
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Known:
 
     ids: Sequence[str]
     targets: Sequence[Target]
-    segments: Mapping[Artifact, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    segments: Mapping[Artifact, tuple[Integers, Integers]]
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +105,7 @@ def _join(evidence: Evidence, examples: Sequence[ExampleRecord]) -> Known:
     return Known(evidence.ids, evidence.targets, segments)
 
 
-def _similarities(queries: Floats, vectors: Floats, rows: NDArray[np.int64]) -> Floats:
+def _similarities(queries: Floats, vectors: Floats, rows: Integers) -> Floats:
     similarities: Floats = queries @ _unit(vectors[rows]).T
     return similarities
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.heads.head import Head, Predictions
 from adapters.prediction.neighbours import Neighbour
-from models.arrays import Floats
+from models.arrays import Doubles, Floats
 
 Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
 """Why an answer should not be relied on; if several reasons apply, the first of these."""
@@ -172,6 +171,6 @@ def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -
     return tuple(head.labels[int(place)] for place in np.flatnonzero(found.uncertain[row] & answered))
 
 
-def _shown(chances: Floats) -> NDArray[np.float64]:
+def _shown(chances: Floats) -> Doubles:
     """Return probabilities as they are answered: rounded and clipped."""
     return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.heads.abstention import fit_abstention
 from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
@@ -19,7 +18,7 @@ from adapters.probe.calibration import measures, slopes
 from adapters.probe.cross_validation import CrossValidation, FitInputs, strength_penalty
 from adapters.probe.lda import Discriminant
 from adapters.probe.logistic import Softmax
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 # Pseudo-examples that are added to each label's count.
 _PRIOR_EXAMPLES = 20.0
@@ -30,7 +29,7 @@ _MOST_NAMED = 5  # labels that the warning names
 
 
 def fit_classification(
-    data: FitInputs, labels: NDArray[np.int64], names: tuple[str, ...]
+    data: FitInputs, labels: Integers, names: tuple[str, ...]
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Return head, report and scores (n,), as in FittedProbe. `labels`: (n,), indices into `names`."""
     count = len(names)
@@ -53,13 +52,13 @@ def fit_classification(
     trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
     usual = slopes.usual_spread(count, trained_share * len(labels) / count)
 
-    def blend(logits: Floats, rows: NDArray[np.int64]) -> slopes.Blend:
+    def blend(logits: Floats, rows: Integers) -> slopes.Blend:
         some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
         return slopes.blend(
             logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], usual
         )
 
-    def loss(logits: Floats, rows: NDArray[np.int64], strength: float) -> tuple[float, float]:
+    def loss(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
         found = blend(logits, rows)
         return found.loss + strength_penalty(strength, len(rows)), found.stretch
 
@@ -124,17 +123,17 @@ class CrossValidated:
     """Predictions for m held-out examples."""
 
     probabilities: Floats  # (m, labels)
-    rows: NDArray[np.int64]  # (m,), the examples' rows in the data
-    own: NDArray[np.int64]  # (m,), the examples' labels
+    rows: Integers  # (m,), the examples' rows in the data
+    own: Integers  # (m,), the examples' labels
 
 
 def report_of(
     held_out: CrossValidated,
-    sizes: NDArray[np.int64],
+    sizes: Integers,
     names: tuple[str, ...],
     *,
     groups: int | None = None,
-    unmeasured: NDArray[np.int64] | None = None,
+    unmeasured: Integers | None = None,
     trained_share: float = 1.0,
 ) -> dict[str, Any]:
     """Return the report on held-out examples, whose labels are indices into `names`.
@@ -202,7 +201,7 @@ def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
+def _priors(labels: Integers, count: int, balanced: bool) -> Floats:
     """Return log frequencies (count,) of labels (m,), drawn to equal ones as far as chance explains them.
 
     This is the positive part of James and Stein's estimate (1961): counts keep the share of their differences
@@ -216,19 +215,19 @@ def _priors(labels: NDArray[np.int64], count: int, balanced: bool) -> Floats:
     return result - np.float32(np.log(np.exp(result).sum()))
 
 
-def _held_out(plan: FitBudget, folds: NDArray[np.int64]) -> int:
+def _held_out(plan: FitBudget, folds: Integers) -> int:
     """Return the number of folds, from the first one, that the search or the report holds out."""
     return min(max(plan.searched, plan.held_out), int(folds.max(initial=-1)) + 1)
 
 
-def _share(labels: NDArray[np.int64], sizes: NDArray[np.int64], every: int) -> NDArray[np.int64]:
+def _share(labels: Integers, sizes: Integers, every: int) -> Integers:
     """Return the ascending rows of every `every`-th example of each label, at least two per label."""
     order = np.argsort(labels, kind="stable")
     places = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.sort(order[(places % every == 0) | (places < 2)])
 
 
-def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+def _training(labels: Integers, folds: Integers, sizes: Integers) -> Floats:
     """Return row weights (k, n) for the training of each fold.
 
     A label is rarer without the examples of the fold. If it has few, held-out examples would look much less
@@ -244,7 +243,7 @@ def _training(labels: NDArray[np.int64], folds: NDArray[np.int64], sizes: NDArra
 
 
 def _per_label(
-    own: NDArray[np.int64], answers: NDArray[np.int64], sizes: NDArray[np.int64], names: tuple[str, ...]
+    own: Integers, answers: Integers, sizes: Integers, names: tuple[str, ...]
 ) -> dict[str, dict[str, float | int | None]]:
     """Return precision, recall and F1 on held-out examples, None if undefined; support is of all examples."""
     count = len(names)
@@ -262,9 +261,7 @@ def _per_label(
     }
 
 
-def _confusion(
-    own: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...]
-) -> dict[str, dict[str, int]]:
+def _confusion(own: Integers, answers: Integers, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """Return label -> label answered -> examples: all right answers and the most frequent mistakes."""
     pairs, counts = np.unique(own * len(names) + answers, return_counts=True)
     mistakes = np.flatnonzero(pairs // len(names) != pairs % len(names))

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.probe.budget import FitBudget
 from adapters.probe.logistic import Design, Link, solve
-from models.arrays import Floats
+from models.arrays import Bools, Floats, Integers
 
-Loss = Callable[[Floats, NDArray[np.int64], float], tuple[float, float]]
+Loss = Callable[[Floats, Integers, float], tuple[float, float]]
 """Takes held-out logits (labels, m), the m rows they belong to, and the strength. Returns the mean calibrated
 loss, and the slope that calibrated the logits over the usual slope at that strength."""
 
@@ -37,9 +36,9 @@ class FitInputs:
     """The inputs of a fit, apart from its targets."""
 
     embeddings: Floats  # float32 (n, dim), in canonical order; overwritten by the fit
-    folds: NDArray[np.int64]  # (n,), in 0..k-1; -1 for rows that are never held out
-    groups: NDArray[np.int64]  # (n,), the same number for examples that never judge each other
-    sampled: NDArray[np.bool_]  # bool (n,), rows that are measured on; the others are only learned from
+    folds: Integers  # (n,), in 0..k-1; -1 for rows that are never held out
+    groups: Integers  # (n,), the same number for examples that never judge each other
+    sampled: Bools  # bool (n,), rows that are measured on; the others are only learned from
     plan: FitBudget
     fingerprint: str  # of the backbone
     answer_accuracy: float  # see ProbeConfig
@@ -52,7 +51,7 @@ class Chosen:
     """The chosen strength and its solutions."""
 
     strength: float
-    rows: NDArray[np.int64]  # (m,), the rows held out
+    rows: Integers  # (m,), the rows held out
     logits: Floats  # (labels, m), of these rows
     weights: Floats  # (labels, p), fitted on all rows
 
@@ -64,12 +63,12 @@ class CrossValidation:
     design: Design
     link: Link
     labels: int
-    folds: NDArray[np.int64]  # (n,), in 0..k-1; -1 for rows that are always trained on
+    folds: Integers  # (n,), in 0..k-1; -1 for rows that are always trained on
     training: Floats  # (k, n), row weights in each fold's training; zero for rows held out
     memory_bytes: int  # for all arrays together
 
     def choose(
-        self, plan: FitBudget, share: NDArray[np.int64], loss: Loss, intercepts: Floats | None = None
+        self, plan: FitBudget, share: Integers, loss: Loss, intercepts: Floats | None = None
     ) -> Chosen:
         """Search for the strength as planned, then solve the folds to hold out and all rows.
 
@@ -161,7 +160,7 @@ class CrossValidation:
             max_iterations=_FINAL_STEPS,
         ).weights[:, 0]
 
-    def _rows(self, folds: range) -> NDArray[np.int64]:
+    def _rows(self, folds: range) -> Integers:
         return np.flatnonzero((self.folds >= folds.start) & (self.folds < folds.stop))
 
     def _solve(self, folds: range, strength: float, start: Floats | None) -> tuple[Floats, Floats]:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.examples.target import Target, labels_of
+from models.arrays import Integers
 
 
-def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> NDArray[np.int64]:
+def folds(digests: Sequence[str], targets: Sequence[Target], k: int) -> Integers:
     """Return stratified folds, int64 (n,) in 0..k-1; -1 for rows that must always be trained on.
 
     `digests`: of the inputs, or the keys of groups of them (see copies.together). Rows with the same digest

@@ -9,9 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Floats
+from models.arrays import Doubles, Floats, Integers
 
 _PROBES = 8  # random vectors per estimate of a trace
 # Largest number of second moments that are solved together, over all their folds.
@@ -26,9 +25,7 @@ class Discriminant:
     multiple of the identity.
     """
 
-    def __init__(
-        self, rows: Floats, labels: NDArray[np.int64], count: int, folds: NDArray[np.int64], dim: int
-    ) -> None:
+    def __init__(self, rows: Floats, labels: Integers, count: int, folds: Integers, dim: int) -> None:
         self._rows = rows
         self._labels = labels
         self._folds = folds
@@ -68,9 +65,7 @@ class Discriminant:
         weight, bias = self._solved(self._moments[None].copy(), self._sums[None], self._sizes[None])
         return np.concatenate([weight[0], bias[0][:, None]], axis=1)
 
-    def _without(
-        self, owns: list[NDArray[np.int64]], sums: Floats, sizes: NDArray[np.int64]
-    ) -> tuple[Floats, Floats]:
+    def _without(self, owns: list[Integers], sums: Floats, sizes: Integers) -> tuple[Floats, Floats]:
         """Return weights and biases as `_solved` does, for the rows outside each fold."""
         largest = max(len(own) for own in owns)
         if self._eigenvalues is not None and 2 * (largest + sums.shape[1]) <= sums.shape[2]:
@@ -81,10 +76,10 @@ class Discriminant:
     def _updated(
         self,
         eigenvalues: Floats,
-        owns: list[NDArray[np.int64]],
+        owns: list[Integers],
         largest: int,
         sums: Floats,
-        sizes: NDArray[np.int64],
+        sizes: Integers,
     ) -> tuple[Floats, Floats]:
         """Return the same by Woodbury's identity: a diagonal less outer products of a few rows and means."""
         roots = np.sqrt(np.maximum(sizes, 1)).astype(np.float32)[:, :, None]
@@ -111,7 +106,7 @@ class Discriminant:
         noise = self._noise(self._shrinkage * levels * traces, examples)
         return weight, _biases(weight, sums / (roots * roots), noise[:, None] / np.maximum(sizes, 1))
 
-    def _solved(self, moments: Floats, sums: Floats, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    def _solved(self, moments: Floats, sums: Floats, sizes: Integers) -> tuple[Floats, Floats]:
         """Return weights (k, labels, p) and biases (k, labels) of k problems; overwrites `moments`."""
         means = sums / np.maximum(sizes, 1).astype(np.float32)[:, :, None]
         moments -= sums.transpose(0, 2, 1) @ means
@@ -131,7 +126,7 @@ class Discriminant:
         noise = self._noise(self._shrinkage * levels * traces, sizes.sum(axis=1))
         return weight, _biases(weight, means, noise[:, None] / np.maximum(sizes, 1))
 
-    def _noise(self, shrunk: NDArray[np.float64], examples: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _noise(self, shrunk: Doubles, examples: Integers) -> Doubles:
         """Return the squared length (k,) that noise adds to the mean of a label with one example.
 
         It is the trace of the inverse shrunk covariance times the covariance. `shrunk`: (k,), the trace of
@@ -139,7 +134,7 @@ class Discriminant:
         """
         columns, labels = self._sums.shape[1], len(self._sizes)
         free = examples / np.maximum(examples - labels, 1)
-        noise: NDArray[np.float64] = free * np.maximum(columns - shrunk, 0.0) / (1.0 - self._shrinkage)
+        noise: Doubles = free * np.maximum(columns - shrunk, 0.0) / (1.0 - self._shrinkage)
         return noise
 
 
@@ -150,14 +145,14 @@ def _probes(columns: int) -> Floats:
     return (2.0 * signs - 1.0).astype(np.float32)
 
 
-def _biases(weight: Floats, means: Floats, noise: NDArray[np.float64]) -> Floats:
+def _biases(weight: Floats, means: Floats, noise: Doubles) -> Floats:
     """Return the biases of equally frequent labels: minus half of each mean's squared length, less noise."""
     lengths = np.einsum("kcp,kcp->kc", weight, means)
     biases: Floats = np.float32(-0.5) * (lengths - noise.astype(np.float32))
     return biases
 
 
-def _label_sums(rows: Floats, labels: NDArray[np.int64], count: int) -> Floats:
+def _label_sums(rows: Floats, labels: Integers, count: int) -> Floats:
     sums = np.zeros((count, rows.shape[1]), dtype=np.float32)
     order = np.argsort(labels, kind="stable")
     present, starts = np.unique(labels[order], return_index=True)

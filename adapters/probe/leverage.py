@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Doubles, Floats, Integers
+from models.arrays import Bools, Doubles, Floats, Integers
 
 _BLOCK_ROWS = 2048
 _CHEAP_SYSTEMS = 1e9  # multiplications; up to this cost each group is always left out by itself
@@ -113,7 +112,7 @@ def left_out(
     targets: Doubles,
     strengths: Doubles,
     groups: Integers,
-    sampled: NDArray[np.bool_],
+    sampled: Bools,
     folds: Integers,
 ) -> LeftOut:
     """Return the errors on every row of targets (n,) as if its group had not been there.
@@ -133,7 +132,7 @@ def left_out(
 
 
 def _groups_left_out(
-    spectrum: Spectrum, targets: Doubles, strengths: Doubles, groups: Integers, sampled: NDArray[np.bool_]
+    spectrum: Spectrum, targets: Doubles, strengths: Doubles, groups: Integers, sampled: Bools
 ) -> LeftOut:
     n = len(targets)
     plain = 0.0 if spectrum.directions is None else 1.0
@@ -180,7 +179,7 @@ def _groups_left_out(
 
 
 def _folds_left_out(
-    spectrum: Spectrum, targets: Doubles, strengths: Doubles, sampled: NDArray[np.bool_], folds: Integers
+    spectrum: Spectrum, targets: Doubles, strengths: Doubles, sampled: Bools, folds: Integers
 ) -> LeftOut:
     features = spectrum.features
     n = len(features)

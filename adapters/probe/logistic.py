@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Doubles, Floats
+from models.arrays import Doubles, Floats, Integers
 
 # Regularisation of the intercept: just enough to keep it finite for a label that every example has, or none.
 INTERCEPT_STRENGTH = 1e-3
@@ -40,7 +39,7 @@ class Design:
     directions: Floats | None = None  # (p, r), orthonormal leading eigenvectors
     leading: Floats | None = None  # (r,), their eigenvalues
 
-    def of(self, rows: NDArray[np.int64]) -> Design:
+    def of(self, rows: Integers) -> Design:
         """Return the design of these rows."""
         share = np.float32(len(rows) / len(self.rows))
         leading = None if self.leading is None else self.leading * share
@@ -52,7 +51,7 @@ class Link(Protocol):
 
     joint: bool
 
-    def of(self, rows: NDArray[np.int64]) -> Link:
+    def of(self, rows: Integers) -> Link:
         """Return the loss on these rows."""
         ...
 
@@ -74,10 +73,10 @@ class Softmax:
 
     joint = True
 
-    def __init__(self, labels: NDArray[np.int64]) -> None:
+    def __init__(self, labels: Integers) -> None:
         self._labels = labels
 
-    def of(self, rows: NDArray[np.int64]) -> Softmax:
+    def of(self, rows: Integers) -> Softmax:
         return Softmax(self._labels[rows])
 
     def loss(self, logits: Floats, probabilities: Floats, rows: slice, weights: Floats) -> Doubles:
@@ -115,7 +114,7 @@ class Sigmoid:
     def __init__(self, targets: Floats) -> None:
         self._targets = targets
 
-    def of(self, rows: NDArray[np.int64]) -> Sigmoid:
+    def of(self, rows: Integers) -> Sigmoid:
         return Sigmoid(self._targets[:, rows])
 
     def loss(self, logits: Floats, probabilities: Floats, rows: slice, weights: Floats) -> Doubles:
@@ -153,7 +152,7 @@ class Solution:
     blocks: list[slice]
     iterations: int  # steps taken
 
-    def logits_of(self, problems: NDArray[np.int64], rows: NDArray[np.int64]) -> Floats:
+    def logits_of(self, problems: Integers, rows: Integers) -> Floats:
         """Return the logits (labels, m) of m ascending rows, each from its own entry of `problems` (m,)."""
         parts = []
         for logits, block in zip(self.logits, self.blocks, strict=True):

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.heads.head import Head, directions_for
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
 from adapters.probe.cross_validation import FitInputs
 from adapters.probe.leverage import LeftOut, left_out, spectrum_of
-from models.arrays import Doubles, Floats, Integers
+from models.arrays import Bools, Doubles, Floats, Integers
 
 # Strengths assume rows of mean square length one and targets of variance one.
 _STRENGTHS = 10.0 ** np.arange(-4.0, 4.25, 0.5)
@@ -90,7 +89,7 @@ def fit_ridge(data: FitInputs, values: Doubles) -> tuple[Head, dict[str, Any], F
     return head, {**report, "strength": float(_STRENGTHS[place])}, scores
 
 
-def _choose(left: LeftOut, groups: Integers, sampled: NDArray[np.bool_]) -> _Chosen:
+def _choose(left: LeftOut, groups: Integers, sampled: Bools) -> _Chosen:
     own = np.unique(groups[sampled])
     # Groups without a sampled row are learned from but not measured on.
     judging = np.isin(groups, own)

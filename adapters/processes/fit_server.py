@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit
 from adapters.processes.frames import Frame, read_frame, write_frame
 from adapters.processes.heartbeat import ProgressClock, start_heartbeat
+from models.arrays import Floats
 from models.priority import NICENESS
 
 
-def _answer(
-    header: Mapping[str, Any], embeddings: NDArray[np.float32]
-) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+def _answer(header: Mapping[str, Any], embeddings: Floats) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     """Fit as a request asks; return the header and the arrays of the answer."""
     targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
     dataset = Dataset(

@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 
 from adapters.examples.target import Target
 from adapters.storage.artifact import CorruptArtifact
-from models.arrays import Floats
+from models.arrays import Bools, Floats, Integers
 
 EMBEDDINGS = "topwork.embeddings/1"
 INPUTS = "topwork.inputs/1"
@@ -28,7 +28,7 @@ class History:
     # version claimed, as in agreement.Agreement; NaN if none was asked.
     agreed: Floats
     expected: Floats
-    asked: NDArray[np.int64]  # int64 (n,), number of the version that was live then, or 0
+    asked: Integers  # int64 (n,), number of the version that was live then, or 0
     best: int  # number of the best version when this one was fitted
     best_scores: Floats  # float32 (n,), scores of the best version; NaN where it has none
 
@@ -49,9 +49,9 @@ class Evidence:
     history: History | None = None  # None if a person, or being the first, made the version live
 
     @property
-    def measured(self) -> NDArray[np.bool_]:
+    def measured(self) -> Bools:
         """The examples that the version was measured on, bool (n,)."""
-        scored: NDArray[np.bool_] = np.isfinite(self.scores)
+        scored: Bools = np.isfinite(self.scores)
         return scored & np.array(self.sampled, np.bool_) if self.sampled else scored
 
 

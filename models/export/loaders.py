@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from models.arrays import Floats
 from models.errors import DomainError
 from models.manifest import file_sha256, folder_sha256
 from models.model_store import local_folder
@@ -54,7 +54,7 @@ class Network:
     spec: BackboneSpec
     forward: Any  # takes pixels, or ids and mask, and returns embeddings
     # Takes encoded images or texts and embeds them with the library's own preprocessing.
-    reference: Callable[[Sequence[Any]], NDArray[np.float32]]
+    reference: Callable[[Sequence[Any]], Floats]
     tokenizer: bytes | None = None  # tokenizer.json of a text network
     words: Any = None  # embedding layer of a text network, with a row per word piece
 
@@ -189,7 +189,7 @@ def _timm_network(spec: BackboneSpec, network: Any) -> Network:
         crop_mode="center" if transform.crop_mode == "fold" else transform.crop_mode,
     )
 
-    def reference(images: Sequence[bytes]) -> NDArray[np.float32]:
+    def reference(images: Sequence[bytes]) -> Floats:
         pixels = torch.stack([evaluation(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
         with torch.inference_mode():
             return np.asarray(network(pixels), np.float32)
@@ -270,7 +270,7 @@ def _sentence_transformers_folder(name: str, folder: Path) -> Network:
                 features = module(features)
             return features["sentence_embedding"]
 
-    def reference(texts: Sequence[str]) -> NDArray[np.float32]:
+    def reference(texts: Sequence[str]) -> Floats:
         return np.asarray(model.encode(list(texts), show_progress_bar=False), np.float32)
 
     pooled = Pooled(type(model[0].auto_model).__name__ in _PLAIN_MASKS).eval()

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from models.arrays import Floats, Prepared
+from models.arrays import Floats, Integers, Prepared
 from models.preprocess.image import ImagePreprocessor, rgb
 from models.preprocess.pixels import normalised
 from models.preprocess.text import TextPreprocessor
@@ -100,7 +99,7 @@ class _Scale:
     zero: int
 
 
-def _quantize_texts(graph: Path, texts: Sequence[NDArray[np.int64]]) -> None:
+def _quantize_texts(graph: Path, texts: Sequence[Integers]) -> None:
     """Quantize every product with a constant matrix; the attention itself keeps single precision.
 
     Some columns of a transformer's activations are ten times as large as others. Before the columns share a
@@ -147,9 +146,7 @@ def _quantize_texts(graph: Path, texts: Sequence[NDArray[np.int64]]) -> None:
     onnx.save(model, graph)
 
 
-def _activations(
-    model: Any, names: Sequence[str], texts: Sequence[NDArray[np.int64]]
-) -> Mapping[str, Floats]:
+def _activations(model: Any, names: Sequence[str], texts: Sequence[Integers]) -> Mapping[str, Floats]:
     """Run the texts and return intermediate values of the graph, float32 (n, columns), a row per token."""
     import onnx
     import onnxruntime

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.arrays import Floats
 from models.protobuf import (
     FLOAT,
     GRAPH_INPUT,
@@ -29,13 +30,13 @@ from models.spec import PIXELS, RGB, ImageTransform
 _PREFIX = "topwork_input_"
 
 
-def scale_and_shift(transform: ImageTransform) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def scale_and_shift(transform: ImageTransform) -> tuple[Floats, Floats]:
     """The factors to multiply bytes by, and the offsets to subtract then, float32 (3, 1, 1) each."""
     mean, std = (np.array(one, np.float32)[:, None, None] for one in (transform.mean, transform.std))
     return (1 / (255 * std)).astype(np.float32), (mean / std).astype(np.float32)
 
 
-def normalised(rgb: NDArray[np.uint8], transform: ImageTransform) -> NDArray[np.float32]:
+def normalised(rgb: NDArray[np.uint8], transform: ImageTransform) -> Floats:
     """Normalise bytes (n, size, size, 3) to pixels as in training, float32 (n, 3, size, size).
 
     The result is bit for bit the same as in the graphs of `with_byte_input`.

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from models.arrays import Floats
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
 from service.payloads.render import Json, answer, truncation
@@ -110,7 +110,7 @@ def _model(name: str, batcher: Batcher) -> Json:
     return {"id": name, "object": "model", "created": exported, "owned_by": "topwork"}
 
 
-def _encoded(row: NDArray[np.float32], encoding: str) -> list[float] | str:
+def _encoded(row: Floats, encoding: str) -> list[float] | str:
     if encoding == "base64":
         return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
     values: list[float] = row.tolist()

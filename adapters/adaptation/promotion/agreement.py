@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.examples.target import Target, Task
 from adapters.heads.head import Head
 from adapters.storage.formats import Evidence
-from models.arrays import Doubles, Floats
+from models.arrays import Doubles, Floats, Integers
 
 # Shares of wrong labels that are bet on, each with an equal part of the stake.
 _WRONG_SHARES = np.array([0.2, 0.4, 0.7])
@@ -82,7 +81,7 @@ def ask(
     return Agreement(agreed.astype(np.float32), expected.astype(np.float32))
 
 
-def against(agreed: Floats, expected: Floats, asked: NDArray[np.int64]) -> tuple[float, int]:
+def against(agreed: Floats, expected: Floats, asked: Integers) -> tuple[float, int]:
     """Return how many times a stake on too little agreement has grown, and when most of the growth began.
 
     `agreed`, `expected`: (m,), m > 0, see Agreement. `asked`: int64 (m,), numbers that grow with time, equal

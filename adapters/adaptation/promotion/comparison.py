@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.storage.formats import Evidence
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 Pairs = Sequence[tuple[int, int]]
 """Rows of the same example in the new version's evidence and in the live one's."""
@@ -75,7 +74,7 @@ def is_unchanged(new: Evidence, live: Evidence, here: int, there: int) -> bool:
     return new.targets[here] == live.targets[there] and new.digests[here] == live.digests[there]
 
 
-def columns_of(pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def columns_of(pairs: Pairs) -> tuple[Integers, Integers]:
     """Return the rows of the pairs in the new version, and those in the live one."""
     both = np.array(pairs, np.int64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
@@ -94,9 +93,7 @@ def compare(scores: Floats, others: Floats) -> Comparison:
     )
 
 
-def comparable_rows(
-    new: Evidence, live: Evidence, pairs: Pairs
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def comparable_rows(new: Evidence, live: Evidence, pairs: Pairs) -> tuple[Integers, Integers]:
     """Return the rows, in new and in live, of unchanged examples that both were measured on."""
     ours, theirs = new.measured, live.measured
     return columns_of([p for p in pairs if ours[p[0]] and theirs[p[1]] and is_unchanged(new, live, *p)])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Bools, Floats
+from models.arrays import Bools, Floats, Integers
 
 BINS = 15
 _NORMAL_95 = 1.959964
@@ -89,7 +88,7 @@ def answer_threshold(confidence: Floats, right: Bools, wanted: float) -> float:
     return 0.0 if good[-1] == len(order) - 1 else float(sorted_confidence[good[-1]])
 
 
-def suspects(probabilities: Floats, labels: NDArray[np.int64]) -> list[tuple[int, int]]:
+def suspects(probabilities: Floats, labels: Integers) -> list[tuple[int, int]]:
     """Return (row, label that it looks like) of examples with a doubtful label, the most doubtful first.
 
     `probabilities`: (n, labels), held out. Confident learning (Northcutt et al. 2021): an example looks like

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 # Prior on the spread of calibrated logits. It is the same for every strength of regularisation (measured on
 # nine sets, 2 to 40 examples of each of 2 to 14 labels).
@@ -35,7 +34,7 @@ class Blend:
     stretch: float = 1.0  # spread of the scaled first logits over the usual spread
 
 
-def blend(logits: Floats, others: Floats, priors: Floats, labels: NDArray[np.int64], usual: float) -> Blend:
+def blend(logits: Floats, others: Floats, priors: Floats, labels: Integers, usual: float) -> Blend:
     """Fit the slopes that multiply two classifiers' logits before these are added to the log priors.
 
     `logits`, `others`: (labels, m), of the same held-out examples, as if labels were equally frequent.

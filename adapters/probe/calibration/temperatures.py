@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.probe.calibration.slopes import MOST_LOGITS, blended_loss
-from models.arrays import Floats
+from models.arrays import Floats, Integers
 
 # The usual slope of multilabel logits is one at this strength and grows with the strength.
 _USUAL_STRENGTH = 0.03
@@ -17,7 +16,7 @@ _STRENGTH_POWER = 0.3
 _SLOPE_DEVIATION = 0.7  # standard deviation of the prior on slopes (on their log for multilabel)
 
 
-def temperature(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
+def temperature(logits: Floats, labels: Integers) -> tuple[float, float]:
     """Return the temperature of one classifier's logits (n, labels), and the mean loss (Guo et al. 2017).
 
     A network is trained to be calibrated, so a prior draws the slope, one over the temperature, to one. The
