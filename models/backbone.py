@@ -179,7 +179,7 @@ class Backbone:
     @property
     def runner(self) -> ThreadProgress | None:
         """The progress of the thread that runs submitted batches; None if callers run them themselves."""
-        return self._session.turn if isinstance(self._session, CudaRunner) else None
+        return self._session.progress if isinstance(self._session, CudaRunner) else None
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:

@@ -78,7 +78,7 @@ class Batcher:
             for lane in priority.lanes
             for _ in range(workers)
         ]
-        self.turns: list[ThreadProgress] = []
+        self.progress: list[ThreadProgress] = []
         self._threads: list[threading.Thread] = []
         self._left: list[threading.Thread] = []
 
@@ -110,7 +110,7 @@ class Batcher:
                 for worker in self._workers
                 if worker.priority is predicts
             )
-        return bulk.depth > 0 and not any(turn.busy for turn in self.turns)
+        return bulk.depth > 0 and not any(thread.busy for thread in self.progress)
 
     @property
     def alive(self) -> bool:
@@ -127,9 +127,9 @@ class Batcher:
         if self._threads:
             raise RuntimeError("a batcher starts once")
         self._queue.open()
-        self.turns += self._workers
+        self.progress += self._workers
         if self.backbone.runner is not None:
-            self.turns.append(self.backbone.runner)
+            self.progress.append(self.backbone.runner)
         self._threads = [self._hire(worker) for worker in self._workers]
         for thread in self._threads:
             thread.start()
@@ -141,27 +141,27 @@ class Batcher:
         worker.thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
         return worker.thread
 
-    def refuse(self, turn: ThreadProgress) -> bool:
+    def refuse(self, worker: ThreadProgress) -> bool:
         """Refuse the input on which a thread is stuck, and let a new thread continue with the rest.
 
         The old thread ends as soon as it can; the network is not touched. Returns False if the thread is not
         preparing an input, if too many threads have been abandoned, or if the lock is not free in time.
         """
-        if not isinstance(turn, WorkerProgress) or not self._lock.acquire(timeout=_LOCK_SECONDS):
+        if not isinstance(worker, WorkerProgress) or not self._lock.acquire(timeout=_LOCK_SECONDS):
             return False
         try:
-            suspect, old = turn.input, turn.thread
+            suspect, old = worker.input, worker.thread
             self._left = [thread for thread in self._left if thread.is_alive()]
             if suspect is None or old is None or len(self._left) == _MOST_LEFT:
                 return False
-            turn.refused[suspect] = InputError(
+            worker.refused[suspect] = InputError(
                 "input_too_costly", "Preparing the input takes too long. Send a simpler one."
             )
-            thread = self._hire(turn)
+            thread = self._hire(worker)
             self._threads[self._threads.index(old)] = thread
             self._left.append(old)
-            turn.input, turn.clock, turn.waits = None, None, False
-            turn.steps += 1
+            worker.input, worker.clock, worker.waits = None, None, False
+            worker.steps += 1
         finally:
             self._lock.release()
         thread.start()
@@ -182,7 +182,7 @@ class Batcher:
         for thread in self._threads:
             while thread.is_alive() and still < _CLOSING_SECONDS:
                 await asyncio.to_thread(thread.join, 1.0)
-                steps = sum(turn.steps for turn in self.turns)
+                steps = sum(one.steps for one in self.progress)
                 still, before = (still + 1 if steps == before else 0), steps
         await asyncio.to_thread(self._pipeline.wait_for_submitted, _CLOSING_SECONDS)
         self.abandon()

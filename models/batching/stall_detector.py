@@ -36,7 +36,7 @@ class StallDetector:
     def __init__(self, batcher: Batcher) -> None:
         self.quiet = 0.0
         self._batcher = batcher
-        self._seen = {turn: _Seen() for turn in batcher.turns}
+        self._seen = {thread: _Seen() for thread in batcher.progress}
         self._lost = 0.0
 
     def look(self, passed: float) -> str | None:
@@ -44,36 +44,36 @@ class StallDetector:
         if not self._batcher.alive:
             return "one of its threads died"
         moved, working = False, False
-        for turn, seen in self._seen.items():
-            moved |= turn.steps != seen.steps or turn.waits
-            working |= self._update(turn, seen, passed)
+        for thread, seen in self._seen.items():
+            moved |= thread.steps != seen.steps or thread.waits
+            working |= self._update(thread, seen, passed)
         waits = self._batcher.neglected
         self._lost = 0.0 if moved or not waits else self._lost + passed
-        busy = any(turn.busy for turn in self._seen)
+        busy = any(thread.busy for thread in self._seen)
         self.quiet = 0.0 if moved or not (busy or waits) else self.quiet + passed
         if self._lost > PATIENCE:
             return "inputs wait, and no thread takes them"
-        for turn, seen in self._seen.items():
-            why = self._verdict(turn, seen, passed, working)
-            if why is not None and not (turn.allowed == 0 and self._batcher.refuse(turn)):
+        for thread, seen in self._seen.items():
+            why = self._verdict(thread, seen, passed, working)
+            if why is not None and not (thread.allowed == 0 and self._batcher.refuse(thread)):
                 return why
         return None
 
     @staticmethod
-    def _update(turn: ThreadProgress, seen: _Seen, passed: float) -> bool:
+    def _update(thread: ThreadProgress, seen: _Seen, passed: float) -> bool:
         """Update `seen`; return whether the thread is preparing inputs and has used the CPU since."""
-        if turn.steps != seen.steps or not turn.busy or turn.waits:
-            seen.steps, seen.age, seen.still = turn.steps, 0.0, 0.0
+        if thread.steps != seen.steps or not thread.busy or thread.waits:
+            seen.steps, seen.age, seen.still = thread.steps, 0.0, 0.0
         else:
             seen.age += passed
-        if not turn.busy or turn.allowed or turn.clock is None:
+        if not thread.busy or thread.allowed or thread.clock is None:
             return False
-        before, seen.cpu = seen.cpu, _cpu_seconds(turn.clock)
+        before, seen.cpu = seen.cpu, _cpu_seconds(thread.clock)
         return seen.cpu - before > _WORK
 
     @staticmethod
-    def _verdict(turn: ThreadProgress, seen: _Seen, passed: float, working: bool) -> str | None:
-        allowed = turn.allowed
+    def _verdict(thread: ThreadProgress, seen: _Seen, passed: float, working: bool) -> str | None:
+        allowed = thread.allowed
         if allowed:
             return f"a run has not returned for {seen.age:.1f} s" if seen.age > allowed else None
         seen.still = 0.0 if working or not seen.age else seen.still + passed

@@ -43,7 +43,7 @@ class CudaRunner:
     shapes are allocated, and captured if requested, before the first run: opening one while serving would
     take seconds, and a run during a capture fails.
 
-    `turn`: progress of the thread. `lost`: whether the device has failed. `seconds`: time that the thread has
+    `progress`: that of the thread. `lost`: whether the device has failed. `seconds`: time that the thread has
     spent in each of STAGES since the shapes were opened.
     """
 
@@ -66,7 +66,7 @@ class CudaRunner:
         least one prepared input to test each shape. `graphs`: the sessions capture CUDA graphs. `is_lost()`:
         called after a failed run, to ask whether the device has failed for good.
         """
-        self.turn = ThreadProgress()
+        self.progress = ThreadProgress()
         self.lost = False
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec
@@ -139,17 +139,17 @@ class CudaRunner:
         opened.set_result(None)
         while taken := self._take():
             rows = [one for prepared, _ in taken for one in prepared]
-            self.turn.steps += 1
-            self.turn.allowed = PATIENCE
+            self.progress.steps += 1
+            self.progress.allowed = PATIENCE
             try:
                 embeddings = self._embed(rows)
             except BaseException as error:
                 self._fail(taken, error)
                 continue
             finally:
-                self.turn.allowed = 0.0
-                self.turn.busy = False
-                self.turn.steps += 1
+                self.progress.allowed = 0.0
+                self.progress.busy = False
+                self.progress.steps += 1
             begin = 0
             for prepared, future in taken:
                 end = begin + len(prepared)
@@ -195,7 +195,7 @@ class CudaRunner:
                 taken.append(self._waiting.popleft())
                 count += len(taken[-1][0])
             self._rows -= count
-            self.turn.busy = True
+            self.progress.busy = True
             self._changed.notify_all()
             return taken
 

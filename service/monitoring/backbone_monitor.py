@@ -237,7 +237,7 @@ class BackboneMonitor:
 
 
 def _steps(batcher: Batcher) -> int:
-    return sum(turn.steps for turn in batcher.turns)
+    return sum(one.steps for one in batcher.progress)
 
 
 def _close(found: Floats, first: Floats, backbone: Backbone) -> bool:

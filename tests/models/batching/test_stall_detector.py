@@ -212,13 +212,13 @@ async def test_who_waits_for_another_process_is_not_stuck(backbone: Backbone) ->
     standstill = StallDetector(batcher)
     caller = asyncio.create_task(batcher.embed(["ba"]))
     await reach(unending.reached)
-    (turn,) = [turn for turn in batcher.turns if turn.busy]
-    assert isinstance(turn, WorkerProgress)
-    turn.wait(True)
+    (worker,) = [one for one in batcher.progress if one.busy]
+    assert isinstance(worker, WorkerProgress)
+    worker.wait(True)
     for _ in range(100):
         assert standstill.look(PATIENCE) is None
     assert standstill.quiet == 0.0
-    turn.wait(False)
+    worker.wait(False)
     unending.going.set()
     assert not (await caller).errors
     await batcher.close()

@@ -359,17 +359,17 @@ def test_what_its_thread_is_at_can_be_seen(reference: Backbone) -> None:
     hold = Hold()
     runner = simulated(reference, open_session=watched(reference, hold))
     (one,) = inputs(reference, 1)
-    steps = runner.turn.steps
+    steps = runner.progress.steps
     hold.close()
     future = runner.submit([one])
     assert hold.reached.wait(10)
-    assert runner.turn.busy
-    assert runner.turn.allowed == PATIENCE
+    assert runner.progress.busy
+    assert runner.progress.allowed == PATIENCE
     hold.go.set()
     future.result(10)
     runner.close()
-    assert (runner.turn.busy, runner.turn.allowed) == (False, 0.0)
-    assert runner.turn.steps > steps
+    assert (runner.progress.busy, runner.progress.allowed) == (False, 0.0)
+    assert runner.progress.steps > steps
 
 
 def test_an_error_is_its_callers_and_the_next_run_goes_on(reference: Backbone, runner: CudaRunner) -> None:
