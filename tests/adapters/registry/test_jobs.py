@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-import adapters.registry.jobs
 from adapters.registry.errors import (
     JobFinished,
     LeaseLost,
@@ -617,7 +616,7 @@ def test_counts_by_state(registry: Registry) -> None:
 
 
 def test_the_record_of_finished_jobs_is_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters.registry.jobs, "KEPT_JOBS", 3)
+    monkeypatch.setattr("adapters.registry.statements.job_rows.KEPT_JOBS", 3)
     create(registry)
     create(registry, tenant="other")
     theirs = submit(registry, tenant="other")
