@@ -394,7 +394,7 @@ def test_rejected_examples_are_listed_where_the_request_fails_for_another_reason
         ("/examples/3/label", "label_invalid"),
         ("/examples/4", "label_missing"),
     ]
-    assert "3 of the examples were rejected" in problem["detail"]
+    assert "3 examples were rejected as well" in problem["detail"]
     many: list[Any] = [*examples[:2], *({"text": f"t {n}", "label": n} for n in range(150))]
     assert len(caller.adapt("hidden", many, 422)["errors"]) == 100
     # A fine-tune that has too few examples for a reason says that reason too.
