@@ -11,8 +11,9 @@ from service.api.dependencies import Tenant
 from service.api.idempotency import IdempotencyGuard, Replying
 from service.edge.channel import channel_of
 from service.edge.concurrency import ConcurrencyLimit
-from service.payloads import render
 from service.payloads.reader import RequestReader, media_type
+from service.payloads.responses.adaptation import render_adapted
+from service.payloads.responses.jobs import render_fine_tune, render_submitted
 
 _UPLOAD_WAIT = 3.0  # seconds that an upload waits for a slot
 
@@ -44,8 +45,8 @@ class AdaptEndpoints:
         async with self._uploads.wait(tenant, _UPLOAD_WAIT):
             command, content = self._reader.bulk(request, form)
             channel_of(request.scope).adapter = command.adapter
-            job = await self._submitter.bulk(tenant, form, command, content, reply(render.submitted))
-        return render.submitted(job)
+            job = await self._submitter.bulk(tenant, form, command, content, reply(render_submitted))
+        return render_submitted(job)
 
     async def _learn(self, request: Request, tenant: str, reply: Replying) -> Response:
         command = await self._reader.adapt(request)
@@ -53,5 +54,5 @@ class AdaptEndpoints:
         channel.adapter = command.adapter
         channel.count_items(len(command.posted))
         if command.fine_tune is not None:
-            return render.tuning(await self._submitter.fine_tune(tenant, command, reply(render.tuning)))
-        return render.adapted(await self._pipeline.adapt(tenant, command, reply(render.adapted)))
+            return render_fine_tune(await self._submitter.fine_tune(tenant, command, reply(render_fine_tune)))
+        return render_adapted(await self._pipeline.adapt(tenant, command, reply(render_adapted)))

@@ -23,10 +23,16 @@ from service.api.tenants import TenantEndpoints
 from service.components import Components
 from service.edge.routes import NO_BODY, DeclaredRoute
 from service.payloads import requests as asked
-from service.payloads import responses as answered
 from service.payloads import tenants as of_tenants
-from service.payloads.openai import OpenAIModel, OpenAIModels, OpenAIResponse
 from service.payloads.reader import RequestReader
+from service.payloads.responses.adaptation import AdaptResponse, ErasureOut, RemovalResponse, RestoreResponse
+from service.payloads.responses.adapters import AdapterOut, AdaptersOut, VersionOut, VersionsOut
+from service.payloads.responses.backbones import BackbonesOut
+from service.payloads.responses.examples import ExampleOut, ExamplesPage
+from service.payloads.responses.jobs import JobOut, JobsOut, SubmittedOut
+from service.payloads.responses.openai import OpenAIModel, OpenAIModels, OpenAIResponse
+from service.payloads.responses.predictions import EmbedResponse, PredictResponse
+from service.payloads.responses.tenants import KeyOut, KeysOut, NewKeyOut, TenantOut, TenantsOut
 from service.server.process import told_to_end
 
 get, post, put, patch, delete = (
@@ -95,8 +101,8 @@ def prediction_routes(
     inputs = body(asked.PredictRequest, "inputs", files="inputs", query=asked.PredictRequest)
     to_embed = body(asked.EmbedRequest, "inputs", files="inputs", query=asked.EmbedRequest)
     learned = {
-        202: {"model": answered.SubmittedOut},
-        **returns(answered.AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429),
+        202: {"model": SubmittedOut},
+        **returns(AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429),
     }
     return [
         post("/adapt", adapt.adapt, "adapt", learned, body=once(examples, 200, 202)),
@@ -104,17 +110,17 @@ def prediction_routes(
             "/predict",
             predict.predict,
             "predict",
-            returns(answered.PredictResponse, 404, 409, 413, 415, 422, 429),
+            returns(PredictResponse, 404, 409, 413, 415, 422, 429),
             body=inputs,
         ),
         post(
             "/embed",
             predict.embed,
             "predict",
-            returns(answered.EmbedResponse, 413, 415, 422, 429),
+            returns(EmbedResponse, 413, 415, 422, 429),
             body=to_embed,
         ),
-        get("/backbones", operations.backbones, "key", returns(answered.BackbonesOut)),
+        get("/backbones", operations.backbones, "key", returns(BackbonesOut)),
         # Prometheus scrapes this route, and its configuration should not hold a key.
         get("/metrics", operations.metrics, "nothing", returns("text/plain"), response_class=Response),
         post(
@@ -136,11 +142,11 @@ def adapter_routes(
     one, version = "/adapters/{adapter}", "/adapters/{adapter}/versions/{version}"
     example = "/adapters/{adapter}/examples/{example:path}"
     return [
-        get("/adapters", adapters.adapters, "key", returns(answered.AdaptersOut)),
-        get(one, adapters.adapter, "key", returns(answered.AdapterOut, 404)),
-        delete(one, adapters.delete_adapter, "adapt", returns(answered.ErasureOut, 404)),
-        get(f"{one}/versions", adapters.versions, "key", returns(answered.VersionsOut, 404)),
-        get(version, adapters.version, "key", returns(answered.VersionOut, 404)),
+        get("/adapters", adapters.adapters, "key", returns(AdaptersOut)),
+        get(one, adapters.adapter, "key", returns(AdapterOut, 404)),
+        delete(one, adapters.delete_adapter, "adapt", returns(ErasureOut, 404)),
+        get(f"{one}/versions", adapters.versions, "key", returns(VersionsOut, 404)),
+        get(version, adapters.version, "key", returns(VersionOut, 404)),
         get(
             f"{version}/export",
             adapters.export,
@@ -152,48 +158,48 @@ def adapter_routes(
             f"{one}/aliases/live",
             adapters.promote,
             "adapt",
-            returns(answered.AdapterOut, 404, 412, 415, 422),
+            returns(AdapterOut, 404, 412, 415, 422),
             body=body(asked.PromoteRequest),
         ),
         post(
             f"{version}/restore",
             adapters.restore,
             "adapt",
-            returns(answered.RestoreResponse, 400, 404, 409, 412),
+            returns(RestoreResponse, 400, 404, 409, 412),
             body=once(NO_BODY, 200),
         ),
         post(
             f"{one}/rebase",
             adapters.rebase,
             "adapt",
-            returns(answered.AdaptResponse, 404, 409, 415, 422, 429),
+            returns(AdaptResponse, 404, 409, 415, 422, 429),
             body=body(asked.RebaseRequest),
         ),
-        get(f"{one}/examples", examples.examples, "adapt", returns(answered.ExamplesPage, 404)),
+        get(f"{one}/examples", examples.examples, "adapt", returns(ExamplesPage, 404)),
         delete(
             f"{one}/examples",
             examples.remove_examples,
             "adapt",
-            returns(answered.RemovalResponse, 404, 409, 422, 429),
+            returns(RemovalResponse, 404, 409, 422, 429),
         ),
-        get(example, examples.example, "adapt", returns(answered.ExampleOut, 404)),
-        delete(example, examples.remove_example, "adapt", returns(answered.RemovalResponse, 404, 409, 429)),
+        get(example, examples.example, "adapt", returns(ExampleOut, 404)),
+        delete(example, examples.remove_example, "adapt", returns(RemovalResponse, 404, 409, 429)),
         patch(
             example,
             examples.amend_example,
             "adapt",
-            returns(answered.AdaptResponse, 400, 404, 409, 415, 422, 429),
+            returns(AdaptResponse, 400, 404, 409, 415, 422, 429),
             body=once(body(asked.AmendRequest), 200),
         ),
         post(
             f"{one}/feedback",
             examples.feedback,
             "adapt",
-            returns(answered.AdaptResponse, 400, 404, 409, 415, 422, 429),
+            returns(AdaptResponse, 400, 404, 409, 415, 422, 429),
             body=once(body(asked.FeedbackRequest, "inputs"), 200),
         ),
-        get("/jobs", jobs.jobs, "adapt", returns(answered.JobsOut, 422)),
-        get("/jobs/{job}", jobs.job, "adapt", returns(answered.JobOut, 404)),
+        get("/jobs", jobs.jobs, "adapt", returns(JobsOut, 422)),
+        get("/jobs/{job}", jobs.job, "adapt", returns(JobOut, 404)),
         get(
             "/jobs/{job}/events",
             jobs.events,
@@ -201,34 +207,34 @@ def adapter_routes(
             returns("text/event-stream", 404, 429),
             response_class=Response,
         ),
-        post("/jobs/{job}/cancel", jobs.cancel, "adapt", returns(answered.JobOut, 404, 409)),
+        post("/jobs/{job}/cancel", jobs.cancel, "adapt", returns(JobOut, 404, 409)),
     ]
 
 
 def tenant_routes(tenants: TenantEndpoints) -> list[DeclaredRoute]:
     """Return the routes of tenants, their quotas and their keys."""
     one, keys = "/tenants/{tenant}", "/tenants/{tenant}/keys"
-    made = returns(of_tenants.NewKeyOut, 404, 409, 415, 422, status=201)
+    made = returns(NewKeyOut, 404, 409, 415, 422, status=201)
     return [
         post(
             "/tenants",
             tenants.create_tenant,
             "operator",
-            returns(of_tenants.TenantOut, 403, 409, 415, 422, status=201),
+            returns(TenantOut, 403, 409, 415, 422, status=201),
             body=body(of_tenants.TenantRequest),
             status_code=201,
         ),
-        get("/tenants", tenants.list_tenants, "operator", returns(of_tenants.TenantsOut, 403)),
-        get(one, tenants.tenant, "admin", returns(of_tenants.TenantOut, 404)),
-        delete(one, tenants.erase_tenant, "operator", returns(answered.ErasureOut, 403, 404)),
+        get("/tenants", tenants.list_tenants, "operator", returns(TenantsOut, 403)),
+        get(one, tenants.tenant, "admin", returns(TenantOut, 404)),
+        delete(one, tenants.erase_tenant, "operator", returns(ErasureOut, 403, 404)),
         put(
             f"{one}/quotas",
             tenants.set_quotas,
             "operator",
-            returns(of_tenants.TenantOut, 403, 404, 415, 422),
+            returns(TenantOut, 403, 404, 415, 422),
             body=body(of_tenants.QuotasIn),
         ),
-        get(keys, tenants.keys, "admin", returns(of_tenants.KeysOut, 404)),
+        get(keys, tenants.keys, "admin", returns(KeysOut, 404)),
         post(keys, tenants.create_key, "admin", made, body=body(of_tenants.KeyRequest), status_code=201),
         post(
             f"{keys}/{{key}}/rotate",
@@ -238,7 +244,7 @@ def tenant_routes(tenants: TenantEndpoints) -> list[DeclaredRoute]:
             body=body(of_tenants.RotateRequest),
             status_code=201,
         ),
-        delete(f"{keys}/{{key}}", tenants.revoke_key, "admin", returns(of_tenants.KeyOut, 404)),
+        delete(f"{keys}/{{key}}", tenants.revoke_key, "admin", returns(KeyOut, 404)),
     ]
 
 

@@ -5,7 +5,6 @@ All of it is async, because FastAPI runs any other dependency in a thread, which
 
 from __future__ import annotations
 
-import base64
 import re
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from adapters.storage.artifact import is_tenant
 from service.edge.channel import channel_of
 from service.errors import Problem
 from service.payloads import requests
+from service.payloads.pages import PageQuery, decode_cursor
 
 _NAME = re.compile(requests.ADAPTER_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -81,21 +81,12 @@ Tenant = Annotated[str, Depends(tenant_of)]
 Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
 
 
-async def behind(cursor: Annotated[str | None, Query(max_length=2_048)] = None) -> str | None:
-    """Return the item after which the page begins. Raises a 422 Problem for an invalid cursor."""
-    return None if cursor is None else _last_of(cursor)
+async def page(
+    cursor: Annotated[str | None, Query(max_length=2_048)] = None,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+) -> PageQuery:
+    """Return the page that is asked for. Raises a 422 Problem for an invalid cursor."""
+    return PageQuery(None if cursor is None else decode_cursor(cursor), limit)
 
 
-def _last_of(cursor: str) -> str:
-    try:
-        last = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except ValueError:
-        last = "\0"
-    # No valid cursor contains a NUL, and PostgreSQL rejects it.
-    if "\0" in last:
-        raise Problem(422, "invalid_cursor", "`cursor` is not valid. Send the `next` of the last page.")
-    return last
-
-
-Behind = Annotated[str | None, Depends(behind)]
-Limit = Annotated[int, Query(ge=1, le=1_000)]
+Page = Annotated[PageQuery, Depends(page)]

@@ -8,11 +8,12 @@ from fastapi import Query, Request, Response
 
 from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.example_editor import ExampleEditor
-from service.api.dependencies import Adapter, Behind, Example, Limit, Tenant
+from service.api.dependencies import Adapter, Example, Page, Tenant
 from service.api.idempotency import IdempotencyGuard, Replying
 from service.errors import Problem
-from service.payloads import render
 from service.payloads.reader import RequestReader
+from service.payloads.responses.adaptation import render_removed, render_revised
+from service.payloads.responses.examples import render_example, render_examples
 
 
 class ExampleEndpoints:
@@ -30,13 +31,12 @@ class ExampleEndpoints:
         self,
         tenant: Tenant,
         adapter: Adapter,
-        cursor: Behind,
-        limit: Limit = 100,
+        page: Page,
         excluded: bool | None = None,
     ) -> Response:
         """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
-        found = await self._catalog.examples(tenant, adapter, cursor, limit + 1, excluded)
-        return render.examples(*found, limit)
+        found = await self._catalog.examples(tenant, adapter, page.after, page.wanted, excluded)
+        return render_examples(*found, page)
 
     async def remove_examples(
         self,
@@ -46,15 +46,15 @@ class ExampleEndpoints:
         all: bool = False,
     ) -> Response:
         """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
-        return render.removed(await self._editor.remove(tenant, adapter, to_remove(id, all)))
+        return render_removed(await self._editor.remove(tenant, adapter, to_remove(id, all)))
 
     async def example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """One example with its input, if inputs are kept."""
-        return render.one_example(*await self._catalog.example(tenant, adapter, example))
+        return render_example(*await self._catalog.example(tenant, adapter, example))
 
     async def remove_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """Erase one example, and the versions that were fitted on it; then fit what is left."""
-        return render.removed(await self._editor.remove(tenant, adapter, [example]))
+        return render_removed(await self._editor.remove(tenant, adapter, [example]))
 
     async def amend_example(
         self, request: Request, tenant: Tenant, adapter: Adapter, example: Example
@@ -63,8 +63,8 @@ class ExampleEndpoints:
 
         async def amend(asked: Request, reply: Replying) -> Response:
             wanted = await self._reader.amendment(asked)
-            done = await self._editor.amend(tenant, adapter, example, wanted, reply(render.revised))
-            return render.revised(done)
+            done = await self._editor.amend(tenant, adapter, example, wanted, reply(render_revised))
+            return render_revised(done)
 
         return await self._guard.answer(request, tenant, amend)
 
@@ -73,7 +73,7 @@ class ExampleEndpoints:
 
         async def correct(asked: Request, reply: Replying) -> Response:
             told = await self._reader.feedback(asked)
-            return render.revised(await self._editor.feedback(tenant, adapter, told, reply(render.revised)))
+            return render_revised(await self._editor.feedback(tenant, adapter, told, reply(render_revised)))
 
         return await self._guard.answer(request, tenant, correct)
 

@@ -20,8 +20,8 @@ from starlette.types import Message
 
 from adapters.registry.idempotency import AlreadyAnswered, PendingReply, Replies, StoredReply
 from service.errors import Problem
-from service.payloads import render as answers
 from service.payloads.reader import media_type
+from service.payloads.responses.replies import render_reply, shorten
 
 T = TypeVar("T")
 
@@ -107,12 +107,12 @@ class _Keyed:
         if found.request_sha256 != self._digest.hexdigest():
             detail = f"Another request was sent with this {HEADER}. Use a new key for each request."
             raise Problem(422, "idempotency_key_reused", detail)
-        return answers.repeated(found)
+        return render_reply(found)
 
     def _reply(self, answer: Callable[[T], Response]) -> PendingReply[T]:
         def render(outcome: T) -> StoredReply:
             self._rendered = response = answer(outcome)
-            kept = answers.kept(bytes(response.body))
+            kept = shorten(bytes(response.body))
             return StoredReply(self._digest.hexdigest(), response.status_code, kept.decode())
 
         return PendingReply(self._key, render)

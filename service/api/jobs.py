@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.jobs.submission import JobSubmitter
 from adapters.registry.records import JobRecord
-from service.api.dependencies import Behind, Job, JobsAdapter, Limit, Tenant
+from service.api.dependencies import Job, JobsAdapter, Page, Tenant
 from service.edge.concurrency import ConcurrencyLimit
-from service.payloads import render
+from service.payloads.responses.jobs import describe_job, render_job, render_jobs
 
 _STREAMS = 50
 # The default of `max_jobs`: a tenant can follow all of its open jobs.
@@ -59,7 +59,7 @@ class Events:
         end = time.monotonic() + self._seconds
         sent, quiet = b"", time.monotonic()
         while True:
-            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(render.job(brief(record))))
+            event = b"event: %s\ndata: %s\n\n" % (record.state.encode(), to_json(describe_job(brief(record))))
             if event != sent:
                 sent, quiet = event, time.monotonic()
                 yield event
@@ -94,16 +94,14 @@ class JobEndpoints:
         self._submitter = submitter
         self._events = events
 
-    async def jobs(
-        self, tenant: Tenant, cursor: Behind, adapter: JobsAdapter, limit: Limit = 100
-    ) -> Response:
+    async def jobs(self, tenant: Tenant, page: Page, adapter: JobsAdapter) -> Response:
         """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
-        found = await self._submitter.jobs(tenant, adapter, cursor, limit + 1)
-        return render.jobs([brief(one) for one in found], limit)
+        found = await self._submitter.jobs(tenant, adapter, page.after, page.wanted)
+        return render_jobs([brief(one) for one in found], page)
 
     async def job(self, tenant: Tenant, job: Job) -> Response:
         """One job."""
-        return render.one_job(await self._submitter.job(tenant, job))
+        return render_job(await self._submitter.job(tenant, job))
 
     async def events(self, tenant: Tenant, job: Job) -> Response:
         """The job with each change, as server-sent events, until it has ended."""
@@ -111,7 +109,7 @@ class JobEndpoints:
 
     async def cancel(self, tenant: Tenant, job: Job) -> Response:
         """Cancel a job; one that runs ends within seconds, and publishes nothing."""
-        return render.one_job(await self._submitter.cancel(tenant, job))
+        return render_job(await self._submitter.cancel(tenant, job))
 
 
 def brief(record: JobRecord) -> JobRecord:

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, TypeAdapter
 from starlette.routing import BaseRoute
 
 from service.edge.routes import Body, BodyKind, DeclaredRoute, Responses
 from service.errors import is_openai
-from service.payloads import openai, requests, tenants
-from service.payloads import responses as answer_schemas
+from service.payloads import requests, tenants
+from service.payloads.responses.answer import ProblemOut
+from service.payloads.responses.openai import OpenAIProblem
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -89,28 +89,28 @@ def once(body: Body, *statuses: int) -> Body:
     return Body(body.kind, {**extra, "parameters": parameters, "responses": answered})
 
 
-def returns(answer: type[BaseModel] | str, *refusals: int, status: int = 200) -> Responses:
+def returns(answer: type | str, *refusals: int, status: int = 200) -> Responses:
     """Return `responses` of a route that answers with a model or media type, or with problems."""
     content: dict[str, Any] = {"content": {answer: {}}} if isinstance(answer, str) else {"model": answer}
     return {status: content, **problems(*refusals)}
 
 
-def returns_openai(answer: type[BaseModel], *refusals: int) -> Responses:
+def returns_openai(answer: type, *refusals: int) -> Responses:
     """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
     return {200: {"model": answer}, **openai_problems(*refusals)}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return `responses` of a route that may answer with problems of these statuses."""
-    return _refusals(statuses, "application/problem+json", answer_schemas.ProblemOut)
+    return _refusals(statuses, "application/problem+json", ProblemOut)
 
 
 def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
-    return _refusals(statuses, "application/json", openai.OpenAIProblem)
+    return _refusals(statuses, "application/json", OpenAIProblem)
 
 
-def _refusals(statuses: Iterable[int], media: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def _refusals(statuses: Iterable[int], media: str, model: type) -> dict[int | str, dict[str, Any]]:
     schema = {"$ref": _REF.format(model=model.__name__)}
     return {
         status: {"description": "A problem.", "content": {media: {"schema": schema}}} for status in statuses
@@ -126,9 +126,10 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        answered = (answer_schemas.ProblemOut, openai.OpenAIProblem)
-        models = [(model, "validation") for model in (*_REQUESTS, *answered)]
-        _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
+        _, definitions = TypeAdapter.json_schemas(
+            [(model, "validation", TypeAdapter(model)) for model in (*_REQUESTS, ProblemOut, OpenAIProblem)],
+            ref_template=_REF,
+        )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         for path, operations in document["paths"].items():
             for method in _METHODS & operations.keys():

@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from models.batching.batcher import Batcher
 from models.runtime.autotune import MeasuredPlan
 from service.monitoring.metrics import CONTENT_TYPE, Metrics
-from service.payloads.backbones import all_backbones
+from service.payloads.responses.backbones import render_backbones
 from service.server.page_files import PAGE_FILES
 
 _SERVED = {
@@ -44,7 +44,7 @@ class OperationEndpoints:
 
     async def backbones(self) -> Response:
         """What can be adapted."""
-        return all_backbones(self._batchers, self._measured)
+        return render_backbones(self._batchers, self._measured)
 
     async def metrics(self) -> Response:
         """What Prometheus scrapes."""

@@ -15,8 +15,10 @@ from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
 from service.edge.channel import channel_of
 from service.errors import Problem
-from service.payloads import openai, render, requests
+from service.payloads import requests
 from service.payloads.reader import RequestReader
+from service.payloads.responses.openai import render_model, render_models, render_openai_embeddings
+from service.payloads.responses.predictions import render_embeddings, render_predictions
 
 PART = 32
 """Texts of a request that are embedded together; other tenants get their turns between the parts."""
@@ -43,7 +45,7 @@ class PredictEndpoints:
         found = await self._predictor.predict(tenant, asked.query)
         if all(isinstance(item, InputError) for item in found.items):
             channel.in_vain = True
-        return render.predicted(found, raw=asked.raw)
+        return render_predictions(found, raw=asked.raw)
 
     async def embed(self, request: Request) -> Response:
         """The bare embeddings of inputs."""
@@ -55,7 +57,7 @@ class PredictEndpoints:
         if len(found.errors) == len(inputs):
             channel.in_vain = True
         batcher = self._predictor.batchers[name]
-        content = await asyncio.to_thread(render.embedded, batcher, name, found, raw=raw)
+        content = await asyncio.to_thread(render_embeddings, batcher, name, found, raw=raw)
         return Response(content, media_type="application/json")
 
 
@@ -76,11 +78,11 @@ class OpenAIEndpoints:
 
     async def models(self) -> Response:
         """The backbones that /v1/embeddings takes."""
-        return openai.models(self._predictor.batchers)
+        return render_models(self._predictor.batchers)
 
     async def model(self, model: str) -> Response:
         """One of them."""
-        return openai.model(model, text_batcher(self._predictor.batchers, model))
+        return render_model(model, text_batcher(self._predictor.batchers, model))
 
 
 def text_batcher(batchers: Mapping[str, Batcher], model: str) -> Batcher:
@@ -109,7 +111,7 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
     embedded = await _embed(tenant, predictor, asked.model, texts)
 
     def render() -> bytes:
-        return openai.embeddings(asked.model, embedded, asked.encoding_format)
+        return render_openai_embeddings(asked.model, embedded, asked.encoding_format)
 
     return Response(await asyncio.to_thread(render), media_type="application/json")
 

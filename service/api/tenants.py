@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
 
 from fastapi import Request, Response
 
 from adapters.adaptation.erasure import Eraser
 from adapters.registry.quotas import Quotas
-from adapters.registry.tenants import KeyRecord, TenantRecord, Tenants
-from service.api.dependencies import Behind, Limit, NamedTenant
-from service.payloads import render
+from adapters.registry.tenants import Tenants
+from service.api.dependencies import NamedTenant, Page
 from service.payloads.reader import RequestReader
+from service.payloads.responses.adaptation import render_erased
+from service.payloads.responses.tenants import (
+    render_key,
+    render_keys,
+    render_new_key,
+    render_tenant,
+    render_tenants,
+)
 from service.payloads.tenants import KeyRequest, QuotasIn, RotateRequest, TenantRequest
 
 
@@ -29,43 +34,40 @@ class TenantEndpoints:
     async def create_tenant(self, request: Request) -> Response:
         """Make a tenant."""
         wanted = await self._reader.model(request, TenantRequest)
-        return render.answer(
-            _tenant(await asyncio.to_thread(self._tenants.create, wanted.tenant)), status=201
-        )
+        return render_tenant(await asyncio.to_thread(self._tenants.create, wanted.tenant), status=201)
 
-    async def list_tenants(self, cursor: Behind, limit: Limit = 100) -> Response:
+    async def list_tenants(self, page: Page) -> Response:
         """The tenants in the order of their names."""
-        found = await asyncio.to_thread(self._tenants.tenants, cursor, limit + 1)
-        following = render.cursor(found[limit - 1].name) if len(found) > limit else None
-        return render.answer({"tenants": [_tenant(one) for one in found[:limit]], "next": following})
+        found = await asyncio.to_thread(self._tenants.tenants, page.after, page.wanted)
+        return render_tenants(found, page)
 
     async def tenant(self, tenant: NamedTenant) -> Response:
         """One tenant."""
-        return render.answer(_tenant(await asyncio.to_thread(self._tenants.tenant, tenant)))
+        return render_tenant(await asyncio.to_thread(self._tenants.tenant, tenant))
 
     async def erase_tenant(self, tenant: NamedTenant) -> Response:
         """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys, quotas.
 
         What is being done for it is broken off. All of it is gone within 5 seconds, in every process.
         """
-        return render.erased(await self._eraser.tenant(tenant))
+        return render_erased(await self._eraser.tenant(tenant))
 
     async def set_quotas(self, request: Request, tenant: NamedTenant) -> Response:
         """Say what a tenant may have: all of it at once. Every process heeds it within 5 seconds."""
         wanted = await self._reader.model(request, QuotasIn)
         quotas = Quotas(**wanted.model_dump())
-        return render.answer(_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, quotas)))
+        return render_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, quotas))
 
     async def keys(self, tenant: NamedTenant) -> Response:
         """The tenant's keys, without their secrets."""
         found = await asyncio.to_thread(self._tenants.keys, tenant)
-        return render.answer({"keys": [_key(one) for one in found]})
+        return render_keys(found)
 
     async def create_key(self, request: Request, tenant: NamedTenant) -> Response:
         """Make a key. The answer holds the whole of it, once."""
         wanted = await self._reader.model(request, KeyRequest)
         lifetime = None if wanted.expires_in is None else timedelta(seconds=wanted.expires_in)
-        return _new_key(
+        return render_new_key(
             *await asyncio.to_thread(
                 self._tenants.create_key, tenant, wanted.scopes, note=wanted.note, lifetime=lifetime
             )
@@ -75,36 +77,8 @@ class TenantEndpoints:
         """Make a key in the place of another, which goes on for a while."""
         wanted = await self._reader.model(request, RotateRequest)
         grace = timedelta(seconds=wanted.grace)
-        return _new_key(*await asyncio.to_thread(self._tenants.rotate, tenant, key, grace))
+        return render_new_key(*await asyncio.to_thread(self._tenants.rotate, tenant, key, grace))
 
     async def revoke_key(self, tenant: NamedTenant, key: str) -> Response:
         """Revoke a key: within 5 seconds it opens nothing any more, in every process."""
-        return render.answer(_key(await asyncio.to_thread(self._tenants.revoke, tenant, key)))
-
-
-def _tenant(record: TenantRecord) -> dict[str, Any]:
-    return {
-        "tenant": record.name,
-        "created_at": record.created_at,
-        "quotas": asdict(record.quotas),
-        "adapters": record.adapters,
-        "examples": record.examples,
-        "keys": record.keys,
-    }
-
-
-def _key(record: KeyRecord) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "tenant": record.tenant,
-        "scopes": record.scopes,
-        "note": record.note,
-        "created_at": record.created_at,
-        "expires_at": record.expires_at,
-        "revoked_at": record.revoked_at,
-    }
-
-
-def _new_key(record: KeyRecord, key: str) -> Response:
-    headers = {"Cache-Control": "no-store"}
-    return render.answer({**_key(record), "key": key}, headers, status=201)
+        return render_key(await asyncio.to_thread(self._tenants.revoke, tenant, key))

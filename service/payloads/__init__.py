@@ -1,1 +1,1 @@
-"""Schemas of the HTTP API, readers of request bodies and writers of responses."""
+"""Bodies of the HTTP API: the schemas and readers of requests, and in a folder of its own the responses."""

@@ -27,14 +27,6 @@ ColumnName = Annotated[
     Field(min_length=1, max_length=256, description="Of a CSV table, where the column has another name."),
 ]
 BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["efficientnet-lite0"])]
-Timings = Annotated[
-    dict[str, float],
-    Field(
-        description="Milliseconds by stage, which add up to total, what the caller waited. queue is the wait "
-        "until the work on the inputs began; other is what is none of the stages. Of what several threads "
-        "did at once, decode, tokenize and embed have their shares of the time that passed."
-    ),
-]
 
 
 class Request(BaseModel):

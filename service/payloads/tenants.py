@@ -1,11 +1,10 @@
-"""Request and response bodies for tenants and keys, as the API documentation shows them."""
+"""Request bodies for tenants and keys, as the API documentation shows them."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from adapters.registry.tenants import Scope
 from service.payloads.requests import ADAPTER_PATTERN, BIGGEST, Request
@@ -65,45 +64,3 @@ class QuotasIn(Request):
     max_adapters: _Count
     max_examples: _Count
     max_running_jobs: _Count
-
-
-class TenantOut(BaseModel):
-    """A tenant. adapters: it has. examples: in them. keys: in use."""
-
-    tenant: str
-    created_at: datetime
-    quotas: QuotasIn
-    adapters: int
-    examples: int
-    keys: int
-
-
-class TenantsOut(BaseModel):
-    """A page of tenants. next: the cursor of the next page, null on the last."""
-
-    tenants: list[TenantOut]
-    next: str | None
-
-
-class KeyOut(BaseModel):
-    """A key without its secret."""
-
-    id: str
-    tenant: str
-    scopes: list[Scope]
-    note: str
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-
-
-class NewKeyOut(KeyOut):
-    """A key just made. key: the whole of it, which is shown this once."""
-
-    key: str = Field(examples=["tw_2f7c61d09be34a58_…"])
-
-
-class KeysOut(BaseModel):
-    """A tenant's keys, oldest first; those no longer in use for a month."""
-
-    keys: list[KeyOut]

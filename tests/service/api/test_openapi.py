@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from service.payloads import openai, responses
+from service.payloads.responses.adaptation import AdaptResponse, RemovalResponse, RestoreResponse
+from service.payloads.responses.adapters import AdapterOut, AdaptersOut, VersionOut, VersionsOut
+from service.payloads.responses.answer import ProblemOut
+from service.payloads.responses.backbones import BackbonesOut
+from service.payloads.responses.examples import ExampleOut, ExamplesPage
+from service.payloads.responses.jobs import JobsOut
+from service.payloads.responses.openai import OpenAIResponse
+from service.payloads.responses.predictions import EmbedResponse, PredictResponse
 from tests.support.service.client import UNSEEN, Caller, image, pictures, reviews
 from tests.support.service.document import ROUTES, exactly
 
@@ -63,33 +70,33 @@ def test_examples_of_the_document_are_accepted(caller: Caller, document: Any) ->
 
 
 def test_answers_have_the_documented_form(caller: Caller) -> None:
-    exactly(responses.AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
-    exactly(responses.AdaptResponse, caller.adapt("things", pictures(), fit=False))
-    exactly(responses.AdaptResponse, caller.adapt("things", []))
+    exactly(AdaptResponse, caller.adapt("films", [*reviews(), {"text": "no label"}]))
+    exactly(AdaptResponse, caller.adapt("things", pictures(), fit=False))
+    exactly(AdaptResponse, caller.adapt("things", []))
     inputs = [image(UNSEEN["cow"]), {"text": "x"}]
-    exactly(responses.PredictResponse, caller.predict("things", inputs, explain=2))
+    exactly(PredictResponse, caller.predict("things", inputs, explain=2))
     exactly(
-        responses.EmbedResponse,
+        EmbedResponse,
         caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs}),
     )
     body = {"model": "minilm-l6-v2", "input": "x"}
-    exactly(openai.OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
-    exactly(responses.BackbonesOut, caller.call("GET", "/backbones"))
-    exactly(responses.AdaptersOut, caller.call("GET", "/adapters"))
-    exactly(responses.AdapterOut, caller.call("GET", "/adapters/films"))
-    exactly(responses.VersionsOut, caller.call("GET", "/adapters/films/versions"))
-    exactly(responses.VersionOut, caller.call("GET", "/adapters/films/versions/1"))
-    exactly(responses.ExamplesPage, caller.call("GET", "/adapters/films/examples"))
-    exactly(responses.ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
+    exactly(OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
+    exactly(BackbonesOut, caller.call("GET", "/backbones"))
+    exactly(AdaptersOut, caller.call("GET", "/adapters"))
+    exactly(AdapterOut, caller.call("GET", "/adapters/films"))
+    exactly(VersionsOut, caller.call("GET", "/adapters/films/versions"))
+    exactly(VersionOut, caller.call("GET", "/adapters/films/versions/1"))
+    exactly(ExamplesPage, caller.call("GET", "/adapters/films/examples"))
+    exactly(ExampleOut, caller.call("GET", "/adapters/films/examples/good1"))
     amended = caller.call("PATCH", "/adapters/films/examples/good1", json={"excluded": True})
-    exactly(responses.AdaptResponse, amended)
+    exactly(AdaptResponse, amended)
     restored = caller.call("POST", "/adapters/films/versions/1/restore")
-    exactly(responses.RestoreResponse, restored)
-    exactly(responses.RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
-    exactly(responses.AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3}))
-    exactly(responses.JobsOut, caller.call("GET", "/jobs"))
-    exactly(responses.ProblemOut, caller.call("GET", "/adapters/none", 404))
-    exactly(responses.ProblemOut, caller.call("POST", "/adapt", 422, json={}))
+    exactly(RestoreResponse, restored)
+    exactly(RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
+    exactly(AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3}))
+    exactly(JobsOut, caller.call("GET", "/jobs"))
+    exactly(ProblemOut, caller.call("GET", "/adapters/none", 404))
+    exactly(ProblemOut, caller.call("POST", "/adapt", 422, json={}))
 
 
 def test_routes_stay_short() -> None:

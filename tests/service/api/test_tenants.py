@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from benchmarks.harness.service_process import Serving
-from service.payloads import responses, tenants
+from service.payloads.responses.adaptation import ErasureOut
+from service.payloads.responses.tenants import KeyOut, KeysOut, NewKeyOut, TenantOut, TenantsOut
 from tests.support.service.client import UNSEEN, Caller, reviews
 from tests.support.service.document import exactly
 
@@ -54,13 +55,13 @@ class Place:
 
     def tenant(self) -> str:
         name = f"t-{uuid.uuid4().hex[:12]}"
-        exactly(tenants.TenantOut, self.operator.call("POST", "/tenants", 201, json={"tenant": name}))
+        exactly(TenantOut, self.operator.call("POST", "/tenants", 201, json={"tenant": name}))
         return name
 
     def key(self, tenant: str, *scopes: str, **fields: Any) -> Json:
         body = {"scopes": scopes, **fields}
         made = self.operator.call("POST", f"/tenants/{tenant}/keys", 201, json=body)
-        exactly(tenants.NewKeyOut, made)
+        exactly(NewKeyOut, made)
         return made
 
     def with_key(self, key: str | None, tenant: str | None = None) -> Keyed:
@@ -137,10 +138,10 @@ def test_a_tenants_admin_sees_to_its_own_keys_and_nobody_elses(place: Place) -> 
     admin = place.with_key(place.key(own, "admin")["key"])
     made = admin.call("POST", f"/tenants/{own}/keys", 201, json={"scopes": ["predict"], "note": "shop"})
     listed = admin.call("GET", f"/tenants/{own}/keys")
-    exactly(tenants.KeysOut, listed)
+    exactly(KeysOut, listed)
     assert [one["note"] for one in listed["keys"]] == ["", "shop"]
     assert made["key"] not in json.dumps(listed)
-    exactly(tenants.KeyOut, admin.call("DELETE", f"/tenants/{own}/keys/{made['id']}"))
+    exactly(KeyOut, admin.call("DELETE", f"/tenants/{own}/keys/{made['id']}"))
     for method, path in (("GET", "/tenants"), ("POST", "/tenants")):
         problem = admin.call(method, path, 403, json={"tenant": "x"} if method == "POST" else None)
         assert problem["code"] == "operator_only"
@@ -222,7 +223,7 @@ def test_a_rotated_key_goes_on_for_its_grace(place: Place) -> None:
     old = place.key(tenant, "predict", note="shop")
     path = f"/tenants/{tenant}/keys/{old['id']}/rotate"
     new = place.operator.call("POST", path, 201, json={"grace": 60})
-    exactly(tenants.NewKeyOut, new)
+    exactly(NewKeyOut, new)
     for key in (old["key"], new["key"]):
         place.with_key(key).call("GET", "/adapters")
     place.operator.call("POST", path, 201, json={"grace": 0})
@@ -269,7 +270,7 @@ def test_a_tenant_is_made_once(place: Place) -> None:
     cursor: str | None = ""
     while cursor is not None:
         page = place.operator.call("GET", f"/tenants?limit=2{cursor and '&cursor=' + cursor}")
-        exactly(tenants.TenantsOut, page)
+        exactly(TenantsOut, page)
         found += [one["tenant"] for one in page["tenants"]]
         cursor = page["next"]
     assert found == sorted(set(found))
@@ -337,7 +338,7 @@ def test_a_tenant_is_erased_with_a_receipt(place: Place) -> None:
     assert caller.code("DELETE", f"/tenants/{tenant}", 403) == "operator_only"
     caller.call("DELETE", "/adapters/none", 404)
     receipt = place.operator.call("DELETE", f"/tenants/{tenant}")
-    exactly(responses.ErasureOut, receipt)
+    exactly(ErasureOut, receipt)
     assert (receipt["tenant"], receipt["adapters"], receipt["keys"]) == (tenant, 1, 1)
     assert receipt["examples"] == len(reviews())
     # At once where it was erased.
@@ -363,7 +364,7 @@ def test_quotas_by_the_second_are_heeded_soon_and_say_when_to_come_again(place: 
     caller.adapt("films", reviews())
     path = f"/tenants/{tenant}/quotas"
     out = place.operator.call("PUT", path, json={"items_per_second": 2, "max_adapters": 1})
-    exactly(tenants.TenantOut, out)
+    exactly(TenantOut, out)
     assert out["quotas"]["items_per_second"] == 2
     begin = time.monotonic()
     text = {"adapter": "films", "inputs": [{"text": "dull"}] * 10}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 ROUTES = {
     ("post", "/adapt"),
@@ -46,6 +46,6 @@ ROUTES = {
 }
 
 
-def exactly(model: type[BaseModel], value: Any) -> None:
-    """Raise unless the value has the model's form, without a field that the model does not name."""
-    model.model_validate(value, extra="forbid")
+def exactly(form: Any, value: Any) -> None:
+    """Raise unless the value has the form, without a field that the form does not name."""
+    TypeAdapter(form).validate_python(value, extra="forbid")

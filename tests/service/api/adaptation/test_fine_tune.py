@@ -25,11 +25,13 @@ from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
 from models.model_store import find
 from models.spec import GRAPH_FILE
-from service.payloads import responses
+from service.payloads.responses.adapters import VersionOut
+from service.payloads.responses.jobs import JobOut, SubmittedOut
 from service.settings import Settings
 from tests.support.models.random_models import image_model
 from tests.support.models.shades import picture
 from tests.support.service.client import Caller, Json, image, pictures, reviews, same
+from tests.support.service.document import exactly
 from tests.support.service.fine_tunes import LONG, QUICK, shades, until_finished
 
 pytestmark = pytest.mark.training
@@ -84,10 +86,11 @@ def test_a_fine_tune_is_a_job_that_makes_a_version_like_any_other(tuner: Caller,
     assert (done["state"], done["version"], done["error"]) == ("succeeded", 2, None)
     assert {"queued", "running", "succeeded"} >= {one["state"] for one in told}
     assert same(done, tuner.call("GET", f"/jobs/{job['id']}"))
-    responses.JobOut.model_validate(done, extra="forbid")
+    exactly(JobOut, done)
     assert [one["id"] for one in tuner.call("GET", "/jobs?adapter=shades")["jobs"]] == [job["id"]]
 
     version = tuner.call("GET", "/adapters/shades/versions/2")
+    exactly(VersionOut, version)
     assert version["method"] == "fine_tune"
     assert version["report"]["export"]["probes"] == 512
     assert version["report"]["promotion"]["compared"] == 12
@@ -213,7 +216,7 @@ def test_an_example_that_cannot_be_used_is_told_of_with_the_job(tuner: Caller) -
     Image.fromarray(pixels).save(buffer, "TIFF")
     nan = {"id": "nan", **image(buffer.getvalue()), "label": "red"}
     job = tuner.adapt("nan", [*shades(54), nan], 202, method="fine_tune", fine_tune=QUICK)
-    responses.SubmittedOut.model_validate(job, extra="forbid")
+    exactly(SubmittedOut, job)
     assert job["examples"]["added"] == 54
     assert [(one["id"], one["code"]) for one in job["examples"]["rejected"]] == [("nan", "unsupported_image")]
     tuner.call("POST", f"/jobs/{job['id']}/cancel")

@@ -20,7 +20,7 @@ from fastapi import Request
 
 from benchmarks.harness.service_process import Serving
 from service.api.idempotency import _Digest
-from service.payloads.render import REJECTED_KEPT
+from service.payloads.responses.replies import REJECTED_KEPT
 from tests.support.service.client import BLAME, PRAISE, Caller, Json, reviews
 
 ENVIRONMENT = {"TOPWORK_BACKBONES": "minilm-l6-v2", "TOPWORK_WORKERS": "0"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from service.payloads import openai, responses
+from service.payloads.responses.adaptation import AdaptResponse
+from service.payloads.responses.openai import OpenAIResponse
+from service.payloads.responses.predictions import EmbedResponse, PredictResponse
 from tests.support.service.client import Caller, Json, reviews
+from tests.support.service.document import exactly
 
 LETTER = "I loved the film, and here is why: " + "the story moved me. " * 400
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
@@ -26,12 +29,12 @@ def test_predictions_and_embeddings_name_the_texts_that_were_cut(caller: Caller)
     ]
     found = caller.predict("films", inputs, explain=1)
     assert marks(found["predictions"]) == [False, True, False, False, True]
-    responses.PredictResponse.model_validate(found, extra="forbid")
+    exactly(PredictResponse, found)
     raw = caller.call("POST", "/predict?adapter=films", content=LETTER.encode(), headers=TEXT)
     assert marks(raw["predictions"]) == [True]
     embedded = caller.call("POST", "/embed", json={"backbone": "minilm-l6-v2", "inputs": inputs})
     assert marks(embedded["embeddings"]) == [False, True, False, False, True]
-    responses.EmbedResponse.model_validate(embedded, extra="forbid")
+    exactly(EmbedResponse, embedded)
 
 
 def test_openai_s_form_marks_the_embeddings_and_counts_what_was_read(caller: Caller) -> None:
@@ -39,7 +42,7 @@ def test_openai_s_form_marks_the_embeddings_and_counts_what_was_read(caller: Cal
     found = caller.call("POST", "/v1/embeddings", json=body)
     assert marks(found["data"]) == [False, True]
     assert found["usage"] == {"prompt_tokens": 4 + 256, "total_tokens": 4 + 256}
-    openai.OpenAIResponse.model_validate(found, extra="forbid")
+    exactly(OpenAIResponse, found)
 
 
 def test_teaching_counts_the_texts_that_were_cut(caller: Caller) -> None:
@@ -49,7 +52,7 @@ def test_teaching_counts_the_texts_that_were_cut(caller: Caller) -> None:
     for adapter in ("films", "films", "other"):
         found = caller.adapt(adapter, [*reviews(), *long])
         assert found["examples"]["truncated"] == 2
-        responses.AdaptResponse.model_validate(found, extra="forbid")
+        exactly(AdaptResponse, found)
     said = {"text": LETTER, "label": "good"}
     assert caller.call("POST", "/adapters/films/feedback", json=said)["examples"]["truncated"] == 1
     said = {"text": "Short.", "label": "good"}
