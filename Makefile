@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 HOST ?= 127.0.0.1
 UV := 0.13.9
+REDOCLY := 2.77.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
@@ -11,7 +12,7 @@ export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle docs bento lock clean
+.PHONY: help serve test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -136,6 +137,12 @@ bench-finetune: .venv/dev.stamp  ## Fine-tunes beside the heads that they replac
 
 bench-gpu: .venv/dev.stamp  ## Embedding on an NVIDIA GPU
 	$(RUN) benchmarks.gpu
+
+# The tests compare the recorded document with the one that the service sends.
+lint-openapi: .venv/dev.stamp  ## Lint the OpenAPI document with Redocly; needs Node
+	@mkdir -p build
+	@$(BIN)/python -c 'import json; print(json.dumps(json.load(open("tests/recorded.json"))["openapi"], indent=1))' > build/openapi.json
+	REDOCLY_TELEMETRY=off npx --yes @redocly/cli@$(REDOCLY) lint build/openapi.json
 
 docs: .docs/stamp  ## Build the documents as a site in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build

@@ -36,7 +36,7 @@ class AdaptEndpoints:
         self._guard = guard
 
     async def adapt(self, request: Request, tenant: Tenant) -> Response:
-        """Learn from examples: a new version comes back, with what it is worth, or a job that makes one."""
+        """Learn from examples. The answer is a new version with its report, or a job that makes one."""
         learn = self._upload if media_type(request) in MEDIA_TYPES else self._learn
         return await self._guard.answer(request, tenant, lambda asked, reply: learn(asked, tenant, reply))
 

@@ -44,42 +44,50 @@ class AdapterEndpoints:
         self._reader = reader
         self._guard = guard
 
-    async def adapters(self, tenant: Tenant, page: Page) -> Response:
-        """The tenant's adapters in the order of their names."""
+    async def list_adapters(self, tenant: Tenant, page: Page) -> Response:
+        """List the adapters of the tenant in the order of their names."""
         return render_adapters(await self._catalog.adapters(tenant, page.after, page.wanted), page)
 
-    async def adapter(self, tenant: Tenant, adapter: Adapter) -> Response:
-        """One adapter. Its entity tag stands for what `live` points to."""
+    async def get_adapter(self, tenant: Tenant, adapter: Adapter) -> Response:
+        """Return one adapter. Its entity tag stands for the version that is live."""
         return render_adapter(await self._catalog.adapter(tenant, adapter))
 
     async def delete_adapter(self, tenant: Tenant, adapter: Adapter) -> Response:
-        """Erase an adapter with its examples, versions and jobs: all of it is gone within 5 seconds."""
+        """Erase an adapter with its examples, versions and jobs. All of it is gone within 5 seconds."""
         return render_erased(await self._eraser.adapter(tenant, adapter))
 
-    async def versions(self, tenant: Tenant, adapter: Adapter) -> Response:
-        """The versions that are kept, with their reports, the newest first."""
+    async def list_versions(self, tenant: Tenant, adapter: Adapter) -> Response:
+        """List the versions that are kept, with their reports, the newest first."""
         return render_versions(*await self._catalog.versions(tenant, adapter))
 
-    async def version(self, tenant: Tenant, adapter: Adapter, version: Version) -> Response:
-        """One version with its report."""
+    async def get_version(self, tenant: Tenant, adapter: Adapter, version: Version) -> Response:
+        """Return one version with its report."""
         return render_version(*await self._catalog.version(tenant, adapter, version))
 
-    async def export(
+    async def export_version(
         self, tenant: Tenant, adapter: Adapter, version: Version, format: Format = "onnx"
     ) -> Response:
-        """The version as one ONNX file, from prepared inputs to probabilities, or its head as safetensors."""
+        """Download the version as one ONNX file, or its head as safetensors.
+
+        The ONNX file computes probabilities from prepared inputs.
+        """
         content = await self._exporter.export(tenant, adapter, version, format)
         return render_file(content, f"{adapter}-{version}.{format}")
 
-    async def promote(self, request: Request, tenant: Tenant, adapter: Adapter, etag: Expected) -> Response:
-        """Promote a version, or roll back to it: then newer ones are withheld until a person lifts that."""
+    async def promote_version(
+        self, request: Request, tenant: Tenant, adapter: Adapter, etag: Expected
+    ) -> Response:
+        """Make a version live.
+
+        If it is older than the live one, newer versions are withheld until a person lifts that.
+        """
         wanted = await self._reader.model(request, requests.PromoteRequest)
         return render_adapter(await self._catalog.promote(tenant, adapter, wanted.version, etag))
 
-    async def restore(
+    async def restore_version(
         self, request: Request, tenant: Tenant, adapter: Adapter, version: Version, etag: Expected
     ) -> Response:
-        """Make a version live, and the examples those that it was fitted on; the others are set aside."""
+        """Make a version live, and the examples those that it was fitted on. The others are set aside."""
 
         async def go_back(asked: Request, reply: Replying) -> Response:
             await self._reader.nothing(asked)
@@ -88,7 +96,7 @@ class AdapterEndpoints:
 
         return await self._guard.answer(request, tenant, go_back)
 
-    async def rebase(self, request: Request, tenant: Tenant, adapter: Adapter) -> Response:
-        """Move the adapter to another backbone: its kept inputs are embedded again, and fitted."""
+    async def rebase_adapter(self, request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Move the adapter to another backbone: embed its kept inputs again, and fit a version."""
         wanted = await self._reader.model(request, requests.RebaseRequest)
         return render_revised(await self._rebaser.rebase(tenant, adapter, wanted.backbone, wanted.promote))

@@ -14,7 +14,6 @@ from adapters.examples.validation import check_id
 from adapters.registry.errors import UnknownAdapter, UnknownJob, UnknownTenant
 from adapters.storage.artifact import is_tenant
 from service.edge.channel import channel_of
-from service.errors import Problem
 from service.payloads import requests
 from service.payloads.pages import PageQuery, decode_cursor
 

@@ -27,39 +27,42 @@ class ExampleEndpoints:
         self._reader = reader
         self._guard = guard
 
-    async def examples(
+    async def list_examples(
         self,
         tenant: Tenant,
         adapter: Adapter,
         page: Page,
         excluded: bool | None = None,
     ) -> Response:
-        """The examples in the order of their ids; by `excluded` those set aside alone, or the others."""
+        """List the examples in the order of their ids.
+
+        `excluded` selects those that are set aside (true), or the others (false).
+        """
         found = await self._catalog.examples(tenant, adapter, page.after, page.wanted, excluded)
         return render_examples(*found, page)
 
-    async def remove_examples(
+    async def delete_examples(
         self,
         tenant: Tenant,
         adapter: Adapter,
         id: Annotated[list[str] | None, Query(max_length=1_000)] = None,
         all: bool = False,
     ) -> Response:
-        """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them; then fit."""
+        """Erase the examples named by `id` (repeat it), or all, and the versions fitted on them. Then fit."""
         return render_removed(await self._editor.remove(tenant, adapter, to_remove(id, all)))
 
-    async def example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
-        """One example with its input, if inputs are kept."""
+    async def get_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Return one example, with its input if inputs are kept."""
         return render_example(*await self._catalog.example(tenant, adapter, example))
 
-    async def remove_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
-        """Erase one example, and the versions that were fitted on it; then fit what is left."""
+    async def delete_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
+        """Erase one example, and the versions that were fitted on it. Then fit on the others."""
         return render_removed(await self._editor.remove(tenant, adapter, [example]))
 
     async def amend_example(
         self, request: Request, tenant: Tenant, adapter: Adapter, example: Example
     ) -> Response:
-        """Relabel one example, set it aside or take it back, or group it; then fit."""
+        """Change the label or the group of an example, set it aside or take it back. Then fit."""
 
         async def amend(asked: Request, reply: Replying) -> Response:
             wanted = await self._reader.amendment(asked)
@@ -68,8 +71,8 @@ class ExampleEndpoints:
 
         return await self._guard.answer(request, tenant, amend)
 
-    async def feedback(self, request: Request, tenant: Tenant, adapter: Adapter) -> Response:
-        """Tell what is right for an input, or for a kept example."""
+    async def send_feedback(self, request: Request, tenant: Tenant, adapter: Adapter) -> Response:
+        """Say what is right for an input, or for a kept example."""
 
         async def correct(asked: Request, reply: Replying) -> Response:
             told = await self._reader.feedback(asked)

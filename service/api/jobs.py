@@ -94,21 +94,21 @@ class JobEndpoints:
         self._submitter = submitter
         self._events = events
 
-    async def jobs(self, tenant: Tenant, page: Page, adapter: JobsAdapter) -> Response:
-        """The tenant's jobs, the newest first; what is wrong with each line of an upload is left out."""
+    async def list_jobs(self, tenant: Tenant, page: Page, adapter: JobsAdapter) -> Response:
+        """List the jobs of the tenant, the newest first, without the errors of single lines of an upload."""
         found = await self._submitter.jobs(tenant, adapter, page.after, page.wanted)
         return render_jobs([brief(one) for one in found], page)
 
-    async def job(self, tenant: Tenant, job: Job) -> Response:
-        """One job."""
+    async def get_job(self, tenant: Tenant, job: Job) -> Response:
+        """Return one job."""
         return render_job(await self._submitter.job(tenant, job))
 
-    async def events(self, tenant: Tenant, job: Job) -> Response:
-        """The job with each change, as server-sent events, until it has ended."""
+    async def stream_job_events(self, tenant: Tenant, job: Job) -> Response:
+        """Send the job as server-sent events, one for each change, until it has ended."""
         return await self._events.stream(tenant, job)
 
-    async def cancel(self, tenant: Tenant, job: Job) -> Response:
-        """Cancel a job; one that runs ends within seconds, and publishes nothing."""
+    async def cancel_job(self, tenant: Tenant, job: Job) -> Response:
+        """Cancel a job. A running job ends within seconds, and publishes nothing."""
         return render_job(await self._submitter.cancel(tenant, job))
 
 

@@ -33,6 +33,24 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 # Statuses that the edge may return for any request: it is malformed, has no key or the wrong one, is too slow
 # or too large, exceeds a limit, or cannot be answered now or in time.
 _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
+_REFUSALS = {
+    400: "The request is malformed.",
+    401: "The key is missing, unknown or expired.",
+    403: "The key may not do this.",
+    404: "What the path or the body names does not exist.",
+    408: "The request came too slowly.",
+    409: "The request contradicts the present state.",
+    412: "The entity tag in If-Match is no longer the present one.",
+    413: "The request is too large.",
+    415: "The body's media type is not read here.",
+    422: "The request, or a part of it, cannot be used; `errors` names the parts.",
+    429: "A limit is reached; send the request again later.",
+    431: "The header is too large.",
+    503: "The service cannot answer now; send the request again later.",
+    504: "The request took too long.",
+}
+_LATER = (429, 503)
+_RETRY_AFTER = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds to wait."}
 _METHODS = {"get", "put", "post", "patch", "delete"}
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _FILES = "Inputs as files; a file named `label/name.jpg` has that label. The other fields are form fields."
@@ -95,6 +113,15 @@ def returns(answer: type | str, *refusals: int, status: int = 200) -> Responses:
     return {status: content, **problems(*refusals)}
 
 
+def submits(job: type) -> Responses:
+    """Return `responses` of a route that may answer with a job."""
+    headers = {
+        "Location": {"schema": {"type": "string"}, "description": "The path of the job."},
+        "Retry-After": _RETRY_AFTER,
+    }
+    return {202: {"model": job, "headers": headers, "description": "A job was queued."}}
+
+
 def returns_openai(answer: type, *refusals: int) -> Responses:
     """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
     return {200: {"model": answer}, **openai_problems(*refusals)}
@@ -111,9 +138,14 @@ def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _refusals(statuses: Iterable[int], media: str, model: type) -> dict[int | str, dict[str, Any]]:
-    schema = {"$ref": _REF.format(model=model.__name__)}
+    content = {media: {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     return {
-        status: {"description": "A problem.", "content": {media: {"schema": schema}}} for status in statuses
+        status: {
+            "description": _REFUSALS[status],
+            "content": content,
+            **({"headers": {"Retry-After": _RETRY_AFTER}} if status in _LATER else {}),
+        }
+        for status in statuses
     }
 
 
@@ -148,7 +180,7 @@ _TENANT = {
     "name": "X-Tenant",
     "in": "header",
     "schema": {"type": "string", "pattern": requests.ADAPTER_PATTERN, "default": "default"},
-    "description": "Whose adapters are meant; a tenant's key says it already.",
+    "description": "The tenant whose adapters are meant. A tenant's own key decides it already.",
 }
 
 
@@ -156,19 +188,25 @@ _KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
-    "description": "A name of the request's own. Sent again with it within 24 hours, the same request is "
-    "answered as before and not done again; 409 while it is still worked on, 422 for another request.",
+    "description": "A name that you give to this one request. If the request is sent again with it within 24 "
+    "hours, it gets the same answer and is not executed again. 409: the first one is still in progress. 422: "
+    "the name was given to another request.",
 }
 _REPLAYED = {
     "schema": {"type": "string", "enum": ["true"]},
-    "description": "There where this was answered before, to a request with the same Idempotency-Key.",
+    "description": "Present if this is the stored answer to an earlier request with the same key.",
 }
 
 
 def _add_security(document: dict[str, Any], routes: Iterable[BaseRoute]) -> None:
     """Add the security requirement of each route, with the scope of the key as its role."""
     schemes = document["components"].setdefault("securitySchemes", {})
-    schemes["key"] = {"type": "http", "scheme": "bearer", "description": "Asked for when a key is set."}
+    schemes["key"] = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key of a tenant or of the operator, if the service asks for keys. An operation "
+        "names the scope of its key: predict, adapt, admin, or operator for the operator's own key.",
+    }
     document["security"] = [{"key": []}, {}]
     for route in routes:
         if not isinstance(route, DeclaredRoute) or not route.include_in_schema:

@@ -42,12 +42,12 @@ class OperationEndpoints:
         self._measured = measured
         self._metrics = metrics
 
-    async def backbones(self) -> Response:
-        """What can be adapted."""
+    async def list_backbones(self) -> Response:
+        """List the backbones that can be adapted."""
         return render_backbones(self._batchers, self._measured)
 
-    async def metrics(self) -> Response:
-        """What Prometheus scrapes."""
+    async def get_metrics(self) -> Response:
+        """Return the metrics that Prometheus scrapes."""
         return Response(await asyncio.to_thread(self._metrics.render), media_type=CONTENT_TYPE)
 
 

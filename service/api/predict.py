@@ -34,7 +34,7 @@ class PredictEndpoints:
         self._reader = reader
 
     async def predict(self, request: Request) -> Response:
-        """Predict with the live version, or with the one named."""
+        """Predict with the live version, or with the version that the request names."""
         channel = channel_of(request.scope)
         tenant = channel.known_tenant()
         if (name := self._reader.adapter(request)) is not None:
@@ -48,7 +48,7 @@ class PredictEndpoints:
         return render_predictions(found, raw=asked.raw)
 
     async def embed(self, request: Request) -> Response:
-        """The bare embeddings of inputs."""
+        """Return the embeddings of inputs."""
         channel = channel_of(request.scope)
         tenant = channel.known_tenant()
         name, inputs, raw = await self._reader.embed(request)
@@ -68,20 +68,20 @@ class OpenAIEndpoints:
         self._predictor = predictor
         self._reader = reader
 
-    async def embeddings(self, request: Request) -> Response:
-        """The embeddings of texts, as OpenAI's clients ask for them."""
+    async def create_embeddings(self, request: Request) -> Response:
+        """Return the embeddings of texts, in the form of OpenAI's API."""
         channel = channel_of(request.scope)
         tenant = channel.known_tenant()
         asked = await self._reader.openai(request)
         channel.count_items(1 if isinstance(asked.input, str) else len(asked.input))
         return await openai_embeddings(tenant, self._predictor, asked)
 
-    async def models(self) -> Response:
-        """The backbones that /v1/embeddings takes."""
+    async def list_models(self) -> Response:
+        """List the backbones that /v1/embeddings takes."""
         return render_models(self._predictor.batchers)
 
-    async def model(self, model: str) -> Response:
-        """One of them."""
+    async def get_model(self, model: str) -> Response:
+        """Return one of the backbones that /v1/embeddings takes."""
         return render_model(model, text_batcher(self._predictor.batchers, model))
 
 

@@ -32,39 +32,39 @@ class TenantEndpoints:
         self._reader = reader
 
     async def create_tenant(self, request: Request) -> Response:
-        """Make a tenant."""
+        """Create a tenant."""
         wanted = await self._reader.model(request, TenantRequest)
         return render_tenant(await asyncio.to_thread(self._tenants.create, wanted.tenant), status=201)
 
     async def list_tenants(self, page: Page) -> Response:
-        """The tenants in the order of their names."""
+        """List the tenants in the order of their names."""
         found = await asyncio.to_thread(self._tenants.tenants, page.after, page.wanted)
         return render_tenants(found, page)
 
-    async def tenant(self, tenant: NamedTenant) -> Response:
-        """One tenant."""
+    async def get_tenant(self, tenant: NamedTenant) -> Response:
+        """Return one tenant."""
         return render_tenant(await asyncio.to_thread(self._tenants.tenant, tenant))
 
     async def erase_tenant(self, tenant: NamedTenant) -> Response:
-        """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys, quotas.
+        """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys and quotas.
 
-        What is being done for it is broken off. All of it is gone within 5 seconds, in every process.
+        Its running work is aborted. All of it is gone within 5 seconds, in every process.
         """
         return render_erased(await self._eraser.tenant(tenant))
 
     async def set_quotas(self, request: Request, tenant: NamedTenant) -> Response:
-        """Say what a tenant may have: all of it at once. Every process heeds it within 5 seconds."""
+        """Set the quotas of a tenant, all at once. Every process applies them within 5 seconds."""
         wanted = await self._reader.model(request, QuotasIn)
         quotas = Quotas(**wanted.model_dump())
         return render_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, quotas))
 
-    async def keys(self, tenant: NamedTenant) -> Response:
-        """The tenant's keys, without their secrets."""
+    async def list_keys(self, tenant: NamedTenant) -> Response:
+        """List the keys of the tenant, without their secrets."""
         found = await asyncio.to_thread(self._tenants.keys, tenant)
         return render_keys(found)
 
     async def create_key(self, request: Request, tenant: NamedTenant) -> Response:
-        """Make a key. The answer holds the whole of it, once."""
+        """Create a key. The answer holds the whole key, this once."""
         wanted = await self._reader.model(request, KeyRequest)
         lifetime = None if wanted.expires_in is None else timedelta(seconds=wanted.expires_in)
         return render_new_key(
@@ -74,11 +74,11 @@ class TenantEndpoints:
         )
 
     async def rotate_key(self, request: Request, tenant: NamedTenant, key: str) -> Response:
-        """Make a key in the place of another, which goes on for a while."""
+        """Replace a key by a new one. The old key stays valid for a while."""
         wanted = await self._reader.model(request, RotateRequest)
         grace = timedelta(seconds=wanted.grace)
         return render_new_key(*await asyncio.to_thread(self._tenants.rotate, tenant, key, grace))
 
     async def revoke_key(self, tenant: NamedTenant, key: str) -> Response:
-        """Revoke a key: within 5 seconds it opens nothing any more, in every process."""
+        """Revoke a key. Every process refuses it within 5 seconds."""
         return render_key(await asyncio.to_thread(self._tenants.revoke, tenant, key))

@@ -98,6 +98,7 @@ class DeclaredRoute(APIRoute):
             path,
             endpoint,
             methods=[method],
+            operation_id=endpoint.__name__,  # generated clients name their methods after it
             responses=responses,
             openapi_extra=body.documented or None,
             **documented,

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from benchmarks.harness.service_process import Serving
-from service.api.app import delete, get
+from service.api.routes import delete, get
 from service.edge.auth import Authenticator
 from service.edge.routes import Access, Need, RouteTable
 from service.settings import Settings

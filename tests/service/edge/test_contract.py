@@ -10,8 +10,8 @@ import httpx
 import pytest
 from fastapi import Depends
 
-from service.api.app import get, page_routes
 from service.api.operations import PageEndpoints
+from service.api.routes import get, page_routes
 from service.edge.routes import Body, Contract, RouteTable
 from tests.support.service.client import Caller, reviews
 

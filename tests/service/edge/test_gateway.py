@@ -16,7 +16,7 @@ import httpx
 import pytest
 from fastapi import Request
 
-from service.api.app import post
+from service.api.routes import post
 from service.edge import pace
 from service.edge.channel import BodyBudget, RequestChannel
 from service.edge.concurrency import UPLOADS_OF_A_TENANT, ConcurrencyLimit

@@ -13,9 +13,10 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from adapters.registry.tenants import HeldKey
-from service.api.app import application, get, page_routes, post
+from service.api.app import application
 from service.api.dependencies import Tenant
 from service.api.operations import PageEndpoints
+from service.api.routes import get, page_routes, post
 from service.edge.auth import Authenticator
 from service.edge.gateway import Edge
 from service.edge.routes import Body as Declared
