@@ -50,7 +50,8 @@ def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
         detail = getattr(error, "detail", None) or str(error)
         if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
             also = f"{len(rejected)} examples were rejected as well; `errors` says why."
-            vars(error).update(errors=_blamed(rejected), detail=f"{detail} {also}")
+            error.args = (f"{detail} {also}",)
+            vars(error).update(errors=_blamed(rejected))
         raise
 
 
