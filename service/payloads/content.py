@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 
 from adapters.prediction.predictor import Input
 from models.preprocess.limits import InputError
@@ -45,6 +46,12 @@ def parse(body: bytes | bytearray) -> Any:
         return from_json(body, cache_strings="keys")
     except ValueError as error:
         raise NotJson(f"The body is not valid JSON: {error}.") from error
+
+
+class InMemoryParser(MultiPartParser):
+    """Starlette's parser without temporary files: bodies are bounded, and inputs must not touch the disk."""
+
+    spool_max_size = 1 << 40
 
 
 async def whole_body(request: Request) -> bytearray:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import QueryParams, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartException
 
 from adapters.adaptation.commands import AdaptCommand
 from adapters.adaptation.example_editor import Amendment, Feedback
@@ -26,6 +26,7 @@ from models.preprocess.limits import InputError
 from service.errors import Problem
 from service.payloads.content import (
     AT_ONCE,
+    InMemoryParser,
     NotJson,
     TooIntricate,
     content_of,
@@ -67,12 +68,6 @@ class ParsedPredict:
 
     query: PredictQuery
     raw: bool  # the body was one raw input, so an error of that input is the error of the request
-
-
-class _InMemoryParser(MultiPartParser):
-    """Starlette's parser without temporary files: bodies are bounded, and inputs must not touch the disk."""
-
-    spool_max_size = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +233,7 @@ class RequestReader:
         return [decoded_text(body) if media == "text/plain" else body], {}
 
     async def _form(self, request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
-        parser = _InMemoryParser(
+        parser = InMemoryParser(
             request.headers, stream_of(request), max_files=most, max_fields=_FIELDS, max_part_size=AT_ONCE
         )
         try:
