@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from adapters.adaptation.commands import AdapterLimits
+from adapters.examples.upload import UploadLimits
 from adapters.jobs.callbacks import secret_key
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.logs import LogFormat
@@ -29,6 +31,10 @@ _MOST = 2**31 - 1
 Count = Annotated[int, Field(gt=0, le=_MOST)]
 Bytes = Annotated[int, Field(gt=0, le=1 << 44)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400.0)]
+
+# The parts that have a limit define its default.
+_ADAPTERS, _UPLOADS = AdapterLimits(), UploadLimits()
+_INPUTS, _PROBE = _UPLOADS.inputs, _ADAPTERS.probe
 
 _PREFIX = "TOPWORK_"
 # Variables of the tests and the benchmarks.
@@ -100,17 +106,23 @@ class Settings(BaseSettings):
         default=1_024 * MIB,
         description="Bytes of one bulk upload (NDJSON, CSV or zip).",
     )
-    max_upload_examples: Count = Field(default=100_000, description="Examples in one bulk upload.")
+    max_upload_examples: Count = Field(
+        default=_UPLOADS.max_examples, description="Examples in one bulk upload."
+    )
     max_examples: Count = Field(default=1_000, description="Examples in one /adapt request.")
     max_inputs: Count = Field(default=128, description="Inputs in one /predict or /embed request.")
     max_openai_inputs: Count = Field(default=2_048, description="Texts in one /v1/embeddings request.")
-    max_adapter_examples: Count = Field(default=100_000, description="Examples kept by one adapter.")
-    max_labels: int = Field(default=2_000, gt=1, le=_MOST, description="Labels of one adapter.")
-    max_image_bytes: Bytes = Field(default=16 * MIB, description="Bytes of one encoded image.")
-    max_image_pixels: Count = Field(
-        default=50_000_000, description="Pixels of one image, read before decoding."
+    max_adapter_examples: Count = Field(
+        default=_ADAPTERS.max_examples, description="Examples kept by one adapter."
     )
-    max_text_chars: Count = Field(default=100_000, description="Characters of one text.")
+    max_labels: int = Field(
+        default=_ADAPTERS.max_labels, gt=1, le=_MOST, description="Labels of one adapter."
+    )
+    max_image_bytes: Bytes = Field(default=_INPUTS.max_image_bytes, description="Bytes of one encoded image.")
+    max_image_pixels: Count = Field(
+        default=_INPUTS.max_pixels, description="Pixels of one image, read before decoding."
+    )
+    max_text_chars: Count = Field(default=_INPUTS.max_text_chars, description="Characters of one text.")
 
     max_queue: Count = Field(default=4_096, description="Inputs waiting for one backbone; beyond it, 429.")
     max_wait: Seconds = Field(
@@ -120,8 +132,10 @@ class Settings(BaseSettings):
     max_fit_queue: Count = Field(
         default=32, description="Fits of a tenant that is alone; beyond it, or its share, 429."
     )
-    max_fit_seconds: Seconds = Field(default=30.0, description="A fit predicted to take longer is refused.")
-    max_fit_bytes: Bytes = Field(default=512 * MIB, description="Memory of the blocks of one fit.")
+    max_fit_seconds: Seconds = Field(
+        default=_PROBE.limit_seconds, description="A fit predicted to take longer is refused."
+    )
+    max_fit_bytes: Bytes = Field(default=_PROBE.memory_bytes, description="Memory of the blocks of one fit.")
     workers: int = Field(
         default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )

@@ -23,7 +23,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled ea
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """Settings of a worker.
+    """Settings of a worker. The service's settings have the defaults.
 
     `store`: a folder or a URL. `scratch`: folder for the checkpoints from which another attempt resumes.
     """
@@ -31,21 +31,21 @@ class WorkerConfig:
     database: str
     store: str
     scratch: str
-    store_options: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    threads: int = 1
-    lease_seconds: float = 30.0
+    max_upload_examples: int
+    max_adapter_examples: int
+    max_labels: int
+    max_fit_bytes: int
+    max_image_bytes: int
+    max_image_pixels: int
+    max_text_chars: int
+    store_options: Mapping[str, str]
+    device: str
+    threads: int
+    lease_seconds: float
+    max_running_per_tenant: int
+    log_format: LogFormat
+    callback_secrets: Sequence[str] = field(repr=False)
     poll_seconds: float = 1.0
-    max_running_per_tenant: int = 1
-    max_upload_examples: int = 100_000
-    max_adapter_examples: int = 100_000
-    max_labels: int = 2_000
-    max_fit_bytes: int = 512 << 20
-    max_image_bytes: int = 16 << 20
-    max_image_pixels: int = 50_000_000
-    max_text_chars: int = 100_000
-    log_format: LogFormat = "auto"
-    callback_secrets: Sequence[str] = field(default=(), repr=False)
 
 
 class WorkerSupervisor:

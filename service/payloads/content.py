@@ -10,8 +10,10 @@ from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 
+from adapters.examples.base64_images import decode_base64
 from adapters.prediction.predictor import Input
 from models.preprocess.limits import InputError
+from service.payloads.requests import InputIn
 
 # Bodies up to this size and number of commas are parsed in the event loop, in about a millisecond; starting a
 # thread would take longer.
@@ -22,6 +24,7 @@ _MARK = b"\xef\xbb\xbf"
 # copies at gigabytes a second.
 _MOST_COMMAS = 2_000_000  # prose has one in fifty characters
 _MOST_BRACKETS = 500_000  # opening ones; lists and objects are the dearest
+_FIELDS = 64  # fields of a form, besides its files
 
 
 class NotJson(ValueError):
@@ -70,10 +73,20 @@ async def whole_body(request: Request) -> bytearray:
     return body
 
 
-async def stream_of(request: Request) -> AsyncGenerator[bytes, None]:
+async def _stream_of(request: Request) -> AsyncGenerator[bytes, None]:
     """Yield the body as it comes."""
     async for chunk in request.stream():
         yield chunk
+
+
+async def form_of(request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
+    """Return up to `most` files of a multipart body, and its other fields. Raises MultiPartException."""
+    parser = InMemoryParser(
+        request.headers, _stream_of(request), max_files=most, max_fields=_FIELDS, max_part_size=AT_ONCE
+    )
+    items = (await parser.parse()).multi_items()
+    files = [value for _, value in items if isinstance(value, UploadFile)]
+    return files, {key: value for key, value in items if isinstance(value, str)}
 
 
 async def content_of(file: UploadFile) -> Input:
@@ -83,6 +96,18 @@ async def content_of(file: UploadFile) -> Input:
     if media.startswith("text/") or (not media.startswith("image/") and name.endswith(".txt")):
         return decoded_text(content)
     return content
+
+
+def input_of(one: InputIn) -> Input:
+    """Return the input of one item; an error in its place if it is none, or several."""
+    if (one.image is None) == (one.text is None):
+        return InputError("input_missing", "Give exactly one of image and text.")
+    if one.text is not None:
+        return one.text
+    try:
+        return decode_base64((one.image or "").encode("utf-8", "surrogatepass"))
+    except InputError as error:
+        return error
 
 
 def decoded_text(content: bytes) -> Input:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -15,40 +15,36 @@ from starlette.formparsers import MultiPartException
 
 from adapters.adaptation.commands import AdaptCommand
 from adapters.adaptation.example_editor import Amendment, Feedback
-from adapters.examples.base64_images import decode_base64
 from adapters.examples.target import ExampleError
 from adapters.examples.upload_forms import Form
 from adapters.examples.validation import PostedExample
-from adapters.finetune.config import FineTuneConfig
 from adapters.jobs.submission import FINE_TUNE
 from adapters.prediction.predictor import Input, PredictQuery
 from models.preprocess.limits import InputError
 from service.errors import Problem
+from service.payloads.commands import adapt_command, faulty_example, posted_example, target_of
 from service.payloads.content import (
     AT_ONCE,
-    InMemoryParser,
     NotJson,
     TooIntricate,
     content_of,
     decoded_text,
     folder_of,
+    form_of,
+    input_of,
     parse,
-    stream_of,
     whole_body,
 )
 from service.payloads.requests import (
     AdaptRequest,
     AmendRequest,
     EmbedRequest,
-    ExampleIn,
     FeedbackRequest,
-    InputIn,
     OpenAIRequest,
     PredictRequest,
-    TargetIn,
     UploadRequest,
 )
-from service.payloads.validation import Fault, apart, lax, refuse_parameters, strict
+from service.payloads.validation import apart, lax, refuse_parameters, strict
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -56,9 +52,6 @@ Asking = TypeVar("Asking", PredictRequest, EmbedRequest)
 
 _ITEMS_AT_ONCE = 200
 _ALL_IN_BODY = "With a JSON body all fields are in the body. Leave the query string out."
-# Fields that a request and its command have alike.
-_SHARED = AdaptRequest.model_fields.keys() & {field.name for field in fields(AdaptCommand)} - {"fine_tune"}
-_FIELDS = 64  # fields of a form, besides its files
 _SHORT_QUERY = 256  # bytes; longer query strings are not cached
 
 
@@ -100,7 +93,7 @@ class RequestReader:
                 "invalid_request",
                 f"A bulk upload ({form}) is fitted with linear_probe and cannot be strict.",
             )
-        return replace(_command(body, (), job=True), columns=columns), request.stream()
+        return replace(adapt_command(body, (), job=True), columns=columns), request.stream()
 
     def adapter(self, request: Request) -> str | None:
         """Return the adapter that a raw input is for, before its body is read; None for other bodies."""
@@ -146,7 +139,7 @@ class RequestReader:
     async def amendment(self, request: Request) -> Amendment:
         """Read the changes to a kept example."""
         body = await self.model(request, AmendRequest)
-        target = _target(body)
+        target = target_of(body)
         given = any(value is not None for value in (body.label, body.labels, body.target))
         if given and isinstance(target, ExampleError):
             raise target
@@ -192,8 +185,10 @@ class RequestReader:
     def _adapt_command(self, value: Any) -> AdaptCommand:
         self._count_in(value, "examples", self.max_examples)
         body, faults = apart(AdaptRequest, value, "examples")
-        good = (self._posted(example) for example in body.examples)
-        return _command(body, _merged(good, {at: _faulty(value, at, one) for at, one in faults.items()}))
+        good = (posted_example(example) for example in body.examples)
+        return adapt_command(
+            body, _merged(good, {at: faulty_example(value, at, one) for at, one in faults.items()})
+        )
 
     def _predict_query(self, value: Any) -> ParsedPredict:
         self._count_in(value, "inputs", self.max_inputs)
@@ -208,22 +203,22 @@ class RequestReader:
     def _items(self, model: type[Asking], value: Any) -> tuple[Asking, Sequence[Input]]:
         """Return a request and its inputs, with an error in the place of each malformed one."""
         body, faults = apart(model, value, "inputs")
-        good = (self._input(one) for one in body.inputs)
+        good = (input_of(one) for one in body.inputs)
         errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
         inputs = _merged(good, errors)
         _some(inputs)
         return body, inputs
 
     async def _adapt_form(self, request: Request) -> AdaptCommand:
-        files, fields = await self._form(request, self.max_examples)
+        files, fields = await _form(request, self.max_examples)
         body = lax(AdaptRequest, dict(request.query_params), fields)
-        return _command(
+        return adapt_command(
             body, [PostedExample(await content_of(file), folder_of(file.filename)) for file in files]
         )
 
     async def _inputs(self, request: Request, media: str) -> tuple[Sequence[Input], dict[str, str]]:
         if media == "multipart/form-data":
-            files, fields = await self._form(request, self.max_inputs)
+            files, fields = await _form(request, self.max_inputs)
             inputs = [await content_of(file) for file in files]
             _some(inputs)
             return inputs, fields
@@ -232,29 +227,14 @@ class RequestReader:
         body = await request.body()
         return [decoded_text(body) if media == "text/plain" else body], {}
 
-    async def _form(self, request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
-        parser = InMemoryParser(
-            request.headers, stream_of(request), max_files=most, max_fields=_FIELDS, max_part_size=AT_ONCE
-        )
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            if error.message.startswith("Too many files"):
-                raise too_many(most, "files") from error
-            raise Problem(
-                400, "invalid_multipart", f"The multipart body cannot be read: {error.message}"
-            ) from error
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        return files, {key: value for key, value in form.multi_items() if isinstance(value, str)}
-
     def _feedback(self, value: Any) -> Feedback:
         body = strict(FeedbackRequest, value)
         if (body.id is None) == (body.image is None and body.text is None):
             raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
-        target = _target(body)
+        target = target_of(body)
         if isinstance(target, ExampleError):
             raise target
-        given = None if body.id is not None else self._input(body)
+        given = None if body.id is not None else input_of(body)
         return Feedback(
             target=target,
             input=given,
@@ -264,26 +244,6 @@ class RequestReader:
             group=body.group,
             sampled=body.sampled,
         )
-
-    def _posted(self, example: ExampleIn) -> PostedExample:
-        return PostedExample(
-            input=self._input(example),
-            blamed=_source(example),
-            target=_target(example),
-            id=example.id,
-            group=example.group,
-            sampled=example.sampled,
-        )
-
-    def _input(self, one: InputIn) -> Input:
-        if (one.image is None) == (one.text is None):
-            return InputError("input_missing", "Give exactly one of image and text.")
-        if one.text is not None:
-            return one.text
-        try:
-            return decode_base64((one.image or "").encode("utf-8", "surrogatepass"))
-        except InputError as error:
-            return error
 
     def _count_in(self, value: Any, key: str, most: int) -> None:
         if isinstance(value, dict):
@@ -343,49 +303,25 @@ def _parsed_query(query: bytes) -> PredictRequest:
     return lax(PredictRequest, dict(QueryParams(query)))
 
 
+async def _form(request: Request, most: int) -> tuple[list[UploadFile], dict[str, str]]:
+    """Return the files of a multipart body, of which `most` are allowed, and its other fields."""
+    try:
+        return await form_of(request, most)
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise too_many(most, "files") from error
+        raise Problem(
+            400, "invalid_multipart", f"The multipart body cannot be read: {error.message}"
+        ) from error
+
+
 def _some(inputs: Sequence[object]) -> None:
     if not inputs:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
 
 
-def _command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: bool = False) -> AdaptCommand:
-    tunes = body.method == FINE_TUNE
-    if body.callback is not None and not (tunes or job):
-        raise Problem(
-            422,
-            "invalid_request",
-            "`callback` is for jobs only, and this request is answered at once. Leave it out.",
-        )
-    if body.fine_tune is not None and not tunes:
-        raise Problem(
-            422,
-            "invalid_request",
-            "`fine_tune` has options of a fine-tune. Set `method` to fine_tune as well.",
-        )
-    return AdaptCommand(
-        posted=posted,
-        fine_tune=(body.fine_tune or FineTuneConfig()) if tunes else None,
-        **body.model_dump(include=_SHARED),
-    )
-
-
 def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
     return PredictQuery(body.adapter, inputs, body.version, body.top_k, body.explain, body.min_epoch)
-
-
-def _source(one: InputIn) -> str:
-    """Return the field of the input, image or text; "" unless exactly one is given."""
-    if (one.image is None) == (one.text is None):
-        return ""
-    return "text" if one.image is None else "image"
-
-
-def _faulty(value: Any, index: int, fault: Fault) -> PostedExample:
-    """Return a malformed example as one whose input is an error."""
-    example = value["examples"][index]
-    name = example.get("id") if isinstance(example, dict) else None
-    known = name if isinstance(name, str) else None
-    return PostedExample(InputError(fault.code, fault.detail), id=known, blamed=fault.place)
 
 
 def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:
@@ -393,10 +329,3 @@ def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:
     rest = list(good)
     following = iter(rest)
     return [others[at] if at in others else next(following) for at in range(len(rest) + len(others))]
-
-
-def _target(one: TargetIn) -> object:
-    given = [value for value in (one.label, one.labels, one.target) if value is not None]
-    if len(given) > 1:
-        return ExampleError("label_invalid", "Give only one of label, labels and target.")
-    return given[0] if given else None

@@ -68,6 +68,7 @@ from models.preprocess.pixels import normalised
 from models.priority import NICENESS
 from models.spec import ImageTransform
 from service import background
+from service.settings import Settings
 from tests.support.adapters.job_records import expire
 from tests.support.adapters.listener import Listener, listening
 from tests.support.conditions import until
@@ -104,13 +105,13 @@ class Place:
 
     @property
     def config(self) -> WorkerConfig:
-        return WorkerConfig(
-            f"sqlite:///{self.folder / 'registry.db'}",
-            str(self.folder / "artifacts"),
-            str(self.folder / "scratch"),
-            lease_seconds=8.0,
-            poll_seconds=0.1,
+        settings = Settings(
+            home=self.folder,
+            database_url=f"sqlite:///{self.folder / 'registry.db'}",
+            store_url=str(self.folder / "artifacts"),
         )
+        scratch = str(self.folder / "scratch")
+        return replace(settings.worker, scratch=scratch, lease_seconds=8.0, poll_seconds=0.1)
 
     @property
     def tuning(self) -> FineTuneJob:
