@@ -20,8 +20,8 @@ help:  ## List the targets
 serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctrl-C
 	@exec $(BIN)/topwork serve --host $(HOST)
 
-# Parallel runs of the tests: `make test WORKERS=3`. 0 runs them one by one.
-WORKERS ?= 0
+# Processes that run tests; 0 runs them one by one.
+WORKERS ?= 3
 
 # pytest exits with 5 where no test is selected, as ARGS may leave one of the three runs.
 define tests

@@ -184,5 +184,5 @@ def test_it_ends_with_its_parent() -> None:
 
 def test_where_none_can_be_started_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(DecoderUnavailable, match="ended with 1 before it was ready"):
+    with pytest.raises(DecoderUnavailable, match="ended with status 1 before it was ready"):
         ImagePreprocessor(PLAIN, decoder=Decoder())(SMALL)
