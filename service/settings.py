@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from adapters.adaptation.commands import AdapterLimits
-from adapters.examples.upload import UploadLimits
+from adapters import defaults
 from adapters.jobs.callbacks import secret_key
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.logs import LogFormat
 from models import SILENT
+from models.preprocess.limits import InputLimits
 
 logger = logging.getLogger("topwork")
 
@@ -32,9 +32,7 @@ Count = Annotated[int, Field(gt=0, le=_MOST)]
 Bytes = Annotated[int, Field(gt=0, le=1 << 44)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400.0)]
 
-# The parts that have a limit define its default.
-_ADAPTERS, _UPLOADS = AdapterLimits(), UploadLimits()
-_INPUTS, _PROBE = _UPLOADS.inputs, _ADAPTERS.probe
+_INPUTS = InputLimits()
 
 _PREFIX = "TOPWORK_"
 # Variables of the tests and the benchmarks.
@@ -107,16 +105,16 @@ class Settings(BaseSettings):
         description="Bytes of one bulk upload (NDJSON, CSV or zip).",
     )
     max_upload_examples: Count = Field(
-        default=_UPLOADS.max_examples, description="Examples in one bulk upload."
+        default=defaults.UPLOAD_EXAMPLES, description="Examples in one bulk upload."
     )
     max_examples: Count = Field(default=1_000, description="Examples in one /adapt request.")
     max_inputs: Count = Field(default=128, description="Inputs in one /predict or /embed request.")
     max_openai_inputs: Count = Field(default=2_048, description="Texts in one /v1/embeddings request.")
     max_adapter_examples: Count = Field(
-        default=_ADAPTERS.max_examples, description="Examples kept by one adapter."
+        default=defaults.ADAPTER_EXAMPLES, description="Examples kept by one adapter."
     )
     max_labels: int = Field(
-        default=_ADAPTERS.max_labels, gt=1, le=_MOST, description="Labels of one adapter."
+        default=defaults.ADAPTER_LABELS, gt=1, le=_MOST, description="Labels of one adapter."
     )
     max_image_bytes: Bytes = Field(default=_INPUTS.max_image_bytes, description="Bytes of one encoded image.")
     max_image_pixels: Count = Field(
@@ -133,9 +131,9 @@ class Settings(BaseSettings):
         default=32, description="Fits of a tenant that is alone; beyond it, or its share, 429."
     )
     max_fit_seconds: Seconds = Field(
-        default=_PROBE.limit_seconds, description="A fit predicted to take longer is refused."
+        default=defaults.FIT_SECONDS, description="A fit predicted to take longer is refused."
     )
-    max_fit_bytes: Bytes = Field(default=_PROBE.memory_bytes, description="Memory of the blocks of one fit.")
+    max_fit_bytes: Bytes = Field(default=defaults.FIT_BYTES, description="Memory of the blocks of one fit.")
     workers: int = Field(
         default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )

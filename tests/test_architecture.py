@@ -100,7 +100,7 @@ LEVELS = {
         ("adapters.registry", "adapters.probe"),
         ("adapters.heads", "adapters.storage"),
         ("adapters.examples",),
-        ("adapters.completion", "adapters.logs", "adapters.redaction"),
+        ("adapters.completion", "adapters.defaults", "adapters.logs", "adapters.redaction"),
     ),
     "models": (
         ("models.export", "models.trial_process"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from adapters.adaptation.promotion.decision import Decision, Promote
+from adapters.defaults import ADAPTER_EXAMPLES, ADAPTER_LABELS
 from adapters.examples.target import Task, Weights
 from adapters.examples.validation import PostedExample, RejectedExample, ValidExample
 from adapters.finetune.config import FineTuneConfig
@@ -33,8 +34,8 @@ class NothingToFit(Invalid):
 class AdapterLimits:
     """Limits of one adapter: kept examples and distinct labels; and how it is fitted."""
 
-    max_examples: int = 100_000
-    max_labels: int = 2_000
+    max_examples: int = ADAPTER_EXAMPLES
+    max_labels: int = ADAPTER_LABELS
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapters.defaults import UPLOAD_EXAMPLES
 from adapters.examples.validation import PostedExample
 from models.errors import CodedError, Invalid
 from models.preprocess.limits import InputError, InputLimits
@@ -23,7 +24,7 @@ class BadUpload(CodedError, Invalid):
 class UploadLimits:
     """Limits of one upload; the limits of its inputs are the usual ones."""
 
-    max_examples: int = 100_000
+    max_examples: int = UPLOAD_EXAMPLES
     inputs: InputLimits = field(default_factory=InputLimits)
     # Decompressed bytes that any zip may have; above that, the compression ratio is bounded (zip bombs).
     zip_bytes: int = 256 << 20

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from adapters.defaults import FIT_BYTES, FIT_SECONDS
 from adapters.examples.copies import together, with_misled
 from adapters.examples.target import ANSWER_ACCURACY, Target, Task, labels_of
 from adapters.heads.head import Head
@@ -84,8 +85,8 @@ class ProbeConfig:
 
     answer_accuracy: float = ANSWER_ACCURACY  # wanted among the answers that are not abstained on
     balanced: bool = False  # whether labels count as equally frequent, whatever the examples say
-    memory_bytes: int = 512 << 20  # limit, in addition to the dataset itself
-    limit_seconds: float = 30.0  # fits that are predicted to take longer are refused
+    memory_bytes: int = FIT_BYTES  # limit, in addition to the dataset itself
+    limit_seconds: float = FIT_SECONDS  # fits that are predicted to take longer are refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,11 @@ def test_what_else_is_unknown_is_named_and_what_others_set_is_not() -> None:
         "TOPWORK_MAX_TEXTS": "TOPWORK_MAX_TEXT_CHARS",
         "TOPWORK_PORT": None,
     }
+
+
+def test_settings_are_read_before_numpy() -> None:
+    program = "import sys, service.settings; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_callback_secrets_are_hidden_and_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
