@@ -212,6 +212,11 @@ def worker(config: WorkerConfig, command: Sequence[str] = WORKER) -> Iterator[su
         process.stdin.close()
 
 
+def done_and_cleared(place: Place, job: JobRecord) -> bool:
+    """Whether the job has ended and its worker has deleted the checkpoint, which is just after the commit."""
+    return place.job(job.id).finished_at is not None and not place.checkpoint(job).exists()
+
+
 def check_tuned(place: Place, job: JobRecord) -> None:
     """The job's version is there as a whole, and no other."""
     versions = place.registry.versions(place.uid)
@@ -230,14 +235,13 @@ def check_tuned(place: Place, job: JobRecord) -> None:
     assert tuned.report["promotion"]["compared"] == len(measured)
     # A file for each row that refers to one, and none besides.
     assert place.objects() == len(place.registry.referenced(place.uid)) == 7
-    # The worker deletes the checkpoint just after the commit.
-    until(lambda: not place.checkpoint(job).exists())
+    assert not list((place.folder / "scratch").glob("*.safetensors"))
 
 
 def test_a_worker_does_a_job_and_ends_with_its_parent(place: Place) -> None:
     job = place.submit()
     with worker(place.config) as process:
-        until(lambda: place.job(job.id).finished_at is not None)
+        until(lambda: done_and_cleared(place, job))
         check_tuned(place, place.job(job.id))
         assert place.job(job.id).progress == {**(place.job(job.id).progress or {}), "phase": 2}
         assert process.stdin is not None
@@ -252,7 +256,7 @@ def test_a_killed_workers_job_goes_on_where_it_was(place: Place) -> None:
         process.kill()
     assert place.job(job.id).state == "running"
     with worker(place.config):
-        until(lambda: place.job(job.id).finished_at is not None)
+        until(lambda: done_and_cleared(place, job))
     done = place.job(job.id)
     assert done.attempt == 2
     check_tuned(place, done)
@@ -290,7 +294,7 @@ def test_a_worker_that_was_stopped_past_its_lease_publishes_nothing(place: Place
         until(place.checkpoint(job).exists)
         until(lambda: stopped_without_the_write_lock(stopped, database))
         with worker(place.config):
-            until(lambda: place.job(job.id).finished_at is not None)
+            until(lambda: done_and_cleared(place, job))
         check_tuned(place, place.job(job.id))
         stopped.send_signal(signal.SIGCONT)
         time.sleep(3.0)
@@ -340,7 +344,7 @@ def test_an_outage_of_the_store_costs_no_attempts(place: Place) -> None:
         assert place.job(job.id).state == "queued"
         artifacts.unlink()
         away.rename(artifacts)
-        until(lambda: place.job(job.id).finished_at is not None)
+        until(lambda: done_and_cleared(place, job))
     assert place.job(job.id).attempt > MAX_ATTEMPTS
     check_tuned(place, place.job(job.id))
 
@@ -493,7 +497,7 @@ def test_a_full_database_stops_no_worker(tmp_path: Path, backbone: str) -> None:
 def test_a_full_scratch_folder_costs_the_checkpoints_only(place: Place) -> None:
     job = place.submit()
     with worker(place.config, on_small_disk(place.folder / "scratch", 4 << 10)):
-        until(lambda: place.job(job.id).finished_at is not None)
+        until(lambda: done_and_cleared(place, job))
     check_tuned(place, place.job(job.id))
 
 
