@@ -12,7 +12,7 @@ import pytest
 import models  # noqa: F401
 from benchmarks.harness.service_process import Serving
 
-# As in the service: spinning threads of BLAS take the cores of other tests. Read when numpy is imported.
+# The service sets this too: spinning BLAS threads would take the cores of other tests. numpy reads it once.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.support.storage"]

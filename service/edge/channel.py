@@ -67,7 +67,7 @@ class RequestChannel:
         self.bytes = 0
         self.bytes_sent = 0
         self.adapter: str | None = None  # for the log, if the path does not name it
-        # What a large body waits for, and the milliseconds that Pace.wait reserved.
+        # Large bodies wait for the pace; `_reserved` are the milliseconds that it set aside for this one.
         self._pace: Pace | None = None
         self._reserved = 0.0
         # Deadline by time.monotonic().

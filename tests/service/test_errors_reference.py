@@ -43,7 +43,7 @@ _OTHERS: dict[str, set[int]] = {
     "unauthorized": {401},
     "unknown_parameter": set(),
 }
-# Of errors without a kind, these end jobs. The others are for operators, and their codes are written nowhere.
+# These errors have no kind and end jobs. Other errors without a kind are for operators: no answer has a code.
 _OF_JOBS = {"Diverged", "ExportRefused", "ExportFailed"}
 
 

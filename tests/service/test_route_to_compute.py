@@ -19,7 +19,7 @@ PREDICT, ADAPT = 44, 102
 TIMES = 8
 PAUSE_SECONDS = 0.2  # between two requests
 LOG_SECONDS = 0.05  # until an answered request is in the logs
-# What watches processes and threads: it runs with or without a request.
+# These modules watch processes and threads, and run without a request too.
 BY_THEMSELVES = {
     "adapters/jobs/lease",
     "adapters/jobs/supervisor",
@@ -65,7 +65,7 @@ class Traced:
             request(number)
             time.sleep(LOG_SECONDS)
             windows.append({module for module, _ in self.calls(begin, time.monotonic())})
-        # What the first one waits for, such as keys that are read again, is not of the others.
+        # The first request reads keys again and the like, so its modules do not count.
         return set.intersection(*windows[1:]) - BY_THEMSELVES
 
 
@@ -108,7 +108,7 @@ def predict(traced: Traced, number: int) -> None:
 
 def test_a_prediction_goes_through_few_modules(traced: Traced) -> None:
     found = traced.modules(lambda number: predict(traced, number))
-    # What it cannot do without, wherever it lies: less means that the processes are not recorded.
+    # Every prediction needs these modules. If one is missing, the processes are not recorded.
     assert {"service/server/protocol", "service/api/predict", "models/backbone"} <= found
     assert len(found) <= PREDICT, sorted(found)
 

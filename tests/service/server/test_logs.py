@@ -84,7 +84,7 @@ def test_columns_where_they_are_asked_for(tmp_path: Path) -> None:
     assert KEY not in log
 
 
-# What libraries log, a warning of Python's, and an error with a secret among its variables.
+# The program logs as a library, warns, and raises an error that has a secret among its variables.
 _PROGRAM = """
 import logging, sys, warnings
 from adapters.logs import configure_logging

@@ -31,7 +31,7 @@ class Body(BaseModel):
     items: list[int]
 
 
-async def nobody(key_id: str) -> HeldKey | None:
+async def no_key(key_id: str) -> HeldKey | None:
     """No tenant has a key."""
     return None
 
@@ -43,7 +43,7 @@ class Shell:
         self,
         settings: Settings,
         addresses: Iterable[str] = ("127.0.0.1",),
-        find: Callable[[str], Awaitable[HeldKey | None]] = nobody,
+        find: Callable[[str], Awaitable[HeldKey | None]] = no_key,
         routes: Iterable[DeclaredRoute] = (),
     ) -> None:
         """`routes`: in addition to those of every shell."""
