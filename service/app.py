@@ -114,6 +114,7 @@ class Topwork:
         # A request takes the GIL several times, and each time may wait this long for a computing thread.
         # Python's default is ten times as long.
         sys.setswitchinterval(_SWITCH_SECONDS)
+        self.components.monitor.watch_loop()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

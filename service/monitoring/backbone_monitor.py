@@ -99,6 +99,12 @@ class BackboneMonitor:
             one.first = None if found.errors else found.embeddings[0]
         self._tasks = [asyncio.create_task(self._canaries(name)) for name in self._watched]
         self._tasks.append(asyncio.create_task(self._look()))
+
+    def watch_loop(self) -> None:
+        """From now on, end the process if the event loop stands still.
+
+        Called last when a service starts: its API is built in the loop, which may take seconds.
+        """
         self._watchdog.start()
 
     async def close(self) -> None:

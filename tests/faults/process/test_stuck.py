@@ -16,7 +16,7 @@ from tests.support.service.faulty_service import KINDS, Breaking
 
 @pytest.mark.parametrize("_", range(times(5, 1)))
 def test_a_lock_that_is_never_released_ends_the_process(tmp_path: Path, _: int) -> None:
-    service = Breaking(tmp_path, {"service.monitoring.loop_watchdog": {"_TURN_SECONDS": times(10, 2)}})
+    service = Breaking(tmp_path, {"service.monitoring.loop_watchdog": {"_TURN_SECONDS": times(10, 4)}})
     try:
         service.ask("lock", "text")
         begun = time.monotonic()
