@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
-from starlette.routing import BaseRoute
 
-from service.edge.routes import Body, BodyKind, DeclaredRoute, Responses
+from service.edge.routes import Answers, Body, BodyKind, DeclaredRoute
 from service.errors import is_openai
 from service.payloads import requests, tenants
 from service.payloads.responses.answer import ProblemOut
+from service.payloads.responses.jobs import JobOutcome
 from service.payloads.responses.openai import OpenAIProblem
 
 _REF = "#/components/schemas/{model}"
@@ -30,6 +30,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     tenants.KeyRequest,
     tenants.RotateRequest,
 )
+_PROBLEMS = (ProblemOut, OpenAIProblem)
 # Statuses that the edge may return for any request: it is malformed, has no key or the wrong one, is too slow
 # or too large, exceeds a limit, or cannot be answered now or in time.
 _ANYWHERE = (400, 401, 403, 408, 413, 422, 429, 431, 503, 504)
@@ -66,6 +67,10 @@ _RAW = {
 }
 
 
+def _json(model: type) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+
+
 def body(
     model: type[BaseModel],
     kind: BodyKind = "small",
@@ -79,7 +84,7 @@ def body(
     `files`: the field that a multipart body sends as files. `query`: the body may be one raw input; the other
     fields of this model are then in the query string. `bulk`: the model of a bulk upload, likewise.
     """
-    content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+    content: dict[str, Any] = _json(model)
     if files is not None:
         content["multipart/form-data"] = {"schema": _form(model, files)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
@@ -107,24 +112,32 @@ def once(body: Body, *statuses: int) -> Body:
     return Body(body.kind, {**extra, "parameters": parameters, "responses": answered})
 
 
-def returns(answer: type | str, *refusals: int, status: int = 200) -> Responses:
-    """Return `responses` of a route that answers with a model or media type, or with problems."""
-    content: dict[str, Any] = {"content": {answer: {}}} if isinstance(answer, str) else {"model": answer}
-    return {status: content, **problems(*refusals)}
+def calls_back(body: Body) -> Body:
+    """Return the body of a route whose job tells its `callback` that it has ended."""
+    called = {"job_ended": {"{$request.body#/callback}": _CALLED_BACK}}
+    return Body(body.kind, {**body.documented, "callbacks": called})
 
 
-def submits(job: type) -> Responses:
-    """Return `responses` of a route that may answer with a job."""
+def returns(answer: type | str, *refusals: int, status: int = 200) -> Answers:
+    """Return the answers of a route that answers with a type or a media type, or with problems."""
+    if isinstance(answer, str):
+        return Answers({status: {"content": {answer: {}}}, **problems(*refusals)})
+    return Answers({status: {"content": _json(answer)}, **problems(*refusals)}, (answer,))
+
+
+def submits(job: type) -> Answers:
+    """Return the answers of a route that may answer with a job, of which a callback may tell."""
     headers = {
         "Location": {"schema": {"type": "string"}, "description": "The path of the job."},
         "Retry-After": _RETRY_AFTER,
     }
-    return {202: {"model": job, "headers": headers, "description": "A job was queued."}}
+    queued = {"content": _json(job), "headers": headers, "description": "A job was queued."}
+    return Answers({202: queued}, (job, JobOutcome))
 
 
-def returns_openai(answer: type, *refusals: int) -> Responses:
-    """Return `responses` of a route below /v1, whose problems are in OpenAI's format."""
-    return {200: {"model": answer}, **openai_problems(*refusals)}
+def returns_openai(answer: type, *refusals: int) -> Answers:
+    """Return the answers of a route below /v1, whose problems are in OpenAI's format."""
+    return Answers({200: {"content": _json(answer)}, **openai_problems(*refusals)}, (answer,))
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -158,8 +171,13 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
+        declared = [route for route in app.routes if isinstance(route, DeclaredRoute)]
+        answers = dict.fromkeys(model for route in declared for model in route.answers.models)
         _, definitions = TypeAdapter.json_schemas(
-            [(model, "validation", TypeAdapter(model)) for model in (*_REQUESTS, ProblemOut, OpenAIProblem)],
+            [
+                *((model, "validation", TypeAdapter(model)) for model in _REQUESTS),
+                *((model, "serialization", TypeAdapter(model)) for model in (*answers, *_PROBLEMS)),
+            ],
             ref_template=_REF,
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
@@ -170,7 +188,7 @@ def describe(app: FastAPI) -> None:
                 operations["parameters"] = [_TENANT]
         for name in _FASTAPIS_OWN:
             document["components"]["schemas"].pop(name, None)
-        _add_security(document, app.routes)
+        _add_security(document, declared)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -198,7 +216,30 @@ _REPLAYED = {
 }
 
 
-def _add_security(document: dict[str, Any], routes: Iterable[BaseRoute]) -> None:
+_CALLED_BACK = {
+    "post": {
+        "summary": "A job has ended",
+        "description": "Sent once a job has ended, to the `callback` of its request. The headers are "
+        "sent if the operator signs, as Standard Webhooks has it.",
+        "operationId": "job_ended",
+        "parameters": [
+            {"name": name, "in": "header", "schema": {"type": kind}, "description": description}
+            for name, kind, description in (
+                ("webhook-id", "string", "The id of the job."),
+                ("webhook-timestamp", "integer", "Seconds since 1970."),
+                ("webhook-signature", "string", "`v1,` and a signature in base64; one for each secret."),
+            )
+        ],
+        "requestBody": {"required": True, "content": _json(JobOutcome)},
+        "responses": {
+            "2XX": {"description": "Accepted."},
+            "default": {"description": "Not accepted: sent again, three times in all."},
+        },
+    }
+}
+
+
+def _add_security(document: dict[str, Any], routes: Iterable[DeclaredRoute]) -> None:
     """Add the security requirement of each route, with the scope of the key as its role."""
     schemes = document["components"].setdefault("securitySchemes", {})
     schemes["key"] = {
@@ -209,7 +250,7 @@ def _add_security(document: dict[str, Any], routes: Iterable[BaseRoute]) -> None
     }
     document["security"] = [{"key": []}, {}]
     for route in routes:
-        if not isinstance(route, DeclaredRoute) or not route.include_in_schema:
+        if not route.include_in_schema:
             continue
         need = route.access.need
         security = [] if need == "nothing" else [{"key": [] if need == "key" else [need]}, {}]

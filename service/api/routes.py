@@ -10,7 +10,7 @@ from service.api.adapt import AdaptEndpoints
 from service.api.adapters import AdapterEndpoints
 from service.api.examples import ExampleEndpoints
 from service.api.jobs import JobEndpoints
-from service.api.openapi import body, once, returns, returns_openai, submits
+from service.api.openapi import body, calls_back, once, returns, returns_openai, submits
 from service.api.operations import OperationEndpoints, PageEndpoints
 from service.api.predict import OpenAIEndpoints, PredictEndpoints
 from service.api.tenants import TenantEndpoints
@@ -38,7 +38,7 @@ def learning_routes(adapt: AdaptEndpoints, predict: PredictEndpoints) -> list[De
     to_embed = body(asked.EmbedRequest, "inputs", files="inputs", query=asked.EmbedRequest)
     learned = submits(SubmittedOut) | returns(AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429)
     return [
-        post("/adapt", adapt.adapt, "adapt", learned, body=once(examples, 200, 202)),
+        post("/adapt", adapt.adapt, "adapt", learned, body=once(calls_back(examples), 200, 202)),
         post(
             "/predict",
             predict.predict,

@@ -31,9 +31,6 @@ BodyKind = Literal["none", "small", "inputs", "upload"]
 It sets how many bytes are read (see Channels in layers.py), and that only bulk uploads are not paced.
 """
 
-Responses = dict[int | str, dict[str, Any]]
-"""What a route may answer, by status, as FastAPI's `responses`."""
-
 _NEEDS: tuple[Need, ...] = get_args(Need)
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -53,6 +50,21 @@ class Body:
 
 
 NO_BODY = Body("none")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a route may answer.
+
+    FastAPI is told the names of the types only, for it would prepare to validate with them, which takes a
+    second of the start. Their schemas are made when the OpenAPI document is asked for.
+    """
+
+    responses: dict[int | str, dict[str, Any]] = field(default_factory=dict)  # as FastAPI's, by status
+    models: tuple[type, ...] = ()  # the types to which the responses refer
+
+    def __or__(self, other: Answers) -> Answers:
+        return Answers(self.responses | other.responses, self.models + other.models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +101,18 @@ class DeclaredRoute(APIRoute):
         path: str,
         endpoint: Callable[..., Any],
         need: Need,
-        responses: Responses | None = None,
+        answers: Answers | None = None,
         *,
         body: Body = NO_BODY,
         **documented: Any,
     ) -> None:
+        self.answers = answers or Answers()
         super().__init__(
             path,
             endpoint,
             methods=[method],
             operation_id=endpoint.__name__,  # generated clients name their methods after it
-            responses=responses,
+            responses=self.answers.responses,
             openapi_extra=body.documented or None,
             **documented,
         )

@@ -125,17 +125,32 @@ class JobErrorOut(TypedDict):
     detail: str
 
 
+JobId = Annotated[str, Field(examples=["019abf6e1a2b7c3d9e4f5a6b7c8d9e0f"])]
+MadeVersion = Annotated[int | None, Field(description="The version that it made.", examples=[4])]
+
+
+class JobOutcome(TypedDict):
+    """What a callback says of a job that has ended; the fields are those of the job."""
+
+    id: JobId
+    adapter: AdapterName
+    kind: JobKind
+    state: Literal["succeeded", "failed", "cancelled"]
+    version: MadeVersion
+    error: JobErrorOut | None
+
+
 class JobOut(TypedDict):
     """A job: work that outlives its request."""
 
-    id: Annotated[str, Field(examples=["019abf6e1a2b7c3d9e4f5a6b7c8d9e0f"])]
+    id: JobId
     adapter: AdapterName
     kind: JobKind
     state: JobState
     attempt: Annotated[int, Field(description="Attempts so far; a job whose worker died is tried again.")]
     cancel_requested: bool
     progress: Annotated[JobProgress | None, Field(description="null before the first report.")]
-    version: Annotated[int | None, Field(description="The version that it made.", examples=[4])]
+    version: MadeVersion
     error: JobErrorOut | None
     created_at: datetime
     started_at: datetime | None

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import stamina
+from pydantic import TypeAdapter
 
 from adapters.jobs.callback_sender import send_callback
 from adapters.jobs.callbacks import CallbackNotAllowed, check_callback, secret_key, signature_headers
 from adapters.registry.records import JobRecord
+from service.payloads.responses.jobs import JobOutcome
 from tests.support.adapters.listener import Listener, listening
 
 ALLOWED = ("https://hooks.example.com/topwork/", "http://10.0.0.5:8080/done")
@@ -106,6 +108,8 @@ def test_the_end_is_told_again_until_it_is_heard_and_no_redirect_followed(
         "version": None,
         "error": {"code": "diverged", "detail": "The loss became nan."},
     }
+    # The OpenAPI document describes it so.
+    assert TypeAdapter(JobOutcome).validate_python(listener.told[-1][1]) == listener.told[-1][1]
     assert not [name for name in listener.received[-1][0] if name.startswith("webhook-")]
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "the callback of the job 1 failed: status 302",
