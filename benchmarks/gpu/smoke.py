@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.gpu.__main__ import NAMES, run_session
+from benchmarks.gpu.__main__ import run_session
+from benchmarks.gpu.bench import NAMES
 from benchmarks.gpu.session import Asked
 from models.backbone import Backbone
 from models.export.onnx_export import complete

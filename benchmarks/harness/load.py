@@ -70,6 +70,12 @@ class Round:
         """Good answers a second."""
         return len(self.latencies) / self.seconds
 
+    def checked(self) -> Round:
+        """Return this round. Raises RuntimeError if requests were refused."""
+        if self.refused:
+            raise RuntimeError(f"requests were refused: {dict(self.statuses)}")
+        return self
+
 
 class Load(Process):
     """Sends what it is ordered to, to one service; a context manager."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from benchmarks.data.datasets import DEFAULT_FOLDER
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.harness.report import program
 
 

@@ -39,6 +39,12 @@ class Scene:
         """The service's adapter for it."""
         return self.name.replace(" ", "-").lower()
 
+    def teach(self, server: client.Server) -> None:
+        """Make the adapter."""
+        service = client.Client(server, TENANT)
+        service.adapt(self.adapter, self.taught, self.backbone)
+        service.close()
+
     def forms(self) -> dict[str, list[Request]]:
         """One input a request, in each form that the service reads, and many in one."""
         items = [client.as_input(sample) for sample in self.asked]

@@ -20,7 +20,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -37,7 +36,8 @@ from benchmarks.data.datasets import Sample
 from benchmarks.harness import client
 from benchmarks.harness.report import Report
 from benchmarks.harness.service_process import Serving
-from benchmarks.reliability.kill import Found, conclude, kill_worker, look_into_the_files, wait_for_the_rest
+from benchmarks.reliability.job_outcomes import Outcomes, judge
+from benchmarks.reliability.kill import conclude, kill_worker, look_into_the_files, wait_for_the_rest
 from benchmarks.reliability.mixed import Asked
 
 # A tenant whose job lost its worker waits for the lease to expire. Eight tenants keep the next worker busy.
@@ -62,50 +62,6 @@ AIMED = 4
 
 Json = dict[str, Any]
 Attempt = tuple[str, int]
-
-
-@dataclass
-class Outcomes(Found):
-    """Findings of a run."""
-
-    worker_kills: int = 0
-    server_kills: int = 0
-    attempts_cut: int = 0
-    during_a_submission: int = 0
-    answers_lost: int = 0
-    states: dict[str, int] = field(default_factory=dict)
-    succeeded_later: int = 0
-    attempts: int = 0
-    uploaded_examples: int = 0
-    partial_checkpoints: int = 0
-    without_one_outcome: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    failed_otherwise: list[str] = field(default_factory=list)
-    numbers_twice: list[str] = field(default_factory=list)
-    nobodys_versions: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    checkpoints_left: list[str] = field(default_factory=list)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """See Found.counts."""
-        return {**super().counts, **dict(sorted(self.states.items()))}
-
-    @property
-    def failures(self) -> dict[str, list[str]]:
-        """See Found.failures."""
-        return {
-            **super().failures,
-            "jobs without exactly one outcome": self.without_one_outcome,
-            "outcomes that changed": self.changed,
-            "failed but for exhausted attempts": self.failed_otherwise,
-            "versions that two jobs name": self.numbers_twice,
-            "versions that no job names": self.nobodys_versions,
-            "versions that are not there or do not predict": self.unusable,
-            "submissions or cancels refused": self.refused,
-            "checkpoints of ended jobs left": self.checkpoints_left,
-        }
 
 
 class _Acknowledged(Asked):
@@ -369,7 +325,7 @@ def _look_over_http(
         found.answers_lost += len(last.keys() - known.keys())
         found.lost.extend(sorted(known.keys() - last.keys()))
         for job in jobs:
-            _judge(job, found)
+            judge(job, found)
             if job["kind"] == "bulk_adapt" and job["state"] == "succeeded" and job["id"] in known:
                 sent = known[job["id"]]
                 uploaded[tenant, job["adapter"]] |= sent
@@ -383,21 +339,6 @@ def _look_over_http(
             _look_at_the_versions(caller, f"{tenant} {adapter}", made, found)
     found.uploaded_examples = sum(len(ids) for ids in uploaded.values())
     return uploaded
-
-
-def _judge(job: Json, found: Outcomes) -> None:
-    state, made, code = job["state"], job["version"] is not None, (job["error"] or {}).get("code")
-    # A fine-tune that found nothing better has made no version.
-    done = made or (job["progress"] or {}).get("outcome") == "no_better"
-    whole = {"succeeded": done and not code, "failed": code and not made, "cancelled": not (made or code)}
-    if not whole.get(state, False):
-        found.without_one_outcome.append(str(job))
-    if state == "failed" and code != "attempts_exhausted":
-        found.failed_otherwise.append(str(job))
-    ended = f"{job['kind']} {state}" + (f": {code}" if code else "")
-    found.states[ended] = found.states.get(ended, 0) + 1
-    found.attempts += job["attempt"]
-    found.succeeded_later += state == "succeeded" and job["attempt"] > 1
 
 
 def _look_at_the_versions(caller: client.Client, name: str, made: Sequence[int], found: Outcomes) -> None:

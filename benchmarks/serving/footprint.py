@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.data import datasets
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
 from benchmarks.data.pictures import photographs
 from benchmarks.harness import client
@@ -74,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving.footprint", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", DEFAULT_FOLDER)))
     options = parser.parse_args(arguments)
     report = Report("footprint", "Start-up and memory")
     requests = _largest(options.data)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import datasets
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
 from benchmarks.harness import client
 from benchmarks.harness.report import Report, table
@@ -63,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving.onnx_parity", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", DEFAULT_FOLDER)))
     options = parser.parse_args(arguments)
     report = Report("onnx_parity", "Exported adapters beside the service")
     rows = []

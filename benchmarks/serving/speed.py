@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,11 +26,12 @@ from benchmarks.harness import client
 from benchmarks.harness.caller import Request
 from benchmarks.harness.client import Server
 from benchmarks.harness.contenders import BareLoop, Peer, only
-from benchmarks.harness.load import Load, Order, Round
+from benchmarks.harness.load import Load, Order
 from benchmarks.harness.options import asked
 from benchmarks.harness.payloads import TENANT, Scene, image_scene, text_scene
 from benchmarks.harness.report import Report, Spread, table
-from benchmarks.harness.service_process import ROOT, resident
+from benchmarks.harness.service_process import ROOT
+from benchmarks.serving.heavy_load import overload, soak
 
 ROUNDS = 5
 SECONDS = 2.0
@@ -42,12 +43,6 @@ ALONE_WAY = "one loop, 2 threads, batches of 1"
 ADAPTERS = (1, 100, 10_000)
 ADAPTERS_CACHE = 16 << 20
 ADAPTERS_REQUESTS = 2_000
-OVERLOADS = (2, 5)
-OVERLOAD_CONNECTIONS = 2_000
-SOAK_CONNECTIONS = 200
-SOAK_SHARE = 0.9
-SOAK_PACE_SECONDS = 2.0
-SOAK_MINUTES = 10
 
 BACKBONES = ("efficientnet-lite0", "efficientnet-lite0-int8", "minilm-l6-v2", "minilm-l6-v2-int8")
 
@@ -133,7 +128,7 @@ _Rates = dict[tuple[str, str, int], Spread]
 
 def _race(report: Report, server: Server, scene: Scene) -> _Rates:
     """Inputs a second by contender, form of the request and concurrency; of the bare loop in its best way."""
-    teach(server, scene)
+    scene.teach(server)
     forms = scene.forms()
     values: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     client_share: list[float] = []
@@ -154,14 +149,14 @@ def _race(report: Report, server: Server, scene: Scene) -> _Rates:
             with only(groups, SERVICE):
                 for form, at_once in _plan():
                     order = Order(forms[form], at_once, SECONDS)
-                    result = _good(own[form].run(order))
+                    result = own[form].run(order).checked()
                     inputs = len(scene.asked) / len(forms[form])
                     found[SERVICE, form, at_once] = result.rate * inputs
                     client_share.append(result.cpu_seconds / result.seconds)
             for other in others:
                 with only(groups, other.name):
                     for at_once in CONCURRENCY:
-                        result = _good(other.load.run(Order(other.requests, at_once, SECONDS)))
+                        result = other.load.run(Order(other.requests, at_once, SECONDS)).checked()
                         found[other.name, "its own", at_once] = result.rate
             if number:  # the first is a warm-up
                 for key, rate in found.items():
@@ -197,19 +192,6 @@ def _ratio(one: Spread, other: Spread) -> float:
     return median(a / b for a, b in zip(one.values, other.values, strict=True))
 
 
-def _good(result: Round) -> Round:
-    if result.refused:
-        raise RuntimeError(f"requests were refused: {dict(result.statuses)}")
-    return result
-
-
-def teach(server: Server, scene: Scene) -> None:
-    """Makes the scene's adapter."""
-    service = client.Client(server, TENANT)
-    service.adapt(scene.adapter, scene.taught, scene.backbone)
-    service.close()
-
-
 def int8(report: Report, server: Server, folder: Path) -> None:
     """The 8-bit backbones beside those of single precision, each with its bare loop."""
     rows = []
@@ -223,7 +205,7 @@ def int8(report: Report, server: Server, folder: Path) -> None:
             load = stack.enter_context(Load(server.url))
             bare, groups = {}, {} if server.pid is None else {SERVICE: server.pid}
             for one in (scene, small):
-                teach(server, one)
+                one.teach(server)
                 loop = BareLoop(one.backbone, [sample.input for sample in one.asked])
                 bare[one.name] = stack.enter_context(loop)
                 groups[one.name] = bare[one.name].process.pid
@@ -237,7 +219,7 @@ def int8(report: Report, server: Server, folder: Path) -> None:
                         inputs = loop.count * 8
                         rate = inputs / loop.seconds(loop.best, 8)
                     with only(groups, SERVICE):
-                        result = _good(load.run(Order(one.forms()["raw"], at_once, SECONDS)))
+                        result = load.run(Order(one.forms()["raw"], at_once, SECONDS)).checked()
                     if number:
                         values[f"{BARE}, {one.name}"].append(rate)
                         values[f"{SERVICE}, {one.name}"].append(result.rate)
@@ -258,7 +240,7 @@ def alone(report: Report, server: Server, folder: Path) -> None:
     """One request after the other, in windows in turn with the bare loop."""
     rows = []
     for scene in (text_scene(16, folder), image_scene((640, 480), folder)):
-        teach(server, scene)
+        scene.teach(server)
         requests = scene.forms()["raw"]
         times: dict[str, list[list[float]]] = {BARE: [], SERVICE: []}
         count = ALONE_REQUESTS // ALONE_WINDOWS
@@ -272,7 +254,7 @@ def alone(report: Report, server: Server, folder: Path) -> None:
             for _ in range(ALONE_WINDOWS):
                 times[BARE].append(bare.each(ALONE_WAY, -(-count // bare.count)))
                 with only(groups, SERVICE):
-                    times[SERVICE].append(_good(load.run(Order(requests, 1, 600.0, count))).latencies)
+                    times[SERVICE].append(load.run(Order(requests, 1, 600.0, count)).checked().latencies)
         p50, p999, worst = {}, {}, {}
         for name, windows in times.items():
             every = np.concatenate(windows) * 1e3
@@ -319,7 +301,7 @@ def adapters(report: Report, server: Server, folder: Path) -> None:
                     Request("POST", f"/predict?adapter=many-{one}", texts[index % len(texts)], headers)
                     for index, one in enumerate(named)
                 ]
-                result = _good(load.run(Order(requests, 1, 600.0, len(requests))))
+                result = load.run(Order(requests, 1, 600.0, len(requests))).checked()
                 times.setdefault(count, []).append(result.latencies)
     for count, windows in times.items():
         p50 = Spread(tuple(1e3 * median(window) for window in windows))
@@ -333,110 +315,6 @@ def adapters(report: Report, server: Server, folder: Path) -> None:
     found = table(["adapters", "p50, ms", "p99, ms"], rows)
     note = f"Made in {made:.0f} s. The cache of heads: {ADAPTERS_CACHE >> 20} MB."
     report.add("Many adapters in random order", f"{found}\n\n{note}")
-
-
-def overload(report: Report, server: Server, folder: Path) -> None:
-    """Texts at fixed rates above what the service can do."""
-    scene = text_scene(16, folder)
-    teach(server, scene)
-    requests = scene.forms()["raw"]
-    rows = []
-    with Load(server.url) as load:
-        peak = Spread(tuple(_good(load.run(Order(requests, 32, 3.0))).rate for _ in range(ROUNDS)))
-        calm = median(_good(load.run(Order(requests, 1, 3.0))).latencies)
-        rows.append(["peak", "", peak.text(".0f"), "", "", ""])
-        for times in OVERLOADS:
-            order = Order(requests, OVERLOAD_CONNECTIONS, 10.0, rate=times * peak.median)
-            result = load.run(order)
-            goodput = result.rate
-            refusals = 1e3 * float(np.quantile(result.refused or [0.0], 0.99))
-            begun = time.perf_counter()
-            while median(_good(load.run(Order(requests, 1, 0.2))).latencies) > 1.5 * calm:
-                if time.perf_counter() - begun > 30:
-                    break
-            back = time.perf_counter() - begun
-            rows.append(
-                [f"{times} times", f"{order.rate:.0f}", f"{goodput:.0f}", str(len(result.refused)),
-                 f"{refusals:.1f}", f"{1e3 * float(np.quantile(result.latencies, 0.5)):.0f}"]
-            )  # fmt: skip
-            report.data[f"overload {times}"] = {"statuses": dict(result.statuses), "late": result.late}
-            limit = {2: 0.85, 5: 0.5}[times]
-            report.expect(f"goodput at {times} times the peak", goodput / peak.median, ">=", limit)
-            report.expect(f"p99 of refusals at {times} times the peak", refusals, "<=", 50.0, " ms")
-            report.expect("refusals without Retry-After", len(result.refused) - result.advised, "<=", 0)
-            report.expect(f"back to normal after {times} times the peak", back, "<=", 5.0, " s")
-    head = [
-        "",
-        "requests a second",
-        "answers a second",
-        "refused",
-        "p99 of refusals, ms",
-        "p50 of answers, ms",
-    ]
-    report.add("More than the service can do", table(head, rows))
-
-
-def soak(report: Report, server: Server, folder: Path) -> None:
-    """Images and texts together at nine tenths of what the service can do, minute by minute."""
-    if server.pid is None:
-        raise SystemExit("The soak reads the memory of a service that it started itself; unset TOPWORK_URL.")
-    rows, p99s, memory, paces = [], [], [], []
-    refused = 0
-    with ExitStack() as stack:
-        scenes = (text_scene(16, folder), image_scene((224, 224), folder))
-        # How fast the machine is meanwhile: its speed is not the same for ten minutes.
-        bare = stack.enter_context(BareLoop(scenes[1].backbone, [one.input for one in scenes[1].asked]))
-        passes = max(1, round(SOAK_PACE_SECONDS * bare.seek()[bare.best] / bare.count))
-        loads = [stack.enter_context(Load(server.url)) for _ in scenes]
-
-        def run(orders: Iterable[Order]) -> list[Round]:
-            for load, order in zip(loads, orders, strict=True):
-                load.begin(order)
-            return [load.end() for load in loads]
-
-        for scene in scenes:
-            teach(server, scene)
-        forms = [scene.forms()["raw"] for scene in scenes]
-        # Both are measured under load at once: one alone would take all cores.
-        rounds = [
-            [_good(found) for found in run(Order(form, 16, 3.0) for form in forms)] for _ in range(ROUNDS)
-        ]
-        peaks = [median(results[place].rate for results in rounds) for place in range(len(scenes))]
-        for minute in range(1, SOAK_MINUTES + 1):
-            results = run(
-                Order(form, SOAK_CONNECTIONS, 60.0, rate=SOAK_SHARE * peak)
-                for form, peak in zip(forms, peaks, strict=True)
-            )
-            times = 1e3 * np.concatenate([result.latencies for result in results])
-            late = sum(result.late for result in results)
-            # A machine that has become slower than its peak was is asked for too much.
-            refused += (refusals := sum(len(result.refused) for result in results))
-            p99s.append(float(np.quantile(times, 0.99)))
-            memory.append(resident(server.pid) / 1e6)
-            paces.append(bare.count * passes / bare.seconds(bare.best, passes))
-            rows.append(
-                [str(minute), str(len(times)), str(refusals), str(late), f"{np.median(times):.2f}",
-                 f"{p99s[-1]:.1f}", f"{times.max():.0f}", f"{memory[-1]:.1f}", f"{paces[-1]:.0f}"]
-            )  # fmt: skip
-    report.data["soak"] = {"p99_ms": p99s, "memory_mb": memory, "bare": paces, "refused": refused}
-    report.expect(f"refused at {SOAK_SHARE:.0%} of the peak", refused, "<=", 0)
-    report.expect("memory after the last minute over the first", memory[-1] / memory[0], "<=", 1.01)
-    steady = median(p99s[-3:]) / median(p99s[1:4])
-    report.expect("p99 of the last three minutes over the second to fourth", steady, "<=", 1.25)
-    head = [
-        "minute",
-        "answers",
-        "refused",
-        "not sent",
-        "p50, ms",
-        "p99",
-        "worst",
-        "memory, MB",
-        "bare loop, images/s",
-    ]
-    peak = " and ".join(f"{peak:.0f} {scene.name}" for peak, scene in zip(peaks, scenes, strict=True))
-    found = table(head, rows)
-    report.add(f"At {SOAK_SHARE:.0%} of the peak", f"{found}\n\nThe peak: {peak} a second, at once.")
 
 
 PARTS: Mapping[str, tuple[Callable[[Report, Server, Path], None], Mapping[str, str]]] = {

@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adapters.probe.fit import Dataset, fit
 from benchmarks.data import datasets
+from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
 from benchmarks.harness.report import Report, table
 from models.arrays import Floats
@@ -191,9 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training.far_from_square", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", datasets.DEFAULT_FOLDER))
-    )
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TOPWORK_DATA", DEFAULT_FOLDER)))
     options = parser.parse_args(arguments)
     folder = find(BACKBONE)
     if folder is None:

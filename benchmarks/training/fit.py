@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegressionCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adapters.probe.fit import Dataset, FittedProbe, fit
-from benchmarks.data.datasets import DEFAULT_FOLDER, Sample, load, stratified_order
+from benchmarks.data.archives import DEFAULT_FOLDER
+from benchmarks.data.datasets import Sample, load, stratified_order
 from benchmarks.harness.report import Report, Spread, table
 from models.arrays import Floats
 from models.backbone import Backbone

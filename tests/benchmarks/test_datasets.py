@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.data import datasets
-from benchmarks.data.datasets import Archive, FetchError, Sample
+from benchmarks.data.archives import Archive, FetchError, fetch, unpack
+from benchmarks.data.datasets import Sample
 
 
 def _sample(text: str, label: str, key: str = "") -> Sample:
@@ -77,26 +78,26 @@ def test_only_wanted_members_are_unpacked_and_only_once(
     make: Callable[[Path], Path], name: str, tmp_path: Path
 ) -> None:
     archive = _archive(make(tmp_path / name))
-    folder = datasets.unpack(archive, tmp_path / "cache")
+    folder = unpack(archive, tmp_path / "cache")
     assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == ["data/a.txt"]
     assert not list(tmp_path.rglob("escape.txt"))
     (tmp_path / name).unlink()
-    assert datasets.unpack(archive, tmp_path / "cache") == folder
+    assert unpack(archive, tmp_path / "cache") == folder
 
 
 def test_an_archive_with_another_digest_is_refused_and_not_kept(tmp_path: Path) -> None:
     archive = _archive(_wheel(tmp_path / "tiny.whl"), sha256="0" * 64)
     with pytest.raises(FetchError, match="pinned is 0000"):
-        datasets.fetch(archive, tmp_path / "cache")
+        fetch(archive, tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_client_that_is_missing_or_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="no-such-client is needed"):
-        datasets.fetch(Archive("x", "0", ("no-such-client",), re.compile("")), tmp_path)
+        fetch(Archive("x", "0", ("no-such-client",), re.compile("")), tmp_path)
     failing = (sys.executable, "-c", "raise SystemExit('no network')")
     with pytest.raises(FetchError, match="no network"):
-        datasets.fetch(Archive("x", "0", failing, re.compile("")), tmp_path)
+        fetch(Archive("x", "0", failing, re.compile("")), tmp_path)
 
 
 def test_equal_contents_count_once_and_contradicting_labels_not_at_all() -> None:

@@ -27,7 +27,7 @@ from adapters.adaptation.rebase import InputsNotKept
 from adapters.finetune.checkpoint import load_checkpoint, save_checkpoint
 from adapters.finetune.config import FineTuneConfig
 from adapters.finetune.data import samples_of
-from adapters.finetune.export import finish
+from adapters.finetune.export import TunedVersion, finish
 from adapters.finetune.full_phase import Checkpoint
 from adapters.finetune.model import Score
 from adapters.finetune.trainer import FineTuned, fine_tune
@@ -189,11 +189,60 @@ def make(
     return Place(folder, registry, store, uid)
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory, backbone: str) -> Path:
+    """The folder of a place with 75 examples of three labels, to be copied."""
+    folder = tmp_path_factory.mktemp("untouched")
+    make(folder, backbone, [row % 3 for row in range(75)]).registry.close()
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, backbone: str) -> Iterator[Place]:
-    made = make(tmp_path, backbone, [row % 3 for row in range(75)])
-    yield made
-    made.registry.close()
+def place(tmp_path: Path, untouched: Path) -> Iterator[Place]:
+    copied = copy(untouched, tmp_path)
+    yield copied
+    copied.registry.close()
+
+
+def copy(folder: Path, target: Path) -> Place:
+    """A place as that in another folder."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    registry = Registry(f"sqlite:///{target / 'registry.db'}")
+    adapter = registry.adapter("acme", "shades")
+    return Place(target, registry, open_store(str(target / "artifacts")), adapter.uid)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What came of a training of the place's examples, and of the export of its network."""
+
+    outcome: FineTuned
+    version: TunedVersion
+
+
+@pytest.fixture(scope="module")
+def training(untouched: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """The results of one real job, for tests of what happens after that."""
+    outcomes: list[FineTuned] = []
+    versions: list[TunedVersion] = []
+
+    def note_outcome(*arguments: Any, **options: Any) -> FineTuned:
+        outcomes.append(fine_tune(*arguments, **options))
+        return outcomes[-1]
+
+    def note_version(*arguments: Any) -> TunedVersion:
+        versions.append(finish(*arguments))
+        return versions[-1]
+
+    place = copy(untouched, tmp_path_factory.mktemp("training"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapters.jobs.fine_tune.fine_tune", note_outcome)
+        patch.setattr("adapters.jobs.fine_tune.finish", note_version)
+        place.submit()
+        with place.lease() as lease:
+            place.tuning.run(lease)
+    place.registry.close()
+    return Training(outcomes[0], versions[0])
 
 
 @contextmanager
@@ -405,7 +454,7 @@ def test_an_attempt_that_was_overtaken_takes_nothing_away(tmp_path: Path, backbo
 
 
 def test_a_cancelled_job_ends_for_its_tenant_while_its_work_is_busy(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with listening([]) as listener, hired(place) as worker:
         job, part = submit_upload(place, callback=f"http://127.0.0.1:{listener.server_port}/")
@@ -416,7 +465,7 @@ def test_a_cancelled_job_ends_for_its_tenant_while_its_work_is_busy(
             assert is_stored(place, part)
             assert not listener.told
 
-        during(place, monkeypatch, cancel)
+        during(training, monkeypatch, cancel)
         claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
         assert claim is not None
         worker._do(claim)
@@ -549,8 +598,10 @@ def test_what_cannot_be_tuned_is_refused(
     made.registry.close()
 
 
-def test_examples_added_meanwhile_do_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    during(place, monkeypatch, lambda: add(place))
+def test_examples_added_meanwhile_do_no_harm(
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during(training, monkeypatch, lambda: add(place))
     place.submit()
     with place.lease() as lease:
         committed = place.tuning.run(lease)
@@ -560,12 +611,12 @@ def test_examples_added_meanwhile_do_no_harm(place: Place, monkeypatch: pytest.M
 
 
 def test_an_example_removed_meanwhile_takes_the_network_with_it(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replace_all() -> None:
         add(place, clear_first=True)
 
-    during(place, monkeypatch, replace_all)
+    during(training, monkeypatch, replace_all)
     place.submit()
     with place.lease() as lease, pytest.raises(CannotTune) as refused:
         place.tuning.run(lease)
@@ -577,7 +628,7 @@ def test_an_example_removed_meanwhile_takes_the_network_with_it(
     ("happens", "why"), [("set_aside", "example_set_aside"), ("roll_back", "rolled_back")]
 )
 def test_a_network_does_not_go_live_past_what_a_person_decided_meanwhile(
-    place: Place, monkeypatch: pytest.MonkeyPatch, happens: str, why: str
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch, happens: str, why: str
 ) -> None:
     def set_aside() -> None:
         one = place.registry.example(place.uid, "e000")
@@ -590,7 +641,7 @@ def test_a_network_does_not_go_live_past_what_a_person_decided_meanwhile(
         place.change(version=again, promote=True)
         place.registry.promote(place.uid, 1)
 
-    during(place, monkeypatch, {"set_aside": set_aside, "roll_back": roll_back}[happens])
+    during(training, monkeypatch, {"set_aside": set_aside, "roll_back": roll_back}[happens])
     read = place.registry.adapter("acme", "shades").revision
     request = {"config": CONFIG, "promote": "always"}
     place.registry.jobs.submit("acme", "shades", "fine_tune", request, deadline_seconds=600, max_open=3)
@@ -606,23 +657,25 @@ def test_a_network_does_not_go_live_past_what_a_person_decided_meanwhile(
 
 
 def test_an_adapter_deleted_meanwhile_takes_the_job_with_it(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    during(place, monkeypatch, lambda: place.registry.delete_adapter("acme", "shades"))
+    during(training, monkeypatch, lambda: place.registry.delete_adapter("acme", "shades"))
     place.submit()
     with place.lease() as lease, pytest.raises(DomainError):
         place.tuning.run(lease)
     assert place.registry.adapters("acme") == []
 
 
-def test_a_cancel_before_the_commit_publishes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_before_the_commit_publishes_nothing(
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, before = place.submit(), place.objects()
 
     def cancel() -> None:
         place.registry.jobs.request_cancel("acme", job.id)
         time.sleep(2.5)
 
-    during(place, monkeypatch, cancel)
+    during(training, monkeypatch, cancel)
     with place.lease() as lease, pytest.raises(Cancelled):
         place.tuning.run(lease)
     assert place.objects() == before
@@ -637,14 +690,17 @@ def add(place: Place, **values: Any) -> None:
     place.change(upserts=(ExampleWrite("more", "f" * 64, "red", segment, 0, inputs),), **values)
 
 
-def during(place: Place, monkeypatch: pytest.MonkeyPatch, happens: Any) -> None:
-    """Lets something happen once training has ended and before its result is recorded."""
+def during(training: Training, monkeypatch: pytest.MonkeyPatch, happens: Any) -> None:
+    """Lets something happen once training has ended and before its result is recorded.
 
-    def finish_then(*arguments: Any) -> Any:
-        made = finish(*arguments)
+    The place's examples are not trained on again: the result is that of `training`.
+    """
+
+    def finish_then(*arguments: Any) -> TunedVersion:
         happens()
-        return made
+        return training.version
 
+    monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", lambda *_, **__: training.outcome)
     monkeypatch.setattr("adapters.jobs.fine_tune.finish", finish_then)
 
 
@@ -790,10 +846,10 @@ def test_the_store_is_swept_while_the_service_runs(place: Place, monkeypatch: py
 
 
 def test_training_gives_way_and_what_surrounds_it_does_not(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policies: list[int] = []
-    during(place, monkeypatch, lambda: policies.append(os.sched_getscheduler(0)))
+    during(training, monkeypatch, lambda: policies.append(os.sched_getscheduler(0)))
     place.submit()
     with place.lease() as lease:
         place.tuning.run(lease)
@@ -805,7 +861,7 @@ def test_training_gives_way_and_what_surrounds_it_does_not(
 
 
 def test_a_fine_tune_that_is_no_better_leaves_the_head_live(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the head has learned of an example meanwhile."""
 
@@ -821,7 +877,7 @@ def test_a_fine_tune_that_is_no_better_leaves_the_head_live(
         version = NewVersion("linear_probe", head, evidence, {}, 3)
         place.change(version=version, promote=True)
 
-    during(place, monkeypatch, learn_more)
+    during(training, monkeypatch, learn_more)
     place.submit()
     with place.lease() as lease:
         committed = place.tuning.run(lease)
@@ -878,16 +934,16 @@ def _write_groups(place: Place, groups: Mapping[str, str | None], learned: Conta
     )
 
 
-def _nothing_found(*arguments: Any, **options: Any) -> FineTuned:
-    outcome = fine_tune(*arguments, **options)
-    return replace(outcome, measured=replace(outcome.measured, mix=0.0))
+def find_nothing(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = replace(training.outcome, measured=replace(training.outcome.measured, mix=0.0))
+    monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", lambda *_, **__: nothing)
 
 
 def test_a_fine_tune_that_finds_nothing_makes_no_version(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No version is made: its network would be a copy of the backbone."""
-    monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", _nothing_found)
+    find_nothing(training, monkeypatch)
     before, job = place.objects(), place.submit()
     with place.lease() as lease:
         assert place.tuning.run(lease) is None
@@ -900,9 +956,9 @@ def test_a_fine_tune_that_finds_nothing_makes_no_version(
 
 
 def test_a_fine_tune_that_finds_nothing_makes_a_head_where_nothing_is_live(
-    tmp_path: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, backbone: str, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", _nothing_found)
+    find_nothing(training, monkeypatch)
     place = make(tmp_path, backbone, [row % 3 for row in range(75)], fitted=False)
     job = place.submit()
     with place.lease() as lease:
