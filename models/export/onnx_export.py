@@ -70,7 +70,10 @@ def export(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports what is missing of the names given, by default what a service without settings needs."""
+    """Exports what is missing of the names given, by default what a service without settings needs.
+
+    1 if a name cannot be exported; the others are.
+    """
     parser = argparse.ArgumentParser(prog="python -m models.export", description=main.__doc__)
     parser.add_argument(
         "names",
@@ -78,13 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=["efficientnet-lite0", "minilm-l6-v2"],
         help=f"{', '.join(PACKAGED)}, timm:<name or path>, {SENTENCE_TRANSFORMERS}:<name or path>",
     )
+    status = 0
     for name in parser.parse_args(arguments).names:
         try:
             print(export(name), flush=True)
         except (UnknownBackbone, ExportRefused) as error:
             print(f"{name}: {error}", file=sys.stderr)
-            return 1
-    return 0
+            status = 1
+    return status
 
 
 @contextlib.contextmanager

