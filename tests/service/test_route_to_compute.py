@@ -13,7 +13,7 @@ from tests.support.service.client import BLAME, PRAISE, Caller
 
 TRACE = ROOT / "tests" / "support" / "service" / "trace"
 ADMIN = "0123456789abcdef0123456789abcdef"
-# A module more on the way of every request is a decision: see "How far a request goes" in docs/decisions.md.
+# A module more on the way of every request is a decision: see docs/decisions.md#doors.
 # Today 41 and 95.
 PREDICT, ADAPT = 44, 102
 TIMES = 8

@@ -27,12 +27,12 @@ ADMIN = "0123456789abcdef0123456789abcdef"
 SCOPES = ("predict", "adapt", "admin")
 SECURITY = Path(__file__).resolve().parents[3] / "docs" / "background" / "security.md"
 DECLARE = (
-    "Declare a new route in service/api/app.py, and name it in the table of docs/background/security.md. "
+    "Declare a new route in service/api/routes.py, and name it in the table of docs/background/security.md. "
     "A route that declares nothing does not exist."
 )
 
 # Routes outside the API's document; the last three are BentoML's.
-HIDDEN = {("GET", path) for path in ("/", "/docs", "/docs/{asset}", "/openapi.json")}
+HIDDEN = {("GET", path) for path in ("/", "/docs", "/docs/errors", "/docs/{asset}", "/openapi.json")}
 HEALTH = {("GET", path) for path in ("/livez", "/readyz", "/healthz")}
 
 SUFFIXES = (
