@@ -77,7 +77,7 @@ def request_limits() -> dict[str, str]:
         "time without a byte of a body": f"{protocol.SILENT_SECONDS:g} s",
         "rate of a body, after that time": f"{size(protocol.SLOWEST_BYTES_PER_SECOND)}/s",
         "time in which no byte of the response is read": f"{protocol.UNREAD_SECONDS:g} s",
-        "open connections": f"{connections.MOST:,}, or {connections._ROOM} fewer than the open files that are allowed",
+        "open connections": f"{connections.MOST:,}, or {connections._ROOM} fewer than the allowed open files",
         "body of a request without inputs or examples": size(layers.SMALL_BODY),
         "commas in one JSON body": f"{content._MOST_COMMAS:,}",
         "opening brackets in one JSON body": f"{content._MOST_BRACKETS:,}",
