@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -55,6 +55,10 @@ def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
         raise
 
 
+class _OtherTerms(Exception):
+    """The adapter no longer has the task or the backbone that the examples were checked and embedded for."""
+
+
 class AdaptPipeline:
     """Validates examples, embeds new inputs and has the adapter revised. For one event loop.
 
@@ -100,6 +104,15 @@ class AdaptPipeline:
         self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None
     ) -> AdaptOutcome:
         started = time.perf_counter()
+        while True:
+            # Another request may rebase the adapter meanwhile, or create it with other terms.
+            with suppress(_OtherTerms):
+                return await self._attempt(tenant, command, reply, started)
+
+    async def _attempt(
+        self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None, started: float
+    ) -> AdaptOutcome:
+        """Adapt the adapter with the terms that it has now. Raises _OtherTerms."""
         seen = await self.writer.repository.state(tenant, command.adapter)
         terms = self.terms(command, seen)
         admitted, rejected, fresh = await self.writer.repository.aside(
@@ -125,10 +138,12 @@ class AdaptPipeline:
                 return AdaptOutcome(revised, rejected, {**timings, **revised.timings, "total": total})
 
             async def step(state: AdapterSnapshot | None) -> RevisionResult:
-                terms = self.terms(command, state)
+                now = self.terms(command, state)
+                if (now.task, now.fingerprint) != (terms.task, terms.fingerprint):
+                    raise _OtherTerms
                 # Inputs that the adapter had at first may have been removed meanwhile.
                 known = vectors.keys() | ({one.digest for one in state.examples} if state else set())
-                vectors.update((await self.embedder.embed_new(tenant, terms, usable, known)).vectors)
+                vectors.update((await self.embedder.embed_new(tenant, now, usable, known)).vectors)
                 edit = ExampleEdit(
                     usable,
                     clear=command.update == "replace",
@@ -136,8 +151,8 @@ class AdaptPipeline:
                     promote=command.promote,
                     uploaded=command.uploaded,
                 )
-                now = AdapterContext.of(tenant, command.adapter, terms, state, subject.uid)
-                return await self.writer.revise(now, edit, vectors, ahead, reply and reply.of(outcome))
+                context = AdapterContext.of(tenant, command.adapter, now, state, subject.uid)
+                return await self.writer.revise(context, edit, vectors, ahead, reply and reply.of(outcome))
 
             with telling_rejected(rejected):
                 return outcome(await self.writer.in_turn(tenant, command.adapter, step, seen))

@@ -75,7 +75,7 @@ class ExampleEditor:
         InputError, and what RevisionWriter.revise raises.
         """
         started = time.perf_counter()
-        vectors: dict[str, Floats] = {}
+        by_backbone: dict[str, dict[str, Floats]] = {}
 
         def timed(revised: RevisionResult) -> RevisionResult:
             return revised.with_total(started)
@@ -86,6 +86,8 @@ class ExampleEditor:
             terms = terms_of(state.adapter)
             self._embedder.check_served(terms)
             upserts = _corrections(state, feedback)
+            # Another process may rebase the adapter before the step is repeated.
+            vectors = by_backbone.setdefault(terms.fingerprint, {})
             known = {one.digest for one in state.examples} | vectors.keys()
             new = await self._embedder.embed_new(tenant, terms, upserts, known)
             _raise_first(new.rejected)
