@@ -41,22 +41,18 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True)
 class ExampleEdit:
-    """A change to an adapter's examples.
-
-    `clear`: forget the examples that are not upserted. `fit`: make a version. `required`: raise OneLabel if
-    nothing can be fitted, instead of leaving the adapter without a live version. `uploaded`: ids of the
-    examples stored by an upload that is to replace all others; the others count towards no limit, and `clear`
-    keeps the uploaded ones. `live`: the version that a person makes live with the edit, if none is fitted.
-    """
+    """A change to an adapter's examples."""
 
     upserts: Sequence[ValidExample] = ()
-    removals: Sequence[str] = ()
-    clear: bool = False
-    fit: bool = True
+    removals: Sequence[str] = ()  # ids
+    clear: bool = False  # forget the examples that are not upserted
+    fit: bool = True  # make a version
     promote: Promote = "if_better"
-    required: bool = True
+    required: bool = True  # raise an error if the examples cannot be fitted, instead of making no version
+    # Ids of the examples stored by an upload that is to replace all others. The others count towards no
+    # limit, and `clear` keeps the uploaded ones.
     uploaded: AbstractSet[str] | None = None
-    live: int | None = None
+    live: int | None = None  # the version that a person makes live with the edit, if none is fitted
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ class Rebaser:
     async def rebase(self, tenant: str, name: str, backbone: str, promote: Promote) -> RevisionResult:
         """Move the adapter to another backbone of its kind: embed the kept inputs again, and fit.
 
-        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what Batcher.embed
-        and RevisionWriter.fit raise.
+        Raises UnknownAdapter, UnknownBackbone, InputError (wrong_kind), InputsNotKept, and what
+        Batcher.embed, CandidateFitter.fit and Publication.commit raise.
         """
         started = time.perf_counter()
 
@@ -72,7 +72,8 @@ class Rebaser:
         terms = replace(terms_of(adapter), backbone=backbone, fingerprint=spec.fingerprint)
         segments, truncated = await self._embed_again(state, backbone)
         rows = [PlannedExample.of(one, one) for one in state.in_use]
-        embeddings = np.stack([segments[one.segment][one.row] for one in state.in_use or state.examples])
+        vectors = [segments[one.segment][one.row] for one in state.in_use]
+        embeddings = np.stack(vectors) if vectors else np.empty((0, spec.dim), np.float32)
         timings: dict[str, float] = {}
         fit = await self._writer.candidates.fit(
             adapter, terms, rows, embeddings, promote, timings, tenant=adapter.tenant

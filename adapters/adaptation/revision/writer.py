@@ -27,7 +27,7 @@ from adapters.adaptation.revision.layout import LayoutPlan, plan_change
 from adapters.cache.lru import ByteLRU
 from adapters.examples.target import label_set
 from adapters.heads.head import Head
-from adapters.probe.fit import OneLabel
+from adapters.probe.fit import OneLabel, TooCostly
 from adapters.processes.fit_client import Fitter
 from adapters.registry.errors import RevisionMoved
 from adapters.registry.idempotency import PendingReply
@@ -213,7 +213,7 @@ class RevisionWriter:
                 edit.removals,
                 tenant=subject.tenant,
             )
-        except (OneLabel, NothingToFit):
+        except (OneLabel, NothingToFit, TooCostly):
             if edit.required:
                 raise
             return None

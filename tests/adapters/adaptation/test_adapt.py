@@ -17,12 +17,13 @@ from adapters.adaptation.commands import (
     ContractChanged,
     ExamplesRejected,
     FingerprintMismatch,
+    NothingToFit,
 )
 from adapters.adaptation.example_editor import Feedback
 from adapters.adaptation.rebase import InputsNotKept
 from adapters.examples.validation import PostedExample
 from adapters.prediction.predictor import HeadMismatch, NoLiveVersion
-from adapters.probe.fit import OneLabel
+from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly
 from adapters.registry.errors import UnknownAdapter
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
@@ -480,6 +481,27 @@ async def test_an_input_that_went_meanwhile_is_embedded_again(tmp_path: Path) ->
             *(str(one.id) for one in taught()[1:]),
             "again",
         }
+        here.check()
+
+
+async def test_an_adapter_without_examples_has_nothing_to_rebase(tmp_path: Path) -> None:
+    exports = {"tiny-text": text_export(tmp_path), "other-text": other_text_export(tmp_path)}
+    async with world(tmp_path, exports=exports) as here:
+        await here.adapt(taught())
+        await here.editor.remove(TENANT, "words", None)
+        with pytest.raises(NothingToFit):
+            await here.rebaser.rebase(TENANT, "words", "other-text", "always")
+
+
+async def test_examples_are_erased_even_if_the_others_take_too_long_to_fit(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught())
+    hasty = AdapterLimits(probe=ProbeConfig(limit_seconds=1e-9))
+    async with world(tmp_path, limits=hasty) as here:
+        with pytest.raises(TooCostly):
+            await here.adapt([PostedExample(says("one", 999), "one")])
+        done = await here.editor.remove(TENANT, "words", ["one0"])
+        assert (done.committed.removed, done.committed.erased, done.adapter.live) == (1, (1,), None)
         here.check()
 
 
