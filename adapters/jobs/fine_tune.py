@@ -116,7 +116,7 @@ class FineTuneJob:
         raises.
         """
         job = lease.claim.job
-        kept = KeptExamples.read(self._registry, self._store, job)
+        kept = KeptExamples.read(self._registry, self._store, job, lease.check)
         config = FineTuneConfig(**job.request.get("config", {}))
         # Idle scheduling applies to one thread. The threads for heartbeats and for commits must keep theirs.
         with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training:
@@ -192,8 +192,8 @@ class FineTuneJob:
     def _commit(self, kept: KeptExamples, found: TunedVersion | FittedProbe, lease: Lease) -> Committed:
         """Publish the files, then commit the version and the job's success at the adapter's current revision.
 
-        Every example that was trained on must still exist: if one was removed meanwhile, the network is
-        dropped (CannotTune); if one was set aside, the network is not promoted.
+        Every example that was trained on must still exist, and the adapter have the same backbone: if not,
+        the network is dropped (CannotTune). If an example was set aside, the network is not promoted.
         """
         adapter, tenant = kept.adapter, kept.adapter.tenant
         evidence = kept.evidence(found.scores)
@@ -265,8 +265,9 @@ def _told(progress: Progress) -> Mapping[str, Any]:
 
 
 def _about(kept: KeptExamples, lesson: TrainingSet, config: FineTuneConfig) -> str:
-    """Return a digest that ties a checkpoint to its examples, its held-out rows and its training config."""
-    digest = hashlib.sha256(repr((_CHECKPOINTS, sorted(asdict(config).items()))).encode())
+    """Return a digest that ties a checkpoint to its backbone, its examples and its training config."""
+    origin = (_CHECKPOINTS, kept.adapter.fingerprint, sorted(asdict(config).items()))
+    digest = hashlib.sha256(repr(origin).encode())
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
     digest.update(lesson.held_out.tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from adapters.jobs.submission import CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from adapters.registry.records import AdapterRecord, Creation, ExampleRecord, JobRecord
 from adapters.registry.registry import Registry
-from adapters.storage.artifact import Artifact, Store
+from adapters.storage.artifact import Artifact, MissingArtifact, Store
 from adapters.storage.formats import Evidence, decode_embeddings, decode_inputs
 from models.arrays import Floats
 
@@ -30,10 +30,35 @@ class KeptExamples:
     inputs: Sequence[bytes | str]
 
     @classmethod
-    def read(cls, registry: Registry, store: Store, job: JobRecord) -> KeptExamples:
-        """Read the examples of the job's adapter. Raises what check_tunable raises."""
-        adapter = registry.adapter(job.tenant, job.adapter)
-        revision, every = registry.all_examples(adapter.uid)
+    def read(
+        cls, registry: Registry, store: Store, job: JobRecord, check: Callable[[], None]
+    ) -> KeptExamples:
+        """Read the examples of the job's adapter.
+
+        `check`: called before each attempt; may raise to stop. Raises what check_tunable and Store.read
+        raise.
+        """
+        while True:
+            check()
+            adapter = registry.adapter(job.tenant, job.adapter)
+            revision, every = registry.all_examples(adapter.uid)
+            try:
+                return cls._at(adapter, revision, every, store, job)
+            except MissingArtifact:
+                # Another request may just have rewritten the file; its rows now lie in another one.
+                now = registry.adapter(job.tenant, job.adapter)
+                if (now.uid, now.revision) == (adapter.uid, revision):
+                    raise
+
+    @classmethod
+    def _at(
+        cls,
+        adapter: AdapterRecord,
+        revision: int,
+        every: Sequence[ExampleRecord],
+        store: Store,
+        job: JobRecord,
+    ) -> KeptExamples:
         # Some examples may have lost their inputs.
         examples = [example for example in every if example.inputs is not None and not example.excluded]
         check_tunable(adapter, examples)
@@ -82,8 +107,14 @@ class KeptExamples:
     def check_unchanged(self, adapter: AdapterRecord, now: Sequence[ExampleRecord]) -> bool:
         """Return whether an example has been set aside. `adapter`, with its examples `now`: read again.
 
-        Raises CannotTune if an example was removed or has another input.
+        Raises CannotTune if an example was removed or has another input, or if the adapter was rebased.
         """
+        if adapter.uid == self.adapter.uid and adapter.fingerprint != self.adapter.fingerprint:
+            raise CannotTune(
+                "fingerprint_mismatch",
+                f"The adapter was moved to the backbone {adapter.backbone!r} while the fine-tune ran. "
+                "Start it again.",
+            )
         there = {example.id: example for example in now}
         same = [there.get(one.id) for one in self.examples]
         if adapter.uid != self.adapter.uid or any(
