@@ -102,8 +102,8 @@ class JobSubmitter:
         `reply`: recorded with the job. If only the examples were stored, a repeated request is safe: they get
         the same ids, and make no version.
 
-        Raises what AdaptPipeline.adapt raises, and UnknownAdapter, CannotTune, InputsNotKept, TooManyJobs,
-        FingerprintMismatch, CallbackNotAllowed, AlreadyAnswered.
+        Raises what AdaptPipeline.adapt raises, and UnknownAdapter, CannotTune, TooFewExamples, InputsNotKept,
+        TooManyJobs, CallbackNotAllowed, AlreadyAnswered.
         """
         self._check_callback(command.callback)
         stored = None
@@ -116,7 +116,7 @@ class JobSubmitter:
             raise UnknownAdapter(command.adapter)
         with telling_rejected(() if stored is None else stored.rejected):
             check_tunable(state.adapter, state.examples)
-        self._pipeline.embedder.check_served(state.adapter)
+        self._pipeline.terms(command, state)
         request = {
             "promote": command.promote,
             "config": asdict(command.fine_tune or FineTuneConfig()),
