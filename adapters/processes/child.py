@@ -73,6 +73,9 @@ class ChildProcess:
                 pass_fds=(writing,),
                 env=environment,
             )
+        except OSError:
+            self._heartbeats.close()
+            raise
         finally:
             os.close(writing)
 

@@ -162,14 +162,16 @@ class FitQueue:
         async with self._starting:
             if self.process is None or self.process.poll() is not None:
                 self.broken = True
-                if self.process is not None:
-                    await asyncio.to_thread(self.process.end)
-                    self.replaced += 1
-                # A thread would lose a process that starts while this is cancelled.
-                process = self.process = FitProcess(self._niceness)
+                dead = self.process
+                if dead is not None:
+                    await asyncio.to_thread(dead.end)
                 try:
+                    # A thread would lose a process that starts while this is cancelled.
+                    process = self.process = FitProcess(self._niceness)
+                    self.replaced += dead is not None
                     await self._in_thread(process, process.wait_until_ready, _START_SECONDS)
-                except FitProcessDied as error:
+                except (FitProcessDied, OSError) as error:
+                    logger.warning("a fitting process does not start: %r", error)
                     message = "The fitting process does not start; the log says why."
                     raise FitterUnavailable(message) from error
                 self.broken = False

@@ -53,3 +53,16 @@ def test_a_silent_child_is_killed(child: ChildProcess, monkeypatch: pytest.Monke
         child.kill_if_silent()
         time.sleep(LOOK_SECONDS)
     assert child.poll() == -signal.SIGKILL
+
+
+def test_a_child_that_cannot_be_started_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BlockingIOError) as error:
+        ChildProcess("child", "adapters.processes.fit_server", environment={})
+    assert len(os.listdir("/proc/self/fd")) == before
+    # The traceback keeps the object alive: it was not the garbage collector that closed the pipe.
+    assert error.traceback

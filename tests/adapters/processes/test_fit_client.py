@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import signal
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
+from adapters.processes import fit_queue
 from adapters.processes.errors import FitterOverloaded, FitterUnavailable
 from adapters.processes.fit_client import Fitter
+from adapters.processes.fit_process import FitProcess
 from tests.support.conditions import eventually
 from tests.support.models.synthetic_embeddings import classification, clouds, dataset
 
@@ -175,6 +178,25 @@ async def test_a_tenant_that_fills_the_queue_is_refused_itself(fitter: Fitter) -
     os.kill(child_of(fitter), signal.SIGCONT)
     assert len(await asyncio.gather(*asked)) == 5
     assert fitter.queued == 0
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    fitter: Fitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(niceness: int) -> FitProcess:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    died = child_of(fitter)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_queue, "_PAUSE_SECONDS", 0.1)
+        patch.setattr(fit_queue, "FitProcess", refused)
+        os.kill(died, signal.SIGKILL)
+        await eventually(lambda: not fitter.alive)
+        with pytest.raises(FitterUnavailable):
+            await fitter.fit(classification(60, 8, 2))
+        assert fitter.replaced == 0
+    await eventually(lambda: fitter.alive and child_of(fitter) != died)
+    assert fitter.replaced == 1
 
 
 @pytest.fixture
