@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,7 +61,7 @@ class WorkerSupervisor:
         self._config = config
         self._process: ChildProcess | None = None
         self._monitor: asyncio.Task[None] | None = None
-        self._ending = False
+        self._ending = threading.Event()
 
     @property
     def alive(self) -> bool:
@@ -78,7 +79,7 @@ class WorkerSupervisor:
 
     def end(self) -> None:
         """Stop restarting the worker: it may have been told to end as well."""
-        self._ending = True
+        self._ending.set()
 
     async def close(self) -> None:
         """End the worker; its job continues in another attempt."""
@@ -90,14 +91,14 @@ class WorkerSupervisor:
 
     async def _watch(self) -> None:
         pause = _FIRST_PAUSE
-        while True:
+        while not self._ending.is_set():
             begun = time.monotonic()
             try:
                 status = await self._run()
             except OSError as error:
                 status = -1
                 logger.warning("the worker cannot be started: %s", error)
-            if self._ending:
+            if self._ending.is_set():
                 return
             if time.monotonic() - begun > _LONGEST_PAUSE:
                 pause = _FIRST_PAUSE
