@@ -6,7 +6,6 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, cast
 
 from models.errors import CodedError, Invalid
@@ -30,15 +29,6 @@ class ExampleError(CodedError, Invalid):
     `code` is stable (label_missing, label_invalid, label_too_long, target_missing, target_not_finite,
     target_invalid); `detail` tells the user what to change.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One input with its target, as posted: encoded image bytes or a text."""
-
-    id: str
-    input: bytes | str
-    target: Target
 
 
 def normalise_label(label: object) -> str:

@@ -92,7 +92,7 @@ class Lease:
         self._progress = {**progress, "share": round(share, 4), "seconds_left": left}
 
     def tell(self) -> None:
-        """Send the last reported progress now. Raises LeaseLost, RegistryUnavailable."""
+        """Send the last reported progress now. Raises LeaseLost, RegistryUnavailable, StoreFull."""
         self._jobs.heartbeat(self.claim, self._seconds, self._progress)
 
     def record(self, why: Stopped) -> None:
