@@ -100,7 +100,13 @@ class ErasureSweeper:
 
         Raises RegistryUnavailable, StoreUnavailable, StoreFull.
         """
-        self._clear_pages()
+        try:
+            self._clear_pages()
+        finally:
+            # The database may be too busy, or its disk too full, to clear pages for hours.
+            self._delete_files()
+
+    def _delete_files(self) -> None:
         unfinished = self._registry.erasures.unfinished()
         known = self._seen
         self._seen = {one.id: known.get(one.id, 0.0) for one in unfinished}
@@ -127,6 +133,8 @@ class ErasureSweeper:
         begun = time.monotonic()
         if newest == self._cleared or begun < self._rest_until:
             return
-        self._registry.erasures.clear_pages()
-        self._cleared = newest
-        self._rest_until = time.monotonic() + _REST * (time.monotonic() - begun)
+        try:
+            self._registry.erasures.clear_pages()
+            self._cleared = newest
+        finally:
+            self._rest_until = time.monotonic() + _REST * (time.monotonic() - begun)

@@ -96,21 +96,21 @@ class Database:
 
     def copy_to(self, path: Path) -> None:
         """Copy a snapshot of a SQLite database to a new file. Writers wait for some milliseconds."""
-        try:
-            with (
-                self._translated(),
-                self._engine.connect() as connection,
-                closing(sqlite3.connect(path)) as target,
-            ):
-                source = connection.connection.driver_connection
-                assert isinstance(source, sqlite3.Connection)
+        with (
+            self._translated(),
+            self._engine.connect() as connection,
+            closing(sqlite3.connect(path)) as target,
+        ):
+            source = connection.connection.driver_connection
+            assert isinstance(source, sqlite3.Connection)
+            try:
                 # All pages are copied in one step: with several, a commit in between would restart the copy.
                 source.backup(target, sleep=0.01)
                 target.execute("PRAGMA journal_mode = delete")
-        except sqlite3.Error as error:
-            if _is_full(error):
-                raise StoreFull("There is no space left for the copy of the database.") from error
-            raise RegistryUnavailable(f"The database cannot be copied: {error}.") from error
+            except sqlite3.Error as error:
+                if _is_full(error):
+                    raise StoreFull("There is no space left for the copy of the database.") from error
+                raise RegistryUnavailable(f"The database cannot be copied: {error}.") from error
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -207,14 +207,10 @@ class Database:
             (pages,), (size,) = (
                 driver.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
             )
-            try:
-                if pages * size <= _REWRITTEN_BYTES:
-                    driver.execute("VACUUM")
-                # In WAL mode, the log holds old pages until it is overwritten.
-                driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.OperationalError as error:
-                # SQLAlchemy wraps the driver's errors in this way, but these statements bypass it.
-                raise OperationalError("VACUUM", None, error) from error
+            if pages * size <= _REWRITTEN_BYTES:
+                driver.execute("VACUUM")
+            # In WAL mode, the log holds old pages until it is overwritten.
+            driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -231,16 +227,18 @@ class Database:
             yield
         except PoolTimeout as error:
             raise RegistryUnavailable("All connections to the database are busy; try again.") from error
-        except DBAPIError as error:
-            if _is_full(error.orig):
+        # Statements that bypass SQLAlchemy raise the driver's own errors.
+        except (DBAPIError, sqlite3.Error) as error:
+            original = error.orig if isinstance(error, DBAPIError) else error
+            if _is_full(original):
                 raise StoreFull(
                     "There is no space left for the database; make room, then try again."
                 ) from error
-            if self._file is not None and (why := why_unusable(error.orig)):
+            if self._file is not None and (why := why_unusable(original)):
                 raise DatabaseUnusable(f"The database {self._file} {why}") from error
-            if isinstance(error, OperationalError):
+            if isinstance(error, (OperationalError, sqlite3.OperationalError)):
                 raise RegistryUnavailable("The database does not answer; try again later.") from error
-            if error.connection_invalidated:
+            if isinstance(error, DBAPIError) and error.connection_invalidated:
                 raise RegistryUnavailable("The connection to the database broke; try again later.") from error
             raise
 

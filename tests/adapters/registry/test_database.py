@@ -82,6 +82,23 @@ def test_a_broken_file_is_named_with_the_way_out(
     assert len(said.splitlines()) == 1
 
 
+def test_rewriting_a_locked_file_is_unavailable(tmp_path: Path) -> None:
+    """Also the statements that bypass SQLAlchemy raise an error of the registry."""
+    path = tmp_path / "topwork.db"
+    made(path)
+    registry = Registry(f"sqlite:///{path}", patience=0.1)
+    registry.tenants.tenants()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA journal_mode = delete")
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(RegistryUnavailable, match="does not answer"):
+            registry.erasures.clear_pages()
+    finally:
+        other.close()
+        registry.close()
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     registry = Registry(f"sqlite:///{tmp_path / 'typo' / 'topwork.db'}")
     with pytest.raises(DatabaseUnusable, match="cannot be opened"):

@@ -21,7 +21,7 @@ from adapters.examples.validation import PostedExample
 from adapters.probe.fit import OneLabel
 from adapters.registry.database import Database
 from adapters.registry.erasures import ALL, ERASURES_KEPT, TenantErased, digest
-from adapters.registry.errors import LeaseLost, UnknownAdapter, UnknownTenant
+from adapters.registry.errors import LeaseLost, RegistryUnavailable, UnknownAdapter, UnknownTenant
 from adapters.registry.records import AdapterRecord, Change, Changed, Repoint
 from adapters.registry.registry import Registry, new_uid
 from adapters.registry.schema import changes, erasures, metadata
@@ -295,6 +295,29 @@ def test_what_comes_late_is_deleted_too(registry: Registry, store: Store) -> Non
     _age(registry, 1_000.0)
     clearing.clear()
     assert registry.erasures.unfinished() == []
+
+
+def test_files_are_deleted_although_pages_cannot_be_cleared(
+    registry: Registry, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def busy() -> None:
+        tries.append(time.monotonic())
+        time.sleep(0.05)
+        raise RegistryUnavailable("busy")
+
+    monkeypatch.setattr(registry.erasures, "clear_pages", busy)
+    adapter = create(registry).adapter
+    store.publish("acme", adapter.uid, b"data")
+    registry.delete_adapter("acme", "pets")
+    sweeper = ErasureSweeper(registry, store)
+    with pytest.raises(RegistryUnavailable):
+        sweeper.clear()
+    assert list(store.objects()) == []
+    # A failed attempt is followed by a pause, too, because other writers waited for it.
+    sweeper.clear()
+    assert len(tries) == 1
 
 
 def test_what_no_row_knows_of_goes_with_its_tenant(registry: Registry, store: Store) -> None:
