@@ -18,6 +18,8 @@ _FEWEST = 8  # held-out examples; fewer say too little about usual distances
 _QUANTILE = 0.99  # share of held-out distances that are accepted
 _DEVIATIONS = 2.326  # standard deviations from the mean to that quantile in a normal distribution
 _MANY = 1000  # examples from which a single one no longer affects the directions
+# Squared distance below which distances are rounding errors. A higher limit keeps their ratios finite.
+_LEAST = 1e-6
 # Share of the mean squared row length that keeps a Gram matrix positive definite in single precision.
 _JITTER = 1e-3
 
@@ -60,7 +62,7 @@ class NoveltyRegion:
 
     def surprise(self, squared: Floats) -> Floats:
         """How many standard deviations the log distances lie above the mean of held-out examples."""
-        logs = np.log(np.maximum(squared, 1e-30))
+        logs = np.log(np.maximum(squared, _LEAST))
         result: Floats = (logs - np.float32(self.log_mean)) / np.float32(self.log_deviation)
         return result
 
@@ -119,7 +121,7 @@ def fit_region(
     squared = np.concatenate(
         [nearest(along / plain, means / plain) + left / rest for _, along, means, left in parts]
     )
-    logs = np.log(np.maximum(squared.astype(np.float64), 1e-30))
+    logs = np.log(np.maximum(squared.astype(np.float64), _LEAST))
     log_mean, deviation = float(logs.mean()), max(float(logs.std()), 0.05)
     # This is np.quantile without the tenth of a millisecond that it takes.
     limit = float(np.interp(_QUANTILE * (len(logs) - 1), np.arange(len(logs)), np.sort(logs)))

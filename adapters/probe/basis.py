@@ -57,6 +57,9 @@ def _span(features: Floats) -> Basis:
     """Return the coordinates of few rows in their span, along the eigenvectors of the Gram matrix."""
     values, vectors = np.linalg.eigh(features @ features.T)
     kept = values > 1e-6 * max(float(values[-1]), 1e-30)
+    if not kept.any():
+        # All rows are zero, and so are their coordinates along any direction.
+        return _along(features, np.zeros(1, np.float32), np.eye(features.shape[1], 1, dtype=np.float32))
     values, vectors = values[kept], vectors[:, kept]
     roots = np.sqrt(values)
     lift = (vectors / roots).T @ features

@@ -105,10 +105,26 @@ def test_two_labels_with_one_example_each_are_enough(dim: int) -> None:
     ] == ["a", "b"]
 
 
-def test_identical_embeddings_do_not_break_it() -> None:
-    rows = np.ones((20, 16), dtype=np.float32)
-    fitted = fit(dataset(rows, ["a", "b"] * 10))
-    assert np.isfinite(fitted.head.predict(rows).probabilities).all()
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n", [2, 20, 60])
+def test_identical_embeddings_do_not_break_it(n: int, value: float) -> None:
+    rows = np.full((n, 16), value, dtype=np.float32)
+    fitted = fit(dataset(rows, ["a", "b"] * (n // 2)))
+    assert np.allclose(fitted.head.predict(rows).probabilities, 0.5)
+    assert not fitted.head.measured
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dim", [8, 64])
+def test_distances_from_nearly_identical_embeddings_are_finite(dim: int) -> None:
+    generator = np.random.default_rng(0)
+    rows = np.ones(dim) + 1e-7 * generator.standard_normal((8, dim))
+    head = fit(dataset(rows.astype(np.float32), [float(row) for row in range(8)], "regression")).head
+    assert head.region is not None
+    found = head.predict(1e3 * generator.standard_normal((5, dim), dtype=np.float32))
+    assert np.isfinite(found.distance).all()
+    assert np.isfinite(found.abstention_score).all()
+    assert found.abstained.all()
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multilabel"])
