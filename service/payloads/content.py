@@ -58,18 +58,10 @@ class InMemoryParser(MultiPartParser):
 
 
 async def whole_body(request: Request) -> bytearray:
-    """Return the body. A large one is allocated at once, because growing it costs more than all else here."""
-    size = int(request.headers.get("content-length", "0"))
-    if size <= AT_ONCE:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-        return body
-    body, filled = bytearray(size), 0
+    """Return the body. It grows as it comes, so that a long Content-Length alone takes no memory."""
+    body = bytearray()
     async for chunk in request.stream():
-        body[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    del body[filled:]
+        body += chunk
     return body
 
 
