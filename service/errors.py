@@ -36,6 +36,7 @@ TYPE_PREFIX = "/docs/errors#"
 """Start of a problem's `type`, which links to the entry of its code in the service's own reference."""
 INVALID = "The request is not valid. `errors` says where and why."
 """Detail of a problem whose `errors` say what is wrong."""
+MOST_ERRORS = 100  # entries of `errors` in one answer
 
 STATUSES: dict[type[DomainError], int] = {
     Invalid: 422,
@@ -144,7 +145,7 @@ def _refusal(error: Exception, request_id: str) -> _Refusal:
     if isinstance(error, RequestValidationError):
         found = [
             {"pointer": pointer(item["loc"]), "code": str(item["type"]), "detail": str(item["msg"])}
-            for item in error.errors()[:100]
+            for item in error.errors()[:MOST_ERRORS]
         ]
         return _Refusal(422, "invalid_request", INVALID, found)
     if isinstance(error, HTTPException):

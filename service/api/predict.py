@@ -14,7 +14,7 @@ from models.batching.batcher import Batcher
 from models.batching.request import QueueFull
 from models.preprocess.limits import InputError
 from service.edge.channel import channel_of
-from service.errors import Problem
+from service.errors import MOST_ERRORS, Problem
 from service.payloads import requests
 from service.payloads.reader import RequestReader
 from service.payloads.responses.openai import render_model, render_models, render_openai_embeddings
@@ -22,7 +22,6 @@ from service.payloads.responses.predictions import render_embeddings, render_pre
 
 PART = 32
 """Texts of a request that are embedded together; other tenants get their turns between the parts."""
-_MOST_ERRORS = 100
 _SHORTEST_WAIT = 0.05  # seconds
 
 
@@ -109,6 +108,17 @@ async def openai_embeddings(tenant: str, predictor: Predictor, asked: requests.O
         blamed = {"pointer": "/dimensions", "code": "invalid_dimensions", "detail": detail}
         raise Problem(422, "invalid_dimensions", detail, errors=[blamed])
     embedded = await _embed(tenant, predictor, asked.model, texts)
+    if embedded.errors:
+        is_single = isinstance(asked.input, str)
+        errors = [
+            {
+                "pointer": "/input" if is_single else f"/input/{index}",
+                "code": error.code,
+                "detail": error.detail,
+            }
+            for index, error in sorted(embedded.errors.items())[:MOST_ERRORS]
+        ]
+        raise Problem(422, "invalid_input", "Some inputs cannot be embedded.", errors=errors)
 
     def render() -> bytes:
         return render_openai_embeddings(asked.model, embedded, asked.encoding_format)
@@ -137,14 +147,9 @@ async def _embed(tenant: str, predictor: Predictor, model: str, texts: Sequence[
         errors |= {start + index: error for index, error in part.errors.items()}
         truncated |= {start + index for index in part.truncated}
         start += PART
-    if errors:
-        blamed = [
-            {"pointer": f"/input/{index}", "code": error.code, "detail": error.detail}
-            for index, error in sorted(errors.items())[:_MOST_ERRORS]
-        ]
-        raise Problem(422, "invalid_input", "Some inputs cannot be embedded.", errors=blamed)
     return Embedded(
         np.concatenate([part.embeddings for part in found]),
+        errors=errors,
         truncated=frozenset(truncated),
         tokens=sum(part.tokens for part in found),
     )

@@ -52,6 +52,9 @@ async def test_texts_that_cannot_be_embedded_are_named_wherever_they_are(tmp_pat
             await openai_embeddings("acme", here.predictor, request.model_copy(update={"input": texts}))
         places = [one["pointer"] for one in caught.value.errors]
         assert places == [f"/input/{place}" for place in blank]
+        with pytest.raises(Problem) as caught:
+            await openai_embeddings("acme", here.predictor, request.model_copy(update={"input": " "}))
+        assert [one["pointer"] for one in caught.value.errors] == ["/input"]
 
 
 @anyio

@@ -218,6 +218,7 @@ def test_openai_clients_get_what_they_expect(taught: Caller) -> None:
     ("change", "code", "param"),
     [
         ({"input": []}, "no_inputs", None),
+        ({"input": ""}, "invalid_input", "/input"),
         ({"input": ["fine", ""]}, "invalid_input", "/input/1"),
         ({"input": ["fine"] * 200 + [" "]}, "invalid_input", "/input/200"),
         ({"input": 5}, "invalid_request", "/input"),
