@@ -14,10 +14,10 @@ from adapters.examples.validation import check_id
 from adapters.registry.errors import UnknownAdapter, UnknownJob, UnknownTenant
 from adapters.storage.artifact import is_tenant
 from service.edge.channel import channel_of
-from service.payloads import requests
 from service.payloads.pages import PageQuery, decode_cursor
+from service.payloads.schema import BIGGEST, NAME_PATTERN
 
-_NAME = re.compile(requests.ADAPTER_PATTERN)
+_NAME = re.compile(NAME_PATTERN)
 _JOB = re.compile(r"[0-9a-f]{32}")
 
 
@@ -77,7 +77,7 @@ Job = Annotated[str, Depends(job_id)]
 JobsAdapter = Annotated[str | None, Depends(jobs_adapter)]
 NamedTenant = Annotated[str, Depends(named_tenant)]
 Tenant = Annotated[str, Depends(tenant_of)]
-Version = Annotated[int, Path(ge=1, le=requests.BIGGEST)]
+Version = Annotated[int, Path(ge=1, le=BIGGEST)]
 
 
 async def page(

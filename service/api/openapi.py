@@ -14,6 +14,7 @@ from service.payloads import requests, tenants
 from service.payloads.responses.answer import ProblemOut
 from service.payloads.responses.jobs import JobOutcome
 from service.payloads.responses.openai import OpenAIProblem
+from service.payloads.schema import NAME_PATTERN
 
 _REF = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -197,7 +198,7 @@ def describe(app: FastAPI) -> None:
 _TENANT = {
     "name": "X-Tenant",
     "in": "header",
-    "schema": {"type": "string", "pattern": requests.ADAPTER_PATTERN, "default": "default"},
+    "schema": {"type": "string", "pattern": NAME_PATTERN, "default": "default"},
     "description": "The tenant whose adapters are meant. A tenant's own key decides it already.",
 }
 

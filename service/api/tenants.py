@@ -8,7 +8,6 @@ from datetime import timedelta
 from fastapi import Request, Response
 
 from adapters.adaptation.erasure import Eraser
-from adapters.registry.quotas import Quotas
 from adapters.registry.tenants import Tenants
 from service.api.dependencies import NamedTenant, Page
 from service.payloads.reader import RequestReader
@@ -55,8 +54,7 @@ class TenantEndpoints:
     async def set_quotas(self, request: Request, tenant: NamedTenant) -> Response:
         """Set the quotas of a tenant, all at once. Every process applies them within 5 seconds."""
         wanted = await self._reader.model(request, QuotasIn)
-        quotas = Quotas(**wanted.model_dump())
-        return render_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, quotas))
+        return render_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, wanted.quotas()))
 
     async def list_keys(self, tenant: NamedTenant) -> Response:
         """List the keys of the tenant, without their secrets."""

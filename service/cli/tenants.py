@@ -111,11 +111,10 @@ def _all_tenants(registry: Registry) -> Iterator[dict[str, Any]]:
 def _quotas(text: str) -> Quotas:
     from pydantic import ValidationError
 
-    from adapters.registry.quotas import Quotas
     from service.payloads.tenants import QuotasIn
 
     try:
-        return Quotas(**QuotasIn.model_validate_json(text).model_dump())
+        return QuotasIn.model_validate_json(text).quotas()
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])

@@ -39,9 +39,12 @@ from service.payloads.requests import (
     AdaptRequest,
     AmendRequest,
     EmbedRequest,
+    ExampleIn,
     FeedbackRequest,
+    InputIn,
     OpenAIRequest,
     PredictRequest,
+    TargetIn,
     UploadRequest,
 )
 from service.payloads.validation import apart, lax, refuse_parameters, strict
@@ -139,18 +142,15 @@ class RequestReader:
     async def amendment(self, request: Request) -> Amendment:
         """Read the changes to a kept example."""
         body = await self.model(request, AmendRequest)
-        target = target_of(body)
-        given = any(value is not None for value in (body.label, body.labels, body.target))
-        if given and isinstance(target, ExampleError):
-            raise target
-        if not given and body.excluded is None and body.group is None:
+        target = _target(body)
+        if target is None and body.excluded is None and body.group is None:
             raise Problem(
                 422,
                 "invalid_request",
                 "Send a field to change: `label`, `labels`, `target`, `excluded` or `group`.",
             )
         return Amendment(
-            target=target if given else None,
+            target=target,
             excluded=body.excluded,
             group=body.group,
             promote=body.promote,
@@ -184,7 +184,7 @@ class RequestReader:
 
     def _adapt_command(self, value: Any) -> AdaptCommand:
         self._count_in(value, "examples", self.max_examples)
-        body, faults = apart(AdaptRequest, value, "examples")
+        body, faults = apart(AdaptRequest, value, "examples", ExampleIn)
         good = (posted_example(example) for example in body.examples)
         return adapt_command(
             body, _merged(good, {at: faulty_example(value, at, one) for at, one in faults.items()})
@@ -202,7 +202,7 @@ class RequestReader:
 
     def _items(self, model: type[Asking], value: Any) -> tuple[Asking, Sequence[Input]]:
         """Return a request and its inputs, with an error in the place of each malformed one."""
-        body, faults = apart(model, value, "inputs")
+        body, faults = apart(model, value, "inputs", InputIn)
         good = (input_of(one) for one in body.inputs)
         errors = {at: InputError(one.code, one.detail) for at, one in faults.items()}
         inputs = _merged(good, errors)
@@ -231,13 +231,9 @@ class RequestReader:
         body = strict(FeedbackRequest, value)
         if (body.id is None) == (body.image is None and body.text is None):
             raise Problem(422, "invalid_request", "Send either an input or the id of an example.")
-        target = target_of(body)
-        if isinstance(target, ExampleError):
-            raise target
-        given = None if body.id is not None else input_of(body)
         return Feedback(
-            target=target,
-            input=given,
+            target=_target(body),
+            input=None if body.id is not None else input_of(body),
             id=body.id,
             promote=body.promote,
             fit=body.fit,
@@ -320,8 +316,16 @@ def _some(inputs: Sequence[object]) -> None:
         raise Problem(422, "no_inputs", "There are no inputs. Send at least one.")
 
 
+def _target(body: TargetIn) -> object:
+    """Return the one target of a request, or None. Raises the ExampleError of several."""
+    target = target_of(body)
+    if isinstance(target, ExampleError):
+        raise target
+    return target
+
+
 def _query(body: PredictRequest, inputs: Sequence[Input]) -> PredictQuery:
-    return PredictQuery(body.adapter, inputs, body.version, body.top_k, body.explain, body.min_epoch)
+    return PredictQuery(inputs=inputs, **body.model_dump(exclude={"inputs"}))
 
 
 def _merged(good: Iterable[T], others: Mapping[int, T]) -> list[T]:

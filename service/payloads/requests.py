@@ -1,25 +1,32 @@
-"""Request bodies, as the API documentation shows them. Unknown fields are refused."""
+"""Request bodies, as the API documentation shows them."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from adapters.adaptation.commands import AdaptCommand, Update
+from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.adaptation.promotion.decision import Promote
 from adapters.examples.target import Task, Weights
+from adapters.examples.validation import PostedExample
 from adapters.finetune.config import FineTuneConfig
+from adapters.prediction.predictor import PredictQuery
+from service.payloads.schema import BIGGEST, NAME_PATTERN, Request, tidied
 
-ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-BIGGEST = 2**31 - 1
-"""Largest version, epoch or revision number that every supported database can store."""
-_DEFAULT = AdaptCommand(adapter="")  # the defaults of a request are those of the command
+# The defaults of a request are those of the domain's command.
+_ADAPT = AdaptCommand(adapter="")
+_PREDICT = PredictQuery(adapter="", inputs=())
+_FEEDBACK = Feedback(target=None)
+_AMENDMENT = Amendment()
+_EXAMPLE = PostedExample(input="")
+_OPTIONS = frozenset(field.name for field in fields(FineTuneConfig))
 
 AdapterName = Annotated[
-    str, Field(pattern=ADAPTER_PATTERN, description="Created on first use.", examples=["pets"])
+    str, Field(pattern=NAME_PATTERN, description="Created on first use.", examples=["pets"])
 ]
 VersionNumber = Annotated[int, Field(ge=1, le=BIGGEST)]
 ColumnName = Annotated[
@@ -27,20 +34,6 @@ ColumnName = Annotated[
     Field(min_length=1, max_length=256, description="Of a CSV table, where the column has another name."),
 ]
 BackboneName = Annotated[str, Field(min_length=1, max_length=512, examples=["efficientnet-lite0"])]
-
-
-class Request(BaseModel):
-    """Common to all requests: exact types, no unknown fields. null is as good as leaving a field out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or None not in value.values():
-            return value
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: one for name, one in value.items() if one is not None or name not in optional}
 
 
 class InputIn(Request):
@@ -67,7 +60,9 @@ class TargetIn(Request):
     """What is right for an input; exactly one field, which one depends on the task."""
 
     label: str | None = Field(default=None, description="Of a classification.", examples=["spam"])
-    labels: list[str] | None = Field(default=None, description="Of a multilabel adapter; may be empty.")
+    labels: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        default=None, description="Of a multilabel adapter; may be empty."
+    )
     target: float | None = Field(default=None, description="Of a regression: a finite number.")
 
 
@@ -89,17 +84,13 @@ class ExampleIn(InputIn, TargetIn, GroupIn):
         default=None, description="1 to 256 characters. A known id replaces that example.", examples=["a1"]
     )
     sampled: bool = Field(
-        default=True,
+        default=_EXAMPLE.sampled,
         description="false: chosen for being wrong or hard. It is learned from and not measured on.",
     )
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return the fields of a fine-tune without those that are null, as in `Request`."""
-    if not isinstance(value, dict):
-        return value
-    known = {field.name for field in fields(FineTuneConfig)}
-    return {name: one for name, one in value.items() if one is not None or name not in known}
+def _tidied_options(value: Any) -> Any:
+    return tidied(value, _OPTIONS)
 
 
 class AdaptRequest(Request):
@@ -128,21 +119,21 @@ class AdaptRequest(Request):
         default="linear_probe",
         description="fine_tune trains the whole network on all that is kept: a job, answered with 202.",
     )
-    fine_tune: Annotated[FineTuneConfig, BeforeValidator(_without_nulls)] | None = Field(
+    fine_tune: Annotated[FineTuneConfig, BeforeValidator(_tidied_options)] | None = Field(
         default=None, description="How; only with method fine_tune."
     )
     update: Update = Field(
-        default=_DEFAULT.update,
+        default=_ADAPT.update,
         description="append: a known id replaces that example. replace: forget all others.",
     )
     promote: Promote = Field(
-        default=_DEFAULT.promote,
+        default=_ADAPT.promote,
         description="if_better withholds only a version that is significantly worse.",
     )
     fit: bool = Field(
-        default=_DEFAULT.fit, description="false only stores the examples, to send many in parts."
+        default=_ADAPT.fit, description="false only stores the examples, to send many in parts."
     )
-    strict: bool = Field(default=_DEFAULT.strict, description="Refuse the request if any example is bad.")
+    strict: bool = Field(default=_ADAPT.strict, description="Refuse the request if any example is bad.")
     callback: str | None = Field(
         default=None,
         max_length=2_048,
@@ -192,8 +183,10 @@ class PredictRequest(Request):
 
     adapter: AdapterName
     version: VersionNumber | None = Field(default=None, description="null: the live one.")
-    top_k: int = Field(default=3, ge=1, le=10_000, description="Probabilities in each answer.")
-    explain: int = Field(default=0, ge=0, le=100, description="Nearest examples in each answer.")
+    top_k: int = Field(default=_PREDICT.top_k, ge=1, le=10_000, description="Probabilities in each answer.")
+    explain: int = Field(
+        default=_PREDICT.explain, ge=0, le=100, description="Nearest examples in each answer."
+    )
     min_epoch: int | None = Field(
         default=None, ge=0, description="The epoch that /adapt answered: see at least what it wrote."
     )
@@ -233,8 +226,7 @@ class OpenAIRequest(Request):
 
     model: BackboneName = Field(description="A backbone for texts.")
     input: Annotated[
-        Annotated[str, Tag("one")]
-        | Annotated[list[Annotated[str, BeforeValidator(_no_token_ids)]], Tag("many")],
+        Annotated[str, Tag("one")] | Annotated[list[_Text], Field(fail_fast=True), Tag("many")],
         Discriminator(_one_or_many),
     ]
     encoding_format: Literal["float", "base64"] = Field(
@@ -260,12 +252,12 @@ class FeedbackRequest(InputIn, TargetIn, GroupIn):
 
     id: str | None = Field(default=None, description="Of a kept example, instead of an input.")
     sampled: bool = Field(
-        default=False,
+        default=_FEEDBACK.sampled,
         description="true where you send the right label of every k-th answer, right or wrong. false: it is "
         "learned from and not measured on, for corrections alone are a sample of mistakes.",
     )
-    promote: Promote = "if_better"
-    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+    promote: Promote = _FEEDBACK.promote
+    fit: bool = Field(default=_FEEDBACK.fit, description="false only stores it, for a later fit.")
 
 
 class AmendRequest(TargetIn):
@@ -281,12 +273,12 @@ class AmendRequest(TargetIn):
     group: str | None = Field(
         default=None, description="Its new group; empty for none.", examples=["customer 17"]
     )
-    promote: Promote = "if_better"
-    fit: bool = Field(default=True, description="false only stores it, for a later fit.")
+    promote: Promote = _AMENDMENT.promote
+    fit: bool = Field(default=_AMENDMENT.fit, description="false only stores it, for a later fit.")
 
 
 class RebaseRequest(Request):
     """The backbone to move to."""
 
     backbone: BackboneName
-    promote: Promote = "if_better"
+    promote: Promote = _ADAPT.promote

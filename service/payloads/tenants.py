@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from adapters.registry.quotas import Quotas
 from adapters.registry.tenants import Scope
-from service.payloads.requests import ADAPTER_PATTERN, BIGGEST, Request
+from service.payloads.schema import BIGGEST, NAME_PATTERN, Request
 
 _YEARS = 10 * 365 * 86_400  # seconds; the longest lifetime of a key
 
@@ -15,7 +16,7 @@ _YEARS = 10 * 365 * 86_400  # seconds; the longest lifetime of a key
 class TenantRequest(Request):
     """A tenant to make."""
 
-    tenant: str = Field(pattern=ADAPTER_PATTERN, examples=["acme"])
+    tenant: str = Field(pattern=NAME_PATTERN, examples=["acme"])
 
 
 class KeyRequest(Request):
@@ -47,8 +48,9 @@ class RotateRequest(Request):
     )
 
 
-_Rate = Annotated[float | None, Field(default=None, gt=0, le=1e12)]
-_Count = Annotated[int | None, Field(default=None, ge=0, le=BIGGEST)]
+_Rate = Annotated[float | None, Field(gt=0, le=1e12)]
+_Count = Annotated[int | None, Field(ge=0, le=BIGGEST)]
+_QUOTAS = Quotas()  # the defaults of a request are those of the domain
 
 
 class QuotasIn(Request):
@@ -58,9 +60,13 @@ class QuotasIn(Request):
     once: adapters, examples of all of them together, jobs that run.
     """
 
-    requests_per_second: _Rate
-    items_per_second: _Rate
-    bytes_per_second: _Rate
-    max_adapters: _Count
-    max_examples: _Count
-    max_running_jobs: _Count
+    requests_per_second: _Rate = _QUOTAS.requests_per_second
+    items_per_second: _Rate = _QUOTAS.items_per_second
+    bytes_per_second: _Rate = _QUOTAS.bytes_per_second
+    max_adapters: _Count = _QUOTAS.max_adapters
+    max_examples: _Count = _QUOTAS.max_examples
+    max_running_jobs: _Count = _QUOTAS.max_running_jobs
+
+    def quotas(self) -> Quotas:
+        """Return the quotas to set."""
+        return Quotas(**self.model_dump())

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from service.errors import INVALID, Problem, pointer
+from service.errors import INVALID, MOST_ERRORS, Problem, pointer
 
 M = TypeVar("M", bound=BaseModel)
 Location = Sequence[str | int]
 
-_MOST_ERRORS = 100  # entries of `errors` in one answer
 _TYPES = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
 # Error code and wanted type of each field of an item, for items with another type there.
 _WANTED = {
@@ -27,8 +27,6 @@ _WANTED = {
     "group": ("group_invalid", "a string"),
     "sampled": ("sampled_invalid", "true or false"),
 }
-
-
 # pydantic's names for an unknown field of a model and of a dataclass.
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
@@ -50,10 +48,11 @@ def strict(model: type[M], value: Any) -> M:
         raise _refusal(_told(model, one, value) for one in _found(error)) from error
 
 
-def apart(model: type[M], value: Any, items: str) -> tuple[M, dict[int, Fault]]:
+def apart(model: type[M], value: Any, items: str, item: type[BaseModel]) -> tuple[M, dict[int, Fault]]:
     """Validate parsed JSON; return the model without its malformed items, and their faults by index.
 
-    `items`: the field that lists the items. Raises a 422 Problem if anything else is wrong.
+    `items`: the field that lists the items. `item`: the model of one. Raises a 422 Problem if anything else
+    is wrong.
     """
     try:
         return model.model_validate(value), {}
@@ -63,7 +62,8 @@ def apart(model: type[M], value: Any, items: str) -> tuple[M, dict[int, Fault]]:
         for one in found:
             match one["loc"]:
                 case (str(field), int(index), *rest) if field == items:
-                    faults.setdefault(index, _fault(one, rest, value[items][index]))
+                    if index not in faults:
+                        faults[index] = _fault(item, one, rest, value[items][index])
                 case _:
                     raise _refusal(_told(model, one, value) for one in found) from error
     good = [one for index, one in enumerate(value[items]) if index not in faults]
@@ -106,11 +106,11 @@ def refuse_parameters(names: Iterable[str], known: Iterable[str], *, why: str = 
     """Raise a 422 Problem that names the unknown query parameters, if there are any. `why`: its detail."""
     wrong = sorted(set(names) - set(known))
     if wrong:
-        raise _refusal((unknown_parameter(name, known) for name in wrong[:_MOST_ERRORS]), why)
+        raise _refusal((unknown_parameter(name, known) for name in wrong), why)
 
 
 def _refusal(errors: Iterable[Mapping[str, str]], why: str = "") -> Problem:
-    return Problem(422, "invalid_request", why or INVALID, errors=list(errors)[:_MOST_ERRORS])
+    return Problem(422, "invalid_request", why or INVALID, errors=list(islice(errors, MOST_ERRORS)))
 
 
 def _found(error: ValidationError) -> list[Any]:
@@ -131,14 +131,16 @@ def _told(model: type[BaseModel], one: Any, value: Any) -> dict[str, str]:
     return {"pointer": pointer(_there(location, value)), "code": code, "detail": detail}
 
 
-def _fault(one: Any, rest: Location, item: Any) -> Fault:
-    """Return what is wrong with one item. `rest`: the location within the item."""
+def _fault(model: type[BaseModel], one: Any, rest: Location, item: Any) -> Fault:
+    """Return what is wrong with one item of this model. `rest`: the location within the item."""
     there = _there(rest, item)
     place = pointer(there).removeprefix("/")
     name = str(rest[0]) if rest else ""
     if one["type"] == "extra_forbidden":
         return Fault(
-            "unknown_field", f"There is no field `{name[:100]}`.{_nearest(name, list(_WANTED))}", place
+            "unknown_field",
+            f"There is no field `{name[:100]}`.{_nearest(name, list(model.model_fields))}",
+            place,
         )
     if name not in _WANTED:
         return Fault("not_an_object", f"{_type_of(item)} is not an example or input. Send an object.", place)

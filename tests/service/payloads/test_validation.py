@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from adapters.finetune.config import FineTuneConfig
 from service.api.openapi import _REQUESTS
@@ -46,10 +46,10 @@ VALID: dict[type[BaseModel], dict[str, Any]] = {
     tenants.KeyRequest: {"scopes": ["predict"], "note": "n", "expires_in": 60},
     tenants.RotateRequest: {"grace": 5},
 }
-ITEMS = {
-    requests.AdaptRequest: "examples",
-    requests.PredictRequest: "inputs",
-    requests.EmbedRequest: "inputs",
+ITEMS: dict[type[BaseModel], tuple[str, type[BaseModel]]] = {
+    requests.AdaptRequest: ("examples", requests.ExampleIn),
+    requests.PredictRequest: ("inputs", requests.InputIn),
+    requests.EmbedRequest: ("inputs", requests.InputIn),
 }
 
 
@@ -81,8 +81,8 @@ def told(model: type[BaseModel], body: Any) -> list[tuple[str, str]]:
         if model not in ITEMS:
             strict(model, body)
             return []
-        items = ITEMS[model]
-        _, faults = apart(model, body, items)
+        items, item = ITEMS[model]
+        _, faults = apart(model, body, items, item)
         places = {index: f"/{items}/{index}" for index in faults}
         return [
             (f"{places[index]}/{one.place}" if one.place else places[index], one.detail)
@@ -146,13 +146,45 @@ def test_what_is_wrong_with_one_example_is_told_of_it_alone() -> None:
     examples = (
         [{"text": "fine", "label": "a"}] + [{name: value} for name, (value, _, _) in wrong.items()] + [5]
     )
-    body, faults = apart(requests.AdaptRequest, {"adapter": "x", "examples": examples}, "examples")
+    posted = {"adapter": "x", "examples": examples}
+    body, faults = apart(requests.AdaptRequest, posted, "examples", requests.ExampleIn)
     assert [one.text for one in body.examples] == ["fine"]
     told = {index: (one.code, one.place) for index, one in faults.items()}
     expected = {index: (code, place) for index, (_, code, place) in enumerate(wrong.values(), 1)}
     assert told == {**expected, len(examples) - 1: ("not_an_object", "")}
     assert "Did you mean `label`?" in faults[9].detail
     assert faults[1].detail == '`label` is a number; send a string, such as "3".'
+
+
+def test_a_field_that_inputs_do_not_have_is_not_suggested() -> None:
+    asked = {"adapter": "x", "inputs": [{"text": "a", "label": "b"}, {"txt": "a"}]}
+    _, faults = apart(requests.PredictRequest, asked, "inputs", requests.InputIn)
+    assert [faults[index].detail for index in (0, 1)] == [
+        "There is no field `label`.",
+        "There is no field `txt`. Did you mean `text`?",
+    ]
+
+
+MANY = dict.fromkeys(map(str, range(1_000)), 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (requests.PredictRequest, {"adapter": "films", **MANY}),
+        (requests.PredictRequest, {"adapter": "films", "inputs": [MANY]}),
+        (requests.AdaptRequest, {"adapter": "films", "fine_tune": MANY}),
+        (requests.AdaptRequest, {"adapter": "films", "examples": [{"labels": list(range(1_000))}]}),
+        (requests.OpenAIRequest, {"model": "minilm-l6-v2", "input": list(range(1_000))}),
+    ],
+    ids=["fields", "fields of an item", "fields of a fine-tune", "labels", "token ids"],
+)
+def test_errors_are_few_whatever_the_request_has(model: type[BaseModel], body: Any) -> None:
+    """pydantic holds the GIL while it makes them: of a million, for seconds."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert 0 < caught.value.error_count() <= 20
+    assert told(model, body)
 
 
 def test_a_parameter_s_pointer_says_whether_it_is_of_the_query_or_of_the_form() -> None:
