@@ -16,6 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapters.jobs.submission import JobSubmitter
+from adapters.registry.errors import RegistryUnavailable, UnknownJob
 from adapters.registry.records import JobRecord
 from service.api.dependencies import Job, JobsAdapter, Page, Tenant
 from service.edge.concurrency import ConcurrencyLimit
@@ -28,7 +29,6 @@ _STREAMS_OF_A_TENANT = 10
 _POLL_SECONDS = 1.0
 # Interval of keep-alive comments, without which proxies may drop a quiet stream.
 _SILENCE_SECONDS = 15.0
-_FINISHED = ("succeeded", "failed", "cancelled")
 
 
 class Events:
@@ -66,13 +66,20 @@ class Events:
             elif time.monotonic() - quiet > _SILENCE_SECONDS:
                 quiet = time.monotonic()
                 yield b":\n\n"
-            if record.state in _FINISHED or time.monotonic() > end:
+            if record.finished_at is not None or time.monotonic() > end:
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
             if self._closing.is_set():
                 return
-            record = await self._submitter.job(tenant, record.id)
+            try:
+                record = await self._submitter.job(tenant, record.id)
+            except RegistryUnavailable:
+                # The stream stays open, because browsers do not reconnect after a 503.
+                continue
+            except UnknownJob:
+                # The job was erased with its adapter.
+                return
 
 
 class _Stream(StreamingResponse):
