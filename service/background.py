@@ -29,6 +29,9 @@ def sweep_artifacts(registry: Registry, store: Store, closing: threading.Event) 
             swept = sweep(store, registry) if registry.identity.age > SWEPT_AGE else Swept()
         except DomainError as error:
             logger.warning("sweep put off: %s", error)
+        except Exception:
+            # No error may end the sweeps.
+            logger.exception("sweep put off")
         else:
             if any(asdict(swept).values()):
                 logger.info(
@@ -57,3 +60,5 @@ def clear_erasures(registry: Registry, store: Store, closing: threading.Event) -
             clearing.clear()
         except DomainError as error:
             logger.warning("what is left of erasures is removed later: %s", error)
+        except Exception:
+            logger.exception("what is left of erasures is removed later")
