@@ -113,14 +113,15 @@ def _url(listener: socket.socket) -> str:
 
 def _announce(url: str, server: uvicorn.Server) -> None:
     """Print the address once the service is ready."""
-    # Imported here, because they would delay every other command.
-    import urllib.error
+    # Imported here, because it would delay every other command.
     import urllib.request
 
+    # A proxy that the environment names cannot reach this address.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not server.should_exit:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=600):
+            with opener.open(f"{url}/readyz", timeout=600):
                 print(f"Topwork is ready at {url}", flush=True)
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.05)
