@@ -40,7 +40,6 @@ from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
 from models.model_store import find
-from models.preprocess.limits import InputLimits
 from models.runtime.autotune import MeasuredPlan
 from models.survey import planned
 from service.background import clear_erasures, sweep_artifacts
@@ -243,12 +242,7 @@ async def _backbones(
 
 
 def _open_backbone(settings: Settings, folder: Path, measured: MeasuredPlan) -> Backbone:
-    limits = InputLimits(
-        max_image_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-        max_text_chars=settings.max_text_chars,
-    )
-    return Backbone.open(folder, device=settings.device, plan=measured.plan, limits=limits)
+    return Backbone.open(folder, device=settings.device, plan=measured.plan, limits=settings.input_limits)
 
 
 async def _close_all(batchers: Mapping[str, Batcher]) -> None:

@@ -217,12 +217,13 @@ class Settings(BaseSettings):
     @field_validator("admin_key", mode="after")
     @classmethod
     def _hard_to_guess(cls, key: SecretStr | None) -> SecretStr | None:
-        if key is None:
+        secret = "" if key is None else key.get_secret_value()
+        if not secret:
             return None
-        if not key.get_secret_value():
-            return None
-        if len(key.get_secret_value()) < 16 or not key.get_secret_value().isascii():
-            raise ValueError("use at least 16 ASCII characters, e.g. of `openssl rand -hex 32`")
+        if len(secret) < 16 or not (secret.isascii() and secret.isprintable()):
+            raise ValueError("use at least 16 printable ASCII characters, e.g. of `openssl rand -hex 32`")
+        if secret != secret.strip():
+            raise ValueError("remove the spaces around it: a header cannot have them")
         return key
 
     def make_home(self) -> None:
@@ -268,6 +269,15 @@ class Settings(BaseSettings):
             max_text_chars=self.max_text_chars,
             log_format=self.log_format,
             callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
+        )
+
+    @property
+    def input_limits(self) -> InputLimits:
+        """Limits of one image and one text."""
+        return InputLimits(
+            max_image_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            max_text_chars=self.max_text_chars,
         )
 
     @property

@@ -144,16 +144,12 @@ def _open_backbone(settings: Settings, name: str, stack: ExitStack) -> Backbone 
     """Return the backbone, which closes with the stack, or None if it is not exported here."""
     from models.backbone import Backbone
     from models.model_store import find
-    from models.preprocess.limits import InputLimits
 
     folder = find(name)
     if folder is None:
         return None
-    limits = InputLimits(
-        max_image_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-        max_text_chars=settings.max_text_chars,
+    opened = Backbone.open(
+        folder, device=settings.device, threads=settings.usable_threads, limits=settings.input_limits
     )
-    opened = Backbone.open(folder, device=settings.device, threads=settings.usable_threads, limits=limits)
     stack.callback(opened.close)
     return opened

@@ -37,6 +37,15 @@ def test_a_slip_in_a_setting_s_name_is_refused(
         Settings()
 
 
+@pytest.mark.parametrize("key", ["short", "é" * 16, "x" * 15 + "\n", "x" * 16 + "\n", " " + "x" * 16])
+def test_an_admin_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("TOPWORK_ADMIN_KEY", key)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert explain(caught.value).startswith("TOPWORK_ADMIN_KEY: ")
+    assert key.strip() not in explain(caught.value)
+
+
 def test_what_else_is_unknown_is_named_and_what_others_set_is_not() -> None:
     known = {f"TOPWORK_{name.upper()}": "x" for name in Settings.model_fields}
     others = {
