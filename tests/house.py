@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("service", "adapters", "models")
 DOCUMENT = ROOT / "docs" / "architecture.md"
-BEGIN, END = "<!-- folders: made by `make house` -->", "<!-- end of folders -->"
+BEGIN, END = "<!-- folders: made by `make house ARGS=--write` -->", "<!-- end of folders -->"
 # A comment that begins so leaves its reader to find out what it speaks of.
 _DANGLING = re.compile(
     r"(Of|For|With|Without|From|To|Than|By|Between|Beyond|Below|Above|Until|Up to|After so|So many|So long|"
@@ -66,12 +66,11 @@ def folders() -> Iterator[Folder]:
 
 
 def table() -> str:
-    """Markdown: folders, what they are, modules and lines."""
-    lines = ["| folder | what it holds | modules | lines |", "|---|---|---|---|"]
+    """Markdown: folders, what they are, and their modules."""
+    lines = ["| folder | what it holds | modules |", "|---|---|---|"]
     for folder in folders():
         names = ", ".join(name for name, _ in folder.modules)
-        count = sum(lines for _, lines in folder.modules)
-        lines.append(f"| `{folder.name}/` | {folder.sentence} | {names} | {count} |")
+        lines.append(f"| `{folder.name}/` | {folder.sentence} | {names} |")
     return "\n".join(lines)
 
 

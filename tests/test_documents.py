@@ -19,7 +19,7 @@ from service.api import jobs
 from service.edge import channel, concurrency, key_cache, layers, rate_limits
 from service.payloads import content, requests
 from service.server import connections, protocol
-from tests import recorded
+from tests import house, recorded
 
 REFERENCE = ROOT / "docs" / "reference"
 # Reported on a machine with a GPU only.
@@ -161,3 +161,8 @@ def test_the_codes_of_the_limits_are_those_of_the_errors() -> None:
         if (status or "tem") not in entries[code].replace("Job", "Item")
     ]
     assert wrong == []
+
+
+def test_the_folders_are_the_documents() -> None:
+    """`make house ARGS=--write` writes them."""
+    assert f"{house.BEGIN}\n\n{house.table()}\n\n{house.END}" in house.DOCUMENT.read_text()
