@@ -29,4 +29,4 @@ async def to_its_end(work: Awaitable[T]) -> T:
 def _nobody_waits(task: asyncio.Future[Any]) -> None:
     error = None if task.cancelled() else task.exception()
     if error is not None and not hasattr(error, "code"):
-        logger.error("what went on after its client had left has failed", exc_info=error)
+        logger.error("work that continued after its client had disconnected has failed", exc_info=error)

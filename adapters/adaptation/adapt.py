@@ -180,7 +180,7 @@ class AdaptPipeline:
         """
         if state is None:
             return self._new_terms(command)
-        terms = wanted(terms_of(state.adapter), command.answer_accuracy, command.weights)
+        terms = with_options(terms_of(state.adapter), command.answer_accuracy, command.weights)
         if command.backbone not in (None, terms.backbone):
             self.embedder.spec(command.backbone or "")
             raise ContractChanged(
@@ -209,7 +209,7 @@ class AdaptPipeline:
             keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
             began=command.began,
         )
-        return wanted(terms, command.answer_accuracy, command.weights)
+        return with_options(terms, command.answer_accuracy, command.weights)
 
     def _default(self, kind: Kind | None) -> str:
         for name, batcher in self.embedder.batchers.items():
@@ -233,7 +233,7 @@ def terms_of(adapter: AdapterRecord) -> Creation:
     )
 
 
-def wanted(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
+def with_options(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
     """Return the terms with the given values; None leaves a value as it is. Raises WeightsNotForTask."""
     if weights == "balanced" and terms.task != "classification":
         raise WeightsNotForTask(terms.task)

@@ -57,16 +57,12 @@ class ExampleEdit:
 
 @dataclass(frozen=True, slots=True)
 class RevisionResult:
-    """The result of an edit.
-
-    `version` and `decision` are None if nothing was fitted. `timings`: seconds by stage. `truncated`: how
-    many of the edit's examples are texts of which the backbone reads only the start.
-    """
+    """The result of an edit."""
 
     committed: Committed
-    decision: Decision | None
-    timings: Mapping[str, float]
-    truncated: int = 0
+    decision: Decision | None  # None if nothing was fitted
+    timings: Mapping[str, float]  # seconds by stage
+    truncated: int = 0  # number of the edit's texts of which the backbone reads only the start
 
     @property
     def adapter(self) -> AdapterRecord:
@@ -139,12 +135,7 @@ class FingerprintMismatch(Conflict):
 
 @dataclass(frozen=True, slots=True)
 class AdaptCommand:
-    """A request to /adapt. None: the adapter's own setting, or the default if it is created.
-
-    `fine_tune`: how to train a network, if one is to be trained; `callback`: where to report the end of a
-    job; see JobSubmitter. `uploaded`: see ExampleEdit. `answer_accuracy`, `weights`: see ProbeConfig.
-    `columns`: of an upload's table, see layout_of. `began`: see Creation.
-    """
+    """A request to /adapt. None: the adapter's own setting, or the default if it is created."""
 
     adapter: str
     posted: Sequence[PostedExample] = ()
@@ -155,22 +146,23 @@ class AdaptCommand:
     fit: bool = True
     strict: bool = False
     keep_inputs: bool | None = None
-    fine_tune: FineTuneConfig | None = None
-    callback: str | None = None
-    uploaded: AbstractSet[str] | None = None
+    fine_tune: FineTuneConfig | None = None  # how to train a network, for JobSubmitter.fine_tune
+    callback: str | None = None  # URL that is told the end of a job, see check_callback
+    uploaded: AbstractSet[str] | None = None  # see ExampleEdit
+    # See ProbeConfig.
     answer_accuracy: float | None = None
     weights: Weights | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic, compare=False)
+    columns: Mapping[str, str] = field(default_factory=dict)  # of an upload's table, see layout_of
+    began: float = field(default_factory=time.monotonic, compare=False)  # see Creation
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptOutcome:
-    """The result of an adapt request. `timings`: seconds by stage."""
+    """The result of an adapt request."""
 
     revised: RevisionResult
     rejected: Sequence[RejectedExample] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds by stage
 
 
 def _blamed(rejected: Sequence[RejectedExample]) -> list[dict[str, str]]:

@@ -23,8 +23,8 @@ _LATEST = 900.0
 _REST = 3.0
 
 
-class Keeps(Protocol):
-    """A component that keeps tenants' data in memory."""
+class TenantCache(Protocol):
+    """A component that keeps data of tenants in memory."""
 
     def drop_of(self, tenant: str, name: str | None = None) -> None:
         """Drop the tenant's data, or only that of its adapter of this name."""
@@ -39,7 +39,10 @@ class Eraser:
     """
 
     def __init__(
-        self, repository: AdapterRepository, memories: Iterable[Keeps], end: Callable[[str, Exception], None]
+        self,
+        repository: AdapterRepository,
+        memories: Iterable[TenantCache],
+        end: Callable[[str, Exception], None],
     ) -> None:
         self._repository = repository
         self._memories = (repository, *memories)
@@ -56,7 +59,7 @@ class Eraser:
             receipt = await asyncio.to_thread(self._repository.registry.erasures.tenant, tenant)
             self._repository.aliases.drop_tenant(tenant)
             self.heard(tenant)
-            await self._repository.drop_files(tenant)
+            await self._repository.delete_files_of(tenant)
             return receipt
 
         return await to_its_end(erase())
@@ -68,7 +71,7 @@ class Eraser:
             receipt, uid = await asyncio.to_thread(self._repository.registry.delete_adapter, tenant, name)
             self._repository.aliases.drop(tenant, name)
             self.heard(tenant, name)
-            await self._repository.drop_files(tenant, uid)
+            await self._repository.delete_files_of(tenant, uid)
             return receipt
 
         return await to_its_end(erase())

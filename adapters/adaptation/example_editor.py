@@ -30,30 +30,25 @@ from models.preprocess.limits import InputError
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """The right target of an input, or of the kept example with this id.
-
-    `group`, `sampled`: of a new example, see Dataset. A corrected example keeps its own.
-    """
+    """The right target of an input, or of the kept example with this id."""
 
     target: object
-    input: bytes | str | InputError | None = None
+    input: bytes | str | InputError | None = None  # needed without an id
     id: str | None = None
     promote: Promote = "if_better"
     fit: bool = True
+    # Of a new example, see Dataset. A corrected example keeps its own.
     group: str | None = None
     sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
-    """Changes to a kept example; None leaves a value as it is.
-
-    `excluded`: set the example aside, or take it back. `group`: the new group, or "" for none.
-    """
+    """Changes to a kept example; None leaves a value as it is."""
 
     target: object | None = None
-    excluded: bool | None = None
-    group: str | None = None
+    excluded: bool | None = None  # True sets the example aside, False takes it back
+    group: str | None = None  # the new group, "" for none
     promote: Promote = "if_better"
     fit: bool = True
 

@@ -25,18 +25,13 @@ _CHARACTERS_AT_ONCE = 50_000
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedInputs:
-    """The result of embedding inputs that the adapter does not have. `timings`: seconds by stage.
+    """The result of embedding inputs that the adapter does not have."""
 
-    `vectors`: embeddings by digest. `rejected`: examples whose input failed. `truncated`: digests of texts of
-    which the backbone reads only the start. `embedded`: digests of all inputs that were embedded for this
-    result.
-    """
-
-    vectors: dict[str, Floats]
-    rejected: Sequence[RejectedExample]
-    timings: Mapping[str, float]
-    truncated: frozenset[str]
-    embedded: AbstractSet[str]
+    vectors: dict[str, Floats]  # embeddings, float32 (dim,), by digest
+    rejected: Sequence[RejectedExample]  # examples whose input failed
+    timings: Mapping[str, float]  # seconds by stage
+    truncated: frozenset[str]  # digests of texts of which the backbone reads only the start
+    embedded: AbstractSet[str]  # digests of all inputs that were embedded for this result
 
 
 class InputEmbedder:
@@ -54,7 +49,8 @@ class InputEmbedder:
         """Embed the inputs whose digests are not in `known`.
 
         Embeddings of the tenant's other adapters are reused. A text without a token that the backbone knows
-        has failed too, although it has an embedding.
+        has failed too, although it has an embedding. Raises what Batcher.embed and AdapterRepository.known
+        raise.
         """
         # The order is independent of the request: neighbours in a batch move an embedding's last digits.
         ordered = sorted(admitted, key=lambda one: one.digest)

@@ -52,7 +52,7 @@ async def published_early(
         yield file
     finally:
         if not file.taken:
-            await to_its_end(repository.let_go(tenant, uid, publishing))
+            await to_its_end(repository.delete_published(tenant, uid, publishing))
 
 
 class Publication:
@@ -74,7 +74,7 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if left := self._hand_over():
-            await to_its_end(self._repository.drop(self._tenant, self._uid, left))
+            await to_its_end(self._repository.delete_files(self._tenant, self._uid, left))
 
     @property
     def files(self) -> Sequence[Artifact]:

@@ -138,7 +138,7 @@ class AdapterRepository:
         return found
 
     async def segment(self, tenant: str, uid: str, segment: Artifact) -> Floats:
-        """Return all embeddings of a segment, float32 (rows, dim)."""
+        """Return all embeddings of a segment, float32 (rows, dim). Raises what Store.read raises."""
 
         async def load() -> Floats:
             return await self.read(tenant, uid, segment, decode_embeddings)
@@ -150,7 +150,7 @@ class AdapterRepository:
         self._embeddings.drop_of(tenant, name)
 
     async def inputs(self, adapter: AdapterRecord, inputs: Artifact) -> list[bytes | str]:
-        """Return all inputs of a segment."""
+        """Return all inputs of a segment, by row. Raises what Store.read raises."""
         return await self.read(adapter.tenant, adapter.uid, inputs, decode_inputs)
 
     async def rival(self, adapter: AdapterRecord, removals: Collection[str]) -> VersionRecord | None:
@@ -178,7 +178,7 @@ class AdapterRepository:
         return await asyncio.to_thread(evidence_of, self.registry, self._store, adapter, number)
 
     async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
-        """Read a published file, and decode it in the same thread."""
+        """Read a published file, and decode it in the same thread. Raises what Store.read raises."""
         return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
 
     async def publish(
@@ -186,7 +186,8 @@ class AdapterRepository:
     ) -> tuple[Artifact, ...]:
         """Publish what the encoders return; they run in the thread that writes, with `aside` in one of those.
 
-        If the caller is cancelled, files that are published all the same are deleted again.
+        If the caller is cancelled, files that are published all the same are deleted again. Raises what
+        Store.publish_all raises.
         """
 
         def publish() -> tuple[Artifact, ...]:
@@ -198,7 +199,7 @@ class AdapterRepository:
         try:
             return await asyncio.shield(publishing)
         except asyncio.CancelledError:
-            self._behind(self.let_go(tenant, uid, publishing))
+            self._behind(self.delete_published(tenant, uid, publishing))
             raise
 
     def _behind(self, work: Coroutine[Any, Any, None]) -> None:
@@ -207,11 +208,13 @@ class AdapterRepository:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def let_go(self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]) -> None:
+    async def delete_published(
+        self, tenant: str, uid: str, publishing: Awaitable[Sequence[Artifact]]
+    ) -> None:
         """Delete what is being published, once it is."""
         # A store that failed has stored nothing, and a caller that needed the files has got the error.
         with suppress(StoreError):
-            await self.drop(tenant, uid, await publishing)
+            await self.delete_files(tenant, uid, await publishing)
 
     async def commit(
         self,
@@ -222,7 +225,7 @@ class AdapterRepository:
         """Commit, update the alias cache, and delete the files that are no longer referenced.
 
         The commit completes even if the caller is cancelled. Files published for a refused change are
-        deleted. `reply`: see Registry.commit.
+        deleted. `reply`: see Registry.commit, whose errors this raises.
         """
         return await to_its_end(self._commit(change, published, reply))
 
@@ -251,9 +254,9 @@ class AdapterRepository:
         """Update the alias cache after a commit, and delete the files that it left unreferenced."""
         self.aliases.put(committed.alias)
         adapter = committed.adapter
-        await self.drop(adapter.tenant, adapter.uid, committed.unreferenced)
+        await self.delete_files(adapter.tenant, adapter.uid, committed.unreferenced)
 
-    async def drop_files(self, tenant: str, uid: str | None = None) -> None:
+    async def delete_files_of(self, tenant: str, uid: str | None = None) -> None:
         """Delete all files of an erased adapter, or of an erased tenant.
 
         ErasureSweeper tries again to delete those that cannot be deleted now.
@@ -266,7 +269,7 @@ class AdapterRepository:
         except StoreError as error:
             logger.warning("files of what was erased are deleted later: %s", error)
 
-    async def drop(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
+    async def delete_files(self, tenant: str, uid: str, artifacts: Sequence[Artifact]) -> None:
         """Delete unreferenced files; those that cannot be deleted now are swept later."""
         if not artifacts:
             return

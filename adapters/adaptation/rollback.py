@@ -20,6 +20,7 @@ from adapters.storage.formats import Evidence
 from models.errors import CodedError, Conflict
 
 Gone = Literal["not_kept", "other_input"]
+"""not_kept: a replacement has forgotten the example. other_input: its id now has another input."""
 
 
 class CannotRestore(CodedError, Conflict):
@@ -28,10 +29,7 @@ class CannotRestore(CodedError, Conflict):
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """An example of the version that cannot be restored.
-
-    `reason`: not_kept (forgotten by a replacement since), or other_input (its id now has another input).
-    """
+    """An example of the version that cannot be restored."""
 
     id: str
     reason: Gone
@@ -39,19 +37,15 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """The changes that restore a version's examples.
+    """The changes that restore a version's examples."""
 
-    `changed`: the kept examples that must change, as they will be. `taken_back`, `relabelled`, `set_aside`:
-    how many of them are each; one example may be both taken back and relabelled. `in_use`: number of the
-    version's examples in use afterwards. `missing`: those that cannot be restored.
-    """
-
-    changed: Sequence[ValidExample]
+    changed: Sequence[ValidExample]  # the kept examples that must change, as they will be
+    # Numbers of `changed`. One example may be both taken back and relabelled.
     taken_back: int
     relabelled: int
     set_aside: int
-    in_use: int
-    missing: Sequence[Missing]
+    in_use: int  # number of the version's examples in use afterwards
+    missing: Sequence[Missing]  # the version's examples that cannot be restored
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,16 +23,13 @@ TARGET_FIELDS: Mapping[Task, str] = {
 
 @dataclass(frozen=True, slots=True)
 class PostedExample:
-    """One example as it was posted; its place in the request is its index.
+    """One example as it was posted; its place in the request is its index."""
 
-    `input`: encoded image bytes, a text, or the error why there is none or the example cannot be used.
-    `target`: of any type and unchecked, or the ExampleError why there is none. `group`, `sampled`: see
-    Dataset.
-    """
-
+    # Encoded image bytes, a text, or the error that says why there is none or the example cannot be used.
     input: bytes | str | InputError
-    target: object = None
+    target: object = None  # of any type and unchecked, or the ExampleError that says why there is none
     id: str | None = None
+    # See Dataset.
     group: str | None = None
     sampled: bool = True
     blamed: str | None = None  # the field an InputError is about, as in RejectedExample; None for the input

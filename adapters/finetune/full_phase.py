@@ -65,16 +65,17 @@ class HeldOutResult:
 class Checkpoint:
     """Everything that phase 2 needs to resume after an epoch: tensors by name, and numbers.
 
-    It loads into the same network with the same training set and config. `measured`: of a refit, the result
-    that it repeats; the tensors of the best epoch are then those of the network that was measured.
+    It loads into the same network with the same training set and config.
     """
 
     tensors: Mapping[str, torch.Tensor]
-    epoch: int
-    stale: int
-    best_epoch: int
-    best: Score
-    first: Score
+    epoch: int  # number of epochs trained
+    stale: int  # number of epochs in the second half since the held-out loss was last better
+    best_epoch: int  # 0 for none
+    best: Score  # score of that epoch, or of phase 1
+    first: Score  # score of phase 1
+    # Of a refit, the result that it repeats. The tensors of the best epoch are then those of the network that
+    # was measured.
     measured: HeldOutResult | None = None
 
 

@@ -56,8 +56,9 @@ class FineTuned:
 def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, strength: float) -> None:
     """Phase 1: train the head to convergence with L-BFGS, with the network frozen.
 
-    `embeddings`: of the frozen network, computed once, as every epoch would give the same. `strength`: of the
-    pull towards the initial head, a linear probe, which chose it on held-out examples. Raises Diverged.
+    `embeddings`: float32 (n, dim), of the frozen network, computed once, as every epoch would give the same.
+    `labels`: int64 (n,), rows of the head. `strength`: of the pull towards the initial head, a linear probe,
+    which chose it on held-out examples. Raises Diverged.
     """
     freeze(model.network)
     head = model.head.requires_grad_(True)

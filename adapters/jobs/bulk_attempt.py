@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, TypeVar, cast
 
-from adapters.adaptation.adapt import AdaptPipeline, terms_of, wanted
+from adapters.adaptation.adapt import AdaptPipeline, terms_of, with_options
 from adapters.adaptation.commands import AdaptCommand, ExampleEdit, ExamplesRejected, RevisionResult
 from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterSnapshot
@@ -91,7 +91,7 @@ class BulkAttempt:
             stale = self._replaces and any(example.id not in self._ids for example in state.examples)
             before = terms_of(state.adapter)
             asked = self._request
-            terms = wanted(before, asked.get("answer_accuracy"), asked.get("weights"))
+            terms = with_options(before, asked.get("answer_accuracy"), asked.get("weights"))
             if not fit and not stale and terms == before:
                 return None
             promote = as_asked(asked["promote"], self._job.created_at, state.adapter)
@@ -210,7 +210,7 @@ class BulkAttempt:
     def _look(self, passed: float) -> None:
         """Abandon a backbone that hangs: waiting calls raise BatcherClosed, and another attempt continues."""
         if self._batcher.alive and (why := self._standstill.look(passed)) is not None:
-            logger.error("the backbone of the job %s is given up: %s", self._job.id, why)
+            logger.error("the backbone of the job %s is abandoned: %s", self._job.id, why)
             self._batcher.abandon()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.adaptation.adapt import terms_of, wanted
+from adapters.adaptation.adapt import terms_of, with_options
 from adapters.adaptation.artifacts import rows_at
 from adapters.jobs.submission import CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
@@ -69,7 +69,7 @@ class KeptExamples:
         return cls(
             adapter,
             revision,
-            wanted(terms_of(adapter), job.request.get("answer_accuracy"), job.request.get("weights")),
+            with_options(terms_of(adapter), job.request.get("answer_accuracy"), job.request.get("weights")),
             examples,
             np.stack(rows_at([(one.segment, one.row) for one in examples], read, decode_embeddings)),
             rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),

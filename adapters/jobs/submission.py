@@ -248,7 +248,7 @@ class JobSubmitter:
         """Cancel a queued job; a running one ends within seconds. Raises UnknownJob, JobFinished."""
         job = await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
         if job.state == "cancelled":
-            await self._repository.drop(tenant, job.adapter_uid, upload_of(job.request))
+            await self._repository.delete_files(tenant, job.adapter_uid, upload_of(job.request))
         return job
 
 

@@ -24,14 +24,11 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled ea
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """Settings of a worker. The service's settings have the defaults.
+    """Settings of a worker. The service's settings have the defaults."""
 
-    `store`: a folder or a URL. `scratch`: folder for the checkpoints from which another attempt resumes.
-    """
-
-    database: str
-    store: str
-    scratch: str
+    database: str  # URL
+    store: str  # a folder or a URL
+    scratch: str  # folder for the checkpoints from which another attempt resumes
     max_upload_examples: int
     max_adapter_examples: int
     max_labels: int

@@ -58,12 +58,11 @@ _OUTAGES = {
 
 
 class Worker:
-    """Claims and runs jobs until `stopping` is set."""
+    """Claims and runs jobs until `stopping` is set. `writer`: see Registry."""
 
     def __init__(
         self, config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None
     ) -> None:
-        """`writer`: see Registry."""
         self._config = config
         self._stopping = stopping
         self._registry = Registry(config.database, writer=writer)
@@ -162,7 +161,7 @@ class Worker:
         try:
             send_callback(self._registry.jobs.job(job.tenant, job.id), self._config.callback_secrets)
         except (RegistryUnavailable, UnknownJob, StoreFull) as error:
-            logger.warning("nobody is called back for the job %s: %s", job.id, error)
+            logger.warning("no callback is sent for the job %s: %s", job.id, error)
 
     def _take_in(self, lease: Lease) -> None:
         from adapters.adaptation.commands import AdapterLimits

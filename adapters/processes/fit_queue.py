@@ -45,9 +45,9 @@ class FitQueue:
     """
 
     def __init__(self, niceness: int, idle_seconds: float | None) -> None:
-        self.replaced = 0
-        self.usual_seconds = 1.0
-        self.broken = True
+        self.replaced = 0  # processes that replaced a dead one
+        self.usual_seconds = 1.0  # moving average of the time of a fit
+        self.broken = True  # whether the process could not be started the last time
         self.process: FitProcess | None = None
         self._niceness = niceness
         self._idle_seconds = idle_seconds

@@ -63,8 +63,9 @@ class CandidateFitter:
     ) -> Fit:
         """Fit a head on the rows, with its report and the decision whether it may be live.
 
-        `removals`: examples that are erased together with the versions that learned from them. `tenant`:
-        owner of the fit; tenants take turns.
+        `embeddings`: of the rows, float32 (n, dim). `timings`: gets the seconds of the stage fit. `removals`:
+        ids of examples that are erased together with the versions that learned from them. `tenant`: owner of
+        the fit; tenants take turns. Raises NothingToFit, and what Fitter.fit, registry and store raise.
         """
         if not rows:
             raise NothingToFit(

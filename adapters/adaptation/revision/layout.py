@@ -35,7 +35,7 @@ Stored = SegmentSlot | ExampleRecord
 
 @dataclass(frozen=True, slots=True)
 class PlannedExample:
-    """An example after the change. `source`: its present place, or its row in the new segment."""
+    """An example after the change."""
 
     id: str
     digest: str
@@ -43,7 +43,7 @@ class PlannedExample:
     group: str | None
     sampled: bool
     excluded: bool
-    source: Stored | int
+    source: Stored | int  # its present place, or its row in the new segment
 
     @classmethod
     def of(cls, example: ExampleRecord | ValidExample, source: Stored | int) -> PlannedExample:
@@ -61,17 +61,12 @@ class PlannedExample:
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlan:
-    """What a change does to the files.
+    """What a change does to the files."""
 
-    `rows`: all examples after the change, sorted by id. `upserted`: ids of the examples that the change
-    writes. `fresh`: the contents of the new segment, one example per distinct input. `bundles`: distinct
-    places that move together, each bundle into one rewritten segment.
-    """
-
-    rows: tuple[PlannedExample, ...]
-    upserted: frozenset[str]
-    fresh: tuple[ValidExample, ...]
-    bundles: tuple[tuple[Stored, ...], ...]
+    rows: tuple[PlannedExample, ...]  # all examples after the change, sorted by id
+    upserted: frozenset[str]  # ids of the examples that the change writes
+    fresh: tuple[ValidExample, ...]  # the contents of the new segment, one example per distinct input
+    bundles: tuple[tuple[Stored, ...], ...]  # distinct places; each bundle moves into one rewritten segment
 
     @property
     def in_use(self) -> tuple[PlannedExample, ...]:
