@@ -96,7 +96,7 @@ def example_limits() -> dict[str, str]:
     all_labels, each = submission.FEWEST_EXAMPLES, submission.FEWEST_OF_A_LABEL
     return {
         # The pattern counts the characters after the first one.
-        "characters of the name of an adapter": f"{1 + longest(schema.NAME_PATTERN)}",
+        "characters of the name of an adapter or a tenant": f"{1 + longest(schema.NAME_PATTERN)}",
         "characters of a label, an id or a group": f"{target.MAX_LABEL_CHARACTERS}",
         "examples for a fine-tune": f"at least {all_labels}, at least {each} of each label",
         "versions of an adapter that are kept": f"the newest {errors.KEPT_VERSIONS}, and the live one",
