@@ -42,7 +42,7 @@ _PUBLISHED_AHEAD = 1 << 20
 def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
     """Add the rejected examples to an error raised in the block, since they may be its cause.
 
-    They become its `errors`, as in ExamplesRejected, and its `detail` says how many there are.
+    They become its `rejected` and `errors`, as in ExamplesRejected, and its `detail` says how many there are.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def telling_rejected(rejected: Sequence[RejectedExample]) -> Iterator[None]:
         if rejected and isinstance(detail, str) and not isinstance(error, ExamplesRejected):
             also = f"{len(rejected)} examples were rejected as well; `errors` says why."
             error.args = (f"{detail} {also}",)
-            vars(error).update(errors=_blamed(rejected))
+            vars(error).update(rejected=tuple(rejected), errors=_blamed(rejected))
         raise
 
 

@@ -10,7 +10,13 @@ from dataclasses import replace
 from typing import BinaryIO, TypeVar, cast
 
 from adapters.adaptation.adapt import AdaptPipeline, terms_of, with_options
-from adapters.adaptation.commands import AdaptCommand, ExampleEdit, ExamplesRejected, RevisionResult
+from adapters.adaptation.commands import (
+    AdaptCommand,
+    AdapterFull,
+    ExampleEdit,
+    ExamplesRejected,
+    RevisionResult,
+)
 from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -74,8 +80,10 @@ class BulkAttempt:
         read = self._records(file, Found())
         while part := _some(read):
             without = [conflicts.mark(record) for record in part]
-            await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
-            self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
+            try:
+                await self._persist(lambda some=without: self._store(some))  # type: ignore[misc]
+            finally:
+                self._report("store", _STORING * min(1.0, file.tell() / max(size, 1)))
         self._report("fit" if self._request["fit"] else "store", _STORING)
 
     async def finish(self) -> None:
@@ -159,8 +167,14 @@ class BulkAttempt:
             self._truncated += outcome.revised.truncated
         except ExamplesRejected as error:
             rejected = error.rejected
+        except AdapterFull as error:
+            self._reject_at(part, getattr(error, "rejected", ()))
+            raise
         bad = {one.index for one in rejected}
         self._ids |= {id_of(record.posted) for index, record in enumerate(part) if index not in bad}
+        self._reject_at(part, rejected)
+
+    def _reject_at(self, part: Sequence[Record], rejected: Sequence[RejectedExample]) -> None:
         self._reject([(part[one.index].place, one) for one in rejected])
 
     def _reject(self, rejected: Sequence[tuple[str, RejectedExample]]) -> None:

@@ -246,6 +246,18 @@ def test_what_is_replaced_counts_for_nothing_while_its_replacement_comes(place: 
             place.run(lease, limits)
 
 
+def test_rejected_examples_are_reported_even_if_the_adapter_is_full(place: Place) -> None:
+    place.do()
+    content = [{"id": "m00", "text": "Without a label"}, *told(["m01"], about="Again ")]
+    job = place.queue(lines(content))
+    with place.lease() as lease, pytest.raises(AdapterFull):
+        place.run(lease, AdapterLimits(max_examples=EXAMPLES))
+    progress = place.registry.jobs.job("acme", job.id).progress
+    assert progress is not None
+    assert progress["rejected"] == 1
+    assert [(one["place"], one["code"]) for one in progress["errors"]] == [("line 1", "label_missing")]
+
+
 def test_a_replacement_is_not_joined_and_what_it_replaces_leaves_the_files(place: Place) -> None:
     place.do()
     kept = told(NAMES)[::10]
