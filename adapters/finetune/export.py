@@ -46,7 +46,7 @@ class TunedVersion:
 def finish(
     network: Network,
     model: Model,
-    lesson: TrainingSet,
+    training_set: TrainingSet,
     names: tuple[str, ...],
     outcome: FineTuned,
     wanted: float,
@@ -62,9 +62,9 @@ def finish(
         folder = Path(scratch)
         write(replace(network, spec=spec, forward=model.network), folder)
         backbone = Backbone.open(folder)
-        head, report, scores = _measured(model, backbone, lesson, names, wanted, outcome.logits)
+        head, report, scores = _measured(model, backbone, training_set, names, wanted, outcome.logits)
         report |= {
-            "method": f"{len(lesson.testing)} examples held out",
+            "method": f"{len(training_set.testing)} examples held out",
             "fine_tune": {
                 "epochs": outcome.measured.epochs,
                 "refit_epochs": outcome.refit_epochs,
@@ -72,7 +72,7 @@ def finish(
                 "frozen": asdict(outcome.measured.first),
                 "tuned": asdict(outcome.measured.final),
             },
-            "export": check_parity(model, head, backbone, lesson),
+            "export": check_parity(model, head, backbone, training_set),
         }
         return TunedVersion(head, spec, (folder / GRAPH_FILE).read_bytes(), report, scores)
 
@@ -89,7 +89,7 @@ def weights_sha256(model: Model) -> str:
 def _measured(
     model: Model,
     backbone: Backbone,
-    lesson: TrainingSet,
+    training_set: TrainingSet,
     names: tuple[str, ...],
     wanted: float,
     logits: Floats | None,
@@ -102,15 +102,15 @@ def _measured(
     """
     rows = np.concatenate(
         [
-            backbone.run(_unpadded(lesson.samples.plain(some)))
-            for some in batches(range(len(lesson.labels)), _AT_ONCE)
+            backbone.run(_unpadded(training_set.samples.plain(some)))
+            for some in batches(range(len(training_set.labels)), _AT_ONCE)
         ]
     )
     if logits is None:
         with torch.inference_mode():
-            logits = model.head(torch.from_numpy(rows[lesson.testing])).numpy()
-    held = np.where(lesson.held_out, 0, -1).astype(np.int64)
-    own = lesson.labels[lesson.testing]
+            logits = model.head(torch.from_numpy(rows[training_set.testing])).numpy()
+    held = np.where(training_set.held_out, 0, -1).astype(np.int64)
+    own = training_set.labels[training_set.testing]
     temperature, _ = temperatures.temperature(logits, own)
     logits = logits / np.float32(temperature)
     smoothing = measures.smoothing(len(own))
@@ -127,24 +127,24 @@ def _measured(
         weight=storable(layer.weight.detach().numpy() / np.float32(temperature)),
         bias=layer.bias.detach().numpy() / np.float32(temperature),
         doubt=fit_abstention(threshold, logits, "classification"),
-        region=fit_region(rows, lesson.labels, held, directions_for(len(names), rows.shape[1])),
+        region=fit_region(rows, training_set.labels, held, directions_for(len(names), rows.shape[1])),
         smoothing=smoothing,
     )
-    sizes = np.bincount(lesson.labels, minlength=len(names))
-    report = report_of(CrossValidated(probabilities, np.array(lesson.testing), own), sizes, names)
-    scores = np.full(len(lesson.labels), np.nan, np.float32)
-    scores[lesson.testing] = right
+    sizes = np.bincount(training_set.labels, minlength=len(names))
+    report = report_of(CrossValidated(probabilities, np.array(training_set.testing), own), sizes, names)
+    scores = np.full(len(training_set.labels), np.nan, np.float32)
+    scores[training_set.testing] = right
     return head, report | {"temperature": temperature, "threshold": threshold}, scores
 
 
-def check_parity(model: Model, head: Head, backbone: Backbone, lesson: TrainingSet) -> dict[str, float]:
+def check_parity(model: Model, head: Head, backbone: Backbone, training_set: TrainingSet) -> dict[str, float]:
     """Compare logits of ONNX Runtime and torch on 512 probes: held-out, training, then augmented examples.
 
     Returns the number of probes and the largest difference. Raises ExportRefused.
     """
     model.eval()
     largest, count = 0.0, 0
-    for tensors in _probes(lesson):
+    for tensors in _probes(training_set):
         with torch.inference_mode():
             theirs = head.logits(model.embed(*tensors).numpy())
         ours = head.logits(backbone.run(_unpadded(tensors)))
@@ -158,14 +158,14 @@ def check_parity(model: Model, head: Head, backbone: Backbone, lesson: TrainingS
     return {"probes": count, "largest_difference": largest}
 
 
-def _probes(lesson: TrainingSet) -> Iterator[Tensors]:
-    rows = [*lesson.testing, *lesson.training]
+def _probes(training_set: TrainingSet) -> Iterator[Tensors]:
+    rows = [*training_set.testing, *training_set.training]
     for some in batches(rows[:_PROBES], _AT_ONCE):
-        yield lesson.samples.plain(some)
+        yield training_set.samples.plain(some)
     seeded(0)
     for begin in range(len(rows), _PROBES, _AT_ONCE):
         some = [rows[(begin + place) % len(rows)] for place in range(min(_AT_ONCE, _PROBES - begin))]
-        yield lesson.samples.augmented(some, 0)
+        yield training_set.samples.augmented(some, 0)
 
 
 def _unpadded(tensors: Tensors) -> Sequence[Prepared]:

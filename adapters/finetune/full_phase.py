@@ -89,18 +89,20 @@ class FullNetworkPhase:
     def __init__(
         self,
         model: Model,
-        lesson: TrainingSet,
+        training_set: TrainingSet,
         config: FineTuneConfig,
         first: Score,
         resume: Checkpoint | None = None,
         refit: tuple[HeldOutResult, State] | None = None,
     ) -> None:
-        self._model, self._lesson, self._config = model, lesson, config
+        self._model, self._training_set, self._config = model, training_set, config
         self.first = self._best = first
         self._measured = None if refit is None else refit[0]
         # The rates fall to zero in this many epochs: the best of a longer schedule would be one in mid-fall.
         self._last = config.epochs if refit is None else refit[0].best_epoch
-        self._weights = class_weights(torch.from_numpy(lesson.labels[lesson.training]), len(model.head.bias))
+        self._weights = class_weights(
+            torch.from_numpy(training_set.labels[training_set.training]), len(model.head.bias)
+        )
         self.start = state_of(model)
         self.best_state = self.start if refit is None else refit[1]
         self.epoch = self.best_epoch = self._stale = 0
@@ -108,7 +110,7 @@ class FullNetworkPhase:
         # Phase 1's gradients and optimizer state belong to other weights, so both start clean.
         model.zero_grad()
         self._optimizers = [torch.optim.AdamW(groups, fused=True) for groups in _parts(model, config)]
-        self._steps_per_epoch = -(-len(lesson.training) // config.batch)
+        self._steps_per_epoch = -(-len(training_set.training) // config.batch)
         if resume is not None:
             self._load(resume)
 
@@ -122,7 +124,9 @@ class FullNetworkPhase:
             size = self._size
             loss = self._train_once(size)
             self.epoch += 1
-            score = evaluate(self._model, self._lesson) if size == 0 and self._measured is None else None
+            score = (
+                evaluate(self._model, self._training_set) if size == 0 and self._measured is None else None
+            )
             if score is not None and score.loss < self._best.loss:
                 self._best, self.best_state, self.best_epoch = score, state_of(self._model), self.epoch
                 self._stale = 0
@@ -142,7 +146,7 @@ class FullNetworkPhase:
     def _size(self) -> int:
         """Size of the next epoch's images in pixels; 0 for the backbone's own size, and for texts."""
         small = self.epoch < self._config.epochs - self._config.full_size_epochs
-        return self._config.pixels if small and self._lesson.samples.size else 0
+        return self._config.pixels if small and self._training_set.samples.size else 0
 
     def _train_once(self, size: int) -> float:
         config, model = self._config, self._model
@@ -150,7 +154,7 @@ class FullNetworkPhase:
         total, count = 0.0, 0
         unfreeze(model.network)
         model.head.train()
-        for step, rows in enumerate(batches(self._lesson.training, config.batch, order)):
+        for step, rows in enumerate(batches(self._training_set.training, config.batch, order)):
             loss = self._accumulate(rows, size)
             if not math.isfinite(loss):
                 raise Diverged(
@@ -183,12 +187,12 @@ class FullNetworkPhase:
         normalisation keeps its statistics.
         """
         model = self._model
-        weights = self._weights[self._lesson.labels[rows]]
+        weights = self._weights[self._training_set.labels[rows]]
         whole, loss = weights.sum().item(), 0.0
-        samples = self._lesson.samples
+        samples = self._training_set.samples
         for some in samples.pieces(rows, size) if model.device.type == "cpu" else [rows]:
             inputs = on_device(model, samples.augmented(some, size))
-            labels = torch.from_numpy(self._lesson.labels[some]).to(model.device)
+            labels = torch.from_numpy(self._training_set.labels[some]).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
                 logits = model(*inputs)
             part = torch.nn.functional.cross_entropy(

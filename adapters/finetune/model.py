@@ -150,16 +150,16 @@ def embed(model: Model, samples: Samples, rows: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def evaluate(model: Model, lesson: TrainingSet) -> Score:
+def evaluate(model: Model, training_set: TrainingSet) -> Score:
     """Loss and accuracy on the held-out rows."""
-    return score_of(model, lesson, embed(model, lesson.samples, lesson.testing))
+    return score_of(model, training_set, embed(model, training_set.samples, training_set.testing))
 
 
-def score_of(model: Model, lesson: TrainingSet, embeddings: torch.Tensor) -> Score:
+def score_of(model: Model, training_set: TrainingSet, embeddings: torch.Tensor) -> Score:
     """Loss and accuracy on the held-out rows, given their embeddings (held out, dim)."""
     with torch.inference_mode():
         logits = model.head(embeddings.to(model.device)).cpu().numpy()
-    labels = lesson.labels[lesson.testing]
+    labels = training_set.labels[training_set.testing]
     # The loss is taken at the best temperature, as one is fitted at the end: otherwise the confidence that
     # grows with training would hide what is learned.
     _, loss = temperatures.temperature(logits, labels)

@@ -85,7 +85,7 @@ def train_head(model: Model, embeddings: torch.Tensor, labels: torch.Tensor, str
 
 def fine_tune(
     model: Model,
-    lesson: TrainingSet,
+    training_set: TrainingSet,
     strength: float,
     config: FineTuneConfig = FineTuneConfig(),
     *,
@@ -100,23 +100,23 @@ def fine_tune(
     if resume is not None and resume.measured is not None:
         measured = resume.measured
         training = FullNetworkPhase(
-            model, lesson.whole, config, measured.first, resume, (measured, state_of(model))
+            model, training_set.whole, config, measured.first, resume, (measured, state_of(model))
         )
     else:
-        training = _phases(model, lesson, strength, config, resume, tell)
-        measured = _mixed(model, lesson, training)
+        training = _phases(model, training_set, strength, config, resume, tell)
+        measured = _mixed(model, training_set, training)
         if not config.refit or measured.mix == 0.0:
             return FineTuned(measured, 0, None)
         state = state_of(model)
         model.load_state_dict(training.start)
-        whole = lesson.whole
+        whole = training_set.whole
         _first_phase(model, whole, strength)
         training = FullNetworkPhase(model, whole, config, measured.first, refit=(measured, state))
     for progress, checkpoint in training.epochs():
         tell(progress, checkpoint)
     refitted = _between(training.start, state_of(model), measured.mix)
     model.load_state_dict(training.best_state)
-    embeddings = embed(model, lesson.samples, lesson.testing)
+    embeddings = embed(model, training_set.samples, training_set.testing)
     with torch.inference_mode():
         logits = model.head(embeddings).cpu().numpy()
     model.load_state_dict(refitted)
@@ -126,7 +126,7 @@ def fine_tune(
 
 def _phases(
     model: Model,
-    lesson: TrainingSet,
+    training_set: TrainingSet,
     strength: float,
     config: FineTuneConfig,
     resume: Checkpoint | None,
@@ -134,34 +134,39 @@ def _phases(
 ) -> FullNetworkPhase:
     """Run both phases on the training rows, to their end."""
     if resume is None:
-        embeddings = _first_phase(model, lesson, strength)
-        first = score_of(model, lesson, embeddings[lesson.testing])
+        embeddings = _first_phase(model, training_set, strength)
+        first = score_of(model, training_set, embeddings[training_set.testing])
         tell(Progress(1, 0, config.epochs, None, first, 0.1), None)
     else:
         first = resume.first
-    training = FullNetworkPhase(model, lesson, config, first, resume)
+    training = FullNetworkPhase(model, training_set, config, first, resume)
     for progress, checkpoint in training.epochs():
         tell(progress, checkpoint)
     return training
 
 
-def _first_phase(model: Model, lesson: TrainingSet, strength: float) -> torch.Tensor:
+def _first_phase(model: Model, training_set: TrainingSet, strength: float) -> torch.Tensor:
     """Run phase 1 on the training rows with the original network; return its embeddings of all rows."""
-    if lesson.embeddings is None:
-        embeddings = embed(model, lesson.samples, range(len(lesson.labels)))
+    if training_set.embeddings is None:
+        embeddings = embed(model, training_set.samples, range(len(training_set.labels)))
     else:
-        embeddings = torch.from_numpy(lesson.embeddings)
-    train_head(model, embeddings[lesson.training], torch.from_numpy(lesson.labels[lesson.training]), strength)
+        embeddings = torch.from_numpy(training_set.embeddings)
+    train_head(
+        model,
+        embeddings[training_set.training],
+        torch.from_numpy(training_set.labels[training_set.training]),
+        strength,
+    )
     return embeddings
 
 
-def _mixed(model: Model, lesson: TrainingSet, training: FullNetworkPhase) -> HeldOutResult:
+def _mixed(model: Model, training_set: TrainingSet, training: FullNetworkPhase) -> HeldOutResult:
     """Leave the model at the mix of both phases with the lowest held-out loss."""
     start, best = training.start, training.best_state
     found, found_mix = training.first, 0.0
     for mix in _MIXES if training.best_epoch else ():
         model.load_state_dict(_between(start, best, mix))
-        score = evaluate(model, lesson)
+        score = evaluate(model, training_set)
         if score.loss < found.loss:
             found, found_mix = score, mix
     model.load_state_dict(_between(start, best, found_mix))

@@ -144,11 +144,11 @@ class FineTuneJob:
                 "The adapter was fitted with another build of its backbone. "
                 "POST /adapters/{adapter}/rebase moves the adapter to it.",
             )
-        names, lesson = self._lesson(kept, network, lease)
-        probe = kept.fit_probe(lesson.training)
+        names, training_set = self._training_set(kept, network, lease)
+        probe = kept.fit_probe(training_set.training)
         model = Model(network.forward, probe.head, network.spec.transform).to(self._device)
         path = checkpoint_path(self._scratch, lease.claim.job.id)
-        about = _about(kept, lesson, config)
+        about = _about(kept, training_set, config)
 
         def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
             lease.check()
@@ -158,17 +158,19 @@ class FineTuneJob:
 
         resume = load_checkpoint(path, about)
         with contextlib.ExitStack() as meanwhile:
-            meanwhile.enter_context(restricted_vocabulary(network.words, lesson.samples.vocabulary))
+            meanwhile.enter_context(restricted_vocabulary(network.words, training_set.samples.vocabulary))
             if self._device == "cpu":
                 # On a GPU there is no core to share. The parent goes first: usually it is the service.
                 meanwhile.enter_context(cooperative_pauses(network.forward, os.getppid() or None))
-            outcome = fine_tune(model, lesson, probe.report["strength"], config, resume=resume, tell=tell)
+            outcome = fine_tune(
+                model, training_set, probe.report["strength"], config, resume=resume, tell=tell
+            )
         if outcome.measured.mix == 0.0:
             # The network would be a copy of the backbone, with a head of fewer examples than a probe's.
             return None
-        return finish(network, model, lesson, names, outcome, kept.terms.answer_accuracy)
+        return finish(network, model, training_set, names, outcome, kept.terms.answer_accuracy)
 
-    def _lesson(
+    def _training_set(
         self, kept: KeptExamples, network: Network, lease: Lease
     ) -> tuple[tuple[str, ...], TrainingSet]:
         targets = [str(example.target) for example in kept.examples]
@@ -264,12 +266,12 @@ def _told(progress: Progress) -> Mapping[str, Any]:
     }
 
 
-def _about(kept: KeptExamples, lesson: TrainingSet, config: FineTuneConfig) -> str:
+def _about(kept: KeptExamples, training_set: TrainingSet, config: FineTuneConfig) -> str:
     """Return a digest that ties a checkpoint to its backbone, its examples and its training config."""
     origin = (_CHECKPOINTS, kept.adapter.fingerprint, sorted(asdict(config).items()))
     digest = hashlib.sha256(repr(origin).encode())
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
-    digest.update(lesson.held_out.tobytes())
-    digest.update(repr((lesson.testing, kept.terms.weights)).encode())
+    digest.update(training_set.held_out.tobytes())
+    digest.update(repr((training_set.testing, kept.terms.weights)).encode())
     return digest.hexdigest()

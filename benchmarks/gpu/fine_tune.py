@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scaling = Scaling("none", np.zeros(spec.dim, np.float32), 1.0)
     head = Head("classification", spec.fingerprint, names, scaling, weight, np.zeros(len(names), np.float32))
     labels = np.arange(options.pictures) % len(names)
-    lesson = TrainingSet(
+    training_set = TrainingSet(
         Images(transform, [jpeg(seed) for seed in range(options.pictures)]),
         labels,
         np.arange(options.pictures) % 4 == 3,
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             note(phase=progress.phase, epoch=progress.epoch, seconds=now - last, busy_percent=busy)
             last, seen = time.perf_counter(), Utilization()
 
-        outcome = fine_tune(model, lesson, 0.1, config, tell=tell)
+        outcome = fine_tune(model, training_set, 0.1, config, tell=tell)
         if seen is not None:
             seen.end()
         own = replace(spec, name="timm:random", source="timm")
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return embeddings
 
         network = Network(own, model.network, reference)
-        made = finish(network, model, lesson, names, outcome, 0.9)
+        made = finish(network, model, training_set, names, outcome, 0.9)
         note(pictures=options.pictures, export=made.report["export"])
     return 0
 

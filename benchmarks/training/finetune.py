@@ -147,7 +147,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     model = Model(network.forward, blank, network.spec.transform)
     labels = np.array([names.index(sample.label) for sample in train])
     samples = samples_of(network.spec, [sample.input for sample in train], tokenizer)
-    lesson = TrainingSet(samples, labels, np.arange(len(train)) % 5 == 4)
+    training_set = TrainingSet(samples, labels, np.arange(len(train)) % 5 == 4)
     end = time.monotonic() + seconds
 
     def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
@@ -156,7 +156,7 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
 
     config = FineTuneConfig(epochs=100, full_size_epochs=0, backbone_rate=1e-3, patience=100)
     with contextlib.suppress(TimeIsUp):
-        fine_tune(model, lesson, 0.1, config, tell=tell)
+        fine_tune(model, training_set, 0.1, config, tell=tell)
     asked = samples_of(network.spec, [sample.input for sample in test], tokenizer)
     model.eval()
     with torch.inference_mode():

@@ -93,7 +93,7 @@ def network() -> Any:
     return body.eval()
 
 
-def lesson(count: int = 90) -> TrainingSet:
+def training_set(count: int = 90) -> TrainingSet:
     rng = np.random.default_rng(1)
     labels = np.arange(count) % 3
     transform = SPEC.transform
@@ -136,7 +136,7 @@ def test_the_layer_computes_what_the_head_computes(transform: str) -> None:
 
 
 def test_the_first_phase_leaves_the_network_as_it_is_bit_for_bit() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     before, head_before = state(model.network), state(model.head)
     embeddings = embed(model, learned.samples, learned.training)
     labels = torch.from_numpy(learned.labels[learned.training])
@@ -149,7 +149,7 @@ def test_the_first_phase_leaves_the_network_as_it_is_bit_for_bit() -> None:
 
 
 def test_the_first_phase_ends_at_a_minimum() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     embeddings = embed(model, learned.samples, learned.training)
     labels = torch.from_numpy(learned.labels[learned.training])
     start = model.head.weight.detach().clone()
@@ -163,7 +163,7 @@ def test_the_first_phase_ends_at_a_minimum() -> None:
 
 
 def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     before = state(model)
     told: list[Progress] = []
     outcome = fine_tune(model, learned, 0.1, CONFIG, tell=lambda progress, _: told.append(progress))
@@ -181,7 +181,7 @@ def test_the_second_phase_reaches_every_parameter_and_no_statistic() -> None:
 
 
 def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     embeddings = embed(model, learned.samples, range(len(learned.labels)))
     train_head(model, embeddings, torch.from_numpy(learned.labels), 0.1)
     assert model.head.weight.grad is not None
@@ -190,7 +190,7 @@ def test_the_second_phase_begins_without_gradients_of_the_first() -> None:
 
 
 def test_the_rates_of_a_refit_fall_within_its_own_epochs() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     score = Score(1.0, 0.5)
     measured = HeldOutResult(score, score, 1.0, 3, 2)
     whole = FullNetworkPhase(model, learned, CONFIG, score)
@@ -207,7 +207,7 @@ def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPat
     model, other, learned = (
         Model(network(), head(), SPEC.transform),
         Model(network(), head(), SPEC.transform),
-        lesson(),
+        training_set(),
     )
     assert same(state(model), state(other))
     phase = FullNetworkPhase(model, learned, CONFIG, Score(1.0, 0.0))
@@ -237,7 +237,7 @@ def test_steps_in_parts_are_those_of_one_optimizer(monkeypatch: pytest.MonkeyPat
 
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rare labels weigh more, so the pieces of a batch do not all weigh the same."""
-    whole = lesson()
+    whole = training_set()
     some = replace(whole, held_out=(whole.labels == 2) & (np.arange(90) > 12))
     found = []
     for at_once in (1_000, 5):
@@ -270,7 +270,7 @@ def test_unfreezing_keeps_normalisation_in_inference_mode() -> None:
 def test_fine_tuning_learns_what_a_head_cannot() -> None:
     model = Model(network(), head(), SPEC.transform)
     config = replace(CONFIG, epochs=8)
-    outcome = fine_tune(model, lesson(150), 0.1, config)
+    outcome = fine_tune(model, training_set(150), 0.1, config)
     assert outcome.measured.final.loss < outcome.measured.first.loss
     assert outcome.measured.final.accuracy >= outcome.measured.first.accuracy
 
@@ -283,7 +283,9 @@ def test_the_first_phase_is_kept_where_the_second_is_no_better() -> None:
         if progress.phase == 1:
             phase_one.append(state(model))
 
-    outcome = fine_tune(model, lesson(), 0.1, replace(CONFIG, backbone_rate=5.0, head_rate=5.0), tell=tell)
+    outcome = fine_tune(
+        model, training_set(), 0.1, replace(CONFIG, backbone_rate=5.0, head_rate=5.0), tell=tell
+    )
     assert outcome.measured.mix == 0.0
     assert outcome.measured.final == outcome.measured.first
     assert same(phase_one[0], state(model))
@@ -295,7 +297,7 @@ def test_it_does_not_stop_while_its_rate_is_high() -> None:
     told: list[Progress] = []
     outcome = fine_tune(
         Model(network(), head(), SPEC.transform),
-        lesson(),
+        training_set(),
         0.1,
         config,
         tell=lambda progress, _: told.append(progress),
@@ -327,7 +329,7 @@ class Recorded:
 
 
 def test_rows_held_out_are_trained_on_once_all_is_measured_and_not_before() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     samples = Recorded(learned.samples)
 
     def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
@@ -362,7 +364,7 @@ def checkpoint_of(phase: int) -> Checkpoint:
             raise Stop
 
     with pytest.raises(Stop):
-        fine_tune(Model(network(), head(), SPEC.transform), lesson(), 0.1, CONFIG, tell=stop)
+        fine_tune(Model(network(), head(), SPEC.transform), training_set(), 0.1, CONFIG, tell=stop)
     return kept[0]
 
 
@@ -373,20 +375,20 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     # Several optimizers, as a larger network has.
     monkeypatch.setattr(full_phase, "_WEIGHTS_A_STEP", 500)
     whole = Model(network(), head(), SPEC.transform)
-    expected = fine_tune(whole, lesson(), 0.1, CONFIG)
+    expected = fine_tune(whole, training_set(), 0.1, CONFIG)
     assert expected.refit_epochs > 1
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, checkpoint_of(phase), "this work")
     assert load_checkpoint(path, "other work") is None
     resumed = Model(network(), head(), SPEC.transform)
-    found = fine_tune(resumed, lesson(), 0.1, CONFIG, resume=load_checkpoint(path, "this work"))
+    found = fine_tune(resumed, training_set(), 0.1, CONFIG, resume=load_checkpoint(path, "this work"))
     assert (found.measured, found.refit_epochs) == (expected.measured, expected.refit_epochs)
     assert same(state(whole), state(resumed))
     np.testing.assert_array_equal(found.logits, expected.logits)
 
 
 def test_without_a_refit_the_network_is_the_one_that_was_measured() -> None:
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     outcome = fine_tune(model, learned, 0.1, replace(CONFIG, refit=False))
     assert (outcome.refit_epochs, outcome.logits) == (0, None)
     assert evaluate(model, learned) == outcome.measured.final
@@ -397,7 +399,7 @@ def test_a_loss_that_is_no_number_ends_it() -> None:
     with torch.no_grad():
         model.head.bias[0] = float("nan")
     with pytest.raises(Diverged):
-        fine_tune(model, lesson(), 0.1, CONFIG)
+        fine_tune(model, training_set(), 0.1, CONFIG)
 
 
 def test_rare_labels_count_more_and_all_together_the_same() -> None:
@@ -470,7 +472,7 @@ def test_batches_cover_every_row_once() -> None:
 @pytest.fixture(scope="module")
 def tuned() -> tuple[Model, TrainingSet, TunedVersion]:
     torch.manual_seed(0)
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     outcome = fine_tune(model, learned, 0.1, CONFIG)
     return model, learned, finish(small(model), model, learned, NAMES, outcome, 0.95)
 
@@ -570,7 +572,7 @@ def test_an_export_of_other_weights_is_refused(
 @pytest.mark.gpu
 def test_a_gpu_trains_what_a_cpu_then_serves() -> None:
     require_gpu()
-    model, learned = Model(network(), head(), SPEC.transform).to("cuda"), lesson()
+    model, learned = Model(network(), head(), SPEC.transform).to("cuda"), training_set()
     config = replace(CONFIG, epochs=8)
     outcome = fine_tune(model, learned, 0.1, config)
     made = finish(small(model), model, learned, NAMES, outcome, 0.9)
@@ -591,7 +593,7 @@ def test_the_head_computes_in_single_precision_whatever_the_network_does(transfo
 
 def test_pictures_are_trained_on_as_they_are_served(tmp_path: Path) -> None:
     """Plain or augmented they are bytes, and the model makes the same pixels of them as its export does."""
-    model, learned = Model(network(), head(), SPEC.transform), lesson()
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
     (plain,), (augmented,) = learned.samples.plain([0, 1, 2]), learned.samples.augmented([0, 1, 2], 24)
     assert plain.dtype == augmented.dtype == torch.uint8
     assert plain.shape == (3, SIZE, SIZE, 3)
