@@ -75,7 +75,9 @@ def update_rows(
             [{f"new_{name}": value for name, value in row.items()} for row in rows],
         )
         return
-    own, *values = _unpacked(1 + len(columns))
+    # Unpacked once and indexed: else SQLite may go through the whole JSON for each row of the table.
+    unpacked = select(*_unpacked(1 + len(columns))).cte().prefix_with("MATERIALIZED")
+    own, *values = unpacked.c
     statement = statement.where(key == own).values(dict(zip(columns, values, strict=True)))
     for some in packed:
         connection.execute(statement, {_ROWS: some})
@@ -84,7 +86,7 @@ def update_rows(
 def _unpacked(count: int) -> list[ColumnElement[Any]]:
     """Return the columns of the packed rows."""
     each = func.json_each(bindparam(_ROWS, type_=Text)).table_valued("value")
-    return [func.json_extract(each.c.value, f"$[{place}]") for place in range(count)]
+    return [func.json_extract(each.c.value, f"$[{place}]").label(f"c{place}") for place in range(count)]
 
 
 def _packed(

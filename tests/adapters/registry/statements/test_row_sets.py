@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,40 @@ def test_rows_are_changed_at_once(connection: Connection) -> None:
     assert found["id 399"] == (399 * 7, True)
     assert found["id 3"] == (None, False)
     assert found["id 401"] == (401, False)
+
+
+def test_the_work_of_a_change_grows_with_its_rows_and_not_with_their_square(connection: Connection) -> None:
+    """Where the key is the second part of the primary key, as in the table of examples."""
+    GROUPED.create(connection)
+    work = {}
+    for count in (200, 2_000):
+        written = [{"group": count, "id": f"id {number}", "count": 0} for number in range(count)]
+        insert_rows(connection, GROUPED, written)
+        changes = [{"id": row["id"], "count": 1} for row in written]
+        statement = update_of(GROUPED).where(GROUPED.c.group == count)
+        change = partial(update_rows, connection, statement, GROUPED.c.id, [GROUPED.c.count], changes)
+        work[count] = instructions(connection, change)
+    assert work[2_000] < 20 * work[200]
+
+
+GROUPED = Table(
+    "grouped",
+    MetaData(),
+    Column("group", Integer, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("count", Integer, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+
+def instructions(connection: Connection, work: Callable[[], None]) -> int:
+    """The number of SQLite's instructions, in hundreds."""
+    passed: list[None] = []
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    driver.set_progress_handler(lambda: passed.append(None), 100)
+    try:
+        work()
+        return len(passed)
+    finally:
+        driver.set_progress_handler(None, 100)
