@@ -128,6 +128,7 @@ class Backbone:
             )
         backbone = cls(spec, export, session, beside, preprocessor, device, plan)
         if not backbone._answers():
+            backbone.close()
             raise CorruptExport(
                 f"{export} does not give {spec.dim} finite numbers. Export the backbone again."
             )

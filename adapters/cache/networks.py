@@ -126,6 +126,8 @@ class NetworkPool:
             return base.with_network(self._store.read(alias.tenant, alias.uid, network))
 
         backbone = await asyncio.to_thread(read)
+        if self._closed:
+            await asyncio.to_thread(backbone.close)
         self._refuse_if_closed()
         batcher = self._start(backbone)
         await batcher.start()

@@ -17,10 +17,12 @@ from adapters.registry.records import Change, ExampleRecord, Repoint
 from adapters.registry.statements.commit import commit
 from adapters.registry.statements.queries import artifacts_by_id
 from adapters.registry.statements.repair import drop_evidence, drop_versions, recount
-from adapters.storage.artifact import Artifact, Store
+from adapters.storage.artifact import Artifact, MissingArtifact, Store
 from adapters.storage.formats import decode_inputs, encode_embeddings
 from adapters.storage.sweeper import SWEPT_AGE, bring_back, orphans
 from models.backbone import Backbone
+
+_CHANGED = "The examples changed meanwhile; run this again."
 
 Open = Callable[[str], Backbone | None]
 """Opens a backbone by name; returns None if this host has no export of it."""
@@ -150,7 +152,12 @@ class Doctor:
         if backbone is None or backbone.fingerprint != record.fingerprint:
             detail = f"The backbone {record.backbone} with which it was embedded is not exported here."
             return replace(damage.finding, detail=detail)
-        embedded = backbone.embed(decode_inputs(self._store.read(record.tenant, record.uid, inputs)))
+        try:
+            posted = decode_inputs(self._store.read(record.tenant, record.uid, inputs))
+        except MissingArtifact:
+            # A service has just rewritten the examples, and deleted their old files.
+            return replace(damage.finding, detail=_CHANGED)
+        embedded = backbone.embed(posted)
         if embedded.errors.keys() & {one.row for one in damage.examples}:
             return replace(damage.finding, detail="Some of the inputs cannot be embedded any more.")
         vectors = np.ascontiguousarray(embedded.embeddings)
@@ -177,7 +184,7 @@ class Doctor:
                 )
                 unreferenced = commit(connection, change).unreferenced
         except (RevisionMoved, UnknownAdapter):
-            return replace(damage.finding, detail="The examples changed meanwhile; run this again.")
+            return replace(damage.finding, detail=_CHANGED)
         delete_unreferenced(self._store, tenant, uid, unreferenced)
         return replace(damage.finding, repaired=True)
 

@@ -114,13 +114,16 @@ class LocalStore:
 
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         now = time.time()
-        for folder in folders_in(self._base(aside)):
-            for inner in folders_in(folder):
-                for file in entries_of(inner):
-                    parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
-                    if parsed is not None:
+        with _translated():
+            for folder in folders_in(self._base(aside)):
+                for inner in folders_in(folder):
+                    for file in entries_of(inner):
+                        parsed = parse_key(f"{folder.name}/{inner.name}/{file.name}")
+                        if parsed is None:
+                            continue
                         with suppress(FileNotFoundError):
-                            yield StoredObject(*parsed, age=now - file.stat(follow_symlinks=False).st_mtime)
+                            age = now - file.stat(follow_symlinks=False).st_mtime
+                            yield StoredObject(*parsed, age=age)
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         base = self._base(aside)

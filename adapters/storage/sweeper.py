@@ -88,12 +88,12 @@ def sweep(
     left: list[StoredObject] = []
     for found in orphans(counted(), rows.referenced, older_than):
         erased = rows.erased_ago(found[0].adapter_uid)
-        gone = [
-            one for one in found if one.name.endswith(PARTIAL) or (erased is not None and one.age >= erased)
-        ]
+        gone: list[StoredObject] = []
+        for one in found:
+            doomed = one.name.endswith(PARTIAL) or (erased is not None and one.age >= erased)
+            (gone if doomed else left).append(one)
         store.discard(gone)
         deleted += len(gone)
-        left += [one for one in found if one not in gone]
     left.sort(key=lambda one: -one.age)
     most = max(_FEW, int(_SHARE * total))
     store.put_aside(left[:most])

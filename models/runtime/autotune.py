@@ -202,7 +202,8 @@ def measure_on_gpu(
         rounds += trial.rounds.values()
         rates = {count: max(some) for count, some in trial.rounds.items()}
         # The smallest batch that is about as fast is best: shorter waits, and less memory.
-        batch = min(count for count in batches if rates[count] * _CLEARLY >= max(rates.values()))
+        fastest = max(rates[count] for count in batches)
+        batch = min(count for count in batches if rates[count] * _CLEARLY >= fastest)
         # The speed of single inputs counts as much as that of batches.
         chosen = replace(way, batch=batch)
         found[chosen] = math.sqrt(rates[1] * rates[batch])

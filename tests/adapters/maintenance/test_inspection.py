@@ -171,6 +171,24 @@ async def test_a_repair_that_comes_too_late_leaves_no_file(place: Place, backbon
         assert {found.name for found in place.store.objects()} == before
 
 
+async def test_inputs_that_are_deleted_before_their_repair_do_not_end_it(
+    place: Place, backbone: Backbone
+) -> None:
+    async with place.world() as world:
+        await world.adapt(taught())
+        uid = world.registry.adapter(TENANT, "words").uid
+        one = world.registry.example(uid, "one0")
+        place.flip(one.segment)
+
+        def open_late(name: str) -> Backbone:
+            assert one.inputs is not None
+            place.store.delete(TENANT, uid, [one.inputs])
+            return backbone
+
+        (finding,) = place.examine(open_late, repair=True)
+        assert (finding.repaired, "changed meanwhile" in finding.detail) == (False, True)
+
+
 async def test_damaged_inputs_are_done_without(place: Place) -> None:
     async with place.world() as world:
         await world.adapt(taught())

@@ -335,6 +335,19 @@ def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file" / "artifacts"))
 
 
+def test_a_folder_that_cannot_be_listed_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+
+    def broken(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("adapters.storage.files.os.scandir", broken)
+    with pytest.raises(StoreUnavailable):
+        list(store.objects())
+
+
 def test_a_quota_is_a_full_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
 

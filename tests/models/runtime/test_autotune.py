@@ -137,6 +137,12 @@ def test_the_smallest_batch_that_is_about_as_fast_is_taken() -> None:
     assert found.plan.batch == 32
 
 
+def test_where_single_inputs_are_fastest_the_best_batch_is_taken() -> None:
+    rates = {1: 1_000.0, 8: 700.0, 32: 600.0, 64: 600.0, 128: 500.0}
+    found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(lambda plan, items: items / rates[items]))
+    assert found.plan.batch == 8
+
+
 def test_half_precision_that_gives_other_embeddings_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     found = measure_on_gpu(GPU, WAYS, ON_GPU, gpu(lambda plan, items: 0.002 * items, half_gives=0.999)).plan
     assert not found.half
