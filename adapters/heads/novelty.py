@@ -180,16 +180,15 @@ def _quantised(directions: Floats) -> tuple[NDArray[np.int8], Floats]:
 def _means(rows: Floats, labels: Integers, count: int) -> Floats:
     """Mean row of every label, (count, columns); zero for a label without rows."""
     sizes = np.maximum(np.bincount(labels, minlength=count), 1).astype(np.float32)
-    means: Floats = _sums(rows, labels, count) / sizes[:, None]
+    means: Floats = label_sums(rows, labels, count) / sizes[:, None]
     return means
 
 
-def _sums(rows: Floats, labels: Integers, count: int) -> Floats:
-    order = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels, minlength=count)
-    present = np.flatnonzero(sizes)
-    starts = np.concatenate([[0], np.cumsum(sizes[present])[:-1]])
+def label_sums(rows: Floats, labels: Integers, count: int) -> Floats:
+    """The sum (count, columns) of the rows (n, columns) of each label 0..count-1; zero if it has none."""
     sums = np.zeros((count, rows.shape[1]), dtype=np.float32)
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
     for begin in range(0, rows.shape[1], 128):
         columns = slice(begin, begin + 128)
         sums[present, columns] = np.add.reduceat(rows[:, columns][order], starts, axis=0)

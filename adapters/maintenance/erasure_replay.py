@@ -13,20 +13,11 @@ from sqlalchemy import Connection, delete, insert, select, update
 from adapters.adaptation.artifacts import rows_at
 from adapters.adaptation.revision.layout import SegmentSlot, Stored, locate, plan_change
 from adapters.registry.database import Database
-from adapters.registry.erasures import ALL, digest
+from adapters.registry.erasures import ALL, delete_adapters, digest
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord
-from adapters.registry.schema import (
-    adapters,
-    artifacts,
-    erasures,
-    examples,
-    jobs,
-    keys,
-    replies,
-    tenants,
-    versions,
-)
+from adapters.registry.schema import adapters, erasures, jobs, keys, replies, tenants
 from adapters.registry.statements.commit import commit
+from adapters.registry.statements.job_rows import OPEN
 from adapters.registry.statements.queries import adapter_by_uid, example_records
 from adapters.storage.artifact import Artifact, Buffer
 from adapters.storage.formats import decode_embeddings, decode_inputs, encode_embeddings, encode_inputs
@@ -68,7 +59,7 @@ def replay(
             if row["adapter_uid"] is None:
                 _tenant(connection, row["tenant"], row["at"], replayed)
             elif row["examples"] is None:
-                replayed.adapters += _adapter(connection, row["adapter_uid"])
+                replayed.adapters += delete_adapters(connection, [row["adapter_uid"]])["adapters"]
             else:
                 _examples(connection, files, row, replayed)
             connection.execute(insert(erasures), [row])
@@ -78,8 +69,7 @@ def replay(
 def _tenant(connection: Connection, tenant: str, at: datetime, replayed: Replayed) -> None:
     """Delete everything of the tenant that existed at the time `at`."""
     mine = select(adapters.c.uid).where(adapters.c.tenant == tenant, adapters.c.created_at <= at)
-    for uid in connection.scalars(mine).all():
-        replayed.adapters += _adapter(connection, uid)
+    replayed.adapters += delete_adapters(connection, connection.scalars(mine).all())["adapters"]
     for table, moment in ((jobs, jobs.c.created_at), (replies, replies.c.at), (keys, keys.c.created_at)):
         connection.execute(delete(table).where(table.c.tenant == tenant, moment <= at))
     if connection.scalar(select(keys.c.id).where(keys.c.tenant == tenant).limit(1)) is None:
@@ -87,18 +77,12 @@ def _tenant(connection: Connection, tenant: str, at: datetime, replayed: Replaye
         replayed.tenants += connection.execute(gone).rowcount
 
 
-def _adapter(connection: Connection, uid: str) -> int:
-    for table in (replies, jobs, examples, versions, artifacts):
-        connection.execute(delete(table).where(table.c.adapter_uid == uid))
-    return connection.execute(delete(adapters).where(adapters.c.uid == uid)).rowcount
-
-
 def _examples(connection: Connection, files: Files, row: dict[str, Any], replayed: Replayed) -> None:
     uid, at = row["adapter_uid"], row["at"]
     if connection.scalar(select(adapters.c.uid).where(adapters.c.uid == uid)) is None:
         return
     # Uploads of unfinished jobs, and stored replies, may hold erased examples.
-    unfinished = jobs.c.state.in_(("queued", "running")) & (jobs.c.kind == "bulk_adapt")
+    unfinished = jobs.c.state.in_(OPEN) & (jobs.c.kind == "bulk_adapt")
     ended = update(jobs).where(jobs.c.adapter_uid == uid, unfinished, jobs.c.created_at <= at)
     values = {"state": "cancelled", "lease_until": None, "finished_at": at}
     replayed.jobs += connection.execute(ended.values(values)).rowcount

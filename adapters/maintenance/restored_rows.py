@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Table, select
 from adapters.maintenance.table_copy import Row
 from adapters.registry.schema import adapters, jobs, keys, tenants
 from adapters.registry.statements.commit import next_epoch
+from adapters.registry.statements.job_rows import OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class RowRestorer:
 
     def _job(self, row: Row) -> Row:
         """Queue an unfinished job again. A worker that holds an attempt in the target loses its lease."""
-        if row["state"] not in ("queued", "running"):
+        if row["state"] not in OPEN:
             return row
         attempt = max(row["attempt"], self._before.attempts.get(row["id"], 0))
         interrupted = attempt - row["attempt"] + (row["state"] == "running")

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from adapters.heads.novelty import label_sums
 from models.arrays import Doubles, Floats, Integers
 
 _PROBES = 8  # random vectors per estimate of a trace
@@ -31,7 +32,7 @@ class Discriminant:
         self._folds = folds
         self._dim = dim
         self._sizes = np.bincount(labels, minlength=count)
-        self._sums = _label_sums(rows, labels, count)
+        self._sums = label_sums(rows, labels, count)
         self._moments = rows.T @ rows
         diagonal = np.diagonal(self._moments)
         apart = self._moments - np.diag(diagonal)
@@ -51,7 +52,7 @@ class Discriminant:
             owns = [np.flatnonzero(self._folds == fold) for fold in range(begin, end)]
             held = np.concatenate(owns)
             pairs = (self._folds[held] - begin) * count + self._labels[held]
-            sums = _label_sums(self._rows[held], pairs, len(owns) * count).reshape(len(owns), count, -1)
+            sums = label_sums(self._rows[held], pairs, len(owns) * count).reshape(len(owns), count, -1)
             sizes = np.bincount(pairs, minlength=len(owns) * count).reshape(len(owns), count)
             weight, bias = self._without(owns, self._sums - sums, self._sizes - sizes)
             for place, own in enumerate(owns):
@@ -150,13 +151,3 @@ def _biases(weight: Floats, means: Floats, noise: Doubles) -> Floats:
     lengths = np.einsum("kcp,kcp->kc", weight, means)
     biases: Floats = np.float32(-0.5) * (lengths - noise.astype(np.float32))
     return biases
-
-
-def _label_sums(rows: Floats, labels: Integers, count: int) -> Floats:
-    sums = np.zeros((count, rows.shape[1]), dtype=np.float32)
-    order = np.argsort(labels, kind="stable")
-    present, starts = np.unique(labels[order], return_index=True)
-    for begin in range(0, rows.shape[1], 128):
-        columns = slice(begin, begin + 128)
-        sums[present, columns] = np.add.reduceat(rows[:, columns][order], starts, axis=0)
-    return sums

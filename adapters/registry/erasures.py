@@ -132,7 +132,7 @@ class Erasures:
 def erase_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
     """Delete all rows of the adapter; return the receipt and the adapter's uid. Raises UnknownAdapter."""
     adapter = adapter_by_name(connection, tenant, name, lock=True)
-    counts = _delete(connection, [adapter.uid])
+    counts = delete_adapters(connection, [adapter.uid])
     return record(connection, tenant, counts, adapter_uid=adapter.uid, files=[adapter.uid]), adapter.uid
 
 
@@ -207,7 +207,7 @@ def _erase_tenant(connection: Connection, name: str) -> Receipt:
     uids = list(
         connection.scalars(select(adapters.c.uid).where(mine).order_by(adapters.c.uid).with_for_update())
     )
-    counts = _delete(connection, uids)
+    counts = delete_adapters(connection, uids)
     connection.execute(delete(replies).where(replies.c.tenant == name))
     # These rows name recently deleted adapters of the tenant.
     connection.execute(delete(changes).where(changes.c.tenant == name))
@@ -221,7 +221,7 @@ def _erase_tenant(connection: Connection, name: str) -> Receipt:
     return receipt
 
 
-def _delete(connection: Connection, uids: Collection[str]) -> dict[str, int]:
+def delete_adapters(connection: Connection, uids: Collection[str]) -> dict[str, int]:
     """Delete adapters and all rows that refer to them; return the counts of a Receipt."""
     counts = dict.fromkeys(("adapters", "examples", "versions", "jobs"), 0)
     for chunk in chunks(uids):

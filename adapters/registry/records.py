@@ -1,4 +1,4 @@
-"""Immutable records that the registry reads and writes, and the errors that it raises."""
+"""Immutable records that the registry reads and writes."""
 
 from __future__ import annotations
 

@@ -70,9 +70,9 @@ def export(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports what is missing of the names given, by default what a service without settings needs.
+    """Export the named backbones that are not stored yet; by default those of a service without settings.
 
-    1 if a name cannot be exported; the others are.
+    The exit status is 1 if one of them cannot be exported. The others are exported all the same.
     """
     parser = argparse.ArgumentParser(prog="python -m models.export", description=main.__doc__)
     parser.add_argument(

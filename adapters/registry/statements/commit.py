@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -21,6 +21,7 @@ from adapters.registry.statements.queries import (
     adapter_by_uid,
     alias_of,
     current_time,
+    microseconds,
     version_record,
 )
 from adapters.registry.statements.retention import (
@@ -30,7 +31,6 @@ from adapters.registry.statements.retention import (
     release,
 )
 from adapters.registry.statements.revision_rows import (
-    _MICROSECOND,
     artifact_numbers,
     artifacts_of,
     previous_of,
@@ -41,7 +41,6 @@ from adapters.registry.statements.revision_rows import (
 CHANGES_KEPT = 3600.0
 """Seconds for which the database records which adapters changed."""
 _FORGOTTEN_AT_ONCE = 100  # expired records deleted by each new one
-_SINCE = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def commit(connection: Connection, change: Change) -> Committed:
@@ -261,7 +260,7 @@ def next_epoch(last: int, now: datetime) -> int:
 
     It grows with every change even if the clock goes back, and reveals nothing about other adapters.
     """
-    return max(last + 1, (now - _SINCE) // _MICROSECOND)
+    return max(last + 1, microseconds(now))
 
 
 def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, select, update
@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, 
 from adapters.registry.errors import LeaseLost, UnknownJob
 from adapters.registry.records import Claim, JobKind, JobRecord, JobState
 from adapters.registry.schema import jobs, tenants
-from adapters.registry.statements.queries import current_time
+from adapters.registry.statements.queries import current_time, microseconds
 
 MAX_ATTEMPTS = 3
 """Attempts after which a job is assumed to kill its worker, and fails. Released attempts do not count."""
@@ -22,8 +22,6 @@ KEPT_JOBS = 1000
 
 _ERASED = "The reason named examples that have been erased."
 OPEN: tuple[JobState, ...] = ("queued", "running")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 def forget_examples(connection: Connection, adapter_uid: str, ids: Collection[str] | None) -> None:
@@ -168,8 +166,8 @@ def job_record(row: Row[Any]) -> JobRecord:
 
 def new_id(now: datetime) -> str:
     """Return a UUIDv7 (RFC 9562). Ids sort by time, so an id remains a cursor after its row is deleted."""
-    milliseconds, microseconds = divmod((now - _EPOCH) // _MICROSECOND, 1000)
-    fraction = microseconds * 4096 // 1000
+    milliseconds, rest = divmod(microseconds(now), 1000)
+    fraction = rest * 4096 // 1000
     return f"{milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | secrets.randbits(62):032x}"
 
 

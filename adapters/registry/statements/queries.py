@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,8 @@ from adapters.storage.artifact import Artifact
 
 T = TypeVar("T")
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 # Parameters of one statement. The limit of PostgreSQL is 65,535, that of SQLite 32,766.
 _PARAMETERS = 10_000
 
@@ -67,6 +69,11 @@ def chunks(values: Iterable[T], size: int = _PARAMETERS) -> Iterator[list[T]]:
 def current_time(connection: Connection) -> datetime:
     """Return the time by the database's clock."""
     return connection.execute(select(database_now())).scalar_one()
+
+
+def microseconds(moment: datetime) -> int:
+    """Return the microseconds from 1970 to the moment."""
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 def select_adapter() -> Select[Any]:

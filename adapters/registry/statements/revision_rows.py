@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, tuple_, update
@@ -16,8 +16,6 @@ from adapters.registry.statements.queries import Used, chunks
 from adapters.registry.statements.retention import Previous
 from adapters.registry.statements.row_sets import all_rows, insert_rows, update_rows
 from adapters.storage.artifact import Artifact
-
-_MICROSECOND = timedelta(microseconds=1)
 
 
 def artifacts_of(change: Change) -> set[Artifact]:

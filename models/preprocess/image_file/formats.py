@@ -26,7 +26,7 @@ _MOST_XMP = 1 << 20  # maximum bytes of XMP, unpacked
 _MOST_EXIF = 1 << 18  # maximum bytes of EXIF, unpacked
 # A marker within a scan's data; stuffed bytes, fill bytes and restart markers do not count.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD))
 _SOI, _EOI, _SOS, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -48,10 +48,10 @@ def read_jpeg(data: bytes) -> ImageFile:
     width = height = scans = 0
     turned = told = 0
     applications: set[int] = set()
-    segments = jpeg_segments(data)
+    segments = _jpeg_segments(data)
     for marker, start, end in segments:
-        if marker in JPEG_FRAMES:
-            found = jpeg_frame_size(data, start)
+        if marker in _JPEG_FRAMES:
+            found = _jpeg_frame_size(data, start)
             width, height = max(width, found[0]), max(height, found[1])
         elif marker == _SOS:
             scans += 1
@@ -62,7 +62,7 @@ def read_jpeg(data: bytes) -> ImageFile:
         # The first APP0 and the first APP14 segment define the interpretation of the colours.
         meant = marker in (_APP0, _APP14) and marker not in applications
         applications.add(marker)
-        if meant or marker in JPEG_FRAMES or marker in _TABLES or marker in (_SOS, _EOI):
+        if meant or marker in _JPEG_FRAMES or marker in _TABLES or marker in (_SOS, _EOI):
             kept.append(view[start:end])
     if not scans:
         raise InputError("truncated_image" if width else "undecodable_image", NOT_AN_IMAGE)
@@ -79,7 +79,7 @@ def read_jpeg(data: bytes) -> ImageFile:
     )
 
 
-def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of each JPEG segment; a scan's segment includes its data."""
     place, count = 2, 0
     while (found := _MARKER.search(data, place)) is not None:
@@ -100,7 +100,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             raise odd(f"more than {_MOST_SEGMENTS:,} segments")
 
 
-def jpeg_frame_size(data: bytes, start: int) -> tuple[int, int]:
+def _jpeg_frame_size(data: bytes, start: int) -> tuple[int, int]:
     """Width and height from the frame header of a JPEG."""
     height, width = struct.unpack_from(">HH", data, start + 5)
     return width, height

@@ -7,15 +7,11 @@ needs are dropped, and structures that no camera or program writes are refused.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 from models.preprocess.image_file.facts import DAMAGED, NOT_AN_IMAGE, READABLE, ImageFile
 from models.preprocess.image_file.formats import (
-    JPEG_FRAMES,
     PNG_SIGNATURE,
-    jpeg_frame_size,
-    jpeg_segments,
     read_bmp,
     read_gif,
     read_heif,
@@ -27,8 +23,6 @@ from models.preprocess.image_file.tags import read_tiff
 from models.preprocess.limits import InputError
 
 _LEAST_BYTES = 26  # size of the smallest image; shorter data only begins like one
-
-
 _UNREAD = (
     (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
@@ -59,26 +53,6 @@ def read_image_file(data: bytes) -> ImageFile:
     if not file.width or not file.height:
         raise InputError("empty_image", "The image has no pixels: its width or height is 0.")
     return file
-
-
-def declared_size(data: bytes) -> tuple[int, int] | None:
-    """Return width and height in pixels from the header, None if there is no readable header.
-
-    Takes microseconds at most for a camera's files, to estimate costs before decoding. Checks nothing and
-    raises nothing.
-    """
-    try:
-        if data.startswith(b"\xff\xd8\xff"):
-            frame = next((at for marker, at, _ in jpeg_segments(data) if marker in JPEG_FRAMES), None)
-            return None if frame is None else jpeg_frame_size(data, frame)
-        if data.startswith(PNG_SIGNATURE):
-            width, height = struct.unpack_from(">II", data, 16)
-            return width, height
-        reader = _reader(data)
-        file = None if reader is None else reader(data)
-    except (*DAMAGED, InputError):
-        return None
-    return None if file is None or not file.work else (file.width, file.height)
 
 
 def _reader(data: bytes) -> Callable[[bytes], ImageFile] | None:

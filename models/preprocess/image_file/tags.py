@@ -95,6 +95,6 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def xmp_orientation(xmp: bytes) -> int:
-    """The orientation that XMP names, 1 where it names none."""
+    """The orientation that XMP names, 1 to 8; 0 if it names none."""
     found = _XMP_ORIENTATION.search(xmp)
     return 0 if found is None else int(found[1])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 
+from adapters.examples.target import Target
 from adapters.heads.scaling import scaling_of
 from adapters.probe.basis import basis_of
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit, predicted_seconds
@@ -119,7 +120,8 @@ def test_identical_embeddings_do_not_break_it(n: int, value: float) -> None:
 def test_distances_from_nearly_identical_embeddings_are_finite(dim: int) -> None:
     generator = np.random.default_rng(0)
     rows = np.ones(dim) + 1e-7 * generator.standard_normal((8, dim))
-    head = fit(dataset(rows.astype(np.float32), [float(row) for row in range(8)], "regression")).head
+    targets: list[Target] = [float(row) for row in range(8)]
+    head = fit(dataset(rows.astype(np.float32), targets, "regression")).head
     assert head.region is not None
     found = head.predict(1e3 * generator.standard_normal((5, dim), dtype=np.float32))
     assert np.isfinite(found.distance).all()

@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.serving import bombs
 from models.preprocess.decoder import Decoder
 from models.preprocess.image import ImagePreprocessor, rgb
-from models.preprocess.image_file.reader import declared_size, read_image_file
+from models.preprocess.image_file.reader import read_image_file
 from models.preprocess.limits import InputError
 from tests.support.models.drawings import PLAIN, drawing, encoded, levels, refusal
 
@@ -139,7 +139,8 @@ def test_what_is_left_of_a_file_is_the_same_picture(fmt: str, mode: str) -> None
         assert whole.mode == rest.mode
         assert whole.convert("RGBA").tobytes() == rest.convert("RGBA").tobytes()
         assert fmt == "AVIF" or "icc_profile" not in rest.info
-    assert declared_size(data) == (40, 30)
+    file = read_image_file(data)
+    assert (file.width, file.height) == (40, 30)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd"])
@@ -178,18 +179,10 @@ def test_the_first_frame_of_an_animation_is_all_that_is_read() -> None:
         np.testing.assert_allclose(levels(data).mean((1, 2)), (255, 0, 0), atol=3)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_sizes_are_declared_by_the_first_bytes(fmt: str) -> None:
-    data = encoded(drawing((123, 45)), fmt)
-    assert declared_size(data) == (123, 45)
-    assert declared_size(data[:10]) is None
-    assert declared_size(b"") is None
-    assert declared_size(b"hello, hello, hello, hello") is None
-
-
 def test_heic_is_read_or_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     data = heic(drawing((128, 64)))
-    assert declared_size(data) == (128, 64)
+    file = read_image_file(data)
+    assert (file.width, file.height) == (128, 64)
     np.testing.assert_allclose(levels(data), levels(encoded(drawing((128, 64)), "PNG")), atol=40)
     monkeypatch.setattr("models.preprocess.image_file.formats.heic_is_read", lambda: False)
     with pytest.raises(InputError, match=r"^HEIC .*topwork\[heic\]"):
