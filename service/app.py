@@ -104,7 +104,7 @@ class Topwork:
         api = build_api(self.components)
         observe = self.components.metrics.request
         edge.open(api, api.routes, settings=settings, guard=guard, observe=observe)
-        self.monitor = asyncio.create_task(edge.watch())
+        self.key_watch = asyncio.create_task(edge.watch())
         # Objects loaded so far live as long as the process, so full collections need not scan them.
         gc.collect()
         gc.freeze()
@@ -120,7 +120,7 @@ class Topwork:
     async def stop(self) -> None:
         """Let running work finish, then close all components."""
         edge.close()
-        self.monitor.cancel()
+        self.key_watch.cancel()
         await self.components.aclose()
 
     async def __is_ready__(self) -> bool:

@@ -27,6 +27,8 @@ Scope = Literal["predict", "adapt", "admin"]
 
 MAX_KEYS = 100
 """Number of a tenant's keys that may be in use at once."""
+SHORTEST_LIFETIME = 60  # seconds
+LONGEST_LIFETIME = 3_650 * 86_400  # seconds
 # Revoked and expired keys stay listed for at least this long.
 _FORGOTTEN_AFTER = timedelta(days=30)
 _PREFIX = "tw"

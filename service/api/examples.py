@@ -53,7 +53,8 @@ class ExampleEndpoints:
 
     async def get_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """Return one example, with its input if inputs are kept."""
-        return render_example(*await self._catalog.example(tenant, adapter, example))
+        _, record, value = await self._catalog.example(tenant, adapter, example)
+        return render_example(record, value)
 
     async def delete_example(self, tenant: Tenant, adapter: Adapter, example: Example) -> Response:
         """Erase one example, and the versions that were fitted on it. Then fit on the others."""

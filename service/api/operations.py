@@ -58,11 +58,11 @@ class PageEndpoints:
         self._document = b""
 
     async def index(self) -> RedirectResponse:
-        """The way to the page."""
+        """Redirect to the page."""
         return RedirectResponse("docs")
 
     async def page(self, request: Request) -> HTMLResponse:
-        """The page itself."""
+        """Return the page."""
         return get_swagger_ui_html(
             openapi_url="openapi.json",
             title=request.app.title,
@@ -72,16 +72,16 @@ class PageEndpoints:
         )
 
     async def document(self, request: Request) -> Response:
-        """The OpenAPI document."""
+        """Return the OpenAPI document."""
         self._document = self._document or to_json(request.app.openapi())
         return Response(self._document, media_type="application/json")
 
     async def errors(self) -> HTMLResponse:
-        """What each code of an error means; `type` of every problem links to it."""
+        """Return the reference of errors, to which the `type` of every problem links."""
         return HTMLResponse(_errors_page())
 
     async def asset(self, asset: str) -> FileResponse:
-        """A file of the page."""
+        """Return a file of the page. Raises a 404 for any other name."""
         if asset not in _SERVED:
             raise HTTPException(404)
         return FileResponse(
@@ -93,7 +93,7 @@ class PageEndpoints:
 def _errors_page() -> str:
     """Return the reference of errors, in which each heading has its text as its anchor."""
     parser = MarkdownIt()
-    tokens = parser.parse(_ERRORS.read_text())
+    tokens = parser.parse(_ERRORS.read_text("utf-8"))
     for heading, text in pairwise(tokens):
         if heading.type == "heading_open":
             heading.attrSet("id", text.content)

@@ -15,8 +15,8 @@ from service.api.operations import OperationEndpoints, PageEndpoints
 from service.api.predict import OpenAIEndpoints, PredictEndpoints
 from service.api.tenants import TenantEndpoints
 from service.edge.routes import NO_BODY, DeclaredRoute
-from service.payloads import requests as asked
-from service.payloads import tenants as of_tenants
+from service.payloads import requests
+from service.payloads import tenants as tenant_requests
 from service.payloads.responses.adaptation import AdaptResponse, ErasureOut, RemovalResponse, RestoreResponse
 from service.payloads.responses.adapters import AdapterOut, AdaptersOut, VersionOut, VersionsOut
 from service.payloads.responses.backbones import BackbonesOut
@@ -33,9 +33,9 @@ get, post, put, patch, delete = (
 
 def learning_routes(adapt: AdaptEndpoints, predict: PredictEndpoints) -> list[DeclaredRoute]:
     """Return the routes that learn, predict and embed."""
-    examples = body(asked.AdaptRequest, "upload", files="examples", bulk=asked.UploadRequest)
-    inputs = body(asked.PredictRequest, "inputs", files="inputs", query=asked.PredictRequest)
-    to_embed = body(asked.EmbedRequest, "inputs", files="inputs", query=asked.EmbedRequest)
+    examples = body(requests.AdaptRequest, "upload", files="examples", bulk=requests.UploadRequest)
+    inputs = body(requests.PredictRequest, "inputs", files="inputs", query=requests.PredictRequest)
+    to_embed = body(requests.EmbedRequest, "inputs", files="inputs", query=requests.EmbedRequest)
     learned = submits(SubmittedOut) | returns(AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429)
     return [
         post("/adapt", adapt.adapt, "adapt", learned, body=once(calls_back(examples), 200, 202)),
@@ -64,7 +64,7 @@ def openai_routes(openai: OpenAIEndpoints) -> list[DeclaredRoute]:
             openai.create_embeddings,
             "predict",
             returns_openai(OpenAIResponse, 404, 413, 415, 422, 429),
-            body=body(asked.OpenAIRequest, "inputs"),
+            body=body(requests.OpenAIRequest, "inputs"),
         ),
         get("/v1/models", openai.list_models, "key", returns_openai(OpenAIModels)),
         get("/v1/models/{model:path}", openai.get_model, "key", returns_openai(OpenAIModel, 404)),
@@ -92,7 +92,7 @@ def adapter_routes(adapters: AdapterEndpoints) -> list[DeclaredRoute]:
             adapters.promote_version,
             "adapt",
             returns(AdapterOut, 404, 412, 415, 422),
-            body=body(asked.PromoteRequest),
+            body=body(requests.PromoteRequest),
         ),
         post(
             f"{version}/restore",
@@ -106,7 +106,7 @@ def adapter_routes(adapters: AdapterEndpoints) -> list[DeclaredRoute]:
             adapters.rebase_adapter,
             "adapt",
             returns(AdaptResponse, 404, 409, 415, 422, 429),
-            body=body(asked.RebaseRequest),
+            body=body(requests.RebaseRequest),
         ),
     ]
 
@@ -130,14 +130,14 @@ def example_routes(examples: ExampleEndpoints) -> list[DeclaredRoute]:
             examples.amend_example,
             "adapt",
             returns(AdaptResponse, 400, 404, 409, 415, 422, 429),
-            body=once(body(asked.AmendRequest), 200),
+            body=once(body(requests.AmendRequest), 200),
         ),
         post(
             "/adapters/{adapter}/feedback",
             examples.send_feedback,
             "adapt",
             returns(AdaptResponse, 400, 404, 409, 415, 422, 429),
-            body=once(body(asked.FeedbackRequest, "inputs"), 200),
+            body=once(body(requests.FeedbackRequest, "inputs"), 200),
         ),
     ]
 
@@ -168,7 +168,7 @@ def tenant_routes(tenants: TenantEndpoints) -> list[DeclaredRoute]:
             tenants.create_tenant,
             "operator",
             returns(TenantOut, 403, 409, 415, 422, status=201),
-            body=body(of_tenants.TenantRequest),
+            body=body(tenant_requests.TenantRequest),
             status_code=201,
         ),
         get("/tenants", tenants.list_tenants, "operator", returns(TenantsOut, 403)),
@@ -179,16 +179,16 @@ def tenant_routes(tenants: TenantEndpoints) -> list[DeclaredRoute]:
             tenants.set_quotas,
             "operator",
             returns(TenantOut, 403, 404, 415, 422),
-            body=body(of_tenants.QuotasIn),
+            body=body(tenant_requests.QuotasIn),
         ),
         get(keys, tenants.list_keys, "admin", returns(KeysOut, 404)),
-        post(keys, tenants.create_key, "admin", made, body=body(of_tenants.KeyRequest), status_code=201),
+        post(keys, tenants.create_key, "admin", made, body=body(tenant_requests.KeyRequest), status_code=201),
         post(
             f"{keys}/{{key}}/rotate",
             tenants.rotate_key,
             "admin",
             made,
-            body=body(of_tenants.RotateRequest),
+            body=body(tenant_requests.RotateRequest),
             status_code=201,
         ),
         delete(f"{keys}/{{key}}", tenants.revoke_key, "admin", returns(KeyOut, 404)),

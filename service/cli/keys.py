@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from adapters.registry.tenants import Scope
 
 SECONDS_PER_DAY = 86_400.0
-MAX_LIFETIME = 3_650 * SECONDS_PER_DAY
 
 KeyId = Annotated[str, typer.Argument(help="Id of the key.", show_default=False)]
 
@@ -37,7 +36,9 @@ def create(
     from service.settings import read_settings
 
     with open_registry(read_settings()) as registry:
-        lifetime = None if days is None else _duration(days * SECONDS_PER_DAY, 60.0)
+        from adapters.registry.tenants import SHORTEST_LIFETIME
+
+        lifetime = None if days is None else _duration(days * SECONDS_PER_DAY, SHORTEST_LIFETIME)
         print(registry.tenants.create_key(tenant, _scopes(scopes), note=note, lifetime=lifetime)[1])
 
 
@@ -73,7 +74,9 @@ def revoke(tenant: TenantName, key: KeyId) -> None:
 
 
 def _duration(seconds: float, least: float) -> timedelta:
-    if not least <= seconds <= MAX_LIFETIME:
+    from adapters.registry.tenants import LONGEST_LIFETIME
+
+    if not least <= seconds <= LONGEST_LIFETIME:
         raise BadArgument(f"Use a time from {least:g} seconds to ten years.")
     return timedelta(seconds=seconds)
 

@@ -7,10 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from adapters.registry.quotas import Quotas
-from adapters.registry.tenants import Scope
+from adapters.registry.tenants import LONGEST_LIFETIME, SHORTEST_LIFETIME, Scope
 from service.payloads.schema import BIGGEST, NAME_PATTERN, Request
-
-_YEARS = 10 * 365 * 86_400  # seconds; the longest lifetime of a key
 
 
 class TenantRequest(Request):
@@ -36,7 +34,10 @@ class KeyRequest(Request):
         examples=["web shop"],
     )
     expires_in: int | None = Field(
-        default=None, ge=60, le=_YEARS, description="Seconds; without it the key does not expire."
+        default=None,
+        ge=SHORTEST_LIFETIME,
+        le=LONGEST_LIFETIME,
+        description="Seconds; without it the key does not expire.",
     )
 
 

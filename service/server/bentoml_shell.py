@@ -1,4 +1,4 @@
-"""BentoML's application with our edge in front, and what else of BentoML's own insides is used."""
+"""BentoML's application with our edge in front, and the other internals of BentoML that are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process: start-up errors, exit statuses, limits, memory, logging and signals."""
+"""The process: start-up errors, exit statuses, limits, memory and signals."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from adapters.registry.errors import RegistryUnavailable
+
+SignalHandler = Callable[[int, FrameType | None], object]
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -136,7 +138,7 @@ def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
     a handler is left as it is.
     """
     loop = asyncio.get_running_loop()
-    ours: dict[signal.Signals, Hearing] = {}
+    ours: dict[signal.Signals, SignalHandler] = {}
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
     if threading.current_thread() is threading.main_thread():
         for sign, known in before.items():
@@ -151,11 +153,7 @@ def told_to_end(tell: Callable[[], None]) -> Iterator[None]:
                 signal.signal(sign, before[sign])
 
 
-Hearing = Callable[[int, FrameType | None], object]
-"""A signal handler."""
-
-
-def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: Hearing) -> Hearing:
+def _after(loop: asyncio.AbstractEventLoop, tell: Callable[[], None], known: SignalHandler) -> SignalHandler:
     def heard(number: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(tell)
         known(number, frame)

@@ -73,7 +73,7 @@ def render_examples(owner: AdapterRecord, records: Sequence[ExampleRecord], page
     return render(body)
 
 
-def render_example(owner: AdapterRecord, record: ExampleRecord, value: bytes | str | None) -> Response:
+def render_example(record: ExampleRecord, value: bytes | str | None) -> Response:
     """Return ExampleOut. `value`: the input, an image as bytes or a text; None if inputs are not kept."""
     body: ExampleOut = {**_describe(record), **_describe_input(value)}
     return render(body)
