@@ -66,12 +66,18 @@ def folders() -> Iterator[Folder]:
 
 
 def table() -> str:
-    """Markdown: folders, what they are, and their modules."""
-    lines = ["| folder | what it holds | modules |", "|---|---|---|"]
+    """Markdown: folders, what they are, their modules and lines."""
+    lines = ["| folder | what it holds | modules | lines |", "|---|---|---|---|"]
     for folder in folders():
         names = ", ".join(name for name, _ in folder.modules)
-        lines.append(f"| `{folder.name}/` | {folder.sentence} | {names} |")
+        count = sum(lines for _, lines in folder.modules)
+        lines.append(f"| `{folder.name}/` | {folder.sentence} | {names} | {count} |")
     return "\n".join(lines)
+
+
+def without_lines(table: str) -> str:
+    """The table without its last column, which every change of the code would change."""
+    return "\n".join(row.rsplit("|", 2)[0] for row in table.splitlines())
 
 
 def comments() -> Iterator[tuple[Path, int, str]]:

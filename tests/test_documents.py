@@ -165,4 +165,5 @@ def test_the_codes_of_the_limits_are_those_of_the_errors() -> None:
 
 def test_the_folders_are_the_documents() -> None:
     """`make house ARGS=--write` writes them."""
-    assert f"{house.BEGIN}\n\n{house.table()}\n\n{house.END}" in house.DOCUMENT.read_text()
+    written = house.DOCUMENT.read_text().partition(house.BEGIN)[2].partition(house.END)[0].strip()
+    assert house.without_lines(written) == house.without_lines(house.table())
