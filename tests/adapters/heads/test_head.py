@@ -156,7 +156,7 @@ def test_labels_decided_by_the_metadata_of_an_onnx_file_are_those_of_the_head(tm
     targets = [
         tuple("abc"[label] for label in range(3) if row[label] > 0.5 * label * row.std()) for row in along
     ]
-    head = fit(dataset(embeddings[:80], targets[:80], "multilabel")).head  # type: ignore[arg-type]
+    head = fit(dataset(embeddings[:80], targets[:80], "multilabel")).head
     data = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {})
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map
@@ -189,7 +189,7 @@ def test_exported_values_keep_the_differences_of_targets(origin: float, unit: fl
     inputs = [tiny_backbones.sentence(seed) for seed in range(30)]
     embeddings = backbone.embed(inputs).embeddings
     targets = [origin + unit * row for row in range(30)]
-    head = fit(dataset(embeddings, targets, "regression")).head  # type: ignore[arg-type]
+    head = fit(dataset(embeddings, targets, "regression")).head
     data = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {})
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     output = session.get_outputs()[0]

@@ -131,9 +131,9 @@ def test_distances_from_nearly_identical_embeddings_are_finite(dim: int) -> None
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multilabel"])
 def test_one_target_in_total_is_refused(task: str) -> None:
-    target = {"classification": "a", "regression": 1.0, "multilabel": ("a",)}[task]
+    targets: dict[str, Target] = {"classification": "a", "regression": 1.0, "multilabel": ("a",)}
     with pytest.raises(OneLabel):
-        fit(dataset(np.random.default_rng(0).random((6, 4)).astype(np.float32), [target] * 6, task))  # type: ignore[arg-type]
+        fit(dataset(np.random.default_rng(0).random((6, 4)).astype(np.float32), [targets[task]] * 6, task))
 
 
 def test_a_fit_that_would_take_too_long_is_refused_before_it_begins() -> None:
@@ -181,7 +181,7 @@ def test_multilabel_learns_each_label_by_itself() -> None:
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((400, 24)).astype(np.float32)
     targets = [tuple(name for name, column in (("x", 0), ("y", 1)) if row[column] > 0) for row in rows]
-    fitted = fit(dataset(rows[:300], targets[:300], "multilabel"))  # type: ignore[arg-type]
+    fitted = fit(dataset(rows[:300], targets[:300], "multilabel"))
     assigned = fitted.head.predict(rows[300:]).assigned
     assert assigned is not None
     wanted = np.array([[name in target for name in fitted.head.labels] for target in targets[300:]])

@@ -114,7 +114,7 @@ def test_labels_of_one_example_count_as_missed() -> None:
 @pytest.mark.parametrize("targets", [[("a",), ("b",)], [("a",), ()]])
 def test_too_few_examples_to_measure_abstain(targets: list[tuple[str, ...]]) -> None:
     rows = np.eye(2, 8, dtype=np.float32)
-    fitted = fit(dataset(rows, targets, "multilabel"))  # type: ignore[arg-type]
+    fitted = fit(dataset(rows, targets, "multilabel"))
     assert not fitted.head.measured
     assert fitted.head.predict(rows).abstained.all()
     assert fitted.report["micro_f1"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +31,7 @@ def classification(
     return dataset(rows, names)
 
 
-def dataset(rows: Floats, targets: list[Target] | list[str], task: str = "classification") -> Dataset:
+def dataset(rows: Floats, targets: Sequence[Target], task: str = "classification") -> Dataset:
     """The rows as a dataset for a made-up backbone, with a digest for each row."""
     digests = [f"{row:064x}" for row in range(len(rows))]
     return Dataset(rows, list(targets), digests, task, "a fingerprint")  # type: ignore[arg-type]
