@@ -10,6 +10,8 @@ RUN := $(BIN)/python -m
 export ORT_DISABLE_TELEMETRY := 1
 export BENTOML_DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Hundreds of processes of the tests would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
@@ -22,10 +24,14 @@ serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctr
 
 # Processes that run tests; 0 runs them one by one.
 WORKERS ?= 3
+# Where the tests have their folders: in memory, where programs may run and 4 GB are free, so that no test
+# waits for a disk to sync. Otherwise, and in test-faults, in the usual place.
+TESTS_IN ?= $(shell test "$$(df -m --output=avail /dev/shm 2>/dev/null | tail -1)" -ge 4000 2>/dev/null && \
+	! grep -q '^[^ ]* /dev/shm [^ ]* [^ ]*noexec' /proc/mounts && echo /dev/shm)
 
 # pytest exits with 5 where no test is selected, as ARGS may leave one of the three runs.
 define tests
-$(RUN) pytest $(1) $(ARGS) || test $$? -eq 5
+$(if $(TESTS_IN),TMPDIR=$(TESTS_IN)) $(RUN) pytest -o tmp_path_retention_policy=failed $(1) $(ARGS) || test $$? -eq 5
 endef
 
 test: .venv/dev.stamp  ## Run the tests, in WORKERS processes

@@ -27,7 +27,7 @@ _PATIENCE = 1.0
 _QUIET = 0.02
 
 _LEAK = re.compile(
-    rb"Traceback|File \"|site-packages|/tmp/|/home/|/usr/|\.py\b|\.db\b|sqlite|psycopg|SELECT |INSERT "
+    rb"Traceback|File \"|site-packages|/(tmp|dev/shm|home|usr)/|\.py\b|\.db\b|sqlite|psycopg|SELECT |INSERT "
 )
 _STATUS = re.compile(rb"HTTP/1\.1 (\d\d\d)[ \r]")
 
