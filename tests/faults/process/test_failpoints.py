@@ -59,7 +59,8 @@ class Place:
         self._start()
 
     def _start(self) -> None:
-        self.serving = Serving(self.home, environment=self.failpoint.environment)
+        environment = {**self.failpoint.environment, "TOPWORK_BACKBONES": "minilm-l6-v2"}
+        self.serving = Serving(self.home, environment=environment)
         self.http = httpx.Client(base_url=self.serving.url, timeout=30.0)
 
     def close(self) -> None:

@@ -169,7 +169,7 @@ def test_over_http_only_the_damaged_version_is_refused(tmp_path: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """The settings of a service with the tiny backbones."""
-    _, text = tiny_backbones.install(folder / "bentoml")
+    _, text = tiny_backbones.install(folder / "bentoml", measured=True)
     return {
         "BENTOML_HOME": str(folder / "bentoml"),
         "TOPWORK_BACKBONES": text,

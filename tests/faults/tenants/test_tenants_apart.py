@@ -37,7 +37,7 @@ Json = dict[str, Any]
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A service with the tiny text backbone that asks for keys."""
     folder: Path = tmp_path_factory.mktemp("apart")
-    _, text = tiny_backbones.install(folder / "bentoml")
+    _, text = tiny_backbones.install(folder / "bentoml", measured=True)
     environment = {
         "BENTOML_HOME": str(folder / "bentoml"),
         "TOPWORK_BACKBONES": text,

@@ -41,7 +41,7 @@ class Keyed(Caller):
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     home = tmp_path_factory.mktemp("guarded")
-    with Serving(home, environment={"TOPWORK_ADMIN_KEY": ADMIN}) as serving:
+    with Serving(home, environment={"TOPWORK_ADMIN_KEY": ADMIN, "TOPWORK_WORKERS": "0"}) as serving:
         yield serving
 
 

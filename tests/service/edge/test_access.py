@@ -143,7 +143,8 @@ def real(template: str) -> str:
 
 @pytest.fixture(scope="module")
 def callers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callers]:
-    with Serving(tmp_path_factory.mktemp("doors"), environment={"TOPWORK_ADMIN_KEY": ADMIN}) as serving:
+    environment = {"TOPWORK_ADMIN_KEY": ADMIN, "TOPWORK_WORKERS": "0"}
+    with Serving(tmp_path_factory.mktemp("doors"), environment=environment) as serving:
         found = Callers(serving.url)
         yield found
         found.close()

@@ -22,6 +22,8 @@ from tests.support.service import faulty_service
 from tests.support.service.calls import KEY, get, post, texts
 from tests.support.service.commands import bentoml_serve, topwork
 
+NO_WORKERS = {"TOPWORK_WORKERS": "0"}
+
 
 def mapped_libraries(pid: int) -> set[str]:
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -138,7 +140,8 @@ def test_storage_that_cannot_be_used_is_named_in_one_line(
 def test_a_start_with_another_database_touches_no_artifact(tmp_path: Path) -> None:
     """As after a typo in the URL, days after the artifacts were written."""
     home = tmp_path / "home"
-    with Serving(home) as running:
+    texts_only = NO_WORKERS | {"TOPWORK_BACKBONES": "minilm-l6-v2"}
+    with Serving(home, environment=texts_only) as running:
         post(f"{running.url}/adapt", {"adapter": "kept", "examples": texts(6)})
         assert running.stop() == 0
     artifacts = [path for path in (home / "artifacts").rglob("*") if path.is_file()]
@@ -157,7 +160,7 @@ def test_a_start_with_another_database_touches_no_artifact(tmp_path: Path) -> No
     assert all(path.exists() for path in artifacts)
 
     (home / "lost.db").rename(home / "topwork.db")
-    with Serving(home) as running:
+    with Serving(home, environment=texts_only) as running:
         asked = post(f"{running.url}/predict", {"adapter": "kept", "inputs": [{"text": "holiday number 9"}]})
     assert asked["version"] == 1
 
@@ -171,7 +174,7 @@ def test_children_know_no_secrets_and_files_are_the_users_alone(tmp_path: Path) 
         "TOPWORK_STORE_OPTIONS": '{"secret_access_key": "x"}',
         "AWS_SECRET_ACCESS_KEY": "y",
     }
-    with Serving(home, environment=environment) as running:
+    with Serving(home, environment=faulty_service.environment(tmp_path) | environment) as running:
         children = [pid for pid in running.group() if pid != running.process.pid]
         assert len(children) >= 2
         for pid in children:
@@ -213,7 +216,9 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 def test_with_a_key_a_foreign_address_is_served_and_asks_for_it(tmp_path: Path) -> None:
     with Serving(
-        tmp_path, arguments=["--host", "0.0.0.0", "--port", "0"], environment={"TOPWORK_ADMIN_KEY": KEY}
+        tmp_path / "home",
+        arguments=["--host", "0.0.0.0", "--port", "0"],
+        environment=faulty_service.environment(tmp_path) | NO_WORKERS | {"TOPWORK_ADMIN_KEY": KEY},
     ) as running:
         assert get(f"{running.url}/readyz")[0] == 200
         assert get(f"{running.url}/metrics")[0] == 200
@@ -224,7 +229,7 @@ def test_with_a_key_a_foreign_address_is_served_and_asks_for_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_leaves_nothing_behind(tmp_path: Path, sign: signal.Signals) -> None:
-    running = Serving(tmp_path)
+    running = Serving(tmp_path, environment={"TOPWORK_BACKBONES": "minilm-l6-v2"})
     group = running.group()
     assert len(group) > 1, "the fitter runs in a process of its own"
     answers: list[dict[str, object]] = []
@@ -273,7 +278,7 @@ def test_a_signal_to_every_process_starts_none_again(tmp_path: Path) -> None:
 
 
 def test_what_was_started_ends_when_the_service_is_killed(tmp_path: Path) -> None:
-    running = Serving(tmp_path)
+    running = Serving(tmp_path / "home", environment=faulty_service.environment(tmp_path))
     assert len(running.group()) > 1
     running.kill()
     deadline = time.monotonic() + 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models.backbone import Backbone
 from models.manifest import write_manifest
 from models.model_store import model_name
 from models.preprocess.pixels import with_byte_input
+from models.runtime.autotune import ExecutionPlan, MeasuredPlan, keep_plan
 from models.spec import (
     GRAPH_FILE,
     IDS,
@@ -28,6 +30,7 @@ from models.spec import (
     TOKENIZER_FILE,
     BackboneSpec,
     ImageTransform,
+    Kind,
     TextTransform,
 )
 
@@ -136,15 +139,20 @@ def text_backbone(folder: Path) -> Backbone:
     return Backbone.open(text_export(folder), threads=1)
 
 
-def install(bentoml_home: Path, crop_mode: str = "fold") -> tuple[str, str]:
+def install(bentoml_home: Path, crop_mode: str = "fold", *, measured: bool = False) -> tuple[str, str]:
     """Puts both into the BentoML model store of a home folder; the names that a service's settings use.
 
-    crop_mode: of the image backbone; "center" is what earlier releases exported.
+    crop_mode: of the image backbone; "center" is what earlier releases exported. measured: with the usual
+    plans, which a service would need a second to measure at its first start.
     Written as BentoML writes a model, but without importing it: its configuration is fixed at the first
     import.
     """
     tiny = bentoml_home / "tiny"
-    for name, folder in ((IMAGE_NAME, image_export(tiny, crop_mode)), (TEXT_NAME, text_export(tiny))):
+    exports: tuple[tuple[str, Kind, Path], ...] = (
+        (IMAGE_NAME, "image", image_export(tiny, crop_mode)),
+        (TEXT_NAME, "text", text_export(tiny)),
+    )
+    for name, kind, folder in exports:
         version = "0" * 16
         target = bentoml_home / "models" / model_name(name) / version
         shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -157,6 +165,9 @@ def install(bentoml_home: Path, crop_mode: str = "fold") -> tuple[str, str]:
             "  python_version: '3.11'\n"
         )
         (target.parent / "latest").write_text(version)
+        if measured:
+            usual = ExecutionPlan.usual(kind, "cpu", threads=len(os.sched_getaffinity(0)))
+            keep_plan(target, usual, "cpu", MeasuredPlan(usual, others=0.0, spread=0.0))
     return IMAGE_NAME, TEXT_NAME
 
 

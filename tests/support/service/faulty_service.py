@@ -107,7 +107,7 @@ def environment(folder: Path, constants: Constants | None = None) -> dict[str, s
     for name in ("site", "faults"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(_SITE)
-    names = tiny_backbones.install(folder / "bentoml")
+    names = tiny_backbones.install(folder / "bentoml", measured=True)
     path = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
     return {
         "PYTHONPATH": path,
