@@ -741,7 +741,9 @@ def opened(pid: int) -> set[int]:
 def stopped_while_writing(pid: int, folder: Path) -> bool:
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.02)
-    writing = {path.stat().st_ino for path in folder.glob("*.partial")} & opened(pid)
+    # safetensors writes to a file of its own, which becomes the partial one.
+    unfinished = [path for path in folder.iterdir() if path.suffix != ".safetensors"]
+    writing = {path.stat().st_ino for path in unfinished} & opened(pid)
     if not writing:
         os.kill(pid, signal.SIGCONT)
     return bool(writing)
