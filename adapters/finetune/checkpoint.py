@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
             tensors[name] = value.clone()
         seen.add(value.data_ptr())
     # The random name keeps a stopped attempt that is still running from writing to the same file.
+    # safetensors writes to a temporary file beside it; in a folder, both are found if this process is killed.
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
-        save_file(tensors, partial, metadata)
-        with partial.open("rb") as file:
+        partial.mkdir(mode=0o700)
+        whole = partial / path.name
+        save_file(tensors, whole, metadata)
+        with whole.open("rb") as file:
             os.fsync(file.fileno())
-        partial.rename(path)
+        whole.rename(path)
     except (OSError, SafetensorError) as error:
         logger.warning("the checkpoint of an epoch cannot be kept: %s", error)
-        partial.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, about: str) -> Checkpoint | None:

@@ -144,5 +144,5 @@ def checkpoint_path(scratch: Path, job_id: str) -> Path:
 
 
 def checkpoints(scratch: Path) -> list[Path]:
-    """All checkpoint files, partial ones too. Each name begins with the job's id and a dot."""
+    """All checkpoint files, and the folders of partial ones. Each name begins with the job's id and a dot."""
     return [path for form in ("*.safetensors", "*.partial") for path in scratch.glob(form)]

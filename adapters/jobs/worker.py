@@ -11,6 +11,7 @@ import asyncio
 import errno
 import json
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -214,7 +215,11 @@ class Worker:
             logger.warning("checkpoints stay for now: %s", error)
             return
         for path in left:
-            if path.name.partition(".")[0] not in wanted:
+            if path.name.partition(".")[0] in wanted:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
     def _recorded(self, end: Callable[[], None]) -> bool:

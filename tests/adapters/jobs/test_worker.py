@@ -33,7 +33,7 @@ from adapters.finetune.model import Score
 from adapters.finetune.trainer import FineTuned, fine_tune
 from adapters.heads.head import Head
 from adapters.jobs.fine_tune import FineTuneJob
-from adapters.jobs.lease import Cancelled, Lease, checkpoint_path
+from adapters.jobs.lease import Cancelled, Lease, checkpoint_path, checkpoints
 from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.jobs.supervisor import WorkerConfig
 from adapters.jobs.worker import Worker
@@ -327,8 +327,8 @@ def test_a_deleted_adapter_leaves_no_checkpoint_behind(place: Place) -> None:
     job = place.submit(LONG)
     # As of an attempt that was killed while it wrote one.
     partial = place.folder / "scratch" / "gone.0a1b2c3d.partial"
-    partial.parent.mkdir()
-    partial.touch()
+    partial.mkdir(parents=True)
+    (partial / ".tmpA1b2C3").touch()
     with worker(place.config):
         until(place.checkpoint(job).exists)
         place.registry.delete_adapter("acme", "shades")
@@ -728,6 +728,8 @@ def test_an_attempt_that_is_stopped_while_it_writes_has_no_hold_on_a_newer_check
             assert path.stat().st_ino not in opened(old.pid)
         finally:
             old.kill()
+    # What it wrote is found, to be deleted when the job has ended.
+    assert set(tmp_path.iterdir()) == set(checkpoints(tmp_path)) != {path}
     found = load_checkpoint(path, "new")
     assert found is not None
     assert found.tensors["weight"].tolist() == [1.0] * 8
@@ -741,9 +743,7 @@ def opened(pid: int) -> set[int]:
 def stopped_while_writing(pid: int, folder: Path) -> bool:
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.02)
-    # safetensors writes to a file of its own, which becomes the partial one.
-    unfinished = [path for path in folder.iterdir() if path.suffix != ".safetensors"]
-    writing = {path.stat().st_ino for path in unfinished} & opened(pid)
+    writing = {path.stat().st_ino for path in folder.glob("*.partial/*")} & opened(pid)
     if not writing:
         os.kill(pid, signal.SIGCONT)
     return bool(writing)
