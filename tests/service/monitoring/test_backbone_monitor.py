@@ -203,7 +203,7 @@ def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, ca
     assert seconds_until(lambda: caller.call("GET", f"/jobs/{job}")["state"] == "succeeded") < REPLACED
     assert caller.call("GET", "/adapters/films")["examples"] == 40
     assert breaking.child("adapters.jobs.worker") == worker
-    assert "is given up: a run has not returned for" in breaking.log.read_text()
+    assert "is abandoned: a run has not returned for" in breaking.log.read_text()
 
 
 def embed_status(caller: Caller, kind: str) -> int:
