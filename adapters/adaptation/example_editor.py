@@ -37,7 +37,7 @@ class Feedback:
     id: str | None = None
     promote: Promote = "if_better"
     fit: bool = True
-    # Of a new example, see Dataset. A corrected example keeps its own.
+    # These two are for new examples only, see Dataset. A corrected example keeps its own values.
     group: str | None = None
     sampled: bool = False
 

@@ -74,8 +74,7 @@ class Checkpoint:
     best_epoch: int  # 0 for none
     best: Score  # score of that epoch, or of phase 1
     first: Score  # score of phase 1
-    # Of a refit, the result that it repeats. The tensors of the best epoch are then those of the network that
-    # was measured.
+    # A refit repeats this result. It then keeps the measured network as the tensors of the best epoch.
     measured: HeldOutResult | None = None
 
 

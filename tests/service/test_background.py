@@ -1,4 +1,4 @@
-"""Periodic work goes on after errors that nobody expected."""
+"""Periodic work continues after an unexpected error."""
 
 from __future__ import annotations
 

@@ -728,7 +728,7 @@ def test_an_attempt_that_is_stopped_while_it_writes_has_no_hold_on_a_newer_check
             assert path.stat().st_ino not in opened(old.pid)
         finally:
             old.kill()
-    # What it wrote is found, to be deleted when the job has ended.
+    # The worker can find all files of the killed attempt, and delete them when the job has ended.
     assert set(tmp_path.iterdir()) == set(checkpoints(tmp_path)) != {path}
     found = load_checkpoint(path, "new")
     assert found is not None
