@@ -70,7 +70,8 @@ def postgres_server() -> Iterator[str]:
     try:
         run("initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync")
         options = (
-            f"-c listen_addresses='' -c unix_socket_directories={home} -c fsync=off -c max_connections=200"
+            f"-c listen_addresses='' -c unix_socket_directories={home} -c fsync=off -c max_connections=200 "
+            "-c shared_preload_libraries=pg_stat_statements"
         )
         run("pg_ctl", "-D", str(data), "-l", str(home / "log"), "-w", "-o", options, "start")
         try:
