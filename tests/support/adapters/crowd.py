@@ -71,7 +71,8 @@ def cost(server: str) -> Iterator[Cost]:
         yield counted
         rows = connection.execute(
             text(
-                """SELECT shared_blks_hit + shared_blks_read + temp_blks_read + temp_blks_written, calls, query
+                """SELECT shared_blks_hit + shared_blks_read + temp_blks_read + temp_blks_written,
+                       calls, query
                    FROM pg_stat_statements WHERE query NOT LIKE '%pg_stat_statements%' ORDER BY 1 DESC"""
             )
         ).all()
