@@ -15,12 +15,12 @@ from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.heads.head import Head
 from adapters.jobs.submission import JobSubmitter
-from adapters.jobs.supervisor import WorkerSupervisor
 from adapters.prediction.export import VersionExporter
 from adapters.prediction.predictor import Predictor
 from adapters.processes.fit_client import Fitter
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
+from adapters.workers.supervisor import WorkerSupervisor
 from models.batching.batcher import Batcher
 from service.edge.concurrency import ConcurrencyLimit
 from service.edge.key_cache import KeyCache

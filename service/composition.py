@@ -25,7 +25,6 @@ from adapters.cache.lru import ByteLRU
 from adapters.cache.networks import NetworkPool
 from adapters.heads.head import Head
 from adapters.jobs.submission import JobSubmitter
-from adapters.jobs.supervisor import WorkerSupervisor
 from adapters.prediction.export import VersionExporter
 from adapters.prediction.neighbours import NeighbourIndex
 from adapters.prediction.predictor import Predictor
@@ -36,6 +35,7 @@ from adapters.registry.records import Alias
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
+from adapters.workers.supervisor import WorkerSupervisor
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing

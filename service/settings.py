@@ -18,8 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters import defaults
 from adapters.jobs.callbacks import secret_key
-from adapters.jobs.supervisor import WorkerConfig
 from adapters.logs import LogFormat
+from adapters.workers.supervisor import WorkerConfig
 from models import SILENT
 from models.preprocess.limits import InputLimits
 

@@ -31,7 +31,7 @@ TORCH = {
     "adapters/finetune/export.py",
     "adapters/jobs/fine_tune.py",
     "adapters/finetune/vocabulary.py",
-    "adapters/jobs/worker.py",
+    "adapters/workers/worker.py",
 }
 BANNED = re.compile(r"(^|_)(manager|handler|engine|utils?|helpers?|common|misc)(_|$)")
 
@@ -94,6 +94,7 @@ LEVELS = {
         ("service.background", "service.errors", "service.settings"),
     ),
     "adapters": (
+        ("adapters.workers",),
         ("adapters.maintenance", "adapters.jobs", "adapters.prediction"),
         ("adapters.adaptation",),
         ("adapters.finetune", "adapters.cache", "adapters.processes"),

@@ -1,1 +1,1 @@
-"""Durable jobs, and the worker process that runs them."""
+"""Durable jobs: what they are asked for, and how one attempt at each is run."""

@@ -213,7 +213,7 @@ def kill_worker(running: Serving) -> None:
     """kill -9 of the process that does the service's jobs. Raises ProcessLookupError."""
     for pid in running.group():
         with suppress(FileNotFoundError, ProcessLookupError):
-            if b"adapters.jobs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"adapters.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 return
     raise ProcessLookupError("The service has no worker.")

@@ -79,8 +79,8 @@ def worker() -> None:
     writer = give_way_but_for_commits()
     settings = read_settings()
 
-    from adapters.jobs.worker import work
     from adapters.logs import configure_logging
+    from adapters.workers.worker import work
 
     configure_logging(settings.log_format)
     warn_of_unknown_settings()

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from adapters.cache.lru import ByteLRU
     from adapters.cache.networks import NetworkPool
     from adapters.heads.head import Head
-    from adapters.jobs.supervisor import WorkerSupervisor
     from adapters.processes.fit_client import Fitter
     from adapters.registry.registry import Registry
+    from adapters.workers.supervisor import WorkerSupervisor
     from models.batching.batcher import Batcher
     from service.monitoring.backbone_monitor import BackboneMonitor
     from service.monitoring.surveyor import Surveyor

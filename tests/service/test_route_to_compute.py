@@ -22,8 +22,8 @@ LOG_SECONDS = 0.05  # until an answered request is in the logs
 # These modules watch processes and threads, and run without a request too.
 BY_THEMSELVES = {
     "adapters/jobs/lease",
-    "adapters/jobs/supervisor",
-    "adapters/jobs/worker",
+    "adapters/workers/supervisor",
+    "adapters/workers/worker",
     "adapters/processes/heartbeat",
     "models/batching/stall_detector",
     "service/monitoring/backbone_monitor",

@@ -69,7 +69,10 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
     """All at once: a run that never returns, a fitting process and a worker that are stopped."""
     right = embed(caller, "text")
     before = {part: replaced(breaking, part) for part in ("backbone", "fitter", "worker")}
-    fitter, worker = breaking.child("adapters.processes.fit_server"), breaking.child("adapters.jobs.worker")
+    fitter, worker = (
+        breaking.child("adapters.processes.fit_server"),
+        breaking.child("adapters.workers.worker"),
+    )
     # The worker's silence counts from its first sign of life.
     time.sleep(3.0)
     for pid in (fitter, worker):
@@ -92,7 +95,7 @@ def test_what_hangs_or_dies_is_replaced_beside_what_goes_on(breaking: Breaking, 
         "pets", [{"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]} for n in range(8)]
     )
     assert adapted["version"] == 1
-    seconds_until(lambda: breaking.child("adapters.jobs.worker") != worker, REPLACED)
+    seconds_until(lambda: breaking.child("adapters.workers.worker") != worker, REPLACED)
     assert breaking.child("adapters.processes.fit_server") != fitter
     log = breaking.log.read_text()
     assert "is replaced: a run has not returned for" in log
@@ -194,7 +197,7 @@ def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, ca
     """In the worker, where no request waits and no canary comes."""
     lines = [json.dumps({"text": tiny_backbones.sentence(n), "label": "ab"[n % 2]}) for n in range(40)]
     query = f"/adapt?adapter=films&backbone={KINDS['text']}"
-    worker = breaking.child("adapters.jobs.worker")
+    worker = breaking.child("adapters.workers.worker")
     breaking.ask("hang", "bulk")
     headers = {"Content-Type": "application/x-ndjson"}
     job = caller.call("POST", query, 202, content="\n".join(lines), headers=headers)["id"]
@@ -202,7 +205,7 @@ def test_an_upload_whose_backbone_hangs_is_taken_up_again(breaking: Breaking, ca
     # Given up in five, its threads waited for for five more, and taken up after two.
     assert seconds_until(lambda: caller.call("GET", f"/jobs/{job}")["state"] == "succeeded") < REPLACED
     assert caller.call("GET", "/adapters/films")["examples"] == 40
-    assert breaking.child("adapters.jobs.worker") == worker
+    assert breaking.child("adapters.workers.worker") == worker
     assert "is abandoned: a run has not returned for" in breaking.log.read_text()
 
 

@@ -182,7 +182,7 @@ def test_children_know_no_secrets_and_files_are_the_users_alone(tmp_path: Path) 
             names = {entry.partition(b"=")[0].decode() for entry in entries}
             assert not names & set(environment) - {"AWS_SECRET_ACCESS_KEY"}
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            assert ("AWS_SECRET_ACCESS_KEY" in names) == (b"adapters.jobs.worker" in command)
+            assert ("AWS_SECRET_ACCESS_KEY" in names) == (b"adapters.workers.worker" in command)
     shared = [path for path in home.rglob("*") if path.stat().st_mode & 0o077 and path != running.log]
     assert shared == []
 

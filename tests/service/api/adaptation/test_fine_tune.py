@@ -278,7 +278,7 @@ def test_a_killed_worker_is_replaced_and_its_job_goes_on(tuner: Caller, serving:
         assert time.monotonic() < end
         time.sleep(0.1)
     for pid in serving.group():
-        if b"adapters.jobs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"adapters.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
     done = until_finished(tuner, tuner.call("GET", f"/jobs/{job['id']}"))
     assert (done["state"], done["attempt"], done["version"]) == ("succeeded", 2, 1)

@@ -107,7 +107,7 @@ class WorkerSupervisor:
     async def _run(self) -> int:
         """Start a worker, kill it once its heartbeats stop, and return its exit status."""
         process = self._process = ChildProcess(
-            "worker", "adapters.jobs.worker", environment=child_environment(clouds=True)
+            "worker", "adapters.workers.worker", environment=child_environment(clouds=True)
         )
         # The line fits into the pipe, so that writing it does not wait for the worker.
         with contextlib.suppress(ConnectionError):

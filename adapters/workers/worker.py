@@ -1,4 +1,4 @@
-"""`python -m adapters.jobs.worker`: claims jobs and runs them, one at a time, in a niced process.
+"""`python -m adapters.workers.worker`: claims jobs and runs them, one at a time, in a niced process.
 
 The settings come as one line of JSON on standard input, since a database URL may hold a password and process
 lists show arguments. The worker ends when its standard input closes, which also happens when its parent is
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
-from adapters.jobs.supervisor import WorkerConfig
 from adapters.logs import configure_logging
 from adapters.processes.export import ExportFailed, ensure_exported
 from adapters.processes.heartbeat import start_heartbeat
@@ -33,6 +32,7 @@ from adapters.registry.records import Claim, JobKind, JobRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable
 from adapters.storage.open import open_store
+from adapters.workers.supervisor import WorkerConfig
 from models.errors import DomainError
 from models.priority import give_way_but_for_commits
 

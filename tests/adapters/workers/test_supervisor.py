@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.jobs import supervisor
-from adapters.jobs.supervisor import WorkerSupervisor
+from adapters.workers import supervisor
+from adapters.workers.supervisor import WorkerSupervisor
 from service.settings import Settings
 from tests.support.conditions import eventually
 

@@ -35,8 +35,6 @@ from adapters.heads.head import Head
 from adapters.jobs.fine_tune import FineTuneJob
 from adapters.jobs.lease import Cancelled, Lease, checkpoint_path, checkpoints
 from adapters.jobs.submission import CannotTune, TooFewExamples
-from adapters.jobs.supervisor import WorkerConfig
-from adapters.jobs.worker import Worker
 from adapters.probe.fit import Dataset, fit
 from adapters.registry.database import Database
 from adapters.registry.errors import RegistryUnavailable
@@ -61,6 +59,8 @@ from adapters.storage.formats import (
     encode_inputs,
 )
 from adapters.storage.open import open_store
+from adapters.workers.supervisor import WorkerConfig
+from adapters.workers.worker import Worker
 from models.errors import DomainError
 from models.export.loaders import load_network
 from models.manifest import CorruptExport
@@ -78,11 +78,11 @@ from tests.support.models.shades import NAMES, picture
 pytestmark = pytest.mark.training
 
 ROOT = Path(__file__).parents[3]
-WORKER = [sys.executable, "-m", "adapters.jobs.worker"]
+WORKER = [sys.executable, "-m", "adapters.workers.worker"]
 # The worker with a small disk in place of a folder, which holds what the folder held.
 SMALL = """
 mkdir "$1.small" && mount -t tmpfs -o size="$2" tmpfs "$1.small" && cp -a "$1/." "$1.small" &&
-mount --bind "$1.small" "$1" && exec "$0" -m adapters.jobs.worker
+mount --bind "$1.small" "$1" && exec "$0" -m adapters.workers.worker
 """
 KINDS: tuple[JobKind, ...] = ("fine_tune",)
 CONFIG = asdict(FineTuneConfig(epochs=2, full_size_epochs=2, pixels=32, batch=16, refit=False))

@@ -1,0 +1,1 @@
+"""The processes that do jobs: who claims them, where they run, and who keeps them running."""
