@@ -35,6 +35,7 @@ from adapters.registry.records import Alias
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
+from adapters.threads import FairThreads
 from adapters.workers.supervisor import WorkerSupervisor
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
@@ -51,12 +52,11 @@ from service.monitoring.gauges import Parts, add_gauges
 from service.monitoring.metrics import Metrics
 from service.monitoring.surveyor import Surveyor
 from service.server.process import end_stuck, end_within, told_to_end, trim_memory
-from service.server.threads import FairThreads
 from service.settings import Settings
 
 logger = logging.getLogger("topwork")
 
-# Threads for blocking work, in addition to those that compute.
+# Threads for work that waits for processes and files, in addition to those that compute.
 _THREADS = 4
 # Upper bounds of a fit's predicted time. Each has its own process, so short fits do not wait for long ones.
 _FIT_SECONDS = (0.25, 2.0, math.inf)
@@ -203,6 +203,7 @@ async def compose(
         heads=heads,
         networks=networks,
         registry=registry,
+        store=store,
     )
     add_gauges(metrics.registry, parts)
     return components

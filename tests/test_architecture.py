@@ -101,7 +101,8 @@ LEVELS = {
         ("adapters.registry", "adapters.probe"),
         ("adapters.heads", "adapters.storage"),
         ("adapters.examples",),
-        ("adapters.completion", "adapters.defaults", "adapters.logs", "adapters.redaction"),
+        ("adapters.threads",),
+        ("adapters.completion", "adapters.defaults", "adapters.logs", "adapters.redaction", "adapters.turns"),
     ),
     "models": (
         ("models.export", "models.trial_process"),

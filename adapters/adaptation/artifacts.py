@@ -52,17 +52,24 @@ def evidence_of(
     registry: Registry, store: Store, adapter: AdapterRecord, number: int | None
 ) -> Evidence | None:
     """Return the evidence of a version; None if there is no such version, or its evidence is lost."""
-    if number is None:
-        return None
+    file = evidence_file(registry, adapter, number)
+    return None if file is None else evidence_in(store, adapter, file)
+
+
+def evidence_file(registry: Registry, adapter: AdapterRecord, number: int | None) -> Artifact | None:
+    """Return the file with the evidence of a version; None if there is no such version."""
     try:
-        version = registry.version(adapter.uid, number)
-        if version.evidence is None:
-            return None
-        return decode_evidence(store.read(adapter.tenant, adapter.uid, version.evidence))
+        return None if number is None else registry.version(adapter.uid, number).evidence
     except UnknownVersion:
         # The version has just been deleted; if its adapter was too, the commit fails.
         return None
+
+
+def evidence_in(store: Store, adapter: AdapterRecord, file: Artifact) -> Evidence | None:
+    """Return the evidence in a file; None if it is lost."""
+    try:
+        return decode_evidence(store.read(adapter.tenant, adapter.uid, file))
     except (MissingArtifact, CorruptArtifact) as error:
         # A failed comparison must not keep a tenant from adapting.
-        logger.warning("no comparison with version %d: %s", number, error)
+        logger.warning("no comparison with a version of %s: %s", adapter.name, error)
         return None

@@ -5,7 +5,6 @@ Nothing is fitted here.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
 from adapters.registry.records import AdapterRecord, ExampleRecord, VersionRecord
 from adapters.storage.artifact import MissingArtifact
+from adapters.threads import DATABASE
 
 
 class AdapterCatalog:
@@ -27,21 +27,21 @@ class AdapterCatalog:
 
     async def adapters(self, tenant: str, after: str | None, limit: int) -> list[AdapterRecord]:
         """Return the tenant's adapters, sorted by name."""
-        return await asyncio.to_thread(self._registry.adapters, tenant, after, limit)
+        return await DATABASE.run(self._registry.adapters, tenant, after, limit)
 
     async def adapter(self, tenant: str, name: str) -> AdapterRecord:
         """Return one adapter. Raises UnknownAdapter."""
-        return await asyncio.to_thread(self._registry.adapter, tenant, name)
+        return await DATABASE.run(self._registry.adapter, tenant, name)
 
     async def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, list[VersionRecord]]:
         """Return an adapter and its versions, newest first. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
-        return adapter, await asyncio.to_thread(self._registry.versions, adapter.uid)
+        return adapter, await DATABASE.run(self._registry.versions, adapter.uid)
 
     async def version(self, tenant: str, name: str, number: int) -> tuple[AdapterRecord, VersionRecord]:
         """Return an adapter and one of its versions. Raises UnknownAdapter, UnknownVersion."""
         adapter = await self.adapter(tenant, name)
-        return adapter, await asyncio.to_thread(self._registry.version, adapter.uid, number)
+        return adapter, await DATABASE.run(self._registry.version, adapter.uid, number)
 
     async def promote(self, tenant: str, name: str, number: int, if_match: str | None) -> AdapterRecord:
         """Point `live` at a version, see Registry.promote.
@@ -51,11 +51,11 @@ class AdapterCatalog:
         adapter = await self.adapter(tenant, name)
         # The version is loaded before it goes live, so that no prediction in this process waits for it.
         await self._repository.aliases.prepare(
-            await asyncio.to_thread(self._registry.resolve, tenant, name, number)
+            await DATABASE.run(self._registry.resolve, tenant, name, number)
         )
 
         async def move() -> AdapterRecord:
-            committed = await asyncio.to_thread(self._registry.promote, adapter.uid, number, if_match)
+            committed = await DATABASE.run(self._registry.promote, adapter.uid, number, if_match)
             await self._repository.settle(committed)
             return committed.adapter
 
@@ -67,7 +67,7 @@ class AdapterCatalog:
         """Return an adapter and its examples, see Registry.examples. Raises UnknownAdapter."""
         adapter = await self.adapter(tenant, name)
         read = partial(self._registry.examples, adapter.uid, after, limit, excluded)
-        return adapter, await asyncio.to_thread(read)
+        return adapter, await DATABASE.run(read)
 
     async def example(
         self, tenant: str, name: str, example_id: str
@@ -90,4 +90,4 @@ class AdapterCatalog:
 
     async def _example(self, tenant: str, name: str, example_id: str) -> tuple[AdapterRecord, ExampleRecord]:
         adapter = await self.adapter(tenant, name)
-        return adapter, await asyncio.to_thread(self._registry.example, adapter.uid, example_id)
+        return adapter, await DATABASE.run(self._registry.example, adapter.uid, example_id)

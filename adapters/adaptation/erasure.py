@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from adapters.completion import to_its_end
 from adapters.registry.erasures import NAME_TAKEN, Receipt, TenantErased
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
+from adapters.threads import DATABASE
 
 logger = logging.getLogger("topwork")
 
@@ -56,7 +56,7 @@ class Eraser:
         """
 
         async def erase() -> Receipt:
-            receipt = await asyncio.to_thread(self._repository.registry.erasures.tenant, tenant)
+            receipt = await DATABASE.run(self._repository.registry.erasures.tenant, tenant)
             self._repository.aliases.drop_tenant(tenant)
             self.heard(tenant)
             await self._repository.delete_files_of(tenant)
@@ -68,7 +68,7 @@ class Eraser:
         """Erase an adapter with all its data, and complete as `tenant` does. Raises UnknownAdapter."""
 
         async def erase() -> Receipt:
-            receipt, uid = await asyncio.to_thread(self._repository.registry.delete_adapter, tenant, name)
+            receipt, uid = await DATABASE.run(self._repository.registry.delete_adapter, tenant, name)
             self._repository.aliases.drop(tenant, name)
             self.heard(tenant, name)
             await self._repository.delete_files_of(tenant, uid)

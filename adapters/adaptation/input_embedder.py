@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from adapters.adaptation.commands import FingerprintMismatch
 from adapters.adaptation.repository import AdapterRepository
 from adapters.examples.validation import RejectedExample, ValidExample
-from adapters.processes.turns import Gate
 from adapters.registry.records import AdapterRecord, Creation
+from adapters.turns import Gate
 from models.arrays import Floats
 from models.batching.batcher import Batcher
 from models.preprocess.limits import InputError

@@ -12,18 +12,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from adapters.adaptation.artifacts import delete_unreferenced, evidence_of, kept_if_committed
+from adapters.adaptation.artifacts import delete_unreferenced, evidence_file, evidence_in
 from adapters.adaptation.revision.layout import Stored
 from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.completion import to_its_end
-from adapters.processes.turns import Gate
-from adapters.registry.errors import UnknownAdapter, UnknownVersion
+from adapters.registry.errors import RegistryUnavailable, UnknownAdapter, UnknownVersion
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, ExampleRecord, VersionRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Artifact, Buffer, CorruptArtifact, MissingArtifact, Store, StoreError
 from adapters.storage.formats import Evidence, decode_embeddings, decode_inputs
+from adapters.threads import DATABASE, STORE
+from adapters.turns import Gate
 from models.arrays import Floats
 from models.priority import lower_thread_priority
 
@@ -110,7 +111,7 @@ class AdapterRepository:
                 return None
             return AdapterSnapshot(adapter, revision, tuple(examples))
 
-        return await asyncio.to_thread(read)
+        return await DATABASE.run(read)
 
     async def embeddings(self, adapter: AdapterRecord, places: Sequence[Stored]) -> Floats:
         """The embeddings at the places, float32 (n, dim), n > 0. Raises MissingArtifact, CorruptArtifact."""
@@ -125,7 +126,7 @@ class AdapterRepository:
         """Return embeddings, float32 (dim,), by digest, of the inputs that some adapter of the tenant has."""
         if not digests:
             return {}
-        places = await asyncio.to_thread(self.registry.places_of, tenant, fingerprint, digests)
+        places = await DATABASE.run(self.registry.places_of, tenant, fingerprint, digests)
         rows: dict[tuple[str, Artifact], list[tuple[str, int]]] = {}
         for digest, (uid, segment, row) in places.items():
             rows.setdefault((uid, segment), []).append((digest, row))
@@ -171,15 +172,16 @@ class AdapterRepository:
             promoted = (one for one in staying if one.report.get("promotion", {}).get("promoted"))
             return live[0] if live else next(promoted, None)
 
-        return await asyncio.to_thread(read)
+        return await DATABASE.run(read)
 
     async def evidence(self, adapter: AdapterRecord, number: int | None) -> Evidence | None:
         """Return the evidence of a version; None if there is no such version, or its evidence is lost."""
-        return await asyncio.to_thread(evidence_of, self.registry, self._store, adapter, number)
+        file = await DATABASE.run(evidence_file, self.registry, adapter, number)
+        return None if file is None else await STORE.run(evidence_in, self._store, adapter, file)
 
     async def read(self, tenant: str, uid: str, artifact: Artifact, decode: Callable[[bytes], T]) -> T:
         """Read a published file, and decode it in the same thread. Raises what Store.read raises."""
-        return await asyncio.to_thread(lambda: decode(self._store.read(tenant, uid, artifact)))
+        return await STORE.run(lambda: decode(self._store.read(tenant, uid, artifact)))
 
     async def publish(
         self, tenant: str, uid: str, encoders: Sequence[Callable[[], Buffer]], *, aside: bool = False
@@ -193,9 +195,7 @@ class AdapterRepository:
         def publish() -> tuple[Artifact, ...]:
             return self._store.publish_all(tenant, uid, [encode() for encode in encoders])
 
-        publishing = asyncio.ensure_future(
-            self.aside(tenant, publish) if aside else asyncio.to_thread(publish)
-        )
+        publishing = asyncio.ensure_future(self.aside(tenant, publish) if aside else STORE.run(publish))
         try:
             return await asyncio.shield(publishing)
         except asyncio.CancelledError:
@@ -242,13 +242,18 @@ class AdapterRepository:
         return committed
 
     async def record(self, tenant: str, uid: str, files: Sequence[Artifact], write: Callable[[], T]) -> T:
-        """Run `write` in a thread: it records rows that refer to the files. See kept_if_committed."""
+        """Run `write` in a thread: it records rows that refer to the files.
 
-        def recorded() -> T:
-            with kept_if_committed(self._store, tenant, uid, files):
-                return write()
-
-        return await asyncio.to_thread(recorded)
+        The files are deleted if it raises an error: see kept_if_committed. Not to be cancelled.
+        """
+        try:
+            return await DATABASE.run(write)
+        except RegistryUnavailable:
+            # The change may have been committed all the same; if not, a sweep finds the files.
+            raise
+        except Exception:
+            await self.delete_files(tenant, uid, files)
+            raise
 
     async def settle(self, committed: Committed) -> None:
         """Update the alias cache after a commit, and delete the files that it left unreferenced."""
@@ -263,9 +268,9 @@ class AdapterRepository:
         """
         try:
             if uid is None:
-                await asyncio.to_thread(self._store.delete_tenant, tenant)
+                await STORE.run(self._store.delete_tenant, tenant)
             else:
-                await asyncio.to_thread(self._store.delete_adapter, tenant, uid)
+                await STORE.run(self._store.delete_adapter, tenant, uid)
         except StoreError as error:
             logger.warning("files of what was erased are deleted later: %s", error)
 
@@ -275,7 +280,7 @@ class AdapterRepository:
             return
         for artifact in artifacts:
             self._embeddings.drop(artifact.name)
-        await asyncio.to_thread(delete_unreferenced, self._store, tenant, uid, artifacts)
+        await STORE.run(delete_unreferenced, self._store, tenant, uid, artifacts)
 
 
 def _pick(segments: Mapping[str, Floats], places: Sequence[Stored]) -> Floats:

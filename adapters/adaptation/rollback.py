@@ -17,6 +17,7 @@ from adapters.registry.errors import AliasMoved, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, ExampleRecord
 from adapters.storage.formats import Evidence
+from adapters.threads import DATABASE
 from models.errors import CodedError, Conflict
 
 Gone = Literal["not_kept", "other_input"]
@@ -108,14 +109,12 @@ class Restorer:
     async def _rollback(self, state: AdapterSnapshot, number: int) -> Rollback:
         adapter = state.adapter
         # The version is loaded before it goes live, so that no prediction in this process waits for it.
-        alias = await asyncio.to_thread(
-            self._repository.registry.resolve, adapter.tenant, adapter.name, number
-        )
+        alias = await DATABASE.run(self._repository.registry.resolve, adapter.tenant, adapter.name, number)
         await self._repository.aliases.prepare(alias)
         evidence = await self._repository.evidence(adapter, number)
         if evidence is None:
             # This raises UnknownVersion if the version has just been deleted.
-            await asyncio.to_thread(self._repository.registry.version, adapter.uid, number)
+            await DATABASE.run(self._repository.registry.version, adapter.uid, number)
             raise CannotRestore(
                 "evidence_lost",
                 f"The examples of version {number} are not known any more. PUT aliases/live "

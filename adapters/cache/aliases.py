@@ -17,6 +17,7 @@ from adapters.registry.errors import UnknownAdapter
 from adapters.registry.records import Alias, Changed
 from adapters.registry.registry import Registry
 from adapters.registry.statements.commit import CHANGES_KEPT
+from adapters.threads import DATABASE, POLL, FairThreads
 
 logger = logging.getLogger("topwork")
 
@@ -186,7 +187,7 @@ class AliasCache:
     async def _read(self, key: tuple[str, str]) -> _Entry:
         async def load() -> Alias:
             try:
-                alias = await self._ask(self._registry.resolve, *key)
+                alias = await self._ask(DATABASE, self._registry.resolve, *key)
             except UnknownAdapter:
                 if self._flights.current(key):
                     self._entries.pop(key, None)
@@ -200,7 +201,7 @@ class AliasCache:
 
     async def _read_version(self, key: tuple[str, str], entry: _Entry, version: int) -> Alias:
         async def load() -> Alias:
-            alias = await self._ask(self._registry.resolve, *key, version)
+            alias = await self._ask(DATABASE, self._registry.resolve, *key, version)
             if alias.epoch == entry.live.epoch:
                 entry.versions[version] = alias
             return alias
@@ -263,9 +264,9 @@ class AliasCache:
                     )
                 self._failing = True
 
-    async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
+    async def _ask(self, threads: FairThreads, question: Callable[..., T], *arguments: Any) -> T:
         """Query the database in a thread. The query outlives a cancelled caller, so `close` waits for it."""
-        asked = asyncio.ensure_future(asyncio.to_thread(question, *arguments))
+        asked = asyncio.ensure_future(threads.run(question, *arguments))
         self._asked.add(asked)
         asked.add_done_callback(self._asked.discard)
         return await to_its_end(asked)
@@ -276,7 +277,7 @@ class AliasCache:
         if missed > _FORGIVEN_SECONDS:
             # The database no longer has all changes since the last poll.
             self._entries.clear()
-        changes = await self._ask(self._registry.changed, missed + _OVERLAP_SECONDS)
+        changes = await self._ask(POLL, self._registry.changed, missed + _OVERLAP_SECONDS)
         # Commits become visible out of order, so polls overlap and see each erasure several times.
         erased = {change for change in changes if change.gone}
         for change in erased - self._heard:

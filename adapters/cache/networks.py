@@ -11,6 +11,7 @@ from typing import Any
 from adapters.cache.lru import ByteLRU
 from adapters.registry.records import Alias
 from adapters.storage.artifact import Artifact, Store
+from adapters.threads import STORE
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.request import BatcherClosed
@@ -121,11 +122,9 @@ class NetworkPool:
 
     async def _load(self, alias: Alias, network: Artifact, base: Backbone) -> _Running:
         self._refuse_if_closed()
-
-        def read() -> Backbone:
-            return base.with_network(self._store.read(alias.tenant, alias.uid, network))
-
-        backbone = await asyncio.to_thread(read)
+        graph = await STORE.run(self._store.read, alias.tenant, alias.uid, network)
+        backbone = await asyncio.to_thread(base.with_network, graph)
+        del graph
         if self._closed:
             await asyncio.to_thread(backbone.close)
         self._refuse_if_closed()

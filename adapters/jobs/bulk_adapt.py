@@ -22,6 +22,7 @@ from adapters.processes.fit_client import Fitter
 from adapters.registry.jobs import upload_of
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
+from adapters.threads import DATABASE
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.errors import Invalid
@@ -90,7 +91,7 @@ class BulkAdaptJob:
             await work.finish()
         except (Invalid, AdapterFull, ContractChanged, TooCostly):
             # The upload caused the error, so the tenant gets the progress with all rejected examples.
-            await asyncio.to_thread(lease.tell)
+            await DATABASE.run(lease.tell)
             raise
         finally:
             repository.close()

@@ -29,6 +29,7 @@ from adapters.probe.fit import OneLabel
 from adapters.processes.heartbeat import ElapsedTime
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
 from adapters.registry.records import AdapterRecord
+from adapters.threads import DATABASE
 from models.batching.batcher import Batcher
 from models.batching.stall_detector import StallDetector
 from models.preprocess.limits import InputError
@@ -88,7 +89,7 @@ class BulkAttempt:
 
     async def finish(self) -> None:
         """Remove the replaced examples, fit, and end the job."""
-        await asyncio.to_thread(self._lease.tell)
+        await DATABASE.run(self._lease.tell)
         if not self._ids:
             raise BadUpload("no_examples", "None of the examples can be used; `progress.errors` says why.")
         fit = self._request["fit"]
@@ -118,7 +119,7 @@ class BulkAttempt:
             text = f"{error} {self._rejected:,} were rejected; `progress.errors` says why."
             raise OneLabel(text) from error
         if not fit:
-            await asyncio.to_thread(writer.repository.registry.jobs.succeed, self._lease.claim)
+            await DATABASE.run(writer.repository.registry.jobs.succeed, self._lease.claim)
 
     async def _read(self, file: BinaryIO) -> UploadConflicts:
         """Read the whole upload; return its conflicts.

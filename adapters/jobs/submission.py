@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,12 +19,13 @@ from adapters.examples.upload_forms import Beginning, Form, look_at
 from adapters.examples.validation import TARGET_FIELDS, PostedExample
 from adapters.finetune.config import FineTuneConfig
 from adapters.jobs.callbacks import check_callback
-from adapters.processes.turns import Gate
 from adapters.registry.errors import AdapterExists, RegistryUnavailable, TooManyJobs, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_of, upload_request
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord, JobKind, JobRecord
 from adapters.registry.registry import new_uid
+from adapters.threads import DATABASE
+from adapters.turns import Gate
 from models.errors import CodedError, Conflict, Invalid
 
 FINE_TUNE: Final = "fine_tune"
@@ -128,7 +128,7 @@ class JobSubmitter:
             return job, stored
 
         return submitted(
-            await asyncio.to_thread(
+            await DATABASE.run(
                 self._submission(tenant, command, FINE_TUNE, request, reply and reply.of(submitted))
             )
         )
@@ -217,7 +217,7 @@ class JobSubmitter:
 
     async def _check_open(self, tenant: str) -> None:
         """Raise TooManyJobs before the upload is read, if the newest jobs show that it would be refused."""
-        newest = await asyncio.to_thread(self._jobs.jobs, tenant, limit=2 * self._max_open)
+        newest = await DATABASE.run(self._jobs.jobs, tenant, limit=2 * self._max_open)
         if sum(job.finished_at is None for job in newest) >= self._max_open:
             raise TooManyJobs(f"{self._max_open} jobs may be queued or running at once; wait for one to end.")
 
@@ -231,10 +231,10 @@ class JobSubmitter:
         If the job made a version, this process refreshes the adapter's alias, so that predictions use a live
         version from then on, or once its network is loaded.
         """
-        job = await asyncio.to_thread(self._jobs.job, tenant, job_id)
+        job = await DATABASE.run(self._jobs.job, tenant, job_id)
         if job.version is not None:
             with suppress(UnknownAdapter, RegistryUnavailable):
-                adapter = await asyncio.to_thread(self._repository.registry.adapter, tenant, job.adapter)
+                adapter = await DATABASE.run(self._repository.registry.adapter, tenant, job.adapter)
                 await self._repository.aliases.get(tenant, job.adapter, min_epoch=adapter.epoch)
         return job
 
@@ -242,11 +242,11 @@ class JobSubmitter:
         self, tenant: str, adapter: str | None, after: str | None, limit: int
     ) -> Sequence[JobRecord]:
         """Return the tenant's jobs, newest first."""
-        return await asyncio.to_thread(self._jobs.jobs, tenant, adapter, after, limit)
+        return await DATABASE.run(self._jobs.jobs, tenant, adapter, after, limit)
 
     async def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job; a running one ends within seconds. Raises UnknownJob, JobFinished."""
-        job = await asyncio.to_thread(self._jobs.request_cancel, tenant, job_id)
+        job = await DATABASE.run(self._jobs.request_cancel, tenant, job_id)
         if job.state == "cancelled":
             await self._repository.delete_files(tenant, job.adapter_uid, upload_of(job.request))
         return job

@@ -14,6 +14,7 @@ from adapters.examples.target import Target
 from adapters.registry.records import Alias, ExampleRecord
 from adapters.storage.artifact import Artifact
 from adapters.storage.formats import Evidence, decode_evidence
+from adapters.threads import DATABASE
 from models.arrays import Floats, Integers
 
 
@@ -86,7 +87,7 @@ class NeighbourIndex:
     async def _load(self, alias: Alias) -> Known:
         assert alias.evidence is not None
         evidence = await self._repository.read(alias.tenant, alias.uid, alias.evidence, decode_evidence)
-        _, examples = await asyncio.to_thread(self._repository.registry.all_examples, alias.uid)
+        _, examples = await DATABASE.run(self._repository.registry.all_examples, alias.uid)
         return await asyncio.to_thread(_join, evidence, examples)
 
 

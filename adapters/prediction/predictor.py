@@ -20,6 +20,7 @@ from adapters.prediction.neighbours import Neighbour, NeighbourIndex
 from adapters.prediction.scorer import HeadScorer, Prediction
 from adapters.registry.records import Alias
 from adapters.storage.artifact import MissingArtifact, Store
+from adapters.threads import STORE
 from models.arrays import Floats
 from models.backbone import Embedded
 from models.batching.batcher import Batcher
@@ -195,7 +196,7 @@ class Predictor:
             def load() -> Head:
                 return Head.from_bytes(self._store.read(alias.tenant, alias.uid, artifact))
 
-            return await asyncio.to_thread(load)
+            return await STORE.run(load)
 
         head = await self._heads.get(artifact.sha256, read, (alias.tenant, alias.name))
         batcher = self.batchers.get(alias.backbone)
@@ -226,7 +227,7 @@ class Predictor:
             path = loaded.batcher.backbone.path / GRAPH_FILE
             return await asyncio.to_thread(path.read_bytes)
         try:
-            return await asyncio.to_thread(self._store.read, alias.tenant, alias.uid, network)
+            return await STORE.run(self._store.read, alias.tenant, alias.uid, network)
         except MissingArtifact:
             # This raises UnknownVersion if the version has just been removed.
             await self._newer(alias, alias.version)

@@ -17,7 +17,7 @@ from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig
 from adapters.processes.errors import FitterUnavailable
 from adapters.processes.fit_process import FitProcess, FitProcessDied
 from adapters.processes.heartbeat import LOOK_SECONDS
-from adapters.processes.turns import TenantTurns
+from adapters.turns import TenantTurns
 
 _START_SECONDS: Final = 30.0  # for a process to become ready
 # Multiple of its time limit after which a fit counts as hung. The limit applies to the predicted time only.

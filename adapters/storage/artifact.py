@@ -154,6 +154,11 @@ class Store(Protocol):
         """The folder, or the bucket's URL."""
         ...
 
+    @property
+    def available(self) -> bool:
+        """False while calls are refused because the bucket does not answer. A folder is always available."""
+        ...
+
     def identity(self) -> str | None:
         """Return the identity of the database that the store belongs to; None before the first `claim`."""
         ...

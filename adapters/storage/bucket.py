@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import from_url
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
+from obstore.store import ObjectStore, from_url
 
 from adapters.storage.artifact import (
     ASIDE,
@@ -18,6 +22,7 @@ from adapters.storage.artifact import (
     Artifact,
     Buffer,
     StoredObject,
+    StoreError,
     StoreUnavailable,
     adapter_key,
     check,
@@ -27,22 +32,46 @@ from adapters.storage.artifact import (
     tenant_key,
     verified,
 )
+from adapters.storage.breaker import Breaker
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
 
 _PARALLEL_PUTS = 4
-# Retries end before a request times out, so that the caller is told about the bucket.
-_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
+_MOST_RETRIES = 5
+# obstore has no classes for these errors: they are those of its HTTP client, without an answer's status.
+_NO_ANSWER = re.compile(r"\bkind: (Timeout|Connect|Request|Interrupted)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds that calls to the bucket may take.
+
+    While a request is sent there is nothing to read, so what it sends says how long it may take; `silence` at
+    least.
+    """
+
+    silence: float = 5.0  # between two pieces of an answer
+    answer: float = 600.0  # for an answer that arrives piece by piece
+    megabyte: float = 1.0  # for each that is sent
+    deletion: float = 0.02  # for each object
+    copy: float = 80.0  # of an object, after which the bucket answers
 
 
 class BucketStore:
     """A Store in a bucket. Artifacts are durable once the bucket has acknowledged them."""
 
-    def __init__(self, url: str, options: Mapping[str, str]) -> None:
+    def __init__(self, url: str, options: Mapping[str, str], patience: Patience = Patience()) -> None:
         self._url = url
-        arguments: dict[str, Any] = {**options, "retry_config": _RETRIES}
-        if options.get("endpoint", "").startswith("http://"):
-            arguments["client_options"] = {"allow_http": True}
+        self._patience = patience
+        self._options = dict(options)
+        self._making = threading.Lock()
+        self._senders: dict[float, ObjectStore] = {}
+        self._breaker = Breaker(self._answers)
         with _translated():
-            self._bucket = from_url(url, **arguments)
+            self._bucket = self._client(
+                patience.silence, read_timeout=patience.silence, timeout=patience.answer
+            )
 
     def publish(self, tenant: str, adapter_uid: str, data: Buffer) -> Artifact:
         artifact = Artifact.describe(data)
@@ -59,7 +88,7 @@ class BucketStore:
 
     def read(self, tenant: str, adapter_uid: str, artifact: Artifact) -> bytes:
         key = object_key(tenant, adapter_uid, artifact.name)
-        with _translated():
+        with self._call():
             try:
                 data = bytes(obstore.get(self._bucket, key).bytes())
             except FileNotFoundError:
@@ -82,13 +111,12 @@ class BucketStore:
     def objects(self, *, aside: bool = False) -> Iterator[StoredObject]:
         """Yield objects as Store does; ages compare the bucket's write time with the local clock."""
         prefix = f"{ASIDE}/" if aside else ""
-        with _translated():
-            for chunk in obstore.list(self._bucket, prefix or None, chunk_size=1000):
-                now = datetime.now(UTC)
-                for found in chunk:
-                    parsed = parse_key(found["path"].removeprefix(prefix))
-                    if parsed is not None:
-                        yield StoredObject(*parsed, age=(now - found["last_modified"]).total_seconds())
+        for page in self._pages(prefix or None):
+            now = datetime.now(UTC)
+            for found in page:
+                parsed = parse_key(found["path"].removeprefix(prefix))
+                if parsed is not None:
+                    yield StoredObject(*parsed, age=(now - found["last_modified"]).total_seconds())
 
     def discard(self, objects: Collection[StoredObject], *, aside: bool = False) -> None:
         prefix = f"{ASIDE}/" if aside else ""
@@ -104,45 +132,103 @@ class BucketStore:
     def location(self) -> str:
         return self._url
 
+    @property
+    def available(self) -> bool:
+        return not self._breaker.is_open
+
     def identity(self) -> str | None:
-        with _translated():
+        with self._call():
             try:
                 return bytes(obstore.get(self._bucket, IDENTITY).bytes()).decode("latin-1").strip()
             except FileNotFoundError:
                 return None
 
     def claim(self, identity: str) -> None:
-        with _translated(), suppress(AlreadyExistsError):
+        with self._call(), suppress(AlreadyExistsError):
             obstore.put(self._bucket, IDENTITY, identity.encode() + b"\n", mode="create")
 
     def _move(self, keys: Mapping[str, str]) -> None:
-        with _translated():
-            for source, target in keys.items():
-                with suppress(FileNotFoundError):
-                    # A bucket cannot move an object: it is copied, then deleted.
-                    obstore.rename(self._bucket, source, target)
+        for source, target in keys.items():
+            with self._call(), suppress(FileNotFoundError):
+                # A bucket cannot move an object: it is copied, then deleted.
+                obstore.rename(self._sender(self._patience.copy), source, target)
 
     def _delete_below(self, prefix: str) -> None:
-        with _translated():
-            for chunk in obstore.list(self._bucket, prefix, chunk_size=1000):
-                self._delete([found["path"] for found in chunk])
+        for page in self._pages(prefix):
+            self._delete([found["path"] for found in page])
+
+    def _pages(self, prefix: str | None) -> Iterator[Sequence[ObjectMeta]]:
+        with self._call():
+            pages = iter(obstore.list(self._bucket, prefix, chunk_size=1000))
+        while True:
+            with self._call():
+                page = next(pages, None)
+            if page is None:
+                return
+            yield page
 
     def _put(self, key: str, data: Buffer) -> None:
-        with _translated():
+        with self._call():
             # A single request: parts of an interrupted multipart upload would remain, unseen and billed.
-            obstore.put(self._bucket, key, data, use_multipart=False)
+            obstore.put(
+                self._sender(len(data) / 1e6 * self._patience.megabyte), key, data, use_multipart=False
+            )
 
     def _delete(self, keys: list[str]) -> None:
         if not keys:
             return
-        with _translated():
+        with self._call():
             try:
-                obstore.delete(self._bucket, keys)
+                obstore.delete(self._sender(len(keys) * self._patience.deletion), keys)
             except FileNotFoundError:
                 # Some services refuse the whole list if one key is already gone.
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._bucket, key)
+
+    def _sender(self, seconds: float) -> ObjectStore:
+        """Return a client for a call that may take this long; as many are made as powers of two."""
+        least = self._patience.silence
+        timeout = least * 2 ** math.ceil(math.log2(max(seconds, least) / least))
+        with self._making:
+            if timeout not in self._senders:
+                self._senders[timeout] = self._client(timeout, timeout=timeout)
+            return self._senders[timeout]
+
+    def _client(self, patience: float, **timeouts: float) -> ObjectStore:
+        """Return a client with these timeouts, which retries only what failed within `patience` seconds."""
+        client: dict[str, Any] = {name: timedelta(seconds=value) for name, value in timeouts.items()}
+        if self._options.get("endpoint", "").startswith("http://"):
+            client["allow_http"] = True
+        retries = {"max_retries": _MOST_RETRIES, "retry_timeout": timedelta(seconds=0.9 * patience)}
+        arguments: dict[str, Any] = {**self._options, "client_options": client, "retry_config": retries}
+        opened: ObjectStore = from_url(self._url, **arguments)
+        return opened
+
+    def _answers(self) -> bool:
+        try:
+            obstore.head(self._bucket, IDENTITY)
+        except (BaseError, OSError) as error:
+            return not _is_unanswered(error)
+        return True
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """One call to the bucket. Raises StoreUnavailable at once while the bucket does not answer."""
+        begun = self._breaker.begin()
+        try:
+            with _translated():
+                yield
+        except StoreUnavailable as error:
+            if _is_unanswered(error.__cause__):
+                self._breaker.unanswered(begun)
+            else:
+                self._breaker.answered()
+            raise
+        except StoreError:
+            self._breaker.answered()
+            raise
+        self._breaker.answered()
 
 
 @contextmanager
@@ -152,3 +238,7 @@ def _translated() -> Iterator[None]:
     # obstore raises its own errors, or built-in ones where they fit.
     except (BaseError, OSError) as error:
         raise StoreUnavailable("The bucket does not answer as expected. Try again later.") from error
+
+
+def _is_unanswered(error: BaseException | None) -> bool:
+    return isinstance(error, GenericError) and _NO_ANSWER.search(str(error)) is not None

@@ -142,6 +142,10 @@ class LocalStore:
     def location(self) -> str:
         return str(self._root)
 
+    @property
+    def available(self) -> bool:
+        return True
+
     def identity(self) -> str | None:
         with _translated():
             try:

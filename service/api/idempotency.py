@@ -5,7 +5,6 @@ See https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/,
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from adapters.registry.idempotency import AlreadyAnswered, PendingReply, Replies, StoredReply
+from adapters.threads import DATABASE
 from service.errors import Problem
 from service.payloads.reader import media_type
 from service.payloads.responses.replies import render_reply, shorten
@@ -62,7 +62,7 @@ class IdempotencyGuard:
             return await work(request, _unkept)
         with self._alone(tenant, key):
             keyed = _Keyed(request, key)
-            found = await asyncio.to_thread(self._replies.find, tenant, key)
+            found = await DATABASE.run(self._replies.find, tenant, key)
             if found is None:
                 try:
                     return await keyed.do(work)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import timedelta
 
 from fastapi import Request, Response
 
 from adapters.adaptation.erasure import Eraser
 from adapters.registry.tenants import Tenants
+from adapters.threads import DATABASE
 from service.api.dependencies import NamedTenant, Page
 from service.payloads.reader import RequestReader
 from service.payloads.responses.adaptation import render_erased
@@ -33,16 +33,16 @@ class TenantEndpoints:
     async def create_tenant(self, request: Request) -> Response:
         """Create a tenant."""
         wanted = await self._reader.model(request, TenantRequest)
-        return render_tenant(await asyncio.to_thread(self._tenants.create, wanted.tenant), status=201)
+        return render_tenant(await DATABASE.run(self._tenants.create, wanted.tenant), status=201)
 
     async def list_tenants(self, page: Page) -> Response:
         """List the tenants in the order of their names."""
-        found = await asyncio.to_thread(self._tenants.tenants, page.after, page.wanted)
+        found = await DATABASE.run(self._tenants.tenants, page.after, page.wanted)
         return render_tenants(found, page)
 
     async def get_tenant(self, tenant: NamedTenant) -> Response:
         """Return one tenant."""
-        return render_tenant(await asyncio.to_thread(self._tenants.tenant, tenant))
+        return render_tenant(await DATABASE.run(self._tenants.tenant, tenant))
 
     async def erase_tenant(self, tenant: NamedTenant) -> Response:
         """Erase a tenant with all that it has: adapters, examples, versions, jobs, keys and quotas.
@@ -54,11 +54,11 @@ class TenantEndpoints:
     async def set_quotas(self, request: Request, tenant: NamedTenant) -> Response:
         """Set the quotas of a tenant, all at once. Every process applies them within 5 seconds."""
         wanted = await self._reader.model(request, QuotasIn)
-        return render_tenant(await asyncio.to_thread(self._tenants.set_quotas, tenant, wanted.quotas()))
+        return render_tenant(await DATABASE.run(self._tenants.set_quotas, tenant, wanted.quotas()))
 
     async def list_keys(self, tenant: NamedTenant) -> Response:
         """List the keys of the tenant, without their secrets."""
-        found = await asyncio.to_thread(self._tenants.keys, tenant)
+        found = await DATABASE.run(self._tenants.keys, tenant)
         return render_keys(found)
 
     async def create_key(self, request: Request, tenant: NamedTenant) -> Response:
@@ -66,7 +66,7 @@ class TenantEndpoints:
         wanted = await self._reader.model(request, KeyRequest)
         lifetime = None if wanted.expires_in is None else timedelta(seconds=wanted.expires_in)
         return render_new_key(
-            *await asyncio.to_thread(
+            *await DATABASE.run(
                 self._tenants.create_key, tenant, wanted.scopes, note=wanted.note, lifetime=lifetime
             )
         )
@@ -75,8 +75,8 @@ class TenantEndpoints:
         """Replace a key by a new one. The old key stays valid for a while."""
         wanted = await self._reader.model(request, RotateRequest)
         grace = timedelta(seconds=wanted.grace)
-        return render_new_key(*await asyncio.to_thread(self._tenants.rotate, tenant, key, grace))
+        return render_new_key(*await DATABASE.run(self._tenants.rotate, tenant, key, grace))
 
     async def revoke_key(self, tenant: NamedTenant, key: str) -> Response:
         """Revoke a key. Every process refuses it within 5 seconds."""
-        return render_key(await asyncio.to_thread(self._tenants.revoke, tenant, key))
+        return render_key(await DATABASE.run(self._tenants.revoke, tenant, key))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from adapters.cache.lru import SingleFlight
 from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey
+from adapters.threads import KEYS
 
 logger = logging.getLogger("topwork")
 
@@ -97,7 +98,7 @@ class KeyCache:
     async def _read(self, key_id: str) -> _Read:
         async with self._reading:
             at = time.monotonic()
-            read = _Read(await asyncio.to_thread(self._find, key_id), at, at + _STALE_SECONDS)
+            read = _Read(await KEYS.run(self._find, key_id), at, at + _STALE_SECONDS)
         self._away = False
         self._known[key_id] = read
         self._known.move_to_end(key_id)

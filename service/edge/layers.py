@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapters.examples.upload_forms import MEDIA_TYPES
+from adapters.threads import TENANT
 from service.edge.access_log import log_request
 from service.edge.auth import Authenticator
 from service.edge.channel import BodyBudget, RequestChannel, UploadChannel, channel_of
 from service.edge.pace import Pace
 from service.errors import Problem
 from service.server.scope import new_id
-from service.server.threads import TENANT
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adapters.heads.head import Head
     from adapters.processes.fit_client import Fitter
     from adapters.registry.registry import Registry
+    from adapters.storage.artifact import Store
     from adapters.workers.supervisor import WorkerSupervisor
     from models.batching.batcher import Batcher
     from service.monitoring.backbone_monitor import BackboneMonitor
@@ -45,6 +46,7 @@ class Parts:
     heads: ByteLRU[Head]
     networks: NetworkPool
     registry: Registry
+    store: Store
 
 
 Series = Mapping[tuple[str, ...], float]
@@ -79,6 +81,10 @@ def add_gauges(registry: CollectorRegistry, parts: Parts) -> None:
     Info("topwork_build", "Always 1; the labels say what runs.", registry=registry).info(build)
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "ready": ("1 while the service can do all its work.", parts.ready),
+        "store_available": (
+            "0 while the bucket does not answer and calls to it are refused, otherwise 1.",
+            lambda: parts.store.available,
+        ),
         "fits_queued": ("Fits waiting or running.", lambda: parts.fitter.queued),
         "connections": ("Connections that are open.", lambda: len(connections)),
         "head_cache_bytes": ("Bytes of the heads in memory.", lambda: parts.heads.bytes),

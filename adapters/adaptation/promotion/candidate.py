@@ -24,6 +24,7 @@ from adapters.registry.errors import UnknownVersion
 from adapters.registry.records import AdapterRecord, Committed, Creation, VersionRecord
 from adapters.storage.artifact import CorruptArtifact, MissingArtifact
 from adapters.storage.formats import Evidence
+from adapters.threads import DATABASE
 from models.arrays import Floats
 
 logger = logging.getLogger("topwork")
@@ -119,7 +120,7 @@ class CandidateFitter:
         decision = await asyncio.to_thread(decide, promote, task, evidence, live, held=held)
         fallback = None
         if decision.fallback is not None and decision.fallback != rival.number:
-            older = await asyncio.to_thread(self._kept, adapter, decision.fallback)
+            older = await DATABASE.run(self._kept, adapter, decision.fallback)
             # The backbone of an older version may no longer be served.
             if older is not None and older.fingerprint == dataset.fingerprint:
                 fallback = older.number
@@ -142,7 +143,7 @@ class CandidateFitter:
         number, known = best_of(live, rival.number)
         asked = rival
         if number != rival.number:
-            best = await asyncio.to_thread(self._kept, adapter, number)
+            best = await DATABASE.run(self._kept, adapter, number)
             asked, known = (rival, live) if best is None else (best, known)
         if asked.network is not None or asked.fingerprint != dataset.fingerprint:
             return (), None

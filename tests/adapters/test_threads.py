@@ -9,7 +9,7 @@ from contextvars import copy_context
 
 import pytest
 
-from service.server.threads import TENANT, FairThreads
+from adapters.threads import TENANT, FairThreads
 
 
 def ask(threads: FairThreads, tenant: str, work: object) -> object:
@@ -41,7 +41,7 @@ def test_who_asks_for_little_does_not_wait_behind_who_asks_for_much() -> None:
 
 
 def test_a_tenant_alone_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.server.threads._ALONE_SECONDS", 0.05)
+    monkeypatch.setattr("adapters.threads._ALONE_SECONDS", 0.05)
     threads, together = FairThreads(3), threading.Barrier(3)
     ask(threads, "other", lambda: None).result(10)  # type: ignore[attr-defined]
     time.sleep(0.1)

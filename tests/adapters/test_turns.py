@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from adapters.processes.turns import Gate, TenantTurns
+from adapters.turns import Gate, TenantTurns
 
 
 def test_tenants_take_turns_and_each_one_waits_in_order() -> None:
