@@ -236,6 +236,15 @@ def test_only_export_and_training_know_torch_and_onnx() -> None:
     assert not importers("sklearn")
 
 
+def test_what_waits_for_database_or_store_has_threads_of_its_own() -> None:
+    """The event loop's default executor computes: what hangs there holds up everything."""
+    waits = re.compile(r"registry|_store\b|_jobs\b|_tenants\b|_replies\b|erasures|lease\b")
+    for path in modules("service", "adapters"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "asyncio.to_thread":
+                assert not waits.search(ast.unparse(node)), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
 def test_only_the_settings_read_the_environment() -> None:
     """Handing the whole environment on to a child, and setting a variable for a library, are not reading."""
     for path in modules():

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -52,15 +52,16 @@ def test_calls_are_refused_at_once_after_two_without_an_answer(
         with pytest.raises(StoreUnavailable):
             impatient.read("acme", UID, kept)
     assert not impatient.available
-    begun = time.monotonic()
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: impatient.read("acme", UID, kept),
         lambda: impatient.publish("acme", UID, b"more"),
         lambda: impatient.delete("acme", UID, [kept]),
         lambda: list(impatient.objects()),
         lambda: impatient.delete_adapter("acme", UID),
         impatient.identity,
-    ):
+    ]
+    begun = time.monotonic()
+    for call in calls:
         with pytest.raises(StoreUnavailable):
             call()
     assert time.monotonic() - begun < AT_ONCE
@@ -78,16 +79,17 @@ def test_calls_are_refused_at_once_after_two_without_an_answer(
 def test_no_kind_of_call_waits_for_long(process: BucketProcess, impatient: BucketStore, call: str) -> None:
     kept = impatient.publish("acme", UID, b"head")
     found = list(impatient.objects())
+    calls: dict[str, Callable[[], object]] = {
+        "publish": lambda: impatient.publish("acme", UID, b"more"),
+        "delete": lambda: impatient.delete("acme", UID, [kept]),
+        "objects": lambda: list(impatient.objects()),
+        "put_aside": lambda: impatient.put_aside(found),
+        "delete_tenant": lambda: impatient.delete_tenant("acme"),
+    }
     process.hang()
     begun = time.monotonic()
     with pytest.raises(StoreUnavailable):
-        {
-            "publish": lambda: impatient.publish("acme", UID, b"more"),
-            "delete": lambda: impatient.delete("acme", UID, [kept]),
-            "objects": lambda: list(impatient.objects()),
-            "put_aside": lambda: impatient.put_aside(found),
-            "delete_tenant": lambda: impatient.delete_tenant("acme"),
-        }[call]()
+        calls[call]()
     # Not the 30 seconds that the client waits by itself.
     assert time.monotonic() - begun < 10.0
 
@@ -211,9 +213,8 @@ def test_a_breaker_counts_calls_in_a_row_and_no_old_ones() -> None:
     # Begun before the answer.
     breaker.unanswered(old)
     breaker.unanswered(breaker.begin())
-    assert not breaker.is_open
+    breaker.begin()
     breaker.unanswered(breaker.begin())
-    assert breaker.is_open
     with pytest.raises(StoreUnavailable):
         breaker.begin()
     alive.set()
