@@ -72,9 +72,16 @@ class Database:
             if "connect_timeout" not in parsed.query:
                 parsed = parsed.update_query_dict({"connect_timeout": "10"})
             self._engine = create_engine(
-                parsed, pool_pre_ping=True, pool_size=8, max_overflow=8, pool_timeout=patience
+                parsed,
+                pool_pre_ping=True,
+                pool_size=8,
+                max_overflow=8,
+                pool_timeout=patience,
+                # Transactions are begun by `_begin_postgresql`, not by the driver.
+                isolation_level="AUTOCOMMIT",
             )
-            event.listen(self._engine, "connect", self._prepare_postgresql)
+            event.listen(self._engine, "connect", _prepare_postgresql)
+            event.listen(self._engine, "begin", self._begin_postgresql)
 
     def close(self) -> None:
         """Close all connections."""
@@ -115,13 +122,12 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Open a transaction for reading, which sees one snapshot of the database throughout."""
-        with self._translated(), self._engine.connect() as connection:
-            if not self._sqlite:
-                connection = connection.execution_options(
-                    isolation_level="REPEATABLE READ", postgresql_readonly=True
-                )
-            with connection.begin():
-                yield connection
+        with (
+            self._translated(),
+            self._engine.connect() as connection,
+            connection.execution_options(begin_snapshot=True).begin(),
+        ):
+            yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -242,12 +248,17 @@ class Database:
                 raise RegistryUnavailable("The connection to the database broke; try again later.") from error
             raise
 
-    def _prepare_postgresql(self, connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
+    def _begin_postgresql(self, connection: Connection) -> None:
+        options = connection.get_execution_options()
+        if options.get("isolation_level") == "AUTOCOMMIT":
+            return
+        snapshot = " ISOLATION LEVEL REPEATABLE READ READ ONLY" if options.get("begin_snapshot") else ""
         # A host may hang while holding a row lock: waiters time out, and the idle holder is ended after 60 s.
-        connection.autocommit = True
-        connection.execute(f"SET lock_timeout = {int(self._patience * 1000)}")
-        connection.execute("SET idle_in_transaction_session_timeout = '60s'")
-        connection.autocommit = False
+        # The timeouts end with the transaction: through a pooler, other clients use the same connection.
+        connection.exec_driver_sql(
+            f"BEGIN{snapshot}; SET LOCAL lock_timeout = {int(self._patience * 1000)}; "
+            "SET LOCAL idle_in_transaction_session_timeout = '60s'"
+        )
 
     def _set_journal_mode(self) -> None:
         wanted = "wal" if wal_is_safe(sqlite3.sqlite_version_info) else "delete"
@@ -260,6 +271,14 @@ class Database:
                 f"The database is in {got} mode, which SQLite {sqlite3.sqlite_version} must not use; "
                 "stop other programs that have it open, then start again."
             )
+
+
+def _prepare_postgresql(connection: psycopg.Connection[Any], entry: ConnectionPoolEntry) -> None:
+    # A pooler such as PgBouncer gives its clients process ids of its own. The next transaction may run on
+    # another server connection, which lacks the statements that the driver has prepared, or has others.
+    answered = connection.execute("SELECT pg_backend_pid()").fetchone()
+    if answered is None or answered[0] != connection.info.backend_pid:
+        connection.prepare_threshold = None
 
 
 def _stored_revision(connection: Connection) -> str | None:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
+from tests.support.conditions import until
 
 _numbers = itertools.count(1)
 
@@ -96,6 +97,51 @@ def new_schema(postgres_server: str) -> str:
         connection.execute(text(f"CREATE SCHEMA {schema}"))
     engine.dispose()
     return f"{postgres_server}&options=-csearch_path%3D{schema}"
+
+
+def new_database(postgres_server: str) -> str:
+    """URL of an empty database of its own."""
+    name = f"topwork_{next(_numbers)}"
+    engine = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+
+
+SERVER_CONNECTIONS = 4  # of the pooler, shared by all of its clients
+
+
+@pytest.fixture
+def pooled_url(postgres_server: str) -> Iterator[str]:
+    """URL that leads to an empty database through PgBouncer in transaction mode."""
+    program = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+    if program is None:
+        unavailable("pgbouncer", "no pgbouncer on this machine")
+    assert program is not None
+    prefix, user = _unprivileged()
+    database = make_url(new_database(postgres_server))
+    with tempfile.TemporaryDirectory(prefix="topwork-pgbouncer-") as folder:
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        config = Path(folder) / "pgbouncer.ini"
+        config.write_text(
+            f"""[databases]
+            {database.database} = host={database.query["host"]} user=postgres
+            [pgbouncer]
+            pool_mode = transaction
+            default_pool_size = {SERVER_CONNECTIONS}
+            auth_type = any
+            unix_socket_dir = {folder}
+            logfile = {folder}/log
+            """
+        )
+        with subprocess.Popen([*prefix, program, "-q", str(config)]) as process:
+            try:
+                until((Path(folder) / ".s.PGSQL.6432").exists)
+                pooled = database.update_query_dict({"host": folder, "port": "6432"})
+                yield pooled.render_as_string(hide_password=False)
+            finally:
+                process.terminate()
 
 
 @pytest.fixture(scope="session")
