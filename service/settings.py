@@ -18,8 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters import defaults
 from adapters.jobs.callbacks import secret_key
+from adapters.jobs.config import Engine, WorkerConfig
 from adapters.logs import LogFormat
-from adapters.workers.supervisor import WorkerConfig
 from models import SILENT
 from models.preprocess.limits import InputLimits
 
@@ -138,6 +138,19 @@ class Settings(BaseSettings):
         default=1, ge=0, le=8, description="Processes that do jobs; 0: others do, elsewhere."
     )
     worker_threads: int = Field(default=1, ge=1, le=256, description="Threads of one worker.")
+    engine: Engine = Field(
+        default="local", description="Where jobs run: local, in the workers; ray, on a Ray cluster."
+    )
+    ray_address: str = Field(
+        default="auto",
+        description="Address of the Ray cluster, host:port; auto: RAY_ADDRESS, or this machine's.",
+    )
+    ray_gpus: float = Field(
+        default=1.0,
+        gt=0,
+        le=16,
+        description="GPUs of a job on Ray if the device is cuda; 0.5: two share one.",
+    )
     lease_seconds: float = Field(
         default=30.0,
         ge=3,
@@ -226,6 +239,17 @@ class Settings(BaseSettings):
             raise ValueError("remove the spaces around it: a header cannot have them")
         return key
 
+    @field_validator("engine", mode="after")
+    @classmethod
+    def _guarded(cls, engine: Engine) -> Engine:
+        token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        if engine == "ray" and not (os.environ.get("RAY_AUTH_MODE") == "token" and token):
+            raise ValueError(
+                "whoever reaches a Ray cluster that asks for no token can run code on it. Set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on all nodes"
+            )
+        return engine
+
     def make_home(self) -> None:
         """Create the home folder if the database or the store is in it. Raises HomeUnusable."""
         if self.database_url is not None and self.store_url is not None:
@@ -268,6 +292,9 @@ class Settings(BaseSettings):
             max_image_pixels=self.max_image_pixels,
             max_text_chars=self.max_text_chars,
             log_format=self.log_format,
+            engine=self.engine,
+            ray_address=self.ray_address,
+            ray_gpus=self.ray_gpus,
             callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
         )
 

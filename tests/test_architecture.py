@@ -31,6 +31,9 @@ TORCH = {
     "adapters/finetune/export.py",
     "adapters/jobs/fine_tune.py",
     "adapters/finetune/vocabulary.py",
+    "adapters/jobs/runner.py",
+    "adapters/workers/place.py",
+    "adapters/workers/ray_place.py",
     "adapters/workers/worker.py",
 }
 BANNED = re.compile(r"(^|_)(manager|handler|engine|utils?|helpers?|common|misc)(_|$)")
@@ -243,6 +246,13 @@ def test_what_waits_for_database_or_store_has_threads_of_its_own() -> None:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "asyncio.to_thread":
                 assert not waits.search(ast.unparse(node)), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_only_one_module_knows_ray_and_it_is_imported_where_the_settings_ask_for_it() -> None:
+    assert importers("ray") == {"adapters/workers/ray_place.py"}
+    assert not [
+        path for path in modules() if "adapters.workers.ray_place" in set(imports(path, at_import=True))
+    ]
 
 
 def test_only_the_settings_read_the_environment() -> None:

@@ -8,10 +8,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
-from adapters.logs import LogFormat
+from adapters.jobs.config import WorkerConfig
 from adapters.processes.child import ChildProcess, child_environment
 from adapters.processes.heartbeat import LOOK_SECONDS
 
@@ -20,30 +19,6 @@ logger = logging.getLogger("topwork")
 # Seconds that the worker gets to stop its job before it is killed; another attempt continues the job.
 _PATIENCE = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """Settings of a worker. The service's settings have the defaults."""
-
-    database: str  # URL
-    store: str  # a folder or a URL
-    scratch: str  # folder for the checkpoints from which another attempt resumes
-    max_upload_examples: int
-    max_adapter_examples: int
-    max_labels: int
-    max_fit_bytes: int
-    max_image_bytes: int
-    max_image_pixels: int
-    max_text_chars: int
-    store_options: Mapping[str, str]
-    device: str
-    threads: int
-    lease_seconds: float
-    max_running_per_tenant: int
-    log_format: LogFormat
-    callback_secrets: Sequence[str] = field(repr=False)
-    poll_seconds: float = 1.0
 
 
 class WorkerSupervisor:

@@ -32,8 +32,10 @@ from adapters.finetune.full_phase import Checkpoint
 from adapters.finetune.model import Score
 from adapters.finetune.trainer import FineTuned, fine_tune
 from adapters.heads.head import Head
+from adapters.jobs.config import WorkerConfig
 from adapters.jobs.fine_tune import FineTuneJob
 from adapters.jobs.lease import Cancelled, Lease, checkpoint_path, checkpoints
+from adapters.jobs.runner import JobRunner
 from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.probe.fit import Dataset, fit
 from adapters.registry.database import Database
@@ -59,8 +61,6 @@ from adapters.storage.formats import (
     encode_inputs,
 )
 from adapters.storage.open import open_store
-from adapters.workers.supervisor import WorkerConfig
-from adapters.workers.worker import Worker
 from models.errors import DomainError
 from models.export.loaders import load_network
 from models.manifest import CorruptExport
@@ -399,9 +399,9 @@ def test_an_outage_of_the_store_costs_no_attempts(place: Place) -> None:
 
 
 @contextmanager
-def hired(place: Place) -> Iterator[Worker]:
-    """A worker in this process."""
-    made = Worker(place.config, threading.Event())
+def hired(place: Place) -> Iterator[JobRunner]:
+    """What a worker does jobs with, in this process."""
+    made = JobRunner(place.config, threading.Event())
     yield made
     made.close()
 
@@ -437,16 +437,16 @@ def test_an_attempt_that_was_overtaken_takes_nothing_away(tmp_path: Path, backbo
     assert old is not None
     assert new is not None
     made.registry.jobs.settle()
-    with hired(made) as worker:
+    with hired(made) as runner:
         # Both find too few examples; neither may record it.
         for claim in (old, new):
-            worker._do(claim)
+            runner.run(claim)
             assert made.job(job.id).state == "running"
             assert is_stored(made, part)
             assert made.checkpoint(job).exists()
         newest = made.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
         assert newest is not None
-        worker._do(newest)
+        runner.run(newest)
     assert made.job(job.id).error_code == "too_few_examples"
     assert not is_stored(made, part)
     assert not made.checkpoint(job).exists()
@@ -456,7 +456,7 @@ def test_an_attempt_that_was_overtaken_takes_nothing_away(tmp_path: Path, backbo
 def test_a_cancelled_job_ends_for_its_tenant_while_its_work_is_busy(
     place: Place, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with listening([]) as listener, hired(place) as worker:
+    with listening([]) as listener, hired(place) as runner:
         job, part = submit_upload(place, callback=f"http://127.0.0.1:{listener.server_port}/")
 
         def cancel() -> None:
@@ -468,7 +468,7 @@ def test_a_cancelled_job_ends_for_its_tenant_while_its_work_is_busy(
         during(training, monkeypatch, cancel)
         claim = place.registry.jobs.claim(60.0, kinds=KINDS, max_running_per_tenant=1)
         assert claim is not None
-        worker._do(claim)
+        runner.run(claim)
         assert not is_stored(place, part)
         until(lambda: bool(listener.told))
         time.sleep(0.5)
@@ -562,7 +562,7 @@ def test_a_failure_is_recorded_with_its_reason(tmp_path: Path, backbone: str) ->
 
 
 def test_a_failure_tells_its_tenant_nothing_of_the_inside(place: Place) -> None:
-    worker = Worker(place.config, threading.Event())
+    runner = JobRunner(place.config, threading.Event())
     statement = DBAPIError("INSERT INTO jobs VALUES (?)", ("secret",), Exception("UNIQUE"))
     for error, code in (
         (statement, "internal_error"),
@@ -570,11 +570,11 @@ def test_a_failure_tells_its_tenant_nothing_of_the_inside(place: Place) -> None:
     ):
         job = place.submit()
         with place.lease() as lease:
-            assert worker._give_up(lease, error)
+            runner.give_up(lease, error)
         ended = place.job(job.id)
         assert (ended.state, ended.error_code) == ("failed", code)
         assert ended.error_detail == "The worker's log has the cause."
-    worker.close()
+    runner.close()
 
 
 @pytest.mark.parametrize(

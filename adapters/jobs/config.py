@@ -1,0 +1,40 @@
+"""What a worker is told when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adapters.logs import LogFormat
+
+Engine = Literal["local", "ray"]
+"""Where jobs run: in the worker's own process, or on the nodes of a Ray cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Settings of a worker. The service's settings have the defaults."""
+
+    database: str  # URL
+    store: str  # a folder or a URL
+    scratch: str  # folder for the checkpoints from which another attempt resumes
+    max_upload_examples: int
+    max_adapter_examples: int
+    max_labels: int
+    max_fit_bytes: int
+    max_image_bytes: int
+    max_image_pixels: int
+    max_text_chars: int
+    store_options: Mapping[str, str]
+    device: str
+    threads: int
+    lease_seconds: float
+    max_running_per_tenant: int
+    log_format: LogFormat
+    callback_secrets: Sequence[str] = field(repr=False)
+    poll_seconds: float = 1.0
+    engine: Engine = "local"
+    ray_address: str = "auto"
+    ray_gpus: float = 1.0  # GPUs of one attempt, which may be a fraction
+    ray_patience: float = 300.0  # seconds that an attempt waits for resources that are not there

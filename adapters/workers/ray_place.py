@@ -1,0 +1,240 @@
+"""Runs attempts on the nodes of a Ray cluster, each in an actor of its own. Only this module imports ray.
+
+Ray finds a place and moves nothing but claims. It retries nothing: the row of a job says which attempt
+counts. An attempt whose node is lost is released. An attempt whose process ended by itself counts, as in a
+worker of this machine. If this process ends, Ray ends its actors, and their leases run out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from adapters.jobs.config import WorkerConfig
+from adapters.jobs.lease import Lease, ShuttingDown
+from adapters.jobs.runner import KINDS, JobRunner
+from adapters.logs import configure_logging
+from adapters.registry.records import Claim, JobKind
+from models.errors import DomainError
+
+logger = logging.getLogger("topwork")
+
+# Attempts whose actors Ray may be starting at the same time.
+_MOST_STARTING = 8
+# Seconds in which Ray notices that the node of a lost actor is lost too.
+_NODE_SECONDS = 10.0
+# Seconds that attempts get to end when this worker ends.
+_END_SECONDS = 5.0
+
+
+class RayUnusable(DomainError):
+    """Ray cannot be used as the settings say."""
+
+    code = "ray_unusable"
+
+
+class NoSuchResources(DomainError):
+    """No node of the cluster has what an attempt needs."""
+
+    code = "no_such_resources"
+
+
+class _Attempt:
+    """Runs one attempt on a node: an actor with two threads, one of which can stop the other's work."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        configure_logging(config.log_format)
+        scratch = Path(tempfile.gettempdir()) / f"topwork-jobs-{os.getuid()}"
+        self._config = replace(config, scratch=str(scratch))
+        self._stopping = threading.Event()
+
+    def node(self) -> str:
+        """Return the id of the node."""
+        found: str = ray.get_runtime_context().get_node_id()
+        return found
+
+    def run(self, claim: Claim) -> None:
+        """Run the attempt and record its outcome."""
+        runner = JobRunner(self._config, self._stopping)
+        try:
+            runner.run(claim)
+        finally:
+            runner.close()
+
+    def stop(self) -> None:
+        """Release the job to another attempt, as soon as its work looks."""
+        self._stopping.set()
+
+
+@dataclass(slots=True)
+class _Begun:
+    """An attempt that Ray was asked to run. `lease`: held here until the attempt has its place."""
+
+    claim: Claim
+    actor: Any
+    placed: Any
+    since: float
+    lease: Lease
+    node: str | None = None
+    ended: Any = None
+
+
+class RayPlace:
+    """Runs attempts in a Ray cluster. For one thread."""
+
+    def __init__(self, config: WorkerConfig, runner: JobRunner, patience: float) -> None:
+        """`patience`: seconds that an attempt waits for a node with the resources that it needs."""
+        self._config = config
+        self._runner = runner
+        self._patience = patience
+        self._begun: list[_Begun] = []
+
+    def room(self) -> Collection[JobKind]:
+        for one in list(self._begun):
+            self._look_after(one)
+        starting = sum(one.node is None for one in self._begun)
+        if starting >= _MOST_STARTING:
+            return ()
+        needed = self._needed()
+        free = {
+            name: amount - starting * needed.get(name, 0.0)
+            for name, amount in ray.available_resources().items()
+        }
+        # What no node has may come with a new node, so one attempt asks for it and waits.
+        missing = not _offers(ray.cluster_resources(), needed)
+        return KINDS if _offers(free, needed) or (missing and not starting) else ()
+
+    def begin(self, claim: Claim) -> None:
+        needed = self._needed()
+        lease = Lease(self._runner.jobs, claim, self._config.lease_seconds, threading.Event())
+        lease.__enter__()
+        attempt = ray.remote(_Attempt).options(
+            num_cpus=needed["CPU"],
+            num_gpus=needed.get("GPU", 0.0),
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=2,
+        )
+        actor = attempt.remote(self._config)
+        self._begun.append(_Begun(claim, actor, actor.node.remote(), time.monotonic(), lease))
+
+    def close(self) -> None:
+        """Stop the attempts; their jobs go on elsewhere."""
+        for one in self._begun:
+            if one.node is None:
+                self._give_up(one, ShuttingDown())
+            else:
+                one.actor.stop.remote()
+        running = [one.ended for one in self._begun if one.ended is not None]
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=_END_SECONDS)
+
+    def _needed(self) -> Mapping[str, float]:
+        """Return the resources of one attempt."""
+        needed = {"CPU": float(self._config.threads)}
+        return needed | ({"GPU": self._config.ray_gpus} if self._config.device == "cuda" else {})
+
+    def _look_after(self, one: _Begun) -> None:
+        """Take note of what became of the attempt."""
+        try:
+            if one.node is None:
+                self._look_for_place(one)
+            elif ray.wait([one.ended], timeout=0)[0]:
+                ray.get(one.ended)
+                self._begun.remove(one)
+        except RayActorError as error:
+            self._lost(one, error)
+        except RayError as error:
+            logger.error("job %s: Ray failed: %s", one.claim.job.id, error)
+            self._give_up(one, ShuttingDown())
+
+    def _look_for_place(self, one: _Begun) -> None:
+        if ray.wait([one.placed], timeout=0)[0]:
+            one.node = ray.get(one.placed)
+            # From now on, the attempt itself holds the lease.
+            one.lease.__exit__(None, None, None)
+            one.ended = one.actor.run.remote(one.claim)
+            return
+        try:
+            one.lease.check()
+        except Exception as why:
+            self._give_up(one, why)
+            return
+        if time.monotonic() - one.since > self._patience:
+            needed = ", ".join(f"{amount:g} {name}" for name, amount in self._needed().items())
+            self._give_up(
+                one,
+                NoSuchResources(
+                    f"No node had {needed} free for {self._patience:g} s. The cluster has "
+                    f"{_told(ray.cluster_resources())}. Add a node, or lower what a job asks for."
+                ),
+            )
+
+    def _lost(self, one: _Begun, error: RayActorError) -> None:
+        job = one.claim.job
+        if one.node is None or _is_lost(one.node):
+            logger.warning("job %s: its node is lost; another attempt goes on: %s", job.id, error)
+            self._give_up(one, ShuttingDown())
+            return
+        # Perhaps the job ends its process, so the attempt counts. It ends when its lease does.
+        logger.error("job %s: the process of its attempt %d ended: %s", job.id, job.attempt, error)
+        self._begun.remove(one)
+
+    def _give_up(self, one: _Begun, why: Exception) -> None:
+        """Record why the attempt ends, unless it has lost its lease, and remove its actor."""
+        if one.node is None:
+            one.lease.__exit__(None, None, None)
+        ray.kill(one.actor, no_restart=True)
+        self._begun.remove(one)
+        self._runner.give_up(one.lease, why)
+
+
+def _offers(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0.0) >= amount for name, amount in needed.items())
+
+
+def _told(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _is_lost(node: str) -> bool:
+    """Whether the node has left the cluster; waits until Ray had the time to notice."""
+    end = time.monotonic() + _NODE_SECONDS
+    while time.monotonic() < end:
+        if not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@contextmanager
+def open_ray(config: WorkerConfig, runner: JobRunner) -> Iterator[RayPlace]:
+    """Join the cluster. At the end, stop what runs there for this process, and leave.
+
+    Raises RayUnusable.
+    """
+    try:
+        ray.init(
+            address=config.ray_address, namespace="topwork", log_to_driver=False, configure_logging=False
+        )
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        raise RayUnusable(f"The Ray cluster at {config.ray_address} cannot be joined: {error}") from error
+    try:
+        place = RayPlace(config, runner, config.ray_patience)
+        try:
+            yield place
+        finally:
+            place.close()
+    finally:
+        ray.shutdown()
