@@ -20,6 +20,7 @@ from adapters.registry.idempotency import PendingReply, check_unanswered, keep
 from adapters.registry.records import Claim, Heartbeat, JobKind, JobRecord, JobState
 from adapters.registry.schema import jobs
 from adapters.registry.statements.job_rows import (
+    IS_OPEN,
     OPEN,
     delete_oldest,
     end,
@@ -66,7 +67,7 @@ class Jobs:
             take_turns(connection, f"jobs of {tenant}")
             check_unanswered(connection, tenant, reply)
             adapter = adapter_by_name(connection, tenant, adapter_name, lock=True)
-            unfinished = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(OPEN))
+            unfinished = select(func.count()).where(jobs.c.tenant == tenant, IS_OPEN)
             if connection.execute(unfinished).scalar_one() >= max_open:
                 raise TooManyJobs(f"{max_open} jobs may be queued or running at once; wait for one to end.")
             delete_oldest(connection, tenant)
@@ -119,7 +120,7 @@ class Jobs:
     def open_ids(self) -> set[str]:
         """Return the ids of all queued and running jobs, over all tenants."""
         with self._database.reading() as connection:
-            return set(connection.execute(select(jobs.c.id).where(jobs.c.state.in_(OPEN))).scalars())
+            return set(connection.execute(select(jobs.c.id).where(IS_OPEN)).scalars())
 
     def claim(
         self, lease_seconds: float, *, kinds: Collection[JobKind], max_running_per_tenant: int
@@ -132,7 +133,7 @@ class Jobs:
         """
         with self._database.reading() as connection:
             # Every worker polls every second, so an idle poll must not make writers wait.
-            if connection.execute(select(jobs.c.id).where(jobs.c.state.in_(OPEN)).limit(1)).first() is None:
+            if connection.execute(select(jobs.c.id).where(IS_OPEN).limit(1)).first() is None:
                 return None
         with self._database.writing() as connection:
             # Concurrent claims would both see the tenant below its limit.
@@ -155,7 +156,7 @@ class Jobs:
         with self._database.reading() as connection:
             # Usually there is none, and then writers must not wait.
             lost = or_(*(which for which, _ in endings(current_time(connection))))
-            if connection.execute(select(jobs.c.id).where(lost).limit(1)).first() is None:
+            if connection.execute(select(jobs.c.id).where(IS_OPEN, lost).limit(1)).first() is None:
                 return []
         with self._database.writing() as connection:
             return end_unclaimable(connection, current_time(connection))
@@ -222,7 +223,7 @@ class Jobs:
 
 def uploads_of(connection: Connection, adapter_uid: str) -> set[Artifact]:
     """Return the uploaded parts that the adapter's unfinished jobs may still read."""
-    query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, jobs.c.state.in_(OPEN))
+    query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, IS_OPEN)
     requests = [json.loads(request) for request in connection.execute(query).scalars()]
     return {part for request in requests for part in upload_of(request)}
 

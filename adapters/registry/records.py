@@ -262,6 +262,7 @@ class JobRecord:
     started_at: datetime | None
     finished_at: datetime | None
     released: int = 0  # attempts that ended for reasons outside the job
+    checkpoint: Artifact | None = None  # the newest checkpoint in the store
 
 
 @dataclass(frozen=True, slots=True)

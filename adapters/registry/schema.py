@@ -202,6 +202,9 @@ examples = Table(
     sqlite_with_rowid=False,
 )
 
+_OPEN = "state IN ('queued', 'running')"
+_WITH_CHECKPOINT = "checkpoint IS NOT NULL"
+
 # Ids sort by submission time. `attempt` is a fencing token: a worker with an older one can write nothing.
 jobs = Table(
     "jobs",
@@ -225,9 +228,20 @@ jobs = Table(
     Column("started_at", UtcTime),
     Column("finished_at", UtcTime),
     Column("released", Integer, nullable=False, server_default="0"),
+    # A fine-tune's newest checkpoint in the store, as a JSON list: sha256, length, nonce.
+    Column("checkpoint", Text),
     Index("jobs_by_tenant", "tenant", "id"),
     Index("jobs_by_state", "state", "id"),
     Index("jobs_by_adapter", "adapter_uid"),
+    Index("jobs_by_start", "tenant", "started_at"),
+    # A tenant may have a thousand ended jobs for each open one.
+    Index("jobs_open", "tenant", "state", sqlite_where=text(_OPEN), postgresql_where=text(_OPEN)),
+    Index(
+        "jobs_with_checkpoint",
+        "id",
+        sqlite_where=text(_WITH_CHECKPOINT),
+        postgresql_where=text(_WITH_CHECKPOINT),
+    ),
 )
 
 # One row for each commit, promotion and deletion of the last hour. `epoch` only numbers the rows; adapters

@@ -8,12 +8,24 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    delete,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 
 from adapters.registry.errors import LeaseLost, UnknownJob
 from adapters.registry.records import Claim, JobKind, JobRecord, JobState
 from adapters.registry.schema import jobs, tenants
 from adapters.registry.statements.queries import current_time, microseconds
+from adapters.storage.artifact import Artifact
 
 MAX_ATTEMPTS = 3
 """Attempts after which a job is assumed to kill its worker, and fails. Released attempts do not count."""
@@ -22,6 +34,8 @@ KEPT_JOBS = 1000
 
 _ERASED = "The reason named examples that have been erased."
 OPEN: tuple[JobState, ...] = ("queued", "running")
+# The states are written into the statement, because no index of open jobs serves one with parameters.
+IS_OPEN = jobs.c.state.in_([literal_column(f"'{state}'") for state in OPEN])
 
 
 def forget_examples(connection: Connection, adapter_uid: str, ids: Collection[str] | None) -> None:
@@ -69,13 +83,14 @@ def end(connection: Connection, claim: Claim, state: JobState, **values: Any) ->
 def delete_oldest(connection: Connection, tenant: str) -> None:
     """Delete ended jobs of the tenant to make room for one more in KEPT_JOBS."""
     mine = jobs.c.tenant == tenant
-    newest = select(jobs.c.id).where(mine).order_by(jobs.c.id.desc()).limit(KEPT_JOBS - 1)
-    connection.execute(delete(jobs).where(mine, jobs.c.state.not_in(OPEN), jobs.c.id.not_in(newest)))
+    newest = select(jobs.c.id).where(mine).order_by(jobs.c.id.desc()).offset(KEPT_JOBS - 1).limit(1)
+    older = jobs.c.id <= newest.scalar_subquery()
+    connection.execute(delete(jobs).where(mine, older, jobs.c.state.not_in(OPEN)))
 
 
 def endings(now: datetime) -> list[tuple[ColumnElement[bool], dict[str, Any]]]:
     """Return which jobs no claim will begin again, and how they end. The first match applies."""
-    idle = or_(jobs.c.state == "queued", and_(jobs.c.state == "running", jobs.c.lease_until <= now))
+    idle = and_(IS_OPEN, or_(jobs.c.state == "queued", jobs.c.lease_until <= now))
     exhausted = f"{MAX_ATTEMPTS} attempts were started and none finished. The worker's log says why."
     late = "The job did not end before its deadline."
     return [
@@ -109,7 +124,7 @@ def next_job(
 ) -> JobRecord | None:
     """Return the job to claim, its row locked. Rows locked by others, to end or cancel them, are skipped."""
     # A job with an expired lease does not count as running, or it could block its own next claim.
-    leased = select(jobs.c.tenant).where(jobs.c.state == "running", jobs.c.lease_until > now)
+    leased = select(jobs.c.tenant).where(IS_OPEN, jobs.c.state == "running", jobs.c.lease_until > now)
     quota = select(tenants.c.max_running_jobs).where(tenants.c.name == jobs.c.tenant)
     most = func.coalesce(quota.correlate(jobs).scalar_subquery(), max_running)
     busy = leased.group_by(jobs.c.tenant).having(func.count() >= most)
@@ -119,12 +134,13 @@ def next_job(
     query = (
         select(jobs)
         .where(
-            jobs.c.state.in_(OPEN),
+            IS_OPEN,
             # lease_until is the end of a running job's lease, or of a released job's pause.
             or_(jobs.c.lease_until.is_(None), jobs.c.lease_until <= now),
             jobs.c.kind.in_(kinds),
             jobs.c.tenant.not_in(busy),
-            jobs.c.tenant.not_in(select(tenants.c.name).where(tenants.c.max_running_jobs == 0)),
+            # A tenant without a leased job is not busy, whatever its quota.
+            most > 0,
             _may_run(now),
         )
         .order_by(last_turn.nulls_first(), jobs.c.id)
@@ -161,6 +177,7 @@ def job_record(row: Row[Any]) -> JobRecord:
     values = row._asdict()
     values["request"] = json.loads(row.request)
     values["progress"] = _progress(row)
+    values["checkpoint"] = None if row.checkpoint is None else Artifact(*json.loads(row.checkpoint))
     return JobRecord(**values)
 
 

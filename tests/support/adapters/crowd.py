@@ -1,14 +1,26 @@
-"""A PostgreSQL database with many tenants, and what statements cost in it, in pages instead of seconds."""
+"""A PostgreSQL database with many tenants, and what statements cost in it, in pages instead of seconds.
+
+Pages are the same on every machine. TOPWORK_TEST_SCALE=full compares a thousand tenants with a million;
+otherwise it is a thousand with fifty thousand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import create_engine, text
 
 from adapters.registry.database import Database
+from adapters.registry.registry import Registry
+
+FEW = 1_000
+MANY = 1_000_000 if os.environ.get("TOPWORK_TEST_SCALE") == "full" else 50_000
+GROWTH = 1.5
+# Trees of indexes have one level more where there are a thousand times as many rows.
+LEVELS = 30
 
 # One row of each kind for tenant number n. Every tenth tenant has had a job, which has ended.
 _ROWS = (
@@ -80,3 +92,17 @@ def cost(server: str) -> Iterator[Cost]:
     counted.pages = sum(int(pages) for pages, _, _ in rows)
     counted.statements = sum(int(calls) for _, calls, _ in rows)
     counted.slowest = "; ".join(f"{pages} pages: {query}" for pages, _, query in rows[:3])
+
+
+def grows_not(server: str, crowds: dict[int, str], work: Callable[[Registry], object]) -> None:
+    """Assert that the work touches about as many pages among many tenants as among few."""
+    pages = {}
+    told = {}
+    for count, url in crowds.items():
+        registry = Registry(url)
+        work(registry)  # a first call, which also reads the catalogue of tables
+        with cost(server) as counted:
+            work(registry)
+        registry.close()
+        pages[count], told[count] = counted.pages, counted.slowest
+    assert pages[MANY] <= GROWTH * pages[FEW] + LEVELS, f"{pages}: {told[MANY]}"
