@@ -14,13 +14,16 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
+.PHONY: help serve serve-cluster test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-scale test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-replicas bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 serve: .venv/serve.stamp  ## Serve on HOST (127.0.0.1) and PORT (3000) until Ctrl-C
 	@exec $(BIN)/topwork serve --host $(HOST)
+
+serve-cluster: .venv/dev.stamp  ## Serve on PORT (3000) from two replicas behind HAProxy, until Ctrl-C
+	@exec $(RUN) deploy.cluster
 
 # Processes that run tests; 0 runs them one by one.
 WORKERS ?= 3
@@ -72,6 +75,9 @@ FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tes
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
 
+test-scale: .venv/dev.stamp  ## A million tenants, and replicas behind HAProxy that end again and again
+	TOPWORK_TEST_SCALE=full $(RUN) pytest tests/scale $(ARGS)
+
 test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB
 	$(RUN) models.export
 	$(RUN) tests.image.trial $(ARGS)
@@ -116,6 +122,9 @@ bench-first-start: .venv/dev.stamp  ## A first start on a busy machine that turn
 
 bench-tenants: .venv/dev.stamp  ## Memory, descriptors and threads while a thousand tenants ask for twenty minutes
 	$(RUN) benchmarks.serving.tenants
+
+bench-replicas: .venv/dev.stamp  ## Two replicas behind HAProxy: what they see of each other, what an end of one costs
+	$(RUN) benchmarks.reliability.replicas
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
 	$(RUN) benchmarks.training.quality

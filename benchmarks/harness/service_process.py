@@ -43,8 +43,9 @@ class Serving:
         arguments: Sequence[str] = ("--port", "0"),
         environment: Mapping[str, str] | None = None,
         timeout: float = 600.0,
+        launcher: Sequence[str] = (),
     ) -> None:
-        """Returns once the service is ready. Raises DidNotStart."""
+        """Returns once the service is ready. `launcher`: a command that runs it. Raises DidNotStart."""
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.log = home / "serve.log"
@@ -55,7 +56,7 @@ class Serving:
         begun = time.perf_counter()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*program, "serve", *arguments],
+                [*launcher, *program, "serve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import pwd
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -17,70 +17,30 @@ from sqlalchemy import create_engine, make_url, text
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
+from deploy.cluster.bucket import S3Server, make_bucket, store_options
+from deploy.cluster.postgres import Postgres
+from deploy.cluster.processes import NotInstalled, unprivileged
 from tests.support.conditions import until
 
 _numbers = itertools.count(1)
 
 
-def unavailable(component: str, reason: str) -> None:
+def unavailable(component: str, reason: str) -> NoReturn:
     """Skip what needs a component that is not installed, or fail where TOPWORK_TEST_REQUIRE names it."""
     if component in os.environ.get("TOPWORK_TEST_REQUIRE", "").split(","):
         pytest.fail(f"{component} is required and missing: {reason}")
     pytest.skip(f"{component} is missing: {reason}")
 
 
-def _postgres_programs() -> Path | None:
-    found = shutil.which("initdb")
-    if found:
-        return Path(found).parent
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    return installed[-1] if installed else None
-
-
-def _unprivileged() -> tuple[list[str], pwd.struct_passwd]:
-    """How to run a program that refuses root, and as whom."""
-    if os.geteuid() != 0:
-        return [], pwd.getpwuid(os.geteuid())
-    for name in ("postgres", "nobody"):
-        try:
-            return ["setpriv", f"--reuid={name}", "--clear-groups", "--regid=nogroup"], pwd.getpwnam(name)
-        except KeyError:
-            continue
-    raise AssertionError("no unprivileged user")
-
-
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """URL of a private PostgreSQL cluster, on a socket."""
-    programs = _postgres_programs()
-    if programs is None:
-        unavailable("postgres", "no initdb on this machine")
-    assert programs is not None
-    prefix, user = _unprivileged()
-    # Only its owner may enter pytest's folder, and the cluster runs as another user.
-    home = Path(tempfile.mkdtemp(prefix="topwork-postgres-"))
-    os.chown(home, user.pw_uid, user.pw_gid)
-    data = home / "data"
-
-    def run(*command: str) -> None:
-        done = subprocess.run(
-            [*prefix, str(programs / command[0]), *command[1:]], cwd=home, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
     try:
-        run("initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync")
-        options = (
-            f"-c listen_addresses='' -c unix_socket_directories={home} -c fsync=off -c max_connections=200 "
-            "-c shared_preload_libraries=pg_stat_statements"
-        )
-        run("pg_ctl", "-D", str(data), "-l", str(home / "log"), "-w", "-o", options, "start")
-        try:
-            yield f"postgresql+psycopg://postgres@/postgres?host={home}"
-        finally:
-            run("pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop")
-    finally:
-        shutil.rmtree(home)
+        server = Postgres("max_connections=200", "shared_preload_libraries=pg_stat_statements", sync=False)
+    except NotInstalled as error:
+        unavailable("postgres", f"{error} is not installed")
+    with server:
+        yield server.url
 
 
 @pytest.fixture
@@ -118,8 +78,7 @@ def pooled_url(postgres_server: str) -> Iterator[str]:
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
     if program is None:
         unavailable("pgbouncer", "no pgbouncer on this machine")
-    assert program is not None
-    prefix, user = _unprivileged()
+    prefix, user = unprivileged()
     database = make_url(new_database(postgres_server))
     with tempfile.TemporaryDirectory(prefix="topwork-pgbouncer-") as folder:
         os.chown(folder, user.pw_uid, user.pw_gid)
@@ -148,27 +107,17 @@ def pooled_url(postgres_server: str) -> Iterator[str]:
 def s3_server() -> Iterator[str]:
     """Address of a private S3 endpoint."""
     try:
-        from moto.server import ThreadedMotoServer
+        server = S3Server()
     except ImportError as error:
         unavailable("s3", str(error))
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    with server:
+        yield server.url
 
 
 @pytest.fixture
 def s3_options(s3_server: str) -> dict[str, str]:
     """The options with which `open_store` reaches the endpoint."""
-    return {
-        "endpoint": s3_server,
-        "region": "us-east-1",
-        "access_key_id": "test",
-        "secret_access_key": "test",
-    }
+    return store_options(s3_server)
 
 
 @pytest.fixture
@@ -179,19 +128,7 @@ def s3_url(s3_options: dict[str, str]) -> str:
 
 def new_bucket(s3_options: dict[str, str]) -> str:
     """URL of an empty bucket, with a prefix."""
-    import boto3
-
-    bucket = f"topwork-{next(_numbers)}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_options["endpoint"],
-        region_name=s3_options["region"],
-        aws_access_key_id=s3_options["access_key_id"],
-        aws_secret_access_key=s3_options["secret_access_key"],
-    )
-    client.create_bucket(Bucket=bucket)
-    client.close()
-    return f"s3://{bucket}/artifacts"
+    return make_bucket(s3_options, f"topwork-{next(_numbers)}")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

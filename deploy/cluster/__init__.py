@@ -1,0 +1,1 @@
+"""A whole cluster on one machine, from packages: `python -m deploy.cluster`."""
