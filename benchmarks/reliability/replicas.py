@@ -115,8 +115,8 @@ def _wait(holds: Callable[[], bool]) -> float:
 class Outcome:
     """What became of requests during which a replica ended.
 
-    lost: requests that were not answered with 200, by method. open: requests that were open at some time
-    between the signal and the replica's end.
+    lost: requests that were neither answered nor asked to come again (429), by method. open: requests that
+    were open at some time between the signal and the replica's end.
     """
 
     answered: int = 0
@@ -193,7 +193,7 @@ class Callers:
                     connection.request(method, path, json.dumps(body), headers)
                     answer = connection.getresponse()
                     answer.read()
-                    is_good = answer.status == 200
+                    is_good = answer.status in (200, 429)
                 except (HTTPException, OSError):
                     connection.close()
                     is_good = False

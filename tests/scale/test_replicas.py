@@ -91,7 +91,6 @@ def test_a_tenant_keeps_its_replica(
         known = replicas.adapters(spare[-1].url, name, TENANTS, TEXTS)
         with proxied(urls, tmp_path, file) as proxy:
             loaded[name] = replicas.misses(proxy, urls, [tenant for tenant, _ in known], TEXTS[0])
-    assert loaded["hashed"] == TENANTS
     assert loaded["hashed"] <= 0.6 * loaded["robin"], loaded
 
 
