@@ -5,7 +5,6 @@ The page's assets are those that BentoML ships, instead of a content delivery ne
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
@@ -18,6 +17,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
+from adapters.threads import DATABASE
 from models.batching.batcher import Batcher
 from models.runtime.autotune import MeasuredPlan
 from service.monitoring.metrics import CONTENT_TYPE, Metrics
@@ -48,7 +48,8 @@ class OperationEndpoints:
 
     async def get_metrics(self) -> Response:
         """Return the metrics that Prometheus scrapes."""
-        return Response(await asyncio.to_thread(self._metrics.render), media_type=CONTENT_TYPE)
+        # Some gauges are read from the database.
+        return Response(await DATABASE.run(self._metrics.render), media_type=CONTENT_TYPE)
 
 
 class PageEndpoints:

@@ -9,7 +9,7 @@ from contextvars import copy_context
 
 import pytest
 
-from adapters.threads import TENANT, FairThreads
+from adapters.threads import DATABASE, KEYS, POLL, STORE, TENANT, FairThreads
 
 
 def ask(threads: FairThreads, tenant: str, work: object) -> object:
@@ -74,3 +74,26 @@ async def test_an_event_loop_takes_it_for_its_own() -> None:
         2**n for n in range(50)
     ]
     await loop.shutdown_default_executor()
+
+
+@pytest.mark.anyio
+async def test_a_store_that_hangs_holds_up_nothing_else() -> None:
+    go = threading.Event()
+    hung = [asyncio.ensure_future(STORE.run(go.wait, 60)) for _ in range(40)]
+    try:
+        async with asyncio.timeout(10):
+            for threads in (DATABASE, KEYS, POLL):
+                assert await threads.run(pow, 2, 3) == 8
+            assert await asyncio.to_thread(pow, 2, 3) == 8
+        assert not any(one.done() for one in hung)
+    finally:
+        go.set()
+    assert all(await asyncio.gather(*hung))
+
+
+@pytest.mark.anyio
+async def test_work_has_its_caller_s_context_and_error() -> None:
+    TENANT.set("a")
+    assert await DATABASE.run(TENANT.get) == "a"
+    with pytest.raises(ValueError, match="no number"):
+        await DATABASE.run(int, "no number")
