@@ -2,7 +2,12 @@
 
 import os
 
-SILENT = {"BENTOML_DO_NOT_TRACK": "true", "HF_HUB_DISABLE_TELEMETRY": "1", "ORT_DISABLE_TELEMETRY": "1"}
+SILENT = {
+    "BENTOML_DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 """Environment variables that turn off the telemetry of libraries."""
 
 # Libraries read these variables on import or on first use, and this module is imported before any of our

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from adapters.logs import configure_logging
 from service.edge.gateway import Edge
+from service.environment import serving_environment, set_serving_environment
 from service.server.bentoml_shell import configured_host, shell_around, stop_tracking
 from service.server.connections import connections
 from service.server.image import image
@@ -25,7 +26,7 @@ from service.server.process import (
     give_up,
     raise_descriptor_limit,
 )
-from service.settings import Settings, serving_environment, set_serving_environment, warn_of_unknown_settings
+from service.settings import Settings, warn_of_unknown_settings
 
 edge = Edge()
 

@@ -20,8 +20,8 @@ from adapters import defaults
 from adapters.jobs.callbacks import secret_key
 from adapters.jobs.config import Engine, WorkerConfig
 from adapters.logs import LogFormat
-from models import SILENT
 from models.preprocess.limits import InputLimits
+from service.environment import set_serving_environment
 
 logger = logging.getLogger("topwork")
 
@@ -150,6 +150,9 @@ class Settings(BaseSettings):
         gt=0,
         le=16,
         description="GPUs of a job on Ray if the device is cuda; 0.5: two share one.",
+    )
+    ray_patience: Seconds = Field(
+        default=300.0, description="Seconds that a job waits for resources that no node of the cluster has."
     )
     lease_seconds: float = Field(
         default=30.0,
@@ -295,6 +298,7 @@ class Settings(BaseSettings):
             engine=self.engine,
             ray_address=self.ray_address,
             ray_gpus=self.ray_gpus,
+            ray_patience=self.ray_patience,
             callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
         )
 
@@ -345,53 +349,6 @@ def warn_of_unknown_settings() -> None:
     for name, nearest in unknown_settings(os.environ).items():
         hint = f" Did you mean {nearest}?" if nearest else ""
         logger.warning("%s is no setting of this release and is ignored.%s", name, hint)
-
-
-class BadPort(ValueError):
-    """A value is not a port number."""
-
-    code = "bad_port"
-
-
-def bind_port() -> int:
-    """Return the port to bind if the command line names none: PORT, else 3000. Raises BadPort."""
-    try:
-        return parse_port(os.environ.get("PORT") or "3000")
-    except BadPort as error:
-        raise BadPort(f"PORT: {error}") from None
-
-
-def parse_port(value: str) -> int:
-    """Return the port number, where 0 means a free one. Raises BadPort."""
-    if not (value.isascii() and value.isdecimal() and len(value) <= 5) or int(value) > 65535:
-        raise BadPort(f"{value!r} is not a port. Use a number from 1 to 65535, or 0 for a free port")
-    return int(value)
-
-
-def tracing_wanted() -> bool:
-    """Whether an OpenTelemetry exporter is configured and not switched off."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
-    return any(name.startswith("OTEL_EXPORTER_") or name == "OTEL_TRACES_EXPORTER" for name in os.environ)
-
-
-def serving_environment() -> dict[str, str]:
-    """Return the variables to set before other libraries are imported, unless the operator has set them.
-
-    They turn usage statistics off. Without an exporter they turn OpenTelemetry off: its spans would be
-    created and discarded, and full collections over them stall requests for hundreds of milliseconds. They
-    limit BLAS to one thread: heads are small, and spinning threads take cores from backbones.
-    """
-    wanted = {**SILENT, "OPENBLAS_NUM_THREADS": "1"}
-    if not tracing_wanted():
-        wanted["OTEL_SDK_DISABLED"] = "true"
-    return wanted
-
-
-def set_serving_environment() -> None:
-    """Set these variables in this process, and so in its child processes."""
-    for name, value in serving_environment().items():
-        os.environ.setdefault(name, value)
 
 
 def read_settings() -> Settings:

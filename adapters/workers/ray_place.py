@@ -162,6 +162,8 @@ class RayPlace:
     def _look_for_place(self, one: _Begun) -> None:
         if ray.wait([one.placed], timeout=0)[0]:
             one.node = ray.get(one.placed)
+            job = one.claim.job
+            logger.info("job %s of %s: attempt %d on node %s", job.id, job.adapter, job.attempt, one.node)
             # From now on, the attempt itself holds the lease.
             one.lease.__exit__(None, None, None)
             one.ended = one.actor.run.remote(one.claim)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _port(value: str) -> int:
-    from service.settings import BadPort, parse_port
+    from service.environment import BadPort, parse_port
 
     try:
         return parse_port(value)
@@ -38,7 +38,8 @@ def serve(
     """Serve predictions and adaptation over HTTP until interrupted."""
     # BentoML's application runs in this process: the supervisor of `bentoml serve` would add two seconds of
     # imports before its worker starts, and would hide that a worker cannot start.
-    from service.settings import bind_port, read_settings
+    from service.environment import bind_port
+    from service.settings import read_settings
 
     settings = read_settings()
     listener = _listen(host, bind_port() if port is None else port)

@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from adapters.logs import configure_logging
+from service.environment import tracing_wanted
 from service.server.drain import DrainingServer
 from service.server.overrides import check_overrides
 from service.server.protocol import BoundedHttpProtocol
-from service.settings import Settings, tracing_wanted
+from service.settings import Settings
 
 _HEALTH_CHECKS = frozenset({"/livez", "/readyz", "/healthz"})
 

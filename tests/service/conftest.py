@@ -8,7 +8,7 @@ from subprocess import CalledProcessError
 
 import pytest
 
-from service.settings import serving_environment
+from service.environment import serving_environment
 from tests.support.service.client import Caller
 from tests.support.service.seclusion import Seclusion
 from tests.support.storage import unavailable

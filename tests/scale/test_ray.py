@@ -1,0 +1,169 @@
+"""Jobs on the nodes of a Ray cluster: whatever ends there, each job has one outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.service_process import Serving
+from tests.scale.ray_cluster import Nodes, driver, nodes, run_worker
+from tests.support.conditions import until
+from tests.support.service.client import BLAME, PRAISE, Caller, Json
+from tests.support.service.fine_tunes import LONG, QUICK, shades, until_finished
+from tests.support.service.uploads import CSV
+from tests.support.storage import new_bucket, new_schema
+
+__all__ = ["nodes"]
+
+pytestmark = pytest.mark.alone
+
+EXAMPLES = 3_000
+LEASE = 10.0
+RESUMED = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A service that does no jobs, and what its workers need to reach the same database and bucket."""
+
+    url: str
+    home: Path
+    settings: dict[str, str]
+
+    def node_of(self, nodes: Nodes, job: Json) -> Any:
+        """The node on which the job's last attempt runs, as its driver says."""
+        said = [
+            line
+            for line in (self.home / "driver.log").read_text().splitlines()
+            if job["id"] in line and " on node " in line
+        ]
+        (found,) = [node for node in nodes.nodes if node.node_id in said[-1]]
+        return found
+
+    def caller(self) -> Caller:
+        return Caller(self.url)
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, postgres_server: str
+) -> Iterator[Site]:
+    options: dict[str, str] = {
+        "endpoint": request.getfixturevalue("s3_server"),
+        "region": "us-east-1",
+        "access_key_id": "test",
+        "secret_access_key": "test",
+    }
+    settings = {
+        "TOPWORK_DATABASE_URL": new_schema(postgres_server),
+        "TOPWORK_STORE_URL": new_bucket(options),
+        "TOPWORK_STORE_OPTIONS": json.dumps(options),
+        "TOPWORK_LEASE_SECONDS": str(LEASE),
+    }
+    home = tmp_path_factory.mktemp("site")
+    with Serving(home, environment={**settings, "TOPWORK_WORKERS": "0"}) as serving:
+        yield Site(serving.url, home, settings)
+
+
+def submit_upload(caller: Caller, adapter: str = "reviews") -> Json:
+    kinds = (("up", PRAISE), ("down", BLAME))
+    rows = [
+        f'e{number},"{texts[number // 2 % len(texts)]} {number}",{label}'
+        for number in range(EXAMPLES)
+        for label, texts in (kinds[number % 2],)
+    ]
+    content = "\n".join(["id,text,label", *rows])
+    response = caller.http.post(f"/adapt?adapter={adapter}", content=content, headers=CSV)
+    assert response.status_code == 202, response.text
+    job: Json = response.json()
+    return job
+
+
+def submit_fine_tune(caller: Caller, config: dict[str, Any], adapter: str = "shades") -> Json:
+    return caller.adapt(adapter, shades(), 202, method="fine_tune", fine_tune=config)
+
+
+def job_of(caller: Caller, job: Json) -> Json:
+    return caller.call("GET", f"/jobs/{job['id']}")
+
+
+def check_upload(caller: Caller, job: Json, adapter: str = "reviews") -> None:
+    """One version, all examples, and an answer from it."""
+    assert job["state"] == "succeeded", job
+    assert [one["number"] for one in caller.call("GET", f"/adapters/{adapter}/versions")["versions"]] == [1]
+    assert caller.call("GET", f"/adapters/{adapter}")["examples"] == EXAMPLES
+    caller.predict(adapter, [{"text": PRAISE[0]}])
+
+
+def stored(caller: Caller, job: Json) -> int:
+    progress = job_of(caller, job)["progress"] or {}
+    return int(progress.get("stored", 0))
+
+
+def test_jobs_are_done_on_the_nodes(site: Site, nodes: Nodes) -> None:
+    caller = site.caller()
+    with driver(site.home, nodes, site.settings):
+        jobs = [submit_fine_tune(caller, QUICK), submit_upload(caller)]
+        tuned, uploaded = (until_finished(caller, job, 400.0) for job in jobs)
+    assert (tuned["state"], tuned["attempt"]) == ("succeeded", 1), tuned
+    check_upload(caller, uploaded)
+
+
+def test_an_attempt_whose_node_is_killed_goes_on_elsewhere(site: Site, nodes: Nodes) -> None:
+    caller = site.caller()
+    with driver(site.home, nodes, site.settings):
+        job = submit_upload(caller)
+        until(lambda: stored(caller, job) >= 1_000, 60.0)
+        nodes.kill(site.node_of(nodes, job))
+        nodes.add()
+        until(lambda: job_of(caller, job)["attempt"] == 2, LEASE + RESUMED)
+        check_upload(caller, until_finished(caller, job))
+
+
+def test_an_attempt_goes_on_under_another_driver_when_its_own_is_killed(site: Site, nodes: Nodes) -> None:
+    caller = site.caller()
+    with driver(site.home, nodes, site.settings) as first:
+        job = submit_upload(caller)
+        until(lambda: stored(caller, job) >= 1_000, 60.0)
+        first.kill()
+        first.wait()
+    with driver(site.home, nodes, site.settings):
+        until(lambda: job_of(caller, job)["attempt"] == 2, LEASE + RESUMED)
+        check_upload(caller, until_finished(caller, job))
+
+
+def test_a_cancelled_job_ends_within_seconds_and_frees_its_node(site: Site, nodes: Nodes) -> None:
+    caller = site.caller()
+    with driver(site.home, nodes, site.settings):
+        job = submit_fine_tune(caller, LONG)
+        until(lambda: job_of(caller, job)["progress"] is not None, 60.0)
+        caller.call("POST", f"/jobs/{job['id']}/cancel")
+        until(lambda: job_of(caller, job)["state"] == "cancelled", 10.0)
+        # One CPU a node: all three find room only if the cancelled one has gone.
+        others = [site.caller() for _ in nodes.nodes]
+        jobs = [submit_fine_tune(other, QUICK) for other in others]
+        for other, one in zip(others, jobs, strict=True):
+            assert until_finished(other, one, 400.0)["state"] == "succeeded"
+
+
+def test_a_request_for_what_no_node_has_fails_with_its_reason(site: Site, nodes: Nodes) -> None:
+    caller = site.caller()
+    wanting = {**site.settings, "TOPWORK_DEVICE": "cuda", "TOPWORK_RAY_PATIENCE": "3"}
+    with driver(site.home, nodes, wanting):
+        job = until_finished(caller, submit_fine_tune(caller, QUICK))
+    assert (job["state"], job["error"]["code"]) == ("failed", "no_such_resources")
+    assert "1 GPU" in job["error"]["detail"]
+
+
+def test_a_cluster_without_a_token_is_refused(
+    tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    done = run_worker(tmp_path, nodes)
+    assert done.returncode == 1
+    assert "RAY_AUTH_TOKEN" in done.stderr
