@@ -43,7 +43,7 @@ from models.batching.core_sharing import CoreSharing
 from models.model_store import find
 from models.runtime.autotune import MeasuredPlan
 from models.survey import planned
-from service.background import clear_erasures, sweep_artifacts
+from service.background import clear_erasures, count_totals, sweep_artifacts
 from service.components import Components
 from service.edge.concurrency import UPLOADS, UPLOADS_OF_A_TENANT, ConcurrencyLimit
 from service.edge.key_cache import KeyCache
@@ -166,7 +166,10 @@ async def compose(
         stack.enter_context(told_to_end(partial(end_within, _END_SECONDS)))
         # Daemon threads: listing a bucket may take long, and shutdown must not wait for it.
         threading.Thread(target=sweep_artifacts, args=(registry, store, closing), daemon=True).start()
-        threading.Thread(target=clear_erasures, args=(registry, store, closing), daemon=True).start()
+        threading.Thread(
+            target=clear_erasures, args=(registry, store, settings.rewrite_bytes, closing), daemon=True
+        ).start()
+        threading.Thread(target=count_totals, args=(registry, closing), daemon=True).start()
         threading.Thread(target=trim_memory, args=(closing,), daemon=True).start()
         components = Components(
             settings=settings,

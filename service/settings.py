@@ -180,6 +180,10 @@ class Settings(BaseSettings):
         description="Loaded networks of fine-tuned versions kept in memory.",
     )
     head_cache_bytes: Bytes = Field(default=64 * MIB, description="Loaded heads kept in memory.")
+    rewrite_bytes: Bytes = Field(
+        default=defaults.REWRITTEN_BYTES,
+        description="Largest PostgreSQL table, with its indexes, to rewrite after an erasure; readers wait.",
+    )
     request_timeout: Seconds = Field(
         default=120.0, description="Seconds that a request may take; beyond it, 504."
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from adapters.adaptation.repository import AdapterRepository
 from adapters.completion import to_its_end
+from adapters.defaults import REWRITTEN_BYTES
 from adapters.registry.erasures import NAME_TAKEN, Receipt, TenantErased
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
@@ -21,6 +21,7 @@ logger = logging.getLogger("topwork")
 _LATEST = 900.0
 # Pause before the pages are cleared again, as a multiple of the time that the last clearing took.
 _REST = 3.0
+_LONGEST_REST = 60.0  # seconds, while something cannot be cleared yet
 
 
 class TenantCache(Protocol):
@@ -88,15 +89,14 @@ class ErasureSweeper:
     """Deletes repeatedly what may still be left of erased adapters. Blocking, for one thread.
 
     A process that was writing a file when its adapter was erased deletes the file itself. If it was killed
-    first, or the store was unavailable, the sweeper does.
+    first, or the store was unavailable, a sweeper does, of any process: each round of an erasure's files is
+    taken by one, and so is a clearing of pages. `rewritten_bytes`: see Remains.clear_pages.
     """
 
-    def __init__(self, registry: Registry, store: Store) -> None:
+    def __init__(self, registry: Registry, store: Store, rewritten_bytes: int = REWRITTEN_BYTES) -> None:
         self._registry = registry
         self._store = store
-        self._seen: dict[str, float] = {}
-        self._cleared: str | None = None
-        self._rest_until = 0.0
+        self._rewritten_bytes = rewritten_bytes
 
     def clear(self) -> None:
         """Run one round, a second or two after the last.
@@ -110,34 +110,33 @@ class ErasureSweeper:
             self._delete_files()
 
     def _delete_files(self) -> None:
-        unfinished = self._registry.erasures.unfinished()
-        known = self._seen
-        self._seen = {one.id: known.get(one.id, 0.0) for one in unfinished}
-        for erasure in unfinished:
-            # The interval doubles: an erasure of many adapters must not cause tens of thousands of deletions.
-            if erasure.age < 2.0 * self._seen[erasure.id]:
+        remains = self._registry.remains
+        for erasure_id in remains.due_files():
+            # Taken one by one, because a name is free again a few seconds after its tenant was erased.
+            erasure = remains.take_files(erasure_id)
+            if erasure is None:
                 continue
             if erasure.whole and erasure.age < NAME_TAKEN - 1.0:
                 # The tenant's name is still blocked, so the tenant cannot have created anything new.
                 self._store.delete_tenant(erasure.tenant)
             for uid in erasure.uids:
                 self._store.delete_adapter(erasure.tenant, uid)
-            self._seen[erasure.id] = max(erasure.age, 0.5)
             if erasure.age > _LATEST:
-                self._registry.erasures.finish(erasure.id)
+                remains.finish(erasure.id)
 
     def _clear_pages(self) -> None:
         """Clear the pages once for all erasures since the last time.
 
         Other writers to the database may have to wait meanwhile: the longer it takes, the longer the pause
-        after it.
+        after it. The pause also grows with the age of what cannot be cleared yet.
         """
-        newest = self._registry.erasures.newest()
-        begun = time.monotonic()
-        if newest == self._cleared or begun < self._rest_until:
+        if not self._registry.remains.uncleared:
             return
-        try:
-            self._registry.erasures.clear_pages()
-            self._cleared = newest
-        finally:
-            self._rest_until = time.monotonic() + _REST * (time.monotonic() - begun)
+        with self._registry.chores.turn("clear", pause=0.0) as turn:
+            if turn is None:
+                return
+            oldest = 0.0
+            try:
+                oldest = self._registry.remains.clear_pages(self._rewritten_bytes)
+            finally:
+                turn.pause = max(_REST * turn.seconds, min(oldest / 4.0, _LONGEST_REST))

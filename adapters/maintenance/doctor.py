@@ -105,9 +105,9 @@ class Doctor:
             )
             yield Finding(tenant, "", "files", "unreferenced", detail, repaired=self._repair)
 
-    def _referenced(self, uid: str) -> set[Artifact]:
+    def _referenced(self, *uids: str) -> set[Artifact]:
         with self._database.reading() as connection:
-            return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)
+            return set(artifacts_by_id(connection, *uids).values()) | uploads_of(connection, *uids)
 
     def _mend(self, state: InspectedAdapter, damages: Sequence[Damage]) -> Iterator[Finding]:
         """Repair an adapter. Damaged versions go first and together, so that none of them becomes live."""

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from adapters.adaptation.artifacts import rows_at
 from adapters.adaptation.revision.layout import SegmentSlot, Stored, locate, plan_change
 from adapters.registry.database import Database
-from adapters.registry.erasures import ALL, delete_adapters, digest
+from adapters.registry.erasures import ALL, delete_adapters, digest, pages_of
 from adapters.registry.records import AdapterRecord, Change, ExampleRecord
 from adapters.registry.schema import adapters, erasures, jobs, keys, replies, tenants
 from adapters.registry.statements.commit import commit
@@ -62,7 +62,8 @@ def replay(
                 replayed.adapters += delete_adapters(connection, [row["adapter_uid"]])["adapters"]
             else:
                 _examples(connection, files, row, replayed)
-            connection.execute(insert(erasures), [row])
+            pages = pages_of(row["adapter_uid"], row["examples"])
+            connection.execute(insert(erasures), [row | {"pages": pages}])
     return replayed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapters.registry.errors import RegistryTooNew, RegistryTooOld, RegistryUnavailable
 from adapters.registry.migrations import HEAD
-from adapters.registry.schema import metadata
 from adapters.registry.sqlite import DAMAGED, begin, prepare, wal_is_safe, why_unusable
 from adapters.storage.artifact import StoreFull
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 # Key of the advisory lock around migrations: arbitrary, but the same in all releases that may start together.
 _MIGRATION_LOCK = 0x746F70776F726B
-# Largest table or SQLite file that is rewritten, which takes a second or two.
-_REWRITTEN_BYTES = 256 << 20
-_REWRITING_WAITS = "500ms"  # lock timeout of a rewrite
 # Largest SQLite file that is checked, in half a second. Larger ones are left to `topwork doctor`.
 _CHECKED_BYTES = 128 << 20
 _HOW_TO_MIGRATE = "`topwork migrate` makes the tables of this release, and so does the start of the service."
@@ -183,40 +179,17 @@ class Database:
             if _stored_revision(connection) != HEAD:
                 _upgrade(connection)
 
-    def clear_pages(self) -> None:
-        """Rewrite the tables, because their pages keep bytes of deleted rows.
+    @contextmanager
+    def maintaining(self) -> Iterator[Connection]:
+        """Open a connection for statements that cannot run in a transaction, such as VACUUM.
 
-        PostgreSQL leaves those bytes in place. SQLite overwrites them (secure_delete), but not the copies
-        left behind when it moved rows within a page. Tables too large to rewrite while others wait keep
-        such bytes until later writes overwrite them; in PostgreSQL, a plain VACUUM frees them for that.
+        On SQLite, give them to the driver's connection. Other writers of this process wait.
         """
-        if self._sqlite:
-            self._rewrite_sqlite()
-            return
-        with self._translated(), self._engine.connect() as connection:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            preparer = connection.dialect.identifier_preparer
-            # Other transactions queue behind a VACUUM FULL that waits for its table lock.
-            connection.execute(text(f"SET lock_timeout = '{_REWRITING_WAITS}'"))
-            try:
-                for table in metadata.sorted_tables:
-                    size = connection.execute(select(func.pg_total_relation_size(table.name))).scalar_one()
-                    full = "(FULL)" if size <= _REWRITTEN_BYTES else ""
-                    connection.execute(text(f"VACUUM {full} {preparer.format_table(table)}"))
-            finally:
-                connection.execute(text(f"SET lock_timeout = {int(self._patience * 1000)}"))
-
-    def _rewrite_sqlite(self) -> None:
-        with self._translated(), self._in_turn(), self._engine.connect() as connection:
-            driver = connection.connection.driver_connection
-            assert isinstance(driver, sqlite3.Connection)
-            (pages,), (size,) = (
-                driver.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
-            )
-            if pages * size <= _REWRITTEN_BYTES:
-                driver.execute("VACUUM")
-            # In WAL mode, the log holds old pages until it is overwritten.
-            driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        turn = self._in_turn() if self._sqlite else nullcontext()
+        with self._translated(), turn, self._engine.connect() as connection:
+            if not self._sqlite:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:

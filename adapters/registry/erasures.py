@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, insert, select
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.errors import UnknownTenant
@@ -40,7 +40,8 @@ ALL = "*"
 NAME_TAKEN = 5.0
 """Seconds after a tenant's erasure during which nothing is created for it. Cached keys may be accepted that
 long, see service/edge/key_cache.py."""
-_WHOLE = "*"  # marks in the `files` column that the whole tenant was erased
+WHOLE = "*"
+"""Marks in the `files` column that the whole tenant was erased."""
 # Seconds allowed between a request's first read of the database and the moment from which its age counts.
 _SLACK = 1.0
 _DIGITS = 32  # length of an example's digest, in hex digits
@@ -75,19 +76,8 @@ class Receipt:
     keys: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Unfinished:
-    """An erasure whose files may not all be deleted yet."""
-
-    id: str
-    tenant: str
-    uids: tuple[str, ...]  # of the erased adapters
-    whole: bool  # the whole tenant was erased
-    age: float  # seconds
-
-
 class Erasures:
-    """Records of erasures. Thread-safe, blocking. Every method may raise RegistryUnavailable."""
+    """Erasures of tenants. Thread-safe, blocking. Every method may raise RegistryUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -96,37 +86,6 @@ class Erasures:
         """Erase all rows of the tenant; the caller then deletes its files. Raises UnknownTenant."""
         with self._database.writing() as connection:
             return _erase_tenant(connection, name)
-
-    def unfinished(self) -> list[Unfinished]:
-        """Return the erasures whose files may still exist, oldest first."""
-        with self._database.reading() as connection:
-            now = current_time(connection)
-            query = select(erasures).where(erasures.c.files.is_not(None)).order_by(erasures.c.at)
-            return [
-                Unfinished(
-                    row.id,
-                    row.tenant,
-                    tuple(uid for uid in row.files.split() if uid != _WHOLE),
-                    _WHOLE in row.files.split(),
-                    (now - row.at).total_seconds(),
-                )
-                for row in connection.execute(query)
-            ]
-
-    def finish(self, erasure_id: str) -> None:
-        """Record that the files are deleted, and that no process is left that could write another."""
-        with self._database.writing() as connection:
-            connection.execute(update(erasures).where(erasures.c.id == erasure_id).values(files=None))
-
-    def newest(self) -> str | None:
-        """Return the id of the newest erasure, or None if there is none."""
-        with self._database.reading() as connection:
-            newest: str | None = connection.execute(select(func.max(erasures.c.id))).scalar_one()
-            return newest
-
-    def clear_pages(self) -> None:
-        """Overwrite the bytes of deleted rows in the database's pages."""
-        self._database.clear_pages()
 
 
 def erase_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
@@ -186,6 +145,7 @@ def record(
         "examples": examples,
         "files": " ".join(files) or None,
         "receipt": json.dumps(counts),
+        "pages": pages_of(adapter_uid, examples),
         "at": now,
     }
     connection.execute(insert(erasures).values(values))
@@ -197,6 +157,16 @@ def record(
     )
     connection.execute(delete(erasures).where(erasures.c.id.in_(old)))
     return receipt
+
+
+def pages_of(adapter_uid: str | None, digests: str | None) -> str:
+    """Return the names of the tables that may hold what an erasure with these columns deletes."""
+    touched = list(_OF_AN_ADAPTER)
+    if digests is None:
+        touched.append(adapters)
+    if adapter_uid is None:
+        touched += [changes, keys, tenants]
+    return " ".join(table.name for table in touched)
 
 
 def _erase_tenant(connection: Connection, name: str) -> Receipt:
@@ -216,7 +186,7 @@ def _erase_tenant(connection: Connection, name: str) -> Receipt:
     if not known and not uids:
         raise UnknownTenant(name)
     # The mark stands for the tenant itself, which may have files but no adapter.
-    receipt = record(connection, name, counts, files=[*uids, _WHOLE])
+    receipt = record(connection, name, counts, files=[*uids, WHOLE])
     connection.execute(insert(changes).values(tenant=name, name="", at=receipt.at, gone=True))
     return receipt
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any
 
 from sqlalchemy import Connection, func, insert, or_, select
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.errors import JobFinished, TooManyJobs
 from adapters.registry.idempotency import PendingReply, check_unanswered, keep
-from adapters.registry.records import Claim, Heartbeat, JobKind, JobRecord, JobState
+from adapters.registry.records import Claim, Heartbeat, JobKind, JobRecord
 from adapters.registry.schema import jobs
 from adapters.registry.statements.job_rows import (
     IS_OPEN,
@@ -107,15 +107,6 @@ class Jobs:
             query = query.where(jobs.c.id < after)
         with self._database.reading() as connection:
             return [job_record(row) for row in connection.execute(query)]
-
-    def counts(self) -> dict[JobState, int]:
-        """Return the number of jobs in each state, over all tenants."""
-        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        found: dict[JobState, int] = dict.fromkeys(get_args(JobState), 0)
-        found.update((state, count) for state, count in rows)
-        return found
 
     def open_ids(self) -> set[str]:
         """Return the ids of all queued and running jobs, over all tenants."""
@@ -221,9 +212,9 @@ class Jobs:
             return update_job(connection, job_id, values)
 
 
-def uploads_of(connection: Connection, adapter_uid: str) -> set[Artifact]:
-    """Return the uploaded parts that the adapter's unfinished jobs may still read."""
-    query = select(jobs.c.request).where(jobs.c.adapter_uid == adapter_uid, IS_OPEN)
+def uploads_of(connection: Connection, *uids: str) -> set[Artifact]:
+    """Return the uploaded parts that unfinished jobs of the adapters may still read."""
+    query = select(jobs.c.request).where(jobs.c.adapter_uid.in_(uids), IS_OPEN)
     requests = [json.loads(request) for request in connection.execute(query).scalars()]
     return {part for request in requests for part in upload_of(request)}
 

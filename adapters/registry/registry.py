@@ -43,6 +43,9 @@ from adapters.registry.statements.queries import (
     versions_without,
 )
 from adapters.registry.tenants import Tenants
+from adapters.registry.upkeep.chores import Chores
+from adapters.registry.upkeep.remains import Remains
+from adapters.registry.upkeep.totals import Totals
 from adapters.storage.artifact import Artifact
 
 
@@ -70,6 +73,9 @@ class Registry:
         self._jobs = Jobs(self._database)
         self._tenants = Tenants(self._database)
         self._erasures = Erasures(self._database)
+        self._remains = Remains(self._database)
+        self._chores = Chores(self._database)
+        self._totals = Totals(self._database, self._chores)
         self._replies = Replies(self._database)
         self._identity = Identity(self._database)
 
@@ -87,6 +93,21 @@ class Registry:
     def erasures(self) -> Erasures:
         """The records of erasures, in the same database."""
         return self._erasures
+
+    @property
+    def remains(self) -> Remains:
+        """What erasures leave behind, in the same database."""
+        return self._remains
+
+    @property
+    def chores(self) -> Chores:
+        """Turns at work that one process does for all that share the database."""
+        return self._chores
+
+    @property
+    def totals(self) -> Totals:
+        """Counts over all tenants."""
+        return self._totals
 
     @property
     def replies(self) -> Replies:
@@ -257,19 +278,15 @@ class Registry:
                 for tenant, name, uid, epoch, gone in connection.execute(query)
             ]
 
-    def live_versions(self) -> int:
-        """Return the number of adapters with a live version."""
+    def erased_ago(self, *uids: str) -> dict[str, float]:
+        """Return the seconds since each adapter or an example of it was last erased, if anything was."""
+        query = select(erasures.c.adapter_uid, func.max(erasures.c.at))
+        query = query.where(erasures.c.adapter_uid.in_(uids)).group_by(erasures.c.adapter_uid)
         with self._database.reading() as connection:
-            return connection.execute(select(func.count(adapters.c.live))).scalar_one()
+            now = current_time(connection)
+            return {uid: (now - at).total_seconds() for uid, at in connection.execute(query)}
 
-    def erased_ago(self, uid: str) -> float | None:
-        """Return the seconds since the adapter or an example of it was last erased, None if nothing was."""
-        query = select(func.max(erasures.c.at)).where(erasures.c.adapter_uid == uid)
+    def referenced(self, *uids: str) -> set[Artifact]:
+        """Return the artifacts that rows of the adapters refer to. A uid without an adapter has none."""
         with self._database.reading() as connection:
-            at = connection.execute(query).scalar_one()
-            return None if at is None else (current_time(connection) - at).total_seconds()
-
-    def referenced(self, uid: str) -> set[Artifact]:
-        """Return the artifacts that rows of the adapter refer to; empty if there is no such adapter."""
-        with self._database.reading() as connection:
-            return set(artifacts_by_id(connection, uid).values()) | uploads_of(connection, uid)
+            return set(artifacts_by_id(connection, *uids).values()) | uploads_of(connection, *uids)

@@ -259,9 +259,11 @@ changes = Table(
 )
 
 _WITH_FILES = "files IS NOT NULL"
+_WITH_PAGES = "pages IS NOT NULL"
 
 # Erasures of a tenant, an adapter or examples of it, so that older backups can be restored without them.
 # `examples`: digests of their ids, "*" for all. `files`: uids of adapters whose files may still exist.
+# `pages`: tables whose pages may still hold bytes of the erased rows.
 erasures = Table(
     "erasures",
     metadata,
@@ -272,8 +274,13 @@ erasures = Table(
     Column("files", Text),
     Column("receipt", Text, nullable=False),
     Column("at", UtcTime, nullable=False),
+    # When a process is to delete the files again. NULL: at once.
+    Column("files_due_at", UtcTime),
+    Column("pages", Text),
     Index("erasures_by_tenant", "tenant", "at"),
+    Index("erasures_by_adapter", "adapter_uid", "at"),
     Index("erasures_unfinished", "at", sqlite_where=text(_WITH_FILES), postgresql_where=text(_WITH_FILES)),
+    Index("erasures_uncleared", "id", sqlite_where=text(_WITH_PAGES), postgresql_where=text(_WITH_PAGES)),
 )
 
 # Replies to requests with an Idempotency-Key, written in the transaction that makes the request's change.
@@ -298,6 +305,20 @@ identity = Table(
     metadata,
     Column("id", String(32), primary_key=True),
     Column("created_at", UtcTime, nullable=False),
+)
+
+# Work that one of all processes does for all of them, see adapters/registry/upkeep/chores.py.
+chores = Table(
+    "chores",
+    metadata,
+    Column("name", String(16), primary_key=True),
+    # The turn that began last.
+    Column("turn", String(32), nullable=False),
+    # When the next turn may begin. While a turn lasts, its process puts this off again and again.
+    Column("due_at", UtcTime, nullable=False),
+    # The end of the last turn that succeeded, and what it found.
+    Column("done_at", UtcTime),
+    Column("result", Text),
 )
 
 

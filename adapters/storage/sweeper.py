@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,17 +23,19 @@ KEPT_ASIDE = 7 * DAY
 # One sweep puts aside at most this share of all objects, or this number if it is larger. To the wrong
 # database, every object looks left over.
 _SHARE, _FEW = 0.05, 20
+# Most adapters whose rows are read in one query, and most objects in memory for that.
+_ADAPTERS, _OBJECTS = 1_000, 50_000
 
 
 class Rows(Protocol):
     """The registry's side of a sweep."""
 
-    def referenced(self, uid: str) -> set[Artifact]:
-        """Return the artifacts that rows of the adapter refer to."""
+    def referenced(self, *uids: str) -> set[Artifact]:
+        """Return the artifacts that rows of the adapters refer to."""
         ...
 
-    def erased_ago(self, uid: str) -> float | None:
-        """Return the seconds since something of the adapter was last erased; None if nothing was."""
+    def erased_ago(self, *uids: str) -> dict[str, float]:
+        """Return the seconds since something of each adapter was last erased, if anything was."""
         ...
 
 
@@ -47,16 +51,20 @@ class Swept:
 
 def orphans(
     objects: Iterable[StoredObject],
-    referenced: Callable[[str], set[Artifact]],
+    referenced: Callable[..., set[Artifact]],
     older_than: float = SWEPT_AGE,
 ) -> Iterator[list[StoredObject]]:
-    """Yield, per adapter, the objects that no row refers to and that are older than `older_than` seconds."""
-    for (_, uid), group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
-        old = [found for found in group if found.age > older_than]
-        if old:
-            # Rows are read after the listing: an old name without a reference now never gets one later.
-            kept = {artifact.name for artifact in referenced(uid)}
-            left = [found for found in old if found.name not in kept]
+    """Yield, per adapter, the objects that no row refers to and that are older than `older_than` seconds.
+
+    `referenced`: see Rows.
+    """
+    old = ([found for found in group if found.age > older_than] for group in _groups(objects))
+    for groups in _chunks(group for group in old if group):
+        # Rows are read after the listing: an old name without a reference now never gets one later. A name
+        # is of one adapter only, so that all names can be compared with those of all these adapters.
+        kept = {artifact.name for artifact in referenced(*_uids(groups))}
+        for group in groups:
+            left = [found for found in group if found.name not in kept]
             if left:
                 yield left
 
@@ -86,28 +94,36 @@ def sweep(
             yield found
 
     left: list[StoredObject] = []
-    for found in orphans(counted(), rows.referenced, older_than):
-        erased = rows.erased_ago(found[0].adapter_uid)
-        gone: list[StoredObject] = []
-        for one in found:
-            doomed = one.name.endswith(PARTIAL) or (erased is not None and one.age >= erased)
-            (gone if doomed else left).append(one)
-        store.discard(gone)
-        deleted += len(gone)
+    began = time.monotonic()
+    for groups in _chunks(orphans(counted(), rows.referenced, older_than)):
+        erased = rows.erased_ago(*_uids(groups))
+        # Ages are of the listing, at the earliest of its begin.
+        listed = time.monotonic() - began
+        for group in groups:
+            since = erased.get(group[0].adapter_uid, math.inf) - listed
+            gone: list[StoredObject] = []
+            for one in group:
+                (gone if one.name.endswith(PARTIAL) or one.age >= since else left).append(one)
+            store.discard(gone)
+            deleted += len(gone)
     left.sort(key=lambda one: -one.age)
     most = max(_FEW, int(_SHARE * total))
     store.put_aside(left[:most])
     return Swept(len(left[:most]), deleted, brought_back, len(left[most:]))
 
 
-def bring_back(store: Store, referenced: Callable[[str], set[Artifact]]) -> int:
-    """Put back objects that were put aside although rows refer to them; return how many."""
+def bring_back(store: Store, referenced: Callable[..., set[Artifact]]) -> int:
+    """Put back objects that were put aside although rows refer to them; return how many.
+
+    `referenced`: see Rows.
+    """
     count = 0
-    for group in _groups(store.objects(aside=True)):
-        wanted = {artifact.name for artifact in referenced(group[0].adapter_uid)}
-        lost = [found for found in group if found.name in wanted]
-        store.put_back(lost)
-        count += len(lost)
+    for groups in _chunks(_groups(store.objects(aside=True))):
+        wanted = {artifact.name for artifact in referenced(*_uids(groups))}
+        for group in groups:
+            lost = [found for found in group if found.name in wanted]
+            store.put_back(lost)
+            count += len(lost)
     return count
 
 
@@ -115,3 +131,21 @@ def _groups(objects: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
     """Yield the objects of each adapter."""
     for _, group in groupby(objects, key=lambda found: (found.tenant, found.adapter_uid)):
         yield list(group)
+
+
+def _chunks(groups: Iterable[list[StoredObject]]) -> Iterator[list[list[StoredObject]]]:
+    """Yield the groups in lists of up to _ADAPTERS, or of about _OBJECTS objects."""
+    chunk: list[list[StoredObject]] = []
+    objects = 0
+    for group in groups:
+        chunk.append(group)
+        objects += len(group)
+        if len(chunk) == _ADAPTERS or objects >= _OBJECTS:
+            yield chunk
+            chunk, objects = [], 0
+    if chunk:
+        yield chunk
+
+
+def _uids(groups: Iterable[list[StoredObject]]) -> list[str]:
+    return [group[0].adapter_uid for group in groups]

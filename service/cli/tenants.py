@@ -97,7 +97,9 @@ def erase(tenant: TenantName) -> None:
         store = open_store(settings.store, settings.store_options)
         registry.identity.check(store)
         receipt = registry.erasures.tenant(tenant)
-        ErasureSweeper(registry, store).clear()
+        # A running service may have begun with the files. The receipt is printed once they are gone.
+        store.delete_tenant(tenant)
+        ErasureSweeper(registry, store, settings.rewrite_bytes).clear()
         show(asdict(receipt))
 
 

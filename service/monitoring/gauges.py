@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -92,7 +93,10 @@ def add_gauges(registry: CollectorRegistry, parts: Parts) -> None:
             "Bytes of the fine-tuned networks in memory, about.",
             lambda: parts.networks.bytes,
         ),
-        "live_versions": ("Adapters with a live version.", lambda: _live_versions(parts.registry)),
+        "live_versions": (
+            "Adapters with a live version, counted once a minute for all processes: up to two minutes old.",
+            lambda: _live_versions(parts.registry),
+        ),
     }
     for name, (text, read) in gauges.items():
         Gauge(f"topwork_{name}", text, registry=registry).set_function(read)
@@ -130,7 +134,10 @@ def add_gauges(registry: CollectorRegistry, parts: Parts) -> None:
     }
     for name, (text, labels, read_all) in totals.items():
         registry.register(Readings(CounterMetricFamily, f"topwork_{name}", text, labels, read_all))
-    text = "Jobs by state, over all processes that share the database."
+    text = (
+        "Jobs by state, over all processes that share the database. "
+        "Jobs that have ended are counted once a minute: up to two minutes old."
+    )
     registry.register(
         Readings(GaugeMetricFamily, "topwork_jobs", text, ["state"], lambda: _jobs(parts.registry))
     )
@@ -199,16 +206,19 @@ def _replaced(parts: Parts) -> Series:
 
 
 def _jobs(registry: Registry) -> Series:
-    """Return the jobs in each state, in one query; NaN while the database is unavailable."""
-    try:
-        return {(state,): count for state, count in registry.jobs.counts().items()}
-    except RegistryUnavailable:
-        return {(state,): math.nan for state in get_args(JobState)}
+    """Return the jobs in each state; NaN for what is not known, as while the database is unavailable."""
+    found: dict[JobState, float] = dict.fromkeys(get_args(JobState), math.nan)
+    with suppress(RegistryUnavailable):
+        counted = registry.totals.counted()
+        if counted is not None:
+            found.update(counted.jobs)
+        found.update(registry.totals.open_jobs())
+    return {(state,): number for state, number in found.items()}
 
 
 def _live_versions(registry: Registry) -> float:
     """Return NaN while the database is unavailable, so that the scrape of all other metrics succeeds."""
-    try:
-        return float(registry.live_versions())
-    except RegistryUnavailable:
-        return math.nan
+    with suppress(RegistryUnavailable):
+        counted = registry.totals.counted()
+        return math.nan if counted is None else counted.live_versions
+    return math.nan

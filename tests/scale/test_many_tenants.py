@@ -7,17 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from adapters.registry.registry import Registry
-from tests.support.adapters.crowd import FEW, MANY, grows_not, populate
-from tests.support.storage import new_schema
-
-
-@pytest.fixture(scope="module")
-def crowds(postgres_server: str) -> dict[int, str]:
-    """URLs of databases by their number of tenants."""
-    urls = {count: new_schema(postgres_server) for count in (FEW, MANY)}
-    for count, url in urls.items():
-        populate(url, count)
-    return urls
+from tests.support.adapters.crowd import grows_not
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,10 @@ def adapter_by_name(connection: Connection, tenant: str, name: str, *, lock: boo
     return adapter_record(row)
 
 
-def artifacts_by_id(connection: Connection, uid: str) -> dict[int, Artifact]:
-    """Return the artifacts that the adapter's rows refer to, by row id."""
+def artifacts_by_id(connection: Connection, *uids: str) -> dict[int, Artifact]:
+    """Return the artifacts that the adapters' rows refer to, by row id."""
     query = select(artifacts.c.id, artifacts.c.sha256, artifacts.c.length, artifacts.c.nonce)
-    rows = connection.execute(query.where(artifacts.c.adapter_uid == uid))
+    rows = connection.execute(query.where(artifacts.c.adapter_uid.in_(uids)))
     return {number: Artifact(sha256, length, nonce) for number, sha256, length, nonce in rows}
 
 

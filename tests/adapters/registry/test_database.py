@@ -93,7 +93,7 @@ def test_rewriting_a_locked_file_is_unavailable(tmp_path: Path) -> None:
     other.execute("BEGIN EXCLUSIVE")
     try:
         with pytest.raises(RegistryUnavailable, match="does not answer"):
-            registry.erasures.clear_pages()
+            registry.remains.clear_pages()
     finally:
         other.close()
         registry.close()

@@ -24,7 +24,7 @@ from adapters.registry.erasures import ALL, ERASURES_KEPT, TenantErased, digest
 from adapters.registry.errors import LeaseLost, RegistryUnavailable, UnknownAdapter, UnknownTenant
 from adapters.registry.records import AdapterRecord, Change, Changed, Repoint
 from adapters.registry.registry import Registry, new_uid
-from adapters.registry.schema import changes, erasures, metadata
+from adapters.registry.schema import changes, chores, erasures, metadata
 from adapters.registry.statements.queries import current_time
 from adapters.storage.artifact import Artifact, Store
 from adapters.storage.local import LocalStore
@@ -43,13 +43,18 @@ def rows(registry: Registry) -> dict[str, list[Any]]:
         return {
             table.name: [tuple(row) for row in connection.execute(select(table))]
             for table in metadata.sorted_tables
-            if table is not erasures
+            if table not in (erasures, chores)
         }
 
 
 def remembered(registry: Registry) -> list[Any]:
     with registry._database.reading() as connection:
         return list(connection.execute(select(erasures).order_by(erasures.c.id)))
+
+
+def unfinished(registry: Registry) -> list[list[str]]:
+    """The uids whose files may still exist, of each erasure."""
+    return [row.files.split() for row in remembered(registry) if row.files is not None]
 
 
 def new(registry: Registry, tenant: str, *, began: float) -> None:
@@ -76,8 +81,7 @@ def test_a_tenant_goes_with_all_that_it_has(registry: Registry) -> None:
         1,
         1,
     )
-    ours = [one for one in registry.erasures.unfinished() if one.whole]
-    assert [set(one.uids) for one in ours] == [{first.uid, second.uid}]
+    assert [set(files) for files in unfinished(registry) if "*" in files] == [{first.uid, second.uid, "*"}]
     after = rows(registry)
     # The change that other processes read.
     assert after.pop("changes")[-1][1:3] == ("acme", "")
@@ -178,8 +182,10 @@ def _age(registry: Registry, seconds: float) -> None:
     """As if all erasures had been so much earlier."""
     with registry._database.writing() as connection:
         for row in connection.execute(select(erasures)).all():
-            at = row.at - timedelta(seconds=seconds)
-            connection.execute(update(erasures).where(erasures.c.id == row.id).values(at=at))
+            past = timedelta(seconds=seconds)
+            due = None if row.files_due_at is None else row.files_due_at - past
+            values = {"at": row.at - past, "files_due_at": due}
+            connection.execute(update(erasures).where(erasures.c.id == row.id).values(values))
 
 
 def test_jobs_that_run_lose_their_lease(registry: Registry) -> None:
@@ -197,14 +203,13 @@ def test_old_erasures_are_forgotten_once_their_files_are_gone(registry: Registry
     create(registry, "one")
     create(registry, "two")
     (_, first), (_, second) = (registry.delete_adapter("acme", name) for name in ("one", "two"))
-    unfinished = registry.erasures.unfinished()
-    assert [one.uids for one in unfinished] == [(first,), (second,)]
-    registry.erasures.finish(unfinished[0].id)
+    assert unfinished(registry) == [[first], [second]]
+    registry.remains.finish(remembered(registry)[0].id)
     _age(registry, (ERASURES_KEPT + timedelta(days=1)).total_seconds())
     create(registry, "three")
     registry.delete_adapter("acme", "three")
     assert len(remembered(registry)) == 2
-    assert registry.erasures.unfinished()[0].age > ERASURES_KEPT.total_seconds()
+    assert unfinished(registry)[0] == [second]
 
 
 def test_creations_and_erasures_at_once_leave_nothing_behind(registry: Registry) -> None:
@@ -253,7 +258,7 @@ def test_pages_keep_nothing_of_what_was_deleted(tmp_path: Path) -> None:
     registry.tenants.create_key("canaried", ["predict"], note="CANARY")
     assert b"CANARY" in path.read_bytes()
     registry.erasures.tenant("canaried")
-    registry.erasures.clear_pages()
+    registry.remains.clear_pages()
     found = b"".join(each.read_bytes() for each in tmp_path.iterdir())
     assert b"CANARY" not in found
     assert registry.tenants.tenant("other").adapters == 4
@@ -274,7 +279,7 @@ def test_postgresql_rewrites_its_tables(postgres_url: str) -> None:
 
     assert pages() > 0
     registry.erasures.tenant("acme")
-    registry.erasures.clear_pages()
+    registry.remains.clear_pages()
     assert pages() == 0
     database.close()
     registry.close()
@@ -294,7 +299,7 @@ def test_what_comes_late_is_deleted_too(registry: Registry, store: Store) -> Non
     assert list(store.objects()) == []
     _age(registry, 1_000.0)
     clearing.clear()
-    assert registry.erasures.unfinished() == []
+    assert unfinished(registry) == []
 
 
 def test_files_are_deleted_although_pages_cannot_be_cleared(
@@ -302,12 +307,13 @@ def test_files_are_deleted_although_pages_cannot_be_cleared(
 ) -> None:
     tries: list[float] = []
 
-    def busy() -> None:
+    def busy(rewritten_bytes: int) -> None:
         tries.append(time.monotonic())
-        time.sleep(0.05)
+        time.sleep(0.01)
         raise RegistryUnavailable("busy")
 
-    monkeypatch.setattr(registry.erasures, "clear_pages", busy)
+    monkeypatch.setattr(registry.remains, "clear_pages", busy)
+    monkeypatch.setattr("adapters.adaptation.erasure._REST", 10_000.0)
     adapter = create(registry).adapter
     store.publish("acme", adapter.uid, b"data")
     registry.delete_adapter("acme", "pets")
@@ -333,6 +339,47 @@ def test_what_no_row_knows_of_goes_with_its_tenant(registry: Registry, store: St
     store.publish("acme", new_uid(), b"new")
     ErasureSweeper(registry, store).clear()
     assert sorted(found.tenant for found in store.objects()) == ["acme", "acme-2"]
+
+
+class Slow(LocalStore):
+    """A store in which deleting the files of one adapter takes until the next tenant's name is free."""
+
+    def __init__(self, root: Path, registry: Registry) -> None:
+        super().__init__(root)
+        self._registry = registry
+
+    def delete_adapter(self, tenant: str, adapter_uid: str) -> None:
+        super().delete_adapter(tenant, adapter_uid)
+        if tenant == "first":
+            _age(self._registry, 6.0)
+            self.publish("second", new_uid(), b"of who has the name now")
+
+
+def test_a_slow_deletion_takes_nothing_of_who_has_the_next_name_again(
+    registry: Registry, tmp_path: Path
+) -> None:
+    for tenant in ("first", "second"):
+        create(registry, tenant=tenant)
+        registry.erasures.tenant(tenant)
+    store = Slow(tmp_path / "artifacts", registry)
+    ErasureSweeper(registry, store).clear()
+    assert [found.tenant for found in store.objects()] == ["second"]
+
+
+def test_the_files_of_an_erasure_are_deleted_by_one_process(registry: Registry, registry_url: str) -> None:
+    other = Registry(registry_url)
+    create(registry)
+    registry.delete_adapter("acme", "pets")
+    (due,) = registry.remains.due_files()
+    assert other.remains.due_files() == [due]
+    taken = registry.remains.take_files(due)
+    assert taken is not None
+    assert (other.remains.take_files(due), other.remains.due_files()) == (None, [])
+    # The one that took it may have been killed.
+    _age(registry, 10.0)
+    assert other.remains.due_files() == [due]
+    assert other.remains.take_files(due) is not None
+    other.close()
 
 
 @anyio

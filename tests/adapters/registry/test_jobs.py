@@ -597,24 +597,6 @@ def test_lists_newest_first_from_a_cursor(registry: Registry) -> None:
     assert registry.jobs.jobs("acme", after=pets[1].id) == rest
 
 
-def test_counts_by_state(registry: Registry) -> None:
-    create(registry)
-    create(registry, tenant="other")
-    assert set(registry.jobs.counts().values()) == {0}
-    for name in ("fail", "cancelled", "commit", "heartbeat"):
-        submit(registry)
-        writes(registry, begin(registry))[name]()
-    submit(registry)
-    submit(registry, tenant="other")
-    assert registry.jobs.counts() == {
-        "queued": 2,
-        "running": 1,
-        "succeeded": 1,
-        "failed": 1,
-        "cancelled": 1,
-    }
-
-
 def test_the_record_of_finished_jobs_is_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapters.registry.statements.job_rows.KEPT_JOBS", 3)
     create(registry)

@@ -35,11 +35,11 @@ def files(root: Path) -> list[Path]:
 class NoRows:
     """A database that refers to nothing."""
 
-    def referenced(self, uid: str) -> set[Artifact]:
+    def referenced(self, *uids: str) -> set[Artifact]:
         return set()
 
-    def erased_ago(self, uid: str) -> float | None:
-        return None
+    def erased_ago(self, *uids: str) -> dict[str, float]:
+        return {}
 
 
 def names(store: Store) -> set[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from adapters.storage.artifact import PARTIAL, Artifact, MissingArtifact, Store
+from adapters.storage.artifact import PARTIAL, Artifact, MissingArtifact, Store, StoredObject
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, orphans, sweep
 
@@ -24,11 +24,15 @@ class Rows:
     held: dict[str, set[Artifact]] = field(default_factory=dict)
     erased: dict[str, float] = field(default_factory=dict)
 
-    def referenced(self, uid: str) -> set[Artifact]:
-        return self.held.get(uid, set())
+    asked: list[int] = field(default_factory=list)  # numbers of adapters, by query
 
-    def erased_ago(self, uid: str) -> float | None:
-        return self.erased.get(uid)
+    def referenced(self, *uids: str) -> set[Artifact]:
+        self.asked.append(len(uids))
+        return set().union(*(self.held.get(uid, set()) for uid in uids))
+
+    def erased_ago(self, *uids: str) -> dict[str, float]:
+        self.asked.append(len(uids))
+        return {uid: self.erased[uid] for uid in uids if uid in self.erased}
 
 
 def names(store: Store, *, aside: bool = False) -> set[str]:
@@ -106,6 +110,29 @@ def test_erasures_reach_what_was_put_aside(store: Store, whole: bool) -> None:
     else:
         store.delete_adapter(TENANT, UID)
     assert names(store, aside=True) == {kept.name}
+
+
+def test_the_rows_of_a_thousand_adapters_are_read_at_once(tmp_path: Path) -> None:
+    for number in range(2_500):
+        folder = tmp_path / TENANT / f"{number:032x}"
+        folder.mkdir(parents=True)
+        (folder / f"{number:064x}-{0:016x}").touch()
+    store = open_store(str(tmp_path))
+    left = Artifact(f"{2_400:064x}", 0, f"{0:016x}")
+    rows = Rows({f"{number:032x}": {replace(left, sha256=f"{number:064x}")} for number in range(2_400)})
+    assert sweep(store, rows, older_than=-60.0) == Swept(aside=100)
+    # The last query is for what was erased of the adapters of the hundred.
+    assert sorted(rows.asked) == [100, 500, 1_000, 1_000]
+
+
+def test_many_objects_of_few_adapters_are_compared_in_parts() -> None:
+    rows = Rows()
+    found = (
+        StoredObject(TENANT, f"{number // 30_000:032x}", f"{number:064x}-{0:016x}", 60.0)
+        for number in range(120_000)
+    )
+    assert sum(map(len, orphans(found, rows.referenced, 0.0))) == 120_000
+    assert rows.asked == [2, 2]
 
 
 def test_orphans_are_listed_by_adapter(store: Store) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from adapters.registry.errors import RegistryUnavailable
+from adapters.registry.registry import Registry
 from service.monitoring.gauges import Readings, add_gauges
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
+from tests.support.adapters.job_records import begin, submit
+from tests.support.adapters.records import create
 from tests.support.service.edge_app import Shell
 
 
@@ -93,15 +95,8 @@ def test_readings_are_taken_at_every_scrape() -> None:
     assert text.count("# TYPE topwork_depth gauge") == 1
 
 
-def test_jobs_are_counted_once_a_scrape_and_unknown_without_the_database() -> None:
-    asked: list[int] = []
-
-    def counts() -> dict[str, int]:
-        asked.append(1)
-        if len(asked) > 1:
-            raise RegistryUnavailable("away")
-        return {"queued": 2, "running": 1}
-
+def test_what_is_counted_is_unknown_before_that_and_without_the_database(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path / 'topwork.db'}")
     cache = SimpleNamespace(hits=0, misses=0, evictions=0, bytes=0)
     parts: Any = SimpleNamespace(
         ready=lambda: True,
@@ -112,17 +107,32 @@ def test_jobs_are_counted_once_a_scrape_and_unknown_without_the_database() -> No
         workers=(),
         heads=cache,
         networks=cache,
-        registry=SimpleNamespace(jobs=SimpleNamespace(counts=counts), live_versions=lambda: 1),
+        registry=registry,
     )
     metrics = Metrics()
     add_gauges(metrics.registry, parts)
-    # Registering reads nothing: the database may be away at the start.
-    assert not asked
-    text = metrics.render().decode()
-    assert 'topwork_jobs{state="queued"} 2.0' in text
-    assert 'topwork_jobs{state="running"} 1.0' in text
-    assert len(asked) == 1
-    assert 'topwork_jobs{state="queued"} NaN' in metrics.render().decode()
+
+    def told() -> list[str]:
+        """Queued jobs, those that succeeded, and live versions."""
+        lines = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines())
+        states = ('topwork_jobs{state="queued"}', 'topwork_jobs{state="succeeded"}')
+        return [lines[name] for name in (*states, "topwork_live_versions")]
+
+    assert told() == ["NaN", "NaN", "NaN"]
+    registry.migrate()
+    create(registry)
+    submit(registry)
+    registry.jobs.succeed(begin(registry))
+    submit(registry)
+    assert told() == ["1.0", "NaN", "NaN"]
+    registry.totals.count()
+    assert told() == ["1.0", "1.0", "1.0"]
+    submit(registry)
+    assert told() == ["2.0", "1.0", "1.0"]
+    registry.close()
+    (tmp_path / "topwork.db").unlink()
+    assert told() == ["NaN", "NaN", "NaN"]
+    registry.close()
 
 
 def test_no_series_tells_when_it_was_created() -> None:

@@ -1,4 +1,4 @@
-"""What a database of many tenants needs: indexes of open jobs, and the checkpoints of fine-tunes."""
+"""What many tenants and processes need: open jobs, checkpoints, turns at common work, what erasures leave."""
 
 from __future__ import annotations
 
@@ -10,11 +10,45 @@ down_revision = "0009"
 
 _OPEN = sa.text("state IN ('queued', 'running')")
 _KEPT = sa.text("checkpoint IS NOT NULL")
+# Milliseconds since 1970 in SQLite, which has no type for times.
+_time = sa.DateTime(timezone=True).with_variant(sa.BigInteger(), "sqlite")
+
+# All tables with rows of tenants, as of this revision.
+_TABLES = "replies jobs examples versions artifacts adapters changes keys tenants"
 
 
 def upgrade() -> None:
-    """Add a column to the jobs, which have no checkpoint in the store yet, and indexes."""
+    """Create a table, and columns and indexes of others. The jobs have no checkpoint in the store yet."""
+    _jobs()
+    _chores()
+    _erasures()
+
+
+def _jobs() -> None:
     op.add_column("jobs", sa.Column("checkpoint", sa.Text))
     op.create_index("jobs_open", "jobs", ["tenant", "state"], sqlite_where=_OPEN, postgresql_where=_OPEN)
     op.create_index("jobs_by_start", "jobs", ["tenant", "started_at"])
     op.create_index("jobs_with_checkpoint", "jobs", ["id"], sqlite_where=_KEPT, postgresql_where=_KEPT)
+
+
+def _chores() -> None:
+    op.create_table(
+        "chores",
+        sa.Column("name", sa.String(16), primary_key=True),
+        sa.Column("turn", sa.String(32), nullable=False),
+        sa.Column("due_at", _time, nullable=False),
+        sa.Column("done_at", _time),
+        sa.Column("result", sa.Text),
+    )
+
+
+def _erasures() -> None:
+    op.add_column("erasures", sa.Column("files_due_at", _time))
+    op.add_column("erasures", sa.Column("pages", sa.Text))
+    op.create_index("erasures_by_adapter", "erasures", ["adapter_uid", "at"])
+    uncleared = sa.text("pages IS NOT NULL")
+    op.create_index(
+        "erasures_uncleared", "erasures", ["id"], sqlite_where=uncleared, postgresql_where=uncleared
+    )
+    # The release before may have ended before it cleared the pages of its last erasures.
+    op.execute(f"UPDATE erasures SET pages = '{_TABLES}' WHERE id = (SELECT max(id) FROM erasures)")

@@ -1,0 +1,1 @@
+"""Housekeeping of the database, done by one process for all that share it."""
