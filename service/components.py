@@ -12,6 +12,7 @@ from adapters.adaptation.example_editor import ExampleEditor
 from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.rollback import Restorer
 from adapters.cache.aliases import AliasCache
+from adapters.cache.feed import ChangeFeed
 from adapters.cache.lru import ByteLRU
 from adapters.heads.head import Head
 from adapters.jobs.submission import JobSubmitter
@@ -52,6 +53,7 @@ class Components:
     submitter: JobSubmitter
     uploads: ConcurrencyLimit
     keyring: KeyCache
+    feed: ChangeFeed
     workers: tuple[WorkerSupervisor, ...]
     monitor: BackboneMonitor
     surveyor: Surveyor
@@ -65,7 +67,7 @@ class Components:
         The database is not checked: predictions go on without it.
         """
         workers = all(worker.alive for worker in self.workers)
-        return self.fitter.alive and self.aliases.alive and self.monitor.ready and workers
+        return self.fitter.alive and self.feed.alive and self.monitor.ready and workers
 
     async def aclose(self) -> None:
         """Let queued work finish, then close everything in reverse order of construction."""

@@ -21,6 +21,7 @@ from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.adaptation.rollback import Restorer
 from adapters.cache.aliases import AliasCache
+from adapters.cache.feed import ChangeFeed
 from adapters.cache.lru import ByteLRU
 from adapters.cache.networks import NetworkPool
 from adapters.heads.head import Head
@@ -91,6 +92,7 @@ async def compose(
             fitter.start(),
         )
         stack.callback(registry.close)
+        feed = ChangeFeed(registry)
         keyring = KeyCache(registry.tenants.find)
         stack.push_async_callback(keyring.close)
 
@@ -134,8 +136,9 @@ async def compose(
         stack.callback(repository.close)
         neighbour_index = NeighbourIndex(repository)
         eraser = Eraser(repository, (heads, networks, neighbour_index, keyring), end)
-        await aliases.start(eraser.heard)
         stack.push_async_callback(aliases.close)
+        await feed.start((aliases,), eraser.heard)
+        stack.push_async_callback(feed.close)
         limits = AdapterLimits(
             max_examples=settings.max_adapter_examples,
             max_labels=settings.max_labels,
@@ -190,6 +193,7 @@ async def compose(
             submitter=submitter,
             uploads=ConcurrencyLimit("uploads", UPLOADS, UPLOADS_OF_A_TENANT),
             keyring=keyring,
+            feed=feed,
             workers=workers,
             monitor=monitor,
             surveyor=surveyor,

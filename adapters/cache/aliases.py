@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,17 +14,13 @@ from adapters.completion import to_its_end
 from adapters.registry.errors import UnknownAdapter
 from adapters.registry.records import Alias, Changed
 from adapters.registry.registry import Registry
-from adapters.registry.statements.commit import CHANGES_KEPT
-from adapters.threads import DATABASE, POLL, FairThreads
+from adapters.threads import DATABASE
 
 logger = logging.getLogger("topwork")
 
 T = TypeVar("T")
 
-# Polls overlap by this much, because commits become visible a little after the time that they carry.
-_OVERLAP_SECONDS = 10.0
-# After a longer gap between polls the cache is cleared: the database keeps changes for CHANGES_KEPT seconds.
-_FORGIVEN_SECONDS = CHANGES_KEPT - 60.0
+_AGAIN_SECONDS = 0.5  # between two attempts to read aliases that other processes changed
 
 
 @dataclass(slots=True)
@@ -45,17 +39,12 @@ async def _nothing(alias: Alias) -> None:
     """Load nothing."""
 
 
-def _nobody(tenant: str, name: str | None) -> None:
-    """Drop nothing."""
-
-
 class AliasCache:
     """The aliases in use. For one event loop; not thread-safe.
 
-    Commits of this process are passed to `put` and `drop` and take effect at once. Those of other processes
-    are polled and take effect after `interval` seconds or a little more. A version with another network takes
-    effect once that is loaded, `patience` seconds later at the latest; until then the previous version
-    answers.
+    Commits of this process are passed to `put` and `drop` and take effect at once; those of other processes
+    take effect when the ChangeFeed tells of them. A version with another network takes effect once that is
+    loaded, `patience` seconds later at the latest; until then the previous version answers.
     """
 
     def __init__(
@@ -63,51 +52,29 @@ class AliasCache:
         registry: Registry,
         *,
         max_entries: int = 100_000,
-        interval: float = 0.5,
         patience: float = 10.0,
         load: Callable[[Alias], Awaitable[None]] = _nothing,
     ) -> None:
         """`load(alias)` loads what the alias's predictions need, and may raise."""
         self._registry = registry
         self._load = load
-        self._gone: Callable[[str, str | None], None] = _nobody
-        self._heard: set[Changed] = set()
         self._patience = patience
         self._max_entries = max_entries
-        self._interval = interval
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._flights: SingleFlight[Alias] = SingleFlight()
         self._loads: set[asyncio.Task[None]] = set()
         self._asked: set[asyncio.Future[Any]] = set()
-        self._poller: asyncio.Task[None] | None = None
-        self._polled_at = time.monotonic()
-        self._failing = False
+        self._behind: set[tuple[str, str]] = set()
+        self._reader: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def alive(self) -> bool:
-        """Whether commits of other processes are being polled."""
-        return self._poller is not None and not self._poller.done()
-
-    async def start(self, gone: Callable[[str, str | None], None] = _nobody) -> None:
-        """Start polling for commits.
-
-        `gone(tenant, name)` is called when data of an adapter was erased, by any process; with None as the
-        name, all of the tenant's data.
-        """
-        self._gone = gone
-        self._polled_at = time.monotonic()
-        self._poller = asyncio.create_task(self._poll_forever(), name="aliases")
-
     async def close(self) -> None:
-        """Stop polling and loading; afterwards the cache does not read the database."""
-        if self._poller is not None:
-            self._poller.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._poller
-            self._poller = None
+        """Stop loading; afterwards the cache does not read the database."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
         for task in self._loads:
             task.cancel()
         await asyncio.gather(*self._loads, return_exceptions=True)
@@ -163,6 +130,26 @@ class AliasCache:
         for key in [key for key in self._entries if key[0] == tenant]:
             del self._entries[key]
 
+    def heard(self, change: Changed) -> None:
+        """Drop an erased tenant, or read an adapter that has changed again in the background."""
+        key = (change.tenant, change.name)
+        if not change.name:
+            if change.gone:
+                self.drop_tenant(change.tenant)
+            return
+        # A read that began before the change must not be kept.
+        self._flights.forget(key)
+        entry = self._entries.get(key)
+        if entry is not None and change.leaves_behind((entry.coming or entry).live):
+            self._behind.add(key)
+            if self._reader is None or self._reader.done():
+                self._reader = asyncio.create_task(self._catch_up(), name="aliases")
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._flights.forget_where(lambda key: True)
+        self._entries.clear()
+
     async def prepare(self, alias: Alias) -> None:
         """Wait up to `patience` seconds until what the alias needs is loaded; a failed load is logged.
 
@@ -187,7 +174,7 @@ class AliasCache:
     async def _read(self, key: tuple[str, str]) -> _Entry:
         async def load() -> Alias:
             try:
-                alias = await self._ask(DATABASE, self._registry.resolve, *key)
+                alias = await self._ask(self._registry.resolve, *key)
             except UnknownAdapter:
                 if self._flights.current(key):
                     self._entries.pop(key, None)
@@ -201,7 +188,7 @@ class AliasCache:
 
     async def _read_version(self, key: tuple[str, str], entry: _Entry, version: int) -> Alias:
         async def load() -> Alias:
-            alias = await self._ask(DATABASE, self._registry.resolve, *key, version)
+            alias = await self._ask(self._registry.resolve, *key, version)
             if alias.epoch == entry.live.epoch:
                 entry.versions[version] = alias
             return alias
@@ -248,48 +235,29 @@ class AliasCache:
         while len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
 
-    async def _poll_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval)
+    async def _catch_up(self) -> None:
+        """Read the adapters that are behind, one after another."""
+        failing = False
+        while self._behind:
+            key = self._behind.pop()
+            if key not in self._entries:
+                continue
             try:
-                await self._poll()
-                if self._failing:
-                    logger.warning("other processes' commits can be read again")
-                self._failing = False
-            # Predictions continue with the known aliases after any error, so polling must continue too.
+                await self._read(key)
+            except UnknownAdapter:
+                # The load has dropped it.
+                continue
+            # Predictions continue with the known aliases after any error.
             except Exception:
-                if not self._failing:
-                    logger.exception(
-                        "other processes' commits cannot be read; serving goes on with what is known"
-                    )
-                self._failing = True
+                if not failing:
+                    logger.exception("changed adapters cannot be read; they answer as before until they can")
+                failing = True
+                self._behind.add(key)
+                await asyncio.sleep(_AGAIN_SECONDS)
 
-    async def _ask(self, threads: FairThreads, question: Callable[..., T], *arguments: Any) -> T:
+    async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
         """Query the database in a thread. The query outlives a cancelled caller, so `close` waits for it."""
-        asked = asyncio.ensure_future(threads.run(question, *arguments))
+        asked = asyncio.ensure_future(DATABASE.run(question, *arguments))
         self._asked.add(asked)
         asked.add_done_callback(self._asked.discard)
         return await to_its_end(asked)
-
-    async def _poll(self) -> None:
-        began = time.monotonic()
-        missed = began - self._polled_at
-        if missed > _FORGIVEN_SECONDS:
-            # The database no longer has all changes since the last poll.
-            self._entries.clear()
-        changes = await self._ask(POLL, self._registry.changed, missed + _OVERLAP_SECONDS)
-        # Commits become visible out of order, so polls overlap and see each erasure several times.
-        erased = {change for change in changes if change.gone}
-        for change in erased - self._heard:
-            if not change.name:
-                self.drop_tenant(change.tenant)
-            self._gone(change.tenant, change.name or None)
-        self._heard = erased
-        for change in changes:
-            key = (change.tenant, change.name)
-            entry = self._entries.get(key)
-            if entry is not None and change.leaves_behind((entry.coming or entry).live):
-                # If the adapter is gone, the load has already dropped it.
-                with suppress(UnknownAdapter):
-                    await self._read(key)
-        self._polled_at = began

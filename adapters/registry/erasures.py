@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, exists, insert, select
+from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.errors import UnknownTenant
@@ -29,6 +29,7 @@ from adapters.registry.schema import (
     tenants,
     versions,
 )
+from adapters.registry.statements.changes import announce
 from adapters.registry.statements.job_rows import forget_examples, new_id
 from adapters.registry.statements.queries import adapter_by_name, chunks, current_time
 from models.errors import Conflict
@@ -179,15 +180,15 @@ def _erase_tenant(connection: Connection, name: str) -> Receipt:
     )
     counts = delete_adapters(connection, uids)
     connection.execute(delete(replies).where(replies.c.tenant == name))
-    # These rows name recently deleted adapters of the tenant.
-    connection.execute(delete(changes).where(changes.c.tenant == name))
+    # These rows name recently deleted adapters of the tenant. They stay, because `changes_since` misses none.
+    connection.execute(update(changes).where(changes.c.tenant == name).values(name="", gone=True))
     counts["keys"] = connection.execute(delete(keys).where(keys.c.tenant == name)).rowcount
     known = connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
     if not known and not uids:
         raise UnknownTenant(name)
     # The mark stands for the tenant itself, which may have files but no adapter.
     receipt = record(connection, name, counts, files=[*uids, WHOLE])
-    connection.execute(insert(changes).values(tenant=name, name="", at=receipt.at, gone=True))
+    announce(connection, name, "", gone=True)
     return receipt
 
 

@@ -110,14 +110,13 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A commit, promotion or deletion, possibly by another process. State with a lower `epoch` is stale."""
+    """A change by any process, see the table `changes`. State with a lower `epoch` is stale."""
 
     tenant: str
     name: str
     # The adapter's current ones, None if there is no adapter of this name.
     uid: str | None
     epoch: int | None
-    # Something was erased: drop the adapter from memory, or the whole tenant if `name` is empty.
     gone: bool = False
 
     def leaves_behind(self, alias: Alias) -> bool:

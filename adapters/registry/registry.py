@@ -5,10 +5,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
-from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, case, func, select
+from sqlalchemy import Select, func, select
 
 from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
@@ -19,14 +18,14 @@ from adapters.registry.records import (
     AdapterRecord,
     Alias,
     Change,
-    Changed,
     Claim,
     Committed,
     ExampleRecord,
     VersionRecord,
 )
-from adapters.registry.schema import adapters, changes, erasures, examples
+from adapters.registry.schema import adapters, erasures, examples
 from adapters.registry.statements import commit as committing
+from adapters.registry.statements.changes import News, Position, changes_since
 from adapters.registry.statements.queries import (
     adapter_by_name,
     adapter_by_uid,
@@ -258,25 +257,13 @@ class Registry:
         with self._database.writing() as connection:
             return committing.promote(connection, uid, number, if_match)
 
-    def changed(self, seconds: float) -> list[Changed]:
-        """Return the adapters committed to, promoted or deleted in the last `seconds`, each as it is now.
+    def changed(self, position: Position | None) -> News:
+        """Return the changes of all processes since the position that the last call returned.
 
-        The database remembers them for CHANGES_KEPT seconds.
+        None, as in the first call: no changes, and a position to begin with.
         """
         with self._database.reading() as connection:
-            now = current_time(connection)
-            gone = case((changes.c.gone, 1), else_=0)
-            changed = and_(adapters.c.tenant == changes.c.tenant, adapters.c.name == changes.c.name)
-            query = (
-                select(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch, func.max(gone))
-                .outerjoin(adapters, changed)
-                .where(changes.c.at >= now - timedelta(seconds=seconds))
-                .group_by(changes.c.tenant, changes.c.name, adapters.c.uid, adapters.c.epoch)
-            )
-            return [
-                Changed(tenant, name, uid, epoch, bool(gone))
-                for tenant, name, uid, epoch, gone in connection.execute(query)
-            ]
+            return changes_since(connection, position)
 
     def erased_ago(self, *uids: str) -> dict[str, float]:
         """Return the seconds since each adapter or an example of it was last erased, if anything was."""

@@ -244,8 +244,8 @@ jobs = Table(
     ),
 )
 
-# One row for each commit, promotion and deletion of the last hour. `epoch` only numbers the rows; adapters
-# have epochs of their own. `gone`: drop the adapter from memory, or the whole tenant if `name` is empty.
+# Changes of the last hour: to an adapter; without a name, to the tenant's keys or quotas; also without a
+# tenant, to those of all. `epoch` only numbers the rows. `gone`: something was erased.
 changes = Table(
     "changes",
     metadata,

@@ -15,7 +15,7 @@ from tests.support.adapters.crowd import grows_not
     [
         pytest.param(lambda registry: registry.tenants.find("0" * 15 + "5"), id="key"),
         pytest.param(lambda registry: registry.resolve("t5", "pets"), id="alias"),
-        pytest.param(lambda registry: registry.changed(10.0), id="poll"),
+        pytest.param(lambda registry: registry.changed(registry.changed(None).position), id="poll"),
         pytest.param(lambda registry: registry.jobs.settle(), id="settle"),
     ],
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -14,7 +14,8 @@ from adapters.registry.erasures import Receipt, check_not_erased, erase_adapter,
 from adapters.registry.errors import AdapterExists, AliasMoved, RevisionMoved
 from adapters.registry.quotas import check_adapters, check_examples
 from adapters.registry.records import AdapterRecord, Change, Claim, Committed, VersionRecord
-from adapters.registry.schema import adapters, changes, database_now, tenants, versions
+from adapters.registry.schema import adapters, database_now, tenants, versions
+from adapters.registry.statements.changes import announce
 from adapters.registry.statements.job_rows import end, held
 from adapters.registry.statements.queries import (
     adapter_by_name,
@@ -37,10 +38,6 @@ from adapters.registry.statements.revision_rows import (
     record_version,
     write_examples,
 )
-
-CHANGES_KEPT = 3600.0
-"""Seconds for which the database records which adapters changed."""
-_FORGOTTEN_AT_ONCE = 100  # expired records deleted by each new one
 
 
 def commit(connection: Connection, change: Change) -> Committed:
@@ -143,7 +140,7 @@ def promote(connection: Connection, uid: str, number: int, if_match: str | None)
 def delete_adapter(connection: Connection, tenant: str, name: str) -> tuple[Receipt, str]:
     """Delete all rows of the adapter. See Registry.delete_adapter."""
     receipt, uid = erase_adapter(connection, tenant, name)
-    _announce(connection, tenant, name, gone=True)
+    announce(connection, tenant, name, gone=True)
     return receipt, uid
 
 
@@ -249,7 +246,7 @@ def update_adapter(
     connection: Connection, adapter: AdapterRecord, values: dict[str, Any], *, gone: bool = False
 ) -> AdapterRecord:
     """Write the values to the adapter's row, with its next epoch, and announce the change."""
-    now = _announce(connection, adapter.tenant, adapter.name, gone=gone)
+    now = announce(connection, adapter.tenant, adapter.name, gone=gone)
     epoch = next_epoch(adapter.epoch, now)
     connection.execute(update(adapters).where(adapters.c.uid == adapter.uid).values(**values, epoch=epoch))
     return adapter_by_uid(connection, adapter.uid)
@@ -261,21 +258,3 @@ def next_epoch(last: int, now: datetime) -> int:
     It grows with every change even if the clock goes back, and reveals nothing about other adapters.
     """
     return max(last + 1, microseconds(now))
-
-
-def _announce(connection: Connection, tenant: str, name: str, *, gone: bool) -> datetime:
-    """Record the change for other processes; return the time.
-
-    Call it as late as possible: other processes look back a limited time for rows that become visible late.
-    """
-    now = current_time(connection)
-    connection.execute(insert(changes).values(tenant=tenant, name=name, at=now, gone=gone))
-    old = (
-        select(changes.c.epoch)
-        .where(changes.c.at < now - timedelta(seconds=CHANGES_KEPT))
-        .limit(_FORGOTTEN_AT_ONCE)
-        # Concurrent commits must not wait for each other over rows that both would delete.
-        .with_for_update(skip_locked=True)
-    )
-    connection.execute(delete(changes).where(changes.c.epoch.in_(old)))
-    return now

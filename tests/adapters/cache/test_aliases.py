@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -11,9 +10,11 @@ from datetime import timedelta
 import pytest
 
 from adapters.cache.aliases import AliasCache
+from adapters.cache.feed import ChangeFeed
 from adapters.registry.errors import RegistryUnavailable, UnknownAdapter, UnknownVersion
-from adapters.registry.records import AdapterRecord, Alias, Change, Changed, Committed
+from adapters.registry.records import AdapterRecord, Alias, Change, Committed
 from adapters.registry.registry import Registry, new_uid
+from adapters.registry.statements.changes import News, Position
 from tests.support.adapters.records import TEXTS, append, artifact, change, create, refit, version
 from tests.support.conditions import eventually
 
@@ -25,20 +26,25 @@ class CountingRegistry(Registry):
         super().__init__(url)
         self.resolved: list[tuple[str, str, int | None]] = []
         self.broken = False
+        self.unreadable = False
+        self.answering = 0
         self.go = threading.Event()
         self.go.set()
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> Alias:
         self.resolved.append((tenant, name, version))
+        if self.unreadable:
+            raise RegistryUnavailable("out of order")
         try:
             return super().resolve(tenant, name, version)
         finally:
+            self.answering += 1
             self.go.wait(10)
 
-    def changed(self, seconds: float) -> list[Changed]:
+    def changed(self, position: Position | None) -> News:
         if self.broken:
             raise RegistryUnavailable("out of order")
-        return super().changed(seconds)
+        return super().changed(position)
 
 
 @pytest.fixture
@@ -46,6 +52,13 @@ def counting(registry: Registry, registry_url: str) -> Iterator[CountingRegistry
     counted = CountingRegistry(registry_url)
     yield counted
     counted.close()
+
+
+async def listening(registry: Registry, aliases: AliasCache) -> ChangeFeed:
+    """A feed that tells the aliases of what other processes change."""
+    feed = ChangeFeed(registry, interval=0.01)
+    await feed.start([aliases])
+    return feed
 
 
 def test_a_known_alias_reads_no_database(registry: Registry, counting: CountingRegistry) -> None:
@@ -186,7 +199,8 @@ def test_what_is_created_again_is_seen_though_the_clock_was_set_back(
     old = create(registry)
 
     async def scenario() -> None:
-        aliases = AliasCache(counting, interval=0.02)
+        aliases = AliasCache(counting)
+        feed = await listening(counting, aliases)
         await aliases.get("acme", "pets")
         registry.delete_adapter("acme", "pets")
         before = old.adapter.created_at - timedelta(hours=1)
@@ -196,12 +210,12 @@ def test_what_is_created_again_is_seen_though_the_clock_was_set_back(
             )
             again = create(registry)
         assert again.adapter.epoch < old.adapter.epoch
-        await aliases.start()
         await eventually(lambda: aliases.known("acme", "pets") == again.alias)
         assert await aliases.get("acme", "pets") == again.alias
         resolved = len(counting.resolved)
         await asyncio.sleep(0.2)
         assert len(counting.resolved) == resolved
+        await feed.close()
         await aliases.close()
 
     asyncio.run(scenario())
@@ -233,9 +247,9 @@ def test_other_processes_commits_arrive_by_themselves(registry: Registry, counti
     other = create(registry, "other")
 
     async def scenario() -> None:
-        aliases = AliasCache(counting, interval=0.02)
-        await aliases.start()
-        assert aliases.alive
+        aliases = AliasCache(counting)
+        feed = await listening(counting, aliases)
+        assert feed.alive
         for name in ("pets", "other"):
             await aliases.get("acme", name)
         second = append(registry, first.adapter, "c")
@@ -247,10 +261,60 @@ def test_other_processes_commits_arrive_by_themselves(registry: Registry, counti
         assert await aliases.get("acme", "pets", min_epoch=again.adapter.epoch) == again.alias
         promoted = registry.promote(other.adapter.uid, 1)
         assert promoted.adapter.epoch == other.adapter.epoch
+        await feed.close()
         await aliases.close()
-        assert not aliases.alive
+        assert not feed.alive
 
     asyncio.run(scenario())
+
+
+def test_a_read_that_began_before_a_commit_is_not_kept_after_it_was_heard(
+    registry: Registry, counting: CountingRegistry
+) -> None:
+    """A commit is heard once, so nothing would ever correct what was read before it."""
+    first = create(registry)
+
+    async def scenario() -> None:
+        aliases = AliasCache(counting)
+        feed = ChangeFeed(registry, interval=3600.0)
+        await feed.start([aliases])
+        counting.go.clear()
+        slow = asyncio.create_task(aliases.get("acme", "pets"))
+        # The registry has read the alias, and keeps the answer back.
+        await eventually(lambda: counting.answering == 1)
+        second = append(registry, first.adapter, "c")
+        await feed.poll()
+        counting.go.set()
+        assert await slow == first.alias
+        assert await aliases.get("acme", "pets") == second.alias
+        await feed.close()
+        await aliases.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_change_is_read_again_until_that_succeeds(
+    registry: Registry, counting: CountingRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = create(registry)
+
+    async def scenario() -> None:
+        aliases = AliasCache(counting)
+        feed = ChangeFeed(counting, interval=3600.0)
+        await feed.start([aliases])
+        await aliases.get("acme", "pets")
+        second = append(registry, first.adapter, "c")
+        counting.unreadable = True
+        await feed.poll()
+        await eventually(lambda: bool(caplog.records))
+        assert await aliases.get("acme", "pets") == first.alias
+        counting.unreadable = False
+        await eventually(lambda: aliases.known("acme", "pets") == second.alias)
+        await feed.close()
+        await aliases.close()
+
+    asyncio.run(scenario())
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_while_the_database_is_out_of_order_serving_goes_on_and_the_log_says_so_once(
@@ -259,18 +323,19 @@ def test_while_the_database_is_out_of_order_serving_goes_on_and_the_log_says_so_
     first = create(registry)
 
     async def scenario() -> None:
-        aliases = AliasCache(counting, interval=0.01)
-        await aliases.start()
+        aliases = AliasCache(counting)
+        feed = await listening(counting, aliases)
         await aliases.get("acme", "pets")
         counting.broken = True
         await eventually(lambda: bool(caplog.records))
         second = append(registry, first.adapter, "c")
         await asyncio.sleep(0.2)
         assert await aliases.get("acme", "pets") == first.alias
-        assert aliases.alive
+        assert feed.alive
         counting.broken = False
         await eventually(lambda: len(caplog.records) > 1)
-        assert await aliases.get("acme", "pets") == second.alias
+        await eventually(lambda: aliases.known("acme", "pets") == second.alias)
+        await feed.close()
         await aliases.close()
 
     with caplog.at_level(logging.WARNING, "topwork"):
@@ -289,21 +354,6 @@ def test_keeps_a_bounded_number(registry: Registry, counting: CountingRegistry) 
         assert len(aliases) == 2
         await aliases.get("acme", "a")
         assert len(counting.resolved) == 3
-
-    asyncio.run(scenario())
-
-
-def test_after_a_long_outage_nothing_old_is_believed(registry: Registry, counting: CountingRegistry) -> None:
-    first = create(registry)
-
-    async def scenario() -> None:
-        aliases = AliasCache(counting, interval=0.01)
-        aliases.put(first.alias)
-        await aliases.start()
-        # As if the last poll that worked were longer ago than the database remembers.
-        aliases._polled_at = time.monotonic() - 7200.0
-        await eventually(lambda: len(aliases) == 0)
-        await aliases.close()
 
     asyncio.run(scenario())
 
@@ -333,8 +383,8 @@ def test_another_processs_network_holds_once_it_is_loaded(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = AliasCache(counting, interval=0.01, load=loading)
-        await aliases.start()
+        aliases = AliasCache(counting, load=loading)
+        feed = await listening(counting, aliases)
         await aliases.get("acme", "pets")
         second = tune(registry, first.adapter)
         await eventually(lambda: bool(loading.asked))
@@ -360,6 +410,7 @@ def test_another_processs_network_holds_once_it_is_loaded(
         back = registry.promote(second.adapter.uid, 1)
         await eventually(lambda: aliases.known("acme", "pets") == back.alias)
         assert loading.asked == [second.alias]
+        await feed.close()
         await aliases.close()
 
     asyncio.run(scenario())
@@ -393,8 +444,8 @@ def test_a_network_that_takes_too_long_or_fails_holds_all_the_same(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = AliasCache(counting, interval=0.01, patience=0.3, load=loading)
-        await aliases.start()
+        aliases = AliasCache(counting, patience=0.3, load=loading)
+        feed = await listening(counting, aliases)
         await aliases.get("acme", "pets")
         second = tune(registry, first.adapter)
         await eventually(lambda: bool(loading.asked))
@@ -404,13 +455,15 @@ def test_a_network_that_takes_too_long_or_fails_holds_all_the_same(
         assert await aliases.get("acme", "pets", min_epoch=later.adapter.epoch) == later.alias
         await eventually(lambda: aliases.known("acme", "pets") == later.alias)
         assert loading.asked == [second.alias]
+        await feed.close()
         await aliases.close()
 
-        aliases = AliasCache(counting, interval=0.01, load=failing)
-        await aliases.start()
+        aliases = AliasCache(counting, load=failing)
+        feed = await listening(counting, aliases)
         await aliases.get("acme", "pets")
         third = tune(registry, later.adapter, "another")
         await eventually(lambda: aliases.known("acme", "pets") == third.alias)
+        await feed.close()
         await aliases.close()
 
     with caplog.at_level(logging.WARNING, "topwork"):
@@ -490,23 +543,24 @@ def test_where_nothing_can_answer_meanwhile_a_network_is_waited_for(
 
     async def scenario() -> None:
         loading = Loading()
-        aliases = AliasCache(counting, load=loading)
-        # Nothing is known, as after a start.
-        first = tune(registry, made.adapter)
-        assert await aliases.get("acme", "pets") == first.alias
-        assert loading.asked == []
         # Nothing is live.
-        aliases = AliasCache(counting, interval=0.01, load=loading)
+        aliases = AliasCache(counting, load=loading)
+        feed = await listening(counting, aliases)
         aliases.put(made.alias)
-        await aliases.start()
+        first = tune(registry, made.adapter)
         await eventually(lambda: bool(loading.asked))
         assert await aliases.get("acme", "pets") == first.alias
+        # Nothing is known, as after a start.
+        idle = Loading()
+        assert await AliasCache(counting, load=idle).get("acme", "pets") == first.alias
+        assert idle.asked == []
         # The known alias was deleted since.
         registry.delete_adapter("acme", "pets")
         again = create(registry)
         second = tune(registry, again.adapter, "another")
         await eventually(lambda: aliases.known("acme", "pets") == second.alias)
         assert loading.asked == [first.alias]
+        await feed.close()
         await aliases.close()
 
     asyncio.run(scenario())

@@ -231,6 +231,23 @@ def test_nothing_of_the_release_before_is_set_aside_or_held(
     registry.close()
 
 
+def test_changes_are_numbered_in_order(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that keep numbers would give them out late, after higher ones."""
+    registry = Registry(postgres_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.registry.database.HEAD", "0009")
+        registry.migrate()
+    database = Database(postgres_url)
+    with database.writing() as connection:
+        connection.exec_driver_sql("ALTER SEQUENCE changes_epoch_seq CACHE 20")
+    registry.migrate()
+    with database.reading() as connection:
+        query = "SELECT seqcache FROM pg_sequence WHERE seqrelid = 'changes_epoch_seq'::regclass"
+        assert connection.exec_driver_sql(query).scalar_one() == 1
+    database.close()
+    registry.close()
+
+
 def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry_url: str) -> None:
     database = Database(registry_url)
     with database.writing() as connection:

@@ -463,21 +463,6 @@ def test_deletes_everything_of_an_adapter(registry: Registry) -> None:
     assert len(registry.referenced(kept.adapter.uid)) == 4
 
 
-def test_tells_what_changed_of_late(registry: Registry) -> None:
-    assert registry.changed(60) == []
-    first = create(registry)
-    second = append(registry, first.adapter, "c")
-    other = create(registry, "other")
-    seen = {found.name: (found.uid, found.epoch) for found in registry.changed(60)}
-    kept = {"other": (other.adapter.uid, other.adapter.epoch)}
-    assert seen == kept | {"pets": (second.adapter.uid, second.adapter.epoch)}
-    registry.delete_adapter("acme", "pets")
-    seen = {found.name: (found.uid, found.epoch) for found in registry.changed(60)}
-    assert seen == kept | {"pets": (None, None)}
-    time.sleep(0.3)
-    assert registry.changed(0.1) == []
-
-
 def test_an_epoch_tells_nothing_of_other_tenants(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the time of the change; where the clock stands still, one more than the adapter's last one."""
     own = create(registry).adapter

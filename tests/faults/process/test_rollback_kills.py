@@ -23,14 +23,14 @@ CHANGES: dict[str, tuple[str, str, dict[str, Any] | None]] = {
 IN_COMMITS = [
     "adapters.registry.statements.commit.commit:before",
     "adapters.registry.statements.revision_rows.write_examples:after",
-    "adapters.registry.statements.commit._announce:after",
+    "adapters.registry.statements.changes.announce:after",
     "adapters.registry.statements.commit.commit:after",
     "adapters.registry.registry.Registry.commit:after",
 ]
 WHERE = {
     "roll back": [
         "adapters.registry.statements.commit.promote:before",
-        "adapters.registry.statements.commit._announce:before",
+        "adapters.registry.statements.changes.announce:before",
         "adapters.registry.statements.commit.promote:after",
         "adapters.registry.registry.Registry.promote:after",
     ],

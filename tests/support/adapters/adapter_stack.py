@@ -18,6 +18,7 @@ from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision.writer import RevisionWriter
 from adapters.cache.aliases import AliasCache
+from adapters.cache.feed import ChangeFeed
 from adapters.cache.lru import ByteLRU
 from adapters.cache.networks import NetworkPool
 from adapters.examples.validation import PostedExample
@@ -139,7 +140,7 @@ async def world(
         for name, backbone in backbones.items()
     }
     fitter = Fitter()
-    aliases = AliasCache(registry, interval=0.05)
+    aliases = AliasCache(registry)
     repository = AdapterRepository(registry, opened, aliases)
     networks = NetworkPool(opened, 64 << 20, lambda backbone: Batcher(backbone, max_queue=1_000, workers=2))
     heads: ByteLRU[Head] = ByteLRU(1 << 20, lambda head: head.nbytes)
@@ -150,7 +151,8 @@ async def world(
     ended: list[str] = []
     eraser = Eraser(repository, (heads, networks, neighbour_index), lambda tenant, _: ended.append(tenant))
     await fitter.start()
-    await aliases.start(eraser.heard)
+    feed = ChangeFeed(registry, interval=0.05)
+    await feed.start([aliases], eraser.heard)
     for batcher in batchers.values():
         await batcher.start()
     try:
@@ -180,6 +182,7 @@ async def world(
             backbone.close()
         repository.close()
         await networks.close()
+        await feed.close()
         await aliases.close()
         await fitter.close()
         registry.close()

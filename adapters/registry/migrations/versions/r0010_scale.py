@@ -22,6 +22,7 @@ def upgrade() -> None:
     _jobs()
     _chores()
     _erasures()
+    _changes()
 
 
 def _jobs() -> None:
@@ -52,3 +53,10 @@ def _erasures() -> None:
     )
     # The release before may have ended before it cleared the pages of its last erasures.
     op.execute(f"UPDATE erasures SET pages = '{_TABLES}' WHERE id = (SELECT max(id) FROM erasures)")
+
+
+def _changes() -> None:
+    """Give out the numbers of changes in order, which processes rely on: a connection must not keep any."""
+    if op.get_bind().dialect.name == "postgresql":
+        sequence = op.get_bind().scalar(sa.text("SELECT pg_get_serial_sequence('changes', 'epoch')"))
+        op.execute(f"ALTER SEQUENCE {sequence} CACHE 1")
