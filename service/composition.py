@@ -93,7 +93,7 @@ async def compose(
         )
         stack.callback(registry.close)
         feed = ChangeFeed(registry)
-        keyring = KeyCache(registry.tenants.find)
+        keyring = KeyCache(registry.tenants.find, lambda: feed.hearing)
         stack.push_async_callback(keyring.close)
 
         cores = CoreSharing()
@@ -137,7 +137,7 @@ async def compose(
         neighbour_index = NeighbourIndex(repository)
         eraser = Eraser(repository, (heads, networks, neighbour_index, keyring), end)
         stack.push_async_callback(aliases.close)
-        await feed.start((aliases,), eraser.heard)
+        await feed.start((keyring, aliases), eraser.heard)
         stack.push_async_callback(feed.close)
         limits = AdapterLimits(
             max_examples=settings.max_adapter_examples,

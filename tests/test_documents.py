@@ -131,7 +131,7 @@ def image_limits() -> dict[str, str]:
 
 
 def key_limits() -> dict[str, str]:
-    revocation = math.ceil(key_cache._STALE_SECONDS + key_cache._PATIENCE_SECONDS)
+    revocation = math.ceil(key_cache._DEAF.stale + key_cache._PATIENCE_SECONDS)
     return {
         "keys of one tenant in use": f"{tenants.MAX_KEYS}",
         "time until a revoked key stops working": f"{revocation} s",

@@ -250,16 +250,11 @@ def _write(source: Connection, target: Connection, replace: bool) -> tuple[int, 
 
 
 def _announce(connection: Connection, arriving: RowRestorer, tenants_gone: Iterable[str]) -> None:
-    """Record the changed adapters and tenants for running services.
-
-    This comes last in the transaction, because services look back only a few seconds for changes that become
-    visible after the time that they carry.
-    """
+    """Record the changed adapters, tenants and keys for running services."""
     told = {name: name in arriving.gone for name in arriving.restored}
     told |= dict.fromkeys(arriving.gone - arriving.restored, True)
     told |= {(tenant, ""): True for tenant in tenants_gone}
-    if not told:
-        return
+    told |= {("", ""): False}
     now = current_time(connection)
     rows = [
         {"tenant": tenant, "name": name, "gone": gone, "at": now} for (tenant, name), gone in told.items()

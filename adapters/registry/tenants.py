@@ -19,6 +19,7 @@ from adapters.registry.erasures import check_not_erased
 from adapters.registry.errors import UnknownTenant
 from adapters.registry.quotas import QUOTA_COLUMNS, Quotas, quotas_from
 from adapters.registry.schema import adapters, database_now, keys, tenants
+from adapters.registry.statements.changes import announce
 from adapters.registry.statements.queries import current_time
 from models.errors import Conflict, NotFound
 
@@ -147,7 +148,9 @@ class Tenants:
         with self._database.writing() as connection:
             values = asdict(quotas)
             connection.execute(update(tenants).where(tenants.c.name == name).values(values))
-            return _tenant(connection, name)
+            tenant = _tenant(connection, name)
+            announce(connection, name, "")
+            return tenant
 
     def create_key(
         self, tenant: str, scopes: Sequence[Scope], *, note: str = "", lifetime: timedelta | None = None
@@ -175,6 +178,7 @@ class Tenants:
             if record.revoked_at is not None:
                 return record
             connection.execute(update(keys).where(keys.c.id == key_id).values(revoked_at=database_now()))
+            announce(connection, tenant, "")
             return _key(connection, tenant, key_id)
 
     def rotate(self, tenant: str, key_id: str, grace: timedelta) -> tuple[KeyRecord, str]:
@@ -191,6 +195,7 @@ class Tenants:
             lifetime = None if old.expires_at is None else old.expires_at - old.created_at
             ends = now + grace if old.expires_at is None else min(old.expires_at, now + grace)
             connection.execute(update(keys).where(keys.c.id == key_id).values(expires_at=ends))
+            announce(connection, tenant, "")
             return _add_key(connection, tenant, old.scopes, old.note, lifetime)
 
     def find(self, key_id: str) -> HeldKey | None:

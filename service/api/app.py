@@ -63,6 +63,7 @@ def build_api(components: Components) -> FastAPI:
     events = Events(components.submitter, 0.9 * settings.request_timeout)
     components.closing.enter_context(told_to_end(events.close))
     catalog, editor, eraser = components.catalog, components.editor, components.eraser
+    tenants = TenantEndpoints(components.registry.tenants, eraser, components.keyring, reader)
     return application(
         [
             *tagged(
@@ -91,7 +92,7 @@ def build_api(components: Components) -> FastAPI:
             ),
             *tagged("Examples", example_routes(ExampleEndpoints(catalog, editor, reader, guard))),
             *tagged("Jobs", job_routes(JobEndpoints(components.submitter, events))),
-            *tagged("Tenants", tenant_routes(TenantEndpoints(components.registry.tenants, eraser, reader))),
+            *tagged("Tenants", tenant_routes(tenants)),
             *tagged(
                 "Operation",
                 operation_routes(

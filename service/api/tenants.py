@@ -10,6 +10,7 @@ from adapters.adaptation.erasure import Eraser
 from adapters.registry.tenants import Tenants
 from adapters.threads import DATABASE
 from service.api.dependencies import NamedTenant, Page
+from service.edge.key_cache import KeyCache
 from service.payloads.reader import RequestReader
 from service.payloads.responses.adaptation import render_erased
 from service.payloads.responses.tenants import (
@@ -25,9 +26,10 @@ from service.payloads.tenants import KeyRequest, QuotasIn, RotateRequest, Tenant
 class TenantEndpoints:
     """What the operator does with tenants, and a tenant's administrator with its keys."""
 
-    def __init__(self, tenants: Tenants, eraser: Eraser, reader: RequestReader) -> None:
+    def __init__(self, tenants: Tenants, eraser: Eraser, keyring: KeyCache, reader: RequestReader) -> None:
         self._tenants = tenants
         self._eraser = eraser
+        self._keyring = keyring
         self._reader = reader
 
     async def create_tenant(self, request: Request) -> Response:
@@ -54,7 +56,9 @@ class TenantEndpoints:
     async def set_quotas(self, request: Request, tenant: NamedTenant) -> Response:
         """Set the quotas of a tenant, all at once. Every process applies them within 5 seconds."""
         wanted = await self._reader.model(request, QuotasIn)
-        return render_tenant(await DATABASE.run(self._tenants.set_quotas, tenant, wanted.quotas()))
+        changed = await DATABASE.run(self._tenants.set_quotas, tenant, wanted.quotas())
+        self._keyring.drop_of(tenant)
+        return render_tenant(changed)
 
     async def list_keys(self, tenant: NamedTenant) -> Response:
         """List the keys of the tenant, without their secrets."""
@@ -75,8 +79,12 @@ class TenantEndpoints:
         """Replace a key by a new one. The old key stays valid for a while."""
         wanted = await self._reader.model(request, RotateRequest)
         grace = timedelta(seconds=wanted.grace)
-        return render_new_key(*await DATABASE.run(self._tenants.rotate, tenant, key, grace))
+        rotated = await DATABASE.run(self._tenants.rotate, tenant, key, grace)
+        self._keyring.drop_of(tenant)
+        return render_new_key(*rotated)
 
     async def revoke_key(self, tenant: NamedTenant, key: str) -> Response:
         """Revoke a key. Every process refuses it within 5 seconds."""
-        return render_key(await DATABASE.run(self._tenants.revoke, tenant, key))
+        revoked = await DATABASE.run(self._tenants.revoke, tenant, key)
+        self._keyring.drop_of(tenant)
+        return render_key(revoked)

@@ -162,12 +162,20 @@ async def test_running_services_notice_within_a_second(place: Place, tmp_path: P
         before = world.registry.adapter(TENANT, "words").epoch
         await asyncio.to_thread(restore, path, place.database, place.store, replace=True)
         until = time.monotonic() + 1
-        while world.aliases.known(TENANT, "later") is not None:
+        while (
+            (known := world.aliases.known(TENANT, "words")) is None
+            or known.epoch <= before
+            or (world.aliases.known(TENANT, "later") is not None)
+        ):
             assert time.monotonic() < until
             await asyncio.sleep(0.02)
         assert await answers(world) == was
         told = [row for row in place.rows()["changes"] if row["epoch"] > newest]
-        assert {(row["name"], row["gone"]) for row in told} == {("words", False), ("later", True)}
+        assert {(row["name"], row["gone"]) for row in told} == {
+            ("words", False),
+            ("later", True),
+            ("", False),
+        }
         restored = world.registry.adapter(TENANT, "words").epoch
         assert restored > before
         # Version 2 was there: its number is not given again, and no epoch is.
@@ -313,6 +321,21 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
         assert again.job.attempt == 3
         assert place.store.read(TENANT, uid, upload[0]) == b"lines"
     assert place.examine() == []
+
+
+async def test_services_read_all_keys_again_after_a_restore(place: Place, tmp_path: Path) -> None:
+    """One made since the backup is gone, and others may have other quotas."""
+    async with place.world() as world:
+        registry = world.registry
+        registry.tenants.create(TENANT)
+        path = saved(place, tmp_path)
+        key, _ = registry.tenants.create_key(TENANT, ["predict"])
+        position = registry.changed(None).position
+        restore(path, place.database, place.store, replace=True)
+        assert registry.tenants.find(key.id) is None
+        assert [(told.tenant, told.name, told.gone) for told in registry.changed(position).changes] == [
+            ("", "", False)
+        ]
 
 
 async def test_a_revoked_key_stays_revoked(place: Place, tmp_path: Path) -> None:
