@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from adapters.registry.registry import Registry
+from adapters.storage.open import open_store
 from service.monitoring.gauges import Readings, add_gauges
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
@@ -108,6 +109,7 @@ def test_what_is_counted_is_unknown_before_that_and_without_the_database(tmp_pat
         heads=cache,
         networks=cache,
         registry=registry,
+        store=open_store(str(tmp_path / "artifacts")),
     )
     metrics = Metrics()
     add_gauges(metrics.registry, parts)
