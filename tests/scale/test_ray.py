@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Site:
     url: str
     home: Path
     settings: dict[str, str]
+    callers: list[Caller] = field(default_factory=list)
 
     def node_of(self, nodes: Nodes, job: Json) -> Any:
         """The node on which the job's last attempt runs, as its driver says."""
@@ -46,7 +47,9 @@ class Site:
         return found
 
     def caller(self) -> Caller:
-        return Caller(self.url)
+        """A new tenant."""
+        self.callers.append(Caller(self.url))
+        return self.callers[-1]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,10 @@ def site(
     }
     home = tmp_path_factory.mktemp("site")
     with Serving(home, environment={**settings, "TOPWORK_WORKERS": "0"}) as serving:
-        yield Site(serving.url, home, settings)
+        made = Site(serving.url, home, settings)
+        yield made
+        for caller in made.callers:
+            caller.http.close()
 
 
 def submit_upload(caller: Caller, adapter: str = "reviews") -> Json:
@@ -95,7 +101,7 @@ def job_of(caller: Caller, job: Json) -> Json:
 def check_upload(caller: Caller, job: Json, adapter: str = "reviews") -> None:
     """One version, all examples, and an answer from it."""
     assert job["state"] == "succeeded", job
-    assert [one["number"] for one in caller.call("GET", f"/adapters/{adapter}/versions")["versions"]] == [1]
+    assert [one["version"] for one in caller.call("GET", f"/adapters/{adapter}/versions")["versions"]] == [1]
     assert caller.call("GET", f"/adapters/{adapter}")["examples"] == EXAMPLES
     caller.predict(adapter, [{"text": PRAISE[0]}])
 
