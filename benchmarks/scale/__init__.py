@@ -1,0 +1,1 @@
+"""What many tenants and replicas cost, by simulation."""
