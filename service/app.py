@@ -99,7 +99,13 @@ class Topwork:
             # The key is checked first: if it is required and missing, nothing needs to start.
             Authenticator(settings.admin_key, listening_addresses())
             self.components = await compose(settings, edge.end)
-            guard = Authenticator(settings.admin_key, listening_addresses(), self.components.keyring.get)
+            rates = self.components.registry.rates
+            guard = Authenticator(
+                settings.admin_key,
+                listening_addresses(),
+                self.components.keyring.get,
+                rates.spend if rates is not None else None,
+            )
         except Exception as error:
             give_up(error, supervised=worker is not None)
         api = build_api(self.components)

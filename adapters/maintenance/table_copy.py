@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, func, insert, select, text
 
 from adapters.registry.jobs import uploads_of
-from adapters.registry.schema import adapters, artifacts, changes, chores, identity, jobs, metadata
+from adapters.registry.schema import adapters, artifacts, changes, chores, identity, jobs, metadata, rates
 from adapters.storage.artifact import Artifact
 
 Row = dict[str, Any]
@@ -16,9 +16,9 @@ Row = dict[str, Any]
 TABLES: tuple[Table, ...] = tuple(metadata.sorted_tables)
 """All tables, in the order in which they can be filled: parents before the rows that refer to them."""
 
-KEPT = (changes, chores, identity)
-"""Tables that a target keeps when its rows are replaced. Running services poll the changes and take turns at
-the chores, and the identity is the target's own."""
+KEPT = (changes, chores, identity, rates)
+"""Tables that a target keeps when its rows are replaced. Running services poll the changes, take turns at the
+chores and count by the rates, and the identity is the target's own."""
 
 _COUNTED = (artifacts.c.id, changes.c.epoch)  # columns that the database numbers
 _AT_ONCE = 1_000  # rows per insert

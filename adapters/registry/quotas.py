@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, func, select, text
 
-from adapters.registry.database import take_turns
+from adapters.registry.database import Database, take_turns
 from adapters.registry.schema import adapters, tenants
 from models.errors import Conflict
 
@@ -28,6 +29,15 @@ class Quotas:
     max_adapters: int | None = None
     max_examples: int | None = None  # in all adapters together
     max_running_jobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A tenant's use of a rate quota. `seconds`: how long the rate takes to make up for it."""
+
+    tenant: str
+    quota: str  # "requests", "items" or "bytes"
+    seconds: float
 
 
 QUOTA_COLUMNS = tuple(tenants.c[field.name] for field in fields(Quotas))
@@ -67,3 +77,39 @@ def _quotas_of(connection: Connection, tenant: str) -> Quotas:
 def quotas_from(row: Row[Any]) -> Quotas:
     """Return the quotas in a row with the QUOTA_COLUMNS."""
     return Quotas(**{column.name: getattr(row, column.name) for column in QUOTA_COLUMNS})
+
+
+# In the order of the key, so that processes that write the same rows do not wait for each other in a circle.
+_SPEND = text(
+    """INSERT INTO rates (tenant, quota, paid_at)
+    SELECT tenants.name, used.quota, clock.now + used.seconds
+    FROM unnest(CAST(:tenants AS text[]), CAST(:quotas AS text[]), CAST(:seconds AS float8[]))
+            AS used (tenant, quota, seconds)
+        JOIN tenants ON tenants.name = used.tenant
+        CROSS JOIN (SELECT CAST(extract(epoch FROM now()) AS float8)) AS clock (now)
+    ORDER BY tenants.name, used.quota
+    ON CONFLICT (tenant, quota) DO UPDATE SET paid_at = excluded.paid_at
+        + greatest(0, rates.paid_at - CAST(extract(epoch FROM now()) AS float8))
+    RETURNING tenant, quota, paid_at - CAST(extract(epoch FROM now()) AS float8) AS seconds"""
+)
+
+
+class Rates:
+    """What tenants have used of their rates in all processes, in PostgreSQL. Thread-safe, blocking."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def spend(self, uses: Sequence[Use]) -> dict[tuple[str, str], float]:
+        """Add uses, one for each tenant and quota. Raises RegistryUnavailable.
+
+        Returns the seconds until all uses are made up for, by tenant and quota. Erased tenants are left out.
+        """
+        values = {
+            "tenants": [use.tenant for use in uses],
+            "quotas": [use.quota for use in uses],
+            "seconds": [use.seconds for use in uses],
+        }
+        with self._database.writing() as connection:
+            rows = connection.execute(_SPEND, values)
+            return {(row.tenant, row.quota): row.seconds for row in rows}

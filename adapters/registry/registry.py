@@ -14,6 +14,7 @@ from adapters.registry.erasures import Erasures, Receipt
 from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
 from adapters.registry.identity import Identity
 from adapters.registry.jobs import Jobs, uploads_of
+from adapters.registry.quotas import Rates
 from adapters.registry.records import (
     AdapterRecord,
     Alias,
@@ -77,6 +78,7 @@ class Registry:
         self._totals = Totals(self._database, self._chores)
         self._replies = Replies(self._database)
         self._identity = Identity(self._database)
+        self._rates = None if self._database.is_sqlite else Rates(self._database)
 
     @property
     def jobs(self) -> Jobs:
@@ -117,6 +119,11 @@ class Registry:
     def identity(self) -> Identity:
         """The database's identity, which tells whether a store belongs to it."""
         return self._identity
+
+    @property
+    def rates(self) -> Rates | None:
+        """What tenants use of their rates in all processes. None with SQLite: each process counts alone."""
+        return self._rates
 
     def check_pages(self) -> None:
         """Check a SQLite file for damage. See Database.check_pages."""

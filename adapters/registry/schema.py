@@ -321,6 +321,19 @@ chores = Table(
     Column("result", Text),
 )
 
+# What tenants with quotas have used lately, in all processes together. Only PostgreSQL's is used.
+rates = Table(
+    "rates",
+    metadata,
+    Column(
+        "tenant", Sorted, ForeignKey("tenants.name", name="rates_tenant", ondelete="CASCADE"), nullable=False
+    ),
+    Column("quota", String(16), nullable=False),
+    # When the quota's rate has made up for all that was used, in seconds since 1970.
+    Column("paid_at", Float, nullable=False),
+    PrimaryKeyConstraint("tenant", "quota", name="rates_key"),
+)
+
 
 def encode_target(target: Target) -> str:
     """Return a target as JSON: a string, a list of strings, or a number that decodes to the same float."""

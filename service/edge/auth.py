@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from adapters.registry.errors import RegistryUnavailable
 from adapters.registry.tenants import HeldKey, Scope, split_key
-from service.edge.rate_limits import Meter, RateLimiter
+from service.edge.rate_limits import Meter, RateLimiter, Spend
 from service.edge.routes import Access
 from service.errors import Problem
 
@@ -120,8 +120,9 @@ class Authenticator:
         admin_key: SecretStr | None,
         addresses: Iterable[str],
         find: Callable[[str], Awaitable[HeldKey | None]] = _no_keys,
+        spend: Spend | None = None,
     ) -> None:
-        """`find`: returns the tenant's key with an id, or None if it is not in use.
+        """`find`: returns the tenant's key with an id, or None if it is not in use. `spend`: see RateLimiter.
 
         Raises KeyMissing without an admin key unless every address is loopback and there is at least one.
         """
@@ -132,7 +133,7 @@ class Authenticator:
             raise KeyMissing(NEEDS_KEY.format(address=foreign[0]))
         self._key = admin_key.get_secret_value().encode() if admin_key else None
         self._find = find
-        self._meters = RateLimiter()
+        self._meters = RateLimiter(spend)
 
     async def admit(self, access: Access, method: str, headers: Headers) -> Admission:
         """Authenticate a request and check it against the access rule of its route."""
@@ -160,6 +161,10 @@ class Authenticator:
             if await self._find(caller.key) is None:
                 return _unauthorized()
         return None
+
+    async def share_rates(self) -> None:
+        """Share rates with the other processes, in a loop that runs until it is cancelled."""
+        await self._meters.share()
 
     async def _key_of(self, given: bytes) -> HeldKey | None:
         """Return the tenant's key that was sent, or None.

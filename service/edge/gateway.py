@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ class Edge:
     def __init__(self) -> None:
         self._app: ASGIApp | None = None
         self._running: RunningRequests | None = None
+        self._guard: Authenticator | None = None
         self._audit = Audit()
 
     def open(
@@ -52,6 +54,7 @@ class Edge:
     ) -> None:
         """Let requests through to the declared ones of the application's own `routes`."""
         table = RouteTable(routes)
+        self._guard = guard
         self._running = RunningRequests(guard, settings.request_timeout)
         layers: list[Layer] = [
             partial(Channels, table=table, settings=settings),
@@ -77,9 +80,9 @@ class Edge:
             self._running.end(tenant, why)
 
     async def watch(self) -> None:
-        """Cancel requests whose key was revoked or has expired, in a loop that runs until it is cancelled."""
-        if self._running is not None:
-            await self._running.watch_keys()
+        """Cancel requests whose key was revoked or has expired, and share rates, until it is cancelled."""
+        if self._running is not None and self._guard is not None:
+            await asyncio.gather(self._running.watch_keys(), self._guard.share_rates())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -30,7 +30,7 @@ def let_in(meters: RateLimiter, quotas: Quotas, tenant: str = "acme", **uses: fl
 
 def test_requests_come_through_at_their_rate() -> None:
     clock = Clock()
-    meters, quotas = RateLimiter(clock), Quotas(requests_per_second=5)
+    meters, quotas = RateLimiter(clock=clock), Quotas(requests_per_second=5)
     through = 0
     for _ in range(10_000):
         through += let_in(meters, quotas)
@@ -41,7 +41,7 @@ def test_requests_come_through_at_their_rate() -> None:
 
 def test_a_large_request_is_let_in_and_paid_for() -> None:
     clock = Clock()
-    meters, quotas = RateLimiter(clock), Quotas(items_per_second=5)
+    meters, quotas = RateLimiter(clock=clock), Quotas(items_per_second=5)
     assert let_in(meters, quotas, items=110)
     assert not let_in(meters, quotas)
     found = meters.admit("acme", quotas)
@@ -55,7 +55,7 @@ def test_a_large_request_is_let_in_and_paid_for() -> None:
 
 def test_the_tightest_quota_decides() -> None:
     clock = Clock()
-    meters, quotas = RateLimiter(clock), Quotas(1_000.0, 1_000.0, 10.0)
+    meters, quotas = RateLimiter(clock=clock), Quotas(1_000.0, 1_000.0, 10.0)
     assert let_in(meters, quotas, items=1, bytes=30)
     found = meters.admit("acme", quotas)
     assert isinstance(found, Problem)
@@ -65,20 +65,20 @@ def test_the_tightest_quota_decides() -> None:
 
 
 def test_tenants_do_not_share() -> None:
-    meters, quotas = RateLimiter(Clock()), Quotas(items_per_second=1)
+    meters, quotas = RateLimiter(clock=Clock()), Quotas(items_per_second=1)
     assert let_in(meters, quotas, "one", items=100)
     assert not let_in(meters, quotas, "one")
     assert let_in(meters, quotas, "other")
 
 
 def test_without_quotas_nothing_is_counted() -> None:
-    meters = RateLimiter(Clock())
+    meters = RateLimiter(clock=Clock())
     assert meters.admit("acme", Quotas(max_examples=3)) is None
 
 
 def test_a_quota_that_changes_holds_at_once() -> None:
     clock = Clock()
-    meters = RateLimiter(clock)
+    meters = RateLimiter(clock=clock)
     assert let_in(meters, Quotas(items_per_second=1), items=1_000)
     assert not let_in(meters, Quotas(items_per_second=1))
     assert meters.admit("acme", Quotas()) is None

@@ -1,4 +1,4 @@
-"""What many tenants and processes need: open jobs, checkpoints, turns at common work, what erasures leave."""
+"""What many tenants and processes need: open jobs, checkpoints, common work and rates, erasures' remains."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ down_revision = "0009"
 
 _OPEN = sa.text("state IN ('queued', 'running')")
 _KEPT = sa.text("checkpoint IS NOT NULL")
+_sorted = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 # Milliseconds since 1970 in SQLite, which has no type for times.
 _time = sa.DateTime(timezone=True).with_variant(sa.BigInteger(), "sqlite")
 
@@ -18,11 +19,12 @@ _TABLES = "replies jobs examples versions artifacts adapters changes keys tenant
 
 
 def upgrade() -> None:
-    """Create a table, and columns and indexes of others. The jobs have no checkpoint in the store yet."""
+    """Create tables, and columns and indexes of others. The jobs have no checkpoint in the store yet."""
     _jobs()
     _chores()
     _erasures()
     _changes()
+    _rates()
 
 
 def _jobs() -> None:
@@ -60,3 +62,17 @@ def _changes() -> None:
     if op.get_bind().dialect.name == "postgresql":
         sequence = op.get_bind().scalar(sa.text("SELECT pg_get_serial_sequence('changes', 'epoch')"))
         op.execute(f"ALTER SEQUENCE {sequence} CACHE 1")
+
+
+def _rates() -> None:
+    # Without a log in PostgreSQL: it is written often, and may be empty after a crash.
+    unlogged = ["UNLOGGED"] if op.get_bind().dialect.name == "postgresql" else []
+    op.create_table(
+        "rates",
+        sa.Column("tenant", _sorted, nullable=False),
+        sa.Column("quota", sa.String(16), nullable=False),
+        sa.Column("paid_at", sa.Float, nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "quota", name="rates_key"),
+        sa.ForeignKeyConstraint(["tenant"], ["tenants.name"], name="rates_tenant", ondelete="CASCADE"),
+        prefixes=unlogged,
+    )
