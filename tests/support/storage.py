@@ -19,7 +19,7 @@ from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
 from deploy.cluster.bucket import S3Server, make_bucket, store_options
 from deploy.cluster.postgres import Postgres
-from deploy.cluster.processes import NotInstalled, unprivileged
+from deploy.cluster.processes import NotInstalled, bound, unprivileged
 from tests.support.conditions import until
 
 _numbers = itertools.count(1)
@@ -94,7 +94,9 @@ def pooled_url(postgres_server: str) -> Iterator[str]:
             logfile = {folder}/log
             """
         )
-        with subprocess.Popen([*prefix, program, "-q", str(config)]) as process:
+        # It ends with the tests, even if they are killed.
+        command = [*(prefix or ["setpriv"]), *bound()[1:], program, "-q", str(config)]
+        with subprocess.Popen(command) as process:
             try:
                 until((Path(folder) / ".s.PGSQL.6432").exists)
                 pooled = database.update_query_dict({"host": folder, "port": "6432"})
