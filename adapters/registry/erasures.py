@@ -25,6 +25,7 @@ from adapters.registry.schema import (
     examples,
     jobs,
     keys,
+    rates,
     replies,
     tenants,
     versions,
@@ -166,7 +167,7 @@ def pages_of(adapter_uid: str | None, digests: str | None) -> str:
     if digests is None:
         touched.append(adapters)
     if adapter_uid is None:
-        touched += [changes, keys, tenants]
+        touched += [changes, keys, rates, tenants]
     return " ".join(table.name for table in touched)
 
 

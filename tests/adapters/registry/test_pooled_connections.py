@@ -81,6 +81,9 @@ def test_nothing_of_a_session_is_left_to_other_clients(
         for number in range(20):
             registry.tenants.create(f"{id(registry)}-{number}")
             registry.tenants.tenants()
+        registry.erasures.tenant(f"{id(registry)}-0")
+        registry.remains.clear_pages()
+        assert not registry.remains.uncleared
     with ExitStack() as stack:
         clients = [client(stack, pooled_url) for _ in range(SERVER_CONNECTIONS)]
         settings = (
