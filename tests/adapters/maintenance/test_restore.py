@@ -244,8 +244,6 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
         path,
         "UPDATE alembic_version SET version_num = '0005'",
         "DROP TABLE rates",
-        *(f"DROP INDEX {name}" for name in ("jobs_open", "jobs_by_start", "jobs_with_checkpoint")),
-        "ALTER TABLE jobs DROP COLUMN checkpoint",
         "DROP TABLE identity",
         "DROP TABLE chores",
         "DROP INDEX jobs_open",
