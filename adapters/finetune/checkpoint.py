@@ -21,10 +21,11 @@ from adapters.finetune.model import Score
 logger = logging.getLogger("topwork")
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
+def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> bool:
     """Write the checkpoint atomically: a reader finds the last complete one, whenever this process is killed.
 
-    If it cannot be written, the last one stays: only the epochs after that would be trained again.
+    Returns whether it was written. If not, the last one stays: only the epochs after that would be trained
+    again.
     """
     numbers = asdict(replace(checkpoint, tensors={}))
     metadata = {"about": about, "numbers": json.dumps(numbers)}
@@ -45,8 +46,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, about: str) -> None:
         with whole.open("rb") as file:
             os.fsync(file.fileno())
         whole.rename(path)
+        return True
     except (OSError, SafetensorError) as error:
         logger.warning("the checkpoint of an epoch cannot be kept: %s", error)
+        return False
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

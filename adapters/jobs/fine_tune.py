@@ -31,6 +31,7 @@ from adapters.finetune.trainer import fine_tune
 from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.jobs.kept_examples import KeptExamples
 from adapters.jobs.lease import Lease, checkpoint_path
+from adapters.jobs.stored_checkpoints import CheckpointUploader, fetch_checkpoint
 from adapters.jobs.submission import FINE_TUNE, CannotTune
 from adapters.probe.fit import FittedProbe
 from adapters.probe.folds import folds
@@ -118,10 +119,12 @@ class FineTuneJob:
         job = lease.claim.job
         kept = KeptExamples.read(self._registry, self._store, job, lease.check)
         config = FineTuneConfig(**job.request.get("config", {}))
+        path = checkpoint_path(self._scratch, job.id)
+        uploader = CheckpointUploader(self._registry.jobs, self._store, lease.claim, path)
         # Idle scheduling applies to one thread. The threads for heartbeats and for commits must keep theirs.
-        with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training:
+        with ThreadPoolExecutor(1, "training", use_idle_scheduling) as training, uploader:
             found: TunedVersion | FittedProbe | None = training.submit(
-                self._train, kept, config, lease
+                self._train, kept, config, lease, uploader
             ).result()
             if found is None and kept.adapter.live is None:
                 # The adapter would have no version to predict with.
@@ -133,10 +136,11 @@ class FineTuneJob:
             self._registry.jobs.succeed(lease.claim, {"share": 1.0, "outcome": NO_BETTER})
         else:
             committed = self._commit(kept, found, lease)
-        checkpoint_path(self._scratch, job.id).unlink(missing_ok=True)
         return committed
 
-    def _train(self, kept: KeptExamples, config: FineTuneConfig, lease: Lease) -> TunedVersion | None:
+    def _train(
+        self, kept: KeptExamples, config: FineTuneConfig, lease: Lease, uploader: CheckpointUploader
+    ) -> TunedVersion | None:
         network = load_network(kept.adapter.backbone)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
@@ -152,11 +156,11 @@ class FineTuneJob:
 
         def tell(progress: Progress, checkpoint: Checkpoint | None) -> None:
             lease.check()
-            if checkpoint is not None:
-                save_checkpoint(path, checkpoint, about)
+            if checkpoint is not None and save_checkpoint(path, checkpoint, about):
+                uploader.written()
             lease.report(progress.share, _told(progress))
 
-        resume = load_checkpoint(path, about)
+        resume = self._resume(lease.claim.job, path, about)
         with contextlib.ExitStack() as meanwhile:
             meanwhile.enter_context(restricted_vocabulary(network.words, training_set.samples.vocabulary))
             if self._device == "cpu":
@@ -169,6 +173,17 @@ class FineTuneJob:
             # The network would be a copy of the backbone, with a head of fewer examples than a probe's.
             return None
         return finish(network, model, training_set, names, outcome, kept.terms.answer_accuracy)
+
+    def _resume(self, job: JobRecord, path: Path, about: str) -> Checkpoint | None:
+        """Return the checkpoint to go on from: this host's or the store's, whichever is further on."""
+        copy = path.with_suffix(f".{job.attempt}.partial")
+        try:
+            fetched = fetch_checkpoint(self._store, job, copy)
+            found = [load_checkpoint(path, about), load_checkpoint(copy, about) if fetched else None]
+        finally:
+            copy.unlink(missing_ok=True)
+        known = [one for one in found if one is not None]
+        return max(known, key=lambda one: (one.measured is not None, one.epoch), default=None)
 
     def _training_set(
         self, kept: KeptExamples, network: Network, lease: Lease

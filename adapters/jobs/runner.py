@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from adapters.jobs.config import WorkerConfig
 from adapters.jobs.lease import Lease, ShuttingDown, Stopped, checkpoint_path, checkpoints
+from adapters.jobs.stored_checkpoints import delete_spent
 from adapters.processes.export import ExportFailed, ensure_exported
 from adapters.redaction import leaks_internals
 from adapters.registry.errors import LeaseLost, RegistryUnavailable, UnknownJob
@@ -110,6 +111,7 @@ class JobRunner:
 
     def tidy(self) -> None:
         """Remove checkpoints of jobs that have ended or were deleted with their adapter."""
+        delete_spent(self._registry.jobs, self._store)
         left = checkpoints(Path(self._config.scratch))
         if not left:
             return
@@ -167,6 +169,7 @@ class JobRunner:
 
     def _ended(self, job: JobRecord) -> None:
         """Remove the checkpoint and the upload of an ended job, and send its callback."""
+        delete_spent(self._registry.jobs, self._store)
         checkpoint_path(Path(self._config.scratch), job.id).unlink(missing_ok=True)
         try:
             self._store.delete(job.tenant, job.adapter_uid, upload_of(job.request))

@@ -12,7 +12,7 @@ from adapters.adaptation.artifacts import delete_unreferenced, kept_if_committed
 from adapters.maintenance.inspection import Damage, Finding, InspectedAdapter, Inspector
 from adapters.registry.database import Database
 from adapters.registry.errors import RevisionMoved, UnknownAdapter
-from adapters.registry.jobs import uploads_of
+from adapters.registry.jobs import stored_for_jobs
 from adapters.registry.records import Change, ExampleRecord, Repoint
 from adapters.registry.statements.commit import commit
 from adapters.registry.statements.queries import artifacts_by_id
@@ -107,7 +107,7 @@ class Doctor:
 
     def _referenced(self, *uids: str) -> set[Artifact]:
         with self._database.reading() as connection:
-            return set(artifacts_by_id(connection, *uids).values()) | uploads_of(connection, *uids)
+            return set(artifacts_by_id(connection, *uids).values()) | stored_for_jobs(connection, *uids)
 
     def _mend(self, state: InspectedAdapter, damages: Sequence[Damage]) -> Iterator[Finding]:
         """Repair an adapter. Damaged versions go first and together, so that none of them becomes live."""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, or_, select
+from sqlalchemy import Connection, func, insert, or_, select, update
 
 from adapters.registry.database import Database, take_turns
 from adapters.registry.errors import JobFinished, TooManyJobs
@@ -20,6 +20,7 @@ from adapters.registry.idempotency import PendingReply, check_unanswered, keep
 from adapters.registry.records import Claim, Heartbeat, JobKind, JobRecord
 from adapters.registry.schema import jobs
 from adapters.registry.statements.job_rows import (
+    HAS_ENDED,
     IS_OPEN,
     OPEN,
     delete_oldest,
@@ -196,6 +197,25 @@ class Jobs:
                 connection, job.id, {"state": "queued", "released": job.released + 1, "lease_until": until}
             )
 
+    def keep_checkpoint(self, claim: Claim, checkpoint: Artifact) -> Artifact | None:
+        """Record the job's newest checkpoint; return the one that it replaces. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            job = held(connection, claim)
+            value = json.dumps([checkpoint.sha256, checkpoint.length, checkpoint.nonce])
+            update_job(connection, job.id, {"checkpoint": value})
+            return job.checkpoint
+
+    def with_spent_checkpoint(self) -> list[JobRecord]:
+        """Return the jobs that have ended, over all tenants, and whose checkpoint may still be stored."""
+        query = select(jobs).where(HAS_ENDED, jobs.c.checkpoint.is_not(None))
+        with self._database.reading() as connection:
+            return [job_record(row) for row in connection.execute(query)]
+
+    def forget_checkpoint(self, job: JobRecord) -> None:
+        """Record that the checkpoint of an ended job is no longer stored."""
+        with self._database.writing() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job.id, HAS_ENDED).values(checkpoint=None))
+
     def request_cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job, or ask the worker of a running one to stop. Raises UnknownJob, JobFinished."""
         with self._database.writing() as connection:
@@ -217,6 +237,13 @@ def uploads_of(connection: Connection, *uids: str) -> set[Artifact]:
     query = select(jobs.c.request).where(jobs.c.adapter_uid.in_(uids), IS_OPEN)
     requests = [json.loads(request) for request in connection.execute(query).scalars()]
     return {part for request in requests for part in upload_of(request)}
+
+
+def stored_for_jobs(connection: Connection, *uids: str) -> set[Artifact]:
+    """Return what is stored for jobs of the adapters: uploads of unfinished ones, and checkpoints."""
+    query = select(jobs).where(jobs.c.adapter_uid.in_(uids), jobs.c.checkpoint.is_not(None))
+    found = {job_record(row).checkpoint for row in connection.execute(query)}
+    return uploads_of(connection, *uids) | {one for one in found if one is not None}
 
 
 def upload_of(request: Mapping[str, Any]) -> tuple[Artifact, ...]:

@@ -13,7 +13,7 @@ from adapters.registry.database import Database
 from adapters.registry.erasures import Erasures, Receipt
 from adapters.registry.idempotency import PendingReply, Replies, check_unanswered, keep
 from adapters.registry.identity import Identity
-from adapters.registry.jobs import Jobs, uploads_of
+from adapters.registry.jobs import Jobs, stored_for_jobs
 from adapters.registry.quotas import Rates
 from adapters.registry.records import (
     AdapterRecord,
@@ -283,4 +283,4 @@ class Registry:
     def referenced(self, *uids: str) -> set[Artifact]:
         """Return the artifacts that rows of the adapters refer to. A uid without an adapter has none."""
         with self._database.reading() as connection:
-            return set(artifacts_by_id(connection, *uids).values()) | uploads_of(connection, *uids)
+            return set(artifacts_by_id(connection, *uids).values()) | stored_for_jobs(connection, *uids)

@@ -238,7 +238,7 @@ jobs = Table(
     Index("jobs_open", "tenant", "state", sqlite_where=text(_OPEN), postgresql_where=text(_OPEN)),
     Index(
         "jobs_with_checkpoint",
-        "id",
+        "state",
         sqlite_where=text(_WITH_CHECKPOINT),
         postgresql_where=text(_WITH_CHECKPOINT),
     ),

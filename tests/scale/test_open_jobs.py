@@ -68,7 +68,15 @@ def settle_one(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("statistics", [_ANALYSED, _ANALYSED_EMPTY], ids=["analysed", "analysed-empty"])
-@pytest.mark.parametrize("work", [lambda registry: run_a_job(registry, "t5"), settle_one])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda registry: run_a_job(registry, "t5"),
+        settle_one,
+        lambda registry: registry.jobs.with_spent_checkpoint(),
+    ],
+    ids=["job", "settle", "checkpoints"],
+)
 def test_a_job_costs_the_same_among_many_tenants(
     postgres_server: str,
     crowds: dict[int, str],

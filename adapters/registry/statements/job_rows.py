@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 from sqlalchemy import (
     ColumnElement,
@@ -36,6 +36,9 @@ _ERASED = "The reason named examples that have been erased."
 OPEN: tuple[JobState, ...] = ("queued", "running")
 # The states are written into the statement, because no index of open jobs serves one with parameters.
 IS_OPEN = jobs.c.state.in_([literal_column(f"'{state}'") for state in OPEN])
+HAS_ENDED = jobs.c.state.in_(
+    [literal_column(f"'{state}'") for state in get_args(JobState) if state not in OPEN]
+)
 
 
 def forget_examples(connection: Connection, adapter_uid: str, ids: Collection[str] | None) -> None:

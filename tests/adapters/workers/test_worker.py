@@ -36,6 +36,7 @@ from adapters.jobs.config import WorkerConfig
 from adapters.jobs.fine_tune import FineTuneJob
 from adapters.jobs.lease import Cancelled, Lease, checkpoint_path, checkpoints
 from adapters.jobs.runner import JobRunner
+from adapters.jobs.stored_checkpoints import delete_spent
 from adapters.jobs.submission import CannotTune, TooFewExamples
 from adapters.probe.fit import Dataset, fit
 from adapters.registry.database import Database
@@ -52,7 +53,7 @@ from adapters.registry.records import (
 )
 from adapters.registry.registry import Registry, new_uid
 from adapters.registry.statements.job_rows import MAX_ATTEMPTS
-from adapters.storage.artifact import Artifact, MissingArtifact, Store
+from adapters.storage.artifact import PARTIAL, Artifact, MissingArtifact, Store
 from adapters.storage.formats import (
     Evidence,
     decode_evidence,
@@ -69,7 +70,7 @@ from models.priority import NICENESS
 from models.spec import ImageTransform
 from service import background
 from service.settings import Settings
-from tests.support.adapters.job_records import expire
+from tests.support.adapters.job_records import PAST, expire, set_row
 from tests.support.adapters.listener import Listener, listening
 from tests.support.conditions import until
 from tests.support.models.random_models import image_model
@@ -309,6 +310,40 @@ def test_a_killed_workers_job_goes_on_where_it_was(place: Place) -> None:
     done = place.job(job.id)
     assert done.attempt == 2
     check_tuned(place, done)
+
+
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_a_killed_workers_job_goes_on_on_another_host(
+    place: Place, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config, store = place.config, place.store
+    if where == "bucket":
+        url, options = request.getfixturevalue("s3_url"), request.getfixturevalue("s3_options")
+        config, store = replace(config, store=url, store_options=options), open_store(url, options)
+        for file in place.registry.referenced(place.uid):
+            store.put("acme", place.uid, file, place.store.read("acme", place.uid, file))
+    job = place.submit({**CONFIG, "epochs": 6, "full_size_epochs": 6, "patience": 6})
+    with worker(config) as process:
+        until(lambda: place.job(job.id).checkpoint is not None)
+        process.kill()
+    set_row(place.registry, job, lease_until=PAST)
+    resumed: list[Checkpoint | None] = []
+
+    def train(*arguments: Any, resume: Checkpoint | None, **options: Any) -> FineTuned:
+        resumed.append(resume)
+        return fine_tune(*arguments, resume=resume, **options)
+
+    monkeypatch.setattr("adapters.jobs.fine_tune.fine_tune", train)
+    other = FineTuneJob(place.registry, store, place.folder / "scratch of another host")
+    with place.lease() as lease:
+        other.run(lease)
+    (resume,) = resumed
+    assert resume is not None
+    assert resume.epoch >= 1
+    delete_spent(place.registry.jobs, store)
+    assert (place.job(job.id).state, place.job(job.id).attempt) == ("succeeded", 2)
+    kept = {file.name for file in place.registry.referenced(place.uid)}
+    assert kept == {found.name for found in store.objects() if not found.name.endswith(PARTIAL)}
 
 
 def test_a_cancelled_job_ends_within_five_seconds_and_publishes_nothing(place: Place) -> None:

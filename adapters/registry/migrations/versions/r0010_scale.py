@@ -31,7 +31,7 @@ def _jobs() -> None:
     op.add_column("jobs", sa.Column("checkpoint", sa.Text))
     op.create_index("jobs_open", "jobs", ["tenant", "state"], sqlite_where=_OPEN, postgresql_where=_OPEN)
     op.create_index("jobs_by_start", "jobs", ["tenant", "started_at"])
-    op.create_index("jobs_with_checkpoint", "jobs", ["id"], sqlite_where=_KEPT, postgresql_where=_KEPT)
+    op.create_index("jobs_with_checkpoint", "jobs", ["state"], sqlite_where=_KEPT, postgresql_where=_KEPT)
 
 
 def _chores() -> None:
