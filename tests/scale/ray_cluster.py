@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def driver(home: Path, nodes: Nodes, settings: Mapping[str, str]) -> Iterator[su
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def kill_attempt(rng: random.Random) -> None:
+    """kill -9 of the process of one attempt, if there is one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if (entry / "cmdline").read_bytes().startswith(b"ray::_Attempt"):
+                    found.append(int(entry.name))
+    if found:
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(sorted(found)), signal.SIGKILL)
 
 
 def run_worker(home: Path, nodes: Nodes) -> subprocess.CompletedProcess[str]:

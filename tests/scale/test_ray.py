@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.service_process import Serving
-from tests.scale.ray_cluster import Nodes, driver, nodes, run_worker
+from tests.scale.ray_cluster import Nodes, driver, kill_attempt, nodes, run_worker
 from tests.support.conditions import until
 from tests.support.service.client import BLAME, PRAISE, Caller, Json
 from tests.support.service.fine_tunes import LONG, QUICK, shades, until_finished
@@ -25,6 +29,8 @@ pytestmark = pytest.mark.alone
 EXAMPLES = 3_000
 LEASE = 10.0
 RESUMED = 5.0
+FULL = os.environ.get("TOPWORK_TEST_SCALE") == "full"
+TENANTS, KILLS = (20, 100) if FULL else (4, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +179,33 @@ def test_a_cluster_without_a_token_is_refused(
     done = run_worker(tmp_path, nodes)
     assert done.returncode == 1
     assert "RAY_AUTH_TOKEN" in done.stderr
+
+
+def test_whatever_is_killed_each_job_has_one_outcome(site: Site, nodes: Nodes) -> None:
+    """Nodes, processes of attempts and workers are killed while 20 tenants have a job each."""
+    rng = random.Random(7)
+    callers = [site.caller() for _ in range(TENANTS)]
+    with ExitStack() as stack:
+        drivers = [stack.enter_context(driver(site.home, nodes, site.settings)) for _ in range(2)]
+        jobs = [(caller, submit_upload(caller)) for caller in callers]
+        for number in range(KILLS):
+            time.sleep(rng.uniform(2.0, 8.0))
+            if all(job_of(caller, job)["finished_at"] for caller, job in jobs[-TENANTS:]):
+                jobs += [(caller, submit_upload(caller, f"reviews-{number}")) for caller in callers]
+            match rng.choice(["node", "attempt", "driver"]):
+                case "node":
+                    nodes.kill(rng.choice(nodes.nodes))
+                    nodes.add()
+                case "attempt":
+                    kill_attempt(rng)
+                case "driver":
+                    drivers.pop(0).kill()
+                    drivers.append(stack.enter_context(driver(site.home, nodes, site.settings)))
+        for caller, job in jobs:
+            ended = until_finished(caller, job, 600.0)
+            if ended["state"] == "succeeded":
+                check_upload(caller, ended, ended["adapter"])
+            else:
+                # Three kills of the processes of one job look like the job's own fault.
+                assert ended["error"]["code"] == "attempts_exhausted", ended
+                assert caller.call("GET", f"/adapters/{ended['adapter']}/versions")["versions"] == []
