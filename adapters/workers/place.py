@@ -9,13 +9,7 @@ from typing import Protocol
 from adapters.jobs.config import WorkerConfig
 from adapters.jobs.runner import KINDS, JobRunner
 from adapters.registry.records import Claim, JobKind
-from models.errors import DomainError
-
-
-class RayMissing(DomainError):
-    """The package ray is not installed."""
-
-    code = "ray_missing"
+from adapters.workers.errors import RayMissing
 
 
 class Place(Protocol):

@@ -26,7 +26,7 @@ from adapters.jobs.lease import Lease, ShuttingDown
 from adapters.jobs.runner import KINDS, JobRunner
 from adapters.logs import configure_logging
 from adapters.registry.records import Claim, JobKind
-from models.errors import DomainError
+from adapters.workers.errors import NoSuchResources, RayUnusable
 
 logger = logging.getLogger("topwork")
 
@@ -36,18 +36,6 @@ _MOST_STARTING = 8
 _NODE_SECONDS = 10.0
 # Seconds that attempts get to end when this worker ends.
 _END_SECONDS = 5.0
-
-
-class RayUnusable(DomainError):
-    """Ray cannot be used as the settings say."""
-
-    code = "ray_unusable"
-
-
-class NoSuchResources(DomainError):
-    """No node of the cluster has what an attempt needs."""
-
-    code = "no_such_resources"
 
 
 class _Attempt:

@@ -24,7 +24,9 @@ REPLICAS = 2
 
 def main() -> int:
     """Return the exit status once everything has ended."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where the shell has told its background processes to ignore Ctrl-C.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
     try:
         with ExitStack() as parts:
             try:

@@ -44,7 +44,7 @@ _OTHERS: dict[str, set[int]] = {
     "unknown_parameter": set(),
 }
 # These errors have no kind and end jobs. Other errors without a kind are for operators: no answer has a code.
-_OF_JOBS = {"Diverged", "ExportRefused", "ExportFailed"}
+_OF_JOBS = {"Diverged", "ExportRefused", "ExportFailed", "NoSuchResources"}
 
 
 def documented() -> dict[str, set[int]]:

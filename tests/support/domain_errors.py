@@ -12,7 +12,7 @@ from models.errors import CodedError, DomainError
 from service.errors import STATUSES
 
 # These run in a process of their own, or need an optional library.
-_NOT_IMPORTED = {"models.export.onnx_export", "adapters.storage.bucket"}
+_NOT_IMPORTED = {"models.export.onnx_export", "adapters.storage.bucket", "adapters.workers.ray_place"}
 
 
 def domain_errors() -> list[type[DomainError]]:

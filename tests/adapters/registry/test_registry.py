@@ -472,7 +472,7 @@ def test_an_epoch_tells_nothing_of_other_tenants(registry: Registry, monkeypatch
     later = refit(registry, own).adapter
     assert abs(later.epoch - datetime.now(UTC).timestamp() * 1e6) < 10e6
     stands = datetime.fromtimestamp(later.epoch / 1e6 - 3600, UTC)
-    monkeypatch.setattr("adapters.registry.statements.commit.current_time", lambda connection: stands)
+    monkeypatch.setattr("adapters.registry.statements.changes.current_time", lambda connection: stands)
     theirs = registry.adapter("umbrella", "a0")
     for number in range(1, 4):
         for _ in range(5):
