@@ -99,10 +99,11 @@ class SharedBucket(TokenBucket):
         self._untold, self._since = 0.0, self._at
         return told / self.rate
 
-    def hear(self, seconds: float, now: float) -> None:
-        """Lower the level to what all have left. `seconds`: of the rate, which all have used."""
+    def hear(self, seconds: float, at: float, now: float) -> None:
+        """Lower the level to what all have left. `seconds`: of the rate, which all had used `at` a time."""
         self.wait(self.rate, now)
-        self._level = min(self._level, self._most(self.rate) - seconds * self.rate - self._untold)
+        left = self._most(self.rate) - (seconds - (now - at)) * self.rate
+        self._level = min(self._level, left - self._untold)
 
 
 class Meter:
@@ -186,7 +187,7 @@ class RateLimiter:
             untold, self._untold = self._untold, {}
             uses = [Use(tenant, what, bucket.tell()) for (tenant, what), bucket in untold.items()]
             try:
-                used = await DATABASE.run(self._spend, uses)
+                used, at = await DATABASE.run(self._told, self._spend, uses)
             except Exception as error:
                 if not away:
                     unexpected = not isinstance(error, RegistryUnavailable)
@@ -196,8 +197,14 @@ class RateLimiter:
                 continue
             away = False
             for key, seconds in used.items():
-                untold[key].hear(seconds, self._clock())
+                untold[key].hear(seconds, at, self._clock())
             await asyncio.sleep(_PAUSE)
+
+    def _told(self, spend: Spend, uses: Sequence[Use]) -> tuple[Mapping[tuple[str, str], float], float]:
+        """Return what all have used, and the time before the database was asked."""
+        # A busy process hears late. It must not lose what the rate has made up for since.
+        at = self._clock()
+        return spend(uses), at
 
     def _tell(self, tenant: str, what: str, bucket: SharedBucket) -> None:
         if self._spend is not None:

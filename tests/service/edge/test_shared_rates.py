@@ -17,21 +17,21 @@ from service.errors import Problem
 from tests.support.conditions import eventually
 
 SHARED = Quotas(items_per_second=100.0)
-LATENCY = 0.005  # seconds that a statement takes
+LATENCY = 0.005  # seconds until a process knows the result of a statement
 STEP = 0.001  # seconds
 
 
 class Process:
     """One process that counts a tenant's requests, at times that the test sets."""
 
-    def __init__(self, rate: float, every: float, phase: float) -> None:
+    def __init__(self, rate: float, every: float, phase: float, latency: float) -> None:
         self.bucket = SharedBucket(rate, 0.0)
         self.let_in = self.refused = self.statements = 0
         self._rate, self._every = rate, every
-        self._next = phase
+        self._next, self._latency = phase, latency
         self._idle_from = 0.0
         self._must_tell = False
-        self._answer: tuple[float, float] | None = None
+        self._asked: tuple[float, float] | None = None  # the time, and the answer
 
     def step(self, now: float, paid_at: float) -> float:
         """Send the requests that are due; return until when all that was told is made up for."""
@@ -43,21 +43,23 @@ class Process:
             self.let_in += 1
             self.bucket.take(1)
             self._must_tell |= self.bucket.must_tell()
-        if self._answer is not None and now >= self._answer[0]:
-            self.bucket.hear(self._answer[1], now)
-            self._answer, self._idle_from = None, now + _PAUSE
-        if self._must_tell and self._answer is None and now >= self._idle_from:
+        if self._asked is not None and now >= self._asked[0] + self._latency:
+            self.bucket.hear(self._asked[1], self._asked[0], now)
+            self._asked, self._idle_from = None, now + _PAUSE
+        if self._must_tell and self._asked is None and now >= self._idle_from:
             self._must_tell = False
             self.statements += 1
             paid_at = max(paid_at, now) + self.bucket.tell()
-            self._answer = (now + LATENCY, paid_at - now)
+            self._asked = (now, paid_at - now)
         return paid_at
 
 
-def sent(processes: int, rate: float, demand: float, seconds: float) -> list[Process]:
+def sent(
+    processes: int, rate: float, demand: float, seconds: float, latency: float = LATENCY
+) -> list[Process]:
     """Send `demand` requests a second in all, each process its part of them."""
     every = processes / demand
-    found = [Process(rate, every, every * number / processes) for number in range(processes)]
+    found = [Process(rate, every, every * number / processes, latency) for number in range(processes)]
     paid_at = 0.0
     for step in range(round(seconds / STEP)):
         for process in found:
@@ -79,6 +81,11 @@ def test_a_tenant_above_its_rate_gets_it_once(
     assert min(process.let_in for process in found) > 0.7 * let_in / processes
     # All processes together ask about as often as one would.
     assert sum(process.statements for process in found) <= 15 * seconds
+
+
+def test_processes_that_hear_late_refuse_no_more() -> None:
+    found = sent(2, 10, 100, 60, latency=3.0)
+    assert sum(process.let_in for process in found) >= 0.98 * 10 * (2 + 60)
 
 
 @pytest.mark.parametrize(("processes", "demand"), [(1, 0.95), (2, 0.95), (10, 0.9), (16, 0.95)])
