@@ -8,7 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from adapters.finetune.checkpoint import save_checkpoint
+from adapters.finetune.full_phase import Checkpoint
+from adapters.finetune.model import Score
+from adapters.jobs.fine_tune import FineTuneJob
+from adapters.jobs.lease import checkpoint_path
 from adapters.jobs.runner import JobRunner
 from adapters.jobs.stored_checkpoints import CheckpointUploader, delete_spent, fetch_checkpoint
 from adapters.registry.records import Claim, JobRecord
@@ -65,6 +71,30 @@ def test_the_newest_checkpoint_of_a_job_replaces_the_one_before(
         other = tmp_path / "another host's"
         assert fetch_checkpoint(store, now_of(registry, claim.job), other)
         assert other.read_bytes() == data
+
+
+def test_another_host_goes_on_from_whichever_checkpoint_is_further_on(
+    registry: Registry, store: Store, tmp_path: Path
+) -> None:
+    def checkpoint(epoch: int) -> Checkpoint:
+        score = Score(0.5, 0.75)
+        return Checkpoint({"weight": torch.full((8,), float(epoch))}, epoch, 0, epoch, score, score)
+
+    claim = begin(registry)
+    path = tmp_path / "one host's"
+    assert save_checkpoint(path, checkpoint(3), "this work")
+    upload(registry, store, claim, path, path.read_bytes())
+    job, scratch = now_of(registry, claim.job), tmp_path / "another host's"
+    tuning, own = FineTuneJob(registry, store, scratch), checkpoint_path(scratch, job.id)
+    assert tuning._resume(job, own, "other work") is None
+    for epoch, expected in ((None, 3), (2, 3), (5, 5)):
+        if epoch is not None:
+            assert save_checkpoint(own, checkpoint(epoch), "this work")
+        found = tuning._resume(job, own, "this work")
+        assert found is not None
+        assert found.epoch == expected
+        assert found.tensors["weight"].tolist() == [float(expected)] * 8
+    assert list(scratch.iterdir()) == [own]
 
 
 def test_epochs_during_an_upload_are_uploaded_as_one(
