@@ -20,7 +20,7 @@ from tests.support.conditions import until
 CANARY = "CANARY"
 OF_EXAMPLES = {"replies", "jobs", "examples", "versions", "artifacts"}
 OF_ADAPTERS = OF_EXAMPLES | {"adapters"}
-OF_TENANTS = OF_ADAPTERS | {"changes", "keys", "tenants"}
+OF_TENANTS = OF_ADAPTERS | {"changes", "keys", "rates", "tenants"}
 # A table with its indexes, and the table of its long values with theirs.
 _FILES = """WITH heaps AS (
         SELECT oid FROM pg_class WHERE oid = CAST(:table AS regclass)
