@@ -76,7 +76,9 @@ class JobRunner:
         self._registry.close()
 
     def claim(self, kinds: Collection[JobKind]) -> Claim | None:
-        """End the jobs that nobody may begin again; claim one of these kinds that may run, None without one.
+        """Return a claim of a job of these kinds, or None if there is no job to run.
+
+        Before that, end the jobs that no attempt may begin again.
 
         The first call migrates the tables and checks the store. Raises WrongStore, RegistryUnavailable,
         StoreFull, StoreUnavailable.

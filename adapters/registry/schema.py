@@ -321,7 +321,7 @@ chores = Table(
     Column("result", Text),
 )
 
-# What tenants with quotas have used lately, in all processes together. Only PostgreSQL's is used.
+# Recent use of each quota by tenant, summed over all processes. Processes on SQLite do not use the table.
 rates = Table(
     "rates",
     metadata,

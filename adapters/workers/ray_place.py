@@ -99,7 +99,7 @@ class RayPlace:
             name: amount - starting * needed.get(name, 0.0)
             for name, amount in ray.available_resources().items()
         }
-        # What no node has may come with a new node, so one attempt asks for it and waits.
+        # An autoscaler adds a node only when something asks for its resources, so one attempt asks and waits.
         missing = not _offers(ray.cluster_resources(), needed)
         return KINDS if _offers(free, needed) or (missing and not starting) else ()
 
