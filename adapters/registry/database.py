@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -52,6 +53,7 @@ class Database:
 
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         self._patience = patience
+        self._is_closed = False
         parsed = make_url(url)
         self._sqlite = parsed.get_backend_name() == "sqlite"
         # Threads of this process queue here, because SQLite itself polls the lock at growing intervals.
@@ -78,9 +80,11 @@ class Database:
             )
             event.listen(self._engine, "connect", _prepare_postgresql)
             event.listen(self._engine, "begin", self._begin_postgresql)
+        event.listen(self._engine, "checkin", self._end_if_closed)
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections: those that threads are using, as soon as they are done."""
+        self._is_closed = True
         self._engine.dispose()
 
     @property
@@ -232,6 +236,10 @@ class Database:
             f"BEGIN{snapshot}; SET LOCAL lock_timeout = {int(self._patience * 1000)}; "
             "SET LOCAL idle_in_transaction_session_timeout = '60s'"
         )
+
+    def _end_if_closed(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        if self._is_closed:
+            entry.invalidate()
 
     def _set_journal_mode(self) -> None:
         wanted = "wal" if wal_is_safe(sqlite3.sqlite_version_info) else "delete"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,7 +12,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import text
 
 from adapters.examples.target import Target, Task
 from adapters.registry.database import Database
@@ -509,6 +512,17 @@ def test_the_record_of_changes_is_bounded(registry: Registry, registry_url: str)
     with database.reading() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM changes WHERE name = 'old'").scalar_one() == 0
     database.close()
+
+
+def test_a_closed_database_closes_the_connections_that_are_in_use(registry_url: str) -> None:
+    database = Database(registry_url)
+    with database.reading() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        database.close()
+        assert connection.scalar(text("SELECT 1")) == 1
+    with pytest.raises((sqlite3.ProgrammingError, psycopg.OperationalError), match="closed"):
+        driver.cursor().execute("SELECT 1")
 
 
 def test_thousands_of_examples_come_and_go(registry: Registry) -> None:
