@@ -70,7 +70,7 @@ def rewrite_tables(database: Database, tables: Sequence[str], erasures: Sequence
 
 
 def free_pages(database: Database, tables: Collection[str]) -> None:
-    """Free the space of deleted rows in tables of PostgreSQL for later writes. This blocks nobody."""
+    """Free the space of rows deleted from tables of PostgreSQL. Reads and writes do not wait."""
     with database.maintaining() as connection:
         for table in tables:
             # Autovacuum does the same, so a table that it works on is left to it.
