@@ -13,6 +13,7 @@ import pytest
 from adapters.processes import heartbeat
 from adapters.processes.child import ChildProcess, child_environment
 from adapters.processes.heartbeat import LOOK_SECONDS
+from tests.support.processes import stop
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_child_ends_by_itself_once_its_input_closes(child: ChildProcess) -> No
 
 
 def test_a_child_that_does_not_end_is_killed(child: ChildProcess) -> None:
-    os.kill(child.pid, signal.SIGSTOP)
+    stop(child.pid)
     child.end(patience=0.2)
     assert child.poll() == -signal.SIGKILL
 
@@ -46,7 +47,7 @@ def test_a_silent_child_is_killed(child: ChildProcess, monkeypatch: pytest.Monke
         child.kill_if_silent()
         time.sleep(LOOK_SECONDS)
     assert child.poll() is None
-    os.kill(child.pid, signal.SIGSTOP)
+    stop(child.pid)
     end = time.monotonic() + 30.0
     while child.poll() is None:
         assert time.monotonic() < end

@@ -21,6 +21,7 @@ from adapters.processes.fit_client import Fitter
 from adapters.processes.fit_process import FitProcess
 from tests.support.conditions import eventually
 from tests.support.models.synthetic_embeddings import classification, clouds, dataset
+from tests.support.processes import stop
 
 pytestmark = pytest.mark.anyio
 
@@ -66,7 +67,7 @@ async def test_errors_come_back_as_themselves(fitter: Fitter) -> None:
 
 async def test_a_fit_whose_process_is_killed_is_repeated(fitter: Fitter) -> None:
     killed = child_of(fitter)
-    os.kill(killed, signal.SIGSTOP)
+    stop(killed)
     running = asyncio.create_task(fitter.fit(classification(200, 24, 4)))
     await asyncio.sleep(0.2)
     assert not running.done()
@@ -96,7 +97,7 @@ async def test_a_fit_that_kills_twice_is_given_up_and_the_next_one_works(fitter:
 
 async def test_the_queue_is_bounded_and_a_cancelled_caller_leaves_it(fitter: Fitter) -> None:
     data = classification(200, 24, 4)
-    os.kill(child_of(fitter), signal.SIGSTOP)
+    stop(child_of(fitter))
     waiting = [asyncio.create_task(fitter.fit(data)) for _ in range(3)]
     await asyncio.sleep(0.1)
     with pytest.raises(FitterOverloaded) as refused:
@@ -128,7 +129,7 @@ async def test_what_waits_when_it_closes_is_told() -> None:
 
 async def test_a_large_dataset_passes_while_the_event_loop_goes_on(fitter: Fitter) -> None:
     rows = np.random.default_rng(0).standard_normal((20_000, 512)).astype(np.float32)
-    os.kill(child_of(fitter), signal.SIGSTOP)
+    stop(child_of(fitter))
     running = asyncio.create_task(fitter.fit(dataset(rows, ["a", "b"] * 10_000)))
     turns = 0
     while turns < 50:
@@ -139,7 +140,7 @@ async def test_a_large_dataset_passes_while_the_event_loop_goes_on(fitter: Fitte
 
 
 async def test_what_is_refused_does_not_wait(fitter: Fitter) -> None:
-    os.kill(child_of(fitter), signal.SIGSTOP)
+    stop(child_of(fitter))
     with pytest.raises(TooCostly):
         await fitter.fit(classification(400, 64, 4), ProbeConfig(limit_seconds=1e-3))
     with pytest.raises(OneLabel):
@@ -154,7 +155,7 @@ async def test_tenants_take_turns(fitter: Fitter) -> None:
         await fitter.fit(classification(200, 24, 4), tenant=tenant)
         ended.append(tenant)
 
-    os.kill(child_of(fitter), signal.SIGSTOP)
+    stop(child_of(fitter))
     asked = [asyncio.create_task(ask("many")) for _ in range(3)]
     await asyncio.sleep(0.1)
     asked.append(asyncio.create_task(ask("one")))
@@ -166,7 +167,7 @@ async def test_tenants_take_turns(fitter: Fitter) -> None:
 
 async def test_a_tenant_that_fills_the_queue_is_refused_itself(fitter: Fitter) -> None:
     data = classification(200, 24, 4)
-    os.kill(child_of(fitter), signal.SIGSTOP)
+    stop(child_of(fitter))
     asked = [asyncio.create_task(fitter.fit(data, tenant="many")) for _ in range(3)]
     await asyncio.sleep(0.1)
     asked += [asyncio.create_task(fitter.fit(data, tenant=tenant)) for tenant in ("one", "other")]

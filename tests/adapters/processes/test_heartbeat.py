@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +16,7 @@ from adapters.processes import heartbeat
 from adapters.processes.fit_client import Fitter
 from adapters.processes.heartbeat import HeartbeatMonitor, ProgressClock
 from tests.support.models.synthetic_embeddings import classification
+from tests.support.processes import stop
 
 
 @contextmanager
@@ -101,7 +100,7 @@ async def test_a_stopped_fit_is_noticed_and_done_again(monkeypatch: pytest.Monke
     try:
         assert fitter._queues[0].process is not None
         stopped = fitter._queues[0].process.pid
-        os.kill(stopped, signal.SIGSTOP)
+        stop(stopped)
         begun = time.monotonic()
         fitted = await fitter.fit(classification(200, 24, 4))
         assert len(fitted.head.labels) == 4
@@ -124,7 +123,7 @@ async def test_a_fit_for_nobody_is_not_begun_by_a_new_process() -> None:
     await fitter.start()
     try:
         assert fitter._queues[0].process is not None
-        os.kill(fitter._queues[0].process.pid, signal.SIGSTOP)
+        stop(fitter._queues[0].process.pid)
         caller = asyncio.create_task(fitter.fit(classification(10_000, 256, 20, apart=1.0)))
         await asyncio.sleep(0.2)
         caller.cancel()
