@@ -151,6 +151,11 @@ class Settings(BaseSettings):
         le=16,
         description="GPUs of a job on Ray if the device is cuda; 0.5: two share one.",
     )
+    ray_spread: int = Field(
+        default=20_000,
+        ge=1,
+        description="New inputs of one upload from which on several nodes of the cluster embed them.",
+    )
     ray_patience: Seconds = Field(
         default=300.0, description="Seconds that a job waits for resources that no node of the cluster has."
     )
@@ -302,6 +307,7 @@ class Settings(BaseSettings):
             engine=self.engine,
             ray_address=self.ray_address,
             ray_gpus=self.ray_gpus,
+            ray_spread=self.ray_spread,
             ray_patience=self.ray_patience,
             callback_secrets=[secret.get_secret_value() for secret in self.callback_secrets],
         )

@@ -249,8 +249,8 @@ def test_what_waits_for_database_or_store_has_threads_of_its_own() -> None:
                 assert not waits.search(ast.unparse(node)), f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
-def test_only_one_module_knows_ray_and_it_is_imported_where_the_settings_ask_for_it() -> None:
-    assert importers("ray") == {"adapters/workers/ray_place.py"}
+def test_two_modules_know_ray_and_are_imported_where_the_settings_ask_for_it() -> None:
+    assert importers("ray") == {"adapters/workers/ray_place.py", "adapters/workers/ray_dataset.py"}
     assert not [
         path for path in modules() if "adapters.workers.ray_place" in set(imports(path, at_import=True))
     ]

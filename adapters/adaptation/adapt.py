@@ -19,7 +19,7 @@ from adapters.adaptation.commands import (
     WeightsNotForTask,
     _blamed,
 )
-from adapters.adaptation.input_embedder import InputEmbedder
+from adapters.adaptation.input_embedder import BatchEmbedder, InputEmbedder
 from adapters.adaptation.publication import BackgroundPublish, published_early
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -31,7 +31,6 @@ from adapters.registry.errors import UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.records import AdapterRecord, Creation
 from adapters.storage.formats import encode_inputs
-from models.batching.batcher import Batcher
 from models.spec import Kind, UnknownBackbone
 
 # Inputs of at least this total size (bytes; characters of texts) are published while they are embedded.
@@ -69,7 +68,7 @@ class AdaptPipeline:
     def __init__(
         self,
         writer: RevisionWriter,
-        batchers: Mapping[str, Batcher],
+        batchers: Mapping[str, BatchEmbedder],
         count: Callable[[str], None] = lambda outcome: None,
     ) -> None:
         self.writer = writer

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from adapters.adaptation.commands import FingerprintMismatch
 from adapters.adaptation.repository import AdapterRepository
@@ -14,13 +15,28 @@ from adapters.examples.validation import RejectedExample, ValidExample
 from adapters.registry.records import AdapterRecord, Creation
 from adapters.turns import Gate
 from models.arrays import Floats
-from models.batching.batcher import Batcher
+from models.backbone import Backbone, Embedded
 from models.preprocess.limits import InputError
 from models.priority import lower_thread_priority
 from models.spec import BackboneSpec, UnknownBackbone
 
 # Characters tokenized per call when texts are checked for truncation or for unknown tokens.
 _CHARACTERS_AT_ONCE = 50_000
+
+
+class BatchEmbedder(Protocol):
+    """Embeds batches of inputs with one backbone: a Batcher, or something that also uses other machines."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone, as it is loaded here."""
+        ...
+
+    async def embed(
+        self, inputs: Sequence[bytes | str], *, bulk: bool = False, source: Hashable = None
+    ) -> Embedded:
+        """Embed the inputs, in their order. See Batcher.embed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +53,7 @@ class EmbeddedInputs:
 class InputEmbedder:
     """Embeds the inputs of examples with the served backbones. For one event loop."""
 
-    def __init__(self, repository: AdapterRepository, batchers: Mapping[str, Batcher]) -> None:
+    def __init__(self, repository: AdapterRepository, batchers: Mapping[str, BatchEmbedder]) -> None:
         self.batchers = batchers
         self._repository = repository
         self._looking = ThreadPoolExecutor(1, "look", initializer=lower_thread_priority)

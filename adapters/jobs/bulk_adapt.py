@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from typing import BinaryIO, Literal, cast
 
@@ -15,11 +16,12 @@ from adapters.cache.aliases import AliasCache
 from adapters.cache.lru import ByteLRU
 from adapters.examples.upload import UploadLimits
 from adapters.heads.head import Head
-from adapters.jobs.bulk_attempt import BATCH_EXAMPLES, BulkAttempt
+from adapters.jobs.bulk_attempt import BATCH_EXAMPLES, AheadEmbedder, BulkAttempt
 from adapters.jobs.lease import Lease
 from adapters.probe.fit import TooCostly
 from adapters.processes.fit_client import Fitter
 from adapters.registry.jobs import upload_of
+from adapters.registry.records import AdapterRecord, JobRecord
 from adapters.registry.registry import Registry
 from adapters.storage.artifact import Store
 from adapters.threads import DATABASE
@@ -28,6 +30,9 @@ from models.batching.batcher import Batcher
 from models.errors import Invalid
 from models.model_store import find
 from models.spec import UnknownBackbone
+
+Spread = Callable[[Batcher, AdapterRecord, JobRecord], AheadEmbedder]
+"""Makes what embeds an upload's inputs on other machines too."""
 
 
 class BulkAdaptJob:
@@ -42,7 +47,9 @@ class BulkAdaptJob:
         threads: int,
         uploads: UploadLimits,
         limits: AdapterLimits,
+        spread: Spread | None = None,
     ) -> None:
+        self._spread = spread
         self._registry = registry
         self._store = store
         self._device = device
@@ -72,6 +79,7 @@ class BulkAdaptJob:
             export, device=self._device, threads=self._threads, limits=self._uploads.inputs
         )
         batcher = Batcher(backbone, max_queue=BATCH_EXAMPLES, workers=self._threads)
+        ahead = self._spread(batcher, adapter, job) if self._spread is not None else None
         fitter = Fitter()
         repository = AdapterRepository(
             self._registry, self._store, AliasCache(self._registry), job=lease.claim
@@ -81,9 +89,8 @@ class BulkAdaptJob:
             writer = RevisionWriter(
                 repository, fitter, ByteLRU[Head](0, lambda head: head.nbytes), self._limits
             )
-            work = BulkAttempt(
-                lease, adapter, AdaptPipeline(writer, {adapter.backbone: batcher}), batcher, self._uploads
-            )
+            pipeline = AdaptPipeline(writer, {adapter.backbone: ahead or batcher})
+            work = BulkAttempt(lease, adapter, pipeline, batcher, self._uploads, ahead)
             with tempfile.TemporaryFile(prefix="topwork-upload-") as file:
                 for part in upload_of(job.request):
                     file.write(self._store.read(job.tenant, adapter.uid, part))
@@ -94,6 +101,8 @@ class BulkAdaptJob:
             await DATABASE.run(lease.tell)
             raise
         finally:
+            if ahead is not None:
+                ahead.close()
             repository.close()
             await batcher.close()
             await fitter.close()

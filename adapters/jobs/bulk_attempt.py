@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, Protocol, TypeVar, cast
 
 from adapters.adaptation.adapt import AdaptPipeline, terms_of, with_options
 from adapters.adaptation.commands import (
@@ -17,6 +17,7 @@ from adapters.adaptation.commands import (
     ExamplesRejected,
     RevisionResult,
 )
+from adapters.adaptation.input_embedder import BatchEmbedder
 from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -48,8 +49,20 @@ _PAUSE_SECONDS = 0.2  # before a retry, after another request has revised the ad
 _STORING = 0.95
 
 
+class AheadEmbedder(BatchEmbedder, Protocol):
+    """Embeds inputs before they are asked for."""
+
+    async def begin(self, digests: Collection[str]) -> None:
+        """Begin to embed the upload's inputs with these digests, or leave that to `embed`."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was begun."""
+        ...
+
+
 class BulkAttempt:
-    """One attempt at one job. For one event loop."""
+    """One attempt at one job. For one event loop. `ahead`: embeds for the pipeline, if something does."""
 
     def __init__(
         self,
@@ -58,6 +71,7 @@ class BulkAttempt:
         pipeline: AdaptPipeline,
         batcher: Batcher,
         limits: UploadLimits,
+        ahead: AheadEmbedder | None = None,
     ) -> None:
         self._lease = lease
         self._job = lease.claim.job
@@ -67,6 +81,8 @@ class BulkAttempt:
         self._batcher = batcher
         self._standstill = StallDetector(batcher)
         self._limits = limits
+        self._ahead = ahead
+        self._digests: set[str] = set()  # of all inputs, if something embeds ahead
         self._replaces = self._request["update"] == "replace"
         self._ids: set[str] = set()
         self._found = Found()
@@ -78,6 +94,8 @@ class BulkAttempt:
         """Read the whole upload once, then embed and store its examples in batches."""
         size = file.tell()
         conflicts = await self._read(file)
+        if self._ahead is not None:
+            await self._until_stopped(self._ahead.begin(await self._new()))
         read = self._records(file, Found())
         while part := _some(read):
             without = [conflicts.mark(record) for record in part]
@@ -134,12 +152,20 @@ class BulkAttempt:
                 self._reject([(record.place, one) for one in rejected])
                 for example in usable:
                     conflicts.add(example)
+                    if self._ahead is not None:
+                        self._digests.add(example.digest)
         except BadUpload:
             self._report("store", 0.0)
             raise
         # Rejected examples are counted again when the upload is stored.
         self._rejected, self._errors = 0, []
         return conflicts
+
+    async def _new(self) -> set[str]:
+        """Return the digests of the inputs that no adapter of the tenant has yet."""
+        registry, adapter = self._pipeline.writer.repository.registry, self._adapter
+        found = await DATABASE.run(registry.places_of, adapter.tenant, adapter.fingerprint, self._digests)
+        return self._digests - found.keys()
 
     def _records(self, file: BinaryIO, found: Found) -> Iterator[Record]:
         """Yield the upload's records, checking the lease before each one."""

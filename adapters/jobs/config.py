@@ -37,4 +37,11 @@ class WorkerConfig:
     engine: Engine = "local"
     ray_address: str = "auto"
     ray_gpus: float = 1.0  # GPUs of one attempt, which may be a fraction
+    ray_spread: int = 20_000  # new inputs of an upload from which on several nodes embed them
     ray_patience: float = 300.0  # seconds that an attempt waits for resources that are not there
+
+    @property
+    def ray_resources(self) -> Mapping[str, float]:
+        """What one attempt, or one actor that embeds for it, asks Ray for."""
+        gpus = {"GPU": self.ray_gpus} if self.device == "cuda" else {}
+        return {"CPU": float(self.threads)} | gpus

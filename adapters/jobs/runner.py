@@ -27,6 +27,7 @@ from adapters.storage.open import open_store
 from models.errors import DomainError
 
 if TYPE_CHECKING:
+    from adapters.jobs.bulk_adapt import Spread
     from models.preprocess.limits import InputLimits
 
 logger = logging.getLogger("topwork")
@@ -54,12 +55,17 @@ class JobRunner:
     """Claims jobs and runs attempts at them, blocking, one at a time.
 
     `stopping`: once it is set, the attempt under way ends and its job is left to another. `writer`: see
-    Registry.
+    Registry. `spread`: see BulkAdaptJob.
     """
 
     def __init__(
-        self, config: WorkerConfig, stopping: threading.Event, writer: Executor | None = None
+        self,
+        config: WorkerConfig,
+        stopping: threading.Event,
+        writer: Executor | None = None,
+        spread: Spread | None = None,
     ) -> None:
+        self._spread = spread
         self._config = config
         self._stopping = stopping
         self._registry = Registry(config.database, writer=writer)
@@ -203,6 +209,7 @@ class JobRunner:
             threads=config.threads,
             uploads=UploadLimits(config.max_upload_examples, self._input_limits),
             limits=limits,
+            spread=self._spread,
         )
         backbone = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
         asyncio.run(ensure_exported([backbone], lease.check))

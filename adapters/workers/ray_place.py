@@ -1,4 +1,4 @@
-"""Runs attempts on the nodes of a Ray cluster, each in an actor of its own. Only this module imports ray.
+"""Runs attempts on the nodes of a Ray cluster, each in an actor of its own.
 
 Ray finds a place and moves nothing but claims. It retries nothing: the row of a job says which attempt
 counts. An attempt whose node is lost is released. An attempt whose process ended by itself counts, as in a
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -25,8 +25,12 @@ from adapters.jobs.config import WorkerConfig
 from adapters.jobs.lease import Lease, ShuttingDown
 from adapters.jobs.runner import KINDS, JobRunner
 from adapters.logs import configure_logging
-from adapters.registry.records import Claim, JobKind
+from adapters.registry.records import AdapterRecord, Claim, JobKind, JobRecord
 from adapters.workers.errors import NoSuchResources, RayUnusable
+
+if TYPE_CHECKING:
+    from adapters.jobs.bulk_attempt import AheadEmbedder
+    from models.batching.batcher import Batcher
 
 logger = logging.getLogger("topwork")
 
@@ -54,11 +58,16 @@ class _Attempt:
 
     def run(self, claim: Claim) -> None:
         """Run the attempt and record its outcome."""
-        runner = JobRunner(self._config, self._stopping)
+        runner = JobRunner(self._config, self._stopping, spread=self._spread)
         try:
             runner.run(claim)
         finally:
             runner.close()
+
+    def _spread(self, batcher: Batcher, adapter: AdapterRecord, job: JobRecord) -> AheadEmbedder:
+        from adapters.workers.ray_embedder import RayEmbedder
+
+        return RayEmbedder(self._config, batcher, adapter, job)
 
     def stop(self) -> None:
         """Release the job to another attempt, as soon as its work looks."""
@@ -94,7 +103,7 @@ class RayPlace:
         starting = sum(one.node is None for one in self._begun)
         if starting >= _MOST_STARTING:
             return ()
-        needed = self._needed()
+        needed = self._config.ray_resources
         free = {
             name: amount - starting * needed.get(name, 0.0)
             for name, amount in ray.available_resources().items()
@@ -104,7 +113,7 @@ class RayPlace:
         return KINDS if _offers(free, needed) or (missing and not starting) else ()
 
     def begin(self, claim: Claim) -> None:
-        needed = self._needed()
+        needed = self._config.ray_resources
         lease = Lease(self._runner.jobs, claim, self._config.lease_seconds, threading.Event())
         lease.__enter__()
         attempt = ray.remote(_Attempt).options(
@@ -127,11 +136,6 @@ class RayPlace:
         running = [one.ended for one in self._begun if one.ended is not None]
         if running:
             ray.wait(running, num_returns=len(running), timeout=_END_SECONDS)
-
-    def _needed(self) -> Mapping[str, float]:
-        """Return the resources of one attempt."""
-        needed = {"CPU": float(self._config.threads)}
-        return needed | ({"GPU": self._config.ray_gpus} if self._config.device == "cuda" else {})
 
     def _look_after(self, one: _Begun) -> None:
         """Take note of what became of the attempt."""
@@ -162,7 +166,7 @@ class RayPlace:
             self._give_up(one, why)
             return
         if time.monotonic() - one.since > self._patience:
-            needed = ", ".join(f"{amount:g} {name}" for name, amount in self._needed().items())
+            needed = ", ".join(f"{amount:g} {name}" for name, amount in self._config.ray_resources.items())
             self._give_up(
                 one,
                 NoSuchResources(
