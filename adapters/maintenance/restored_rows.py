@@ -74,7 +74,11 @@ class RowRestorer:
         }
 
     def _job(self, row: Row) -> Row:
-        """Queue an unfinished job again. A worker that holds an attempt in the target loses its lease."""
+        """Queue an unfinished job again. A worker that holds an attempt in the target loses its lease.
+
+        Backups leave checkpoints out.
+        """
+        row = row | {"checkpoint": None}
         if row["state"] not in OPEN:
             return row
         attempt = max(row["attempt"], self._before.attempts.get(row["id"], 0))

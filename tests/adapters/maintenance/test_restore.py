@@ -313,6 +313,9 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
         jobs.submit(TENANT, "words", "bulk_adapt", request, deadline_seconds=None, max_open=9)
         claim = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
         assert claim is not None
+        (checkpoint,) = await world.repository.publish(TENANT, uid, [lambda: b"an epoch"])
+        jobs.keep_checkpoint(claim, checkpoint)
+        assert place.examine(older_than=-60) == []
         path = saved(place, tmp_path)
         jobs.release(claim)
         later = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
@@ -321,6 +324,7 @@ async def test_a_job_that_ran_is_queued_again(place: Place, make: Make, tmp_path
         restore(path, place.database, place.store, replace=True)
         (job,) = place.rows()["jobs"]
         assert (job["state"], job["lease_until"], job["attempt"], job["released"]) == ("queued", None, 2, 2)
+        assert job["checkpoint"] is None
         again = jobs.claim(600, kinds=KINDS, max_running_per_tenant=1)
         assert again is not None
         assert again.job.attempt == 3
