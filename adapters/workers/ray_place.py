@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -216,14 +217,17 @@ def _is_lost(node: str) -> bool:
 def open_ray(config: WorkerConfig, runner: JobRunner) -> Iterator[RayPlace]:
     """Join the cluster. At the end, stop what runs there for this process, and leave.
 
-    Raises RayUnusable.
+    For the main thread. Raises RayUnusable.
     """
+    told_to_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=config.ray_address, namespace="topwork", log_to_driver=False, configure_logging=False
         )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise RayUnusable(f"The Ray cluster at {config.ray_address} cannot be joined: {error}") from error
+    # Ray has replaced it by one that exits at once.
+    signal.signal(signal.SIGTERM, told_to_end)
     try:
         place = RayPlace(config, runner, config.ray_patience)
         try:

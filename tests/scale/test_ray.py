@@ -156,7 +156,7 @@ def test_an_attempt_goes_on_under_another_driver_when_its_own_is_killed(site: Si
 
 def test_a_cancelled_job_ends_within_seconds_and_frees_its_node(site: Site, nodes: Nodes) -> None:
     caller = site.caller()
-    with driver(site.home, nodes, site.settings):
+    with driver(site.home, nodes, site.settings) as worker:
         job = submit_fine_tune(caller, LONG)
         until(lambda: job_of(caller, job)["progress"] is not None, 60.0)
         caller.call("POST", f"/jobs/{job['id']}/cancel")
@@ -166,6 +166,8 @@ def test_a_cancelled_job_ends_within_seconds_and_frees_its_node(site: Site, node
         jobs = [submit_upload(other) for other in others]
         for other, one in zip(others, jobs, strict=True):
             check_upload(other, until_finished(other, one))
+    # Told to end, by the handler that Ray would replace.
+    assert worker.returncode == 0
 
 
 def test_a_request_for_what_no_node_has_fails_with_its_reason(site: Site, nodes: Nodes) -> None:
