@@ -8,6 +8,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Of the image's BentoML home, beside the models. BentoML would make them at every start.
+STORE_FOLDERS = ("bentos", "envs", "tmp")
+
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 

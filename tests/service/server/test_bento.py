@@ -24,7 +24,7 @@ import yaml
 from benchmarks.harness.service_process import ROOT, Serving
 from models.model_store import find_tag
 from tests.support import bentos
-from tests.support.dockerfile import Container, read
+from tests.support.dockerfile import STORE_FOLDERS, Container, read
 from tests.support.service.calls import KEY, get, post, texts
 from tests.support.service.client import Caller
 from tests.support.service.seclusion import REPORTED_BY, Seclusion
@@ -165,8 +165,9 @@ def test_the_dockerfile_has_what_an_image_needs(image: Image) -> None:
     assert container.base == "python:3.11-slim"
     assert container.volumes == [container.environment["TOPWORK_HOME"]]
     assert container.user == "bentoml"
-    made = f"install -d -o bentoml -g bentoml -m 700 {container.environment['TOPWORK_HOME']}"
-    assert made in container.runs
+    store = [f"{container.environment['BENTOML_HOME']}/{name}" for name in STORE_FOLDERS]
+    folders = " ".join([container.environment["TOPWORK_HOME"], *store])
+    assert f"install -d -o bentoml -g bentoml -m 700 {folders}" in container.runs
     assert container.environment["BENTOML_HOME"] == container.folder == "/home/bentoml/bento"
     silent = {"BENTOML_DO_NOT_TRACK": "true", "HF_HUB_DISABLE_TELEMETRY": "1", "ORT_DISABLE_TELEMETRY": "1"}
     assert silent.items() <= container.environment.items()
