@@ -20,7 +20,7 @@ REPORTED_BY = 20.0
 """Seconds from its import on by which ONNX Runtime has begun to report: the first time after nine."""
 
 # Constants of Linux's sched.h, if_ether.h, if_packet.h and in.h.
-_CLONE_NEWNET = 0x40000000
+NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _EVERY_PROTOCOL, _IPV4, _IPV6 = 0x0003, 0x0800, 0x86DD
 _OUTGOING = 4
 _TCP, _UDP = 6, 17
@@ -57,10 +57,7 @@ class Seclusion:
         self._listening.join()
 
     def _enter(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        enter_own_network()
         for command in _ROUTES:
             subprocess.run(["ip", *command.split()], check=True)
         self._packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_EVERY_PROTOCOL))
@@ -78,6 +75,14 @@ class Seclusion:
             self.sent.add(where)
 
 
+def enter_own_network() -> None:
+    """Give this thread a network of its own, in which nothing is set up. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_NETWORK):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def destination(packet: bytes, protocol: int) -> str | None:
     """The destination of a connection's first packet or of a datagram; None for others and this machine."""
     address: IPv4Address | IPv6Address
@@ -93,14 +98,14 @@ def destination(packet: bytes, protocol: int) -> str | None:
     (port,) = struct.unpack_from(">H", body, 2)
     if transport == _TCP and body[13] & (_SYN | _ACK) != _SYN:
         return None
-    name = _question(body[8:]) if transport == _UDP and port == _DNS else ""
+    name = question(body[8:]) if transport == _UDP and port == _DNS else ""
     # A resolver on this machine asks others.
     if address.is_loopback and port != _DNS:
         return None
     return f"{address} port {port} {name}".strip()
 
 
-def _question(message: bytes) -> str:
+def question(message: bytes) -> str:
     """The first name that a message to a resolver asks for."""
     labels, at = [], 12
     while at < len(message) and (length := message[at]):
