@@ -95,7 +95,7 @@ class Pod:
         self.containers: list[Container] = []
         # It holds the namespaces, like the pause container of a cluster.
         pause = ["unshare", "--net", "--pid", "--fork", "--kill-child", "sleep", "infinity"]
-        self.pause = subprocess.Popen([*bound(), *pause])
+        self.pause = subprocess.Popen([*bound(signal.SIGKILL), *pause])
         until(lambda: _network(self.pause.pid) != _network(os.getpid()))
         self.address = network.join(self.pause.pid)
 
@@ -255,7 +255,7 @@ class Cluster:
         apart = ["nsenter", f"--net={held}/net", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
         if pod.spec.get("shareProcessNamespace"):
             apart = ["nsenter", f"--net={held}/net", f"--pid={held}/pid_for_children", "unshare", "--mount"]
-        process = launch([*bound(), *apart, "sh", "-ec", "\n".join(lines)], log)
+        process = launch([*bound(signal.SIGKILL), *apart, "sh", "-ec", "\n".join(lines)], log)
         return Container(manifest, process, log)
 
 
