@@ -3,13 +3,18 @@
 Ray finds a place and moves nothing but claims. It retries nothing: the row of a job says which attempt
 counts. An attempt whose node is lost is released. An attempt whose process ended by itself counts, as in a
 worker of this machine. If this process ends, Ray ends its actors, and their leases run out.
+
+Without a head, Ray's calls wait a minute and end the process, and a new head makes them end it at once. So
+the head is looked at before Ray is asked.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -41,6 +46,11 @@ _MOST_STARTING = 8
 _NODE_SECONDS = 10.0
 # Seconds that attempts get to end when this worker ends.
 _END_SECONDS = 5.0
+# Seconds that a starting worker waits for the head of the cluster.
+_HEAD_SECONDS = 30.0
+_HEAD_PAUSE = 5.0  # seconds between two looks for it
+# Seconds in which a head accepts a connection.
+_CONNECT_SECONDS = 5.0
 
 
 class _Attempt:
@@ -91,14 +101,21 @@ class _Begun:
 class RayPlace:
     """Runs attempts in a Ray cluster. For one thread."""
 
-    def __init__(self, config: WorkerConfig, runner: JobRunner, patience: float) -> None:
-        """`patience`: seconds that an attempt waits for a node with the resources that it needs."""
+    def __init__(self, config: WorkerConfig, runner: JobRunner, head: str) -> None:
+        """`head`: address of the cluster's head."""
         self._config = config
         self._runner = runner
-        self._patience = patience
+        self._patience = config.ray_patience
+        self._head = head
         self._begun: list[_Begun] = []
 
     def room(self) -> Collection[JobKind]:
+        """See Place. Raises RayUnusable if the cluster has lost its head."""
+        if not _answers(self._head):
+            raise RayUnusable(
+                f"The head of the Ray cluster at {self._head} does not answer. "
+                "The worker must be started again; its jobs go on."
+            )
         for one in list(self._begun):
             self._look_after(one)
         starting = sum(one.node is None for one in self._begun)
@@ -128,8 +145,16 @@ class RayPlace:
         self._begun.append(_Begun(claim, actor, actor.node.remote(), time.monotonic(), lease))
 
     def close(self) -> None:
-        """Stop the attempts; their jobs go on elsewhere."""
-        for one in self._begun:
+        """Stop the attempts, whose jobs go on elsewhere, and leave the cluster."""
+        if not _answers(self._head):
+            # The attempts go on until their nodes end.
+            for one in list(self._begun):
+                if one.node is None:
+                    self._record(one, ShuttingDown())
+            # Ray would wait for the head, or end this process by a signal.
+            atexit.register(os._exit, 1)
+            return
+        for one in list(self._begun):
             if one.node is None:
                 self._give_up(one, ShuttingDown())
             else:
@@ -137,6 +162,7 @@ class RayPlace:
         running = [one.ended for one in self._begun if one.ended is not None]
         if running:
             ray.wait(running, num_returns=len(running), timeout=_END_SECONDS)
+        ray.shutdown()
 
     def _look_after(self, one: _Begun) -> None:
         """Take note of what became of the attempt."""
@@ -187,10 +213,13 @@ class RayPlace:
         self._begun.remove(one)
 
     def _give_up(self, one: _Begun, why: Exception) -> None:
-        """Record why the attempt ends, unless it has lost its lease, and remove its actor."""
+        """Remove the attempt's actor, and record why it ends, unless it has lost its lease."""
+        ray.kill(one.actor, no_restart=True)
+        self._record(one, why)
+
+    def _record(self, one: _Begun, why: Exception) -> None:
         if one.node is None:
             one.lease.__exit__(None, None, None)
-        ray.kill(one.actor, no_restart=True)
         self._begun.remove(one)
         self._runner.give_up(one.lease, why)
 
@@ -201,6 +230,16 @@ def _offers(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool
 
 def _told(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _answers(head: str) -> bool:
+    """Whether something accepts connections at the address."""
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _is_lost(node: str) -> bool:
@@ -219,6 +258,7 @@ def open_ray(config: WorkerConfig, runner: JobRunner) -> Iterator[RayPlace]:
 
     For the main thread. Raises RayUnusable.
     """
+    _await_head(config.ray_address)
     told_to_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -228,11 +268,22 @@ def open_ray(config: WorkerConfig, runner: JobRunner) -> Iterator[RayPlace]:
         raise RayUnusable(f"The Ray cluster at {config.ray_address} cannot be joined: {error}") from error
     # Ray has replaced it by one that exits at once.
     signal.signal(signal.SIGTERM, told_to_end)
+    place = RayPlace(config, runner, ray.get_runtime_context().gcs_address)
     try:
-        place = RayPlace(config, runner, config.ray_patience)
-        try:
-            yield place
-        finally:
-            place.close()
+        yield place
+    except RayError as error:
+        raise RayUnusable(f"The Ray cluster at {config.ray_address} cannot be used: {error}") from error
     finally:
-        ray.shutdown()
+        place.close()
+
+
+def _await_head(address: str) -> None:
+    """Return once the head answers. Raises RayUnusable."""
+    if ":" not in address:
+        return  # Ray looks for it.
+    end = time.monotonic() + _HEAD_SECONDS
+    while not _answers(address):
+        if time.monotonic() > end:
+            raise RayUnusable(f"No head of a Ray cluster answers at {address}.")
+        logger.warning("no head of a Ray cluster answers at %s; waiting for it", address)
+        time.sleep(_HEAD_PAUSE)
