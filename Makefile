@@ -75,7 +75,7 @@ FAULTS := $(LONGEST_FAULTS) $(filter-out $(LONGEST_FAULTS),$(sort $(wildcard tes
 test-faults: .venv/dev.stamp  ## Break things as often as is promised, and look at what becomes of it; an hour
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(FAULTS:%=full/%)
 
-test-scale: .venv/dev.stamp  ## A million tenants, and replicas behind HAProxy that end again and again
+test-scale: .venv/dev.stamp  ## A million tenants, and replicas, workers, Ray nodes and stores that end again and again; an hour
 	TOPWORK_TEST_SCALE=full $(RUN) pytest tests/scale $(ARGS)
 
 test-image: .venv/dev.stamp  ## Build the image of the bento with buildah, as root, and run it; minutes and 25 GB

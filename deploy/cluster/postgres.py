@@ -13,6 +13,8 @@ from types import TracebackType
 
 from deploy.cluster.processes import NotInstalled, bound, launch, unprivileged
 
+_START_SECONDS = 60.0
+
 
 class Postgres:
     """A running server with no data; a context manager, which deletes it. `url`: its database `postgres`."""
@@ -42,34 +44,37 @@ class Postgres:
                 *([] if sync else ["fsync=off"]),
                 *options,
             ]
-            self.process = launch(
-                [
-                    *(prefix or ["setpriv"]),
-                    *bound(signal.SIGQUIT)[1:],
-                    str(programs / "postgres"),
-                    *("-D", str(data)),
-                    *(word for setting in settings for word in ("-c", setting)),
-                ],
-                self._home / "log",
-            )
-            self._wait(programs)
+            self._command = [
+                *(prefix or ["setpriv"]),
+                *bound(signal.SIGQUIT)[1:],
+                str(programs / "postgres"),
+                *("-D", str(data)),
+                *(word for setting in settings for word in ("-c", setting)),
+            ]
+            self._probe = [str(programs / "pg_isready"), "-q", "-h", str(self._home)]
+            self.start()
         except BaseException:
             self._delete()
             raise
 
-    def _wait(self, programs: Path, seconds: float = 60.0) -> None:
-        end = time.monotonic() + seconds
-        while subprocess.run([programs / "pg_isready", "-q", "-h", self._home]).returncode != 0:
+    def start(self) -> None:
+        """Start the server, also again after a crash; returns once it takes connections."""
+        self.process = launch(self._command, self._home / "log")
+        end = time.monotonic() + _START_SECONDS
+        while subprocess.run(self._probe).returncode != 0:
             ended = self.process.poll() is not None or time.monotonic() > end
             assert not ended, (self._home / "log").read_text()
             time.sleep(0.05)
 
+    def crash(self) -> None:
+        """End the server at once, which leaves its files as a crash does."""
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(60)
+
     def _delete(self) -> None:
         process = getattr(self, "process", None)
         if process is not None and process.poll() is None:
-            # Its immediate shutdown: the data goes with it.
-            process.send_signal(signal.SIGQUIT)
-            process.wait(60)
+            self.crash()
         shutil.rmtree(self._home)
 
     def __enter__(self) -> Postgres:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 
 
-def until(holds: Callable[[], object], seconds: float = 120.0) -> None:
-    """Return as soon as the condition holds."""
+def until(holds: Callable[[], object], seconds: float = 120.0, pause: float = 0.02) -> None:
+    """Return as soon as the condition holds. `pause`: seconds between two looks."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 async def eventually(holds: Callable[[], object], seconds: float = 30.0) -> None:
