@@ -15,18 +15,19 @@ _LONGEST_HEAD = 1 << 10  # longest head of a data: URI, in bytes
 _WHITE_SPACE = b" \t\r\n"
 
 
-def decode_base64(data: bytes | memoryview) -> bytes:
+def decode_base64(text: str) -> bytes:
     """Decode base64. White space, a data: URI's head, the URL-safe alphabet and missing padding are accepted.
 
     Raises InputError (invalid_base64).
     """
-    if bytes(data[:5]).lower() == b"data:":
-        head, _, _ = bytes(data[:_LONGEST_HEAD]).partition(b",")
-        if not head.lower().endswith(b";base64"):
+    begin = 0
+    if text[:5].lower() == "data:":
+        head, _, _ = text[:_LONGEST_HEAD].partition(",")
+        if not head.lower().endswith(";base64"):
             raise InputError("invalid_base64", "The data: URI is not base64. Use data:image/jpeg;base64,…")
-        data = data[len(head) + 1 :]
+        begin = len(head) + 1
     try:
-        return _decoded(data)
+        return _decoded(text, begin)
     except ValidationError as error:
         raise InputError(
             "invalid_base64",
@@ -34,12 +35,17 @@ def decode_base64(data: bytes | memoryview) -> bytes:
         ) from error
 
 
-def _decoded(data: bytes | memoryview) -> bytes:
+def _decoded(text: str, begin: int) -> bytes:
     decoded = io.BytesIO()
-    # Slices keep other threads running: the parser holds the GIL during a call, and so does a copy.
-    for start in range(0, len(data), SLICE):
-        piece = bytes(data[start : start + SLICE])
+    rest = b""
+    # Slices keep other threads running: each call holds the GIL, and so does a copy.
+    for start in range(begin, len(text), SLICE):
+        piece = text[start : start + SLICE].encode("utf-8", "surrogatepass")
         if any(space in piece for space in (b"\n", b" ", b"\r", b"\t")):
-            return _decoded(bytes(data).translate(None, _WHITE_SPACE))
-        decoded.write(BASE64.validate_json(b'"' + piece + b'"'))
+            piece = piece.translate(None, _WHITE_SPACE)
+        piece = rest + piece
+        # Four characters are three bytes. Only the last ones may be fewer.
+        end = len(piece) if start + SLICE >= len(text) else len(piece) // 4 * 4
+        decoded.write(BASE64.validate_json(b'"' + piece[:end] + b'"'))
+        rest = piece[end:]
     return decoded.getvalue()

@@ -167,6 +167,6 @@ def _input_of(fields: Mapping[str, Any], limits: InputLimits) -> bytes | str | I
     if image is None:
         return bounded(value, limits)
     try:
-        return decode_base64(value.encode("utf-8", "surrogatepass"))
+        return decode_base64(value)
     except InputError as error:
         return error

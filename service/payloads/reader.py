@@ -27,13 +27,14 @@ from service.payloads.content import (
     AT_ONCE,
     NotJson,
     TooIntricate,
+    chunks_of,
     content_of,
     decoded_text,
     folder_of,
     form_of,
     input_of,
+    joined,
     parse,
-    whole_body,
 )
 from service.payloads.requests import (
     AdaptRequest,
@@ -169,17 +170,19 @@ class RequestReader:
 
     async def _json(self, request: Request, build: Callable[[Any], T]) -> T:
         refuse_parameters(request.query_params, (), why=_ALL_IN_BODY)
-        body = await whole_body(request)
+        chunks = await chunks_of(request)
 
         def read() -> T:
             try:
-                return build(parse(body))
+                return build(parse(joined(chunks)))
             except TooIntricate as error:
                 raise Problem(413, error.code, str(error)) from error
             except NotJson as error:
                 raise Problem(400, error.code, str(error)) from error
 
-        at_once = len(body) <= AT_ONCE and body.count(b",") <= _ITEMS_AT_ONCE
+        at_once = (
+            sum(map(len, chunks)) <= AT_ONCE and sum(chunk.count(b",") for chunk in chunks) <= _ITEMS_AT_ONCE
+        )
         return read() if at_once else await asyncio.to_thread(read)
 
     def _adapt_command(self, value: Any) -> AdaptCommand:

@@ -38,12 +38,14 @@ def test_images_come_back(data: bytes, safe: bool) -> None:
         "data:image/png;base64," + encoded,
         encoded[:7] + "\n " + encoded[7:],
     ):
-        assert decode_base64(text.encode()) == data
+        assert decode_base64(text) == data
 
 
 def test_an_image_larger_than_a_slice_comes_back() -> None:
     data = random.Random(0).randbytes(3_000_001)
-    assert decode_base64(base64.b64encode(data)) == data
+    lines = base64.encodebytes(data).decode()
+    for text in (base64.b64encode(data).decode(), lines, "data:image/png;base64," + lines, " " + lines):
+        assert decode_base64(text) == data
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_an_image_larger_than_a_slice_comes_back() -> None:
 )
 def test_what_is_not_base64_is_an_error_of_its_own(text: str) -> None:
     with pytest.raises(InputError) as caught:
-        decode_base64(text.encode())
+        decode_base64(text)
     assert caught.value.code == "invalid_base64"
 
 
