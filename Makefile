@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve serve-cluster test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-scale test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-replicas bench-hung-bucket bench-routing bench-ray bench-scale bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
+.PHONY: help serve serve-cluster test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-scale test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-replicas bench-hung-bucket bench-routing bench-proxy bench-ray bench-scale bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -132,11 +132,15 @@ bench-hung-bucket: .venv/dev.stamp  ## What a bucket that hangs costs the reques
 bench-routing: .venv/dev.stamp  ## Heads that replicas find in memory, by how a proxy routes: a simulation
 	$(RUN) benchmarks.scale.routing
 
+bench-proxy: .venv/dev.stamp  ## What HAProxy adds to a request
+	$(RUN) models.export minilm-l6-v2
+	$(RUN) benchmarks.scale.proxy_overhead
+
 bench-ray: .venv/dev.stamp  ## What Ray costs when two actors embed 20,000 texts
 	$(RUN) models.export minilm-l6-v2
 	$(RUN) benchmarks.scale.ray_overhead
 
-bench-scale: bench-replicas bench-hung-bucket bench-routing bench-ray  ## Several replicas, and what they share
+bench-scale: bench-replicas bench-hung-bucket bench-routing bench-proxy bench-ray  ## Several replicas, and what they share
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
 	$(RUN) benchmarks.training.quality

@@ -21,7 +21,7 @@ from tests.support.service.fine_tunes import QUICK
 
 pytestmark = pytest.mark.alone
 
-TENANTS, KILLS = (20, 100) if FULL else (3, len(HARMS))
+TENANTS, KILLS = (20, 100) if FULL else (2, 4)
 WORKERS = 2
 # Jobs end between two kills, or hardly any would end before its third attempt.
 PAUSE = (2.0, 12.0) if FULL else (0.5, 3.0)
