@@ -151,9 +151,8 @@ class Settings(BaseSettings):
         le=16,
         description="GPUs of a job on Ray if the device is cuda; 0.5: two share one.",
     )
-    ray_spread: int = Field(
+    ray_spread: Count = Field(
         default=20_000,
-        ge=1,
         description="New inputs of one upload from which on several nodes of the cluster embed them.",
     )
     ray_patience: Seconds = Field(
