@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Of the image's BentoML home, beside the models. BentoML would make them at every start.
+# Folders in the image's BentoML home. BentoML makes missing ones at every start.
 STORE_FOLDERS = ("bentos", "envs", "tmp")
 
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")

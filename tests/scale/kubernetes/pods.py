@@ -36,7 +36,7 @@ from tests.scale.kubernetes.manifests import (
 from tests.scale.kubernetes.network import DOMAIN, RESOLVER, Network
 from tests.support.conditions import until
 
-# What an image's STOPSIGNAL says, where it is not SIGTERM.
+# The signal that stops an image, if it is not SIGTERM.
 _STOP_SIGNALS = {"haproxy": signal.SIGUSR1}
 _PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _START_SECONDS = 120.0
@@ -280,7 +280,7 @@ def _root(root: Path, pod: Pod, mounts: Mapping[str, Path], files: Mapping[Path,
     yield f"mount --rbind /dev {root}/dev"
     yield f"mount --rbind /sys {root}/sys"
     yield f"mount -t proc proc {root}/proc"
-    # What engines give to a container.
+    # The variables that an engine sets in a container.
     yield f"mount -t tmpfs -o size=64m shm {root}/dev/shm"
     for path, volume in sorted(mounts.items()):
         yield shlex.join(["mount", "--bind", str(volume), f"{root}{path}"])

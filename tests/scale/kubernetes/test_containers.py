@@ -105,7 +105,7 @@ def running(
     resources = render(overlay)
     (folder / "store").mkdir()
     _, text = tiny_backbones.install(folder / "bentoml", measured=True)
-    # As in the image, it has the models, and these folders.
+    # The image has the models and these folders in it.
     (folder / "bentoml" / "models").rename(folder / "store" / "models")
     for name in STORE_FOLDERS:
         (folder / "store" / name).mkdir()

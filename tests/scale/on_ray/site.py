@@ -81,7 +81,7 @@ class Site:
 
     @contextmanager
     def worker(self, **settings: str) -> Iterator[Part]:
-        """A worker that has its jobs done on the nodes, and that nobody starts again."""
+        """Run a worker whose jobs are done on the nodes. Nothing starts it again."""
         part = self.cluster.worker(self.home, {**self.settings, **settings})
         part.start()
         try:
