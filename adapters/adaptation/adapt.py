@@ -112,24 +112,26 @@ class AdaptPipeline:
         self, tenant: str, command: AdaptCommand, reply: PendingReply[AdaptOutcome] | None, started: float
     ) -> AdaptOutcome:
         """Adapt the adapter with the terms that it has now. Raises _OtherTerms."""
-        seen = await self.writer.repository.state(tenant, command.adapter)
-        terms = self.terms(command, seen)
-        admitted, rejected, fresh = await self.writer.repository.aside(
-            tenant, lambda: _admit(command, terms, seen)
-        )
+        async with self.writer.place(tenant):
+            seen = await self.writer.repository.state(tenant, command.adapter)
+            terms = self.terms(command, seen)
+            admitted, rejected, fresh = await self.writer.repository.aside(
+                tenant, lambda: _admit(command, terms, seen)
+            )
         if command.strict and rejected:
             raise ExamplesRejected(rejected, strict=True)
         subject = AdapterContext.of(tenant, command.adapter, terms, seen)
         async with self._ahead(subject, fresh) as ahead:
             known = {one.digest for one in subject.examples}
-            new = await self.embedder.embed_new(tenant, terms, admitted, known)
-            vectors, timings = new.vectors, new.timings
-            rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
-            failed = {one.index for one in new.rejected}
-            usable = [one for one in admitted if one.index not in failed]
-            if rejected and (command.strict or not usable):
-                raise ExamplesRejected(rejected, strict=command.strict)
-            truncated = await self.embedder.count_truncated(tenant, terms, usable, new)
+            async with self.writer.place(tenant):
+                new = await self.embedder.embed_new(tenant, terms, admitted, known)
+                vectors, timings = new.vectors, new.timings
+                rejected = sorted([*rejected, *new.rejected], key=lambda one: one.index)
+                failed = {one.index for one in new.rejected}
+                usable = [one for one in admitted if one.index not in failed]
+                if rejected and (command.strict or not usable):
+                    raise ExamplesRejected(rejected, strict=command.strict)
+                truncated = await self.embedder.count_truncated(tenant, terms, usable, new)
 
             def outcome(revised: RevisionResult) -> AdaptOutcome:
                 total = time.perf_counter() - started

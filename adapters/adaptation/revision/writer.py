@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
 from adapters.adaptation.promotion.candidate import CandidateFitter, timed
@@ -40,6 +41,9 @@ T = TypeVar("T")
 logger = logging.getLogger("topwork")
 
 ATTEMPTS = 5
+# Changes of one tenant that are worked on at once. They wait for each other's fits anyway, and a burst of
+# more would keep the interpreter busy while other tenants' requests need it.
+_CHANGES_AT_ONCE = 4
 
 
 @dataclass(slots=True)
@@ -69,6 +73,11 @@ class RevisionWriter:
         self.candidates = CandidateFitter(repository, fitter, heads, limits.probe, observe)
         self._observe = observe
         self._turns: dict[tuple[str, str], _Turn] = {}
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def place(self, tenant: str) -> asyncio.Semaphore:
+        """Return what work on a change by the tenant holds, so that only a few are worked on at once."""
+        return self._places.setdefault(tenant, asyncio.Semaphore(_CHANGES_AT_ONCE))
 
     async def in_turn(
         self,
@@ -79,10 +88,11 @@ class RevisionWriter:
     ) -> T:
         """Run `step` on the current adapter while no other request of this process revises it.
 
-        If another process revises it meanwhile, the step runs again on the newer state. Raises RevisionMoved
-        if that keeps happening, and what the step raises.
+        If another process revises it meanwhile, the step runs again on the newer state. The step holds a
+        `place`, so the caller must hold none. Raises RevisionMoved if that keeps happening, and what the
+        step raises.
         """
-        async with self._turn((tenant, name)):
+        async with self._turn((tenant, name)), self.place(tenant):
             for _ in range(ATTEMPTS - 1):
                 known = await self.repository.state(tenant, name, known)
                 try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import pytest
 
+from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.commands import (
     AdaptCommand,
     AdapterFull,
@@ -27,10 +29,12 @@ from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly
 from adapters.registry.errors import UnknownAdapter
 from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
-from models.backbone import Backbone
+from models.backbone import Backbone, Embedded
+from models.batching.batcher import Batcher
 from models.preprocess.limits import InputError
 from models.spec import UnknownBackbone
 from tests.support.adapters.adapter_stack import TENANT, World, other_text_export, says, taught, world
+from tests.support.conditions import eventually
 from tests.support.models.tiny_backbones import picture, sentence, text_export
 
 pytestmark = pytest.mark.anyio
@@ -511,3 +515,40 @@ def _uid(here: World) -> str:
 
 def _holds(folder: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+class HeldUp:
+    """Embeds as the batcher does, once it is let go."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
+        self.backbone = batcher.backbone
+        self.asked: Counter[Hashable] = Counter()
+        self.let_go = asyncio.Event()
+
+    async def embed(
+        self, inputs: Sequence[bytes | str], *, bulk: bool = False, source: Hashable = None
+    ) -> Embedded:
+        """See Batcher.embed. Counts who asks."""
+        self.asked[source] += 1
+        await self.let_go.wait()
+        return await self._batcher.embed(inputs, bulk=bulk, source=source)
+
+
+async def test_a_burst_of_one_tenant_is_worked_on_by_fours(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        held = HeldUp(here.batchers["tiny-text"])
+        pipeline = AdaptPipeline(here.writer, {"tiny-text": held})
+        burst = [
+            asyncio.create_task(pipeline.adapt(TENANT, AdaptCommand(f"words{number}", taught())))
+            for number in range(6)
+        ]
+        await eventually(lambda: held.asked[TENANT] >= 4)
+        other = asyncio.create_task(pipeline.adapt("other", AdaptCommand("words", taught())))
+        await eventually(lambda: held.asked["other"] == 1)
+        assert held.asked == {TENANT: 4, "other": 1}
+        burst[0].cancel()
+        await eventually(lambda: held.asked[TENANT] == 5)
+        held.let_go.set()
+        done = await asyncio.gather(other, *burst[1:])
+        assert all(one.revised.live for one in done)
