@@ -7,6 +7,7 @@ import math
 import re
 import urllib.request
 
+from adapters.adaptation.revision import writer
 from adapters.examples import target, upload, upload_zip, validation
 from adapters.jobs import bulk_attempt, callback_sender, callbacks, submission
 from adapters.registry import errors, idempotency, tenants
@@ -87,6 +88,7 @@ def request_limits() -> dict[str, str]:
             f"{idempotency.REPLIES_KEPT / 3_600:g} hours"
         ),
         "kept answers of one tenant": f"{size(idempotency.MOST_BYTES)}, compressed",
+        "changes of one tenant's adapters that are worked on at once": f"{writer._CHANGES_AT_ONCE}",
         "event streams": f"{jobs._STREAMS_OF_A_TENANT} of a tenant, {jobs._STREAMS} in all",
     }
 
