@@ -179,9 +179,11 @@ async def test_without_its_database_known_keys_go_on(database: Database, clock: 
     assert await ring.get("one") == key
     del database.keys["one"]
     clock.now += 120.0
-    await ring.get("one")  # reads it, but on a busy machine not within the patience
+    async with asyncio.timeout(30.0):
+        # It may wait for a read that began before the change.
+        while await ring.get("one") is not None:
+            clock.now += 120.0
     await ring.close()
-    assert await ring.get("one") is None
 
 
 @pytest.mark.parametrize("known", [False, True])
