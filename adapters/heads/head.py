@@ -15,7 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from adapters.examples.target import Task
-from adapters.heads.abstention import AbstentionRule, energy, novelty_score
+from adapters.heads.abstention import AbstentionRule, energy, novelty_score, softmax_and_energy
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
 from models.arrays import Bools, Doubles, Floats
@@ -108,7 +108,7 @@ class Head:
         """Predict for embeddings, float32 (n, dim), made by the backbone with this head's fingerprint."""
         logits = self.logits(embeddings)
         n = len(logits)
-        assigned, uncertain, values = None, None, None
+        assigned, uncertain, values, energies = None, None, None, None
         if self.task == "regression":
             probabilities = np.zeros((n, 0), dtype=np.float32)
             confidence = np.ones(n, dtype=np.float32)
@@ -120,10 +120,12 @@ class Head:
             certainty = np.where(assigned, probabilities, 1.0 - probabilities)
             uncertain = certainty < np.where(assigned, *map(np.float32, self.certain))
             confidence = certainty.min(axis=1, initial=1.0)
+            energies = energy(logits, self.task)
         else:
-            probabilities = smoothed(softmax(logits), self.smoothing, len(self.labels))
-            confidence = probabilities.max(axis=1)
-        distance, score = self._strangeness(embeddings, logits)
+            probabilities, energies = softmax_and_energy(logits)
+            probabilities = smoothed(probabilities, self.smoothing, len(self.labels))
+            confidence = np.maximum.reduce(probabilities, axis=1)
+        distance, score = self._strangeness(embeddings, energies)
         abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
         if not self.measured:
             abstained[:] = True
@@ -135,11 +137,14 @@ class Head:
     def logits(self, embeddings: Floats) -> Floats:
         """Logits (n, labels or 1), temperature included, of embeddings (n, dim)."""
         features = self.scaling.apply(embeddings)
-        logits: Floats = (features @ self.weight.T + self.bias) / np.float32(self.temperature)
+        logits: Floats = features @ self.weight.T
+        logits += self.bias
+        if self.temperature != 1.0:
+            logits /= np.float32(self.temperature)
         return logits
 
-    def _strangeness(self, embeddings: Floats, logits: Floats) -> tuple[Floats, Floats]:
-        """The distance and abstention_score of Predictions."""
+    def _strangeness(self, embeddings: Floats, energies: Floats | None) -> tuple[Floats, Floats]:
+        """The distance and abstention_score of Predictions. `energies`: (n,), None for regression."""
         distance = np.zeros(len(embeddings), dtype=np.float32)
         # Two kinds of evidence are added where they say "strange", and all but ignored where they say
         # "familiar": a confident answer does not make a distant input any nearer.
@@ -148,8 +153,8 @@ class Head:
             squared = self.region.squared_distance(embeddings)
             distance = np.sqrt(squared / np.float32(self.region.limit))
             score += novelty_score(self.region.surprise(squared))
-        if self.task != "regression":
-            score += novelty_score(self.doubt.surprise(energy(logits, self.task)))
+        if energies is not None:
+            score += novelty_score(self.doubt.surprise(energies))
         return distance, score
 
     def to_bytes(self) -> bytes:
@@ -269,10 +274,8 @@ def directions_for(labels: int, dim: int) -> int:
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis."""
-    result: Floats = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result /= result.sum(axis=-1, keepdims=True)
-    return result
+    """Probabilities (n, labels)."""
+    return softmax_and_energy(logits)[0]
 
 
 def sigmoid(logits: Floats) -> Floats:

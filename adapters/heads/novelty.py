@@ -54,10 +54,13 @@ class NoveltyRegion:
         """Squared distances, float32 (n,), of embeddings (n, dim)."""
         centred = embeddings - self.mean
         directions = self.directions.astype(np.float32)
-        along: Floats = np.matmul(centred, directions.T) * self.steps
-        inside = (along * self.plain) ** 2
-        rest = np.maximum(np.einsum("ij,ij->i", centred, centred) - inside.sum(axis=1), 0.0)
-        squared: Floats = nearest(along, self.centres) + rest / np.float32(self.rest)
+        along: Floats = np.matmul(centred, directions.T)
+        along *= self.steps
+        inside = along * self.plain
+        squared: Floats = np.vecdot(centred, centred) - np.vecdot(inside, inside)
+        np.maximum(squared, 0.0, out=squared)
+        squared /= np.float32(self.rest)
+        squared += nearest(along, self.centres)
         return squared
 
     def surprise(self, squared: Floats) -> Floats:
@@ -71,10 +74,10 @@ def nearest(along: Floats, centres: Floats) -> Floats:
     """The squared distance of every row (n, k) to the nearest centre (m, k)."""
     products = along @ centres.T
     products *= -2.0
-    products += np.einsum("ij,ij->i", centres, centres)
-    squared = np.einsum("ij,ij->i", along, along) + products.min(axis=1)
-    result: Floats = np.maximum(squared, 0.0)
-    return result
+    products += np.vecdot(centres, centres)
+    squared: Floats = np.vecdot(along, along)
+    squared += np.minimum.reduce(products, axis=1)
+    return np.maximum(squared, 0.0, out=squared)
 
 
 def fit_region(

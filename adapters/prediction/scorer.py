@@ -12,7 +12,7 @@ import numpy as np
 
 from adapters.heads.head import Head, Predictions
 from adapters.prediction.neighbours import Neighbour
-from models.arrays import Doubles, Floats
+from models.arrays import Floats
 
 Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
 """Why an answer should not be relied on; if several reasons apply, the first of these."""
@@ -124,15 +124,15 @@ def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
 def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
     """Return one Prediction per row of `found`; equal probabilities are in the order of the labels."""
     count = min(top_k, len(head.labels))
-    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :count]
-    chances = _shown(found.probabilities[np.arange(len(order))[:, None], order]).tolist()
+    order = (-found.probabilities).argsort(axis=1, kind="stable")[:, :count]
+    chances = found.probabilities[np.arange(len(order))[:, None], order].tolist()
     values = None if found.values is None else found.values.tolist()
     single = head.task == "classification"
     answers = []
     for row, (places, confidence, abstained, distance, score) in enumerate(
         zip(
             order.tolist(),
-            _shown(found.confidence).tolist(),
+            found.confidence.tolist(),
             found.abstained.tolist(),
             found.distance.tolist(),
             found.abstention_score.tolist(),
@@ -142,7 +142,7 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
         ranked = [head.labels[place] for place in places]
         answers.append(
             Prediction(
-                confidence=confidence,
+                confidence=_shown(confidence),
                 abstention_score=score,
                 distance=None if head.region is None else round(distance, _DIGITS),
                 abstention_reason=_reason(head, far=distance > 1.0, doubtful=True) if abstained else None,
@@ -150,7 +150,7 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
                 labels=_assigned(head, found, row),
                 uncertain=_uncertain(head, found, row, places),
                 value=None if values is None else values[row],
-                probabilities=tuple(zip(ranked, chances[row], strict=True)),
+                probabilities=tuple(zip(ranked, map(_shown, chances[row]), strict=True)),
             )
         )
     return answers
@@ -171,6 +171,6 @@ def _uncertain(head: Head, found: Predictions, row: int, shown: Sequence[int]) -
     return tuple(head.labels[int(place)] for place in np.flatnonzero(found.uncertain[row] & answered))
 
 
-def _shown(chances: Floats) -> Doubles:
-    """Return probabilities as they are answered: rounded and clipped."""
-    return np.clip(np.round(chances.astype(np.float64), _DIGITS), _LEAST, _MOST)
+def _shown(chance: float) -> float:
+    """Return a probability as it is answered: rounded and clipped."""
+    return min(max(round(chance, _DIGITS), _LEAST), _MOST)
