@@ -65,7 +65,10 @@ def embedded_blocks(
         fn_constructor_args=(config, adapter.backbone, adapter.fingerprint),
         batch_size=_BATCH,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+        # While one call embeds, the other gets its inputs, or waits until its results are fetched.
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=actors, initial_size=actors, max_concurrent_calls_per_actor=2
+        ),
         num_cpus=needed["CPU"],
         num_gpus=needed.get("GPU", 0.0),
     )

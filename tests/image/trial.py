@@ -1,4 +1,4 @@
-"""`make test-image`: builds the image for real, and uses it as an operator does.
+"""`make test-image`: builds the images for real, and uses them as an operator does.
 
 As root, in some minutes and 25 GB of disk. What stays, outside of the repository, is an image of Debian with
 Python, made the first time.
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.image.buildah import BASE, Container, Engine, Volume
 from tests.support.bentos import build, copy_exports, environment
 
 IMAGE = "localhost/topwork:trial"
+RAY_IMAGE = "localhost/topwork-ray:trial"
 KEY = "0123456789abcdef0123456789abcdef"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topwork-image"
 EXAMPLES = [
@@ -54,10 +56,13 @@ def main() -> int:
         try:
             build_image(engine, scratch)
             use_image(engine, scratch)
+            build_ray_image(engine, scratch)
+            use_ray_image(engine, scratch)
         finally:
-            if not options.keep and engine.has(IMAGE):
-                engine.call("rmi", "--force", IMAGE)
-    print("The image keeps its promises.")
+            for image in (RAY_IMAGE, IMAGE):
+                if not options.keep and engine.has(image):
+                    engine.call("rmi", "--force", image)
+    print("The images keep their promises.")
     return 0
 
 
@@ -129,6 +134,32 @@ def use_image(engine: Engine, scratch: Path) -> None:
     (owner,) = {path.lstat().st_uid for path in (volume.folder, *volume.folder.rglob("*"))}
     assert owner != 0
     print(f"  The volume has {', '.join(sorted(kept))}, all of user {owner}.")
+
+
+def build_ray_image(engine: Engine, scratch: Path) -> None:
+    """The image with Ray, as its Dockerfile says, of the one before."""
+    log = scratch / "build-ray.log"
+    command = f"buildah build --from {IMAGE} --tag {RAY_IMAGE} --file deploy/ray/Dockerfile ."
+    with step("Building the image with Ray: buildah build"), log.open("wb") as file:
+        done = subprocess.run(
+            command.split(), cwd=ROOT, env=engine.build_environment, stdout=file, stderr=file
+        )
+    assert done.returncode == 0, log.read_text()[-8_000:]
+    print(f"  {engine.size(RAY_IMAGE) / 1e9:.1f} GB")
+
+
+def use_ray_image(engine: Engine, scratch: Path) -> None:
+    """A head of a cluster, to which the worker's own module connects."""
+    found = engine.configuration(RAY_IMAGE)
+    volume = Volume(scratch / "ray-volume", dict(pair.split("=", 1) for pair in found["Env"])["TOPWORK_HOME"])
+    assert found["User"] == "bentoml"
+    head = f"ray start --head --port={free_port()} --num-cpus=2 --include-dashboard=false"
+    look = "import ray, adapters.workers.ray_place; ray.init('auto'); print(ray.cluster_resources()['CPU'])"
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": KEY, "RAY_USAGE_STATS_ENABLED": "0"}
+    with step("A container with a head of Ray"), engine.container(RAY_IMAGE, volume) as container:
+        assert container.run("python", "-c", "import ray; print(ray.__version__)") == version("ray")
+        said = container.run("sh", "-c", f'{head} >&2 && python -c "{look}"; ray stop >&2', **given)
+        assert said == "2.0", said
 
 
 def refused_without_a_key(container: Container, log: Path) -> None:
