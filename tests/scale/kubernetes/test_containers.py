@@ -42,7 +42,9 @@ pytestmark = pytest.mark.alone
 FULL = os.environ.get("TOPWORK_TEST_SCALE") == "full"
 HTTP, METRICS = 3000, 8404
 # Examples of an upload that one process embeds, and of one that several Ray nodes embed.
-EXAMPLES, SPREAD = 4_000, 5_000
+SPREAD = 5_000
+# A worker takes 20 seconds for them on fast cores, longer than its pod takes to end.
+EXAMPLES = 40_000
 TEXTS = [tiny_backbones.sentence(seed) for seed in range(8)]
 # Variables of the image, whose model store is bound to a folder of the tests.
 STORE = "/home/bentoml/bento"
@@ -196,16 +198,16 @@ def stored(caller: Caller, job: Json) -> int:
     return int(progress.get("stored", 0))
 
 
-def hand_over(site: Site, caller: Caller, worker: Pod, examples: int = EXAMPLES) -> dict[str, int]:
+def hand_over(site: Site, caller: Caller, worker: Pod) -> dict[str, int]:
     """End a worker's pod during its job, which another one does then. What its containers ended with."""
-    job = submit(caller, "handed-over", examples)
+    job = submit(caller, "handed-over", EXAMPLES)
     until(lambda: stored(caller, job) >= 1_000)
     ended = site.cluster.end(worker)
     assert caller.call("GET", f"/jobs/{job['id']}")["state"] == "queued"
     site.start("topwork-worker")
     job = until_finished(caller, job)
     assert (job["state"], job["attempt"]) == ("succeeded", 2), job
-    assert caller.call("GET", "/adapters/handed-over")["examples"] == examples
+    assert caller.call("GET", "/adapters/handed-over")["examples"] == EXAMPLES
     return ended
 
 
@@ -237,8 +239,7 @@ def test_requests_through_the_proxies_reach_the_service(site: Site) -> None:
 
 def test_a_worker_gives_its_job_back_when_its_pod_ends(site: Site) -> None:
     with site.caller(site.pods["topwork-haproxy"][0]) as caller:
-        # The worker takes 20 seconds for them on fast cores.
-        ended = hand_over(site, caller, site.pods["topwork-worker"].pop(), examples=40_000)
+        ended = hand_over(site, caller, site.pods["topwork-worker"].pop())
     assert ended["worker"] == 0
 
 
