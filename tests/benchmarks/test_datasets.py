@@ -19,6 +19,19 @@ from benchmarks.data import datasets
 from benchmarks.data.archives import Archive, FetchError, fetch, unpack
 from benchmarks.data.datasets import Sample
 
+# Labels, samples, and what de-duplication dropped.
+PUBLISHED_TEXTS = {
+    "reviews-nl": (2, 2969, 31),
+    "reviews-fr": (2, 1284, 216),
+    "reviews-de": (2, 155, 45),
+    "hedges": (2, 2957, 43),
+    "chatter-nl": (10, 511, 29),
+    "chatter-en": (15, 1601, 257),
+    "emoji-words-de": (9, 1914, 0),
+    "emoji-words-nl": (9, 1914, 0),
+    "sayings-de": (8, 2398, 7),
+}
+
 
 def _sample(text: str, label: str, key: str = "") -> Sample:
     return Sample(text, label, key or text, "", datasets.text_digest(text))
@@ -163,3 +176,22 @@ def test_the_published_texts_are_as_pinned() -> None:
     assert len(datasets.load("trec-fine").labels) == 50
     spam = datasets.load("sms-spam")
     assert Counter(sample.label for sample in spam.samples) == {"ham": 3954, "spam": 557}
+
+
+def test_the_published_sets_of_texts_are_as_pinned() -> None:
+    """Labels, samples and what was dropped, and signs that the columns were read rightly."""
+    found = {name: datasets.load(name) for name in PUBLISHED_TEXTS}
+    assert {name: (len(data.labels), len(data.samples), data.dropped) for name, data in found.items()} == (
+        PUBLISHED_TEXTS
+    )
+    dutch = Counter(sample.label for sample in found["reviews-nl"].samples)
+    assert dutch == {"positive": 1500, "negative": 1469}
+    reviews = [str(sample.input) for sample in found["reviews-fr"].samples if sample.label == "negative"]
+    assert sum("ennui" in review for review in reviews) > sum("magnifique" in review for review in reviews)
+    assert not any("Sprichwort" in str(sample.input) for sample in found["sayings-de"].samples)
+
+
+def test_an_archive_of_sources_is_unpacked(tmp_path: Path) -> None:
+    archive = _archive(_tgz(tmp_path / "tiny.tar.gz"))
+    folder = unpack(archive, tmp_path / "cache")
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*.txt")] == ["data/a.txt"]
