@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve serve-cluster test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-scale test-image check house bench bench-quality bench-honesty bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-replicas bench-hung-bucket bench-routing bench-proxy bench-ray bench-scale bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
+.PHONY: help serve serve-cluster test test-training test-others test-alone check-fast test-kill test-kill-jobs test-faults test-scale test-image check house bench bench-quality bench-honesty bench-few-shot bench-fit bench-adapt bench-footprint bench-parity bench-far-from-square bench-finetune bench-speed bench-eight-bits bench-neighbours bench-attacks bench-first-start bench-tenants bench-replicas bench-hung-bucket bench-routing bench-proxy bench-ray bench-scale bench-gpu gpu-bundle test-gpu-bundle lint-openapi docs bento lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -103,7 +103,7 @@ check: .venv/dev.stamp  ## What CI runs: lint, format, types, documents, tests
 	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 
-bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty  ## Every benchmark that needs no GPU
+bench: bench-speed bench-neighbours bench-attacks bench-first-start bench-tenants bench-eight-bits bench-footprint bench-parity bench-fit bench-adapt bench-quality bench-honesty bench-few-shot  ## Every benchmark that needs no GPU
 
 bench-speed: .venv/dev.stamp .peers/lit/stamp .peers/infinity/stamp  ## Serving beside a bare loop and other servers
 	$(RUN) benchmarks.serving.speed
@@ -147,6 +147,10 @@ bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and si
 
 bench-honesty: .venv/dev.stamp  ## What is reported beside what is true
 	$(RUN) benchmarks.honesty.__main__
+
+bench-few-shot: .venv/dev.stamp  ## Heads that learn from few examples, ours beside others
+	$(RUN) models.export minilm-l6-v2 efficientnet-lite0
+	$(RUN) benchmarks.training.few_shot
 
 bench-fit: .venv/dev.stamp  ## Fitting a head beside LogisticRegressionCV
 	$(RUN) benchmarks.training.fit

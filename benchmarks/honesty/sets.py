@@ -16,18 +16,13 @@ from PIL import Image
 
 from adapters.examples.target import Task
 from benchmarks.data import datasets
-from benchmarks.data.datasets import Kind
+from benchmarks.data.embeddings import BACKBONES, CHARACTERS, EmbeddedSet, embed, embedded
 from benchmarks.honesty.scores import Known
 from models.arrays import Floats
-from models.backbone import Backbone
-from models.model_store import find
 from models.spec import PACKAGED
 
-# Long posts make embedding slow, and their beginnings are enough to tell groups apart.
-_CHARACTERS = 400
 _MOST_INPUTS = 4_000
 _COPIED_INPUTS = 300  # of a set, as far as it goes
-_BACKBONES: Mapping[Kind, str] = {"text": "minilm-l6-v2", "image": "efficientnet-lite0"}
 
 OPINIONS = ("opinions-products", "opinions-films", "opinions-tweets")
 """Texts with two labels, and with a rating from -4 to 4."""
@@ -83,29 +78,21 @@ _IMAGE_COPIES: Mapping[str, Callable[[bytes], bytes]] = {"JPEG": _jpeg, "6 % sma
 def prepare(names: Sequence[str], copied: Sequence[str], folder: Path) -> None:
     """Embeds what is not kept in the folder yet: sets, and near copies of sets."""
     for source in sorted({_source(name) for name in names}):
-        if not _path(source, folder, "set").exists():
-            data = datasets.load(source, folder)
-            samples = datasets.stratified_order(data.samples, 0)[:_MOST_INPUTS]
-            _keep(
-                _path(source, folder, "set"),
-                rows=_embed(data.kind, [sample.input for sample in samples]),
-                labels=np.array([sample.label for sample in samples]),
-                values=np.array([sample.value for sample in samples]),
-            )
+        _embedded(source, folder)
     for name in sorted({_source(name) for name in copied}):
-        if not _path(name, folder, "copies").exists():
+        if not _copies_path(name, folder).exists():
             data = datasets.load(name, folder)
             some = [sample.input for sample in datasets.stratified_order(data.samples, 0)[:_COPIED_INPUTS]]
             made: dict[str, list[bytes | str]] = {}
             if data.kind == "text":
-                texts = [one[:_CHARACTERS] for one in some if isinstance(one, str)]
+                texts = [one[:CHARACTERS] for one in some if isinstance(one, str)]
                 made = {kind: [copy(text) for text in texts] for kind, copy in _TEXT_COPIES.items()}
             else:
                 images = [one for one in some if isinstance(one, bytes)]
                 made = {kind: [copy(image) for image in images] for kind, copy in _IMAGE_COPIES.items()}
             _keep(
-                _path(name, folder, "copies"),
-                rows=np.stack([_embed(data.kind, copies) for copies in made.values()]),
+                _copies_path(name, folder),
+                rows=np.stack([embed(BACKBONES[data.kind], copies) for copies in made.values()]),
                 kinds=np.array(list(made)),
             )
 
@@ -113,28 +100,28 @@ def prepare(names: Sequence[str], copied: Sequence[str], folder: Path) -> None:
 @functools.cache
 def classified(name: str, folder: Path) -> Known:
     """A set with one label for each input."""
-    kept = _kept(_source(name), folder, "set")
-    labels = kept["labels"]
+    kept = _embedded(_source(name), folder)
+    labels = kept.labels
     if name == "trec-coarse":
         labels = np.array([label.partition(":")[0] for label in labels.tolist()])
-    return Known(name, "classification", kept["rows"], labels)
+    return Known(name, "classification", kept.rows, labels)
 
 
 @functools.cache
 def tagged(name: str, folder: Path) -> Known:
     """ALL_TAGS or THREE_TAGS."""
-    kept = _kept(TOPICS, folder, "set")
-    words = [set(label.split(".")) for label in kept["labels"].tolist()]
+    kept = _embedded(TOPICS, folder)
+    words = [set(label.split(".")) for label in kept.labels.tolist()]
     names = _THREE_TAGS if name == THREE_TAGS else tuple(sorted(set().union(*words)))
     targets = np.array([[one in own for one in names] for own in words])
-    return Known(name, "multilabel", kept["rows"], targets, names)
+    return Known(name, "multilabel", kept.rows, targets, names)
 
 
 @functools.cache
 def rated(name: str, folder: Path) -> Known:
     """One of OPINIONS with its ratings."""
-    kept = _kept(name, folder, "set")
-    return Known(name, "regression", kept["rows"], kept["values"])
+    kept = _embedded(name, folder)
+    return Known(name, "regression", kept.rows, kept.values)
 
 
 def known(task: Task, name: str, folder: Path) -> Known:
@@ -146,29 +133,25 @@ def known(task: Task, name: str, folder: Path) -> Known:
 @functools.cache
 def copies(name: str, folder: Path) -> Copies:
     """Near copies of one of COPIED."""
-    kept = _kept(_source(name), folder, "copies")
-    return Copies(tuple(kept["kinds"].tolist()), kept["rows"])
+    with np.load(_copies_path(_source(name), folder)) as kept:
+        return Copies(tuple(kept["kinds"].tolist()), kept["rows"])
 
 
 def _source(name: str) -> str:
     return "trec-fine" if name == "trec-coarse" else name
 
 
-def _path(name: str, folder: Path, what: str) -> Path:
-    kind: Kind = "image" if name in IMAGES else "text"
-    fingerprint = PACKAGED[_BACKBONES[kind]].fingerprint
-    return folder / "embeddings" / f"honesty-{what}-{name}-{fingerprint[:16]}.npz"
+def _embedded(name: str, folder: Path) -> EmbeddedSet:
+    return embedded(name, folder, most=_MOST_INPUTS, backbone=_backbone(name))
 
 
-def _embed(kind: Kind, inputs: Sequence[bytes | str]) -> Floats:
-    name = _BACKBONES[kind]
-    export = find(name)
-    if export is None:
-        raise SystemExit(f"{name} is not exported; run `python -m models.export`.")
-    print(f"embedding {len(inputs)} inputs with {name}", flush=True)
-    backbone = Backbone.open(export, threads=2)
-    short = [one[:_CHARACTERS] if isinstance(one, str) else one for one in inputs]
-    return backbone.embed(short).embeddings
+def _backbone(name: str) -> str:
+    return BACKBONES["image" if name in IMAGES else "text"]
+
+
+def _copies_path(name: str, folder: Path) -> Path:
+    fingerprint = PACKAGED[_backbone(name)].fingerprint
+    return folder / "embeddings" / f"honesty-copies-{name}-{fingerprint[:16]}.npz"
 
 
 def _keep(path: Path, **arrays: NDArray[Any]) -> None:
@@ -176,8 +159,3 @@ def _keep(path: Path, **arrays: NDArray[Any]) -> None:
     scratch = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(scratch, allow_pickle=False, **arrays)
     scratch.replace(path)
-
-
-def _kept(name: str, folder: Path, what: str) -> dict[str, NDArray[Any]]:
-    with np.load(_path(name, folder, what)) as arrays:
-        return dict(arrays.items())

@@ -23,31 +23,15 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adapters.probe.fit import Dataset, FittedProbe, fit
 from benchmarks.data.archives import DEFAULT_FOLDER
-from benchmarks.data.datasets import Sample, load, stratified_order
+from benchmarks.data.embeddings import BACKBONES, EmbeddedSet, embedded
 from benchmarks.harness.report import Report, Spread, table
-from models.arrays import Floats
-from models.backbone import Backbone
-from models.model_store import find
 
-Labels = NDArray[np.str_]
-
-# How long posts make a bench slow and not different: their beginnings are enough to tell groups apart.
-_CHARACTERS = 400
 _TEST = 2_000
 _RUNS = ((100, 5), (1_000, 3), (10_000, 1))
 _TIMES_FASTER = {100: 10.0, 1_000: 5.0, 10_000: 3.0}
 # Threads and processes of one contender stay busy for a while, and would run into the time of the next.
 _PAUSE = 0.3
 _SETTINGS = tuple((threads, jobs) for threads in (1, 2) for jobs in (1, 2))
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """A set's embeddings, float32 (n, dim), in a seeded stratified order, and labels (n,)."""
-
-    name: str
-    rows: Floats
-    labels: Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +42,7 @@ class Timed:
     accuracy: float
 
 
-def embedded(name: str, backbone: str, folder: Path) -> Embedded:
-    """The set's first 12,000 samples through the exported backbone, kept on disk between runs."""
-    export = find(backbone)
-    if export is None:
-        raise SystemExit(f"{backbone} is not exported; run `python -m models.export`.")
-    loaded = Backbone.open(export, threads=2)
-    samples = stratified_order(load(name, folder).samples, 0)[: max(n for n, _ in _RUNS) + _TEST]
-    path = folder / "embeddings" / f"fit-{name}-{loaded.spec.fingerprint[:16]}.npy"
-    if not path.exists():
-        print(f"embedding {len(samples)} samples of {name}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, loaded.embed([_shortened(sample) for sample in samples]).embeddings)
-    return Embedded(name, np.load(path), np.array([sample.label for sample in samples]))
-
-
-def _shortened(sample: Sample) -> bytes | str:
-    return sample.input[:_CHARACTERS] if isinstance(sample.input, str) else sample.input
-
-
-def split(data: Embedded, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split(data: EmbeddedSet, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row numbers of n training examples, every label at least five times where it goes, and of the test."""
     order = np.random.default_rng(seed).permutation(len(data.labels))
     rank = np.empty(len(order), dtype=np.int64)
@@ -89,7 +54,7 @@ def split(data: Embedded, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray
     return first, rest[:_TEST]
 
 
-def ours(data: Embedded, train: NDArray[np.int64], test: NDArray[np.int64]) -> tuple[Timed, FittedProbe]:
+def ours(data: EmbeddedSet, train: NDArray[np.int64], test: NDArray[np.int64]) -> tuple[Timed, FittedProbe]:
     """One fit with all that an adapt reports."""
     dataset = Dataset(
         data.rows[train],
@@ -108,7 +73,7 @@ def ours(data: Embedded, train: NDArray[np.int64], test: NDArray[np.int64]) -> t
 
 
 def theirs(
-    data: Embedded, train: NDArray[np.int64], test: NDArray[np.int64], threads: int, jobs: int
+    data: EmbeddedSet, train: NDArray[np.int64], test: NDArray[np.int64], threads: int, jobs: int
 ) -> Timed:
     """One LogisticRegressionCV."""
     model = LogisticRegressionCV(
@@ -124,7 +89,7 @@ def theirs(
 
 
 def measure(
-    report: Report, data: Embedded, n: int, rounds: int, settings: Sequence[tuple[int, int]]
+    report: Report, data: EmbeddedSet, n: int, rounds: int, settings: Sequence[tuple[int, int]]
 ) -> list[str]:
     """Interleaves the contenders over rounds; a row of the table."""
     mine: list[Timed] = []
@@ -175,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report = Report("fit", "Fitting a head beside LogisticRegressionCV")
     rows = []
-    for name, backbone in (("20-newsgroups", "minilm-l6-v2"), ("fashion-mnist", "efficientnet-lite0")):
-        data = embedded(name, backbone, options.data)
+    for name, backbone in (("20-newsgroups", BACKBONES["text"]), ("fashion-mnist", BACKBONES["image"])):
+        data = embedded(name, options.data, most=max(n for n, _ in _RUNS) + _TEST, backbone=backbone)
         settings: Sequence[tuple[int, int]] = _SETTINGS
         for n, rounds in _RUNS:
             rows.append(measure(report, data, n, rounds, settings))
