@@ -143,7 +143,7 @@ bench-ray: .venv/dev.stamp  ## What Ray costs when two actors embed 20,000 texts
 bench-scale: bench-replicas bench-hung-bucket bench-routing bench-proxy bench-ray  ## Several replicas, and what they share
 
 bench-quality: .venv/dev.stamp  ## Accuracy over HTTP beside scikit-learn and simple baselines
-	$(RUN) benchmarks.training.quality
+	$(RUN) benchmarks.training.quality; status=$$?; $(RUN) benchmarks.training.backbones && exit $$status
 
 bench-honesty: .venv/dev.stamp  ## What is reported beside what is true
 	$(RUN) benchmarks.honesty.__main__

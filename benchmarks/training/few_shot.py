@@ -62,18 +62,13 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Miss:
-    """A cell where ours is more than BEHIND under the best other head. Points."""
+class Margin:
+    """Ours beside the best other head of a cell, in points."""
 
     cell: Cell
     best: str
-    margin: float
+    points: float
     error: float  # standard error of the mean difference; NaN of a single run
-
-    @property
-    def text(self) -> str:
-        """One line."""
-        return f"{self.cell.set}, {self.cell.examples}: {self.margin:+.2f} ± {self.error:.2f} to {self.best}"
 
 
 def drawn(data: EmbeddedSet, examples: int, seed: int) -> tuple[Rows, Rows]:
@@ -104,11 +99,11 @@ def measured(cell: Cell, seed: int, folder: Path) -> Run:
         begun = time.perf_counter()
         right = head(data.rows[learned], labels, data.rows[tested]) == true
         seconds[name] = time.perf_counter() - begun
-        accuracy[name] = float(right.mean()) if cell.examples == MANY else _even(right, true)
+        accuracy[name] = float(right.mean()) if cell.examples == MANY else even_accuracy(right, true)
     return Run(accuracy, seconds)
 
 
-def _even(right: NDArray[np.bool_], true: NDArray[np.str_]) -> float:
+def even_accuracy(right: NDArray[np.bool_], true: NDArray[np.str_]) -> float:
     """Return the mean over labels of the share of right answers."""
     return float(np.mean([right[true == label].mean() for label in np.unique(true)]))
 
@@ -150,12 +145,12 @@ def ranks(runs: Mapping[Cell, Sequence[Run]]) -> dict[str, float]:
     return dict(zip(HEADS, np.mean(each, axis=0).tolist(), strict=True))
 
 
-def margin(cell: Cell, runs: Sequence[Run]) -> Miss:
+def margin(cell: Cell, runs: Sequence[Run]) -> Margin:
     """Ours beside the best other head of the cell, by the mean over its runs."""
     best = max((head for head in HEADS if head != OURS), key=lambda head: _mean(runs, head))
     differences = 100.0 * (_values(runs, OURS) - _values(runs, best))
     error = differences.std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.nan
-    return Miss(cell, best, float(differences.mean()), float(error))
+    return Margin(cell, best, float(differences.mean()), float(error))
 
 
 def _values(runs: Sequence[Run], head: str) -> Accuracies:
@@ -217,10 +212,10 @@ def _expected(report: Report, runs: Mapping[Cell, Sequence[Run]], mean_ranks: Ma
     best = min(others, key=lambda head: others[head])
     report.expect(f"mean rank, of {best} at most", mean_ranks[OURS], "<=", others[best])
     margins = [margin(cell, found) for cell, found in runs.items() if cell.examples >= _PROMISED_FROM]
-    missed = sorted((one for one in margins if one.margin < -BEHIND), key=lambda one: one.margin)
+    missed = sorted((one for one in margins if one.points < -BEHIND), key=lambda one: one.points)
     if missed:
         lines = [
-            [one.cell.set, _column(one.cell.examples), one.best, f"{one.margin:+.2f}", f"{one.error:.2f}"]
+            [one.cell.set, _column(one.cell.examples), one.best, f"{one.points:+.2f}", f"{one.error:.2f}"]
             for one in missed
         ]
         head = ["set", "examples", "best head", "points ahead", "standard error"]
@@ -228,11 +223,11 @@ def _expected(report: Report, runs: Mapping[Cell, Sequence[Run]], mean_ranks: Ma
             f"More than {BEHIND} points behind: {len(missed)} of {len(margins)} cells", table(head, lines)
         )
     for one in missed:
-        report.expect(f"{one.cell.set}, {_column(one.cell.examples)}: ahead of {one.best}", one.margin, ">=",
+        report.expect(f"{one.cell.set}, {_column(one.cell.examples)}: ahead of {one.best}", one.points, ">=",
                       -BEHIND, " points")  # fmt: skip
     if margins and not missed:
         report.expect(
-            "least ahead of the best other head", min(one.margin for one in margins), ">=", -BEHIND, " points"
+            "least ahead of the best other head", min(one.points for one in margins), ">=", -BEHIND, " points"
         )
     report.data["mean_ranks"] = mean_ranks
     report.data["cells"] = [
@@ -261,7 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             for cell in cells
         }
-        runs = {cell: [one.result() for one in found] for cell, found in pending.items()}
+        runs = {}
+        for cell, found in pending.items():
+            runs[cell] = [one.result() for one in found]
+            beside = margin(cell, runs[cell])
+            print(
+                f"{cell.set}, {_column(cell.examples)}: {beside.points:+.2f} points to {beside.best}",
+                flush=True,
+            )
     _told(report, runs)
     return report.finish()
 

@@ -116,9 +116,9 @@ def test_ranks_and_margins_of_known_runs() -> None:
     }
     found = few_shot.ranks(runs)
     assert found[heads.OURS] == 1.5
-    miss = few_shot.margin(Cell("one", 4), runs[Cell("one", 4)])
-    assert (miss.best, round(miss.margin, 6), round(miss.error, 6)) == ("nearest mean", -3.0, 1.0)
-    assert few_shot.margin(Cell("two", 4), runs[Cell("two", 4)]).margin == pytest.approx(40.0)
+    beside = few_shot.margin(Cell("one", 4), runs[Cell("one", 4)])
+    assert (beside.best, round(beside.points, 6), round(beside.error, 6)) == ("nearest mean", -3.0, 1.0)
+    assert few_shot.margin(Cell("two", 4), runs[Cell("two", 4)]).points == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize("name", ["trec-coarse", "trec-fine", "sms-spam", "chatter-nl", "sayings-de"])
