@@ -26,7 +26,7 @@ from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.embeddings import CHARACTERS, embedded
 from benchmarks.harness.report import Report, Spread, table
 from benchmarks.harness.service_process import resident
-from benchmarks.training.few_shot import MANY, Cell, drawn, even_accuracy
+from benchmarks.training.few_shot import MANY, Cell, drawn
 from benchmarks.training.heads import HEADS, OURS
 from models.backbone import Backbone
 from models.model_store import find
@@ -167,8 +167,7 @@ def accuracies(name: str, sets: Sequence[str], folder: Path) -> dict[Cell, float
             for seed in range(_SEEDS[size]):
                 learned, tested = drawn(data, size, seed)
                 answers = HEADS[OURS](data.rows[learned], data.labels[learned], data.rows[tested])
-                right, true = answers == data.labels[tested], data.labels[tested]
-                scores.append(float(right.mean()) if size == MANY else even_accuracy(right, true))
+                scores.append(float((answers == data.labels[tested]).mean()))
             found[Cell(one, size)] = float(np.mean(scores))
     return found
 

@@ -1,8 +1,8 @@
 """Accuracy of heads that learn from few examples, ours beside others, on the same embeddings.
 
-Each run draws up to sixteen examples of every label and at most a thousand other inputs; a head learns from
-the first k of each label. Labels with few samples give at most half of them as examples. Accuracy counts
-every label alike, as the examples do. With 1,000 examples, they and the inputs are drawn as they come.
+Each run draws up to sixteen examples of every label and about a thousand other inputs, as many of every label
+as far as it goes; a head learns from the first k of each label. Labels with few samples give at most half of
+them as examples. With 1,000 examples, they and the inputs are drawn as they come.
 """
 
 from __future__ import annotations
@@ -80,15 +80,16 @@ def drawn(data: EmbeddedSet, examples: int, seed: int) -> tuple[Rows, Rows]:
     own = [order[data.labels[order] == label] for label in np.unique(data.labels)]
     own = [rows for rows in own if len(rows) > 1]
     most = [rows[: min(max(SHOTS), len(rows) // 2)] for rows in own]
-    tested = np.isin(order, np.concatenate(own)) & ~np.isin(order, np.concatenate(most))
-    return np.concatenate([rows[:examples] for rows in most]), order[tested][:_TESTED]
+    share = -(-_TESTED // len(own))
+    tested = [rows[len(first) : len(first) + share] for rows, first in zip(own, most, strict=True)]
+    return np.concatenate([rows[:examples] for rows in most]), np.concatenate(tested)
 
 
 def measured(cell: Cell, seed: int, folder: Path) -> Run:
     """Fit and test every head on one draw."""
     data = _data(cell.set, folder)
     learned, tested = drawn(data, cell.examples, seed)
-    labels, true = data.labels[learned], data.labels[tested]
+    labels = data.labels[learned]
     heads = dict(HEADS)
     vectors = _name_vectors(cell.set, folder)
     if vectors is not None:
@@ -97,15 +98,10 @@ def measured(cell: Cell, seed: int, folder: Path) -> Run:
     accuracy, seconds = {}, {}
     for name, head in heads.items():
         begun = time.perf_counter()
-        right = head(data.rows[learned], labels, data.rows[tested]) == true
+        answers = head(data.rows[learned], labels, data.rows[tested])
         seconds[name] = time.perf_counter() - begun
-        accuracy[name] = float(right.mean()) if cell.examples == MANY else even_accuracy(right, true)
+        accuracy[name] = float((answers == data.labels[tested]).mean())
     return Run(accuracy, seconds)
-
-
-def even_accuracy(right: NDArray[np.bool_], true: NDArray[np.str_]) -> float:
-    """Return the mean over labels of the share of right answers."""
-    return float(np.mean([right[true == label].mean() for label in np.unique(true)]))
 
 
 @functools.cache
