@@ -23,11 +23,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks.data import datasets
 from benchmarks.data.archives import DEFAULT_FOLDER
-from benchmarks.data.embeddings import CHARACTERS, embedded
+from benchmarks.data.embeddings import CHARACTERS, embed, embedded
+from benchmarks.data.label_names import LABEL_NAMES, NAMES_IN_ANOTHER_LANGUAGE
 from benchmarks.harness.report import Report, Spread, table
 from benchmarks.harness.service_process import resident
 from benchmarks.training.few_shot import MANY, Cell, drawn
-from benchmarks.training.heads import HEADS, OURS
+from benchmarks.training.heads import HEADS, NAMES_ALONE, OURS, heads_with_names
 from models.backbone import Backbone
 from models.model_store import find
 from models.spec import UnknownBackbone
@@ -172,6 +173,24 @@ def accuracies(name: str, sets: Sequence[str], folder: Path) -> dict[Cell, float
     return found
 
 
+def names_alone(name: str, folder: Path) -> dict[str, float]:
+    """The accuracy of the nearest label name, by the set, and by the set and the language of other names."""
+    asked = {one: (one, LABEL_NAMES[one]) for one in (*ENGLISH, *OTHERS)}
+    asked |= {f"{one} in {code}": (one, names) for (one, code), names in NAMES_IN_ANOTHER_LANGUAGE.items()}
+    texts = list(dict.fromkeys(text for _, names in asked.values() for text in names.values()))
+    vectors = dict(zip(texts, embed(name, texts), strict=True))
+    found = {}
+    for title, (one, names) in asked.items():
+        data = embedded(one, folder, most=_FROM_EACH_SET, backbone=name)
+        learned, tested = drawn(data, 1, 0)
+        labels = np.unique(data.labels[learned])
+        rows = np.stack([vectors[names[label]] for label in labels.tolist()])
+        head = heads_with_names(labels, rows)[NAMES_ALONE]
+        answers = head(data.rows[learned], data.labels[learned], data.rows[tested])
+        found[title] = float((answers == data.labels[tested]).mean())
+    return found
+
+
 def _shown(sizes: Sequence[int]) -> list[str]:
     return [f"{size:,} in all" if size == MANY else f"{size} a label" for size in sizes]
 
@@ -179,6 +198,7 @@ def _shown(sizes: Sequence[int]) -> list[str]:
 def _told(
     report: Report,
     found: Mapping[str, Mapping[Cell, float]],
+    named: Mapping[str, Mapping[str, float]],
     measured: Mapping[str, Speed],
     missing: Sequence[Missing],
 ) -> None:
@@ -196,13 +216,26 @@ def _told(
         shared = [one for one in (*ENGLISH, *OTHERS) if all(Cell(one, size) in own for own in found.values())]
         lines = [[name, *(f"{own[Cell(one, size)]:.3f}" for one in shared)] for name, own in found.items()]
         report.add(f"Accuracy by set, {shown}", table(["backbone", *shared], lines))
-    head = ["backbone", "ms alone", "short texts a second", "long texts a second", "MB opened", "MB used"]
+    titles = list(next(iter(named.values()), {}))
+    lines = [[title, *(f"{own[title]:.3f}" for own in named.values())] for title in titles]
+    report.add("Accuracy of the nearest label name", table(["names of", *named], lines))
+    head = [
+        "backbone",
+        "ms alone",
+        "short texts a second",
+        "long texts a second",
+        "long of the first",
+        "MB opened",
+        "MB used",
+    ]
+    first = next(iter(measured.values())).long.values if measured else ()
     lines = [
         [
             name,
             speed.lone.text(),
             speed.short.text(".0f"),
             speed.long.text(".0f"),
+            f"{np.median(np.divide(speed.long.values, first)):.2f}",
             f"{speed.opened:.0f}",
             f"{speed.used:.0f}",
         ]
@@ -216,6 +249,7 @@ def _told(
             name: [{**asdict(cell), "accuracy": value} for cell, value in own.items()]
             for name, own in found.items()
         },
+        "names_alone": {name: dict(own) for name, own in named.items()},
         "speed": {name: asdict(speed) for name, speed in measured.items()},
         "missing": [asdict(one) for one in missing],
     }
@@ -233,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names, missing = exported(options.backbones)
     with threadpool_limits(1):
         found = {name: accuracies(name, (*ENGLISH, *OTHERS), options.data) for name in names}
-    _told(report, found, speeds(names, options.data), missing)
+    named = {name: names_alone(name, options.data) for name in names}
+    _told(report, found, named, speeds(names, options.data), missing)
     report.expect("backbones that could be measured", len(names), ">=", 1)
     return report.finish()
 
