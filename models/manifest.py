@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.errors import InternalFailure
-from models.spec import GRAPH_FILE, HALF_FILE, MANIFEST_FILE, TOKENIZER_FILE, BackboneSpec
+from models.spec import (
+    CLASSES_FILE,
+    GRAPH_FILE,
+    HALF_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    BackboneSpec,
+)
 
 # Version of the manifest. 2 added files for large tables, 3 the graph in half precision, 4 graphs that take
-# images as bytes. Exports in older formats are still served.
-FORMAT = 4
-_READABLE = (1, 2, 3, 4)
+# images as bytes, 5 the classifier of packaged image networks. Exports in older formats are still served.
+FORMAT = 5
+_READABLE = (1, 2, 3, 4, 5)
 _TAKES_BYTES = 4
 
 
@@ -24,13 +31,13 @@ class CorruptExport(InternalFailure):
 
 
 def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] | None = None) -> None:
-    """Write the manifest of a folder's graph, its half precision graph if any, and a text's tokenizer.
+    """Write the manifest of a folder's graph, half precision graph, tokenizer and classifier, if any.
 
     `tables`: names of files in the folder that hold copies of the graph's large constants, by constant.
     """
     tables = tables or {}
     names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else []), *tables.values()]
-    names += [HALF_FILE] if (folder / HALF_FILE).exists() else []
+    names += [name for name in (HALF_FILE, CLASSES_FILE) if (folder / name).exists()]
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in names

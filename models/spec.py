@@ -26,6 +26,8 @@ GRAPH_FILE: Final = "model.onnx"
 HALF_FILE: Final = "model.fp16.onnx"
 MANIFEST_FILE: Final = "spec.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+# The classifier that an image network was trained with.
+CLASSES_FILE: Final = "classes.npz"
 
 # Prefixes of settings such as "timm:resnet18": the library that the weights belong to.
 TIMM: Final = "timm"

@@ -116,6 +116,7 @@ LEVELS = {
         ("models.runtime",),
         ("models.preprocess",),
         ("models.model_store",),
+        ("models.classes",),
         ("models.manifest",),
         ("models.spec", "models.protobuf", "models.arrays", "models.child", "models.priority"),
         ("models.errors",),

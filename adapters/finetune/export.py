@@ -60,7 +60,8 @@ def finish(
     model.cpu()
     with tempfile.TemporaryDirectory(prefix="topwork-tuned-") as scratch:
         folder = Path(scratch)
-        write(replace(network, spec=spec, forward=model.network), folder)
+        # The classifier belongs to the embeddings of the original network.
+        write(replace(network, spec=spec, forward=model.network, classes=None), folder)
         backbone = Backbone.open(folder)
         head, report, scores = _measured(model, backbone, training_set, names, wanted, outcome.logits)
         report |= {

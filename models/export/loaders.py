@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from models.arrays import Floats
+from models.classes import Classes
 from models.errors import DomainError
 from models.manifest import file_sha256, folder_sha256
 from models.model_store import local_folder
@@ -57,6 +58,7 @@ class Network:
     reference: Callable[[Sequence[Any]], Floats]
     tokenizer: bytes | None = None  # tokenizer.json of a text network
     words: Any = None  # embedding layer of a text network, with a row per word piece
+    classes: Classes | None = None  # classifier that a packaged image network was trained with
 
 
 def load_network(name: str) -> Network:
@@ -129,8 +131,18 @@ def _packaged_image(spec: BackboneSpec, module: str) -> Network:
     if [value.shape for value in own.values()] != [value.shape for value in state.values()]:
         raise ExportRefused(f"the weights in {module} do not have the shapes of timm's {spec.architecture}")
     network.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    classes = _classes(network)
     network.reset_classifier(0)
-    return _timm_network(spec, network.eval())
+    return replace(_timm_network(spec, network.eval()), classes=classes)
+
+
+def _classes(network: Any) -> Classes:
+    """The classifier of one of timm's networks with ImageNet's 1,000 classes."""
+    import timm
+
+    layer = network.get_classifier()
+    weight, bias = (values.detach().numpy().copy() for values in (layer.weight, layer.bias))
+    return Classes(weight, bias, tuple(timm.data.ImageNetInfo().label_descriptions()))
 
 
 def _timm_folder(name: str, folder: Path) -> Network:

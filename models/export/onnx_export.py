@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from models.backbone import Backbone
+from models.classes import write_classes
 from models.export.float16 import halve
 from models.export.loaders import ExportRefused, Network, load_network
 from models.export.quantize import quantize
@@ -129,7 +130,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
 
 
 def write(network: Network, folder: Path, *, half: bool = False) -> None:
-    """Write an export to an empty folder: graph, tokenizer, manifest. `half`: also a float16 graph."""
+    """Write an export to an empty folder: graph, tokenizer, classifier, manifest. `half`: also a half one."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -158,6 +159,8 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         )
     if network.tokenizer is not None:
         (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
+    if network.classes is not None:
+        write_classes(folder, network.classes)
     if network.spec.precision == INT8:
         quantize(folder, network.spec)
     complete(folder, network.spec, half=half)
