@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from models.arrays import Floats, Prepared
 from models.feeds import dummy_input, feed_of, graph_of, probe_inputs, spec_for
-from models.manifest import CorruptExport, read_tables
 from models.preprocess.decoder import Waiting, wait_unseen
 from models.preprocess.expense import HEAVY, image_expense, text_expense
 from models.preprocess.image import TINY_IMAGE, ImagePreprocessor
@@ -28,6 +27,7 @@ from models.runtime.progress import ThreadProgress
 from models.runtime.session import Device, open_session, open_table
 from models.runtime.shapes import chunks_of
 from models.spec import FLOAT16, OUTPUT_NAME, TOKENIZER_FILE, BackboneSpec, ImageTransform, TextTransform
+from models.store.manifest import CorruptExport, read_tables
 
 # Maximum tokens per run on a CPU, padding included. It bounds the memory of a run.
 _TOKENS_PER_RUN = 1024

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.arrays import Prepared
-from models.manifest import read_manifest, takes_bytes
 from models.preprocess.image import ImagePreprocessor
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import TextPreprocessor
 from models.runtime.session import Device, DeviceUnavailable
 from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform
+from models.store.manifest import read_manifest, takes_bytes
 
 _TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
 # Varied inputs, on which different ways to compute the same embeddings are compared.

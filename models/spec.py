@@ -32,6 +32,8 @@ CLASSES_FILE: Final = "classes.npz"
 # Prefixes of settings such as "timm:resnet18": the library that the weights belong to.
 TIMM: Final = "timm"
 SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
+TRANSFORMERS: Final = "transformers"
+ONNX: Final = "onnx"
 PACKAGE: Final = "package"
 
 FLOAT32: Final = "float32"
@@ -48,7 +50,7 @@ CROP_MODES: Final = ("center", "squash", "fold")
 
 
 class UnknownBackbone(Invalid):
-    """The name is neither a packaged backbone nor `timm:<…>` nor `sentence-transformers:<…>`."""
+    """The name is neither a packaged backbone nor a valid source, see models/sources/source.py."""
 
     code = "unknown_backbone"
 
@@ -97,6 +99,11 @@ class BackboneSpec:
     licence: str
     precision: str
     weights_sha256: str
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether there is a network that can be trained: an ONNX graph can only be run."""
+        return not self.source.startswith(f"{ONNX}:")
 
     @property
     def fingerprint(self) -> str:
@@ -189,15 +196,3 @@ PACKAGED: Mapping[str, BackboneSpec] = MappingProxyType(
         )
     }
 )
-
-
-def split_source(name: str) -> tuple[str, str]:
-    """Split a name: ("timm", "resnet18") or, if packaged, ("package", module). Raises UnknownBackbone."""
-    source = PACKAGED[name].source if name in PACKAGED else name
-    library, separator, place = source.partition(":")
-    if not separator or not place or library not in (PACKAGE, TIMM, SENTENCE_TRANSFORMERS):
-        raise UnknownBackbone(
-            f"{name!r} is not a backbone. Use one of {', '.join(PACKAGED)}, or timm:<name or path>, "
-            f"or {SENTENCE_TRANSFORMERS}:<name or path>."
-        )
-    return library, place

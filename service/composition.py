@@ -41,8 +41,9 @@ from adapters.workers.supervisor import WorkerSupervisor
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.batching.core_sharing import CoreSharing
-from models.model_store import find
 from models.runtime.autotune import MeasuredPlan
+from models.sources.source import parse_source
+from models.store.exports import find
 from models.survey import planned
 from service.background import clear_erasures, count_totals, sweep_artifacts
 from service.components import Components
@@ -217,17 +218,17 @@ async def compose(
 
 
 async def _plans(settings: Settings) -> tuple[dict[str, Path], dict[str, MeasuredPlan]]:
-    """Return each backbone's export folder and execution plan, exporting missing backbones first.
+    """Return each backbone's export folder and execution plan by name, exporting missing backbones first.
 
     Plans are measured one by one, while nothing else runs.
     """
     await ensure_exported(settings.backbones)
     folders: dict[str, Path] = {}
-    for name in settings.backbones:
-        folder = find(name)
+    for entry in settings.backbones:
+        folder = find(entry)
         if folder is None:
-            raise NotExported(name)
-        folders[name] = folder
+            raise NotExported(entry)
+        folders[parse_source(entry).name] = folder
     plan = partial(planned, device=settings.device, threads=settings.usable_threads)
     return folders, {name: await asyncio.to_thread(plan, folder) for name, folder in folders.items()}
 

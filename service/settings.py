@@ -21,6 +21,8 @@ from adapters.jobs.callbacks import secret_key
 from adapters.jobs.config import Engine, WorkerConfig
 from adapters.logs import LogFormat
 from models.preprocess.limits import InputLimits
+from models.sources.source import parse_sources
+from models.spec import UnknownBackbone
 from service.environment import set_serving_environment
 
 logger = logging.getLogger("topwork")
@@ -86,7 +88,8 @@ class Settings(BaseSettings):
 
     backbones: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("efficientnet-lite0", "minilm-l6-v2"),
-        description="Comma-separated names, timm:<name or path> or sentence-transformers:<name or path>.",
+        description="Comma-separated packaged names and sources such as timm:<name or folder>, with a "
+        "short name if you like (mine=timm:…); see the guide on bringing a backbone.",
     )
     device: Literal["cpu", "cuda"] = Field(
         default="cpu", description="Where backbones run. With cuda and no GPU the service does not start."
@@ -229,6 +232,10 @@ class Settings(BaseSettings):
     def _some_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one backbone, each once")
+        try:
+            parse_sources(names)
+        except UnknownBackbone as error:
+            raise ValueError(str(error)) from error
         return names
 
     @field_validator("callback_secrets", mode="after")
@@ -291,6 +298,7 @@ class Settings(BaseSettings):
             store=self.store,
             scratch=str(self.home / "jobs"),
             store_options=self.store_options,
+            backbones=self.backbones,
             device=self.device,
             threads=self.worker_threads,
             lease_seconds=self.lease_seconds,

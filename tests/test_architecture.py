@@ -20,7 +20,12 @@ TORCH = {
     "models/export/__main__.py",
     "models/export/onnx_export.py",
     "models/export/float16.py",
+    "models/export/networks/graph_parts.py",
+    "models/export/networks/hub.py",
+    "models/export/networks/image_networks.py",
     "models/export/loaders.py",
+    "models/export/networks/onnx_networks.py",
+    "models/export/networks/text_networks.py",
     "models/export/quantize.py",
     "adapters/finetune/checkpoint.py",
     "adapters/finetune/trainer.py",
@@ -115,11 +120,17 @@ LEVELS = {
         ("models.feeds",),
         ("models.runtime",),
         ("models.preprocess",),
-        ("models.model_store",),
-        ("models.classes",),
-        ("models.manifest",),
-        ("models.spec", "models.protobuf", "models.arrays", "models.child", "models.priority"),
-        ("models.errors",),
+        ("models.store",),
+        ("models.sources",),
+        (
+            "models.spec",
+            "models.digests",
+            "models.protobuf",
+            "models.arrays",
+            "models.child",
+            "models.priority",
+        ),
+        ("models.errors", "models.digests"),
     ),
 }
 
@@ -208,7 +219,7 @@ def test_bentoml_is_for_the_edge_and_the_model_store() -> None:
         for name in importers("bentoml", "_bentoml_sdk", "_bentoml_impl")
         if not name.startswith("service/")
     }
-    assert below <= {"models/export/onnx_export.py", "models/model_store.py"}
+    assert below <= {"models/export/onnx_export.py", "models/store/exports.py"}
 
 
 def test_only_the_server_folder_knows_the_insides_of_uvicorn_and_bentoml() -> None:

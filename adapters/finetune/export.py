@@ -23,8 +23,9 @@ from adapters.probe.calibration import measures, temperatures
 from adapters.probe.classification import CrossValidated, report_of
 from models.arrays import Floats, Prepared
 from models.backbone import Backbone
-from models.export.loaders import ExportRefused, Network
+from models.export.network import Network
 from models.export.onnx_export import write
+from models.sources.source import ExportRefused
 from models.spec import GRAPH_FILE, BackboneSpec
 
 _PROBES = 512  # inputs on which ONNX Runtime has to agree with torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import BinaryIO, Literal, cast
 
@@ -28,15 +28,19 @@ from adapters.threads import DATABASE
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.errors import Invalid
-from models.model_store import find
+from models.sources.source import entry_of
 from models.spec import UnknownBackbone
+from models.store.exports import find
 
 Spread = Callable[[Batcher, AdapterRecord, JobRecord], AheadEmbedder]
 """Makes what embeds an upload's inputs on other machines too."""
 
 
 class BulkAdaptJob:
-    """Runs bulk jobs. Blocking, one at a time. `threads`: threads of the backbone."""
+    """Runs bulk jobs. Blocking, one at a time.
+
+    `threads`: threads of the backbone. `backbones`: entries of the settings, which have the short names.
+    """
 
     def __init__(
         self,
@@ -47,8 +51,10 @@ class BulkAdaptJob:
         threads: int,
         uploads: UploadLimits,
         limits: AdapterLimits,
+        backbones: Sequence[str] = (),
         spread: Spread | None = None,
     ) -> None:
+        self._backbones = backbones
         self._spread = spread
         self._registry = registry
         self._store = store
@@ -72,7 +78,7 @@ class BulkAdaptJob:
     async def _run(self, lease: Lease) -> None:
         job = lease.claim.job
         adapter = self._registry.adapter(job.tenant, job.adapter)
-        export = find(adapter.backbone)
+        export = find(entry_of(adapter.backbone, self._backbones))
         if export is None:
             raise UnknownBackbone(f"The backbone {adapter.backbone} is not exported where this worker runs.")
         backbone = Backbone.open(

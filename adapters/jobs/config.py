@@ -27,6 +27,7 @@ class WorkerConfig:
     max_image_pixels: int
     max_text_chars: int
     store_options: Mapping[str, str]
+    backbones: Sequence[str]  # entries of the settings, which say what the short names stand for
     device: str
     threads: int
     lease_seconds: float

@@ -32,7 +32,7 @@ from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.jobs.kept_examples import KeptExamples
 from adapters.jobs.lease import Lease, checkpoint_path
 from adapters.jobs.stored_checkpoints import CheckpointUploader, fetch_checkpoint
-from adapters.jobs.submission import FINE_TUNE, CannotTune
+from adapters.jobs.submission import FINE_TUNE, CannotTune, check_trainable
 from adapters.probe.fit import FittedProbe
 from adapters.probe.folds import folds
 from adapters.registry.errors import RevisionMoved
@@ -48,9 +48,11 @@ from adapters.storage.formats import (
     Evidence,
     encode_evidence,
 )
-from models.export.loaders import Network, load_network
+from models.export.loaders import load_network
+from models.export.network import Network
 from models.preprocess.limits import InputLimits
 from models.priority import use_idle_scheduling
+from models.sources.source import entry_of
 from models.spec import FLOAT32, TOKENIZER_FILE
 
 logger = logging.getLogger("topwork")
@@ -87,6 +89,7 @@ class FineTuneJob:
     """Fine-tunes adapters. Blocking, one at a time.
 
     `scratch`: folder for checkpoints, created if missing. `limits`: those that inputs were accepted with.
+    `backbones`: entries of the settings, which have the short names.
     """
 
     def __init__(
@@ -96,12 +99,14 @@ class FineTuneJob:
         scratch: Path,
         device: str = "cpu",
         limits: InputLimits = InputLimits(),
+        backbones: Sequence[str] = (),
     ) -> None:
         self._registry = registry
         self._store = store
         self._scratch = scratch
         self._device = device
         self._limits = limits
+        self._backbones = backbones
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def run(self, lease: Lease) -> Committed | None:
@@ -141,7 +146,8 @@ class FineTuneJob:
     def _train(
         self, kept: KeptExamples, config: FineTuneConfig, lease: Lease, uploader: CheckpointUploader
     ) -> TunedVersion | None:
-        network = load_network(kept.adapter.backbone)
+        network = load_network(entry_of(kept.adapter.backbone, self._backbones))
+        check_trainable(network.spec)
         if network.spec.fingerprint != kept.adapter.fingerprint:
             raise CannotTune(
                 "fingerprint_mismatch",

@@ -25,6 +25,7 @@ from adapters.registry.registry import Registry
 from adapters.storage.artifact import StoreError, StoreFull, StoreUnavailable
 from adapters.storage.open import open_store
 from models.errors import DomainError
+from models.sources.source import entry_of
 
 if TYPE_CHECKING:
     from adapters.jobs.bulk_adapt import Spread
@@ -209,10 +210,11 @@ class JobRunner:
             threads=config.threads,
             uploads=UploadLimits(config.max_upload_examples, self._input_limits),
             limits=limits,
+            backbones=config.backbones,
             spread=self._spread,
         )
         backbone = self._registry.adapter(lease.claim.job.tenant, lease.claim.job.adapter).backbone
-        asyncio.run(ensure_exported([backbone], lease.check))
+        asyncio.run(ensure_exported([entry_of(backbone, config.backbones)], lease.check))
         bulk.run(lease)
 
     def _tune(self, lease: Lease) -> None:
@@ -222,9 +224,17 @@ class JobRunner:
 
         from adapters.jobs.fine_tune import FineTuneJob
 
-        torch.set_num_threads(self._config.threads)
-        scratch = Path(self._config.scratch)
-        FineTuneJob(self._registry, self._store, scratch, self._config.device, self._input_limits).run(lease)
+        config = self._config
+        torch.set_num_threads(config.threads)
+        tuning = FineTuneJob(
+            self._registry,
+            self._store,
+            Path(config.scratch),
+            config.device,
+            self._input_limits,
+            config.backbones,
+        )
+        tuning.run(lease)
 
     @property
     def _input_limits(self) -> InputLimits:

@@ -27,6 +27,7 @@ from adapters.registry.registry import new_uid
 from adapters.threads import DATABASE
 from adapters.turns import Gate
 from models.errors import CodedError, Conflict, Invalid
+from models.spec import BackboneSpec
 
 FINE_TUNE: Final = "fine_tune"
 BULK: Final = "bulk_adapt"
@@ -68,6 +69,17 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
             f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
             f"{FEWEST_OF_A_LABEL} of each, besides those that are not `sampled`; a linear probe needs two. "
             "Send more.",
+        )
+
+
+def check_trainable(backbone: BackboneSpec) -> None:
+    """Raise CannotTune if the backbone has no network that can be trained."""
+    if not backbone.is_tunable:
+        raise CannotTune(
+            "backbone_not_tunable",
+            f"The backbone {backbone.name!r} is an ONNX graph, which can be run and not trained. Use "
+            "linear_probe, or rebase the adapter to a backbone with the weights of a timm or transformers "
+            "network.",
         )
 
 
@@ -116,7 +128,8 @@ class JobSubmitter:
             raise UnknownAdapter(command.adapter)
         with telling_rejected(() if stored is None else stored.rejected):
             check_tunable(state.adapter, state.examples)
-        self._pipeline.terms(command, state)
+        terms = self._pipeline.terms(command, state)
+        check_trainable(self._pipeline.embedder.spec(terms.backbone))
         request = {
             "promote": command.promote,
             "config": asdict(command.fine_tune or FineTuneConfig()),

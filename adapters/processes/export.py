@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from adapters.processes.child import child_environment
 from models.errors import DomainError
-from models.model_store import find
+from models.store.exports import find
 
 logger = logging.getLogger("topwork")
 

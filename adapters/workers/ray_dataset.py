@@ -25,8 +25,9 @@ from adapters.registry.jobs import upload_of
 from adapters.registry.records import AdapterRecord, JobRecord
 from adapters.storage.open import open_store
 from models.backbone import Backbone
-from models.model_store import find
 from models.preprocess.limits import InputError, InputLimits
+from models.sources.source import entry_of
+from models.store.exports import find
 
 logger = logging.getLogger("topwork")
 
@@ -129,8 +130,9 @@ class _Embed:
 
     def __init__(self, config: WorkerConfig, name: str, fingerprint: str) -> None:
         configure_logging(config.log_format)
-        asyncio.run(ensure_exported([name], lambda: None))
-        export = find(name)
+        entry = entry_of(name, config.backbones)
+        asyncio.run(ensure_exported([entry], lambda: None))
+        export = find(entry)
         assert export is not None
         self._backbone = Backbone.open(
             export,

@@ -15,9 +15,9 @@ from benchmarks.data import datasets
 from benchmarks.data.datasets import Kind, Sample
 from models.arrays import Doubles, Floats
 from models.backbone import Backbone
-from models.manifest import read_manifest
-from models.model_store import find
 from models.spec import PACKAGED
+from models.store.exports import find
+from models.store.manifest import read_manifest
 
 BACKBONES: Mapping[Kind, str] = {"text": "minilm-l6-v2", "image": "efficientnet-lite0"}
 """The backbone of each kind where a benchmark does not name another."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from benchmarks.data import datasets
 from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.datasets import Sample
-from models.manifest import read_manifest
-from models.model_store import find
 from models.preprocess.text import TextPreprocessor
 from models.spec import TOKENIZER_FILE, TextTransform
+from models.store.exports import find
+from models.store.manifest import read_manifest
 
 _SPECIAL = 2  # [CLS] and [SEP]
 

@@ -32,10 +32,10 @@ from benchmarks.harness.report import RESULTS, Report, Spread, table
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
 from models.feeds import probe_images
-from models.model_store import find
 from models.runtime.cuda import lowest_cosine
 from models.runtime.session import Device, DeviceUnavailable
 from models.spec import GRAPH_FILE, HALF_FILE
+from models.store.exports import find
 from models.survey import planned
 
 PARTS = ("chip", "sessions", "served", "torch")

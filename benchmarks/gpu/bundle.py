@@ -27,10 +27,10 @@ from benchmarks.data.pictures import photographs
 from benchmarks.gpu.bench import NAMES
 from benchmarks.gpu.service import SIZES
 from benchmarks.harness.service_process import ROOT
-from models.manifest import read_manifest, read_tables
-from models.model_store import find
 from models.runtime.autotune import PLAN_FILE
 from models.spec import HALF_FILE
+from models.store.exports import find
+from models.store.manifest import read_manifest, read_tables
 
 FOLDER: Final = ".bundle"
 COMMANDS: Final = "commands.jsonl"

@@ -28,7 +28,7 @@ from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
 from benchmarks.gpu.machine import jpeg
 from models.arrays import Floats
-from models.export.loaders import Network
+from models.export.network import Network
 from models.spec import PACKAGED, ImageTransform
 
 _LABELS = ("blue", "green", "red")

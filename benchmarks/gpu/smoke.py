@@ -24,9 +24,9 @@ from benchmarks.gpu.session import Asked
 from models.backbone import Backbone
 from models.export.onnx_export import complete
 from models.feeds import PROBE_TEXTS, probe_images
-from models.model_store import find, stored_exports
 from models.runtime.driver import LIBRARIES, gpu_name, load_libraries
 from models.spec import FLOAT32, HALF_FILE, MANIFEST_FILE, BackboneSpec
+from models.store.exports import find, stored_exports
 
 _MIN_COSINE = 0.9999
 

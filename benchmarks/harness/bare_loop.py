@@ -18,8 +18,8 @@ from pathlib import Path
 import onnxruntime
 
 from models.backbone import Backbone
-from models.model_store import find
 from models.spec import GRAPH_FILE, OUTPUT_NAME
+from models.store.exports import find
 
 
 @dataclass(frozen=True, slots=True)

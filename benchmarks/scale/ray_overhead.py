@@ -34,7 +34,7 @@ from benchmarks.harness.options import asked
 from benchmarks.harness.report import Report, Spread, table
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
-from models.model_store import find
+from models.store.exports import find
 from service.settings import Settings
 
 TEXTS = 20_000

@@ -27,7 +27,7 @@ from benchmarks.harness.options import asked
 from benchmarks.harness.payloads import TENANT, text_scene
 from benchmarks.harness.report import Report, Spread, table
 from benchmarks.harness.service_process import Serving
-from models.model_store import find
+from models.store.exports import find
 
 BACKBONES = ("efficientnet-lite0", "minilm-l6-v2")
 TEXTS = "minilm-l6-v2"

@@ -30,8 +30,8 @@ from benchmarks.harness.service_process import resident
 from benchmarks.training.few_shot import MANY, Cell, drawn
 from benchmarks.training.heads import HEADS, NAMES_ALONE, OURS, heads_with_names
 from models.backbone import Backbone
-from models.model_store import find
 from models.spec import UnknownBackbone
+from models.store.exports import find
 
 BACKBONES = ("minilm-l6-v2", "multilingual-e5-small", "use-multilingual-v3", "all-mpnet-base-v2")
 """The first is what the others are measured beside."""

@@ -33,9 +33,9 @@ from benchmarks.data.datasets import Sample
 from benchmarks.harness.report import Report, table
 from models.arrays import Floats
 from models.backbone import Backbone
-from models.model_store import find
 from models.preprocess.square import to_square
 from models.spec import PACKAGED, ImageTransform
+from models.store.exports import find
 
 BACKBONE = "efficientnet-lite0"
 # How many samples of each set, and the width over the height of the canvases.

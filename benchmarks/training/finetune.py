@@ -119,8 +119,8 @@ def from_scratch(backbone: str, train: Sequence[Sample], test: Sequence[Sample],
     from adapters.heads.head import Head
     from adapters.heads.scaling import Scaling
     from models.export.loaders import load_network
-    from models.model_store import find
     from models.spec import TOKENIZER_FILE
+    from models.store.exports import find
 
     class TimeIsUp(Exception):
         pass

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 
 from models.backbone import Backbone
-from models.classes import write_classes
 from models.export.float16 import halve
-from models.export.loaders import ExportRefused, Network, load_network
+from models.export.loaders import load_network
+from models.export.network import Network
 from models.export.quantize import quantize
 from models.feeds import PROBE_TEXTS, probe_images
-from models.manifest import write_manifest
-from models.model_store import find, find_tag, model_name, tag
 from models.preprocess.pixels import with_byte_input
 from models.runtime.cuda import lowest_cosine
+from models.sources.source import FORMS, ExportRefused
 from models.spec import (
     FLOAT32,
     GRAPH_FILE,
@@ -35,12 +34,14 @@ from models.spec import (
     OUTPUT_NAME,
     PACKAGED,
     PIXELS,
-    SENTENCE_TRANSFORMERS,
     TOKENIZER_FILE,
     BackboneSpec,
     ImageTransform,
     UnknownBackbone,
 )
+from models.store.classes import write_classes
+from models.store.exports import find, find_tag, model_name, tag
+from models.store.manifest import write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +52,23 @@ _LARGE_TABLE = 8 << 20  # bytes from which a table also gets a file of its own
 _MIN_COSINE = {FLOAT32: 0.9999, INT8: 0.9}
 
 
-def export(name: str) -> str:
+def export(entry: str) -> str:
     """Export a backbone, named as in the settings, unless it is stored; return its tag in the model store.
 
     Several processes may export the same backbone at once. Raises UnknownBackbone, ExportRefused; nothing is
     stored then.
     """
-    with _lock(name):
-        present = find_tag(name)
+    with _lock(entry):
+        present = find_tag(entry)
         if present is not None:
             return present
-        network = load_network(name)
+        network = load_network(entry)
         with tempfile.TemporaryDirectory(prefix="topwork-export-") as scratch:
             folder = Path(scratch) / "export"
             folder.mkdir()
             write(network, folder, half=network.spec.precision == FLOAT32)
             _check(network, folder)
-            return _store(network.spec, folder)
+            return _store(entry, network.spec, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "names",
         nargs="*",
         default=["efficientnet-lite0", "minilm-l6-v2"],
-        help=f"{', '.join(PACKAGED)}, timm:<name or path>, {SENTENCE_TRANSFORMERS}:<name or path>",
+        help=f"{', '.join(PACKAGED)}, {FORMS}; in front of the others may be <short name>=",
     )
     status = 0
     for name in parser.parse_args(arguments).names:
@@ -93,22 +94,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _lock(name: str) -> Iterator[None]:
+def _lock(entry: str) -> Iterator[None]:
     """Allow one export of a backbone at a time per model store, because BentoML's copy is not atomic."""
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     store = Path(BentoMLContainer.model_store_dir.get())
     store.mkdir(parents=True, exist_ok=True)
-    with (store / f".{model_name(name)}.lock").open("w") as file:
+    with (store / f".{model_name(entry)}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _store(spec: BackboneSpec, folder: Path) -> str:
+def _store(entry: str, spec: BackboneSpec, folder: Path) -> str:
     import bentoml
     from bentoml.exceptions import NotFound
 
-    stored = tag(spec)
+    stored = tag(entry, spec)
     with contextlib.suppress(NotFound):
         # An existing model with this tag is an interrupted export; find() would have returned a complete one.
         bentoml.models.delete(stored)
@@ -122,7 +123,7 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
         shutil.copytree(folder, model.path, dirs_exist_ok=True)
         # BentoML creates a folder that only this user can read, but a container serves as another user.
         Path(model.path).chmod(0o755)
-    if find(spec.name) is None:
+    if find(entry) is None:
         raise ExportRefused(
             f"{stored} was stored but cannot be read again. Check the disk of the model store."
         )
@@ -131,6 +132,21 @@ def _store(spec: BackboneSpec, folder: Path) -> str:
 
 def write(network: Network, folder: Path, *, half: bool = False) -> None:
     """Write an export to an empty folder: graph, tokenizer, classifier, manifest. `half`: also a half one."""
+    if network.graph is None:
+        _write_graph(network, folder / GRAPH_FILE)
+    else:
+        (folder / GRAPH_FILE).write_bytes(network.graph)
+    if network.tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
+    if network.classes is not None:
+        write_classes(folder, network.classes)
+    if network.spec.precision == INT8:
+        quantize(folder, network.spec)
+    complete(folder, network.spec, half=half)
+
+
+def _write_graph(network: Network, graph: Path) -> None:
+    """Convert a torch network to ONNX."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -149,7 +165,7 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         torch.onnx.export(
             network.forward,
             example,
-            str(folder / GRAPH_FILE),
+            str(graph),
             input_names=names,
             output_names=[OUTPUT_NAME],
             dynamic_shapes=shapes,
@@ -157,13 +173,6 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
             external_data=False,
             verbose=False,
         )
-    if network.tokenizer is not None:
-        (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
-    if network.classes is not None:
-        write_classes(folder, network.classes)
-    if network.spec.precision == INT8:
-        quantize(folder, network.spec)
-    complete(folder, network.spec, half=half)
 
 
 def complete(folder: Path, spec: BackboneSpec, *, half: bool = False) -> None:
@@ -203,10 +212,17 @@ def _check(network: Network, folder: Path) -> None:
     """
     samples = probe_images() if network.spec.kind == "image" else PROBE_TEXTS
     reference = network.reference(samples)
-    backbone = Backbone.open(folder)
-    prepared = [backbone.preprocess(sample) for sample in samples]
-    alone = np.concatenate([backbone.run([one]) for one in prepared])
-    for kind, embeddings in (("alone", alone), ("together", backbone.run(prepared))):
+    try:
+        backbone = Backbone.open(folder)
+        prepared = [backbone.preprocess(sample) for sample in samples]
+        alone = np.concatenate([backbone.run([one]) for one in prepared])
+        together = backbone.run(prepared)
+    except Exception as error:
+        if network.graph is None:
+            raise
+        # A graph from another program may have any fault, such as a batch size in an inner node.
+        raise ExportRefused(f"its graph does not run on one and on several inputs: {error}") from error
+    for kind, embeddings in (("alone", alone), ("together", together)):
         lowest = lowest_cosine(embeddings, reference)
         least = _MIN_COSINE[network.spec.precision]
         if not lowest >= least:

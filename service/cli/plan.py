@@ -26,6 +26,7 @@ def plan(
 ) -> None:
     """Show how backbones run on this machine, one line of JSON each."""
     from models.priority import NICENESS
+    from models.sources.source import entry_of, parse_source
     from service.settings import read_settings
 
     settings = read_settings()
@@ -33,18 +34,20 @@ def plan(
         # numpy must be imported after this, because its threads keep the priority that they start with.
         os.nice(NICENESS)
     for name in backbones or settings.backbones:
-        show({"backbone": name, **_described(_plan(settings, name, measure=measure))})
+        entry = entry_of(name, settings.backbones)
+        found = _plan(settings, entry, measure=measure)
+        show({"backbone": parse_source(entry).name, **_described(found)})
 
 
-def _plan(settings: Settings, name: str, *, measure: bool) -> MeasuredPlan | None:
-    from models.model_store import find
+def _plan(settings: Settings, entry: str, *, measure: bool) -> MeasuredPlan | None:
+    from models.store.exports import find
     from models.survey import known_plan, survey
 
-    folder = find(name)
+    folder = find(entry)
     if folder is None:
         from service.composition import NotExported
 
-        raise NotExported(name)
+        raise NotExported(entry)
     way = survey if measure else known_plan
     return way(folder, device=settings.device, threads=settings.usable_threads)
 

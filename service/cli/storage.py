@@ -143,9 +143,15 @@ def _report(restored: RestoredBackup) -> dict[str, Any]:
 def _open_backbone(settings: Settings, name: str, stack: ExitStack) -> Backbone | None:
     """Return the backbone, which closes with the stack, or None if it is not exported here."""
     from models.backbone import Backbone
-    from models.model_store import find
+    from models.sources.source import entry_of
+    from models.spec import UnknownBackbone
+    from models.store.exports import find
 
-    folder = find(name)
+    try:
+        folder = find(entry_of(name, settings.backbones))
+    except UnknownBackbone:
+        # The settings of the service that it was embedded by had a short name for it.
+        folder = None
     if folder is None:
         return None
     opened = Backbone.open(

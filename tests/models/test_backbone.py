@@ -16,10 +16,10 @@ import onnxruntime
 import pytest
 
 from models.backbone import Backbone
-from models.manifest import CorruptExport, read_manifest, write_manifest
 from models.preprocess.limits import InputError
 from models.runtime.session import DeviceUnavailable, open_session
 from models.spec import GRAPH_FILE, INT8, MANIFEST_FILE, TOKENIZER_FILE
+from models.store.manifest import CorruptExport, read_manifest, write_manifest
 from models.survey import planned
 from tests.support.models import tiny_backbones
 
@@ -172,7 +172,7 @@ def test_images_have_their_memory_laid_out_once_and_texts_do_not(tmp_path: Path)
 
 def test_serving_imports_neither_torch_nor_what_only_export_needs() -> None:
     program = (
-        "import sys, models.batching.batcher, models.backbone, models.model_store\n"
+        "import sys, models.batching.batcher, models.backbone, models.store.exports\n"
         "heavy = {'torch', 'onnx', 'timm', 'sentence_transformers', 'transformers', 'bentoml'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"

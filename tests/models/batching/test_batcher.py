@@ -29,9 +29,10 @@ from models.batching.request import (
     QueuedRequest,
     QueueFull,
 )
-from models.manifest import file_sha256, read_manifest, write_manifest
+from models.digests import file_sha256
 from models.preprocess.limits import InputError
 from models.spec import GRAPH_FILE, TOKENIZER_FILE, TextTransform
+from models.store.manifest import read_manifest, write_manifest
 from tests.support.models import tiny_backbones
 
 pytestmark = pytest.mark.anyio

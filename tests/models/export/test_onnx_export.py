@@ -13,8 +13,8 @@ import pytest
 
 from models.backbone import Backbone
 from models.export.loaders import load_network
-from models.model_store import model_name
 from models.spec import ImageTransform, TextTransform
+from models.store.exports import model_name
 from tests.support.models import tiny_backbones
 from tests.support.models.random_models import make_models
 

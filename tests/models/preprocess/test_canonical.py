@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from models.backbone import Backbone
-from models.manifest import read_tables
-from models.model_store import find
 from models.spec import FLOAT32, HALF_FILE, TOKENIZER_FILE
+from models.store.exports import find
+from models.store.manifest import read_tables
 from tests.models.preprocess import canonical
 
 ROOT = Path(__file__).parents[3]

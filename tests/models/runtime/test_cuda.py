@@ -22,7 +22,6 @@ from models.batching.batcher import Batcher
 from models.batching.request import EmbeddingFailed
 from models.batching.stall_detector import StallDetector
 from models.export.float16 import halve
-from models.manifest import read_manifest, write_manifest
 from models.runtime.autotune import ExecutionPlan
 from models.runtime.bound_shape import STAGES
 from models.runtime.cuda import CudaRunner, DeviceLost
@@ -31,6 +30,7 @@ from models.runtime.progress import PATIENCE
 from models.runtime.session import open_session
 from models.runtime.shapes import shapes_for
 from models.spec import GRAPH_FILE, HALF_FILE
+from models.store.manifest import read_manifest, write_manifest
 from models.survey import planned
 from tests.support.conditions import until
 from tests.support.models import tiny_backbones

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from benchmarks.harness.service_process import ROOT, Serving
-from models.model_store import find_tag
+from models.store.exports import find_tag
 from tests.support import bentos
 from tests.support.dockerfile import STORE_FOLDERS, Container, read
 from tests.support.service.calls import KEY, get, post, texts
@@ -235,7 +235,7 @@ def test_the_image_keeps_its_data_in_the_volume(image: Image) -> None:
 
 def test_a_worker_in_the_image_finds_the_exports(image: Image) -> None:
     """The worker runs without loading the bento, as `topwork worker` does."""
-    program = "from models.model_store import find; print(find('efficientnet-lite0'), find('minilm-l6-v2'))"
+    program = "from models.store.exports import find; print(find('efficientnet-lite0'), find('minilm-l6-v2'))"
     found = image.run("python", "-c", program).stdout.split()
     assert [path.startswith(str(image.root / "bento" / "models")) for path in found] == [True, True]
 

@@ -32,7 +32,7 @@ from adapters.storage.artifact import Store
 from adapters.storage.open import open_store
 from models.backbone import Backbone
 from models.batching.batcher import Batcher
-from models.manifest import write_manifest
+from models.store.manifest import write_manifest
 from tests.support.models.tiny_backbones import image_export, text_export
 
 TENANT = "acme"

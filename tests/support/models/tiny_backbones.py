@@ -16,8 +16,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from models.backbone import Backbone
-from models.manifest import write_manifest
-from models.model_store import model_name
 from models.preprocess.pixels import with_byte_input
 from models.runtime.autotune import ExecutionPlan, MeasuredPlan, keep_plan
 from models.spec import (
@@ -33,6 +31,8 @@ from models.spec import (
     Kind,
     TextTransform,
 )
+from models.store.exports import model_name
+from models.store.manifest import write_manifest
 
 IMAGE_NAME = "timm:tiny-image"
 TEXT_NAME = "sentence-transformers:tiny-text"
@@ -86,7 +86,7 @@ def image_export(folder: Path, crop_mode: str = "fold") -> Path:
 def text_export(folder: Path) -> Path:
     """Writes a tiny text backbone (64 tokens, 24 dims, unit length) under folder; its export folder."""
     rng = np.random.default_rng(2)
-    tokenizer = _tokenizer()
+    tokenizer = word_tokenizer()
     graph = helper.make_graph(
         [
             helper.make_node("Gather", ["table", IDS], ["tokens"]),
@@ -184,7 +184,8 @@ def sentence(seed: int, words: int = 8) -> str:
     return " ".join(np.random.default_rng(seed).choice(_WORDS, words))
 
 
-def _tokenizer() -> Tokenizer:
+def word_tokenizer() -> Tokenizer:
+    """The tokenizer of the tiny text backbone: whole words of a small vocabulary."""
     vocabulary = {token: index for index, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()

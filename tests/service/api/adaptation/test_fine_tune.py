@@ -23,8 +23,8 @@ from adapters.registry.records import Change, NewVersion
 from adapters.registry.registry import Registry
 from adapters.storage.open import open_store
 from benchmarks.harness.service_process import Serving
-from models.model_store import find
 from models.spec import GRAPH_FILE
+from models.store.exports import find
 from service.payloads.responses.adapters import VersionOut
 from service.payloads.responses.jobs import JobOut, SubmittedOut
 from service.settings import Settings

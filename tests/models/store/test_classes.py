@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from models.backbone import Backbone
-from models.classes import Classes, read_classes, write_classes
 from models.export.quantize import CALIBRATION
-from models.manifest import CorruptExport, read_manifest
-from models.model_store import find
 from models.spec import CLASSES_FILE
+from models.store.classes import Classes, read_classes, write_classes
+from models.store.exports import find
+from models.store.manifest import CorruptExport, read_manifest
 from tests.support.models import tiny_backbones
 
 ROOT = Path(__file__).parents[2]

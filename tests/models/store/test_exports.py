@@ -12,23 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from models.manifest import folder_sha256, read_manifest, write_manifest
-from models.model_store import local_folder, model_name
+from models.digests import folder_sha256
+from models.sources.source import parse_source
 from models.spec import GRAPH_FILE, MANIFEST_FILE, PACKAGED, ImageTransform, UnknownBackbone
+from models.store.exports import model_name
+from models.store.manifest import read_manifest, write_manifest
 from tests.support.models import tiny_backbones
 
 
 def find(home: Path, *names: str) -> list[str | None]:
     """The result of model_store.find in a new process, because BentoML reads its home once."""
     program = (
-        "import json, sys\nfrom models.model_store import find, find_tag\n"
+        "import json, sys\nfrom models.store.exports import find, find_tag\n"
         "print(json.dumps([find(n) and [str(find(n)), find_tag(n)] for n in sys.argv[1:]]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *names],
         check=True,
         capture_output=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=os.environ | {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true"},
     )
     answer: list[str | None] = json.loads(done.stdout.splitlines()[-1])
@@ -66,6 +68,12 @@ def test_names_in_the_store() -> None:
         assert stored.islower()
     assert model_name("timm:x") != model_name("sentence-transformers:x")
     assert model_name("timm:a/x") != model_name("timm:b/x")
+    short = "s" * 48
+    for entry in ("my.net_2=timm:resnet18", f"{short}=onnx:/models/net.onnx"):
+        assert len(model_name(entry)) <= 63
+        assert model_name(entry).startswith(entry.partition("=")[0])
+    assert len({model_name(f"{name}timm:{place}") for name in ("", "a=", "b=") for place in "xy"}) == 6
+    assert model_name("a=timm:x@/m.pth") != model_name("a=timm:y@/m.pth")
     with pytest.raises(UnknownBackbone):
         model_name("x")
 
@@ -74,10 +82,10 @@ def test_a_folder_is_the_same_however_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     around = f"timm:{tmp_path}/other/../model"
     (tmp_path / "other").mkdir()
-    assert local_folder(around) == (tmp_path / "model").resolve()
+    assert parse_source(around).path == (tmp_path / "model").resolve()
     assert model_name(around) == model_name(f"timm:{tmp_path}/model")
-    assert local_folder("timm:resnet18") is None
-    assert local_folder("efficientnet-lite0") is None
+    assert parse_source("timm:resnet18").path is None
+    assert parse_source("efficientnet-lite0").path is None
 
 
 def test_only_weights_and_settings_make_a_folder_another(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from models.digests import file_sha256
 from models.errors import InternalFailure
 from models.spec import (
     CLASSES_FILE,
@@ -84,23 +84,3 @@ def read_tables(folder: Path) -> dict[str, Path]:
     """The files of an export's large constants, by name. Its manifest must have been read before."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     return {name: folder / file for name, file in manifest.get("tables", {}).items()}
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_sha256(folder: Path) -> str:
-    """The sha256, in hex, over the names and bytes of a model folder's safetensors and JSON files.
-
-    Only these decide what the network computes; a changed README does not make another backbone.
-    """
-    digest = hashlib.sha256()
-    files = (
-        path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()
-    )
-    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()

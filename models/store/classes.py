@@ -9,8 +9,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from models.arrays import Floats
-from models.manifest import CorruptExport
 from models.spec import CLASSES_FILE
+from models.store.manifest import CorruptExport
 
 
 @dataclass(frozen=True, slots=True)
