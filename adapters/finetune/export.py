@@ -20,7 +20,7 @@ from adapters.heads.head import Head, directions_for, smoothed, softmax, storabl
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe.calibration import measures, temperatures
-from adapters.probe.classification import CrossValidated, report_of
+from adapters.probe.classification_report import CrossValidated, report_of
 from models.arrays import Floats, Prepared
 from models.backbone import Backbone
 from models.export.network import Network

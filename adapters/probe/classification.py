@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,82 +10,68 @@ import numpy as np
 from adapters.heads.abstention import fit_abstention
 from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
-from adapters.heads.scaling import scaling_of
-from adapters.probe.basis import basis_of
+from adapters.heads.scaling import Scaling, scaling_of
 from adapters.probe.budget import FitBudget
 from adapters.probe.calibration import measures, slopes
-from adapters.probe.cross_validation import CrossValidation, FitInputs, strength_penalty
-from adapters.probe.lda import Discriminant
-from adapters.probe.logistic import Softmax
+from adapters.probe.classification_report import CrossValidated, report_of
+from adapters.probe.cross_validation import MIDDLE_STRENGTH, CrossValidation, FitInputs, strength_penalty
+from adapters.probe.label_names import LabelNames, NameLogits, name_logits, unseen_offset
+from adapters.probe.solvers.basis import Basis, basis_of
+from adapters.probe.solvers.lda import Discriminant
+from adapters.probe.solvers.logistic import Softmax
+from adapters.probe.stack import Judges, Stack, held_out_logits, judges_of
 from models.arrays import Floats, Integers
 
 # Pseudo-examples that are added to each label's count.
 _PRIOR_EXAMPLES = 20.0
-_MOST_SUSPECTS = 50
-_MOST_CONFUSIONS = 500
-_LOW_RECALL = 0.5  # recall below which a label is warned about
-_MOST_NAMED = 5  # labels that the warning names
+# Held-out answers that the names of labels count as, from other data, where there are fewer.
+_NAMES_ANSWERS = 20
 
 
 def fit_classification(
-    data: FitInputs, labels: Integers, names: tuple[str, ...]
+    data: FitInputs, labels: Integers, names: tuple[str, ...], label_names: LabelNames = LabelNames()
 ) -> tuple[Head, dict[str, Any], Floats]:
-    """Return head, report and scores (n,), as in FittedProbe. `labels`: (n,), indices into `names`."""
-    count = len(names)
-    region = fit_region(data.embeddings, labels, data.folds, directions_for(count, data.embeddings.shape[1]))
-    scaling = scaling_of(data.embeddings)
+    """Return head, report and scores (n,), as in FittedProbe. `labels`: (n,), indices into `names`.
+
+    Labels without an example must have a name in `label_names`.
+    """
+    seen, own = np.unique(labels, return_inverse=True)
+    count, dim = len(seen), data.embeddings.shape[1]
+    region = fit_region(data.embeddings, own, data.folds, directions_for(count, dim)) if count > 1 else None
+    blank = Scaling(label_names.transform, np.zeros(dim, np.float32), 1.0)
+    scaling = scaling_of(data.embeddings) if count else blank
     features = scaling.apply(data.embeddings, into=data.embeddings)
-    basis = basis_of(features, data.plan.columns)
-    sizes = np.bincount(labels, minlength=count)
-    rows = basis.design.rows[:, :-1]
-    discriminant = Discriminant(rows, labels, count, data.folds, features.shape[1])
-    measured_folds = range(_held_out(data.plan, data.folds))
-    others = np.zeros((count, len(labels)), dtype=np.float32)
-    others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
-    # Label frequencies in training are subtracted from the logits, and shrunk ones are added instead.
-    trained = np.log(sizes / sizes.sum()).astype(np.float32)
-    priors = _priors(labels[data.sampled], count, data.balanced)
-    measured = data.sampled & (data.folds >= 0)
-    tellable = len(np.unique(labels[measured])) > 1
+    named = name_logits(label_names, names, scaling, len(own)) if label_names.directions else None
+    hints = None if named is None else named.of(features)[seen]
+    judges = judges_of(data, own, hints, None if named is None else named.known[seen])
+    priors = _priors(own[data.sampled], count, data.balanced)
+    folds = int(data.folds.max(initial=-1)) + 1
     # A held-out example is predicted without the other examples of its fold.
-    trained_share = 1.0 - 1.0 / (int(data.folds.max()) + 1) if tellable else 1.0
-    usual = slopes.usual_spread(count, trained_share * len(labels) / count)
-
-    def blend(logits: Floats, rows: Integers) -> slopes.Blend:
-        some = np.flatnonzero(data.sampled[rows]) if tellable else np.zeros(0, dtype=np.int64)
-        return slopes.blend(
-            logits[:, some] - trained[:, None], others[:, rows[some]], priors, labels[rows[some]], usual
+    trained_share = 1.0 - 1.0 / folds if judges.tellable and folds else 1.0
+    usual = slopes.usual_spread(max(count, 2), trained_share * len(own) / max(count, 1))
+    learned = _learn(data, features, judges, priors, usual)
+    held = learned.stack
+    found = slopes.grown(held.blend(priors, usual), trained_share)
+    logits = held_out_logits(held, found, priors, usual, data.groups, trained_share)
+    weight, bias = learned.weights(found, priors)
+    if named is not None:
+        unseen = _offset_of_unseen(named, seen, found.named, priors, logits, held)
+        everything = np.float32(found.named) * named.of(features[held.rows]) + unseen
+        everything[seen] = logits
+        logits = everything
+        weights, biases = (
+            np.float32(found.named) * named.weight,
+            np.float32(found.named) * named.bias + unseen,
         )
-
-    def loss(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
-        found = blend(logits, rows)
-        return found.loss + strength_penalty(strength, len(rows)), found.stretch
-
-    chosen = CrossValidation(
-        basis.design,
-        Softmax(labels),
-        count,
-        data.folds,
-        _training(labels, data.folds, sizes),
-        data.memory_bytes,
-    ).choose(data.plan, _share(labels, sizes, data.plan.share), loss)
-    found = slopes.grown(blend(chosen.logits, chosen.rows), trained_share)
-    kept = data.sampled[chosen.rows]
-    held, own = chosen.rows[kept], labels[chosen.rows[kept]]
-    logits = found.slope * (chosen.logits[:, kept] - trained[:, None]) + found.other * others[:, held]
-    logits = np.ascontiguousarray((logits + priors[:, None]).T)
-    groups = len(np.unique(data.groups[held]))
-    smoothing = measures.smoothing(groups)
-    probabilities = smoothed(softmax(logits), smoothing, count)
-    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    right = answers == own
-    threshold = measures.answer_threshold(confidence, right, data.answer_accuracy)
-    solved = found.slope * chosen.weights
-    solved[:, -1] -= found.slope * trained
-    if found.other:
-        solved += found.other * discriminant.weights()
-    solved[:, -1] += priors
-    weight, bias = basis.weights(solved)
+        weights[seen] += weight
+        biases[seen] += bias - unseen
+        weight, bias = weights, biases
+    logits = np.ascontiguousarray(logits.T)
+    groups = len(np.unique(data.groups[held.rows]))
+    smoothing = measures.smoothing(groups if named is None else max(groups, _NAMES_ANSWERS))
+    probabilities = smoothed(softmax(logits), smoothing, len(names))
+    right = probabilities.argmax(axis=1) == labels[held.rows]
+    threshold = measures.answer_threshold(probabilities.max(axis=1, initial=0.0), right, data.answer_accuracy)
     head = Head(
         task="classification",
         fingerprint=data.fingerprint,
@@ -97,108 +82,101 @@ def fit_classification(
         doubt=fit_abstention(threshold, logits, "classification"),
         region=region,
         smoothing=smoothing,
-        measured=tellable,
+        # Where there is nothing to measure, names are trusted as far as they could be on other data.
+        measured=judges.tellable or named is not None,
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
-    scores[held] = right
+    scores[held.rows] = right
     unmeasured = data.sampled & (data.folds < 0)
+    unmeasured[judges.alone] = False
     report = report_of(
-        CrossValidated(probabilities, held, own),
-        sizes,
+        CrossValidated(probabilities, held.rows, labels[held.rows]),
+        np.bincount(labels, minlength=len(names)),
         names,
         groups=groups,
         unmeasured=labels[unmeasured],
         trained_share=trained_share,
     ) | {
-        "strength": chosen.strength,
+        "strength": learned.strength,
         "temperature": 1.0 / found.slope,
         "discriminant": found.other,
+        "names": found.named,
         "threshold": threshold,
     }
     return head, report, scores
 
 
 @dataclass(frozen=True, slots=True)
-class CrossValidated:
-    """Predictions for m held-out examples."""
+class _Learned:
+    """What the examples taught, before the members are blended."""
 
-    probabilities: Floats  # (m, labels)
-    rows: Integers  # (m,), the examples' rows in the data
-    own: Integers  # (m,), the examples' labels
+    strength: float
+    stack: Stack
+    basis: Basis | None  # None if there are no two labels to tell apart
+    first: Floats  # (labels, p + 1)
+    second: Floats  # (labels, p + 1)
+    dim: int
+
+    def weights(self, found: slopes.Blend, priors: Floats) -> tuple[Floats, Floats]:
+        """Return the blended weights (labels, dim) and biases (labels,), without the names."""
+        if self.basis is None:
+            return np.zeros((len(priors), self.dim), dtype=np.float32), priors.copy()
+        solved = found.slope * self.first
+        if found.other:
+            solved += found.other * self.second
+        solved[:, -1] += priors
+        return self.basis.weights(solved)
 
 
-def report_of(
-    held_out: CrossValidated,
-    sizes: Integers,
-    names: tuple[str, ...],
-    *,
-    groups: int | None = None,
-    unmeasured: Integers | None = None,
-    trained_share: float = 1.0,
-) -> dict[str, Any]:
-    """Return the report on held-out examples, whose labels are indices into `names`.
+def _learn(data: FitInputs, features: Floats, judges: Judges, priors: Floats, usual: float) -> _Learned:
+    """Fit the logistic regression and the discriminant."""
+    own, count, dim = judges.own, len(priors), features.shape[1]
+    if count < 2:
+        nothing = np.zeros((count, 0), dtype=np.float32)
+        held = judges.stack(np.zeros(0, dtype=np.int64), nothing, nothing)
+        return _Learned(MIDDLE_STRENGTH, held, None, nothing, nothing, dim)
+    basis = basis_of(features, data.plan.columns)
+    sizes = np.bincount(own, minlength=count)
+    discriminant = Discriminant(basis.design.rows[:, :-1], own, count, data.folds, dim)
+    measured_folds = range(_held_out(data.plan, data.folds))
+    others = np.zeros((count, len(own)), dtype=np.float32)
+    others[:, (data.folds >= 0) & (data.folds < len(measured_folds))] = discriminant.held_out(measured_folds)
+    # Label frequencies in training are subtracted from the logits, and shrunk ones are added instead.
+    trained = np.log(sizes / sizes.sum()).astype(np.float32)
 
-    `sizes`: number of examples of each label in all. `unmeasured`: labels (u,) of sampled examples that could
-    not be held out, each the only one of its label; they count as wrong, because their label cannot be
-    predicted without them. `groups`, `trained_share`: see measures.accuracy_interval.
+    def stack(logits: Floats, rows: Integers) -> Stack:
+        return judges.stack(rows, logits - trained[:, None], others[:, rows])
+
+    def loss(logits: Floats, rows: Integers, strength: float) -> tuple[float, float]:
+        found = stack(logits, rows).blend(priors, usual)
+        return found.loss + strength_penalty(strength, len(rows)), found.stretch
+
+    chosen = CrossValidation(
+        basis.design,
+        Softmax(own),
+        count,
+        data.folds,
+        _training(own, data.folds, sizes),
+        data.memory_bytes,
+    ).choose(data.plan, _share(own, sizes, data.plan.share), loss)
+    first = chosen.weights.copy()
+    first[:, -1] -= trained
+    held = stack(chosen.logits, chosen.rows)
+    return _Learned(chosen.strength, held, basis, first, discriminant.weights(), dim)
+
+
+def _offset_of_unseen(
+    named: NameLogits, seen: Integers, share: float, priors: Floats, logits: Floats, held: Stack
+) -> float:
+    """Return what is added to the names' logits of labels without examples. `share`: weight of names.
+
+    `logits`: (labels, m), held out, of the labels in `seen`.
     """
-    probabilities, own = held_out.probabilities, held_out.own
-    alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
-    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    right = answers == own
-    # Accuracy needs two labels to tell apart.
-    measured = len(np.unique(own)) > 1
-    wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
-    hits = np.bincount(own[right], minlength=len(names))
-    doubtful = measures.suspects(probabilities, own)
-    report: dict[str, Any] = {
-        "accuracy": float(right.sum() / (len(own) + len(alone))) if measured else None,
-        "accuracy_interval": measures.accuracy_interval(
-            right, groups=groups, unmeasured=len(alone), trained_share=trained_share
-        )
-        if measured
-        else None,
-        "balanced_accuracy": float(np.mean((hits / np.maximum(wanted, 1))[wanted > 0])) if measured else None,
-        "majority_share": float(wanted.max() / wanted.sum()) if wanted.sum() else None,
-        "labels_not_measured": int((np.bincount(own, minlength=len(names)) == 0).sum()),
-        "per_label": _per_label(own, answers, sizes, names),
-        "confusion": _confusion(own, answers, names),
-        "calibration_error": measures.calibration_error(confidence, right) if measured else None,
-        "suspects": _suspects(held_out, doubtful[:_MOST_SUSPECTS], names),
-        "suspects_total": len(doubtful),
-    }
-    return report | {"warnings": _warnings(report)}
-
-
-def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return warnings for readers who look at the accuracy only."""
-    if report["accuracy"] is None:
-        return []
-    found = []
-    if report["labels_not_measured"]:
-        detail = (
-            f"{report['labels_not_measured']} labels have too few examples to be measured; where they should "
-            "be answered counts as wrong. Send two examples of each label, or more."
-        )
-        found.append({"code": "labels_not_measured", "detail": detail})
-    if report["accuracy_interval"][0] <= report["majority_share"]:
-        detail = (
-            f"The most frequent label is right in {100 * report['majority_share']:.0f} % of the examples, "
-            "and these are too few, or too hard, to show that the adapter does better."
-        )
-        found.append({"code": "no_better_than_majority", "detail": detail})
-    missed = [name for name, one in report["per_label"].items() if (one["recall"] or 0.0) < _LOW_RECALL]
-    missed = [name for name in missed if report["per_label"][name]["recall"] is not None]
-    if missed:
-        shown = ", ".join(repr(name) for name in missed[:_MOST_NAMED]) + (
-            " and others" if len(missed) > _MOST_NAMED else ""
-        )
-        detail = (
-            f"Less than half is recognised of {shown}. Send more examples of them, or, if they are rare and "
-            'matter as much as others, use "weights": "balanced".'
-        )
-        found.append({"code": "low_recall", "detail": detail})
-    return found
+    usual = float(np.log(np.exp(priors).mean())) if len(priors) else 0.0
+    if held.hints is None or not len(held.rows) or len(seen) == len(named.known):
+        return usual
+    hints = np.float32(share) * held.hints + np.float32(usual)
+    return usual + unseen_offset(logits, hints, held.own, named.known[seen])
 
 
 def _priors(labels: Integers, count: int, balanced: bool) -> Floats:
@@ -207,6 +185,8 @@ def _priors(labels: Integers, count: int, balanced: bool) -> Floats:
     This is the positive part of James and Stein's estimate (1961): counts keep the share of their differences
     that equally frequent labels would not show. A few pseudo-examples of each label are added.
     """
+    if not count:
+        return np.zeros(0, dtype=np.float32)
     sizes = np.bincount(labels, minlength=count).astype(np.float64)
     equal = max(sizes.sum(), 1.0) / count
     differing = float(((sizes - equal) ** 2).sum() / equal)
@@ -240,49 +220,3 @@ def _training(labels: Integers, folds: Integers, sizes: Integers) -> Floats:
         row[:] = (sizes / np.maximum(left, 1)).astype(np.float32)[labels]
         row[~trained] = 0.0
     return weights
-
-
-def _per_label(
-    own: Integers, answers: Integers, sizes: Integers, names: tuple[str, ...]
-) -> dict[str, dict[str, float | int | None]]:
-    """Return precision, recall and F1 on held-out examples, None if undefined; support is of all examples."""
-    count = len(names)
-    hits = np.bincount(own[own == answers], minlength=count).tolist()
-    given = np.bincount(answers, minlength=count).tolist()
-    held = np.bincount(own, minlength=count).tolist()
-    return {
-        name: {
-            "precision": hit / answered if answered else None,
-            "recall": hit / there if there else None,
-            "f1": 2.0 * hit / (answered + there) if there else None,
-            "support": support,
-        }
-        for name, hit, answered, there, support in zip(names, hits, given, held, sizes.tolist(), strict=True)
-    }
-
-
-def _confusion(own: Integers, answers: Integers, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    """Return label -> label answered -> examples: all right answers and the most frequent mistakes."""
-    pairs, counts = np.unique(own * len(names) + answers, return_counts=True)
-    mistakes = np.flatnonzero(pairs // len(names) != pairs % len(names))
-    left_out = set(mistakes[np.argsort(-counts[mistakes], kind="stable")][_MOST_CONFUSIONS:].tolist())
-    confusion: dict[str, dict[str, int]] = {}
-    for place, (pair, number) in enumerate(zip(pairs.tolist(), counts.tolist(), strict=True)):
-        if place not in left_out:
-            confusion.setdefault(names[pair // len(names)], {})[names[pair % len(names)]] = number
-    return confusion
-
-
-def _suspects(
-    held_out: CrossValidated, doubtful: Sequence[tuple[int, int]], names: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Return doubtful labels by row, with the probability of the label that the example looks like."""
-    return [
-        {
-            "index": int(held_out.rows[place]),
-            "label": names[held_out.own[place]],
-            "looks_like": names[other],
-            "confidence": float(held_out.probabilities[place, other]),
-        }
-        for place, other in doubtful
-    ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters.probe.budget import FitBudget
-from adapters.probe.logistic import Design, Link, solve
+from adapters.probe.solvers.logistic import Design, Link, solve
 from models.arrays import Bools, Floats, Integers
 
 Loss = Callable[[Floats, Integers, float], tuple[float, float]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,7 @@ from adapters.probe.budget import FitBudget, plan, predicted_seconds
 from adapters.probe.classification import fit_classification
 from adapters.probe.cross_validation import FitInputs
 from adapters.probe.folds import folds
+from adapters.probe.label_names import LabelNames
 from adapters.probe.multilabel import fit_multilabel
 from adapters.probe.regression import fit_ridge
 from models.arrays import Floats
@@ -77,6 +78,8 @@ class Dataset:
     # n flags, False for examples chosen because they were wrong or hard: these are learned from but not
     # measured on. Empty if all are sampled.
     sampled: Sequence[bool] = ()
+    # Labels may have a name and no example, or examples and no name. For classification only.
+    names: LabelNames = field(default_factory=LabelNames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class ProbeConfig:
 
     answer_accuracy: float = ANSWER_ACCURACY  # wanted among the answers that are not abstained on
     balanced: bool = False  # whether labels count as equally frequent, whatever the examples say
+    # By label, how much worse it is to miss an input of it than one of a label without a cost, which is 1.
+    costs: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = FIT_BYTES  # limit, in addition to the dataset itself
     limit_seconds: float = FIT_SECONDS  # fits that are predicted to take longer are refused
 
@@ -118,7 +123,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
     keys = with_misled(belonging.keys, embeddings, targets, sampled)
     groups = np.unique(np.array(keys), return_inverse=True)[1]
     per_label = _per_label(keys, targets) if data.task == "classification" else None
-    course = plan(n, dim, len(names), int(groups.max()) + 1, per_label)
+    course = plan(n, dim, len(names), int(groups.max(initial=-1)) + 1, per_label)
     dealt = folds(keys, targets, course.folds)
     used = np.unique(dealt[dealt >= 0])
     # A single fold measures nothing.
@@ -143,13 +148,17 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
     place = {name: index for index, name in enumerate(names)}
     if data.task == "classification":
         labels = np.array([place[str(target)] for target in targets], dtype=np.int64)
-        head, report, scores = fit_classification(prepared, labels, names)
+        head, report, scores = fit_classification(prepared, labels, names, data.names)
     else:
         assigned = np.zeros((n, len(names)), dtype=np.bool_)
         for row, target in enumerate(targets):
             assigned[row, [place[label] for label in labels_of(target)]] = True
         head, report, scores = fit_multilabel(prepared, assigned, names)
-    method = _method(len(used), course) if head.measured else "not measured"
+    method = "not measured"
+    if head.measured and len(used) > 1:
+        method = _method(len(used), course)
+    elif np.isfinite(scores).any():
+        method = "names alone"
     return _in_order(order, head, {**report, **more, "method": method}, scores)
 
 
@@ -171,13 +180,13 @@ def _method(folds: int, course: FitBudget) -> str:
 
 def _names(data: Dataset) -> tuple[str, ...]:
     """Return the sorted labels, none for regression. Raises OneLabel."""
-    if len(set(data.targets)) < 2:
+    if len(set(data.targets) | set(data.names.directions)) < 2:
         raise OneLabel(
             "All examples have the same target, so there is nothing to learn. "
             "Send examples of at least two labels."
         )
     if data.task == "classification":
-        return tuple(sorted({str(target) for target in data.targets}))
+        return tuple(sorted({str(target) for target in data.targets} | set(data.names.directions)))
     if data.task == "multilabel":
         return tuple(sorted({label for target in data.targets for label in labels_of(target)}))
     return ()

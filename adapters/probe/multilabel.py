@@ -11,11 +11,11 @@ from adapters.heads.abstention import fit_abstention
 from adapters.heads.head import Head, directions_for, sigmoid, smoothed, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
-from adapters.probe.basis import basis_of
 from adapters.probe.calibration import measures, temperatures
 from adapters.probe.cross_validation import CrossValidation, FitInputs
 from adapters.probe.decisions import MOST_DECISIONS, HeldOutDecisions
-from adapters.probe.logistic import Sigmoid
+from adapters.probe.solvers.basis import basis_of
+from adapters.probe.solvers.logistic import Sigmoid
 from models.arrays import Bools, Floats, Integers
 
 # Pseudo-examples with each label, and as many without it, so that few examples do not make a label rare.

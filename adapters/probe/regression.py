@@ -12,7 +12,7 @@ from adapters.heads.head import Head, directions_for
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import scaling_of
 from adapters.probe.cross_validation import FitInputs
-from adapters.probe.leverage import LeftOut, left_out, spectrum_of
+from adapters.probe.solvers.leverage import LeftOut, left_out, spectrum_of
 from models.arrays import Bools, Doubles, Floats, Integers
 
 # Strengths assume rows of mean square length one and targets of variance one.

@@ -26,20 +26,19 @@ def temperature(logits: Floats, labels: Integers) -> tuple[float, float]:
     columns, own = np.ascontiguousarray(logits[::step].T), labels[::step]
     if not len(own):
         return 1.0, 0.0
-    nothing, flat = np.zeros_like(columns), np.zeros(len(columns), dtype=np.float32)
-    right = np.stack([columns[own, np.arange(len(own))], np.zeros(len(own), dtype=np.float32)])
+    flat, right = np.zeros(len(columns), dtype=np.float32), columns[own, np.arange(len(own))][None]
     tight = 1.0 / _SLOPE_DEVIATION**2
     slope = best = 1.0
     value = loss = math.inf
     for _ in range(20):
-        found, (one, _), (aa, _, _) = blended_loss(columns, nothing, flat, right, 0.0, (slope, 0.0))
+        found, one, aa = blended_loss([columns], flat, right, 0.0, np.array([slope]))
         objective = found + 0.5 * tight * (slope - 1.0) ** 2
         if objective > value + 1e-9:
             # The step was too long: go half way back to the best slope.
             slope = 0.5 * (slope + best)
             continue
         drop, best, value, loss = value - objective, slope, objective, found
-        gradient, curvature = one + tight * (slope - 1.0), aa + tight
+        gradient, curvature = float(one[0]) + tight * (slope - 1.0), float(aa[0, 0]) + tight
         if min(drop, 0.5 * gradient**2 / curvature) < 1e-4 * len(own):
             break
         slope = max(slope - gradient / curvature, 1e-3)

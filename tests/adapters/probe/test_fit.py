@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 
 from adapters.examples.target import Target
 from adapters.heads.scaling import scaling_of
-from adapters.probe.basis import basis_of
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit, predicted_seconds
-from adapters.probe.logistic import Softmax, solve
+from adapters.probe.solvers.basis import basis_of
+from adapters.probe.solvers.logistic import Softmax, solve
 from tests.support.models.synthetic_embeddings import classification, clouds, dataset, permuted
 
 

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge, RidgeCV
 
-from adapters.probe import leverage
 from adapters.probe.fit import Dataset, FittedProbe, fit
-from adapters.probe.leverage import left_out, spectrum_of
+from adapters.probe.solvers import leverage
+from adapters.probe.solvers.leverage import left_out, spectrum_of
 from models.arrays import Doubles
 from tests.support.models.synthetic_embeddings import permuted
 

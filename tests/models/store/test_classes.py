@@ -18,7 +18,7 @@ from models.store.exports import find
 from models.store.manifest import CorruptExport, read_manifest
 from tests.support.models import tiny_backbones
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

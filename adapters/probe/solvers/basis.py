@@ -8,7 +8,7 @@ import numpy as np
 
 from adapters.heads.directions import leading_directions
 from adapters.heads.scaling import blocks
-from adapters.probe.logistic import Design
+from adapters.probe.solvers.logistic import Design
 from models.arrays import Floats
 
 # Largest number of rows or columns for which a full eigenbasis costs less than the products it saves.

@@ -9,7 +9,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from adapters.probe.calibration import slopes
-from adapters.probe.lda import Discriminant
+from adapters.probe.solvers.lda import Discriminant
 from models.arrays import Floats
 
 LABELS = 3
