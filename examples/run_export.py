@@ -64,5 +64,5 @@ for path in sys.argv[2:]:
     for name in {"probabilities", "assigned", "uncertain"} & answer.keys():
         answer[name] = dict(zip(labels, answer[name], strict=True))
     if task == "classification":
-        answer["label"] = max(answer["probabilities"], key=answer["probabilities"].get)
+        answer["label"] = labels[answer.pop("answer")]
     print(json.dumps(answer))

@@ -16,12 +16,15 @@ from adapters.finetune.data import Tensors, batches, seeded
 from adapters.finetune.model import Model, TrainingSet
 from adapters.finetune.trainer import FineTuned
 from adapters.heads.abstention import fit_abstention
+from adapters.heads.answers import answers_of, costs_of
 from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.probe.calibration import measures, temperatures
-from adapters.probe.classification_report import CrossValidated, report_of
-from models.arrays import Floats, Prepared
+from adapters.probe.calibration.judgement import judge
+from adapters.probe.calibration.report import CrossValidated, report_of
+from adapters.probe.fit import ProbeConfig
+from models.arrays import Floats, Integers, Prepared
 from models.backbone import Backbone
 from models.export.network import Network
 from models.export.onnx_export import write
@@ -50,12 +53,11 @@ def finish(
     training_set: TrainingSet,
     names: tuple[str, ...],
     outcome: FineTuned,
-    wanted: float,
+    config: ProbeConfig,
 ) -> TunedVersion:
     """Export the network, and fit and measure its head.
 
-    `wanted`: accuracy of the answers that are not abstained on. Raises ExportRefused if ONNX Runtime and
-    torch give different answers.
+    Raises ExportRefused if ONNX Runtime and torch give different answers.
     """
     spec = replace(network.spec, weights_sha256=weights_sha256(model))
     model.cpu()
@@ -64,7 +66,7 @@ def finish(
         # The classifier belongs to the embeddings of the original network.
         write(replace(network, spec=spec, forward=model.network, classes=None), folder)
         backbone = Backbone.open(folder)
-        head, report, scores = _measured(model, backbone, training_set, names, wanted, outcome.logits)
+        head, report, scores = _measured(model, backbone, training_set, names, config, outcome.logits)
         report |= {
             "method": f"{len(training_set.testing)} examples held out",
             "fine_tune": {
@@ -93,7 +95,7 @@ def _measured(
     backbone: Backbone,
     training_set: TrainingSet,
     names: tuple[str, ...],
-    wanted: float,
+    config: ProbeConfig,
     logits: Floats | None,
 ) -> tuple[Head, dict[str, Any], Floats]:
     """Fit temperature, abstention and report on the held-out rows, and the region on all, as served.
@@ -117,9 +119,8 @@ def _measured(
     logits = logits / np.float32(temperature)
     smoothing = measures.smoothing(len(own))
     probabilities = smoothed(softmax(logits), smoothing, len(names))
-    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    right = answers == own
-    threshold = measures.answer_threshold(confidence, right, wanted)
+    costs = costs_of(config.costs, names)
+    judged = judge(probabilities, own, costs, config.answer_accuracy)
     layer = model.head
     head = Head(
         task="classification",
@@ -128,15 +129,18 @@ def _measured(
         scaling=Scaling(layer.transform, layer.mean.numpy().copy(), float(layer.scale)),
         weight=storable(layer.weight.detach().numpy() / np.float32(temperature)),
         bias=layer.bias.detach().numpy() / np.float32(temperature),
-        doubt=fit_abstention(threshold, logits, "classification"),
+        doubt=fit_abstention(judged.threshold, logits, "classification"),
         region=fit_region(rows, training_set.labels, held, directions_for(len(names), rows.shape[1])),
+        costs=costs,
+        alarms=judged.alarms,
         smoothing=smoothing,
     )
     sizes = np.bincount(training_set.labels, minlength=len(names))
-    report = report_of(CrossValidated(probabilities, np.array(training_set.testing), own), sizes, names)
+    held_out = CrossValidated(probabilities, np.array(training_set.testing), own, judged)
+    report = report_of(held_out, sizes, names)
     scores = np.full(len(training_set.labels), np.nan, np.float32)
-    scores[training_set.testing] = right
-    return head, report | {"temperature": temperature, "threshold": threshold}, scores
+    scores[training_set.testing] = judged.right
+    return head, report | {"temperature": temperature, "threshold": judged.threshold}, scores
 
 
 def check_parity(model: Model, head: Head, backbone: Backbone, training_set: TrainingSet) -> dict[str, float]:
@@ -151,13 +155,17 @@ def check_parity(model: Model, head: Head, backbone: Backbone, training_set: Tra
             theirs = head.logits(model.embed(*tensors).numpy())
         ours = head.logits(backbone.run(_unpadded(tensors)))
         largest, count = max(largest, float(np.abs(ours - theirs).max())), count + len(ours)
-        if not largest <= _LARGEST_DIFFERENCE or (ours.argmax(axis=1) != theirs.argmax(axis=1)).any():
+        if not largest <= _LARGEST_DIFFERENCE or (_answers(head, ours) != _answers(head, theirs)).any():
             raise ExportRefused(
                 f"The exported network's logits differ from torch's by {largest:.2g} on {count} "
                 "inputs; at most "
                 f"{_LARGEST_DIFFERENCE} is accepted, and the same answers. Nothing was published."
             )
     return {"probes": count, "largest_difference": largest}
+
+
+def _answers(head: Head, logits: Floats) -> Integers:
+    return answers_of(softmax(logits), head.costs)
 
 
 def _probes(training_set: TrainingSet) -> Iterator[Tensors]:

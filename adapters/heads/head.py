@@ -16,13 +16,16 @@ from safetensors.numpy import save
 
 from adapters.examples.target import Task
 from adapters.heads.abstention import AbstentionRule, energy, novelty_score, softmax_and_energy
+from adapters.heads.answers import Predictions, alarmed, answers_of, confidence_of, nothing
 from adapters.heads.novelty import NoveltyRegion
 from adapters.heads.scaling import Scaling
-from models.arrays import Bools, Doubles, Floats
+from models.arrays import Floats
 from models.errors import InternalFailure
 
-FORMAT: Final = 2
-_READ: Final = (1, 2)  # formats that can be read
+FORMAT: Final = 3
+# A head without costs and alarms is written in this format, which releases before format 3 can read.
+_PLAIN_FORMAT: Final = 2
+_READ: Final = (1, 2, 3)  # formats that can be read
 # Weights up to this size are stored in single precision, larger ones in half: at 20 labels and 1,280
 # dimensions a head then takes 70 instead of 120 kB, and a probability moves by less than 0.001.
 _SINGLE_PRECISION_BYTES = 32 << 10
@@ -34,28 +37,6 @@ class CorruptHead(InternalFailure):
     """The bytes are not a head that this version can read."""
 
     code = "corrupt_head"
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """A head's predictions for n embeddings."""
-
-    # float32 (n, labels). Rows sum to one for classification; for multilabel each label is on its own. (n, 0)
-    # for regression.
-    probabilities: Floats
-    # float32 (n,). Probability of the answer: of the top label, or for multilabel of the least certain
-    # decision; 1 for regression.
-    confidence: Floats
-    # float32 (n,). Distance from the training embeddings, as a multiple of the largest accepted: above 1 is
-    # out of distribution. 0 if there were too few examples to tell.
-    distance: Floats
-    abstention_score: Floats  # float32 (n,), grows with the doubt that the input belongs to what was taught
-    abstained: Bools  # (n,)
-    assigned: Bools | None = None  # (n, labels), the labels given; None unless multilabel
-    # (n, labels), the decisions that should not be relied on; None unless multilabel. All of them are
-    # uncertain exactly where the head abstains.
-    uncertain: Bools | None = None
-    values: Doubles | None = None  # (n,); None unless regression
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +56,13 @@ class Head:
     doubt: AbstentionRule = field(default_factory=AbstentionRule)
     region: NoveltyRegion | None = None
     # float32 (labels,). Probability from which a multilabel label is assigned; (0,) for other tasks.
-    decisions: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    decisions: Floats = field(default_factory=nothing)
+    # float32 (labels,). How bad it is to miss a label of a classification, see answers.answers_of; (0,) if
+    # all labels cost the same.
+    costs: Floats = field(default_factory=nothing)
+    # float32 (labels,). Probability of a label from which a classification abstains, because the label was
+    # always missed; NO_ALARM for the others, (0,) without such labels.
+    alarms: Floats = field(default_factory=nothing)
     # Mean and scale that turn the output of a regression into the target's unit.
     value_mean: float = 0.0
     value_scale: float = 1.0
@@ -96,7 +83,7 @@ class Head:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the arrays take. In a file, large weights take half of it."""
-        arrays = [self.weight, self.bias, self.scaling.mean, self.decisions]
+        arrays = [self.weight, self.bias, self.scaling.mean, self.decisions, self.costs, self.alarms]
         return sum(array.nbytes for array in arrays) + (self.region.nbytes if self.region is not None else 0)
 
     @property
@@ -108,7 +95,7 @@ class Head:
         """Predict for embeddings, float32 (n, dim), made by the backbone with this head's fingerprint."""
         logits = self.logits(embeddings)
         n = len(logits)
-        assigned, uncertain, values, energies = None, None, None, None
+        assigned, uncertain, values, chosen, energies = None, None, None, None, None
         if self.task == "regression":
             probabilities = np.zeros((n, 0), dtype=np.float32)
             confidence = np.ones(n, dtype=np.float32)
@@ -124,15 +111,23 @@ class Head:
         else:
             probabilities, energies = softmax_and_energy(logits)
             probabilities = smoothed(probabilities, self.smoothing, len(self.labels))
-            confidence = np.maximum.reduce(probabilities, axis=1)
+            if len(self.costs):
+                chosen = answers_of(probabilities, self.costs)
+                confidence = confidence_of(probabilities, chosen)
+            else:
+                confidence = np.maximum.reduce(probabilities, axis=1)
         distance, score = self._strangeness(embeddings, energies)
         abstained = (confidence < self.doubt.threshold) | (distance > 1.0)
+        if len(self.alarms):
+            abstained |= alarmed(probabilities, self.alarms)
         if not self.measured:
             abstained[:] = True
         if uncertain is not None:
             uncertain |= abstained[:, None]
             abstained |= uncertain.all(axis=1)
-        return Predictions(probabilities, confidence, distance, score, abstained, assigned, uncertain, values)
+        return Predictions(
+            probabilities, confidence, distance, score, abstained, assigned, uncertain, values, chosen
+        )
 
     def logits(self, embeddings: Floats) -> Floats:
         """Logits (n, labels or 1), temperature included, of embeddings (n, dim)."""
@@ -172,18 +167,16 @@ class Head:
             "decisions": self.decisions,
         }
         if self.region is not None:
-            arrays |= {
-                "region.mean": self.region.mean.astype(np.float16),
-                "region.directions": self.region.directions,
-                "region.steps": self.region.steps,
-                "region.plain": self.region.plain,
-                "region.centres": self.region.centres,
-            }
+            arrays |= self.region.arrays
+        if len(self.costs):
+            arrays["costs"] = self.costs
+        if len(self.alarms):
+            arrays["alarms"] = self.alarms
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
-            "format": FORMAT,
+            "format": FORMAT if len(self.costs) or len(self.alarms) else _PLAIN_FORMAT,
             "task": self.task,
             "fingerprint": self.fingerprint,
             "labels": self.labels,
@@ -199,8 +192,7 @@ class Head:
             "measured": self.measured,
         }
         if self.region is not None:
-            region = self.region
-            facts["region"] = [region.rest, region.log_mean, region.log_deviation, region.limit]
+            facts["region"] = self.region.numbers
         return facts
 
     @classmethod
@@ -220,20 +212,7 @@ class Head:
 
     @classmethod
     def _assembled(cls, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> Head:
-        region = None
-        if "region" in facts:
-            rest, log_mean, log_deviation, limit = map(float, facts["region"])
-            region = NoveltyRegion(
-                mean=arrays["region.mean"].astype(np.float32),
-                directions=arrays["region.directions"],
-                steps=arrays["region.steps"],
-                plain=arrays["region.plain"],
-                centres=arrays["region.centres"],
-                rest=rest,
-                log_mean=log_mean,
-                log_deviation=log_deviation,
-                limit=limit,
-            )
+        region = NoveltyRegion.assembled(arrays, facts["region"]) if "region" in facts else None
         head = cls(
             task=facts["task"],
             fingerprint=str(facts["fingerprint"]),
@@ -245,6 +224,8 @@ class Head:
             doubt=AbstentionRule(*map(float, facts["doubt"])),
             region=region,
             decisions=arrays["decisions"],
+            costs=arrays.get("costs", nothing()),
+            alarms=arrays.get("alarms", nothing()),
             value_mean=float(facts["value_mean"]),
             value_scale=float(facts["value_scale"]),
             residual_deviation=float(facts["residual_deviation"]),
@@ -256,6 +237,8 @@ class Head:
         outputs = 1 if head.task == "regression" else len(head.labels)
         if head.weight.shape != (outputs, len(head.scaling.mean)) or head.bias.shape != (outputs,):
             raise CorruptHead("The shape of the weights does not match the labels and the mean.")
+        if any(len(array) not in (0, len(head.labels)) for array in (head.costs, head.alarms)):
+            raise CorruptHead("The costs or alarms do not match the labels.")
         return head
 
 

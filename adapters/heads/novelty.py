@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +51,38 @@ class NoveltyRegion:
         """Bytes of memory that the arrays take."""
         arrays = (self.mean, self.directions, self.steps, self.plain, self.centres)
         return sum(array.nbytes for array in arrays)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in a head's file."""
+        return {
+            "region.mean": self.mean.astype(np.float16),
+            "region.directions": self.directions,
+            "region.steps": self.steps,
+            "region.plain": self.plain,
+            "region.centres": self.centres,
+        }
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers, as `assembled` takes them."""
+        return [self.rest, self.log_mean, self.log_deviation, self.limit]
+
+    @classmethod
+    def assembled(cls, arrays: Mapping[str, NDArray[Any]], numbers: Sequence[float]) -> NoveltyRegion:
+        """Return the region with these arrays and numbers, as read from a file."""
+        rest, log_mean, log_deviation, limit = map(float, numbers)
+        return cls(
+            mean=arrays["region.mean"].astype(np.float32),
+            directions=arrays["region.directions"],
+            steps=arrays["region.steps"],
+            plain=arrays["region.plain"],
+            centres=arrays["region.centres"],
+            rest=rest,
+            log_mean=log_mean,
+            log_deviation=log_deviation,
+            limit=limit,
+        )
 
     def squared_distance(self, embeddings: Floats) -> Floats:
         """Squared distances, float32 (n,), of embeddings (n, dim)."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.heads.answers import NO_ALARM
 from adapters.heads.head import Head
 from adapters.heads.novelty import NoveltyRegion
 from models import protobuf
@@ -21,6 +22,7 @@ from models.protobuf import InvalidGraph
 from models.spec import IDS, MASK, OUTPUT_NAME
 
 PROBABILITIES = "probabilities"
+ANSWER = "answer"
 VALUES = "values"
 ASSIGNED = "assigned"
 UNCERTAIN = "uncertain"
@@ -35,9 +37,10 @@ def append_head(
 ) -> bytes:
     """Append the head to the backbone's model, which then leads from the backbone's inputs to decisions.
 
-    Outputs: PROBABILITIES float32 (batch, labels), or VALUES float64 (batch,) for regression; for multilabel
-    ASSIGNED and UNCERTAIN bool (batch, labels); ABSTAINED bool (batch,) and DISTANCE float32 (batch,), all as
-    in Predictions. `silence`: the tokens of a text backbone that say nothing; the model abstains on an input
+    Outputs: PROBABILITIES float32 (batch, labels), or VALUES float64 (batch,) for regression; for
+    classification ANSWER int64 (batch,), the index of the label answered; for multilabel ASSIGNED and
+    UNCERTAIN bool (batch, labels); ABSTAINED bool (batch,) and DISTANCE float32 (batch,), all as in
+    Predictions. `silence`: the tokens of a text backbone that say nothing; the model abstains on an input
     of only these. `metadata` is added to the model's metadata_props, with the labels as JSON under "labels"
     and the thresholds of _decisions_of. Raises InvalidGraph.
     """
@@ -63,14 +66,18 @@ def append_head(
 def _decisions_of(head: Head) -> dict[str, str]:
     """The thresholds by which Head.predict decides, as JSON by key.
 
-    `measured`: if false, the head always abstains. `threshold`: probability of a classification's top label
-    below which it abstains. `decisions`: probability from which each label of a multilabel head is given.
-    `certain`: confidence from which these decisions can be relied on, which is the probability of labels
-    given, and one minus it for those not given.
+    `measured`: if false, the head always abstains. `threshold`: probability of a classification's answer
+    below which it abstains. `costs`: by label, what its probability is multiplied by to find the answer.
+    `alarms`: by label, the probability from which a classification abstains. `decisions`: probability from
+    which each label of a multilabel head is given. `certain`: confidence from which these decisions can be
+    relied on, which is the probability of labels given, and one minus it for those not given.
     """
     facts: dict[str, object] = {"measured": head.measured}
     if head.task == "classification":
         facts["threshold"] = head.threshold
+        facts["costs"] = dict(zip(head.labels, head.costs.tolist(), strict=False))
+        several = zip(head.labels, head.alarms.tolist(), strict=False)
+        facts["alarms"] = {label: alarm for label, alarm in several if alarm < NO_ALARM}
     elif head.task == "multilabel":
         facts["decisions"] = head.decisions.tolist()
         facts["certain"] = dict(zip(("given", "not_given"), head.certain, strict=True))
@@ -90,12 +97,11 @@ class _Appended:
         else:
             probabilities = self._probabilities(logits)
             multilabel = head.task == "multilabel"
-            confidence = (
-                self._multilabel(probabilities)
-                if multilabel
-                else self._node("ReduceMax", probabilities, self._ints(1), keepdims=0)
-            )
+            confidence = self._multilabel(probabilities) if multilabel else self._answer(probabilities)
             doubts = [self._node("Less", confidence, self._floats(head.threshold))]
+            if len(head.alarms):
+                reached = self._node("GreaterOrEqual", probabilities, self._tensor(head.alarms))
+                doubts.append(self._reduced("ReduceMax", reached))
         self._distance(head.region)
         # Distances are never negative, so a limit of -1 makes an unmeasured head always abstain.
         doubts.append(self._node("Greater", DISTANCE, self._floats(1.0 if head.measured else -1.0)))
@@ -132,6 +138,19 @@ class _Appended:
             self._node("Add", scaled, spread, output=PROBABILITIES)
         self._give(PROBABILITIES, len(head.labels), protobuf.FLOAT)
         return PROBABILITIES
+
+    def _answer(self, probabilities: str) -> str:
+        """Add the label answered; return its probability."""
+        weighed, costs = probabilities, self._head.costs
+        if len(costs):
+            weighed = self._node("Mul", probabilities, self._tensor(costs))
+        self._node("ArgMax", weighed, output=ANSWER, axis=1, keepdims=0)
+        self._give(ANSWER, None, protobuf.INT64)
+        found = probabilities
+        if len(costs):
+            place = self._node("Unsqueeze", ANSWER, self._ints(1))
+            found = self._node("GatherElements", probabilities, place, axis=1)
+        return self._node("ReduceMax", found, self._ints(1), keepdims=0)
 
     def _multilabel(self, probabilities: str) -> str:
         """Add a decision for each label; return the confidence of the least certain one."""
@@ -196,10 +215,14 @@ class _Appended:
             everywhere = self._node("Unsqueeze", reasons, self._ints(1))
             self._node("Or", f"{_PREFIX}doubtful", everywhere, output=UNCERTAIN)
             self._give(UNCERTAIN, len(self._head.labels), protobuf.BOOL)
-            counted = self._node("Cast", UNCERTAIN, to=protobuf.INT64)
-            fewest = self._node("ReduceMin", counted, self._ints(1), keepdims=0)
-            self._node("Cast", fewest, output=ABSTAINED, to=protobuf.BOOL)
+            self._reduced("ReduceMin", UNCERTAIN, output=ABSTAINED)
         self._give(ABSTAINED, None, protobuf.BOOL)
+
+    def _reduced(self, operator: str, flags: str, output: str | None = None) -> str:
+        """Add whether any (ReduceMax) or all (ReduceMin) of the flags (batch, labels) are true."""
+        counted = self._node("Cast", flags, to=protobuf.INT64)
+        reduced = self._node(operator, counted, self._ints(1), keepdims=0)
+        return self._node("Cast", reduced, output=output, to=protobuf.BOOL)
 
     def _node(self, operator: str, *inputs: str, output: str | None = None, **attributes: int) -> str:
         """Add a node and return the name of its output."""

@@ -178,7 +178,7 @@ class FineTuneJob:
         if outcome.measured.mix == 0.0:
             # The network would be a copy of the backbone, with a head of fewer examples than a probe's.
             return None
-        return finish(network, model, training_set, names, outcome, kept.terms.answer_accuracy)
+        return finish(network, model, training_set, names, outcome, kept.config)
 
     def _resume(self, job: JobRecord, path: Path, about: str) -> Checkpoint | None:
         """Return the checkpoint to go on from: this host's or the store's, whichever is further on."""

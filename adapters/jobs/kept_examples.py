@@ -75,6 +75,15 @@ class KeptExamples:
             rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),
         )
 
+    @property
+    def config(self) -> ProbeConfig:
+        """How the adapter's heads are fitted, without a limit of time."""
+        return ProbeConfig(
+            answer_accuracy=self.terms.answer_accuracy,
+            balanced=self.terms.weights == "balanced",
+            limit_seconds=float("inf"),
+        )
+
     def fit_probe(self, rows: Sequence[int]) -> FittedProbe:
         """Fit a linear probe on these rows. On the training rows, it is where the first phase starts."""
         examples = [self.examples[row] for row in rows]
@@ -87,12 +96,7 @@ class KeptExamples:
             groups=[example.group or "" for example in examples],
             sampled=[example.sampled for example in examples],
         )
-        config = ProbeConfig(
-            answer_accuracy=self.terms.answer_accuracy,
-            balanced=self.terms.weights == "balanced",
-            limit_seconds=float("inf"),
-        )
-        return fit(data, config)
+        return fit(data, self.config)
 
     def evidence(self, scores: Floats) -> Evidence:
         """Return the evidence of a version that was fitted on the examples. `scores`: out of fold, (n,)."""

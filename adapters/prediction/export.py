@@ -17,8 +17,8 @@ from models.preprocess.pixels import with_byte_input
 from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
 
 # Version of the metadata. Since 2 the graph decides on abstention, and the tokenizer truncates and pads.
-# Since 3 the graph takes images as bytes and normalises them.
-FORMAT: Final = "3"
+# Since 3 the graph takes images as bytes and normalises them. Since 4 it says which label is answered.
+FORMAT: Final = "4"
 
 Format = Literal["onnx", "safetensors"]
 

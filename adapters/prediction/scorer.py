@@ -10,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from adapters.heads.head import Head, Predictions
+from adapters.heads.answers import Predictions
+from adapters.heads.head import Head
 from adapters.prediction.neighbours import Neighbour
 from models.arrays import Floats
 
-Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence"]
+Reason = Literal["not_measured", "no_known_tokens", "far_from_examples", "low_confidence", "missed_label"]
 """Why an answer should not be relied on; if several reasons apply, the first of these."""
 
 # Probabilities are answered with six digits, because more are not known, and are never 0 or 1.
@@ -26,10 +27,11 @@ _WEIGHTS_ON_LOOP = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one input; see head.Predictions.
+    """The answer for one input; see answers.Predictions.
 
     `confidence`, `probabilities`: rounded to six digits, above 0 and below 1. `distance`: see
-    head.Predictions, six digits; None if there were too few examples to tell. `label`: of a classification.
+    answers.Predictions, six digits; None if there were too few examples to tell. `label`: of a
+    classification; with costs it need not be the most probable.
     `labels`: those assigned, of a multilabel adapter. `uncertain`: of these and of the labels in
     `probabilities`, those whose decision should not be relied on. `value`: of a regression. `probabilities`:
     the top_k labels, highest first. `truncated`: only the start of the text was read.
@@ -112,13 +114,14 @@ class HeadScorer:
         return answers
 
 
-def _reason(head: Head, *, far: bool, doubtful: bool) -> Reason | None:
-    """Return the reason to abstain from an answer, or None."""
+def _reason(head: Head, confidence: float, distance: float) -> Reason:
+    """Return the reason why the head abstains from an answer."""
     if not head.measured:
         return "not_measured"
-    if far:
+    if distance > 1.0:
         return "far_from_examples"
-    return "low_confidence" if doubtful else None
+    # Only alarms make a head abstain above its threshold.
+    return "missed_label" if len(head.alarms) and confidence >= head.threshold else "low_confidence"
 
 
 def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
@@ -128,6 +131,7 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
     chances = found.probabilities[np.arange(len(order))[:, None], order].tolist()
     values = None if found.values is None else found.values.tolist()
     single = head.task == "classification"
+    chosen = None if found.chosen is None else found.chosen.tolist()
     answers = []
     for row, (places, confidence, abstained, distance, score) in enumerate(
         zip(
@@ -145,8 +149,8 @@ def shape(head: Head, found: Predictions, top_k: int) -> list[Prediction]:
                 confidence=_shown(confidence),
                 abstention_score=score,
                 distance=None if head.region is None else round(distance, _DIGITS),
-                abstention_reason=_reason(head, far=distance > 1.0, doubtful=True) if abstained else None,
-                label=ranked[0] if single else None,
+                abstention_reason=_reason(head, confidence, distance) if abstained else None,
+                label=(ranked[0] if chosen is None else head.labels[chosen[row]]) if single else None,
                 labels=_assigned(head, found, row),
                 uncertain=_uncertain(head, found, row, places),
                 value=None if values is None else values[row],

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from adapters.heads.abstention import fit_abstention
+from adapters.heads.answers import costs_of
 from adapters.heads.head import Head, directions_for, smoothed, softmax, storable
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling, scaling_of
 from adapters.probe.budget import FitBudget
 from adapters.probe.calibration import measures, slopes
-from adapters.probe.classification_report import CrossValidated, report_of
+from adapters.probe.calibration.judgement import judge
+from adapters.probe.calibration.report import CrossValidated, report_of
 from adapters.probe.cross_validation import MIDDLE_STRENGTH, CrossValidation, FitInputs, strength_penalty
 from adapters.probe.label_names import LabelNames, NameLogits, name_logits, unseen_offset
 from adapters.probe.solvers.basis import Basis, basis_of
@@ -70,8 +72,8 @@ def fit_classification(
     groups = len(np.unique(data.groups[held.rows]))
     smoothing = measures.smoothing(groups if named is None else max(groups, _NAMES_ANSWERS))
     probabilities = smoothed(softmax(logits), smoothing, len(names))
-    right = probabilities.argmax(axis=1) == labels[held.rows]
-    threshold = measures.answer_threshold(probabilities.max(axis=1, initial=0.0), right, data.answer_accuracy)
+    costs = costs_of(data.costs, names)
+    judged = judge(probabilities, labels[held.rows], costs, data.answer_accuracy)
     head = Head(
         task="classification",
         fingerprint=data.fingerprint,
@@ -79,18 +81,20 @@ def fit_classification(
         scaling=scaling,
         weight=storable(weight),
         bias=bias,
-        doubt=fit_abstention(threshold, logits, "classification"),
+        doubt=fit_abstention(judged.threshold, logits, "classification"),
         region=region,
+        costs=costs,
+        alarms=judged.alarms,
         smoothing=smoothing,
         # Where there is nothing to measure, names are trusted as far as they could be on other data.
         measured=judges.tellable or named is not None,
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
-    scores[held.rows] = right
+    scores[held.rows] = judged.right
     unmeasured = data.sampled & (data.folds < 0)
     unmeasured[judges.alone] = False
     report = report_of(
-        CrossValidated(probabilities, held.rows, labels[held.rows]),
+        CrossValidated(probabilities, held.rows, labels[held.rows], judged),
         np.bincount(labels, minlength=len(names)),
         names,
         groups=groups,
@@ -101,7 +105,7 @@ def fit_classification(
         "temperature": 1.0 / found.slope,
         "discriminant": found.other,
         "names": found.named,
-        "threshold": threshold,
+        "threshold": judged.threshold,
     }
     return head, report, scores
 

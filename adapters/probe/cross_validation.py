@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ class FitInputs:
     fingerprint: str  # of the backbone
     answer_accuracy: float  # see ProbeConfig
     balanced: bool  # see ProbeConfig
+    costs: Mapping[str, float]  # see ProbeConfig
     memory_bytes: int  # for everything but the embeddings
 
 

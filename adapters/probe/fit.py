@@ -89,9 +89,14 @@ class ProbeConfig:
     answer_accuracy: float = ANSWER_ACCURACY  # wanted among the answers that are not abstained on
     balanced: bool = False  # whether labels count as equally frequent, whatever the examples say
     # By label, how much worse it is to miss an input of it than one of a label without a cost, which is 1.
+    # Costs move the answers of a classification, not what is learned, and do not go with `balanced`.
     costs: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = FIT_BYTES  # limit, in addition to the dataset itself
     limit_seconds: float = FIT_SECONDS  # fits that are predicted to take longer are refused
+
+    def __post_init__(self) -> None:
+        if self.balanced and self.costs:
+            raise ValueError("labels are either balanced or have costs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,7 @@ def fit(data: Dataset, config: ProbeConfig = ProbeConfig()) -> FittedProbe:
         fingerprint=data.fingerprint,
         answer_accuracy=config.answer_accuracy,
         balanced=config.balanced,
+        costs=config.costs,
         memory_bytes=config.memory_bytes - embeddings.nbytes,
     )
     more = {"near_copies": belonging.near_copies}

@@ -26,6 +26,7 @@ from adapters.finetune.model import Model, TrainingSet, embed
 from adapters.finetune.trainer import fine_tune
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
+from adapters.probe.fit import ProbeConfig
 from benchmarks.gpu.machine import jpeg
 from models.arrays import Floats
 from models.export.network import Network
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return embeddings
 
         network = Network(own, model.network, reference)
-        made = finish(network, model, training_set, names, outcome, 0.9)
+        made = finish(network, model, training_set, names, outcome, ProbeConfig(answer_accuracy=0.9))
         note(pictures=options.pictures, export=made.report["export"])
     return 0
 

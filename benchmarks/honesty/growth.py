@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeCV
 
-from adapters.heads.head import Predictions
+from adapters.heads.answers import Predictions
 from adapters.probe.fit import fit
 from benchmarks.honesty import sets
 from benchmarks.honesty.answers import Shots
@@ -94,7 +94,7 @@ def grown(known: Known, labels: int, examples: int, seed: int) -> Growth:
 
 def is_constant(predictions: Predictions) -> bool:
     """True if every input gets the same label."""
-    return len(np.unique(predictions.probabilities.argmax(axis=1))) == 1
+    return len(np.unique(predictions.answers)) == 1
 
 
 FEW = tuple(

@@ -155,7 +155,7 @@ def score(inputs: Inputs, head: Head, rows: NDArray[np.int64]) -> float:
         return float(1.0 - ((predictions.values - values) ** 2).sum() / ((values - values.mean()) ** 2).sum())
     names = head.labels
     if inputs.task == "classification":
-        answers: list[Target] = [names[top] for top in predictions.probabilities.argmax(axis=1)]
+        answers: list[Target] = [names[top] for top in predictions.answers]
     else:
         assigned = cast("NDArray[np.bool_]", predictions.assigned)
         answers = [tuple(names[label] for label in np.flatnonzero(row)) for row in assigned]

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.examples.target import Target, Task
-from adapters.heads.head import Head, Predictions
+from adapters.heads.answers import Predictions
+from adapters.heads.head import Head
 from adapters.probe.fit import Dataset, FittedProbe
 from models.arrays import Doubles, Floats
 
@@ -131,9 +132,7 @@ def own_labels(known: Known, head: Head, rows: Rows) -> NDArray[np.bool_]:
 
 def right_answers(known: Known, head: Head, predictions: Predictions, rows: Rows) -> NDArray[np.bool_]:
     """True where the top label is right, bool (m,), for classification."""
-    right: NDArray[np.bool_] = (
-        np.array(head.labels)[predictions.probabilities.argmax(axis=1)] == known.targets[rows]
-    )
+    right: NDArray[np.bool_] = np.array(head.labels)[predictions.answers] == known.targets[rows]
     return right
 
 
@@ -163,7 +162,7 @@ def chance_score(
     predictions = head.predict(pool)
     likely = np.array([chances.get(label, 0.0) for label in head.labels])
     if head.task == "classification":
-        return float(likely[predictions.probabilities.argmax(axis=1)].mean())
+        return float(likely[predictions.answers].mean())
     if head.task == "multilabel":
         assert predictions.assigned is not None
         given = predictions.assigned.mean(axis=0)

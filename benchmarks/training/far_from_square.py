@@ -167,7 +167,7 @@ def right_of(
     # As in the service's fitting process: more threads of BLAS are slower.
     with threadpool_limits(1):
         head = fit(Dataset(rows[train], labels, digests, "classification", "0" * 64)).head
-    answers = head.predict(rows[test]).probabilities.argmax(axis=1)
+    answers = head.predict(rows[test]).answers
     return np.array([head.labels[one] == samples[i].label for one, i in zip(answers, test, strict=True)])
 
 

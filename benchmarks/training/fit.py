@@ -68,7 +68,7 @@ def ours(data: EmbeddedSet, train: NDArray[np.int64], test: NDArray[np.int64]) -
         begun = time.perf_counter()
         fitted = fit(dataset)
         seconds = time.perf_counter() - begun
-    answers = np.array(fitted.head.labels)[fitted.head.predict(data.rows[test]).probabilities.argmax(axis=1)]
+    answers = np.array(fitted.head.labels)[fitted.head.predict(data.rows[test]).answers]
     return Timed(seconds, float((answers == data.labels[test]).mean())), fitted
 
 

@@ -73,7 +73,7 @@ def ask(
         error = scores.std() / np.sqrt(len(scores))
         expected = np.full(len(agreed), scores.mean() - error)
     else:
-        answer = np.array(head.labels, object)[predictions.probabilities.argmax(axis=1)]
+        answer = np.array(head.labels, object)[predictions.answers]
         agreed = answer == np.array(targets, object)
         confidence = np.clip(predictions.confidence.astype(np.float64), _LOWEST, _HIGHEST)
         expected = _sigmoid(_logit(confidence) + _shift(evidence, scores, targets))

@@ -1,1 +1,1 @@
-"""Calibration from out-of-fold predictions: slopes, temperatures, intervals, abstention, suspect labels."""
+"""Calibration from out-of-fold predictions: slopes, temperatures, intervals, abstention, reports."""

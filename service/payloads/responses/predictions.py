@@ -56,7 +56,8 @@ class AnyPrediction(TruncatedOut):
             description="Of several reasons, the first in this order. not_measured: there are too few "
             "examples to say how good the adapter is. no_known_tokens: the backbone knows no word of the "
             "text. far_from_examples: the input is unlike the examples. low_confidence: the confidence is "
-            "too low."
+            "too low. missed_label: the input may be of a label that was never recognised, see `alarm` in "
+            "the report."
         ),
     ]
     abstention_score: Annotated[
@@ -85,14 +86,28 @@ class AnyPrediction(TruncatedOut):
 class ConfidenceOut(TypedDict):
     """How sure a prediction of labels is. Numbers have six digits and are never 0 or 1."""
 
-    confidence: Annotated[float, Field(examples=[0.983104])]
+    confidence: Annotated[
+        float,
+        Field(
+            description="The probability of the label answered, or of the least certain of several "
+            "decisions. Costs do not change it.",
+            examples=[0.983104],
+        ),
+    ]
     probabilities: Annotated[list[LabelProbability], Field(description="The `top_k` labels, highest first.")]
 
 
 class ClassificationOut(ConfidenceOut, AnyPrediction):
     """The answer of a classification for one input."""
 
-    label: Annotated[str, Field(examples=["spam"])]
+    label: Annotated[
+        str,
+        Field(
+            description="The most probable label; if labels have costs, the one that is worst to miss, with "
+            "the highest product of probability and cost.",
+            examples=["spam"],
+        ),
+    ]
 
 
 class MultilabelOut(ConfidenceOut, AnyPrediction):

@@ -35,8 +35,8 @@ class WarningOut(TypedDict):
     code: Annotated[
         str,
         Field(
-            description="not_measured, labels_not_measured, low_recall, no_better_than_majority, "
-            "no_better_than_constant or no_better_than_mean.",
+            description="not_measured, labels_not_measured, low_recall, labels_missed, "
+            "no_better_than_majority, no_better_than_constant or no_better_than_mean.",
             examples=["no_better_than_majority"],
         ),
     ]
@@ -50,6 +50,21 @@ class LabelScores(TypedDict):
     recall: Annotated[float | None, Field(description="Right answers in all held-out examples of the label.")]
     f1: Annotated[float | None, Field(description="The harmonic mean of both.")]
     support: Annotated[int, Field(description="Examples with the label, those not held out included.")]
+
+
+class AnsweredLabelScores(LabelScores):
+    """How one label of a classification is recognised."""
+
+    alarm: NotRequired[
+        Annotated[
+            float | None,
+            Field(
+                description="For a label that was never recognised: its probability from which the adapter "
+                "abstains, because the input may be of it. null for the others.",
+                examples=[0.04],
+            ),
+        ]
+    ]
 
 
 class LabelDecision(LabelScores):
@@ -195,7 +210,7 @@ class ClassificationReport(AnyReport):
     labels_not_measured: Annotated[
         int, Field(description="Labels without an example that could be held out.")
     ]
-    per_label: dict[str, LabelScores]
+    per_label: dict[str, AnsweredLabelScores]
     confusion: Annotated[
         dict[str, dict[str, int]],
         Field(

@@ -39,6 +39,7 @@ from adapters.finetune.trainer import fine_tune, train_head
 from adapters.finetune.vocabulary import restricted_vocabulary
 from adapters.heads.head import Head
 from adapters.heads.scaling import Scaling
+from adapters.probe.fit import ProbeConfig
 from models.backbone import Backbone
 from models.export.loaders import load_network
 from models.export.network import Network
@@ -476,7 +477,7 @@ def tuned() -> tuple[Model, TrainingSet, TunedVersion]:
     torch.manual_seed(0)
     model, learned = Model(network(), head(), SPEC.transform), training_set()
     outcome = fine_tune(model, learned, 0.1, CONFIG)
-    return model, learned, finish(small(model), model, learned, NAMES, outcome, 0.95)
+    return model, learned, finish(small(model), model, learned, NAMES, outcome, ProbeConfig())
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +527,7 @@ def test_networks_of_both_libraries_are_tuned_and_exported(folders: Path, tmp_pa
         moved = torch.nonzero((table.weight != before).any(dim=1)).flatten().tolist()
         assert bool(moved) == (outcome.measured.mix > 0.0)
         assert set(moved) <= set(vocabulary.tolist())
-    made = finish(whole, model, learned, NAMES, outcome, 0.95)
+    made = finish(whole, model, learned, NAMES, outcome, ProbeConfig())
     assert made.report["export"]["largest_difference"] <= 1e-3
     assert made.spec.fingerprint != whole.spec.fingerprint
 
@@ -561,6 +562,23 @@ def test_the_report_is_of_the_rows_held_out(tuned: tuple[Model, TrainingSet, Tun
     assert made.head.region is not None
 
 
+def test_a_fine_tuned_version_answers_what_is_worst_to_miss(
+    tuned: tuple[Model, TrainingSet, TunedVersion],
+) -> None:
+    torch.manual_seed(0)
+    model, learned = Model(network(), head(), SPEC.transform), training_set()
+    outcome = fine_tune(model, learned, 0.1, CONFIG)
+    config = ProbeConfig(costs={NAMES[1]: 1e6})
+    made = finish(small(model), model, learned, NAMES, outcome, config)
+    _, _, plain = tuned
+    assert made.head.costs.tolist() == [1.0, 1e6, 1.0]
+    np.testing.assert_allclose(made.head.weight, plain.head.weight, rtol=1e-3, atol=1e-3)
+    own = learned.labels[learned.testing]
+    np.testing.assert_array_equal(made.scores[learned.testing], own == 1)
+    assert made.report["per_label"][NAMES[1]]["recall"] == 1.0
+    assert made.report["accuracy"] == pytest.approx((own == 1).mean())
+
+
 def test_an_export_of_other_weights_is_refused(
     tuned: tuple[Model, TrainingSet, TunedVersion], tmp_path: Path
 ) -> None:
@@ -577,7 +595,7 @@ def test_a_gpu_trains_what_a_cpu_then_serves() -> None:
     model, learned = Model(network(), head(), SPEC.transform).to("cuda"), training_set()
     config = replace(CONFIG, epochs=8)
     outcome = fine_tune(model, learned, 0.1, config)
-    made = finish(small(model), model, learned, NAMES, outcome, 0.9)
+    made = finish(small(model), model, learned, NAMES, outcome, ProbeConfig(answer_accuracy=0.9))
     assert made.report["export"]["largest_difference"] <= 1e-3
     assert made.report["accuracy"] > 0.5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from adapters.heads.answers import NO_ALARM
 from adapters.heads.head import CorruptHead, Head
 from adapters.heads.onnx import PROBABILITIES, VALUES, append_head
 from adapters.prediction.scorer import shape
@@ -35,6 +37,40 @@ def test_comes_back_from_its_bytes_and_answers_alike(head: Head) -> None:
     assert np.array_equal(first.probabilities, second.probabilities)
     assert np.array_equal(first.abstention_score, second.abstention_score)
     assert again.to_bytes() == head.to_bytes()
+
+
+def test_costs_and_alarms_come_back_and_heads_without_them_stay_readable_for_older_releases(
+    head: Head,
+) -> None:
+    costs, alarms = np.array([1.0, 9.0, 1.0], np.float32), np.array([0.1, NO_ALARM, NO_ALARM], np.float32)
+    assert b'\\"format\\": 2' in head.to_bytes()
+    rows = clouds(50, 32, 3, apart=1.0, seed=9)[0]
+    for one in (
+        replace(head, costs=costs),
+        replace(head, alarms=alarms),
+        replace(head, costs=costs, alarms=alarms),
+    ):
+        data = one.to_bytes()
+        # An older release must not answer without them.
+        assert b'\\"format\\": 3' in data
+        again = Head.from_bytes(data)
+        assert again.to_bytes() == data
+        assert again.nbytes == head.nbytes + one.costs.nbytes + one.alarms.nbytes
+        first, second = one.predict(rows), again.predict(rows)
+        np.testing.assert_array_equal(first.answers, second.answers)
+        np.testing.assert_array_equal(first.abstained, second.abstained)
+    with pytest.raises(CorruptHead, match="costs or alarms"):
+        Head.from_bytes(replace(head, costs=costs[:2]).to_bytes())
+
+
+def test_an_alarm_makes_it_abstain_however_confident(head: Head) -> None:
+    rows = clouds(200, 32, 3, apart=3.0, seed=9)[0]
+    bold = replace(head, doubt=replace(head.doubt, threshold=0.0), region=None)
+    assert not bold.predict(rows).abstained.any()
+    chances = bold.predict(rows).probabilities[:, 0]
+    limit = np.float32(np.median(chances))
+    wary = replace(bold, alarms=np.array([limit, NO_ALARM, NO_ALARM], np.float32))
+    np.testing.assert_array_equal(wary.predict(rows).abstained, chances >= limit)
 
 
 def test_refuses_bytes_that_are_no_head(head: Head) -> None:
@@ -84,7 +120,7 @@ def test_what_is_answered_is_right_as_often_as_promised() -> None:
     head = fit(classification(900, 32, 3, apart=1.5)).head
     rows, names = clouds(3_000, 32, 3, apart=1.5, seed=7)
     predictions = head.predict(rows)
-    right = np.array(head.labels)[predictions.probabilities.argmax(axis=1)] == np.array(names)
+    right = np.array(head.labels)[predictions.answers] == np.array(names)
     answered = ~predictions.abstained
     assert answered.any()
     assert right[answered].mean() > right.mean()

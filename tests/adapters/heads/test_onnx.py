@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.heads.abstention import AbstentionRule
+from adapters.heads.answers import NO_ALARM
 from adapters.heads.head import Head
 from adapters.heads.novelty import fit_region
 from adapters.heads.onnx import append_head
@@ -75,9 +77,35 @@ def test_outputs_are_predict_s(
         np.testing.assert_allclose(found["values"], wanted.values, rtol=1e-9)
     else:
         np.testing.assert_allclose(found["probabilities"], wanted.probabilities, atol=1e-6)
+    if task == "classification":
+        np.testing.assert_array_equal(found["answer"], wanted.answers)
     if task == "multilabel":
         np.testing.assert_array_equal(found["assigned"], wanted.assigned)
         np.testing.assert_array_equal(found["uncertain"], wanted.uncertain)
+
+
+@pytest.mark.parametrize("costs", [[], [1.0, 40.0]])
+@pytest.mark.parametrize("alarms", [[], [NO_ALARM, 0.02]])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_the_answer_is_predict_s_with_costs_and_alarms(
+    tmp_path: Path, costs: list[float], alarms: list[float], threshold: float
+) -> None:
+    backbone = tiny_backbones.text_backbone(tmp_path)
+    arrays = {"costs": np.array(costs, np.float32), "alarms": np.array(alarms, np.float32)}
+    head = head_of("classification", smoothing=0.02, doubt=AbstentionRule(threshold), **arrays)
+    prepared = [backbone.preprocess(tiny_backbones.sentence(seed, 1 + seed % 9)) for seed in range(100, 300)]
+    model = append_head((backbone.path / GRAPH_FILE).read_bytes(), head, {}, None)
+    found, wanted = run(model, backbone.feed(prepared)), head.predict(backbone.run(prepared))
+    np.testing.assert_allclose(found["probabilities"], wanted.probabilities, atol=1e-6)
+    np.testing.assert_array_equal(found["answer"], wanted.answers)
+    np.testing.assert_array_equal(found["abstained"], wanted.abstained)
+    assert found["answer"].dtype == np.int64
+    moved = (found["answer"] != wanted.probabilities.argmax(axis=1)).any()
+    assert moved == bool(costs)
+    assert set(found["abstained"].tolist()) == ({True, False} if alarms or threshold else {False})
+    facts = {item.key: json.loads(item.value) for item in onnx.load_from_string(model).metadata_props}
+    assert facts["costs"] == dict(zip("ab", costs, strict=False))
+    assert facts["alarms"] == ({"b": pytest.approx(0.02)} if alarms else {})
 
 
 def test_a_text_that_says_nothing_abstains_whatever_stands_in_front_of_it(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from adapters.heads.abstention import AbstentionRule
-from adapters.heads.head import Head, Predictions
+from adapters.heads.answers import Predictions
+from adapters.heads.head import Head
 from adapters.heads.novelty import fit_region
 from adapters.heads.scaling import Scaling
 from adapters.prediction.scorer import HeadScorer, Prediction, shape
@@ -119,6 +120,7 @@ def test_why_an_answer_is_abstained_in_the_order_of_reasons() -> None:
     region = fit_region(embeddings, targets, np.arange(60) % 5, 2)
     assert region is not None
     near, far = embeddings[0], embeddings[0] + 100
+    wary = np.zeros(3, dtype=np.float32)
     confident, doubtful = sure(1.0), replace(sure(1.0), doubt=AbstentionRule(1.1))
     cases = [
         (replace(confident, region=region), near, None),
@@ -127,10 +129,33 @@ def test_why_an_answer_is_abstained_in_the_order_of_reasons() -> None:
         (replace(doubtful, region=region), far, "far_from_examples"),
         (replace(doubtful, region=region, measured=False), far, "not_measured"),
         (replace(confident, measured=False), near, "not_measured"),
+        (replace(confident, region=region, alarms=wary), near, "missed_label"),
+        (replace(doubtful, region=region, alarms=wary), near, "low_confidence"),
+        (replace(confident, region=region, alarms=wary), far, "far_from_examples"),
+        (replace(confident, alarms=wary + 1.0), near, None),
     ]
     for one, embedding, reason in cases:
         (found,) = shape(one, one.predict(embedding[None]), 3)
         assert (found.abstention_reason, found.abstained) == (reason, reason is not None)
+
+
+def test_the_label_is_the_one_that_is_worst_to_miss() -> None:
+    embeddings = rows(3, 40)
+    plain = sure(0.1)
+    dear = replace(plain, costs=np.array([1.0, 1.0, 1.5], np.float32))
+    before, after = (shape(one, one.predict(embeddings), 3) for one in (plain, dear))
+    for one, other in zip(before, after, strict=True):
+        chances = dict(other.probabilities)
+        assert chances == dict(one.probabilities)
+        assert one.label == one.probabilities[0][0]
+        worst = {label: chances[label] * cost for label, cost in zip(dear.labels, dear.costs, strict=True)}
+        assert other.label == max(worst, key=worst.__getitem__)
+        assert other.confidence == chances[other.label]
+    moved = [one.label != other.label for one, other in zip(before, after, strict=True)]
+    assert any(moved)
+    assert not all(moved)
+    # The answer is not among the most probable ones that are listed.
+    assert any(one.label != one.probabilities[0][0] for one in shape(dear, dear.predict(embeddings), 1))
 
 
 def multilabel() -> tuple[Head, Predictions]:

@@ -20,7 +20,7 @@ def unseen(labels: int, dim: int, apart: float) -> tuple[Floats, list[str]]:
 
 
 def accuracy(fitted: FittedProbe, rows: Floats, names: list[str]) -> float:
-    answers = fitted.head.predict(rows).probabilities.argmax(axis=1)
+    answers = fitted.head.predict(rows).answers
     return float((np.array(fitted.head.labels)[answers] == np.array(names)).mean())
 
 

@@ -43,7 +43,7 @@ def test_solves_what_scikit_learn_solves(n: int, dim: int, strength: float) -> N
 def test_is_as_right_as_scikit_learn_on_unseen_examples() -> None:
     train, test = clouds(200, 64, 5, apart=3.0, seed=1), clouds(1_000, 64, 5, apart=3.0, seed=2)
     fitted = fit(dataset(*train))
-    answers = np.array(fitted.head.labels)[fitted.head.predict(test[0]).probabilities.argmax(axis=1)]
+    answers = np.array(fitted.head.labels)[fitted.head.predict(test[0]).answers]
     ours = np.mean(answers == np.array(test[1]))
     reference = LogisticRegressionCV(
         Cs=10, cv=5, l1_ratios=(0.0,), scoring="accuracy", use_legacy_attributes=False
@@ -101,9 +101,7 @@ def test_two_labels_with_one_example_each_are_enough(dim: int) -> None:
     fitted = fit(dataset(rows, ["a", "b"]))
     assert fitted.report["accuracy"] is None
     assert np.isnan(fitted.scores).all()
-    assert [
-        fitted.head.labels[place] for place in fitted.head.predict(rows).probabilities.argmax(axis=1)
-    ] == ["a", "b"]
+    assert [fitted.head.labels[place] for place in fitted.head.predict(rows).answers] == ["a", "b"]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])

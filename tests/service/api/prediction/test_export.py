@@ -40,14 +40,17 @@ def test_texts_get_the_same_probabilities_elsewhere(caller: Caller) -> None:
     labels = json.loads(metadata["labels"])
     assert sorted(labels) == ["bad", "good"]
     assert (metadata["task"], metadata["kind"], metadata["version"]) == ("classification", "text", "1")
-    assert metadata["format"] == "3"
+    assert metadata["format"] == "4"
     texts = [*PRAISE, *BLAME, "Something else entirely", "longer than what is read of it " * 80]
     # As it comes, it pads a batch, and truncates.
     encoded = Tokenizer.from_str(metadata["tokenizer"]).encode_batch(texts)
     ids, mask = np.array([one.ids for one in encoded]), np.array([one.attention_mask for one in encoded])
     assert ids.shape == (len(texts), json.loads(metadata["preprocessing"])["max_tokens"])
-    theirs = opened.run(["probabilities"], {"ids": ids, "mask": mask})[0]
-    ours = probabilities(caller, "films", [{"text": text} for text in texts], labels)
+    theirs, answers = opened.run(["probabilities", "answer"], {"ids": ids, "mask": mask})
+    items = [{"text": text} for text in texts]
+    said = caller.predict("films", items)["predictions"]
+    assert [labels[place] for place in answers] == [one["label"] for one in said]
+    ours = probabilities(caller, "films", items, labels)
     assert np.abs(theirs - ours).max() <= 1e-4
 
 

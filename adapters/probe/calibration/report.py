@@ -1,4 +1,4 @@
-"""The report on a classification: how well held-out examples were predicted."""
+"""The report of a classification on held-out examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from adapters.heads.answers import NO_ALARM
 from adapters.probe.calibration import measures
+from adapters.probe.calibration.judgement import JudgedAnswers
 from models.arrays import Floats, Integers
 
 _MOST_SUSPECTS = 50
@@ -24,6 +26,7 @@ class CrossValidated:
     probabilities: Floats  # (m, labels)
     rows: Integers  # (m,), the examples' rows in the data
     own: Integers  # (m,), the examples' labels
+    judged: JudgedAnswers
 
 
 def report_of(
@@ -41,10 +44,9 @@ def report_of(
     not be held out, each the only one of its label; they count as wrong, because their label cannot be
     predicted without them. `groups`, `trained_share`: see measures.accuracy_interval.
     """
-    probabilities, own = held_out.probabilities, held_out.own
+    probabilities, own, judged = held_out.probabilities, held_out.own, held_out.judged
     alone = np.zeros(0, dtype=np.int64) if unmeasured is None else unmeasured
-    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    right = answers == own
+    answers, right = judged.answers, judged.right
     # Accuracy needs two labels to tell apart.
     measured = len(np.unique(own)) > 1
     wanted = np.bincount(np.concatenate([own, alone]), minlength=len(names))
@@ -60,9 +62,9 @@ def report_of(
         "balanced_accuracy": float(np.mean((hits / np.maximum(wanted, 1))[wanted > 0])) if measured else None,
         "majority_share": float(wanted.max() / wanted.sum()) if wanted.sum() else None,
         "labels_not_measured": int((np.bincount(own, minlength=len(names))[sizes > 0] == 0).sum()),
-        "per_label": _per_label(own, answers, sizes, names),
+        "per_label": _per_label(own, judged, sizes, names),
         "confusion": _confusion(own, answers, names),
-        "calibration_error": measures.calibration_error(confidence, right) if measured else None,
+        "calibration_error": measures.calibration_error(judged.confidence, right) if measured else None,
         "suspects": _suspects(held_out, doubtful[:_MOST_SUSPECTS], names),
         "suspects_total": len(doubtful),
     }
@@ -86,18 +88,28 @@ def _warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
             "and these are too few, or too hard, to show that the adapter does better."
         )
         found.append({"code": "no_better_than_majority", "detail": detail})
-    missed = [name for name, one in report["per_label"].items() if (one["recall"] or 0.0) < _LOW_RECALL]
-    missed = [name for name in missed if report["per_label"][name]["recall"] is not None]
+    per_label = report["per_label"]
+    missed = [name for name, one in per_label.items() if (one["recall"] or 0.0) < _LOW_RECALL]
+    missed = [name for name in missed if per_label[name]["recall"] is not None]
     if missed:
-        shown = ", ".join(repr(name) for name in missed[:_MOST_NAMED]) + (
-            " and others" if len(missed) > _MOST_NAMED else ""
-        )
         detail = (
-            f"Less than half is recognised of {shown}. Send more examples of them, or, if they are rare and "
-            'matter as much as others, use "weights": "balanced".'
+            f"Less than half is recognised of {_listed(missed)}. Send more examples of them, or, if they are "
+            'rare and matter as much as others, use "weights": "balanced".'
         )
         found.append({"code": "low_recall", "detail": detail})
+    alarmed = [name for name, one in per_label.items() if one["alarm"] is not None]
+    if alarmed:
+        detail = (
+            f"No held-out example was recognised of {_listed(alarmed)}. The adapter abstains on inputs that "
+            "may be of these labels, and so on some of others. Send more examples of them."
+        )
+        found.append({"code": "labels_missed", "detail": detail})
     return found
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, labels[:_MOST_NAMED]))
+    return f"{shown} and others" if len(labels) > _MOST_NAMED else shown
 
 
 def _without_examples(sizes: Integers, names: tuple[str, ...]) -> list[dict[str, str]]:
@@ -115,10 +127,11 @@ def _without_examples(sizes: Integers, names: tuple[str, ...]) -> list[dict[str,
 
 
 def _per_label(
-    own: Integers, answers: Integers, sizes: Integers, names: tuple[str, ...]
+    own: Integers, judged: JudgedAnswers, sizes: Integers, names: tuple[str, ...]
 ) -> dict[str, dict[str, float | int | None]]:
     """Return precision, recall and F1 on held-out examples, None if undefined; support is of all examples."""
-    count = len(names)
+    count, answers = len(names), judged.answers
+    alarms = judged.alarms.tolist() or [NO_ALARM] * count
     hits = np.bincount(own[own == answers], minlength=count).tolist()
     given = np.bincount(answers, minlength=count).tolist()
     held = np.bincount(own, minlength=count).tolist()
@@ -128,8 +141,11 @@ def _per_label(
             "recall": hit / there if there else None,
             "f1": 2.0 * hit / (answered + there) if there else None,
             "support": support,
+            "alarm": alarm if alarm < NO_ALARM else None,
         }
-        for name, hit, answered, there, support in zip(names, hits, given, held, sizes.tolist(), strict=True)
+        for name, hit, answered, there, support, alarm in zip(
+            names, hits, given, held, sizes.tolist(), alarms, strict=True
+        )
     }
 
 
