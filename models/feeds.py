@@ -16,9 +16,10 @@ from models.preprocess.image import ImagePreprocessor
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import TextPreprocessor
 from models.runtime.session import Device, DeviceUnavailable
-from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform
+from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform, Kind
 from models.store.manifest import read_manifest, takes_bytes
 
+CALIBRATION = Path(__file__).parent / "export" / "calibration"
 _TOKENS = 16  # length of the dummy text used for warm-up and measuring, in tokens
 # Varied inputs, on which different ways to compute the same embeddings are compared.
 PROBE_TEXTS = (
@@ -57,6 +58,13 @@ def probe_images() -> list[bytes]:
         Image.fromarray(noisy).save(buffer, "PNG")
         images.append(buffer.getvalue())
     return images
+
+
+def typical_inputs(kind: Kind) -> list[bytes | str]:
+    """Photographs or texts of many kinds, as people send them."""
+    if kind == "image":
+        return [path.read_bytes() for path in sorted(CALIBRATION.glob("*.jpg"))]
+    return list((CALIBRATION / "texts.txt").read_text(encoding="utf-8").splitlines())
 
 
 def graph_of(export: Path, spec: BackboneSpec, half: bool = False) -> Path | bytes:

@@ -16,6 +16,7 @@ from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.commands import AdapterLimits
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.names.label_names import LabelNameEmbedder
 from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision.writer import RevisionWriter
@@ -136,7 +137,8 @@ async def compose(
         repository = AdapterRepository(registry, store, aliases)
         stack.callback(repository.close)
         neighbour_index = NeighbourIndex(repository)
-        eraser = Eraser(repository, (heads, networks, neighbour_index, keyring), end)
+        names = LabelNameEmbedder(batchers)
+        eraser = Eraser(repository, (heads, networks, neighbour_index, keyring, names), end)
         stack.push_async_callback(aliases.close)
         await feed.start((keyring, aliases), eraser.heard)
         stack.push_async_callback(feed.close)
@@ -145,7 +147,7 @@ async def compose(
             max_labels=settings.max_labels,
             probe=ProbeConfig(memory_bytes=settings.max_fit_bytes, limit_seconds=settings.max_fit_seconds),
         )
-        writer = RevisionWriter(repository, fitter, heads, limits, metrics.stage)
+        writer = RevisionWriter(repository, fitter, heads, names, limits, metrics.stage)
         pipeline = AdaptPipeline(writer, batchers, metrics.adapt)
         predictor = Predictor(aliases, store, heads, batchers, neighbour_index, networks, metrics.stage)
         workers = tuple(WorkerSupervisor(settings.worker) for _ in range(settings.workers))

@@ -16,20 +16,20 @@ from adapters.adaptation.commands import (
     ExamplesRejected,
     NothingToFit,
     RevisionResult,
-    WeightsNotForTask,
     _blamed,
 )
 from adapters.adaptation.input_embedder import BatchEmbedder, InputEmbedder
+from adapters.adaptation.options import terms_of, with_options
 from adapters.adaptation.publication import BackgroundPublish, published_early
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
 from adapters.adaptation.revision.layout import plan_change
 from adapters.adaptation.revision.writer import RevisionWriter
-from adapters.examples.target import Weights, label_set
+from adapters.examples.target import label_set
 from adapters.examples.validation import RejectedExample, ValidExample, admit, common_kind
 from adapters.registry.errors import UnknownAdapter
 from adapters.registry.idempotency import PendingReply
-from adapters.registry.records import AdapterRecord, Creation
+from adapters.registry.records import Creation
 from adapters.storage.formats import encode_inputs
 from models.spec import Kind, UnknownBackbone
 
@@ -82,9 +82,8 @@ class AdaptPipeline:
 
         `reply`: recorded in the same transaction; its timings cover only the time spent until then.
 
-        Raises ExamplesRejected, MixedInputs, ContractChanged, WeightsNotForTask, FingerprintMismatch,
-        UnknownBackbone, and what Batcher.embed and RevisionWriter.revise raise. If cancelled, either nothing
-        is recorded or all of it.
+        Raises ExamplesRejected, what `terms` and LabelNameEmbedder.check raise, and what Batcher.embed and
+        RevisionWriter.revise raise. If cancelled, either nothing is recorded or all of it.
         """
         outcome = "cancelled"
         try:
@@ -115,6 +114,8 @@ class AdaptPipeline:
         async with self.writer.place(tenant):
             seen = await self.writer.repository.state(tenant, command.adapter)
             terms = self.terms(command, seen)
+            if command.meanings:
+                await self.writer.names.check(terms)
             admitted, rejected, fresh = await self.writer.repository.aside(
                 tenant, lambda: _admit(command, terms, seen)
             )
@@ -176,12 +177,12 @@ class AdaptPipeline:
     def terms(self, command: AdaptCommand, state: AdapterSnapshot | None) -> Creation:
         """Return the settings fixed at the adapter's creation, or those that the command creates it with.
 
-        Answer accuracy and weights are the command's, if it has any. Raises ContractChanged,
-        WeightsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs, UnknownAdapter.
+        Options are the command's, if it has any. Raises ContractChanged, WeightsNotForTask,
+        LabelsNotForTask, FingerprintMismatch, UnknownBackbone, MixedInputs, UnknownAdapter.
         """
         if state is None:
             return self._new_terms(command)
-        terms = with_options(terms_of(state.adapter), command.answer_accuracy, command.weights)
+        terms = with_options(terms_of(state.adapter), command.options)
         if command.backbone not in (None, terms.backbone):
             self.embedder.spec(command.backbone or "")
             raise ContractChanged(
@@ -198,9 +199,11 @@ class AdaptPipeline:
         return terms
 
     def _new_terms(self, command: AdaptCommand) -> Creation:
-        if not command.posted:
+        if not command.posted and not command.meanings:
             raise UnknownAdapter(command.adapter)
-        name = command.backbone or self._default(common_kind(one.input for one in command.posted))
+        # Without examples, names teach it: they are texts.
+        kind = common_kind(one.input for one in command.posted) if command.posted else "text"
+        name = command.backbone or self._default(kind)
         spec = self.embedder.spec(name)
         terms = Creation(
             backbone=name,
@@ -210,7 +213,7 @@ class AdaptPipeline:
             keep_inputs=True if command.keep_inputs is None else command.keep_inputs,
             began=command.began,
         )
-        return with_options(terms, command.answer_accuracy, command.weights)
+        return with_options(terms, command.options)
 
     def _default(self, kind: Kind | None) -> str:
         for name, batcher in self.embedder.batchers.items():
@@ -219,30 +222,6 @@ class AdaptPipeline:
         raise UnknownBackbone(
             f"The service has no backbone for {kind}s. GET /backbones lists those that it serves."
         )
-
-
-def terms_of(adapter: AdapterRecord) -> Creation:
-    """Return the adapter's settings."""
-    return Creation(
-        backbone=adapter.backbone,
-        fingerprint=adapter.fingerprint,
-        kind=adapter.kind,
-        task=adapter.task,
-        keep_inputs=adapter.keep_inputs,
-        answer_accuracy=adapter.answer_accuracy,
-        weights=adapter.weights,
-    )
-
-
-def with_options(terms: Creation, answer_accuracy: float | None, weights: Weights | None) -> Creation:
-    """Return the terms with the given values; None leaves a value as it is. Raises WeightsNotForTask."""
-    if weights == "balanced" and terms.task != "classification":
-        raise WeightsNotForTask(terms.task)
-    return replace(
-        terms,
-        answer_accuracy=terms.answer_accuracy if answer_accuracy is None else answer_accuracy,
-        weights=weights or terms.weights,
-    )
 
 
 def _admit(
@@ -256,7 +235,7 @@ def _admit(
     before = () if state is None or command.update == "replace" else state.in_use
     if command.uploaded is not None:
         before = tuple(one for one in before if one.id in command.uploaded)
-    known = label_set(terms.task, [one.target for one in before])
+    known = label_set(terms.task, [one.target for one in before]) | terms.meanings.keys()
     admitted, rejected = admit(command.posted, task=terms.task, kind=terms.kind, known_labels=known)
     kept = () if state is None else state.examples
     plan = plan_change(kept, admitted, clear=command.update == "replace")

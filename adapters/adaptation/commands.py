@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from adapters.adaptation.options import FitOptions
 from adapters.adaptation.promotion.decision import Decision, Promote
 from adapters.defaults import ADAPTER_EXAMPLES, ADAPTER_LABELS
 from adapters.examples.target import Task, Weights
@@ -106,20 +107,6 @@ class ContractChanged(CodedError, Conflict):
     """The request contradicts a setting fixed when the adapter was created; `code` says which."""
 
 
-class WeightsNotForTask(Invalid):
-    """Balanced weights were requested for a task other than classification.
-
-    Its examples have no label, or several.
-    """
-
-    code = "weights_not_for_task"
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(
-            f"Weights are for classification, and the adapter's task is {task}. Leave `weights` out."
-        )
-
-
 class FingerprintMismatch(Conflict):
     """The backbone served under this name is not the one that the adapter was taught with."""
 
@@ -149,11 +136,18 @@ class AdaptCommand:
     fine_tune: FineTuneConfig | None = None  # how to train a network, for JobSubmitter.fine_tune
     callback: str | None = None  # URL that is told the end of a job, see check_callback
     uploaded: AbstractSet[str] | None = None  # see ExampleEdit
-    # See ProbeConfig.
+    # See FitOptions.
     answer_accuracy: float | None = None
     weights: Weights | None = None
+    costs: Mapping[str, float] | None = None
+    meanings: Mapping[str, str] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)  # of an upload's table, see layout_of
     began: float = field(default_factory=time.monotonic, compare=False)  # see Creation
+
+    @property
+    def options(self) -> FitOptions:
+        """What the adapter's versions are to be fitted for."""
+        return FitOptions(self.answer_accuracy, self.weights, self.costs, self.meanings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from adapters.adaptation.adapt import AdaptPipeline, terms_of
+from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
+from adapters.adaptation.options import terms_of
 from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -158,7 +159,7 @@ def _corrections(state: AdapterSnapshot, feedback: Feedback) -> list[ValidExampl
         return [_amended(state, feedback.id, Amendment(feedback.target, excluded=False), required=True)]
     assert feedback.input is not None
     posted = PostedExample(feedback.input, feedback.target, group=feedback.group, sampled=feedback.sampled)
-    labels = label_set(task, [one.target for one in state.in_use])
+    labels = label_set(task, [one.target for one in state.in_use]) | state.adapter.meanings.keys()
     admitted, rejected = admit([posted], task=task, kind=kind, known_labels=labels)
     _raise_first(rejected)
     (example,) = admitted
@@ -190,6 +191,7 @@ def _amended(
     if record.excluded if amendment.excluded is None else amendment.excluded:
         return replace(amended, excluded=True)
     labels = label_set(task, [one.target for one in state.in_use if one.id != example])
+    labels |= state.adapter.meanings.keys()
     _raise_first(drop_collisions([amended], task, labels)[1])
     return amended
 

@@ -10,9 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from adapters.adaptation.adapt import AdaptPipeline, terms_of
+from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.commands import RevisionResult
 from adapters.adaptation.input_embedder import no_known_tokens
+from adapters.adaptation.options import terms_of
 from adapters.adaptation.promotion.decision import Promote
 from adapters.adaptation.publication import Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adapters.adaptation.adapt import terms_of
 from adapters.adaptation.commands import ExampleEdit, RevisionResult
+from adapters.adaptation.options import terms_of
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
 from adapters.adaptation.revision.writer import RevisionWriter
@@ -121,7 +121,8 @@ class Restorer:
                 "promotes it without.",
             )
         rollback = await asyncio.to_thread(plan_rollback, state.examples, evidence)
-        if not rollback.in_use:
+        # A version that was fitted on names alone has no examples.
+        if evidence.ids and not rollback.in_use:
             raise CannotRestore(
                 "examples_gone",
                 f"No example of version {number} is kept any more. PUT aliases/live promotes it without.",

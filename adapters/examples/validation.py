@@ -213,6 +213,11 @@ def drop_collisions(
     return kept, rejected
 
 
+def find_clash(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Return a label and another one that looks like it, or None."""
+    return _first_clash(set(labels), {})
+
+
 def _first_clash(labels: Iterable[str], spelling: Mapping[str, str]) -> tuple[str, str] | None:
     own: dict[str, str] = {}
     for label in sorted(labels):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeVar, cast
 
-from adapters.adaptation.adapt import AdaptPipeline, terms_of, with_options
+from adapters.adaptation.adapt import AdaptPipeline
 from adapters.adaptation.commands import (
     AdaptCommand,
     AdapterFull,
@@ -18,6 +18,7 @@ from adapters.adaptation.commands import (
     RevisionResult,
 )
 from adapters.adaptation.input_embedder import BatchEmbedder
+from adapters.adaptation.options import FitOptions, terms_of, with_options
 from adapters.adaptation.promotion.decision import as_asked
 from adapters.adaptation.repository import AdapterSnapshot
 from adapters.adaptation.revision.files import AdapterContext
@@ -118,7 +119,7 @@ class BulkAttempt:
             stale = self._replaces and any(example.id not in self._ids for example in state.examples)
             before = terms_of(state.adapter)
             asked = self._request
-            terms = with_options(before, asked.get("answer_accuracy"), asked.get("weights"))
+            terms = with_options(before, FitOptions.of_job(asked))
             if not fit and not stale and terms == before:
                 return None
             promote = as_asked(asked["promote"], self._job.created_at, state.adapter)

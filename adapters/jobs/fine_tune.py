@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from adapters.adaptation.artifacts import delete_unreferenced, evidence_of, kept_if_committed
+from adapters.adaptation.options import FitOptions
 from adapters.adaptation.promotion.candidate import with_ids
 from adapters.adaptation.promotion.decision import Promote, as_asked, decide_late
 from adapters.adaptation.revision.files import LINEAR_PROBE
@@ -116,10 +117,9 @@ class FineTuneJob:
         a version (None), and its progress says so. If the adapter has no live version yet, the job makes a
         version from a linear probe on all examples instead.
 
-        The job's request: {"promote": …, "config": {…}, "answer_accuracy": …, "weights": …}, where "config"
-        holds the fields of FineTuneConfig; requests of an older release have only the first two. Raises
-        CannotTune, Diverged, ExportRefused, InputError, StoreError, RegistryUnavailable, and what Lease.check
-        raises.
+        The job's request: {"promote": …, "config": {…}, …}, where "config" holds the fields of
+        FineTuneConfig, and the rest those of FitOptions; older releases wrote fewer. Raises CannotTune,
+        Diverged, ExportRefused, InputError, StoreError, RegistryUnavailable, and what Lease.check raises.
         """
         job = lease.claim.job
         kept = KeptExamples.read(self._registry, self._store, job, lease.check)
@@ -271,8 +271,7 @@ class FineTuneJob:
             revision=now.revision,
             version=version,
             promote=decision.promote,
-            answer_accuracy=request.get("answer_accuracy"),
-            weights=request.get("weights"),
+            **FitOptions.of_job(request).to_json(),
             standing=now.standing,
         )
 
@@ -294,5 +293,5 @@ def _about(kept: KeptExamples, training_set: TrainingSet, config: FineTuneConfig
     for example in kept.examples:
         digest.update(f"{example.id}\0{example.digest}\0{example.target}\n".encode())
     digest.update(training_set.held_out.tobytes())
-    digest.update(repr((training_set.testing, kept.terms.weights)).encode())
+    digest.update(repr((training_set.testing, kept.terms.weights, sorted(kept.terms.costs.items()))).encode())
     return digest.hexdigest()

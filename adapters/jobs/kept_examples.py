@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.adaptation.adapt import terms_of, with_options
 from adapters.adaptation.artifacts import rows_at
+from adapters.adaptation.options import FitOptions, terms_of, with_options
 from adapters.jobs.submission import CannotTune, check_tunable
 from adapters.probe.fit import Dataset, FittedProbe, ProbeConfig, fit
 from adapters.registry.records import AdapterRecord, Creation, ExampleRecord, JobRecord
@@ -61,7 +61,8 @@ class KeptExamples:
     ) -> KeptExamples:
         # Some examples may have lost their inputs.
         examples = [example for example in every if example.inputs is not None and not example.excluded]
-        check_tunable(adapter, examples)
+        terms = with_options(terms_of(adapter), FitOptions.of_job(job.request))
+        check_tunable(adapter, terms, examples)
 
         def read(file: Artifact) -> bytes:
             return store.read(adapter.tenant, adapter.uid, file)
@@ -69,7 +70,7 @@ class KeptExamples:
         return cls(
             adapter,
             revision,
-            with_options(terms_of(adapter), job.request.get("answer_accuracy"), job.request.get("weights")),
+            terms,
             examples,
             np.stack(rows_at([(one.segment, one.row) for one in examples], read, decode_embeddings)),
             rows_at([(one.inputs, one.row) for one in examples if one.inputs], read, decode_inputs),
@@ -81,11 +82,15 @@ class KeptExamples:
         return ProbeConfig(
             answer_accuracy=self.terms.answer_accuracy,
             balanced=self.terms.weights == "balanced",
+            costs=self.terms.costs,
             limit_seconds=float("inf"),
         )
 
     def fit_probe(self, rows: Sequence[int]) -> FittedProbe:
-        """Fit a linear probe on these rows. On the training rows, it is where the first phase starts."""
+        """Fit a linear probe on these rows. On the training rows, it is where the first phase starts.
+
+        It does not read the names of labels, which have too many examples for names to matter.
+        """
         examples = [self.examples[row] for row in rows]
         data = Dataset(
             embeddings=self.embeddings[list(rows)],

@@ -11,9 +11,12 @@ from typing import Any, Final
 
 from adapters.adaptation.adapt import AdaptPipeline, telling_rejected
 from adapters.adaptation.commands import AdaptCommand, AdaptOutcome
+from adapters.adaptation.options import check_costs
 from adapters.adaptation.publication import Publication
 from adapters.adaptation.rebase import InputsNotKept
 from adapters.adaptation.repository import AdapterRepository
+from adapters.examples.meanings import check_spelling
+from adapters.examples.target import Target, label_set
 from adapters.examples.upload import BadUpload
 from adapters.examples.upload_forms import Beginning, Form, look_at
 from adapters.examples.validation import TARGET_FIELDS, PostedExample
@@ -22,7 +25,7 @@ from adapters.jobs.callbacks import check_callback
 from adapters.registry.errors import AdapterExists, RegistryUnavailable, TooManyJobs, UnknownAdapter
 from adapters.registry.idempotency import PendingReply
 from adapters.registry.jobs import upload_of, upload_request
-from adapters.registry.records import AdapterRecord, Change, ExampleRecord, JobKind, JobRecord
+from adapters.registry.records import AdapterRecord, Change, Creation, ExampleRecord, JobKind, JobRecord
 from adapters.registry.registry import new_uid
 from adapters.threads import DATABASE
 from adapters.turns import Gate
@@ -50,10 +53,11 @@ class TooFewExamples(Invalid):
     code = "too_few_examples"
 
 
-def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> None:
+def check_tunable(adapter: AdapterRecord, terms: Creation, examples: Sequence[ExampleRecord]) -> None:
     """Raise InputsNotKept, CannotTune or TooFewExamples unless the adapter can be fine-tuned.
 
-    Only examples that are `sampled` and not `excluded` count, since only they can be held out.
+    Only examples that are `sampled` and not `excluded` count, since only they can be held out. `terms`: the
+    adapter's, as the job asks; a label with a name needs examples as well.
     """
     examples = [example for example in examples if not example.excluded]
     if not adapter.keep_inputs:
@@ -62,13 +66,14 @@ def check_tunable(adapter: AdapterRecord, examples: Sequence[ExampleRecord]) -> 
         raise CannotTune(
             "task_not_tunable", f"Adapters for {adapter.task} cannot be fine-tuned yet. Use linear_probe."
         )
-    sizes = Counter({example.target: 0 for example in examples})
+    sizes: Counter[Target] = Counter(dict.fromkeys(terms.meanings, 0))
+    sizes.update({example.target: 0 for example in examples})
     sizes.update(example.target for example in examples if example.sampled)
     if sizes.total() < FEWEST_EXAMPLES or len(sizes) < 2 or min(sizes.values()) < FEWEST_OF_A_LABEL:
         raise TooFewExamples(
             f"A fine-tune needs {FEWEST_EXAMPLES} examples, of two labels or more, and "
-            f"{FEWEST_OF_A_LABEL} of each, besides those that are not `sampled`; a linear probe needs two. "
-            "Send more.",
+            f"{FEWEST_OF_A_LABEL} of each, named ones included, besides those that are not `sampled`; a "
+            "linear probe needs two. Send more.",
         )
 
 
@@ -115,26 +120,31 @@ class JobSubmitter:
         the same ids, and make no version.
 
         Raises what AdaptPipeline.adapt raises, and UnknownAdapter, CannotTune, TooFewExamples, InputsNotKept,
-        TooManyJobs, CallbackNotAllowed, AlreadyAnswered.
+        LabelsInvalid, WeightsLabelUnknown, TooManyJobs, CallbackNotAllowed, AlreadyAnswered.
         """
         self._check_callback(command.callback)
         stored = None
         if command.posted:
-            # The job applies `answer_accuracy` and `weights` together with its version.
-            keep = replace(command, fit=False, answer_accuracy=None, weights=None)
+            # The job applies the options together with its version.
+            keep = replace(command, fit=False, answer_accuracy=None, weights=None, costs=None, meanings=None)
             stored = await self._pipeline.adapt(tenant, keep)
         state = await self._repository.state(tenant, command.adapter)
         if state is None:
             raise UnknownAdapter(command.adapter)
-        with telling_rejected(() if stored is None else stored.rejected):
-            check_tunable(state.adapter, state.examples)
         terms = self._pipeline.terms(command, state)
-        check_trainable(self._pipeline.embedder.spec(terms.backbone))
+        labels = label_set(terms.task, [one.target for one in state.examples])
+        with telling_rejected(() if stored is None else stored.rejected):
+            check_tunable(state.adapter, terms, state.examples)
+            check_trainable(self._pipeline.embedder.spec(terms.backbone))
+            if command.meanings:
+                await self._pipeline.writer.names.check(terms)
+                check_spelling(terms.meanings, labels)
+            if command.costs:
+                check_costs(command.costs, labels | terms.meanings.keys())
         request = {
             "promote": command.promote,
             "config": asdict(command.fine_tune or FineTuneConfig()),
-            "answer_accuracy": command.answer_accuracy,
-            "weights": command.weights,
+            **command.options.to_json(),
         }
 
         def submitted(job: JobRecord) -> Submitted:
@@ -179,8 +189,7 @@ class JobSubmitter:
                 "update": command.update,
                 "promote": command.promote,
                 "fit": command.fit,
-                "answer_accuracy": command.answer_accuracy,
-                "weights": command.weights,
+                **command.options.to_json(),
                 "columns": dict(command.columns),
             }
             return await publication.record(self._submission(tenant, command, BULK, request, reply))

@@ -49,11 +49,18 @@ class FitProcess(ChildProcess):
             "digests": list(dataset.digests),
             "groups": list(dataset.groups),
             "sampled": list(dataset.sampled),
+            "names": list(dataset.names.directions),
+            "names_transform": dataset.names.transform,
             "config": asdict(config),
         }
         embeddings = np.ascontiguousarray(dataset.embeddings, dtype=np.float32)
+        names = dataset.names
+        said = np.empty((len(names.directions) + 1, embeddings.shape[1]), np.float32)
+        said[0] = 0.0 if names.centre is None else names.centre
+        for row, direction in enumerate(names.directions.values(), start=1):
+            said[row] = direction
         try:
-            write_frame(self.stdin, header, [embeddings])
+            write_frame(self.stdin, header, [embeddings, said])
         except OSError as error:
             raise self._died() from error
         return _fitted(*self._read())

@@ -15,14 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.probe.fit import Dataset, OneLabel, ProbeConfig, TooCostly, fit
+from adapters.probe.label_names import LabelNames
 from adapters.processes.frames import Frame, read_frame, write_frame
 from adapters.processes.heartbeat import ProgressClock, start_heartbeat
 from models.arrays import Floats
 from models.priority import NICENESS
 
 
-def _answer(header: Mapping[str, Any], embeddings: Floats) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """Fit as a request asks; return the header and the arrays of the answer."""
+def _answer(
+    header: Mapping[str, Any], embeddings: Floats, said: Floats
+) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """Fit as a request asks; return the header and the arrays of the answer.
+
+    `said`: float32 (1 + named labels, dim), the centre and the directions of LabelNames.
+    """
     targets = [tuple(target) if isinstance(target, list) else target for target in header["targets"]]
     dataset = Dataset(
         embeddings=embeddings,
@@ -32,6 +38,9 @@ def _answer(header: Mapping[str, Any], embeddings: Floats) -> tuple[dict[str, An
         fingerprint=header["fingerprint"],
         groups=header["groups"],
         sampled=header["sampled"],
+        names=LabelNames(
+            dict(zip(header["names"], said[1:], strict=True)), said[0], header["names_transform"]
+        ),
     )
     try:
         fitted = fit(dataset, ProbeConfig(**header["config"]))
@@ -83,9 +92,9 @@ def main() -> None:
         write_frame(answers, {"ready": True}, [])
         threading.Thread(target=read, daemon=True).start()
         while True:
-            header, (embeddings,) = requests.get()
+            header, (embeddings, said) = requests.get()
             headway.idle = False
-            write_frame(answers, *_answer(header, embeddings))
+            write_frame(answers, *_answer(header, embeddings, said))
             headway.idle = True
     except BrokenPipeError:
         # The parent has gone. A normal exit would flush the pipe and raise again.

@@ -43,6 +43,9 @@ class AdapterRecord:
     # When a person made an older version live. Newer versions are withheld until a person lifts the rollback.
     rolled_back_at: datetime | None = None
     restored_at: datetime | None = None  # when a person last restored a version
+    # Descriptions by label, "" for a name alone, and costs by label, for the next version's fit.
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def standing(self) -> Standing:
@@ -128,7 +131,8 @@ class Changed:
 class Creation:
     """The properties of an adapter that are set at its creation.
 
-    answer_accuracy and weights may change with any fit, the backbone with a rebase. The rest is fixed.
+    answer_accuracy, weights, meanings and costs may change with any fit, the backbone with a rebase. The rest
+    is fixed.
     """
 
     backbone: str
@@ -138,6 +142,8 @@ class Creation:
     keep_inputs: bool
     answer_accuracy: float = ANSWER_ACCURACY
     weights: Weights = "none"
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
     # time.monotonic() when the request had been read. Nothing is created if the tenant was erased since.
     began: float = field(default_factory=time.monotonic, compare=False)
 
@@ -213,6 +219,8 @@ class Change:
     # concurrent fits were made for the old one.
     answer_accuracy: float | None = None
     weights: Weights | None = None
+    meanings: Mapping[str, str] | None = None
+    costs: Mapping[str, float] | None = None
     fallback: int | None = None  # the kept version to make live if `version` is not promoted
     # A person makes `fallback` live with the examples that it learned from. As `promote`, ends a rollback.
     restores: bool = False

@@ -150,8 +150,12 @@ class Registry:
             return adapter_by_name(connection, tenant, name)
 
     def adapters(self, tenant: str, after: str | None = None, limit: int = 100) -> list[AdapterRecord]:
-        """Return up to `limit` of the tenant's adapters, ordered by name, after the name `after`."""
-        query = select_adapter().where(adapters.c.tenant == tenant).order_by(adapters.c.name).limit(limit)
+        """Return up to `limit` of the tenant's adapters, ordered by name, after the name `after`.
+
+        Their descriptions of labels are left out, since those of many adapters take much memory.
+        """
+        query = select_adapter(meanings=False).where(adapters.c.tenant == tenant)
+        query = query.order_by(adapters.c.name).limit(limit)
         if after is not None:
             query = query.where(adapters.c.name > after)
         with self._database.reading() as connection:

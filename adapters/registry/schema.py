@@ -63,6 +63,21 @@ class UtcTime(TypeDecorator[datetime]):
         return moment.astimezone(UTC)
 
 
+class JsonText(TypeDecorator[dict[str, Any]]):
+    """A JSON object as text, with its keys in the order in which they were given."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: Dialect) -> Any:
+        """Convert a Python value for the database."""
+        return None if value is None else json.dumps(value, ensure_ascii=False)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> dict[str, Any] | None:
+        """Convert a database value for Python."""
+        return None if value is None else json.loads(value)
+
+
 class database_now(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function that it is
     """The database's clock at the time of the statement, so that several hosts agree on order and age."""
 
@@ -139,6 +154,9 @@ adapters = Table(
     Column("rolled_back_at", UtcTime),
     # When a person last restored a version.
     Column("restored_at", UtcTime),
+    # Descriptions and costs of labels.
+    Column("meanings", JsonText, nullable=False, server_default="{}"),
+    Column("costs", JsonText, nullable=False, server_default="{}"),
     UniqueConstraint("tenant", "name", name="adapters_tenant_name"),
 )
 

@@ -17,12 +17,11 @@ import numpy as np
 from PIL import Image
 
 from models.arrays import Floats, Integers, Prepared
+from models.feeds import CALIBRATION
 from models.preprocess.image import ImagePreprocessor, rgb
 from models.preprocess.pixels import normalised
 from models.preprocess.text import TextPreprocessor
 from models.spec import GRAPH_FILE, IDS, MASK, PIXELS, TOKENIZER_FILE, BackboneSpec, ImageTransform
-
-CALIBRATION = Path(__file__).with_name("calibration")
 
 # Operators to quantize. Pooling is not one: embeddings are float32 means of 8-bit activations.
 _IMAGE_OPERATORS = ["Conv", "Add", "Clip", "Relu"]

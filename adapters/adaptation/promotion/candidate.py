@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from adapters.adaptation.commands import NothingToFit
+from adapters.adaptation.names.label_names import LabelNameEmbedder
 from adapters.adaptation.promotion.agreement import Agreement, ask
 from adapters.adaptation.promotion.decision import Decision, Promote, best_of, decide, remember, unlearned
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision.files import Fit
 from adapters.adaptation.revision.layout import PlannedExample
 from adapters.cache.lru import ByteLRU
+from adapters.examples.target import label_set
 from adapters.heads.head import CorruptHead, Head
 from adapters.probe.fit import Dataset, ProbeConfig
 from adapters.processes.fit_client import Fitter
@@ -41,12 +45,14 @@ class CandidateFitter:
         repository: AdapterRepository,
         fitter: Fitter,
         heads: ByteLRU[Head],
+        names: LabelNameEmbedder,
         config: ProbeConfig,
         observe: Callable[[str, float], None],
     ) -> None:
         self._repository = repository
         self._fitter = fitter
         self._heads = heads
+        self._names = names
         self._config = config
         self._observe = observe
 
@@ -62,16 +68,19 @@ class CandidateFitter:
         *,
         tenant: str,
     ) -> Fit:
-        """Fit a head on the rows, with its report and the decision whether it may be live.
+        """Fit a head on the rows and the names of labels, and decide whether it may be live.
 
-        `embeddings`: of the rows, float32 (n, dim). `timings`: gets the seconds of the stage fit. `removals`:
-        ids of examples that are erased together with the versions that learned from them. `tenant`: owner of
-        the fit; tenants take turns. Raises NothingToFit, and what Fitter.fit, registry and store raise.
+        `embeddings`: of the rows, float32 (n, dim); of any dim if there are none. `timings`: gets the seconds
+        of the stage fit. `removals`: ids of examples that are erased together with the versions that learned
+        from them. `tenant`: owner of the fit; tenants take turns. Raises NothingToFit, and what Fitter.fit,
+        LabelNameEmbedder.read, registry and store raise.
         """
+        read = await self._names.read(tenant, terms)
         if not rows:
-            raise NothingToFit(
-                "The adapter has no examples to fit on. Send some, or include excluded ones again."
-            )
+            if not read.names.directions:
+                raise NothingToFit(_nothing_to_fit(terms, read.warnings))
+            (dim,) = next(iter(read.names.directions.values())).shape
+            embeddings = np.empty((0, dim), np.float32)
         targets = [row.target for row in rows]
         digests = [row.digest for row in rows]
         dataset = Dataset(
@@ -82,20 +91,25 @@ class CandidateFitter:
             fingerprint=terms.fingerprint,
             groups=[row.group or "" for row in rows],
             sampled=[row.sampled for row in rows],
+            names=read.names,
         )
+        # A label may have lost its last example since it was given a cost.
+        known = label_set(terms.task, targets) | read.names.directions.keys()
         config = replace(
             self._config,
             answer_accuracy=terms.answer_accuracy,
             balanced=terms.weights == "balanced",
+            costs={label: cost for label, cost in terms.costs.items() if label in known},
         )
         with timed(timings, "fit", self._observe):
             fitted = await self._fitter.fit(dataset, config, tenant=tenant)
         ids = tuple(row.id for row in rows)
         evidence = Evidence(ids, tuple(digests), tuple(targets), fitted.scores, tuple(dataset.sampled))
         evidence, decision = await self._decided(adapter, dataset, evidence, promote, removals)
-        return Fit(
-            fitted.head, evidence, with_ids(fitted.report, ids) | {"promotion": decision.to_json()}, decision
-        )
+        report = with_ids(fitted.report, ids) | {"promotion": decision.to_json()}
+        if read.warnings:
+            report["warnings"] = [*report["warnings"], *map(dict, read.warnings)]
+        return Fit(fitted.head, evidence, report, decision)
 
     async def _decided(
         self,
@@ -180,6 +194,17 @@ class CandidateFitter:
 
         adapter = committed.adapter
         await self._heads.get(committed.version.artifact.sha256, loaded, (adapter.tenant, adapter.name))
+
+
+def _nothing_to_fit(terms: Creation, warnings: Sequence[Mapping[str, str]]) -> str:
+    if not terms.meanings:
+        return "The adapter has no examples to fit on. Send some, or include excluded ones again."
+    if len(terms.meanings) < 2:
+        return (
+            "The adapter has no examples to fit on, and only one name of a label. Name another, or send some."
+        )
+    why = " ".join(warning["detail"] for warning in warnings)
+    return f"The adapter has no examples to fit on, and the names of its labels cannot be told apart. {why}"
 
 
 def with_ids(report: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:

@@ -190,6 +190,8 @@ def change_of(
         promote=fit is not None and fit.decision.promote,
         answer_accuracy=subject.terms.answer_accuracy,
         weights=subject.terms.weights,
+        meanings=subject.terms.meanings,
+        costs=subject.terms.costs,
         fallback=edit.live if fit is None else fit.decision.fallback,
         restores=edit.live is not None,
         standing=None if state is None or (fit is None and edit.live is None) else state.adapter.standing,

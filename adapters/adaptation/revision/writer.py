@@ -11,6 +11,8 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from adapters.adaptation.commands import AdapterFull, AdapterLimits, ExampleEdit, NothingToFit, RevisionResult
+from adapters.adaptation.names.label_names import LabelNameEmbedder
+from adapters.adaptation.options import check_costs
 from adapters.adaptation.promotion.candidate import CandidateFitter, timed
 from adapters.adaptation.publication import BackgroundPublish, Publication
 from adapters.adaptation.repository import AdapterRepository, AdapterSnapshot
@@ -26,6 +28,7 @@ from adapters.adaptation.revision.files import (
 )
 from adapters.adaptation.revision.layout import LayoutPlan, plan_change
 from adapters.cache.lru import ByteLRU
+from adapters.examples.meanings import check_spelling
 from adapters.examples.target import label_set
 from adapters.heads.head import Head
 from adapters.probe.fit import OneLabel, TooCostly
@@ -65,12 +68,14 @@ class RevisionWriter:
         repository: AdapterRepository,
         fitter: Fitter,
         heads: ByteLRU[Head],
+        names: LabelNameEmbedder,
         limits: AdapterLimits = AdapterLimits(),
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
         self.repository = repository
         self.limits = limits
-        self.candidates = CandidateFitter(repository, fitter, heads, limits.probe, observe)
+        self.names = names
+        self.candidates = CandidateFitter(repository, fitter, heads, names, limits.probe, observe)
         self._observe = observe
         self._turns: dict[tuple[str, str], _Turn] = {}
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
@@ -131,8 +136,8 @@ class RevisionWriter:
         `fresh`: embeddings, float32 (dim,), by digest, of the inputs that the adapter does not have; it may
         hold more. `ahead`: the new inputs' file, if it is already being published. `reply`: recorded in the
         same transaction; its timings do not include the publication. Raises OneLabel, NothingToFit,
-        AdapterFull, TooCostly, RevisionMoved, AlreadyAnswered, and what fitter, store and registry raise;
-        nothing is recorded then.
+        AdapterFull, LabelsInvalid, WeightsLabelUnknown, TooCostly, RevisionMoved, AlreadyAnswered, and what
+        fitter, store and registry raise; nothing is recorded then.
         """
         plan = await asyncio.to_thread(self._plan, subject, edit)
         fresh = await complete(self.repository, subject, plan, fresh)
@@ -180,7 +185,10 @@ class RevisionWriter:
         )
 
     def _plan(self, subject: AdapterContext, edit: ExampleEdit) -> LayoutPlan:
-        """Return the plan. Raises AdapterFull. Slow with tens of thousands of examples: for a thread."""
+        """Return the plan. Raises AdapterFull, LabelsInvalid, WeightsLabelUnknown.
+
+        Slow with tens of thousands of examples: for a thread.
+        """
         plan = _plan_of(subject, edit)
         kept, rows = subject.examples, plan.rows
         if edit.uploaded is not None:
@@ -192,8 +200,15 @@ class RevisionWriter:
                 f"An adapter has at most {self.limits.max_examples:,} examples. Delete some, or use "
                 "another adapter."
             )
-        labels = label_set(subject.terms.task, [row.target for row in rows if not row.excluded])
-        before = label_set(subject.terms.task, [one.target for one in kept if not one.excluded])
+        terms, adapter = subject.terms, subject.adapter
+        meanings, costs = ({}, {}) if adapter is None else (adapter.meanings, adapter.costs)
+        labels = label_set(terms.task, [row.target for row in rows if not row.excluded])
+        before = label_set(terms.task, [one.target for one in kept if not one.excluded]) | meanings.keys()
+        if terms.meanings != meanings:
+            check_spelling(terms.meanings, labels)
+        labels |= terms.meanings.keys()
+        if terms.costs != costs:
+            check_costs(terms.costs, labels | label_set(terms.task, [row.target for row in plan.rows]))
         if len(labels) > max(self.limits.max_labels, len(before)):
             raise AdapterFull(
                 f"An adapter has at most {self.limits.max_labels:,} labels. Use another adapter."

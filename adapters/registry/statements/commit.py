@@ -176,6 +176,8 @@ def _create(connection: Connection, change: Change) -> AdapterRecord:
         "keep_inputs": created.keep_inputs,
         "answer_accuracy": created.answer_accuracy,
         "weights": created.weights,
+        "meanings": dict(created.meanings),
+        "costs": dict(created.costs),
         "revision": 0,
         "next_version": 1,
         "epoch": 0,
@@ -225,8 +227,13 @@ def _rolled_back_at(
 
 
 def _wanted(change: Change, adapter: AdapterRecord) -> dict[str, Any]:
-    """Return the values of answer_accuracy and weights that the change replaces."""
-    asked = {"answer_accuracy": change.answer_accuracy, "weights": change.weights}
+    """Return the fitting options that the change replaces."""
+    asked = {
+        "answer_accuracy": change.answer_accuracy,
+        "weights": change.weights,
+        "meanings": None if change.meanings is None else dict(change.meanings),
+        "costs": None if change.costs is None else dict(change.costs),
+    }
     return {
         name: value for name, value in asked.items() if value is not None and value != getattr(adapter, name)
     }

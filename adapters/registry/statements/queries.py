@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import Connection, Row, Select, literal, select
 
 from adapters.examples.target import Target
 from adapters.registry.errors import UnknownAdapter, UnknownExample, UnknownVersion
@@ -42,6 +42,8 @@ _ADAPTER = (
     adapters.c.weights,
     adapters.c.rolled_back_at,
     adapters.c.restored_at,
+    adapters.c.meanings,
+    adapters.c.costs,
 )
 _head = artifacts.alias("head")
 _evidence = artifacts.alias("evidence")
@@ -76,9 +78,12 @@ def microseconds(moment: datetime) -> int:
     return (moment - _EPOCH) // _MICROSECOND
 
 
-def select_adapter() -> Select[Any]:
-    """Return the query whose rows `adapter_record` takes."""
-    return select(*_ADAPTER)
+def select_adapter(*, meanings: bool = True) -> Select[Any]:
+    """Return the query whose rows `adapter_record` takes. `meanings`: False leaves them empty."""
+    if meanings:
+        return select(*_ADAPTER)
+    empty = literal({}, adapters.c.meanings.type)
+    return select(*(empty if column is adapters.c.meanings else column for column in _ADAPTER))
 
 
 def adapter_record(row: Row[Any]) -> AdapterRecord:

@@ -303,7 +303,12 @@ async def test_a_rollback_during_an_adapt_is_not_lost(tmp_path: Path) -> None:
                 there.registry.promote(uid, 1)
 
         here.pipeline.writer = RevisionWriter(
-            here.repository, here.writer.candidates._fitter, here.heads, AdapterLimits(), roll_back
+            here.repository,
+            here.writer.candidates._fitter,
+            here.heads,
+            here.writer.names,
+            AdapterLimits(),
+            roll_back,
         )
         done = await here.adapt([one(2)])
         assert moved == [1]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.adaptation.commands import ExamplesRejected, WeightsNotForTask
+from adapters.adaptation.commands import ExamplesRejected
 from adapters.adaptation.example_editor import Feedback
+from adapters.adaptation.options import WeightsNotForTask
 from adapters.examples.target import ExampleError
 from adapters.examples.validation import PostedExample
 from adapters.probe.fit import Dataset, FittedProbe, OneLabel, ProbeConfig

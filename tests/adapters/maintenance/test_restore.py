@@ -260,6 +260,8 @@ async def test_an_older_backup_is_migrated_and_a_newer_one_refused(
         "ALTER TABLE examples DROP COLUMN excluded_since",
         "ALTER TABLE adapters DROP COLUMN rolled_back_at",
         "ALTER TABLE adapters DROP COLUMN restored_at",
+        "ALTER TABLE adapters DROP COLUMN meanings",
+        "ALTER TABLE adapters DROP COLUMN costs",
     )
     whole = sha256_of(path / REGISTRY)
     assert restore(path, target.database, target.store).adapters == 1

@@ -257,3 +257,32 @@ def test_a_newer_database_is_refused_and_left_alone(registry: Registry, registry
     with database.reading() as connection:
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one() == "9999"
     database.close()
+
+
+def test_no_label_of_the_release_before_has_a_description_or_a_cost(
+    registry_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(registry_url)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.registry.database.HEAD", "0010")
+        registry.migrate()
+    at = "0" if registry_url.startswith("sqlite") else "now()"
+    database = Database(registry_url)
+
+    def create(name: str) -> None:
+        with database.writing() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO adapters (uid, tenant, name, backbone, fingerprint, kind, task, keep_inputs, "
+                f"revision, next_version, epoch, examples, created_at) VALUES ('{name}', 'acme', '{name}', "
+                f"'lite0', 'f', 'image', 'classification', true, 1, 1, 1, 0, {at})"
+            )
+
+    create("before")
+    registry.migrate()
+    # A process of the release before goes on creating adapters.
+    create("after")
+    database.close()
+    for name in ("before", "after"):
+        adapter = registry.adapter("acme", name)
+        assert (adapter.meanings, adapter.costs) == ({}, {})
+    registry.close()

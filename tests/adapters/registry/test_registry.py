@@ -850,3 +850,25 @@ def test_what_is_wanted_of_answers_changes_with_a_commit_and_moves_the_revision(
     strict = replace(TEXTS, answer_accuracy=0.999, weights="balanced")
     made = registry.commit(Change("acme", "strict", new_uid(), 0, create=strict)).adapter
     assert (made.answer_accuracy, made.weights, made.revision) == (0.999, "balanced", 0)
+
+
+def test_descriptions_and_costs_of_labels_change_with_a_commit_and_move_the_revision(
+    registry: Registry,
+) -> None:
+    meanings = {"delivery": "", "refund": "money back, “naïve” 💶"}
+    named = replace(TEXTS, meanings=meanings, costs={"refund": 2.5})
+    first = registry.commit(Change("acme", "mails", new_uid(), 0, create=named)).adapter
+    assert (first.meanings, first.costs, first.revision) == (meanings, {"refund": 2.5}, 0)
+    kept = registry.commit(Change("acme", "mails", first.uid, 0, answer_accuracy=0.9)).adapter
+    assert (kept.meanings, kept.costs) == (meanings, {"refund": 2.5})
+    change = Change("acme", "mails", first.uid, kept.revision, meanings={"refund": ""}, costs={})
+    changed = registry.commit(change).adapter
+    assert (changed.meanings, changed.costs, changed.revision) == ({"refund": ""}, {}, kept.revision + 1)
+    # A fit for what the labels meant before comes too late.
+    with pytest.raises(RevisionMoved):
+        registry.commit(Change("acme", "mails", first.uid, kept.revision, version=version(), promote=True))
+    same = registry.commit(replace(change, revision=changed.revision)).adapter
+    assert same.revision == changed.revision
+    assert registry.adapter("acme", "mails").meanings == {"refund": ""}
+    # A page of adapters may hold a thousand of them, so it leaves the descriptions out.
+    assert [(one.name, one.meanings) for one in registry.adapters("acme")] == [("mails", {})]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.backbone import Backbone
-from models.export.quantize import CALIBRATION
+from models.feeds import CALIBRATION
 from models.spec import CLASSES_FILE
 from models.store.classes import Classes, read_classes, write_classes
 from models.store.exports import find

@@ -14,6 +14,7 @@ from adapters.adaptation.catalog import AdapterCatalog
 from adapters.adaptation.commands import AdaptCommand, AdapterLimits, AdaptOutcome
 from adapters.adaptation.erasure import Eraser
 from adapters.adaptation.example_editor import ExampleEditor
+from adapters.adaptation.names.label_names import LabelNameEmbedder
 from adapters.adaptation.rebase import Rebaser
 from adapters.adaptation.repository import AdapterRepository
 from adapters.adaptation.revision.writer import RevisionWriter
@@ -144,12 +145,15 @@ async def world(
     repository = AdapterRepository(registry, opened, aliases)
     networks = NetworkPool(opened, 64 << 20, lambda backbone: Batcher(backbone, max_queue=1_000, workers=2))
     heads: ByteLRU[Head] = ByteLRU(1 << 20, lambda head: head.nbytes)
-    writer = RevisionWriter(repository, fitter, heads, limits)
+    names = LabelNameEmbedder(batchers)
+    writer = RevisionWriter(repository, fitter, heads, names, limits)
     pipeline = AdaptPipeline(writer, batchers, outcomes.append)
     neighbour_index = NeighbourIndex(repository)
     predictor = Predictor(aliases, opened, heads, batchers, neighbour_index, networks)
     ended: list[str] = []
-    eraser = Eraser(repository, (heads, networks, neighbour_index), lambda tenant, _: ended.append(tenant))
+    eraser = Eraser(
+        repository, (heads, networks, neighbour_index, names), lambda tenant, _: ended.append(tenant)
+    )
     await fitter.start()
     feed = ChangeFeed(registry, interval=0.05)
     await feed.start([aliases], eraser.heard)
