@@ -16,7 +16,7 @@ from models.preprocess.image import ImagePreprocessor
 from models.preprocess.pixels import with_byte_input
 from models.preprocess.text import TextPreprocessor
 from models.runtime.session import Device, DeviceUnavailable
-from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT8, MASK, RGB, BackboneSpec, ImageTransform, Kind
+from models.spec import GRAPH_FILE, HALF_FILE, IDS, INT4, INT8, MASK, RGB, BackboneSpec, ImageTransform, Kind
 from models.store.manifest import read_manifest, takes_bytes
 
 CALIBRATION = Path(__file__).parent / "export" / "calibration"
@@ -78,11 +78,13 @@ def graph_of(export: Path, spec: BackboneSpec, half: bool = False) -> Path | byt
 def spec_for(export: Path, device: Device, *, verify: bool) -> BackboneSpec:
     """The spec of an export that can run on the device. Raises CorruptExport, DeviceUnavailable."""
     spec = read_manifest(export, verify=verify)
-    if spec.precision == INT8 and device != "cpu":
+    if spec.precision in (INT8, INT4) and device != "cpu":
         # ONNX Runtime would silently run the integer matrix products on the CPU.
+        single = spec.name.removesuffix("-int8")
+        instead = f"{single}, which is faster there" if single != spec.name else "another backbone"
         raise DeviceUnavailable(
-            f"{spec.name} is for CPUs only. On a GPU serve {spec.name.removesuffix('-int8')}, which "
-            "is faster there."
+            f"{spec.name} is for CPUs only. On a GPU serve {instead}, or serve this one with "
+            "TOPWORK_DEVICE=cpu."
         )
     return spec
 

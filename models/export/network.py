@@ -24,3 +24,4 @@ class Network:
     words: Any = None  # embedding layer of a text network, with a row per word piece
     classes: Classes | None = None  # classifier that a packaged image network was trained with
     graph: bytes | None = None  # ONNX model, with the inputs and the output of every export
+    pieces: bytes | None = None  # contents of the pieces file, if there is one

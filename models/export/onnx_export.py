@@ -18,6 +18,7 @@ import numpy as np
 
 from models.backbone import Backbone
 from models.export.float16 import halve
+from models.export.four_bits import quantize_matrices
 from models.export.loaders import load_network
 from models.export.network import Network
 from models.export.quantize import quantize
@@ -29,10 +30,12 @@ from models.spec import (
     FLOAT32,
     GRAPH_FILE,
     IDS,
+    INT4,
     INT8,
     MASK,
     OUTPUT_NAME,
     PACKAGED,
+    PIECES_FILE,
     PIXELS,
     TOKENIZER_FILE,
     BackboneSpec,
@@ -49,7 +52,7 @@ _LARGE_TABLE = 8 << 20  # bytes from which a table also gets a file of its own
 
 # Minimum cosine between an embedding and the reference's. float32 graphs reach 0.9999999. The 8-bit limit
 # only detects broken graphs, because heads are fitted on the embeddings of the same graph.
-_MIN_COSINE = {FLOAT32: 0.9999, INT8: 0.9}
+_MIN_COSINE = {FLOAT32: 0.9999, INT4: 0.9999, INT8: 0.9}
 
 
 def export(entry: str) -> str:
@@ -138,10 +141,14 @@ def write(network: Network, folder: Path, *, half: bool = False) -> None:
         (folder / GRAPH_FILE).write_bytes(network.graph)
     if network.tokenizer is not None:
         (folder / TOKENIZER_FILE).write_bytes(network.tokenizer)
+    if network.pieces is not None:
+        (folder / PIECES_FILE).write_bytes(network.pieces)
     if network.classes is not None:
         write_classes(folder, network.classes)
     if network.spec.precision == INT8:
         quantize(folder, network.spec)
+    if network.spec.precision == INT4:
+        quantize_matrices(folder / GRAPH_FILE)
     complete(folder, network.spec, half=half)
 
 

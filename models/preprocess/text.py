@@ -16,7 +16,8 @@ from tokenizers.models import Unigram
 
 from models.arrays import Prepared
 from models.preprocess.limits import InputError, InputLimits
-from models.spec import TextTransform
+from models.preprocess.pieces import PieceTokenizer
+from models.spec import PIECES_FILE, TextTransform
 
 # Characters to tokenize per token kept. It is above the average of any language, so they are usually enough.
 _CHARACTERS_PER_TOKEN = 16
@@ -47,16 +48,21 @@ class TextPreprocessor:
         self, transform: TextTransform, tokenizer: Path, limits: InputLimits = InputLimits()
     ) -> None:
         """Load the tokenizer. Raises ValueError if the file is not the tokenizer of the transform."""
-        serialised = tokenizer.read_bytes()
-        if hashlib.sha256(serialised).hexdigest() != transform.tokenizer_sha256:
+        serialised, beside = tokenizer.read_bytes(), tokenizer.with_name(PIECES_FILE)
+        pieces = beside.read_bytes() if beside.exists() else b""
+        if hashlib.sha256(serialised + pieces).hexdigest() != transform.tokenizer_sha256:
             raise ValueError(f"{tokenizer} is not the tokenizer of this backbone")
         self.transform = transform
         self.limits = limits
         # Setting truncation or padding while another thread encodes raises "Already borrowed". They are set
         # only here, so that all threads can share one tokenizer.
-        self._tokenizer = Tokenizer.from_buffer(serialised)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(transform.max_tokens)
+        self._tokenizer: Tokenizer | PieceTokenizer
+        if pieces:
+            self._tokenizer = PieceTokenizer(serialised, pieces, transform.max_tokens)
+        else:
+            self._tokenizer = Tokenizer.from_buffer(serialised)
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(transform.max_tokens)
         unknown = _unknown_id(self._tokenizer, serialised)
         # Tokens that carry no information: the unknown token, and those that every text has.
         self._idle: frozenset[int] = frozenset()
@@ -105,6 +111,11 @@ class TextPreprocessor:
         if not self._idle or not self._idle_in_front.issuperset(tokens):
             return False
         return not self.transform.prompt or self._idle.issuperset(self._encode(text)[0])
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, None if the tokenizer has no such token."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def is_truncated(self, text: str) -> bool:
         """Whether a text has more tokens than are kept. Raises InputError."""
@@ -166,8 +177,10 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _unknown_id(tokenizer: Tokenizer, serialised: bytes) -> int | None:
+def _unknown_id(tokenizer: Tokenizer | PieceTokenizer, serialised: bytes) -> int | None:
     """The id of the unknown token, None if there is none. `serialised`: the tokenizer as JSON."""
+    if isinstance(tokenizer, PieceTokenizer):
+        return tokenizer.unknown_id
     if isinstance(tokenizer.model, Unigram):
         found = _UNIGRAM_UNKNOWN.search(serialised)
         return None if found is None else int(found[1])

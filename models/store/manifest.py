@@ -13,6 +13,7 @@ from models.spec import (
     GRAPH_FILE,
     HALF_FILE,
     MANIFEST_FILE,
+    PIECES_FILE,
     TOKENIZER_FILE,
     BackboneSpec,
 )
@@ -37,7 +38,7 @@ def write_manifest(folder: Path, spec: BackboneSpec, tables: Mapping[str, str] |
     """
     tables = tables or {}
     names = [GRAPH_FILE, *([TOKENIZER_FILE] if spec.kind == "text" else []), *tables.values()]
-    names += [name for name in (HALF_FILE, CLASSES_FILE) if (folder / name).exists()]
+    names += [name for name in (HALF_FILE, PIECES_FILE, CLASSES_FILE) if (folder / name).exists()]
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in names

@@ -21,6 +21,9 @@ def test_the_packaged_fingerprints_stay() -> None:
         "efficientnet-lite2": "5b7f0707e47a087a",
         "minilm-l6-v2": "e007e24fc7748b69",
         "minilm-l6-v2-int8": "4ba6bae0d25d40ef",
+        "all-mpnet-base-v2": "fb4baa65fa46cd51",
+        "multilingual-e5-small": "40c3e378e433473d",
+        "use-multilingual-v3": "310da4412cce0073",
     }
 
 

