@@ -44,7 +44,7 @@ class TunedVersion:
     spec: BackboneSpec  # spec of the network, with its own fingerprint
     onnx: bytes  # the network's graph, from the backbone's inputs to embeddings
     report: dict[str, Any]  # JSON-able, measured on the held-out rows
-    scores: Floats  # float32 (n,), 1 or 0 for right or wrong, NaN for rows that were not measured
+    scores: Floats  # float32 (n,), see FittedProbe
 
 
 def finish(
@@ -141,7 +141,7 @@ def _measured(
     held_out = CrossValidated(probabilities, np.array(training_set.testing), own, judged)
     report = report_of(held_out, sizes, names)
     scores = np.full(len(training_set.labels), np.nan, np.float32)
-    scores[training_set.testing] = judged.right
+    scores[training_set.testing] = judged.likeliest_right
     return head, report | {"temperature": temperature, "threshold": judged.threshold}, scores
 
 

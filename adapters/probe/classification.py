@@ -90,7 +90,7 @@ def fit_classification(
         measured=judges.tellable or named is not None,
     )
     scores = np.full(len(labels), np.nan, dtype=np.float32)
-    scores[held.rows] = judged.right
+    scores[held.rows] = judged.likeliest_right
     unmeasured = data.sampled & (data.folds < 0)
     unmeasured[judges.alone] = False
     report = report_of(

@@ -105,8 +105,8 @@ class FittedProbe:
 
     head: Head
     report: dict[str, Any]  # JSON-serialisable; suspects refer to rows of the dataset by "index"
-    # float32 (n,), out of fold: 1 or 0 for right or wrong, F1 of the labels for multilabel, minus the squared
-    # error for regression; NaN for examples that were never held out.
+    # float32 (n,), out of fold: 1 or 0 for the most probable label right or wrong, whatever the costs; F1 of
+    # the labels for multilabel, minus the squared error for regression; NaN for those never held out.
     scores: Floats
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from adapters.examples.target import Target, Task
+from adapters.heads.answers import answers_of, nothing
 from adapters.heads.head import Head
 from adapters.storage.formats import Evidence
 from models.arrays import Doubles, Floats, Integers
@@ -73,9 +74,10 @@ def ask(
         error = scores.std() / np.sqrt(len(scores))
         expected = np.full(len(agreed), scores.mean() - error)
     else:
-        answer = np.array(head.labels, object)[predictions.answers]
+        # Scores, too, are of the most probable label: costs change nothing that was learned.
+        answer = np.array(head.labels, object)[answers_of(predictions.probabilities, nothing())]
         agreed = answer == np.array(targets, object)
-        confidence = np.clip(predictions.confidence.astype(np.float64), _LOWEST, _HIGHEST)
+        confidence = np.clip(predictions.probabilities.max(axis=1).astype(np.float64), _LOWEST, _HIGHEST)
         expected = _sigmoid(_logit(confidence) + _shift(evidence, scores, targets))
     expected = np.clip(expected, _LOWEST, _HIGHEST)
     return Agreement(agreed.astype(np.float32), expected.astype(np.float32))

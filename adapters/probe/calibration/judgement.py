@@ -23,6 +23,7 @@ class JudgedAnswers:
     answers: Integers  # (m,), labels
     confidence: Floats  # (m,), probabilities of the answers
     right: Bools  # (m,)
+    likeliest_right: Bools  # (m,), whether the most probable label is right; the same without costs
     alarms: Floats  # (labels,), or (0,) without alarms; see Head
     threshold: float  # confidence below which no answer is given
 
@@ -41,7 +42,8 @@ def judge(probabilities: Floats, own: Integers, costs: Floats, wanted: float) ->
     if len(alarms):
         given = ~alarmed(probabilities, alarms)
         threshold = measures.answer_threshold(confidence[given], right[given], wanted)
-    return JudgedAnswers(answers, confidence, right, alarms, threshold)
+    likeliest_right = answers_of(probabilities, nothing()) == own if len(costs) else right
+    return JudgedAnswers(answers, confidence, right, likeliest_right, alarms, threshold)
 
 
 def _alarms(probabilities: Floats, own: Integers, right: Bools, given: Bools) -> Floats:

@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from adapters.adaptation.promotion.agreement import ask
+from adapters.adaptation.promotion.decision import decide
 from adapters.heads.answers import answers_of, confidence_of, costs_of
 from adapters.probe.fit import FittedProbe, ProbeConfig, fit
+from adapters.storage.formats import Evidence
 from models.arrays import Doubles, Floats, Integers
 from tests.support.models.synthetic_embeddings import dataset
 
@@ -87,9 +90,30 @@ def test_the_report_is_of_the_answers_as_given(plain: FittedProbe, dear: FittedP
     assert report["per_label"]["dear"]["recall"] > plain.report["per_label"]["dear"]["recall"] + 0.2
     assert sum(report["confusion"]["usual"].values()) == report["per_label"]["usual"]["support"]
     assert report["calibration_error"] < 0.05
-    assert np.nanmean(dear.scores) == pytest.approx(report["accuracy"])
     # Costs say nothing about whether a label is wrong.
     assert report["suspects"] == plain.report["suspects"]
+
+
+def test_costs_neither_withhold_a_version_nor_raise_doubt(plain: FittedProbe, dear: FittedProbe) -> None:
+    """Promotion judges what was learned, so a version that gets costs is not worse than the one without."""
+    np.testing.assert_array_equal(dear.scores, plain.scores)
+    rows, own = draw(1_500, 1)
+    data = dataset(rows, [NAMES[label] for label in own])
+    ids = tuple(map(str, range(len(own))))
+    evidence = [
+        Evidence(ids, tuple(data.digests), tuple(data.targets), fitted.scores, ()) for fitted in (dear, plain)
+    ]
+    assert decide("if_better", "classification", *evidence).promote
+    asked, truth = draw(500, 6)
+    targets = [NAMES[label] for label in truth]
+    said, before = (
+        ask("classification", fitted.head, known, asked, targets)
+        for fitted, known in zip((dear, plain), evidence, strict=True)
+    )
+    assert said is not None
+    assert before is not None
+    np.testing.assert_array_equal(said.agreed, before.agreed)
+    np.testing.assert_allclose(said.expected, before.expected)
 
 
 def test_what_is_answered_is_as_right_as_wanted_with_costs_too(dear: FittedProbe) -> None:
