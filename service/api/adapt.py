@@ -52,7 +52,7 @@ class AdaptEndpoints:
         command = await self._reader.adapt(request)
         channel = channel_of(request.scope)
         channel.adapter = command.adapter
-        channel.count_items(len(command.posted))
+        channel.count_items(len(command.posted) + len(command.meanings or ()))
         if command.fine_tune is not None:
             return render_fine_tune(await self._submitter.fine_tune(tenant, command, reply(render_fine_tune)))
         return render_adapted(await self._pipeline.adapt(tenant, command, reply(render_adapted)))

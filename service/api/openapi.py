@@ -77,17 +77,19 @@ def body(
     kind: BodyKind = "small",
     *,
     files: str | None = None,
+    form: type[BaseModel] | None = None,
     query: type[BaseModel] | None = None,
     bulk: type[BaseModel] | None = None,
 ) -> Body:
     """Return the declaration of a JSON body.
 
-    `files`: the field that a multipart body sends as files. `query`: the body may be one raw input; the other
+    `files`: the field that a multipart body sends as files. `form`: the model of its other fields, if it is
+    another one. `query`: the body may be one raw input; the other
     fields of this model are then in the query string. `bulk`: the model of a bulk upload, likewise.
     """
     content: dict[str, Any] = _json(model)
     if files is not None:
-        content["multipart/form-data"] = {"schema": _form(model, files)}
+        content["multipart/form-data"] = {"schema": _form(form or model, files)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if bulk is not None:
         content |= _UPLOADS

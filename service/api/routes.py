@@ -18,7 +18,7 @@ from service.edge.routes import NO_BODY, DeclaredRoute
 from service.payloads import requests
 from service.payloads import tenants as tenant_requests
 from service.payloads.responses.adaptation import AdaptResponse, ErasureOut, RemovalResponse, RestoreResponse
-from service.payloads.responses.adapters import AdapterOut, AdaptersOut, VersionOut, VersionsOut
+from service.payloads.responses.adapters import AdapterDetailOut, AdaptersOut, VersionOut, VersionsOut
 from service.payloads.responses.backbones import BackbonesOut
 from service.payloads.responses.examples import ExampleOut, ExamplesPage
 from service.payloads.responses.jobs import JobOut, JobsOut, SubmittedOut
@@ -33,7 +33,13 @@ get, post, put, patch, delete = (
 
 def learning_routes(adapt: AdaptEndpoints, predict: PredictEndpoints) -> list[DeclaredRoute]:
     """Return the routes that learn, predict and embed."""
-    examples = body(requests.AdaptRequest, "upload", files="examples", bulk=requests.UploadRequest)
+    examples = body(
+        requests.AdaptRequest,
+        "upload",
+        files="examples",
+        form=requests.AdaptForm,
+        bulk=requests.UploadRequest,
+    )
     inputs = body(requests.PredictRequest, "inputs", files="inputs", query=requests.PredictRequest)
     to_embed = body(requests.EmbedRequest, "inputs", files="inputs", query=requests.EmbedRequest)
     learned = submits(SubmittedOut) | returns(AdaptResponse, 400, 404, 408, 409, 413, 415, 422, 429)
@@ -76,7 +82,7 @@ def adapter_routes(adapters: AdapterEndpoints) -> list[DeclaredRoute]:
     one, version = "/adapters/{adapter}", "/adapters/{adapter}/versions/{version}"
     return [
         get("/adapters", adapters.list_adapters, "key", returns(AdaptersOut)),
-        get(one, adapters.get_adapter, "key", returns(AdapterOut, 404)),
+        get(one, adapters.get_adapter, "key", returns(AdapterDetailOut, 404)),
         delete(one, adapters.delete_adapter, "adapt", returns(ErasureOut, 404)),
         get(f"{one}/versions", adapters.list_versions, "key", returns(VersionsOut, 404)),
         get(version, adapters.get_version, "key", returns(VersionOut, 404)),
@@ -91,7 +97,7 @@ def adapter_routes(adapters: AdapterEndpoints) -> list[DeclaredRoute]:
             f"{one}/aliases/live",
             adapters.promote_version,
             "adapt",
-            returns(AdapterOut, 404, 412, 415, 422),
+            returns(AdapterDetailOut, 404, 412, 415, 422),
             body=body(requests.PromoteRequest),
         ),
         post(

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from adapters.adaptation.commands import AdaptCommand
-from adapters.examples.target import ExampleError
+from adapters.examples.meanings import read_costs, read_meanings
+from adapters.examples.target import ExampleError, Weights
 from adapters.examples.validation import PostedExample
 from adapters.finetune.config import FineTuneConfig
 from adapters.jobs.submission import FINE_TUNE
 from models.preprocess.limits import InputError
 from service.errors import Problem
 from service.payloads.content import input_of
-from service.payloads.requests import AdaptRequest, ExampleIn, InputIn, TargetIn
+from service.payloads.requests import AdaptForm, AdaptRequest, ExampleIn, InputIn, TargetIn
 from service.payloads.validation import Fault
 
 # Fields that a request and its command have alike.
-_SHARED = AdaptRequest.model_fields.keys() & {field.name for field in fields(AdaptCommand)} - {"fine_tune"}
+_SHARED = AdaptForm.model_fields.keys() & {field.name for field in fields(AdaptCommand)}
+_SHARED -= {"fine_tune", "weights"}
 
 
-def adapt_command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: bool = False) -> AdaptCommand:
-    """Return the command. `job`: the work is done later. Raises Problem for options that do not fit."""
+def adapt_command(body: AdaptForm, posted: Sequence[PostedExample], *, job: bool = False) -> AdaptCommand:
+    """Return the command. `job`: the work is done later.
+
+    Raises Problem for options that do not fit, and LabelsInvalid.
+    """
     tunes = body.method == FINE_TUNE
     if body.callback is not None and not (tunes or job):
         raise Problem(
@@ -36,11 +41,25 @@ def adapt_command(body: AdaptRequest, posted: Sequence[PostedExample], *, job: b
             "invalid_request",
             "`fine_tune` has options of a fine-tune. Set `method` to fine_tune as well.",
         )
+    labels = body.labels if isinstance(body, AdaptRequest) else None
+    weights, costs = _weights_of(body.weights)
     return AdaptCommand(
         posted=posted,
+        weights=weights,
+        costs=costs,
+        meanings=None if labels is None else read_meanings(labels),
         fine_tune=(body.fine_tune or FineTuneConfig()) if tunes else None,
         **body.model_dump(include=_SHARED),
     )
+
+
+def _weights_of(
+    given: Weights | Mapping[str, float] | None,
+) -> tuple[Weights | None, Mapping[str, float] | None]:
+    """Return the weights and the costs that are asked for; each ends the other."""
+    if given is None:
+        return None, None
+    return (given, {}) if isinstance(given, str) else ("none", read_costs(given))
 
 
 def posted_example(example: ExampleIn) -> PostedExample:

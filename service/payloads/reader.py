@@ -37,6 +37,7 @@ from service.payloads.content import (
     parse,
 )
 from service.payloads.requests import (
+    AdaptForm,
     AdaptRequest,
     AmendRequest,
     EmbedRequest,
@@ -186,7 +187,8 @@ class RequestReader:
         return read() if at_once else await asyncio.to_thread(read)
 
     def _adapt_command(self, value: Any) -> AdaptCommand:
-        self._count_in(value, "examples", self.max_examples)
+        for field in ("examples", "labels", "weights"):
+            self._count_in(value, field, self.max_examples)
         body, faults = apart(AdaptRequest, value, "examples", ExampleIn)
         good = (posted_example(example) for example in body.examples)
         return adapt_command(
@@ -214,7 +216,7 @@ class RequestReader:
 
     async def _adapt_form(self, request: Request) -> AdaptCommand:
         files, fields = await _form(request, self.max_examples)
-        body = lax(AdaptRequest, dict(request.query_params), fields)
+        body = lax(AdaptForm, dict(request.query_params), fields)
         return adapt_command(
             body, [PostedExample(await content_of(file), folder_of(file.filename)) for file in files]
         )
@@ -251,7 +253,7 @@ class RequestReader:
     @staticmethod
     def _count(items: Any, most: int, what: str) -> None:
         # Items are counted before validation, which would make an error object of each wrong one of millions.
-        if isinstance(items, list) and len(items) > most:
+        if isinstance(items, list | dict) and len(items) > most:
             raise too_many(most, what)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -11,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from adapters.adaptation.commands import AdaptCommand, Update
 from adapters.adaptation.example_editor import Amendment, Feedback
 from adapters.adaptation.promotion.decision import Promote
+from adapters.examples.meanings import DESCRIPTION_CHARACTERS, LARGEST_COST, SMALLEST_COST
 from adapters.examples.target import Task, Weights
 from adapters.examples.validation import PostedExample
 from adapters.finetune.config import FineTuneConfig
@@ -23,6 +26,10 @@ _PREDICT = PredictQuery(adapter="", inputs=())
 _FEEDBACK = Feedback(target=None)
 _AMENDMENT = Amendment()
 _EXAMPLE = PostedExample(input="")
+_MOST_WRONG = 20  # values of one object that are told apart
+# The forms of `labels` and of `weights`, which pydantic puts into the location of an error. A label of such a
+# name would be taken for a part of the location.
+_DICT, _LIST, _COSTS, _WORD = "dict[str,str]", "list[str]", "dict[str,float]", "literal['none','balanced']"
 _OPTIONS = frozenset(field.name for field in fields(FineTuneConfig))
 
 AdapterName = Annotated[
@@ -89,24 +96,64 @@ class ExampleIn(InputIn, TargetIn, GroupIn):
     )
 
 
+def _few_wrong(is_right: Callable[[Any], bool]) -> BeforeValidator:
+    """Return what keeps, of an object with wrong values, only the first of these.
+
+    pydantic makes an error of each, and holds the GIL until it has made all of them.
+    """
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        wrong = islice((name for name, one in value.items() if not is_right(one)), _MOST_WRONG)
+        return {name: value[name] for name in wrong} or value
+
+    return BeforeValidator(cut)
+
+
+def _is_description(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and 0 < len(value) <= DESCRIPTION_CHARACTERS)
+
+
+def _is_cost(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and SMALLEST_COST <= value <= LARGEST_COST
+
+
+def _form_of(value: Any) -> str:
+    return _LIST if isinstance(value, list) else _DICT
+
+
+def _weighing_of(value: Any) -> str:
+    return _COSTS if isinstance(value, dict) else _WORD
+
+
+Labels = Annotated[
+    Annotated[
+        dict[str, Annotated[str, Field(min_length=1, max_length=DESCRIPTION_CHARACTERS)] | None],
+        _few_wrong(_is_description),
+        Tag(_DICT),
+    ]
+    | Annotated[list[str], Field(fail_fast=True), Tag(_LIST)],
+    Discriminator(_form_of),
+]
+WeightsOrCosts = Annotated[
+    Annotated[Weights, Tag(_WORD)]
+    | Annotated[
+        dict[str, Annotated[float, Field(ge=SMALLEST_COST, le=LARGEST_COST)]],
+        _few_wrong(_is_cost),
+        Tag(_COSTS),
+    ],
+    Discriminator(_weighing_of),
+]
+
+
 def _tidied_options(value: Any) -> Any:
     return tidied(value, _OPTIONS)
 
 
-class AdaptRequest(Request):
-    """Examples to learn from. Without any, the adapter is fitted again on what it keeps."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "adapter": "mails",
-                "examples": [
-                    {"id": "m1", "text": "Win a free cruise now!", "label": "spam"},
-                    {"id": "m2", "text": "Lunch at noon?", "label": "ham"},
-                ],
-            }
-        }
-    )
+class AdaptForm(Request):
+    """What a request to learn may say in any form: JSON, multipart, or the query string of a bulk upload."""
 
     adapter: AdapterName
     backbone: BackboneName | None = Field(
@@ -154,10 +201,44 @@ class AdaptRequest(Request):
         description="Of a classification: balanced, and all labels count as equally frequent (none at "
         "creation); given for a known adapter, from this fit on.",
     )
+
+
+class AdaptRequest(AdaptForm):
+    """Examples to learn from, names of labels, or both.
+
+    Without any, the adapter is fitted again on what it keeps.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "adapter": "mails",
+                "examples": [
+                    {"id": "m1", "text": "Win a free cruise now!", "label": "spam"},
+                    {"id": "m2", "text": "Lunch at noon?", "label": "ham"},
+                ],
+            }
+        }
+    )
+
+    labels: Labels | None = Field(
+        default=None,
+        description="Of a classification: what each label means, a description or null for its name "
+        "alone; or a list of names. An adapter learns from them before it has examples. They replace those "
+        "given before; {} forgets all; left out, they stay.",
+        examples=[{"refund": "a customer wants money back", "delivery": None}],
+    )
+    weights: WeightsOrCosts | None = Field(  # type: ignore[assignment]
+        default=None,
+        description="Of a classification: balanced, and all labels count as equally frequent (none at "
+        "creation); or by label, how much worse it is to miss it than one that is not named, which is 1. "
+        "Given for a known adapter, from this fit on.",
+        examples=["balanced", {"fraud": 10}],
+    )
     examples: list[ExampleIn] = Field(default_factory=list)
 
 
-class UploadRequest(AdaptRequest):
+class UploadRequest(AdaptForm):
     """What is done with a bulk upload; in the query string."""
 
     text_column: ColumnName = None

@@ -30,7 +30,10 @@ class AdapterOut(TypedDict):
     answer_accuracy: Annotated[
         float, Field(description="The accuracy wanted of answers that are not abstained on.", examples=[0.95])
     ]
-    weights: Weights
+    weights: Annotated[
+        Weights | dict[str, float],
+        Field(description="none, balanced, or the costs that were given, by label.", examples=["none"]),
+    ]
     examples: Annotated[int, Field(description="Examples kept, those that are set aside included.")]
     live: Annotated[int | None, Field(description="The version that /predict uses.", examples=[3])]
     rolled_back_at: Annotated[
@@ -44,6 +47,18 @@ class AdapterOut(TypedDict):
     revision: Annotated[int, Field(description="Grows with every change of the examples.")]
     epoch: Epoch
     created_at: datetime
+
+
+class AdapterDetailOut(AdapterOut):
+    """An adapter with what its labels mean."""
+
+    labels: Annotated[
+        dict[str, str | None],
+        Field(
+            description="The names that it learns from: a description by label, null for a name alone.",
+            examples=[{"refund": "a customer wants money back", "delivery": None}],
+        ),
+    ]
 
 
 class AdaptersOut(TypedDict):
@@ -84,8 +99,10 @@ def render_adapters(records: Sequence[AdapterRecord], page: PageQuery) -> Respon
 
 
 def render_adapter(record: AdapterRecord) -> Response:
-    """Return AdapterOut with the ETag of its alias."""
-    return render(_describe_adapter(record), {"ETag": record.etag})
+    """Return AdapterDetailOut with the ETag of its alias."""
+    labels = {label: description or None for label, description in record.meanings.items()}
+    body: AdapterDetailOut = {**_describe_adapter(record), "labels": labels}
+    return render(body, {"ETag": record.etag})
 
 
 def render_versions(owner: AdapterRecord, records: Sequence[VersionRecord]) -> Response:
@@ -111,7 +128,7 @@ def _describe_adapter(record: AdapterRecord) -> AdapterOut:
         "task": record.task,
         "keep_inputs": record.keep_inputs,
         "answer_accuracy": record.answer_accuracy,
-        "weights": record.weights,
+        "weights": dict(record.costs) or record.weights,
         "examples": record.examples,
         "live": record.live,
         "rolled_back_at": record.rolled_back_at,

@@ -22,6 +22,8 @@ VALID: dict[type[BaseModel], dict[str, Any]] = {
         "adapter": "films",
         "method": "fine_tune",
         "fine_tune": {"epochs": 3},
+        "labels": {"a": "what it means", "b": None},
+        "weights": {"a": 2.5},
         "examples": [EXAMPLE, {**EXAMPLE, "labels": ["a", "b"]}],
     },
     requests.PredictRequest: {
@@ -175,9 +177,21 @@ MANY = dict.fromkeys(map(str, range(1_000)), 1)
         (requests.PredictRequest, {"adapter": "films", "inputs": [MANY]}),
         (requests.AdaptRequest, {"adapter": "films", "fine_tune": MANY}),
         (requests.AdaptRequest, {"adapter": "films", "examples": [{"labels": list(range(1_000))}]}),
+        (requests.AdaptRequest, {"adapter": "films", "labels": MANY}),
+        (requests.AdaptRequest, {"adapter": "films", "labels": list(range(1_000))}),
+        (requests.AdaptRequest, {"adapter": "films", "weights": dict.fromkeys(MANY, "x")}),
         (requests.OpenAIRequest, {"model": "minilm-l6-v2", "input": list(range(1_000))}),
     ],
-    ids=["fields", "fields of an item", "fields of a fine-tune", "labels", "token ids"],
+    ids=[
+        "fields",
+        "fields of an item",
+        "fields of a fine-tune",
+        "labels",
+        "descriptions",
+        "names",
+        "costs",
+        "token ids",
+    ],
 )
 def test_errors_are_few_whatever_the_request_has(model: type[BaseModel], body: Any) -> None:
     """pydantic holds the GIL while it makes them: of a million, for seconds."""
