@@ -45,7 +45,7 @@ class EmbeddedSet:
 
 def embed(backbone: str, inputs: Sequence[bytes | str]) -> Floats:
     """Return the embeddings, float32 (n, dim); texts are cut to CHARACTERS. Raises NotExported."""
-    loaded = Backbone.open(_export(backbone), threads=2)
+    loaded = Backbone.open(export_of(backbone), threads=2)
     short = [one[:CHARACTERS] if isinstance(one, str) else one for one in inputs]
     parts = []
     for begin in range(0, len(short), _TOGETHER):
@@ -98,7 +98,8 @@ def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
         return dict(arrays.items())
 
 
-def _export(backbone: str) -> Path:
+def export_of(backbone: str) -> Path:
+    """The backbone's export in the model store. Raises NotExported."""
     export = find(backbone)
     if export is None:
         raise NotExported(f"{backbone} is not exported; run `python -m models.export {backbone}`.")
@@ -108,4 +109,4 @@ def _export(backbone: str) -> Path:
 def _fingerprint(backbone: str) -> str:
     if backbone in PACKAGED:
         return PACKAGED[backbone].fingerprint
-    return read_manifest(_export(backbone), verify=False).fingerprint
+    return read_manifest(export_of(backbone), verify=False).fingerprint

@@ -21,15 +21,18 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from adapters.probe.label_names import names_of_texts
 from benchmarks.data import datasets
 from benchmarks.data.archives import DEFAULT_FOLDER
 from benchmarks.data.embeddings import CHARACTERS, embed, embedded
 from benchmarks.data.label_names import LABEL_NAMES, NAMES_IN_ANOTHER_LANGUAGE
+from benchmarks.data.spoken_names import TRUE
 from benchmarks.harness.report import Report, Spread, table
 from benchmarks.harness.service_process import resident
 from benchmarks.training.few_shot import MANY, Cell, drawn
 from benchmarks.training.heads import HEADS, NAMES_ALONE, OURS, heads_with_names
 from models.backbone import Backbone
+from models.feeds import typical_inputs
 from models.spec import UnknownBackbone
 from models.store.exports import find
 
@@ -179,13 +182,14 @@ def names_alone(name: str, folder: Path) -> dict[str, float]:
     asked |= {f"{one} in {code}": (one, names) for (one, code), names in NAMES_IN_ANOTHER_LANGUAGE.items()}
     texts = list(dict.fromkeys(text for _, names in asked.values() for text in names.values()))
     vectors = dict(zip(texts, embed(name, texts), strict=True))
+    centre = embed(name, typical_inputs("text")).mean(axis=0)
     found = {}
     for title, (one, names) in asked.items():
         data = embedded(one, folder, most=_FROM_EACH_SET, backbone=name)
         learned, tested = drawn(data, 1, 0)
         labels = np.unique(data.labels[learned])
-        rows = np.stack([vectors[names[label]] for label in labels.tolist()])
-        head = heads_with_names(labels, rows)[NAMES_ALONE]
+        said = names_of_texts({label: vectors[names[label]] for label in labels.tolist()}, centre)
+        head = heads_with_names({TRUE: said})[NAMES_ALONE]
         answers = head(data.rows[learned], data.labels[learned], data.rows[tested])
         found[title] = float((answers == data.labels[tested]).mean())
     return found

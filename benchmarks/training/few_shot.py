@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from adapters.probe.label_names import LabelNames
 from benchmarks.data import datasets
-from benchmarks.data.embeddings import BACKBONES, EmbeddedSet, embed, embedded
-from benchmarks.data.label_names import LABEL_NAMES
+from benchmarks.data.embeddings import BACKBONES, EmbeddedSet, embedded
 from benchmarks.data.sources import SOURCES
+from benchmarks.data.spoken_names import KINDS, MISLEADING, OPAQUE, SWAPPED, TRUE, names_for
 from benchmarks.harness.options import asked
 from benchmarks.harness.report import Report, table
-from benchmarks.training.heads import HEADS, NAMES_ALONE, OURS, heads_with_names
-from models.arrays import Floats
+from benchmarks.training.heads import HEADS, NAMED, NAMES_ALONE, OURS, heads_with_names
 
 SHOTS = (1, 2, 4, 8, 16)
 MANY = 1_000  # examples in all; with them, tests are as many again
@@ -90,11 +90,9 @@ def measured(cell: Cell, seed: int, folder: Path) -> Run:
     data = _data(cell.set, folder)
     learned, tested = drawn(data, cell.examples, seed)
     labels = data.labels[learned]
-    heads = dict(HEADS)
-    vectors = _name_vectors(cell.set, folder)
-    if vectors is not None:
-        names = np.unique(labels)
-        heads |= heads_with_names(names, vectors[np.searchsorted(np.unique(data.labels), names)])
+    known = set(labels.tolist())
+    said = {kind: _known_names(names, known) for kind, names in _names(cell.set, folder).items()}
+    heads = {**HEADS, **heads_with_names(said)}
     accuracy, seconds = {}, {}
     for name, head in heads.items():
         begun = time.perf_counter()
@@ -110,19 +108,21 @@ def _data(name: str, folder: Path) -> EmbeddedSet:
 
 
 @functools.cache
-def _name_vectors(name: str, folder: Path) -> Floats | None:
-    """Return the embeddings of what the labels are called, in their order; None for images."""
-    path = folder / "embeddings" / f"few-shot-names-{name}.npy"
-    return np.load(path) if path.exists() else None
+def _names(name: str, folder: Path) -> Mapping[str, LabelNames]:
+    """Return what names of each kind say of the labels."""
+    labels = np.unique(_data(name, folder).labels).tolist()
+    return {kind: names_for(name, SOURCES[name].kind, labels, folder, kind) for kind in KINDS}
+
+
+def _known_names(names: LabelNames, labels: Set[str]) -> LabelNames:
+    """Return the names of these labels: a draw may lack the rarest."""
+    return replace(names, directions={one: said for one, said in names.directions.items() if one in labels})
 
 
 def prepare(names: Sequence[str], folder: Path) -> None:
-    """Embed what is not kept in the folder yet: the sets, and the names of the labels of texts."""
+    """Embed what is not kept in the folder yet: the sets, and the names of their labels."""
     for name in names:
-        labels = np.unique(_data(name, folder).labels).tolist()
-        if SOURCES[name].kind == "text":
-            vectors = embed(BACKBONES["text"], [LABEL_NAMES[name][label] for label in labels])
-            np.save(folder / "embeddings" / f"few-shot-names-{name}.npy", vectors)
+        _names(name, folder)
 
 
 def cells_of(name: str, folder: Path) -> list[Cell]:
@@ -191,16 +191,51 @@ def _told(report: Report, runs: Mapping[Cell, Sequence[Run]]) -> None:
         f"Mean accuracy over {count} sets, by examples of each label",
         table(["head", *columns, "mean rank", "seconds in all"], rows),
     )
-    named = {cell: found for cell, found in runs.items() if NAMES_ALONE in found[0].accuracy}
-    if named:
-        heads = (OURS, *(name for name in next(iter(named.values()))[0].accuracy if name not in HEADS))
-        report.add("The same over the sets whose names are known", table(["", *columns], _rows(named, heads)))
+    report.add(
+        "With names of the labels", table(["", *columns], _rows(runs, (OURS, NAMES_ALONE, *NAMED.values())))
+    )
     for name in dict.fromkeys(cell.set for cell in runs):
         own = {cell: found for cell, found in runs.items() if cell.set == name}
         shown = [_column(cell.examples) for cell in own]
         heads = tuple(next(iter(own.values()))[0].accuracy)
         report.add(name, table(["head", *shown], _rows(own, heads)))
     _expected(report, runs, mean_ranks)
+    _expected_of_names(report, runs)
+
+
+def _expected_of_names(report: Report, runs: Mapping[Cell, Sequence[Run]]) -> None:
+    """Add the targets of names, and a table of each set's gain."""
+    sizes = sorted({cell.examples for cell in runs})
+    named = NAMED[TRUE]
+    gains = {cell: 100.0 * (_mean(found, named) - _mean(found, OURS)) for cell, found in runs.items()}
+    over = {cell: 100.0 * (_mean(found, named) - _mean(found, NAMES_ALONE)) for cell, found in runs.items()}
+    sets = list(dict.fromkeys(cell.set for cell in runs))
+    lines = [
+        [name, *(f"{gains[Cell(name, size)]:+.1f}" if Cell(name, size) in gains else "" for size in sizes)]
+        for name in sets
+    ]
+    report.add("Points that true names add", table(["set", *map(_column, sizes)], lines))
+    for size in sizes:
+        own = [cell for cell in runs if cell.examples == size]
+        gain = float(np.mean([gains[cell] for cell in own]))
+        if size == 1:
+            report.expect("true names add at 1 example, mean", gain, ">=", 5.0, " points")
+        if size <= 2:
+            worst = min(own, key=lambda cell: over[cell])
+            report.expect(
+                f"with names over names alone at {size}, least ({worst.set})",
+                over[worst],
+                ">=",
+                0.0,
+                " points",
+            )
+        if size == MANY:
+            report.expect("true names add at 1,000, mean", gain, ">=", -0.1, " points")
+        for kind in (SWAPPED, OPAQUE, MISLEADING):
+            lost = float(
+                np.mean([100.0 * (_mean(runs[cell], OURS) - _mean(runs[cell], NAMED[kind])) for cell in own])
+            )
+            report.expect(f"{kind} names cost at {_column(size)}, mean", lost, "<=", 1.0, " points")
 
 
 def _expected(report: Report, runs: Mapping[Cell, Sequence[Run]], mean_ranks: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from adapters.probe.fit import Dataset, fit
+from adapters.probe.label_names import LabelNames
+from benchmarks.data.spoken_names import MISLEADING, OPAQUE, SWAPPED, TRUE
 from models.arrays import Doubles, Floats
 
 Labels = NDArray[np.str_]
@@ -21,15 +24,22 @@ Head = Callable[[Floats, Labels, Floats], Labels]
 
 OURS = "Topwork"
 NAMES_ALONE = "names alone"
+NAMED: Mapping[str, str] = {
+    TRUE: "Topwork with names",
+    SWAPPED: "with swapped names",
+    OPAQUE: "with opaque names",
+    MISLEADING: "with misleading names",
+}
+"""Ours with names of each kind."""
 
 _TIP_SHARPNESS = 5.5  # beta of Tip-Adapter (Zhang et al. 2022), as published
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of kernels, as multiples of the median squared distance
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def _ours(train: Floats, labels: Labels, test: Floats) -> Labels:
+def _ours(train: Floats, labels: Labels, test: Floats, names: LabelNames = LabelNames()) -> Labels:
     digests = [hashlib.sha256(row.tobytes()).hexdigest() for row in train]
-    head = fit(Dataset(train, labels.tolist(), digests, "classification", "few-shot")).head
+    head = fit(Dataset(train, labels.tolist(), digests, "classification", "few-shot", names=names)).head
     return _named(np.array(head.labels), head.predict(test).probabilities)
 
 
@@ -142,16 +152,16 @@ HEADS: Mapping[str, Head] = {
 """Every head that learns from examples alone."""
 
 
-def heads_with_names(names: Labels, vectors: Floats) -> Mapping[str, Head]:
-    """Return the heads that know what the labels are called.
-
-    names: (labels,), sorted. vectors: float32 (labels, dim), the embeddings of what they are called.
-    """
+def heads_with_names(said: Mapping[str, LabelNames]) -> Mapping[str, Head]:
+    """Return the heads that know what the labels are called. `said`: names of each kind, by kind."""
 
     def names_alone(train: Floats, labels: Labels, test: Floats) -> Labels:
-        return _named(names, _unit(test) @ _unit(vectors).T)
+        nothing = np.zeros((0, train.shape[1]), np.float32)
+        return _ours(nothing, labels[:0], test, said[TRUE])
 
-    return {NAMES_ALONE: names_alone}
+    return {NAMES_ALONE: names_alone} | {
+        NAMED[kind]: functools.partial(_ours, names=names) for kind, names in said.items()
+    }
 
 
 def _answers(model: object, train: Floats, labels: Labels, test: Floats) -> Labels:

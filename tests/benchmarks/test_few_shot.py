@@ -5,9 +5,11 @@ import pytest
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegressionCV
 
+from adapters.probe.label_names import names_of_texts
 from benchmarks.data import datasets
 from benchmarks.data.embeddings import EmbeddedSet
 from benchmarks.data.label_names import LABEL_NAMES, NAMES_IN_ANOTHER_LANGUAGE
+from benchmarks.data.spoken_names import TRUE
 from benchmarks.training import few_shot, heads
 from benchmarks.training.few_shot import MANY, Cell, Run
 from models.arrays import Doubles, Floats
@@ -37,9 +39,9 @@ def test_every_head_tells_clusters_apart(name: str, examples: int) -> None:
 
 def test_names_alone_answer_without_an_example() -> None:
     data = _clusters(10)
-    names = np.unique(data.labels)
-    centres = np.eye(32, dtype=np.float32)[:4]
-    known = heads.heads_with_names(names, centres)[heads.NAMES_ALONE]
+    centres = dict(zip(np.unique(data.labels).tolist(), np.eye(32, dtype=np.float32)[:4], strict=True))
+    said = names_of_texts(centres, np.zeros(32, np.float32))
+    known = heads.heads_with_names({TRUE: said})[heads.NAMES_ALONE]
     assert (known(data.rows[:0], data.labels[:0], data.rows) == data.labels).all()
 
 
