@@ -187,7 +187,8 @@ class RequestReader:
         return read() if at_once else await asyncio.to_thread(read)
 
     def _adapt_command(self, value: Any) -> AdaptCommand:
-        for field in ("examples", "labels", "weights"):
+        self._count_in(value, "examples", self.max_examples)
+        for field in ("labels", "weights"):
             self._count_in(value, field, self.max_examples)
         body, faults = apart(AdaptRequest, value, "examples", ExampleIn)
         good = (posted_example(example) for example in body.examples)

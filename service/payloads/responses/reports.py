@@ -36,7 +36,8 @@ class WarningOut(TypedDict):
         str,
         Field(
             description="not_measured, labels_not_measured, low_recall, labels_missed, "
-            "no_better_than_majority, no_better_than_constant or no_better_than_mean.",
+            "no_better_than_majority, no_better_than_constant, no_better_than_mean, label_name_unknown or "
+            "labels_not_readable.",
             examples=["no_better_than_majority"],
         ),
     ]
@@ -228,6 +229,9 @@ class ClassificationReport(AnyReport):
         Annotated[
             float, Field(description="The weight of the linear discriminant beside the logistic regression.")
         ]
+    ]
+    names: NotRequired[
+        Annotated[float, Field(description="The weight of the names of labels beside the examples.")]
     ]
     fine_tune: NotRequired[FineTuneOut]
     export: NotRequired[ExportOut]

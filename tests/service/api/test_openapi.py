@@ -10,7 +10,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from service.payloads.responses.adaptation import AdaptResponse, RemovalResponse, RestoreResponse
-from service.payloads.responses.adapters import AdapterOut, AdaptersOut, VersionOut, VersionsOut
+from service.payloads.responses.adapters import AdapterDetailOut, AdaptersOut, VersionOut, VersionsOut
 from service.payloads.responses.answer import ProblemOut
 from service.payloads.responses.backbones import BackbonesOut
 from service.payloads.responses.examples import ExampleOut, ExamplesPage
@@ -116,7 +116,7 @@ def test_answers_have_the_documented_form(caller: Caller) -> None:
     exactly(OpenAIResponse, caller.call("POST", "/v1/embeddings", json=body))
     exactly(BackbonesOut, caller.call("GET", "/backbones"))
     exactly(AdaptersOut, caller.call("GET", "/adapters"))
-    exactly(AdapterOut, caller.call("GET", "/adapters/films"))
+    exactly(AdapterDetailOut, caller.call("GET", "/adapters/films"))
     exactly(VersionsOut, caller.call("GET", "/adapters/films/versions"))
     exactly(VersionOut, caller.call("GET", "/adapters/films/versions/1"))
     exactly(ExamplesPage, caller.call("GET", "/adapters/films/examples"))
@@ -126,7 +126,7 @@ def test_answers_have_the_documented_form(caller: Caller) -> None:
     restored = caller.call("POST", "/adapters/films/versions/1/restore")
     exactly(RestoreResponse, restored)
     exactly(RemovalResponse, caller.call("DELETE", "/adapters/films/examples/good1"))
-    exactly(AdapterOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3}))
+    exactly(AdapterDetailOut, caller.call("PUT", "/adapters/films/aliases/live", json={"version": 3}))
     exactly(JobsOut, caller.call("GET", "/jobs"))
     exactly(ProblemOut, caller.call("GET", "/adapters/none", 404))
     exactly(ProblemOut, caller.call("POST", "/adapt", 422, json={}))
