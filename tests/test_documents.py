@@ -8,7 +8,7 @@ import re
 import urllib.request
 
 from adapters.adaptation.revision import writer
-from adapters.examples import target, upload, upload_zip, validation
+from adapters.examples import meanings, target, upload, upload_zip, validation
 from adapters.jobs import bulk_attempt, callback_sender, callbacks, submission
 from adapters.registry import errors, idempotency, tenants
 from adapters.registry.statements import job_rows
@@ -100,6 +100,10 @@ def example_limits() -> dict[str, str]:
         # The pattern counts the characters after the first one.
         "characters of the name of an adapter or a tenant": f"{1 + longest(schema.NAME_PATTERN)}",
         "characters of a label, an id or a group": f"{target.MAX_LABEL_CHARACTERS}",
+        "characters of a description in `labels`": f"{meanings.DESCRIPTION_CHARACTERS:,}",
+        "characters of all `labels` with their descriptions": f"{meanings.MEANINGS_CHARACTERS:,}",
+        "characters of all labels in `weights`": f"{meanings.COST_CHARACTERS:,}",
+        "cost of a label": f"{meanings.SMALLEST_COST:g} to {meanings.LARGEST_COST:,.0f}",
         "examples for a fine-tune": f"at least {all_labels}, at least {each} of each label",
         "versions of an adapter that are kept": f"the newest {errors.KEPT_VERSIONS}, and the live one",
     }

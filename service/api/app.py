@@ -57,7 +57,12 @@ Errors are `application/problem+json` (RFC 9457): `code` names the error, and `t
 def build_api(components: Components) -> FastAPI:
     """Return the application. Its endpoints hold no state; all state is in the components."""
     settings = components.settings
-    reader = RequestReader(settings.max_examples, settings.max_inputs, settings.max_openai_inputs)
+    reader = RequestReader(
+        max_examples=settings.max_examples,
+        max_labels=settings.max_labels,
+        max_inputs=settings.max_inputs,
+        max_openai_inputs=settings.max_openai_inputs,
+    )
     guard = IdempotencyGuard(components.registry.replies)
     # A stream ends by itself before the edge aborts it.
     events = Events(components.submitter, 0.9 * settings.request_timeout)

@@ -73,6 +73,7 @@ class RequestReader:
     """Reads request bodies within the limits of one request. Every method may raise Problem."""
 
     max_examples: int
+    max_labels: int
     max_inputs: int
     max_openai_inputs: int
 
@@ -189,7 +190,7 @@ class RequestReader:
     def _adapt_command(self, value: Any) -> AdaptCommand:
         self._count_in(value, "examples", self.max_examples)
         for field in ("labels", "weights"):
-            self._count_in(value, field, self.max_examples)
+            self._count_in(value, field, self.max_labels)
         body, faults = apart(AdaptRequest, value, "examples", ExampleIn)
         good = (posted_example(example) for example in body.examples)
         return adapt_command(
