@@ -456,6 +456,22 @@ def test_groups_and_what_is_wanted_of_answers_come_with_an_upload(place: Place) 
     assert [one.number for one in place.registry.versions(place.uid)] == [2, 1]
 
 
+def test_an_upload_is_learned_beside_the_names_that_the_adapter_has(place: Place) -> None:
+    adapter = place.registry.adapter("acme", "notes")
+    meanings = {"0": "a day of sunshine", "1": "a day of rain", "2": "a day of snow"}
+    named = Change("acme", "notes", place.uid, adapter.revision, meanings=meanings, costs={"1": 2.0})
+    place.registry.commit(named)
+    place.do()
+    adapter = place.registry.adapter("acme", "notes")
+    assert (adapter.meanings, adapter.costs) == (meanings, {"1": 2.0})
+    (version,) = place.registry.versions(place.uid)
+    assert version.labels == 3
+    # A job of this release may carry others.
+    place.do(place.queue(lines(told(NAMES)), meanings={"0": ""}, costs={}))
+    adapter = place.registry.adapter("acme", "notes")
+    assert (adapter.meanings, adapter.costs) == ({"0": ""}, {})
+
+
 def test_an_upload_is_told_of_groups_that_differ_and_of_texts_without_a_known_token(place: Place) -> None:
     place.do()
     first, second, third = told(["m00", "m01", "m02"], about="Again ")

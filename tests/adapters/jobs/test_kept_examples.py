@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from adapters.adaptation.commands import AdaptCommand, ContractChanged
+from adapters.adaptation.options import WeightsLabelUnknown
 from adapters.jobs.kept_examples import KeptExamples
-from adapters.jobs.submission import CannotTune, JobSubmitter
+from adapters.jobs.submission import CannotTune, JobSubmitter, TooFewExamples
 from adapters.registry.records import JobRecord
 from adapters.storage.artifact import Artifact, MissingArtifact
 from tests.support.adapters.adapter_stack import TENANT, World, other_text_export, taught, world
@@ -87,3 +88,30 @@ async def test_a_fine_tune_of_kept_examples_cannot_change_the_contract(tmp_path:
         assert here.registry.jobs.jobs(TENANT) == []
         job, _ = await submitter.fine_tune(TENANT, command)
         assert job.state == "queued"
+
+
+async def test_a_fine_tune_carries_what_labels_mean_and_cost(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.adapt(taught(40), fit=False, costs={"one": 3.0})
+        submitter = JobSubmitter(here.pipeline, max_open=3, deadline_seconds=60)
+        command = AdaptCommand("words")
+        for wrong, error in (
+            ({"costs": {"three": 2.0}}, WeightsLabelUnknown),
+            ({"meanings": {"three": ""}}, TooFewExamples),
+            ({"meanings": {"ｏne": ""}}, TooFewExamples),
+        ):
+            with pytest.raises(error):
+                await submitter.fine_tune(TENANT, replace(command, **wrong))
+        meanings = {"one": "ba be", "two": ""}
+        asked = replace(command, posted=taught(41)[-1:], weights="none", costs={}, meanings=meanings)
+        job, stored = await submitter.fine_tune(TENANT, asked)
+        assert stored is not None
+        adapter = here.registry.adapter(TENANT, "words")
+        assert (adapter.examples, adapter.meanings, adapter.costs) == (81, {}, {"one": 3.0}), "until it ends"
+        kept = read(here, job)
+        assert (kept.terms.meanings, kept.terms.costs) == (meanings, {})
+        assert kept.fit_probe(range(len(kept.examples))).head.labels == ("one", "two")
+        # A name that comes later needs examples too.
+        await here.adapt([], meanings={"three": ""}, fit=False)
+        with pytest.raises(TooFewExamples):
+            read(here, submit(here))

@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adapters.probe.fit import OneLabel, ProbeConfig, TooCostly, expected_seconds, fit
+from adapters.probe.label_names import names_of_texts
 from adapters.processes import fit_queue
 from adapters.processes.errors import FitterOverloaded, FitterUnavailable
 from adapters.processes.fit_client import Fitter
@@ -53,6 +55,29 @@ async def test_fits_as_the_function_does_in_a_niced_process(fitter: Fitter) -> N
     assert os.getpriority(os.PRIO_PROCESS, child_of(fitter)) >= 10
     assert fitter.alive
     assert fitter.queued == 0
+
+
+async def test_names_and_costs_of_labels_reach_the_fit(fitter: Fitter) -> None:
+    data = classification(40, 24, 3)
+    labels = sorted({str(target) for target in data.targets})
+    directions = {label: clouds(1, 24, 1)[0][0] + row for row, label in enumerate([*labels, "a name alone"])}
+    named = replace(data, names=names_of_texts(directions, data.embeddings.mean(axis=0)))
+    config = ProbeConfig(costs={labels[0]: 10.0})
+    fitted = await fitter.fit(named, config)
+    assert fitted.head.to_bytes() == fit(named, config).head.to_bytes()
+    assert fitted.head.labels == tuple(sorted([*labels, "a name alone"]))
+    nothing = replace(
+        named,
+        embeddings=data.embeddings[:0],
+        targets=[],
+        digests=[],
+        groups=(),
+        sampled=(),
+        names=named.names,
+    )
+    fitted = await fitter.fit(nothing, config)
+    assert fitted.head.to_bytes() == fit(nothing, config).head.to_bytes()
+    assert len(fitted.scores) == 0
 
 
 async def test_errors_come_back_as_themselves(fitter: Fitter) -> None:
