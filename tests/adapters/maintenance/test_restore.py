@@ -99,12 +99,13 @@ async def test_what_is_restored_is_what_was_backed_up(
         await world.adapt([*taught(6)], promote="always")
         others = [replace(one, group="g", sampled=False) for one in taught(3)]
         await world.adapt(others, "others", answer_accuracy=0.9, weights="balanced")
+        await world.adapt(taught(), "named", meanings={"one": "ba", "two": "Ö “💶”"}, costs={"one": 2.5})
         world.registry.tenants.create_key(TENANT, ["predict"], note="a key")
         expected = await answers(world)
     path = saved(place, tmp_path)
     target = make(to, "target")
     restored = restore(path, target.database, target.store)
-    assert (restored.adapters, restored.replaced, restored.artifacts) == (2, 0, restored.manifest.artifacts)
+    assert (restored.adapters, restored.replaced, restored.artifacts) == (3, 0, restored.manifest.artifacts)
     assert comparable(target.rows()) == comparable(place.rows())
     assert target.examine() == []
     before = {row["id"] for row in place.rows()["artifacts"]}

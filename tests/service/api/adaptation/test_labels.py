@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tests.support.service.client import BLAME, PRAISE, UNSEEN, Caller, image, pictures
+from tests.support.service.uploads import NDJSON, upload
 
 MEANINGS = {
     "refund": "a customer wants money back",
@@ -224,3 +226,22 @@ def test_too_few_names_and_no_examples_are_nothing_to_fit(caller: Caller) -> Non
     stored = caller.adapt("mails", [], labels=["refund"], fit=False)
     assert stored["version"] is None
     assert shown(caller) == {"refund": None}
+
+
+def test_an_upload_of_images_is_learned_beside_names(caller: Caller) -> None:
+    labels = {"animal": "an animal", "food": None, "vehicle": None, "building": None}
+    caller.adapt("things", [], labels=labels, backbone="efficientnet-lite0")
+    content = "\n".join(map(json.dumps, pictures())).encode()
+    done = upload(caller, "adapter=things", content, NDJSON)
+    assert done["state"] == "succeeded"
+    version = caller.call("GET", f"/adapters/things/versions/{done['version']}")
+    assert version["labels"] == 4
+    assert "labels_not_readable" not in [one["code"] for one in version["report"]["warnings"]]
+    assert shown(caller, "things") == labels | {"food": None}
+
+
+def test_an_erased_adapter_leaves_no_description(caller: Caller) -> None:
+    caller.adapt("mails", MAILS, labels=MEANINGS)
+    caller.call("DELETE", "/adapters/mails")
+    caller.adapt("mails", MAILS)
+    assert shown(caller) == {}
