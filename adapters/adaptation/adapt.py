@@ -201,9 +201,7 @@ class AdaptPipeline:
     def _new_terms(self, command: AdaptCommand) -> Creation:
         if not command.posted and not command.meanings:
             raise UnknownAdapter(command.adapter)
-        # Without examples, names teach it: they are texts.
-        kind = common_kind(one.input for one in command.posted) if command.posted else "text"
-        name = command.backbone or self._default(kind)
+        name = command.backbone or self._default(_kind_of(command))
         spec = self.embedder.spec(name)
         terms = Creation(
             backbone=name,
@@ -222,6 +220,11 @@ class AdaptPipeline:
         raise UnknownBackbone(
             f"The service has no backbone for {kind}s. GET /backbones lists those that it serves."
         )
+
+
+def _kind_of(command: AdaptCommand) -> Kind | None:
+    """Return the kind of the posted examples; without any, names teach the adapter, and they are texts."""
+    return common_kind(one.input for one in command.posted) if command.posted else "text"
 
 
 def _admit(
