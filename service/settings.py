@@ -310,7 +310,7 @@ class Settings(BaseSettings):
             max_image_pixels=self.max_image_pixels,
             max_text_chars=self.max_text_chars,
             log_format=self.log_format,
-            backbones=list(self.backbones),
+            backbones=self.backbones,
             engine=self.engine,
             ray_address=self.ray_address,
             ray_gpus=self.ray_gpus,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapters.adaptation.commands import ContractChanged
 from adapters.adaptation.rollback import CannotRestore
+from adapters.examples.meanings import LabelsInvalid
 from adapters.examples.upload import BadUpload
 from adapters.jobs.submission import CannotTune
 from models.errors import CodedError
@@ -34,6 +35,10 @@ _CODE = re.compile(r"[a-z]+(_[a-z0-9]+)+")
 # One word, put together from parts, in a variable, or made from the phrase of a status.
 _OTHERS: dict[str, set[int]] = {
     "invalid_json": {400},
+    # Of a label in `labels` or `weights`; its own check is that of an example's label.
+    "label_invalid": {422},
+    "label_missing": {422},
+    "label_too_long": {422},
     "method_not_allowed": {405},
     "not_found": {404},
     "overloaded": {429},
@@ -65,7 +70,8 @@ def known() -> dict[str, set[int]]:
         if not issubclass(cls, CodedError) and (statuses or cls.__name__ in _OF_JOBS):
             found[cls.code].update(statuses)
     # An item alone in its request is a 422, which the page says once for all of them.
-    of_several = {cls.__name__: kinds[cls] for cls in (BadUpload, CannotRestore, CannotTune, ContractChanged)}
+    coded = (BadUpload, CannotRestore, CannotTune, ContractChanged, LabelsInvalid)
+    of_several = {cls.__name__: kinds[cls] for cls in coded}
     for layer in ("service", "adapters", "models"):
         for path in Path(layer).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
