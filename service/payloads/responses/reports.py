@@ -36,8 +36,8 @@ class WarningOut(TypedDict):
         str,
         Field(
             description="not_measured, labels_not_measured, labels_without_examples, low_recall, "
-            "labels_missed, no_better_than_majority, no_better_than_constant, no_better_than_mean, label_name_unknown or "
-            "labels_not_readable.",
+            "labels_missed, no_better_than_majority, no_better_than_constant, no_better_than_mean, "
+            "label_name_unknown or labels_not_readable.",
             examples=["no_better_than_majority"],
         ),
     ]
