@@ -35,7 +35,7 @@ _CODE = re.compile(r"[a-z]+(_[a-z0-9]+)+")
 # One word, put together from parts, in a variable, or made from the phrase of a status.
 _OTHERS: dict[str, set[int]] = {
     "invalid_json": {400},
-    # Of a label in `labels` or `weights`; its own check is that of an example's label.
+    # A label in `labels` or `weights` is checked like an example's label.
     "label_invalid": {422},
     "label_missing": {422},
     "label_too_long": {422},
